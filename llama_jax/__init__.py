@@ -1,0 +1,32 @@
+"""Llama 3 inference on a stage × model mesh, in JAX and Flax.
+
+Dimension letters, used in every shape of this package: B batch, T query length, S key length,
+N tokens of any arrangement (a flat batch), D embed, H heads, K KV heads, G = H / K, h head dim,
+F MLP width, V vocabulary, L layers.
+
+Names are imported when they are first used, so that the HTTP process, which needs only the
+tokenizer and the engine's messages, never loads JAX.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama_jax.config import LlamaConfig as LlamaConfig
+    from llama_jax.llm import LLM as LLM
+    from llama_jax.model import Llama as Llama
+    from llama_jax.sampling_params import SamplingParams as SamplingParams
+
+_HOMES = {
+    "LLM": "llama_jax.llm",
+    "Llama": "llama_jax.model",
+    "LlamaConfig": "llama_jax.config",
+    "SamplingParams": "llama_jax.sampling_params",
+}
+__all__ = ["LLM", "Llama", "LlamaConfig", "SamplingParams"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'llama_jax' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,35 @@
+"""Checkpoints on disk: which layout a directory holds, and a reader for it. Imports no JAX."""
+
+from pathlib import Path
+
+from llama_jax.checkpoint.huggingface import HuggingFaceReader
+from llama_jax.checkpoint.orbax import MANIFEST, WEIGHTS, OrbaxReader
+from llama_jax.checkpoint.reader import (
+    CheckpointError,
+    CheckpointReader,
+    TensorInfo,
+    check_directory,
+)
+
+__all__ = ["CheckpointError", "CheckpointReader", "TensorInfo", "open_checkpoint"]
+
+
+def open_checkpoint(path: str | Path) -> CheckpointReader:
+    """Opens a checkpoint directory, in Hugging Face layout or this project's Orbax layout.
+
+    Everything is checked (config, files and their lengths, names and shapes of all tensors), and
+    no tensor is read, but for a tied `lm_head.weight`, which is compared.
+
+    Raises:
+      ConfigError, CheckpointError: one sentence that says what is wrong, where, and what to do.
+    """
+    path = Path(path)
+    check_directory(path)
+    if (path / MANIFEST).is_file():
+        return OrbaxReader(path)
+    if (path / WEIGHTS).is_dir() or list(path.glob(f"{WEIGHTS}.partial_save*/")):
+        raise CheckpointError(
+            f"{path} is a conversion that did not finish (no {MANIFEST}): delete it and convert "
+            "again."
+        )
+    return HuggingFaceReader(path)

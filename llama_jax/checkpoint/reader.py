@@ -1,0 +1,109 @@
+"""What every checkpoint reader offers, and the check that a checkpoint is whole."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import ml_dtypes
+import numpy as np
+
+from llama_jax.config import DTYPES, LlamaConfig
+from llama_jax.weights import checkpoint_shapes
+
+MAX_LISTED = 20  # of the tensors that are wrong; the rest is counted
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A stored tensor; `dtype` is numpy's name, or the file's own where that is not supported."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class CheckpointReader(Protocol):
+    """An open checkpoint that holds exactly the tensors its config asks for.
+
+    Attributes:
+      path: its directory.
+      config: what config.json says, with `dtype` as most of the weights are really stored.
+      tensors: by Hugging Face name, one entry for each in `weights.checkpoint_shapes(config)`.
+    """
+
+    path: Path
+    config: LlamaConfig
+    tensors: dict[str, TensorInfo]
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """The slice `index` of a tensor in its stored dtype, read-only; numpy's rules of slicing.
+
+        Only the slice is read, as far as the format allows.
+
+        Raises:
+          CheckpointError: if the bytes cannot be read.
+        """
+        ...
+
+    def close(self) -> None:
+        """Lets go of the files. Arrays that were read stay valid."""
+        ...
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """One of `config.DTYPES` as numpy knows it."""
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def check_directory(path: Path) -> None:
+    """That there is such a directory; raises CheckpointError."""
+    if path.is_dir():
+        return
+    if path.exists():
+        raise CheckpointError(f"{path} is a file: give the directory that holds the checkpoint.")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise CheckpointError(
+            f"There is no directory {path}; if it is the name of a model on a hub, fetch it first, "
+            f"because nothing is downloaded here: `hf download {path} --local-dir DIR`, then "
+            "give DIR."
+        )
+    raise CheckpointError(f"There is no directory {path}.")
+
+
+def check_tensors(path: Path, tensors: Mapping[str, TensorInfo], config: LlamaConfig) -> None:
+    """That a checkpoint holds every tensor of the config, in its shape, and no other.
+
+    Raises:
+      CheckpointError: one sentence that names all that are missing, surplus or misshapen.
+    """
+    wanted = checkpoint_shapes(config)
+    problems = [f"{name} is missing" for name in wanted if name not in tensors]
+    for name, info in tensors.items():
+        if name not in wanted:
+            problems.append(f"{name} belongs to no weight of the model")
+        elif info.shape != wanted[name]:
+            problems.append(f"{name} has shape {list(info.shape)} instead of {list(wanted[name])}")
+        elif info.dtype not in DTYPES:
+            problems.append(f"{name} is stored as {info.dtype} instead of {', '.join(DTYPES)}")
+    refuse(f"{path} does not hold the weights that its config.json describes", problems)
+
+
+def refuse(what: str, problems: list[str]) -> None:
+    """Raises CheckpointError with all the problems in one sentence, if there are any."""
+    if problems:
+        listed = "; ".join(problems[:MAX_LISTED])
+        more = len(problems) - MAX_LISTED
+        raise CheckpointError(f"{what}: {listed}{f'; and {more} more' if more > 0 else ''}.")
+
+
+def with_stored_dtype(config: LlamaConfig, tensors: Mapping[str, TensorInfo]) -> LlamaConfig:
+    """The config with the dtype that most of the weights are stored in, whatever it said."""
+    size = dict.fromkeys(DTYPES, 0)
+    for info in tensors.values():
+        size[info.dtype] += int(np.prod(info.shape))
+    return replace(config, dtype=max(DTYPES, key=lambda dtype: size[dtype]))

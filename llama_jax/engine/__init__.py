@@ -1,0 +1,1 @@
+"""Scheduler, pages, requests and the step loop, and the process that they run in."""

@@ -1,0 +1,170 @@
+"""The engine: a checkpoint, a mesh, and everything between them, put together."""
+
+import os
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from llama_jax.checkpoint import open_checkpoint
+from llama_jax.checkpoint.load import choose_dtype, load_params
+from llama_jax.engine.errors import RequestError
+from llama_jax.engine.executor import CompileCounter, Executor
+from llama_jax.engine.messages import DeviceInfo, EngineInfo, Output, Progress, Stats
+from llama_jax.engine.options import EngineOptions
+from llama_jax.engine.scheduler import Scheduler
+from llama_jax.engine.sizing import bytes_by_device, choose_limits
+from llama_jax.engine.tick_loop import TickLoop
+from llama_jax.sampling_params import SamplingParams
+from sharding.mesh import make_mesh, mesh_shape
+from sharding.partition import split_layers
+
+GPU_RESULTS_LATE = 2  # ticks: enough to keep the device busy while the host works
+
+
+class Engine:
+    """An engine over a checkpoint, ready to generate when the constructor returns.
+
+    Args:
+      options: what to serve, and how.
+      progress: told how loading and compiling get on.
+
+    Raises:
+      ValueError: a checkpoint, mesh, or option that does not work; one sentence says why.
+    """
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        progress: Callable[[Progress], None] = lambda progress: None,
+    ):
+        start = time.perf_counter()
+        reader = open_checkpoint(options.path)
+        config = reader.config
+        mesh = make_mesh(options.mesh)
+        platform = mesh.devices.flat[0].platform
+        configure_jax(platform)
+        dtype = choose_dtype(options.dtype, config, platform)
+        self.compilations = CompileCounter()
+        params = load_params(
+            reader, mesh, dtype, lambda done, total: progress(Progress("loading", done, total))
+        )
+        reader.close()
+        jax.block_until_ready(params)
+        loaded = time.perf_counter()
+
+        limits, max_model_len = choose_limits(options, config, mesh, dtype)
+        scheduler = Scheduler(limits, mesh_shape(mesh)[0], options.max_queue)
+        executor = Executor(config, mesh, limits, params, dtype)
+        executor.warm_up(
+            lambda done, total, what: progress(Progress("compiling", done, total, what))
+        )
+        late = options.results_late
+        if late is None:
+            late = 0 if platform == "cpu" else GPU_RESULTS_LATE
+        self.loop = TickLoop(scheduler, executor, late)
+        self.config = config
+        self._stop_ids = frozenset(config.eos_token_ids)
+        executor.call_seconds = 0.0  # the warm-up's do not count
+
+        weights = bytes_by_device(params, mesh)
+        cache = bytes_by_device(executor.state.cache, mesh)
+        layers = split_layers(config.num_layers, mesh_shape(mesh)[0])
+        self.info = EngineInfo(
+            model=os.path.basename(os.path.normpath(options.path)),
+            mesh=options.mesh,
+            platform=platform,
+            dtype=str(dtype),
+            vocab_size=config.vocab_size,
+            max_model_len=max_model_len,
+            max_num_seqs=limits.num_slots,
+            page_size=limits.page_size,
+            num_pages=limits.num_pages,
+            devices=[
+                DeviceInfo(
+                    name=str(device),
+                    stage=stage,
+                    rank=rank,
+                    layers=[layer for layer in layers[stage] if layer is not None],
+                    weight_bytes=weights[device],
+                    kv_bytes=cache[device],
+                )
+                for (stage, rank), device in np.ndenumerate(mesh.devices)
+            ],
+            num_programs=len(limits.buckets()),
+            load_seconds=loaded - start,
+            compile_seconds=time.perf_counter() - loaded,
+        )
+
+    def add(self, request_id: int, prompt: list[int], params: SamplingParams) -> None:
+        """Queues a request.
+
+        Raises:
+          RequestError: it can never be served; QueueFull (a RequestError): not now.
+        """
+        try:
+            params.check()
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+        vocab_size = self.info.vocab_size
+        for token in (*prompt, *params.stop_token_ids):
+            # JAX would clamp it and answer as if it were another token.
+            if not 0 <= token < vocab_size:
+                raise RequestError(f"Token id {token} is not in [0, {vocab_size}).")
+        self.loop.scheduler.add(
+            request_id,
+            prompt,
+            params,
+            max_model_len=self.info.max_model_len,
+            seed=int.from_bytes(os.urandom(8), "big") if params.seed is None else params.seed,
+            stop_ids=frozenset(params.stop_token_ids)
+            | (frozenset() if params.ignore_eos else self._stop_ids),
+        )
+
+    def abort(self, request_id: int) -> None:
+        """Forgets a request and frees its pages; no further output comes for it."""
+        self.loop.scheduler.abort(request_id)
+
+    def step(self) -> list[Output]:
+        """One tick of the ring; the outputs are those of ticks that came before."""
+        return self.loop.step()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self.loop.has_work
+
+    def stats(self) -> Stats:
+        """Counters since the engine was ready, and gauges of this moment."""
+        loop, scheduler = self.loop, self.loop.scheduler
+        return Stats(
+            num_running=scheduler.num_running,
+            num_waiting=len(scheduler.waiting),
+            pages_total=scheduler.pool.num_pages,
+            pages_free=scheduler.pool.num_free,
+            prompt_tokens=scheduler.num_prompt_tokens,
+            generation_tokens=scheduler.num_generated_tokens,
+            preemptions=scheduler.num_preemptions,
+            ticks=loop.ticks,
+            stage_ticks=loop.ticks * loop.num_stages,
+            stage_ticks_busy=loop.stage_ticks_busy,
+            token_slots=loop.token_slots,
+            token_slots_used=loop.token_slots_used,
+            compilations=self.compilations.count,
+            tick_seconds=loop.seconds,
+            host_seconds=loop.host_seconds,
+        )
+
+
+def configure_jax(platform: str) -> None:
+    """Settings that the engine's process needs."""
+    if platform == "cpu":
+        # Several unfinished programs with collectives starve XLA:CPU's threads and hang it.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if jax.config.jax_compilation_cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "llama-jax", "xla"))
+    # The default of one second is about what a small tick takes: it would be compiled every time.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

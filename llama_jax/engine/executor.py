@@ -1,0 +1,125 @@
+"""The device side of the engine: runs ticks, knows nothing of requests.
+
+Its contract: slots are a flat range `[0, num_slots)`; a tick takes one packed packet in and brings
+one result out, that of the packet that entered P - 1 ticks before. Everything the host keeps of a
+packet, such as sampling parameters, it must give back here in the tick in which it leaves.
+"""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from llama_jax.config import LlamaConfig
+from llama_jax.packet import Bucket, Limits, encode
+from llama_jax.params import Params
+from llama_jax.sampling import encode_controls
+from llama_jax.steps import (
+    SampleStep,
+    State,
+    Step,
+    decode_step,
+    init_state,
+    prefill_step,
+    sample_step,
+    state_shapes,
+)
+
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class TickResult(NamedTuple):
+    """What a tick brought, still on its way from the device.
+
+    Attributes:
+      tokens: `[segments]` int32.
+      logits: `[segments, V']` float32; it is copied to the host only if somebody reads it.
+      bucket: of the program that ran.
+    """
+
+    tokens: jax.Array
+    logits: jax.Array
+    bucket: Bucket
+
+
+class Executor:
+    """Owns the weights, the state and the compiled programs of one mesh.
+
+    Args:
+      config, mesh, limits: what to build.
+      params: the weights on the mesh.
+      dtype: of activations and cache.
+      fill: what the cache starts out with; tests use NaN.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        mesh: Mesh,
+        limits: Limits,
+        params: Params,
+        dtype: jnp.dtype,
+        fill: float = 0.0,
+    ):
+        self.config, self.mesh, self.limits = config, mesh, limits
+        self.call_seconds = 0.0  # host time spent in the jit calls themselves
+        self._params = params
+        self._state: State = init_state(state_shapes(config, mesh, limits, dtype), limits, fill)
+        self._steps: dict[Bucket, Step] = {
+            bucket: prefill_step(config, mesh, limits, bucket.rows, bucket.chunk)
+            if bucket.chunk
+            else decode_step(config, mesh, limits, bucket.rows)
+            for bucket in limits.buckets()
+        }
+        self._sample: SampleStep = sample_step(mesh, limits)
+
+    @property
+    def state(self) -> State:
+        """What is on the device now."""
+        return self._state
+
+    def run(self, bucket: Bucket, packed: np.ndarray, controls: np.ndarray | None) -> TickResult:
+        """Dispatches one tick.
+
+        Args:
+          bucket: large enough for every packet in flight, this one included.
+          packed: the packet that enters, from `packet.encode`.
+          controls: sampling parameters of the packet that leaves, from `encode_controls` for the
+            segments of this bucket; None where it is all greedy.
+        """
+        start = time.perf_counter()
+        state, output = self._steps[bucket](self._params, self._state, packed)
+        tokens = output.tokens
+        if controls is not None:
+            kept, tokens = self._sample(state.tokens, output, controls)
+            state = state._replace(tokens=kept)
+        self._state = state
+        tokens.copy_to_host_async()
+        self.call_seconds += time.perf_counter() - start
+        return TickResult(tokens, output.logits, bucket)
+
+    def warm_up(self, progress: Callable[[int, int, str], None]) -> None:
+        """Compiles every program by running it on an empty packet, which changes nothing."""
+        buckets = self.limits.buckets()
+        tables = np.zeros((self.limits.num_slots, self.limits.pages_per_sequence), np.int32)
+        for done, bucket in enumerate(buckets):
+            progress(done, len(buckets), f"{bucket.rows} rows, chunk of {bucket.chunk}")
+            packed = encode(self.limits, bucket, tables, [], [], [])
+            controls = encode_controls(self.limits.num_segments(bucket), [])
+            jax.block_until_ready(self.run(bucket, packed, controls).tokens)
+        progress(len(buckets), len(buckets), "")
+
+
+class CompileCounter:
+    """Counts compilations of this process from now on."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration: float, **_: object) -> None:
+        self.count += event == COMPILE_EVENT

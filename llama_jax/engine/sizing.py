@@ -1,0 +1,98 @@
+"""How large everything is: from the options and the memory there is to `Limits`."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from llama_jax.config import LlamaConfig
+from llama_jax.engine.options import EngineOptions
+from llama_jax.kv_cache import page_bytes
+from llama_jax.packet import Limits
+from sharding.mesh import mesh_shape
+
+TILE = 64  # tokens of a prompt segment
+GPU_MEMORY_SHARE = 0.85  # of a device's memory, for weights, cache and temporaries together
+GPU_TEMPORARIES = 1 << 30  # bytes kept for what a step needs while it runs
+CPU_CACHE_BYTES = 1 << 30  # most that the cache takes of a CPU by default, all devices together
+
+
+class SizingError(ValueError):
+    """Options that ask for more than there is; the message says what and what to do."""
+
+
+def choose_limits(options: EngineOptions, config: LlamaConfig, mesh: Mesh, dtype: jnp.dtype) -> tuple[Limits, int]:
+    """The sizes of an engine whose weights lie on the mesh already, and its longest sequence.
+
+    Raises:
+      SizingError: an option is out of range, or the memory holds no sequence of the length asked.
+    """
+    _check(options, config)
+    page_size = options.page_size
+    longest = options.max_model_len or config.max_position_embeddings
+    num_stages, _ = mesh_shape(mesh)
+    max_rows = -(-options.max_num_seqs // num_stages)
+    most_useful = max_rows * num_stages * -(-longest // page_size)
+    each = page_bytes(config, mesh, page_size, dtype)
+    budget = options.kv_cache_memory or _free_memory(mesh)
+    num_pages = min(budget // each, most_useful)
+    if num_pages * page_size < (longest if options.max_model_len else 2):
+        raise SizingError(
+            f"The KV cache has {budget} bytes on each device, which hold {num_pages * page_size} "
+            f"tokens, and max_model_len is {longest}: raise kv_cache_memory to "
+            f"{-(-longest // page_size) * each} or lower max_model_len."
+        )
+    longest = min(longest, num_pages * page_size)
+    max_chunk = -(-options.max_chunk // TILE) * TILE
+    limits = Limits(
+        num_slots=max_rows * num_stages,
+        num_pages=num_pages,
+        page_size=page_size,
+        pages_per_sequence=-(-longest // page_size),
+        row_buckets=_steps(1, max_rows, 4),
+        chunk_buckets=(0, *_steps(TILE, max_chunk, 4)),
+        tile=TILE,
+    )
+    return limits, longest
+
+
+def _check(options: EngineOptions, config: LlamaConfig) -> None:
+    at_least_one = ("max_num_seqs", "max_queue", "page_size", "max_chunk", "kv_cache_memory")
+    for name in at_least_one:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise SizingError(f"{name} must be at least 1, got {value}.")
+    longest = options.max_model_len
+    if longest is not None and not 2 <= longest <= config.max_position_embeddings:
+        raise SizingError(
+            f"max_model_len must be between 2 and the model's own "
+            f"{config.max_position_embeddings}, got {longest}."
+        )
+
+
+def _steps(first: int, last: int, factor: int) -> tuple[int, ...]:
+    """`last`, and smaller sizes each `factor` below the next, down to no less than `first`."""
+    sizes = [last]
+    while sizes[-1] // factor >= first and len(sizes) < 4:
+        sizes.append(sizes[-1] // factor)
+    return tuple(reversed(sizes))
+
+
+def _free_memory(mesh: Mesh) -> int:
+    """Bytes that each device can give the cache."""
+    devices = mesh.devices.flatten()
+    if devices[0].platform == "cpu":
+        return CPU_CACHE_BYTES // len(devices)
+    free = []
+    for device in devices:
+        stats = device.memory_stats()
+        free.append(stats["bytes_limit"] * GPU_MEMORY_SHARE - stats["bytes_in_use"])
+    return max(0, int(min(free)) - GPU_TEMPORARIES)
+
+
+def bytes_by_device(arrays: object, mesh: Mesh) -> dict[jax.Device, int]:
+    """What each device of the mesh holds of a pytree of arrays, summed from their shards."""
+    held = dict.fromkeys(mesh.devices.flatten(), 0)
+    for array in jax.tree.leaves(arrays):
+        for shard in array.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    return held

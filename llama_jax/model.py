@@ -1,0 +1,189 @@
+"""Llama 3 as Flax NNX modules: plain maths, no mesh in sight.
+
+The same modules run in two places. In a notebook, `Llama.from_pretrained(path)(tokens)` gives
+logits for every position on one device. In the ring, each rank rebuilds `DecoderLayer` around its
+own share of the weights (`sharding/`): head counts are read off the weights' shapes, so a rank that
+holds a quarter of the heads computes a quarter of the attention, and `reduce` sums the ranks'
+partial results. Without a mesh `reduce` is the identity.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from llama_jax.attention import causal_attention
+from llama_jax.config import LlamaConfig
+from llama_jax.rope import inverse_frequencies, rotate
+from llama_jax.weights import EMBEDDING, INIT_STD, LAYER_WEIGHTS, LM_HEAD, Weight
+
+# (q [..., H, h], k [..., K, h], v [..., K, h]) -> [..., H, h]; the ring's stores k and v as well.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Reduce = Callable[[jax.Array], jax.Array]
+
+_BY_NAME = {weight.name: weight for weight in (*LAYER_WEIGHTS, EMBEDDING, LM_HEAD)}
+
+
+def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [..., in] times weight [out, in], transposed: [..., out], in the dtype of `x`."""
+    return jnp.einsum("...i,oi->...o", x, weight)
+
+
+def _param(config: LlamaConfig, name: str, rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.Param:
+    weight: Weight = _BY_NAME[name]
+    noise = INIT_STD * jax.random.normal(rngs.params(), weight.shape(config), jnp.float32)
+    return nnx.Param(noise.astype(dtype))
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm (https://arxiv.org/abs/1910.07467), computed in float32."""
+
+    def __init__(self, dim: int, eps: float, dtype: jnp.dtype = jnp.float32):
+        self.scale = nnx.Param(jnp.ones(dim, dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., D] -> [..., D], same dtype."""
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * self.scale[...]
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention; head counts come from the shapes of the weights."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+        self.wq = _param(config, "attention.wq", rngs, dtype)
+        self.wk = _param(config, "attention.wk", rngs, dtype)
+        self.wv = _param(config, "attention.wv", rngs, dtype)
+        self.wo = _param(config, "attention.wo", rngs, dtype)
+        self.config = config
+
+    def __call__(self, x: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
+        """x [..., D], positions [...] int32 -> this rank's partial sum [..., D]."""
+        with jax.named_scope("qkv"):
+            q, k, v = (
+                linear(x, w[...]).reshape(*x.shape[:-1], -1, self.config.head_dim)
+                for w in (self.wq, self.wk, self.wv)
+            )
+        frequencies = inverse_frequencies(self.config)
+        out = attend(rotate(q, positions, frequencies), rotate(k, positions, frequencies), v)
+        return linear(out.reshape(*x.shape[:-1], -1), self.wo[...])
+
+
+class MLP(nnx.Module):
+    """SwiGLU (https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+        self.w_gate = _param(config, "mlp.w_gate", rngs, dtype)
+        self.w_up = _param(config, "mlp.w_up", rngs, dtype)
+        self.w_down = _param(config, "mlp.w_down", rngs, dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., D] -> this rank's partial sum [..., D]."""
+        with jax.named_scope("mlp"):
+            hidden = jax.nn.silu(linear(x, self.w_gate[...])) * linear(x, self.w_up[...])
+            return linear(hidden, self.w_down[...])
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and MLP, each behind a norm and beside a residual connection."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+        self.attention_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype)
+        self.attention = Attention(config, rngs=rngs, dtype=dtype)
+        self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype)
+        self.mlp = MLP(config, rngs=rngs, dtype=dtype)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        attend: Attend,
+        reduce: Reduce = lambda partial: partial,
+    ) -> jax.Array:
+        """x [..., D], positions [...] int32 -> [..., D]; `reduce` sums partial results."""
+        x = x + reduce(self.attention(self.attention_norm(x), positions, attend))
+        return x + reduce(self.mlp(self.mlp_norm(x)))
+
+
+class Llama(nnx.Module):
+    """The whole model on one device.
+
+    Args:
+      config: the architecture.
+      rngs: for the random initial weights; `Llama.from_pretrained` replaces them.
+      dtype: of the weights and activations; norms, softmax and logits are float32.
+    """
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+        self.config = config
+        self.embedding = _param(config, "embedding", rngs, dtype)
+        self.layers = nnx.List(
+            [DecoderLayer(config, rngs=rngs, dtype=dtype) for _ in range(config.num_layers)]
+        )
+        self.final_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype)
+        if not config.tie_embeddings:
+            self.lm_head = _param(config, "lm_head", rngs, dtype)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """tokens [B, T] int32 in [0, V) -> logits [B, T, V] float32.
+
+        Raises:
+          ValueError: if a token is out of range (JAX itself would clamp it in silence). Inside a
+            `jax.jit` the tokens' values are not known and are not checked.
+        """
+        _check_tokens(tokens, self.config.vocab_size)
+        tokens = jnp.asarray(tokens)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        x = self.embedding[...][tokens]
+        for layer in self.layers:
+            x = layer(x, positions, causal_attention)
+        head = self.embedding if self.config.tie_embeddings else self.lm_head
+        return logits(self.final_norm(x), head[...])
+
+    @classmethod
+    def from_pretrained(cls, path: str, dtype: str = "auto") -> "Llama":
+        """Opens a checkpoint directory (Hugging Face or Orbax layout) on the default device.
+
+        Args:
+          path: the directory.
+          dtype: "auto" (float32 on CPU, the checkpoint's own elsewhere), "float32", "bfloat16".
+        """
+        from llama_jax.checkpoint.load import load_module
+
+        def make(config: LlamaConfig, kind: jnp.dtype) -> "Llama":
+            return cls(config, rngs=nnx.Rngs(0), dtype=kind)
+
+        return load_module(make, path, dtype)
+
+
+def logits(x: jax.Array, head: jax.Array) -> jax.Array:
+    """Normed activations [..., D] and head [V, D] -> logits [..., V], float32."""
+    with jax.named_scope("head"):
+        return jnp.einsum("...d,vd->...v", x, head, preferred_element_type=jnp.float32)
+
+
+def weight_of(module: nnx.Module, name: str) -> nnx.Param:
+    """The parameter of a module with this name from the table of weights: "attention.wq"."""
+    for attribute in name.split("."):
+        module = getattr(module, attribute)
+    assert isinstance(module, nnx.Param)
+    return module
+
+
+def _check_tokens(tokens: Any, vocab_size: int) -> None:
+    if isinstance(tokens, jax.core.Tracer):
+        return
+    values = np.asarray(tokens)
+    if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(
+            f"tokens must be integers of shape [B, T], got {values.dtype} of shape {values.shape}."
+        )
+    if values.size and not (0 <= values.min() and values.max() < vocab_size):
+        raise ValueError(
+            f"Token ids must be in [0, {vocab_size}), got {values.min()} to {values.max()}."
+        )

@@ -1,0 +1,1 @@
+"""Mesh, partition specs and the pipeline: generic, they know nothing about Llama."""
