@@ -1,0 +1,47 @@
+# Everything happens in virtual environments inside this folder; `make clean` removes them.
+PYTHON ?= python3.11
+MESH ?= 4x2
+MODEL ?= demo/checkpoint
+PORT ?= 8000
+
+.PHONY: serve test test-all audit bench demo clean
+
+serve: .venv/installed  ## serve the demo checkpoint on 8 virtual CPU devices
+	.venv/bin/python -m llama_jax.serve $(MODEL) --mesh $(MESH) --port $(PORT)
+
+test: .venv/installed-test  ## the quick tests
+	.venv/bin/python -m pytest
+
+test-all: .venv/installed-test  ## the slow rest
+	.venv/bin/python -m pytest -m slow
+
+audit: .venv-cuda/installed  ## compile Llama-3-70B for 8 x H100, without a GPU
+	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m bench.audit
+
+bench: .venv/installed-test  ## all measurements that a CPU can make; half an hour
+	.venv/bin/python -m bench.decode
+	.venv/bin/python -m bench.host_time
+	.venv/bin/python -m bench.start_up
+	.venv/bin/python -m bench.divergence
+	.venv/bin/python bench/loading.py
+
+demo: .venv/installed-test  ## train the demo checkpoint again
+	.venv/bin/python demo/train.py
+	.venv/bin/python demo/evaluate.py
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@
+
+.venv-cuda/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check -e ".[cuda12]"
+	touch $@
+
+clean:
+	rm -rf .venv .venv-cuda .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,183 @@
+"""Audit of the compiled Llama-3-70B program for 8 x H100, without a GPU: `make audit`.
+
+XLA's GPU compiler runs for a described target (`h100.textproto`), so what is audited is the program
+that the machine would run: bytes of arguments and temporaries for one device, collectives, and
+copies as large as one layer's K. Bytes per device are summed from the shards' shapes. Nothing is
+timed. Needs jax[cuda12]; with the CPU plugin alone there is no GPU compiler.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from bench.hlo import count_ops, large_copies
+from llama_jax.config import LlamaConfig
+from llama_jax.kv_cache import page_bytes
+from llama_jax.packet import Bucket, Limits, size
+from llama_jax.params import Params, placements
+from llama_jax.steps import decode_step, prefill_step, state_shapes
+from sharding.mesh import AXES
+from sharding.partition import split_layers
+
+HERE = Path(__file__).parent
+RESULT = HERE / "results" / "audit_70b_8xh100.json"
+NUM_STAGES, NUM_RANKS = 4, 2
+ROWS, CHUNKS, CONTEXT, PAGE_SIZE, TILE = 64, (0, 128, 512), 4096, 16, 64
+KV_BYTES = 20_000_000_000  # on each device
+MAX_TEMPORARIES = 1_000_000_000
+MAX_TOTAL = 68_000_000_000  # of a device's 80 GB: the deployment's claim
+DTYPE = jnp.bfloat16
+COLLECTIVES = ("all-reduce", "collective-permute", "all-gather")
+
+
+def target_mesh() -> Mesh:
+    """The 4 x 2 mesh over eight devices that are only described."""
+    topology = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name="h100",
+        topology=f"1x1x{NUM_STAGES * NUM_RANKS}",
+        target_config=(HERE / "h100.textproto").read_text(),
+    )
+    grid = np.array(topology.devices).reshape(NUM_STAGES, NUM_RANKS)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def deployment_limits(config: LlamaConfig, mesh: Mesh) -> Limits:
+    """The sizes of the reference deployment."""
+    return Limits(
+        num_slots=ROWS * NUM_STAGES,
+        num_pages=KV_BYTES // page_bytes(config, mesh, PAGE_SIZE, DTYPE),
+        page_size=PAGE_SIZE,
+        pages_per_sequence=CONTEXT // PAGE_SIZE,
+        row_buckets=(ROWS,),
+        chunk_buckets=CHUNKS,
+        tile=TILE,
+    )
+
+
+def param_shapes(config: LlamaConfig, mesh: Mesh) -> Params:
+    """Params of ShapeDtypeStruct with shardings."""
+    return jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p.shape, DTYPE, sharding=NamedSharding(mesh, p.spec)),
+        placements(config, NUM_STAGES, NUM_RANKS),
+    )
+
+
+def shard_bytes(array: jax.ShapeDtypeStruct) -> int:
+    """Bytes of one device's shard; every device has as many."""
+    assert array.sharding is not None
+    return int(np.prod(array.sharding.shard_shape(array.shape))) * array.dtype.itemsize
+
+
+def weight_bytes(config: LlamaConfig, params: Params) -> dict[str, int]:
+    """Bytes of weights on each device, and how many of them are padding."""
+    held = sum(map(shard_bytes, jax.tree.leaves(params)))
+    devices = NUM_STAGES * NUM_RANKS
+    outer = [params.embedding, *([] if params.lm_head is None else [params.lm_head])]
+    vocab_rows = sum(array.shape[0] - config.vocab_size for array in outer)
+    layers = sum(stage.count(None) for stage in split_layers(config.num_layers, NUM_STAGES))
+    one_layer = sum(map(shard_bytes, params.layers[0].values()))
+    return {
+        "weights": held,
+        "of which vocabulary padding": (
+            vocab_rows * config.embed_dim * DTYPE.dtype.itemsize // devices
+        ),
+        "of which padding layers": layers * one_layer // NUM_STAGES,
+    }
+
+
+def audit_program(
+    config: LlamaConfig, mesh: Mesh, limits: Limits, bucket: Bucket, params: Params
+) -> dict[str, Any]:
+    """Compiles one program and reads it."""
+    make = prefill_step if bucket.chunk else decode_step
+    sizes = bucket if bucket.chunk else (bucket.rows,)
+    arguments = (config, mesh, limits, *sizes)
+    packed = jax.ShapeDtypeStruct(
+        (size(limits, bucket),),
+        jnp.int32,
+        sharding=NamedSharding(mesh, jax.sharding.PartitionSpec()),
+    )
+    state = state_shapes(config, mesh, limits, DTYPE)
+    start = time.perf_counter()
+    compiled = make(*arguments).lower(params, state, packed).compile()
+    seconds = time.perf_counter() - start
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    positions = len(params.layers)
+    expected = Counter({"all-reduce": 2 * positions + 2, "collective-permute": 1, "all-gather": 1})
+    found = count_ops(text)
+    copies = large_copies(text, shard_bytes(state.cache.keys[0]))
+    return {
+        "rows": bucket.rows,
+        "chunk": bucket.chunk,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "aliased_bytes": memory.alias_size_in_bytes,
+        "collectives": {name: found[name] for name in COLLECTIVES},
+        "collectives_expected": dict(expected),
+        "copies_as_large_as_one_layers_k": copies,
+        "compile_seconds": round(seconds, 1),
+        "holds": memory.temp_size_in_bytes <= MAX_TEMPORARIES
+        and not copies
+        and all(found[name] == expected[name] for name in COLLECTIVES),
+    }
+
+
+def main() -> int:
+    """Prints the audit and writes it; the exit status is 1 where a line does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--hlo", type=Path, help="a directory for the compiled programs' text")
+    args = parser.parse_args()
+    config, mesh = LlamaConfig.llama3_70b(), target_mesh()
+    limits, params = deployment_limits(config, mesh), param_shapes(config, mesh)
+    state = state_shapes(config, mesh, limits, DTYPE)
+    cache = sum(map(shard_bytes, jax.tree.leaves(state.cache)))
+    held = weight_bytes(config, params)
+    programs = []
+    for bucket in limits.buckets():
+        row = audit_program(config, mesh, limits, bucket, params)
+        programs.append(row)
+        print(
+            f"rows {row['rows']:>3}, chunk {row['chunk']:>4}: "
+            f"temporaries {row['temporary_bytes'] / 1e9:.3f} GB, {row['collectives']}, "
+            f"{len(row['copies_as_large_as_one_layers_k'])} large copies, "
+            f"compiled in {row['compile_seconds']} s",
+            flush=True,
+        )
+    most = max(row["temporary_bytes"] for row in programs)
+    arguments = max(row["argument_bytes"] for row in programs)
+    total = arguments + most
+    result = {
+        "what": "Llama-3-70B bfloat16 on 4 x 2 of 8 x H100 80 GB, compiled without a GPU",
+        "versions": {p: version(p) for p in ("jax", "jaxlib", "jax-cuda12-plugin")},
+        "sizes": {"rows": ROWS, "context": CONTEXT, "page_size": PAGE_SIZE,
+                  "pages": limits.num_pages, "tokens": limits.num_pages * PAGE_SIZE},
+        "bytes_per_device": {**held, "kv_cache": cache, "arguments": arguments,
+                             "temporaries": most, "total": total},
+        "total_within_68_gb": total <= MAX_TOTAL,
+        "programs": programs,
+        "holds": total <= MAX_TOTAL and all(row["holds"] for row in programs),
+    }  # fmt: skip
+    print(f"{'bytes on each of the 8 devices':<32}")
+    for name, count in result["bytes_per_device"].items():
+        print(f"  {name:<28} {count / 1e9:>8.3f} GB")
+    args.output.parent.mkdir(exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    print("every line holds" if result["holds"] else "NOT every line holds")
+    return 0 if result["holds"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

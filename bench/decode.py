@@ -1,0 +1,171 @@
+"""Decode speed against transformers on PyTorch: `python -m bench.decode`.
+
+The same random weights (124 M parameters, float32), the same prompts, the same threads, greedy.
+Each engine runs in a process of its own; they take turns, so that whatever else the machine does
+meets both. A figure is the median over rounds of the time that one more token takes for the whole
+batch: prefill is not in it. The 4x2 mesh of virtual devices shares the same cores and stands beside
+the others to show what the ring costs there; it is no comparison.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+RESULT = Path(__file__).parent / "results" / "decode.json"
+BATCHES = (1, 8, 32)
+ENGINES = ("transformers", "1x1", "4x2")
+PROMPT_TOKENS = 128
+NEW_TOKENS = 64
+VOCAB_SIZE = 32000
+TARGETS = {1: 1.0, 8: 1.0, 32: 0.5}  # tokens/s of 1x1 over those of transformers, at least
+
+
+def write_model(path: Path) -> int:
+    """Saves the model; returns its number of parameters."""
+    import torch
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(path)
+    return model.num_parameters()
+
+
+def prompts(batch: int) -> list[list[int]]:
+    """Different for each row, all of one length, so that neither engine pads."""
+    return [[2 + (7919 * row + 31 * i) % (VOCAB_SIZE - 2) for i in range(PROMPT_TOKENS)]
+            for row in range(batch)]
+
+
+def time_transformers(path: str, batch: int) -> float:
+    """Seconds a decode step."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    model = transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokens = torch.tensor(prompts(batch))
+
+    def generate(new_tokens: int) -> float:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            model.generate(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                do_sample=False,
+                min_new_tokens=new_tokens,
+                max_new_tokens=new_tokens,
+                pad_token_id=0,
+            )
+        return time.perf_counter() - start
+
+    generate(4)
+    prefill = generate(1)
+    return (generate(1 + NEW_TOKENS) - prefill) / NEW_TOKENS
+
+
+def time_ring(path: str, batch: int, mesh: str) -> float:
+    """Seconds for one more token of every request: a decode step, or one turn of the ring."""
+    from llama_jax.engine.core import Engine
+    from llama_jax.engine.options import EngineOptions
+    from llama_jax.sampling_params import SamplingParams
+
+    options = EngineOptions(
+        path=path, mesh=mesh, max_num_seqs=batch, max_chunk=128, max_model_len=512
+    )
+    engine = Engine(options, lambda progress: None)
+    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS + 8, ignore_eos=True)
+    for request_id, prompt in enumerate(prompts(batch)):
+        engine.add(request_id, prompt, params)
+    produced = [0] * batch
+    start, counted_from = 0.0, []
+    while engine.has_work:
+        for output in engine.step():
+            produced[output.request_id] += 1
+        if not counted_from and min(produced) >= 2:  # all decode, no chunk is left in the ring
+            counted_from, start = list(produced), time.perf_counter()
+        if counted_from and max(produced) >= NEW_TOKENS + 8:
+            break
+    tokens = sum(produced) - sum(counted_from)
+    return (time.perf_counter() - start) * batch / tokens
+
+
+def measure(path: str, engine: str, batch: int) -> float:
+    """One run in a process of its own; seconds a step."""
+    command = [sys.executable, "-m", "bench.decode", "--one", engine, str(batch), path]
+    run = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(run.stdout.split()[-1])
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """The results for a terminal."""
+    headings = f"{'transformers':>14} {'1x1':>14} {'4x2':>14} {'1x1 / transformers':>20}"
+    lines = [f"{'batch':>5} {headings}"]
+    for row in rows:
+        ms = [f"{1000 * float(row[engine]):.1f} ms" for engine in ENGINES]  # type: ignore[arg-type]
+        ratio = f"{row['ratio']:.2f} (>= {row['target']})"
+        lines.append(f"{row['batch']:>5} {ms[0]:>14} {ms[1]:>14} {ms[2]:>14} {ratio:>20}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs all, prints the table and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--one", nargs=3, metavar=("ENGINE", "BATCH", "PATH"), help="internal")
+    args = parser.parse_args()
+    if args.one:
+        engine, batch, path = args.one[0], int(args.one[1]), args.one[2]
+        timed = time_transformers(path, batch) if engine == "transformers" else time_ring(
+            path, batch, engine)
+        print(timed)
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        parameters = write_model(Path(directory))
+        for batch in args.batches:
+            times: dict[str, list[float]] = {engine: [] for engine in ENGINES}
+            for _ in range(args.rounds):
+                for engine in ENGINES:
+                    times[engine].append(measure(directory, engine, batch))
+            row: dict[str, object] = {e: statistics.median(t) for e, t in times.items()}
+            ratio = float(row["transformers"]) / float(row["1x1"])  # type: ignore[arg-type]
+            row |= {"batch": batch, "ratio": ratio, "target": TARGETS.get(batch, 1.0)}
+            rows.append(row)
+            print(table(rows[-1:]), flush=True)
+    result = {
+        "what": f"seconds a decode step, {parameters:,} parameters, float32, prompts of "
+        f"{PROMPT_TOKENS}, {NEW_TOKENS} new tokens, median of {args.rounds}",
+        "machine": {"system": platform.platform(), "cpus": len(os.sched_getaffinity(0))},
+        "versions": {p: version(p) for p in ("jax", "flax", "torch", "transformers")},
+        "rows": rows,
+    }
+    args.output.parent.mkdir(exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    print("\n" + table(rows))
+
+
+if __name__ == "__main__":
+    main()
