@@ -1,0 +1,104 @@
+"""What every request passes before a route sees it: the key, the size and the kind of its body.
+
+Pure ASGI, so that a client's going away still reaches the routes.
+"""
+
+import asyncio
+import hmac
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llama_jax.serve.errors import ApiError, unavailable
+
+MAX_BODY_BYTES = 2_000_000
+BODY_SECONDS = 60.0
+OPEN_PATHS = frozenset({"/health"})
+
+
+class Door:
+    """Refuses a wrong key (401), and a body too slow (408), too large (413) or not JSON (415).
+
+    Closed at first: until `open`, everybody is told that the server is starting (503). The key
+    guards every path but `OPEN_PATHS`. The path compared is the one that is routed by
+    (`scope["path"]`), never one put together from the Host header.
+    """
+
+    def __init__(self, api_key: str | None = None) -> None:
+        self._app: ASGIApp | None = None
+        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+
+    def open(self, app: ASGIApp) -> None:
+        """Lets requests through to `app`."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request of ASGI, over HTTP."""
+        app = self._app
+        try:
+            headers = Headers(scope=scope)
+            self._check_key(scope["path"], headers)
+            if app is None:
+                raise unavailable("The server is starting.", "starting")
+            try:
+                body = await asyncio.wait_for(_read_body(headers, receive), BODY_SECONDS)
+            except TimeoutError:
+                raise ApiError(
+                    408, f"The body was not complete after {BODY_SECONDS:g} seconds."
+                ) from None
+            if body and not _is_json(headers.get("content-type", "")):
+                raise ApiError(
+                    415, "The body must be JSON, sent as Content-Type: application/json."
+                )
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        if body is not None:
+            await app(scope, _replay(body, receive), send)
+
+    def _check_key(self, path: str, headers: Headers) -> None:
+        if self._expected is None or path in OPEN_PATHS:
+            return
+        given = headers.get("authorization", "").encode("latin-1")
+        if not hmac.compare_digest(given, self._expected):
+            raise ApiError(
+                401,
+                "The API key is missing or wrong: send it as 'Authorization: Bearer <key>'.",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+
+async def _read_body(headers: Headers, receive: Receive) -> bytes | None:
+    """The body in one piece; None if the client went away before its end."""
+    too_large = ApiError(
+        413, f"The body is larger than {MAX_BODY_BYTES:,} bytes, the most that is taken."
+    )
+    declared = headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared) > MAX_BODY_BYTES:
+        raise too_large
+    body = bytearray()
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(body) > MAX_BODY_BYTES:
+            raise too_large
+    return bytes(body)
+
+
+def _is_json(content_type: str) -> bool:
+    return content_type.split(";")[0].strip().lower() == "application/json"
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body first, and then whatever comes: a disconnect."""
+    unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replayed() -> Message:
+        return unread.pop() if unread else await receive()
+
+    return replayed

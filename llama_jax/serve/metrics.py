@@ -1,0 +1,219 @@
+"""What /metrics exports, under vLLM's names, so that boards and load generators know them.
+
+Counters of the engine are read from its latest report when somebody asks; latencies are measured
+here, from a request's arrival to what leaves for the client.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from llama_jax.engine.errors import QueueFull, RequestError
+from llama_jax.engine.messages import Stats
+
+PREFIXES = ("llama_jax", "vllm")
+FINISHED = ("stop", "length", "abort", "error")
+REJECTED = ("queue_full",)
+
+TTFT_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10),
+    *(20, 40, 80, 160, 640, 2560),
+)
+TOKEN_BUCKETS = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10),
+    *(20, 40, 80),
+)
+LATENCY_BUCKETS = (
+    *(0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960),
+    *(1920, 7680),
+)
+COUNT_BUCKETS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
+
+# Name, meaning, and the value in a report of the engine.
+_Report = tuple[str, str, Callable[[Stats], float]]
+_GAUGES: tuple[_Report, ...] = (
+    (
+        "num_requests_running",
+        "Requests that have a place in the pipeline.",
+        lambda s: s.num_running,
+    ),
+    ("num_requests_waiting", "Requests in the queue.", lambda s: s.num_waiting),
+    ("kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", lambda s: _pages_used(s)),
+    ("kv_pages", "Pages of the KV pool.", lambda s: s.pages_total),
+    ("kv_pages_free", "Pages of the KV pool that nobody holds.", lambda s: s.pages_free),
+)
+_COUNTERS: tuple[_Report, ...] = (
+    ("prompt_tokens", "Prompt tokens computed.", lambda s: s.prompt_tokens),
+    ("generation_tokens", "Tokens generated.", lambda s: s.generation_tokens),
+    ("num_preemptions", "Requests put back for want of pages.", lambda s: s.preemptions),
+    ("ticks", "Ticks of the pipeline.", lambda s: s.ticks),
+    ("stage_ticks", "Ticks times stages.", lambda s: s.stage_ticks),
+    ("stage_ticks_busy", "Stage ticks that carried work.", lambda s: s.stage_ticks_busy),
+    ("token_slots", "Places for tokens computed.", lambda s: s.token_slots),
+    ("token_slots_used", "Places that held a token.", lambda s: s.token_slots_used),
+    ("compilations", "Programs compiled; none after the start.", lambda s: s.compilations),
+    ("tick_seconds", "Time spent in ticks.", lambda s: s.tick_seconds),
+    ("host_seconds", "Time of ticks spent outside the compiled call.", lambda s: s.host_seconds),
+)
+
+
+class Metrics:
+    """The metrics of one server, in a registry of their own."""
+
+    def __init__(
+        self, model: str, stats: Callable[[], Stats], alive: Callable[[], bool], prefix: str
+    ) -> None:
+        """An account of nothing yet.
+
+        Args:
+          model: the value of the label `model_name`.
+          stats, alive: of the engine, asked at each scrape.
+          prefix: one of `PREFIXES`; names are `prefix:name`.
+        """
+        self._labels = {"model_name": model, "engine": "0"}
+        self._prefix = prefix
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineCollector(prefix, self._labels, stats, alive))
+        ProcessCollector(registry=self._registry)
+
+        self.first_token = self._histogram(
+            "time_to_first_token_seconds", "From arrival to the first token.", TTFT_BUCKETS
+        )
+        self.gap = self._histogram(
+            "inter_token_latency_seconds", "From one token to the next.", TOKEN_BUCKETS
+        )
+        self.per_token = self._histogram(
+            "request_time_per_output_token_seconds", "Mean gap of a request.", TOKEN_BUCKETS
+        )
+        self.latency = self._histogram(
+            "e2e_request_latency_seconds", "From arrival to the last token.", LATENCY_BUCKETS
+        )
+        self.prompt = self._histogram("request_prompt_tokens", "Of one prompt.", COUNT_BUCKETS)
+        self.generation = self._histogram(
+            "request_generation_tokens", "Of one answer.", COUNT_BUCKETS
+        )
+        self._finished = self._counter(
+            "request_success", "Answers that ended, by reason.", "finished_reason", FINISHED
+        )
+        self._rejected = self._counter(
+            "admission_rejections", "Requests refused for want of room.", "reason", REJECTED
+        )
+
+    def request(self, arrived: float, prompt_tokens: int) -> "RequestTimer":
+        """For one answer; `arrived` is of `time.perf_counter`."""
+        return RequestTimer(self, arrived, prompt_tokens)
+
+    def finished(self, reason: str) -> None:
+        """Counts an answer that ended for one of the reasons `FINISHED`."""
+        self._finished.labels(**self._labels, finished_reason=reason).inc()
+
+    def rejected(self, reason: str) -> None:
+        """Counts an answer that was refused for one of the reasons `REJECTED`."""
+        self._rejected.labels(**self._labels, reason=reason).inc()
+
+    def text(self) -> bytes:
+        """Everything, in the text format of Prometheus."""
+        return generate_latest(self._registry)
+
+    def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
+        full = f"{self._prefix}:{name}"
+        family = Histogram(full, about, self._labels, buckets=buckets, registry=self._registry)
+        return family.labels(**self._labels)
+
+    def _counter(self, name: str, about: str, label: str, values: tuple[str, ...]) -> Counter:
+        full = f"{self._prefix}:{name}"
+        family = Counter(full, about, [*self._labels, label], registry=self._registry)
+        for value in values:  # so that a board sees zero, not nothing
+            family.labels(**self._labels, **{label: value})
+        return family
+
+
+class RequestTimer:
+    """Measures one answer, from its arrival to the end of the `with` block that it is used in.
+
+    Attributes:
+      tokens: of the answer, so far.
+    """
+
+    def __init__(self, metrics: Metrics, arrived: float, prompt_tokens: int) -> None:
+        self._metrics = metrics
+        self._arrived = self._first = self._last = arrived
+        self._prompt_tokens = prompt_tokens
+        self.tokens = 0
+        self._reason: str | None = None
+
+    def token(self) -> None:
+        """A token has come."""
+        now = time.perf_counter()
+        if self.tokens == 0:
+            self._first = now
+            self._metrics.first_token.observe(now - self._arrived)
+        else:
+            self._metrics.gap.observe(now - self._last)
+        self._last = now
+        self.tokens += 1
+
+    def finish(self, reason: str) -> None:
+        """The answer is complete, for one of the reasons `FINISHED`."""
+        self._reason = reason
+
+    def __enter__(self) -> "RequestTimer":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        metrics = self._metrics
+        if isinstance(error, QueueFull):
+            metrics.rejected("queue_full")
+        if isinstance(error, RequestError):  # never taken, so there is nothing to measure
+            return
+        if self._reason is None:  # left early: by a fault, or because the caller has gone
+            self._reason = "error" if isinstance(error, Exception) else "abort"
+        metrics.finished(self._reason)
+        metrics.prompt.observe(self._prompt_tokens)
+        metrics.generation.observe(self.tokens)
+        if self._reason in ("stop", "length"):
+            metrics.latency.observe(self._last - self._arrived)
+            if self.tokens > 1:
+                metrics.per_token.observe((self._last - self._first) / (self.tokens - 1))
+
+
+class _EngineCollector(Collector):
+    """The engine's own account of itself."""
+
+    def __init__(
+        self,
+        prefix: str,
+        labels: dict[str, str],
+        stats: Callable[[], Stats],
+        alive: Callable[[], bool],
+    ) -> None:
+        self._prefix = prefix
+        self._labels = labels
+        self._stats = stats
+        self._alive = alive
+
+    def collect(self) -> Iterator[Metric]:
+        """Asked by the registry at each scrape."""
+        stats = self._stats()
+        up = ("engine_up", "1 while the engine runs.", lambda _: float(self._alive()))
+        for reports, family in (
+            ((*_GAUGES, up), GaugeMetricFamily),
+            (_COUNTERS, CounterMetricFamily),
+        ):
+            for name, about, value in reports:
+                metric = family(f"{self._prefix}:{name}", about, labels=list(self._labels))
+                metric.add_metric(list(self._labels.values()), value(stats))
+                yield metric
+
+
+def _pages_used(stats: Stats) -> float:
+    return 1 - stats.pages_free / stats.pages_total if stats.pages_total else 0.0
