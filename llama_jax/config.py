@@ -3,7 +3,7 @@
 Imports no JAX.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -58,7 +58,6 @@ class LlamaConfig:
       tie_embeddings: the embedding table serves as the LM head.
       max_position_embeddings: longest context that the model was made for, in tokens.
       dtype: of the stored weights, one of `DTYPES`.
-      bos_token_id: the id that starts a text, if the checkpoint names one.
       eos_token_ids: every id that ends an answer.
     """
 
@@ -75,10 +74,13 @@ class LlamaConfig:
     tie_embeddings: bool = False
     max_position_embeddings: int
     dtype: str = "float32"
-    bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, float) and not value > 0:
+                raise ConfigError(f"{field.name} must be positive, got {value}.")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key/value "
@@ -92,11 +94,12 @@ class LlamaConfig:
             raise ConfigError(
                 f"Weights of dtype {self.dtype!r} are not supported, only {', '.join(DTYPES)}."
             )
-        for token in (self.bos_token_id or 0, *self.eos_token_ids):
-            if not 0 <= token < self.vocab_size:
-                raise ConfigError(
-                    f"BOS or EOS id {token} is outside the vocabulary of {self.vocab_size}."
-                )
+        outside = [token for token in self.eos_token_ids if not 0 <= token < self.vocab_size]
+        if outside:
+            raise ConfigError(
+                f"The EOS ids of config.json and generation_config.json include {outside[0]}, "
+                f"which is outside the vocabulary of {self.vocab_size}."
+            )
 
     @classmethod
     def from_dict(
@@ -112,9 +115,9 @@ class LlamaConfig:
         Raises:
           ConfigError: for anything but a Llama that this package computes exactly.
         """
-        fields = parse_config(config, generation_config or {})
-        scaling = fields.pop("rope_scaling")
-        return cls(rope_scaling=scaling and RopeScaling(**scaling), **fields)
+        values = parse_config(config, generation_config or {})
+        scaling = values.pop("rope_scaling")
+        return cls(rope_scaling=scaling and RopeScaling(**scaling), **values)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Self:
@@ -155,7 +158,6 @@ class LlamaConfig:
             "attention_bias": False,
             "mlp_bias": False,
             "torch_dtype": self.dtype,
-            "bos_token_id": self.bos_token_id,
             "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         }
 
@@ -238,6 +240,5 @@ _LLAMA_3: dict[str, Any] = {
     "norm_eps": 1e-5,
     "max_position_embeddings": 8192,
     "dtype": "bfloat16",
-    "bos_token_id": 128000,
     "eos_token_ids": (128001, 128009),
 }

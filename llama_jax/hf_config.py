@@ -16,21 +16,21 @@ from llama_jax.sampling_params import SamplingParams
 
 _READ = frozenset(
     """
-    architectures bos_token_id dtype eos_token_id head_dim hidden_size intermediate_size
+    architectures dtype eos_token_id head_dim hidden_size intermediate_size
     max_position_embeddings model_type num_attention_heads num_hidden_layers num_key_value_heads
     rms_norm_eps rope_parameters rope_scaling rope_theta tie_word_embeddings torch_dtype vocab_size
     """.split()
 )
-# Training, output formats and bookkeeping. `pretraining_tp` > 1 only cuts the same matrix products
-# into pieces; transformers ignores it, too.
+# Training, output formats and bookkeeping; BOS is the tokenizer's business. `pretraining_tp` > 1
+# only cuts the same matrix products into pieces; transformers ignores it, too.
 _HARMLESS = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path attention_dropout
-    chunk_size_feed_forward finetuning_task gradient_checkpointing id2label initializer_range
-    label2id license max_length name_or_path output_attentions output_hidden_states pad_token_id
-    prefix pretraining_tp problem_type return_dict task_specific_params tie_last_hidden_states
-    tokenizer_class torchscript transformers_version unsloth_fixed unsloth_version use_bfloat16
-    use_cache
+    bos_token_id chunk_size_feed_forward finetuning_task gradient_checkpointing id2label
+    initializer_range label2id license max_length name_or_path output_attentions
+    output_hidden_states pad_token_id prefix pretraining_tp problem_type return_dict
+    task_specific_params tie_last_hidden_states tokenizer_class torchscript transformers_version
+    unsloth_fixed unsloth_version use_bfloat16 use_cache
     """.split()
 )
 _ONLY_VALUE: dict[str, Any] = {
@@ -111,7 +111,6 @@ def parse_config(config: dict[str, Any], generation_config: dict[str, Any]) -> d
             "head_dim says otherwise."
         )
     rope_theta, rope_scaling = _rope(config)
-    bos = _token_ids(config, "bos_token_id")
     eos = _token_ids(generation_config, "eos_token_id") or _token_ids(config, "eos_token_id")
     tie_embeddings = config.get("tie_word_embeddings", False)
     if not isinstance(tie_embeddings, bool):
@@ -130,7 +129,6 @@ def parse_config(config: dict[str, Any], generation_config: dict[str, Any]) -> d
         "tie_embeddings": tie_embeddings,
         "max_position_embeddings": _positive(config, "max_position_embeddings", int),
         "dtype": config.get("dtype", config.get("torch_dtype", "float32")),
-        "bos_token_id": bos[0] if bos else None,
         "eos_token_ids": eos,
     }
 
@@ -151,7 +149,7 @@ def generation_defaults(path: str | Path) -> SamplingParams:
     config = _read_generation_config(path)
     where = Path(path) / "generation_config.json"
     for key, inert in _INERT_GENERATION.items():
-        if config.get(key) not in (None, inert):
+        if config.get(key) not in (None, [], inert):
             raise ConfigError(
                 f"{where} asks for {key} = {config[key]!r}, which the sampler does not have: "
                 "delete the line to serve without it."
@@ -179,7 +177,7 @@ def _read_generation_config(path: str | Path) -> dict[str, Any]:
 def _read_object(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read as JSON: {error}.") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file} must hold a JSON object, not a {type(content).__name__}.")

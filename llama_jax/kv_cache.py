@@ -1,6 +1,6 @@
 """The paged KV cache on the mesh: how large it is, how it lies, how tokens are written to it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,15 @@ SPEC = P(STAGE, MODEL)  # of [num_stages, K, num_pages, page_size, h]
 
 
 class KVCache(NamedTuple):
-    """One array of keys and one of values for each layer position of a stage.
+    """One array of keys and one of values for each layer position of a stage, or what stands for it
+    (a spec, a shape).
 
     Each is `[num_stages, K, num_pages, page_size, h]`, split over `stage` and, by heads, over
     `model`. A page has the same number in every one of them, and belongs to one sequence.
     """
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    keys: tuple[Any, ...]
+    values: tuple[Any, ...]
 
 
 def page_bytes(config: LlamaConfig, mesh: Mesh, page_size: int, dtype: jnp.dtype) -> int:
@@ -48,8 +49,10 @@ def init_cache(shapes: KVCache, fill: float = 0.0) -> KVCache:
     """Allocates the cache on its devices. Tests fill it with NaN: no result may depend on it."""
 
     def allocate(array: jax.ShapeDtypeStruct) -> jax.Array:
-        full = jax.jit(lambda: jnp.full(array.shape, fill, array.dtype), out_shardings=array.sharding)
-        return full()
+        def full() -> jax.Array:
+            return jnp.full(array.shape, fill, array.dtype)
+
+        return jax.jit(full, out_shardings=array.sharding)()
 
     return jax.tree.map(allocate, shapes)
 
@@ -62,4 +65,8 @@ def write(
 ) -> jax.Array:
     """Puts each token's key or value at its place; in place where `pages` is donated."""
     with jax.named_scope("cache_update"):
+        if len(page) == 1:
+            # Twice the same: XLA makes a select of a scatter of one, and XLA:CPU then copies all
+            # pages, several times.
+            new, page, offset = (jnp.concatenate([x, x]) for x in (new, page, offset))
         return pages.at[:, page, offset].set(new.swapaxes(0, 1).astype(pages.dtype), mode="drop")

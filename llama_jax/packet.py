@@ -11,74 +11,14 @@ flattened and laid end to end.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.limits import Bucket, Limits
+
 SLOT, POSITION, LENGTH, PAGES = 0, 1, 2, 3  # columns of a segment
-
-
-class Bucket(NamedTuple):
-    """The size of a compiled program: decode rows, and tokens of the prompt chunk (0: none)."""
-
-    rows: int
-    chunk: int
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The sizes that are fixed while an engine lives.
-
-    Attributes:
-      num_slots: sequences that may be live at once; slots are numbered `[0, num_slots)` and one
-        more stands for nowhere.
-      num_pages: pages of the pool; `num_pages` itself stands for nowhere.
-      page_size: tokens in a page.
-      pages_per_sequence: pages that the longest allowed sequence fills.
-      row_buckets, chunk_buckets: ascending; a tick runs the smallest that fits. Chunks start at 0.
-      tile: most tokens of a prompt segment; divides every chunk bucket.
-    """
-
-    num_slots: int
-    num_pages: int
-    page_size: int
-    pages_per_sequence: int
-    row_buckets: tuple[int, ...]
-    chunk_buckets: tuple[int, ...]
-    tile: int
-
-    @property
-    def max_rows(self) -> int:
-        return self.row_buckets[-1]
-
-    @property
-    def max_chunk(self) -> int:
-        return self.chunk_buckets[-1]
-
-    @property
-    def segment_width(self) -> int:
-        return PAGES + self.pages_per_sequence
-
-    @property
-    def max_segments(self) -> int:
-        return self.max_rows + self.max_chunk // self.tile
-
-    def num_segments(self, bucket: Bucket) -> int:
-        return bucket.rows + bucket.chunk // self.tile
-
-    def buckets(self) -> list[Bucket]:
-        """Every program there is."""
-        return [Bucket(rows, chunk) for chunk in self.chunk_buckets for rows in self.row_buckets]
-
-    def bucket(self, rows: int, chunk: int) -> Bucket:
-        """The smallest program for this many rows and chunk tokens."""
-        return Bucket(
-            next(size for size in self.row_buckets if size >= rows),
-            next(size for size in self.chunk_buckets if size >= chunk),
-        )
 
 
 def encode(
@@ -128,7 +68,7 @@ def decode(limits: Limits, bucket: Bucket, packed: jax.Array) -> tuple[jax.Array
     their place must not be run again by a later stage's larger program.
     """
     segments, tokens = _views(limits, bucket, packed)
-    nothing = np.zeros((limits.max_segments, limits.segment_width), np.int32)
+    nothing = np.zeros((limits.max_segments, segment_width(limits)), np.int32)
     nothing[:, SLOT] = limits.num_slots
     nothing[:, PAGES:] = limits.num_pages
     rows, tiles = segments[: bucket.rows], segments[bucket.rows :]
@@ -144,10 +84,16 @@ def segments_of(limits: Limits, bucket: Bucket, full: jax.Array) -> jax.Array:
 
 def size(limits: Limits, bucket: Bucket) -> int:
     """int32 words of a packet."""
-    return limits.num_segments(bucket) * limits.segment_width + bucket.chunk
+    return limits.num_segments(bucket) * segment_width(limits) + bucket.chunk
+
+
+def segment_width(limits: Limits) -> int:
+    """int32 words of a segment."""
+    return PAGES + limits.pages_per_sequence
 
 
 def _views(limits: Limits, bucket: Bucket, packed):  # type: ignore[no-untyped-def]
     """Both parts of a packet: views of a NumPy array, slices of a JAX array."""
-    end = limits.num_segments(bucket) * limits.segment_width
-    return packed[:end].reshape(-1, limits.segment_width), packed[end:]
+    width = segment_width(limits)
+    end = limits.num_segments(bucket) * width
+    return packed[:end].reshape(-1, width), packed[end:]

@@ -49,7 +49,7 @@ class Controls(NamedTuple):
     """Sampling parameters of n rows, as in `SamplingParams`; each `[n]`, key `[n, 2]`."""
 
     key: jax.Array
-    index: jax.Array
+    token_index: jax.Array
     temperature: jax.Array
     top_k: jax.Array
     top_p: jax.Array
@@ -93,20 +93,25 @@ def sample(logits: jax.Array, likeliest: jax.Array, packed_controls: jax.Array) 
     """
     controls = _decode_controls(packed_controls)
     with jax.named_scope("sample"):
-        drawn = controls.temperature > 0
-        scaled = logits / jnp.where(drawn, controls.temperature, 1)[:, None]
-        mass = jnp.exp(scaled - pmax(scaled.max(axis=-1), AXES)[:, None])
-        order = _ordered(scaled)
+        best = pmax(logits.max(axis=-1), AXES)
+        # Where a logit has overflowed there is no distribution, but there is a likeliest token.
+        drawn = (controls.temperature > 0) & (likeliest != NO_TOKEN) & jnp.isfinite(best)
+        # Divided after the best is taken off: however small the temperature, nothing overflows.
+        temperature = jnp.where(drawn, controls.temperature, 1)
+        mass = jnp.exp((logits - best[:, None]) / temperature[:, None])
+        order = _ordered(logits)
 
-        everything = jnp.ones_like(mass)
-        wanted = jnp.where(controls.top_k > 0, controls.top_k, 0).astype(jnp.float32)
-        mass = jnp.where(order >= _threshold(order, everything, wanted)[:, None], mass, 0)
-        total = psum(mass.sum(axis=-1), AXES)
-        wanted = jnp.where(controls.top_p < 1, controls.top_p * total, 0)
-        mass = jnp.where(order >= _threshold(order, mass, wanted)[:, None], mass, 0)
+        # Each of these needs the sum before it, as `sharding.collectives` asks for: `drawn` is in
+        # the weights of the first, and the total in those of the second.
+        each = jnp.broadcast_to(drawn[:, None], mass.shape).astype(jnp.float32)
+        kept = order >= _threshold(order, each, controls.top_k.astype(jnp.float32))[:, None]
+        mass = jnp.where(kept, mass, 0)
+        share = mass / psum(mass.sum(axis=-1), AXES)[:, None]
+        wanted = jnp.where(controls.top_p < 1, controls.top_p, 0)
+        mass = jnp.where(order >= _threshold(order, share, wanted)[:, None], mass, 0)
         mass = jnp.where(mass >= controls.min_p[:, None], mass, 0)  # the likeliest has mass 1
         token = _walk(mass, _uniform(controls))
-        return jnp.where(drawn & (likeliest != NO_TOKEN), token, likeliest)
+        return jnp.where(drawn, token, likeliest)
 
 
 def _uniform(controls: Controls) -> jax.Array:
@@ -116,7 +121,7 @@ def _uniform(controls: Controls) -> jax.Array:
         stream = jax.random.wrap_key_data(key, impl="threefry2x32")
         return jax.random.uniform(jax.random.fold_in(stream, index))
 
-    return jax.vmap(draw)(controls.key, controls.index)
+    return jax.vmap(draw)(controls.key, controls.token_index)
 
 
 def _ordered(x: jax.Array) -> jax.Array:

@@ -23,17 +23,9 @@ from llama_jax import kv_cache
 from llama_jax.attention import paged_attention
 from llama_jax.config import LlamaConfig
 from llama_jax.kv_cache import KVCache
+from llama_jax.limits import Bucket, Limits
 from llama_jax.model import DecoderLayer, RMSNorm, logits, weight_of
-from llama_jax.packet import (
-    LENGTH,
-    PAGES,
-    POSITION,
-    SLOT,
-    Bucket,
-    Limits,
-    decode,
-    segments_of,
-)
+from llama_jax.packet import LENGTH, PAGES, POSITION, SLOT, decode, segment_width, segments_of
 from llama_jax.params import Params, param_specs
 from llama_jax.sampling import greedy, sample
 from sharding.collectives import psum, rank
@@ -46,6 +38,8 @@ LOGITS_SPEC = P(None, AXES)  # [segments, V']
 class State(NamedTuple):
     """What the device carries from tick to tick, beside the weights. Donated to each step.
 
+    Like the other tuples here it holds arrays, or what stands for them (a spec, a shape).
+
     Attributes:
       ring: packets in flight.
       tokens: `[num_slots]` int32, the last token of each slot; replicated.
@@ -53,7 +47,7 @@ class State(NamedTuple):
     """
 
     ring: RingState
-    tokens: jax.Array
+    tokens: Any
     cache: KVCache
 
 
@@ -67,9 +61,9 @@ class StepOutput(NamedTuple):
       slots: `[segments]` int32, where each token belongs; `num_slots` for nowhere.
     """
 
-    logits: jax.Array
-    tokens: jax.Array
-    slots: jax.Array
+    logits: Any
+    tokens: Any
+    slots: Any
 
 
 # (params, state, packed packet) -> (state, output)
@@ -117,7 +111,7 @@ def state_shapes(config: LlamaConfig, mesh: Mesh, limits: Limits, dtype: jnp.dty
     def array(shape: tuple[int, ...], kind: Any, spec: P) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, spec))
 
-    segments = (num_stages, limits.max_segments, limits.segment_width)
+    segments = (num_stages, limits.max_segments, segment_width(limits))
     capacities = (limits.max_rows, limits.max_chunk)
     ring = RingState(
         tick=array((), jnp.int32, P()),
@@ -241,7 +235,9 @@ def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
         return psum(jnp.where(mine[:, None], table.at[local].get(mode="clip"), 0), AXES)
 
 
-def _vocab_logits(config: LlamaConfig, x: jax.Array, scale: jax.Array, head: jax.Array) -> jax.Array:
+def _vocab_logits(
+    config: LlamaConfig, x: jax.Array, scale: jax.Array, head: jax.Array
+) -> jax.Array:
     """Finished activations [n, D] -> this rank's logits [n, V' / ranks]; -inf for padding."""
     norm = nnx.eval_shape(lambda: RMSNorm(config.embed_dim, config.norm_eps))
     norm.scale.set_value(scale)

@@ -27,19 +27,22 @@ class Weight:
         return tuple(sizes[axis] for axis in self.axes)
 
 
-LAYER_WEIGHTS = tuple(
-    Weight(name, f"model.layers.{{layer}}.{hf_name}.weight", axes, init)
-    for name, hf_name, axes, init in (
-        ("attention_norm.scale", "input_layernorm", ("embed",), "ones"),
-        ("attention.wq", "self_attn.q_proj", ("heads", "embed"), "normal"),
-        ("attention.wk", "self_attn.k_proj", ("kv_heads", "embed"), "normal"),
-        ("attention.wv", "self_attn.v_proj", ("kv_heads", "embed"), "normal"),
-        ("attention.wo", "self_attn.o_proj", ("embed", "heads"), "normal"),
-        ("mlp_norm.scale", "post_attention_layernorm", ("embed",), "ones"),
-        ("mlp.w_gate", "mlp.gate_proj", ("mlp", "embed"), "normal"),
-        ("mlp.w_up", "mlp.up_proj", ("mlp", "embed"), "normal"),
-        ("mlp.w_down", "mlp.down_proj", ("embed", "mlp"), "normal"),
-    )
+def _in_layer(
+    name: str, hf_name: str, axes: tuple[str, ...], init: Literal["ones", "normal"] = "normal"
+) -> Weight:
+    return Weight(name, f"model.layers.{{layer}}.{hf_name}.weight", axes, init)
+
+
+LAYER_WEIGHTS = (
+    _in_layer("attention_norm.scale", "input_layernorm", ("embed",), "ones"),
+    _in_layer("attention.wq", "self_attn.q_proj", ("heads", "embed")),
+    _in_layer("attention.wk", "self_attn.k_proj", ("kv_heads", "embed")),
+    _in_layer("attention.wv", "self_attn.v_proj", ("kv_heads", "embed")),
+    _in_layer("attention.wo", "self_attn.o_proj", ("embed", "heads")),
+    _in_layer("mlp_norm.scale", "post_attention_layernorm", ("embed",), "ones"),
+    _in_layer("mlp.w_gate", "mlp.gate_proj", ("mlp", "embed")),
+    _in_layer("mlp.w_up", "mlp.up_proj", ("mlp", "embed")),
+    _in_layer("mlp.w_down", "mlp.down_proj", ("embed", "mlp")),
 )
 EMBEDDING = Weight("embedding", "model.embed_tokens.weight", ("vocab", "embed"), "normal")
 FINAL_NORM = Weight("final_norm.scale", "model.norm.weight", ("embed",), "ones")

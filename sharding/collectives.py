@@ -2,6 +2,10 @@
 
 XLA:CPU does not remove a collective over one device, so these leave it out of the program. Each
 `axes` argument is one axis name or several; call them inside `shard_map`.
+
+Write a program so that each collective needs the result of the one before it. XLA:CPU (jaxlib
+0.10.2) puts those that do not in order when it compiles, but not when it loads a program from the
+persistent compilation cache: they then meet in one rendezvous, and the process dies.
 """
 
 from collections.abc import Sequence

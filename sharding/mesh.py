@@ -41,7 +41,7 @@ def make_mesh(shape: str, devices: list[jax.Device] | None = None) -> Mesh:
     needed = num_stages * num_ranks
     if devices is None:
         with contextlib.suppress(RuntimeError):  # JAX has started: the number is what it is
-            asked = jax.config.jax_num_cpu_devices
+            asked = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
             jax.config.update("jax_num_cpu_devices", max(needed, asked))
         devices = jax.devices()
     if len(devices) < needed:
@@ -61,7 +61,8 @@ def _too_few(shape: str, needed: int, devices: list[jax.Device]) -> str:
             f"make the mesh before any other use of JAX, or set JAX_NUM_CPU_DEVICES={needed} "
             "and restart."
         )
-    return f"The mesh {shape} needs {needed} devices and this machine has {have}: use a smaller one."
+    need = f"The mesh {shape} needs {needed} devices"
+    return f"{need} and this machine has {have}: use a smaller one."
 
 
 def mesh_shape(mesh: Mesh) -> tuple[int, int]:

@@ -27,18 +27,19 @@ PyTree = Any
 
 
 class RingState(NamedTuple):
-    """What goes round from tick to tick, as one device sees it inside `shard_map`.
+    """What goes round from tick to tick: arrays, or what stands for them (a spec, a shape).
 
     Attributes:
       tick: `[]` int32, the ticks so far modulo P; replicated.
       metadata: pytree of `[P, ...]`, one row a packet in flight; replicated.
-      activations: the packet at this stage, as segments `[1, capacity, D]`; the leading axis is
-        this device's share of `stage`. A tick uses the first rows of each segment.
+      activations: the packet at each stage, as segments `[P, capacity, D]`, split over `stage`:
+        inside `shard_map` a device sees `[1, capacity, D]`. A tick uses the first rows of each
+        segment.
     """
 
-    tick: jax.Array
+    tick: Any
     metadata: PyTree
-    activations: tuple[jax.Array, ...]
+    activations: tuple[Any, ...]
 
 
 def ring_tick(
@@ -90,14 +91,17 @@ def ring_tick(
 
     x, cache = run_stage(x, here, cache)
 
-    with jax.named_scope("stage_leave"):
-        selected = select(x, leaving)
-        finished = psum(jnp.where(stage == num_stages - 1, selected, 0), STAGE)
     with jax.named_scope("stage_send"):
-        pieces = jnp.split(shift(x, STAGE), [sum(sizes[:i]) for i in range(1, len(sizes))])
+        x = shift(x, STAGE)
+        pieces = jnp.split(x, [sum(sizes[:i]) for i in range(1, len(sizes))])
         activations = tuple(
             lax.dynamic_update_slice(a, piece[None], (0, 0, 0))
             for a, piece in zip(state.activations, pieces, strict=True)
         )
+    with jax.named_scope("stage_leave"):
+        # The packet that left the last stage has just come round to stage 0. Taken from there, and
+        # not before it is sent, so that every collective of a tick depends on the one before it:
+        # XLA:CPU runs those that do not at the same time, and crashes (sharding.collectives).
+        finished = psum(jnp.where(stage == 0, select(x, leaving), 0), STAGE)
     tick = (state.tick + 1) % num_stages
     return RingState(tick, metadata, activations), cache, finished, leaving

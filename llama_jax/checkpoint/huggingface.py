@@ -22,7 +22,7 @@ _COMPARED_AT_ONCE = 1 << 26  # bytes
 
 
 class HuggingFaceReader:
-    """A `CheckpointReader`; slices are views of the mapped files.
+    """A `CheckpointReader` over mapped files.
 
     Two kinds of tensor may be there beside those of the model: rotary frequencies that old versions
     of transformers saved, which the config determines, and in a checkpoint with tied embeddings a
@@ -50,12 +50,16 @@ class HuggingFaceReader:
         check_tensors(path, self.tensors, config)
         self.config = with_stored_dtype(config, self.tensors)
 
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """See `CheckpointReader.read`."""
-        return self._files[name].array(name)[index]
+    def view(self, name: str) -> np.ndarray:
+        """The whole tensor, a read-only view of the mapped file: nothing is read before use."""
+        return self._files[name].array(name)
+
+    def read_into(self, name: str, index: tuple[slice, ...], out: np.ndarray) -> None:
+        """See `CheckpointReader.read_into`."""
+        out[...] = self.view(name)[index]
 
     def close(self) -> None:
-        """See `CheckpointReader.close`; a file is unmapped when its last array is gone."""
+        """See `CheckpointReader.close`; a file is unmapped when its last view is gone."""
         self._files.clear()
 
     def _drop_tied_head(self) -> None:

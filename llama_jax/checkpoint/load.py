@@ -1,9 +1,12 @@
 """Puts a checkpoint's weights on their devices, each shard's bytes straight to its own.
 
-No process ever holds the model twice: the readers map files into memory, and only the slice that a
-device needs is read and, where the dtype changes, converted.
+No process ever holds the model twice: for each device a reader fills one buffer with the slice that
+the device needs, casting on the way where the dtype changes. On CPU, JAX takes that buffer as the
+device's memory; elsewhere it is copied to the device and goes back to the system.
 """
 
+import math
+import mmap
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -15,12 +18,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from llama_jax.checkpoint import CheckpointReader, open_checkpoint
 from llama_jax.config import LlamaConfig
-from llama_jax.model import weight_of
+from llama_jax.model import Llama, weight_of
 from llama_jax.params import Params, Placement, placements
 from llama_jax.weights import LAYER_WEIGHTS, outer_weights
 from sharding.mesh import mesh_shape
 
-Module = TypeVar("Module", bound=nnx.Module)
+Model = TypeVar("Model", bound=Llama)
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -52,6 +55,10 @@ def load_params(
       mesh: where to.
       dtype: of the arrays on the devices.
       progress: called with the arrays done and their total.
+
+    Raises:
+      ShardingError: the model cannot be split over this mesh; nothing has been read then.
+      CheckpointError: the bytes of a tensor cannot be read.
     """
     table = placements(reader.config, *mesh_shape(mesh))
     leaves, structure = jax.tree.flatten(table)
@@ -62,62 +69,27 @@ def load_params(
     return jax.tree.unflatten(structure, arrays)
 
 
-def _load(reader: CheckpointReader, mesh: Mesh, to: Placement, dtype: np.dtype) -> jax.Array:
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
-        if to.layers is None:
-            return _read_padded(reader, to.weight.hf_name, index, to.shape, dtype)
-        stages, inner = range(*index[0].indices(to.shape[0])), index[1:]
-        parts = []
-        for stage in stages:
-            layer = to.layers[stage]
-            if layer is None:
-                parts.append(np.zeros(_extent(inner, to.shape[1:]), dtype))
-            else:
-                name = to.weight.hf_name.format(layer=layer)
-                parts.append(_read_padded(reader, name, inner, to.shape[1:], dtype))
-        return parts[0][None] if len(parts) == 1 else np.stack(parts)
-
-    sharding = NamedSharding(mesh, to.spec)
-    return jax.make_array_from_callback(to.shape, sharding, shard)
-
-
-def _extent(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(
-        len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True)
-    )
-
-
-def _read_padded(
-    reader: CheckpointReader,
-    name: str,
-    index: tuple[slice, ...],
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-) -> np.ndarray:
-    """The slice of a tensor that is padded with zeros at its end to `shape`."""
-    held = np.asarray(reader.read(name, index)).astype(dtype, copy=False)
-    missing = [want - have for want, have in zip(_extent(index, shape), held.shape, strict=True)]
-    return np.pad(held, [(0, n) for n in missing]) if any(missing) else held
-
-
-def load_module(make: Callable[[LlamaConfig, np.dtype], Module], path: str, dtype: str) -> Module:
-    """Builds a module from the config of the checkpoint at `path` and gives it its weights.
+def load_module(make: Callable[[LlamaConfig, np.dtype], Model], path: str, dtype: str) -> Model:
+    """Builds a model from the config of the checkpoint at `path` and gives it its weights.
 
     Args:
-      make: config and dtype -> the module, with attributes named as in the table of weights.
+      make: config and dtype -> the model, on one device.
       path: a checkpoint directory.
       dtype: "auto", "float32" or "bfloat16".
+
+    Raises:
+      ConfigError, CheckpointError: as `open_checkpoint`.
     """
     reader = open_checkpoint(path)
     try:
         kind = choose_dtype(dtype, reader.config, jax.default_backend())
-        module = nnx.eval_shape(lambda: make(reader.config, kind))
+        model = nnx.eval_shape(lambda: make(reader.config, kind))
         for weight in outer_weights(reader.config):
-            _assign(module, weight.name, reader, weight.hf_name, kind)
-        for number, layer in enumerate(module.layers):
+            _assign(model, weight.name, reader, weight.hf_name, kind)
+        for number, layer in enumerate(model.layers):
             for weight in LAYER_WEIGHTS:
                 _assign(layer, weight.name, reader, weight.hf_name.format(layer=number), kind)
-        return module
+        return model
     finally:
         reader.close()
 
@@ -125,5 +97,51 @@ def load_module(make: Callable[[LlamaConfig, np.dtype], Module], path: str, dtyp
 def _assign(
     module: nnx.Module, name: str, reader: CheckpointReader, hf_name: str, dtype: np.dtype
 ) -> None:
-    whole = tuple(slice(None) for _ in reader.tensors[hf_name].shape)
-    weight_of(module, name).set_value(jnp.asarray(reader.read(hf_name, whole), dtype))
+    shape = reader.tensors[hf_name].shape
+    whole = _zeros(shape, dtype)
+    reader.read_into(hf_name, tuple(slice(0, size) for size in shape), whole)
+    weight_of(module, name).set_value(jax.device_put(whole))
+
+
+def _load(reader: CheckpointReader, mesh: Mesh, to: Placement, dtype: np.dtype) -> jax.Array:
+    sharding = NamedSharding(mesh, to.spec)
+    indices = sharding.devices_indices_map(to.shape)
+    shards = [
+        jax.device_put(_shard(reader, to, indices[device], dtype), device)
+        for device in mesh.local_devices
+    ]
+    return jax.make_array_from_single_device_arrays(to.shape, sharding, shards)
+
+
+def _shard(
+    reader: CheckpointReader, to: Placement, index: tuple[slice, ...], dtype: np.dtype
+) -> np.ndarray:
+    """The part of an array that one device holds: zeros where it is padding."""
+    bounds = [part.indices(size)[:2] for part, size in zip(index, to.shape, strict=True)]
+    shard = _zeros(tuple(stop - start for start, stop in bounds), dtype)
+    if to.layers is None:
+        name, inside = to.weight.hf_name, shard
+    else:
+        (stage, _), *bounds = bounds  # a device belongs to one stage
+        if to.layers[stage] is None:
+            return shard
+        name, inside = to.weight.hf_name.format(layer=to.layers[stage]), shard[0]
+    stored = reader.tensors[name].shape
+    held = [
+        slice(start, min(stop, size)) for (start, stop), size in zip(bounds, stored, strict=True)
+    ]
+    if all(part.start < part.stop for part in held):
+        filled = tuple(slice(0, part.stop - part.start) for part in held)
+        reader.read_into(name, tuple(held), inside[filled])
+    return shard
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros in pages of their own.
+
+    JAX on CPU uses such a buffer in place, because it is aligned, where it would copy one of
+    numpy's; and what is freed returns to the system, where malloc would keep some of it.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, dtype).reshape(shape)

@@ -40,10 +40,16 @@ class CheckpointReader(Protocol):
     config: LlamaConfig
     tensors: dict[str, TensorInfo]
 
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """The slice `index` of a tensor in its stored dtype, read-only; numpy's rules of slicing.
+    def read_into(self, name: str, index: tuple[slice, ...], out: np.ndarray) -> None:
+        """Fills `out` with a slice of a tensor, cast to the dtype of `out`.
 
-        Only the slice is read, as far as the format allows.
+        Only the slice is read, as far as the format allows, and in pieces: the memory it takes
+        beside `out` is bounded, however large the slice.
+
+        Args:
+          name: of the tensor.
+          index: for each axis the first element and the one after the last, both inside.
+          out: contiguous or not, in the shape of the slice.
 
         Raises:
           CheckpointError: if the bytes cannot be read.
@@ -51,7 +57,7 @@ class CheckpointReader(Protocol):
         ...
 
     def close(self) -> None:
-        """Lets go of the files. Arrays that were read stay valid."""
+        """Lets go of the files."""
         ...
 
 

@@ -5,6 +5,7 @@ reason or an exception, whatever becomes of the engine's process.
 """
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -149,6 +150,12 @@ class EngineClient:
             raise EngineDead(self._death)
         check_request(prompt, params, self.info)
 
+    async def wait_dead(self) -> str:
+        """Waits until the engine's process has ended; returns one sentence on why."""
+        await asyncio.shield(self._watcher)
+        assert self._death is not None
+        return self._death
+
     async def generate(
         self, prompt: list[int], params: SamplingParams
     ) -> AsyncGenerator[Output, None]:
@@ -233,8 +240,9 @@ class EngineClient:
         """Task: waits for the process to end, hears its last words, and tells who waits."""
         await self._process.exited.wait()
         self._receiver.cancel()
-        while await self._socket.poll(LAST_WORDS_MILLISECONDS):
-            self._handle(self._decode(await self._socket.recv()))
+        with contextlib.suppress(Exception):  # whatever they are, the news must reach who waits
+            while await self._socket.poll(LAST_WORDS_MILLISECONDS):
+                self._handle(self._decode(await self._socket.recv()))
         self._fail(self._process.describe_end(self._last_words))
 
     def _handle(self, message: FromEngine) -> None:

@@ -14,7 +14,7 @@ from llama_jax.engine.executor import CompileCounter, Executor
 from llama_jax.engine.messages import DeviceInfo, EngineInfo, Output, Progress, Stats
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.scheduler import Scheduler
-from llama_jax.engine.sizing import bytes_by_device, choose_limits
+from llama_jax.engine.sizing import bytes_by_device, check_options, choose_limits
 from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.sampling_params import SamplingParams
 from sharding.mesh import make_mesh, mesh_shape
@@ -42,9 +42,10 @@ class Engine:
         start = time.perf_counter()
         reader = open_checkpoint(options.path)
         config = reader.config
+        check_options(options, config)
+        configure_jax()
         mesh = make_mesh(options.mesh)
         platform = mesh.devices.flat[0].platform
-        configure_jax(platform)
         dtype = choose_dtype(options.dtype, config, platform)
         self.compilations = CompileCounter()
         params = load_params(
@@ -55,7 +56,8 @@ class Engine:
         loaded = time.perf_counter()
 
         limits, max_model_len = choose_limits(options, config, mesh, dtype)
-        scheduler = Scheduler(limits, mesh_shape(mesh)[0], options.max_queue)
+        # Those that will run wait as well, until the next tick, and again when they are preempted.
+        scheduler = Scheduler(limits, mesh_shape(mesh)[0], limits.num_slots + options.max_queue)
         executor = Executor(config, mesh, limits, params, dtype)
         executor.warm_up(
             lambda done, total, what: progress(Progress("compiling", done, total, what))
@@ -136,7 +138,7 @@ class Engine:
         return self.loop.has_work
 
     def stats(self) -> Stats:
-        """Counters since the engine was ready, and gauges of this moment."""
+        """Counters since the engine was ready (compilations: since it began), and gauges."""
         loop, scheduler = self.loop, self.loop.scheduler
         return Stats(
             num_running=scheduler.num_running,
@@ -157,12 +159,11 @@ class Engine:
         )
 
 
-def configure_jax(platform: str) -> None:
-    """Settings that the engine's process needs."""
-    if platform == "cpu":
-        # Several unfinished programs with collectives starve XLA:CPU's threads and hang it.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
-    if jax.config.jax_compilation_cache_dir is None:
+def configure_jax() -> None:
+    """Settings that the engine's process needs; they count only before JAX looks for devices."""
+    # Several unfinished programs with collectives starve XLA:CPU's threads and hang it.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         home = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "llama-jax", "xla"))
     # The default of one second is about what a small tick takes: it would be compiled every time.

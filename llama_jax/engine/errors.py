@@ -15,3 +15,7 @@ class EngineStartError(RuntimeError):
 
 class EngineDead(RuntimeError):
     """The engine's process has ended, so that no answer will come."""
+
+
+class GenerationFailed(RuntimeError):
+    """The engine could not finish this request; the others go on."""

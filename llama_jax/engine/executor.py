@@ -15,7 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.config import LlamaConfig
-from llama_jax.packet import Bucket, Limits, encode
+from llama_jax.limits import Bucket, Limits
+from llama_jax.packet import encode
 from llama_jax.params import Params
 from llama_jax.sampling import encode_controls
 from llama_jax.steps import (
@@ -121,5 +122,5 @@ class CompileCounter:
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, event: str, duration: float, **_: object) -> None:
+    def _listen(self, event: str, duration_secs: float, **_: object) -> None:
         self.count += event == COMPILE_EVENT

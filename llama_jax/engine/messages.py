@@ -1,7 +1,8 @@
 """What the engine process and its parent say to each other: msgpack over a Unix socket.
 
 Parent to engine: `Add`, `Abort`, `Shutdown`. Engine to parent: `Progress` while it starts, then
-`Ready` or `Fatal`, then `Outputs` and `Stats`. Imports no JAX.
+`Stats` and `Ready`, then `Outputs` and more `Stats`; `Fatal` at any time is its last. Imports no
+JAX.
 """
 
 from typing import Literal

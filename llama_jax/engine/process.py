@@ -82,8 +82,6 @@ def main(argv: Sequence[str] | None = None, build: BuildEngine | None = None) ->
     _die_with_parent(arguments.parent)
     # Ctrl-C in a terminal reaches a whole process group; what it means is for the parent to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Nothing of a half-started engine needs an orderly end.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     faulthandler.enable()
 
     context = zmq.Context()
@@ -106,15 +104,18 @@ def _serve(socket: zmq.Socket[bytes], arguments: argparse.Namespace, build: Buil
     def send(message: FromEngine) -> None:
         socket.send(encode(message))
 
+    started = False
     try:
         send(Progress("starting", 0, 1, "importing JAX"))
         options = msgspec.json.decode(arguments.options, type=EngineOptions)
         engine = build(options, send)
+        started = True
+        send(engine.stats())  # first, so that whoever knows of the engine knows its gauges, too
         send(Ready(engine.info))
         EngineLoop(engine, socket, send, arguments.parent).run()
     except Exception as error:
         traceback.print_exc()
-        for_user = _is_for_user(error)
+        for_user = not started and _is_for_user(error)
         send(Fatal(str(error) if for_user else _describe(error)))
         return 1 if for_user else 70
     return 0
@@ -139,7 +140,7 @@ class EngineLoop:
         self._shutdown = False
         self._draining = False
         self._last_report = time.monotonic()
-        self._report_after = 0.0
+        self._report_after = HEARTBEAT_SECONDS
 
     def run(self) -> None:
         """Returns when the parent says so, or after SIGTERM once every request has ended."""
@@ -157,7 +158,8 @@ class EngineLoop:
 
     def _drain(self, signal_number: int, frame: FrameType | None) -> None:
         """SIGTERM: requests in flight are finished, as a service manager that signals parent and
-        engine alike would otherwise cut them off; a second SIGTERM ends the process at once."""
+        engine alike would otherwise cut them off; a second SIGTERM ends the process at once. (A
+        half-started engine has nothing to finish, and SIGTERM its usual meaning.)"""
         if self._draining:
             os._exit(0)
         self._draining = True

@@ -32,6 +32,8 @@ def check_request(prompt: list[int], params: SamplingParams, info: EngineInfo) -
 
 
 def _check_params(params: SamplingParams, vocab_size: int) -> None:
+    if not isinstance(params, SamplingParams):
+        raise RequestError(f"params must be SamplingParams, not {type(params).__name__}.")
     try:
         # A Struct takes values of any type; what the engine could not read must not reach it.
         msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams)

@@ -21,7 +21,7 @@ from llama_jax.engine.errors import QueueFull, RequestError
 from llama_jax.engine.messages import FinishReason, Output
 from llama_jax.engine.pages import PagePool
 from llama_jax.engine.sequence import Sequence
-from llama_jax.packet import Limits
+from llama_jax.limits import Limits
 from llama_jax.sampling_params import SamplingParams
 
 NOT_A_NUMBER = "The model's output is not a number (NaN) for this request: check the weights."
@@ -48,6 +48,7 @@ class Segment:
 
     @property
     def length(self) -> int:
+        """Tokens in it."""
         return 1 if self.tokens is None else len(self.tokens)
 
 
@@ -60,6 +61,7 @@ class Packet:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens in all segments."""
         return len(self.rows) + sum(tile.length for tile in self.tiles)
 
     def results(self, bucket_rows: int) -> list[tuple[int, Segment]]:
@@ -156,6 +158,7 @@ class Scheduler:
 
     @property
     def num_unfinished(self) -> int:
+        """Requests whose last token is not known yet, waiting and running."""
         return len(self._sequences)
 
     @property

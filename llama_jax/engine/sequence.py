@@ -44,6 +44,7 @@ class Sequence:
 
     @property
     def prefilling(self) -> bool:
+        """Some of the tokens that it was admitted with have yet to be sent."""
         return self.next_position < self.prefill_until
 
     @property

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from llama_jax.config import LlamaConfig
 from llama_jax.engine.options import EngineOptions
 from llama_jax.kv_cache import page_bytes
-from llama_jax.packet import Limits
+from llama_jax.limits import Limits
 from sharding.mesh import mesh_shape
 
 TILE = 64  # tokens of a prompt segment
@@ -20,13 +20,36 @@ class SizingError(ValueError):
     """Options that ask for more than there is; the message says what and what to do."""
 
 
-def choose_limits(options: EngineOptions, config: LlamaConfig, mesh: Mesh, dtype: jnp.dtype) -> tuple[Limits, int]:
+def check_options(options: EngineOptions, config: LlamaConfig) -> None:
+    """Raises SizingError for an option that is out of range: before any weight is loaded."""
+    least = {
+        "max_num_seqs": 1,
+        "max_queue": 1,
+        "page_size": 1,
+        "max_chunk": 1,
+        "kv_cache_memory": 1,
+        "results_late": 0,
+    }
+    for name, limit in least.items():
+        value = getattr(options, name)
+        if value is not None and value < limit:
+            raise SizingError(f"{name} must be at least {limit}, got {value}.")
+    longest = options.max_model_len
+    if longest is not None and not 2 <= longest <= config.max_position_embeddings:
+        raise SizingError(
+            f"max_model_len must be between 2 and the model's own "
+            f"{config.max_position_embeddings}, got {longest}."
+        )
+
+
+def choose_limits(
+    options: EngineOptions, config: LlamaConfig, mesh: Mesh, dtype: jnp.dtype
+) -> tuple[Limits, int]:
     """The sizes of an engine whose weights lie on the mesh already, and its longest sequence.
 
     Raises:
-      SizingError: an option is out of range, or the memory holds no sequence of the length asked.
+      SizingError: the memory holds no sequence of the length asked.
     """
-    _check(options, config)
     page_size = options.page_size
     longest = options.max_model_len or config.max_position_embeddings
     num_stages, _ = mesh_shape(mesh)
@@ -42,38 +65,24 @@ def choose_limits(options: EngineOptions, config: LlamaConfig, mesh: Mesh, dtype
             f"{-(-longest // page_size) * each} or lower max_model_len."
         )
     longest = min(longest, num_pages * page_size)
-    max_chunk = -(-options.max_chunk // TILE) * TILE
+    max_tiles = -(-options.max_chunk // TILE)
     limits = Limits(
         num_slots=max_rows * num_stages,
         num_pages=num_pages,
         page_size=page_size,
         pages_per_sequence=-(-longest // page_size),
-        row_buckets=_steps(1, max_rows, 4),
-        chunk_buckets=(0, *_steps(TILE, max_chunk, 4)),
+        row_buckets=_steps(max_rows),
+        chunk_buckets=(0, *(tiles * TILE for tiles in _steps(max_tiles))),
         tile=TILE,
     )
     return limits, longest
 
 
-def _check(options: EngineOptions, config: LlamaConfig) -> None:
-    at_least_one = ("max_num_seqs", "max_queue", "page_size", "max_chunk", "kv_cache_memory")
-    for name in at_least_one:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise SizingError(f"{name} must be at least 1, got {value}.")
-    longest = options.max_model_len
-    if longest is not None and not 2 <= longest <= config.max_position_embeddings:
-        raise SizingError(
-            f"max_model_len must be between 2 and the model's own "
-            f"{config.max_position_embeddings}, got {longest}."
-        )
-
-
-def _steps(first: int, last: int, factor: int) -> tuple[int, ...]:
-    """`last`, and smaller sizes each `factor` below the next, down to no less than `first`."""
+def _steps(last: int) -> tuple[int, ...]:
+    """`last`, and up to three smaller sizes, each a quarter of the next."""
     sizes = [last]
-    while sizes[-1] // factor >= first and len(sizes) < 4:
-        sizes.append(sizes[-1] // factor)
+    while sizes[-1] >= 4 and len(sizes) < 4:
+        sizes.append(sizes[-1] // 4)
     return tuple(reversed(sizes))
 
 

@@ -1,0 +1,189 @@
+"""How soon greedy answers part with the company they are in: `python bench/divergence.py`.
+
+The same requests are answered alone, in a full batch, beside chunks of other prompts, and in a pool
+that is too small, where they are preempted and computed again. Sums are taken in another order
+then, so logits differ by rounding, and where the two best are closer than that, the answers part.
+(Wherever the same program runs, no bit differs: tests/test_independence.py.) The model has random
+weights, which put the two best logits closer together than training does.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from llama_jax.config import LlamaConfig
+from llama_jax.engine.core import Engine, configure_jax
+from llama_jax.engine.options import EngineOptions
+from llama_jax.kv_cache import page_bytes
+from llama_jax.sampling_params import SamplingParams
+from sharding.mesh import make_mesh
+
+RESULT = Path(__file__).parent / "results" / "divergence.json"
+MESH, PAGE_SIZE = "2x2", 16
+REQUESTS, PROMPT, TOKENS = 8, 40, 200
+PAGES = -(-(PROMPT + TOKENS) // PAGE_SIZE) * REQUESTS  # for all of them at once
+GREEDY = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "torch")
+
+
+def write_model(path: str) -> transformers.LlamaConfig:
+    """Saves a Llama of 4 M random parameters."""
+    config = transformers.LlamaConfig(
+        vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0.0, parameter.shape[1] ** -0.5)
+    model.save_pretrained(path)
+    return config
+
+
+def make_engine(path: str, dtype: str, num_pages: int) -> Engine:
+    """An engine for all requests at once, with so many pages."""
+    config = LlamaConfig.from_pretrained(path)
+    each = page_bytes(config, make_mesh(MESH), PAGE_SIZE, np.dtype(dtype))
+    return Engine(
+        EngineOptions(
+            path=path,
+            mesh=MESH,
+            dtype=dtype,
+            max_num_seqs=REQUESTS + 2,
+            page_size=PAGE_SIZE,
+            max_chunk=64,
+            kv_cache_memory=num_pages * each,
+        )
+    )
+
+
+def answers(
+    engine: Engine, prompts: dict[int, list[int]], chunks: bool = False
+) -> dict[int, list[int]]:
+    """The tokens of each request; with `chunks`, another prompt enters whenever none is waiting."""
+    rng = np.random.default_rng(1)
+    tokens: dict[int, list[int]] = {number: [] for number in prompts}
+    for number, prompt in prompts.items():
+        engine.add(number, prompt, GREEDY)
+    other = REQUESTS
+    while any(len(answer) < TOKENS for answer in tokens.values()):
+        if chunks and not engine.loop.scheduler.waiting:
+            prompt = rng.integers(0, engine.info.vocab_size, 64).tolist()
+            engine.add(other, prompt, SamplingParams(temperature=0, max_tokens=1))
+            other += 1
+        for output in engine.step():
+            if output.request_id in tokens and output.token is not None:
+                tokens[output.request_id].append(output.token)
+    while engine.has_work:
+        engine.step()
+    return tokens
+
+
+def compare(found: dict[int, list[int]], expected: dict[int, list[int]]) -> dict[str, float]:
+    """How many answers part, when, and the rate per token that was still the same before."""
+    firsts = [
+        next((i for i, (a, b) in enumerate(zip(found[n], tokens, strict=True)) if a != b), None)
+        for n, tokens in expected.items()
+    ]
+    parted = [first for first in firsts if first is not None]
+    at_risk = sum(TOKENS if first is None else first + 1 for first in firsts)
+    return {
+        "requests": len(firsts),
+        "parted": len(parted),
+        "rate_per_token": len(parted) / at_risk,
+        "first": min(parted, default=None),
+        "median": float(np.median(parted)) if parted else None,
+        "tokens_same": sum(TOKENS if f is None else f for f in firsts) / (TOKENS * len(firsts)),
+    }
+
+
+def measure(path: str, dtype: str) -> list[dict[str, object]]:
+    """One row for each kind of company, compared with the answers of requests that are alone."""
+    rng = np.random.default_rng(0)
+    engine = make_engine(path, dtype, PAGES + 20)
+    vocab_size = engine.info.vocab_size
+    prompts = {n: rng.integers(0, vocab_size, PROMPT).tolist() for n in range(REQUESTS)}
+
+    def one_by_one(**how: bool) -> dict[int, list[int]]:
+        return {n: answers(engine, {n: prompt}, **how)[n] for n, prompt in prompts.items()}
+
+    alone = one_by_one()
+    company = {
+        "alone again": one_by_one(),
+        "full batch": answers(engine, prompts),
+        "beside chunks": one_by_one(chunks=True),
+    }
+    small = make_engine(path, dtype, PAGES // 3)
+    company["preempted, full batch"] = answers(small, prompts)
+    preemptions = small.stats().preemptions
+    assert preemptions >= REQUESTS // 2
+    return [
+        {"dtype": dtype, "company": name, **compare(found, alone)}
+        | ({"preemptions": preemptions} if name.startswith("preempted") else {})
+        for name, found in company.items()
+    ]
+
+
+def main() -> None:
+    """Measures in both dtypes, prints the table and writes the JSON."""
+    configure_jax()  # before the first mesh
+    table = Table(title=f"Greedy answers of {TOKENS} tokens against the same request alone, {MESH}")
+    columns = ("dtype", "company", "parted", "first at", "median at", "per token", "tokens same")
+    for column in columns:
+        table.add_column(column, justify="left" if column in columns[:2] else "right")
+    rows = []
+    with tempfile.TemporaryDirectory() as path:
+        config = write_model(path)
+        for dtype in ("bfloat16", "float32"):
+            for row in measure(path, dtype):
+                rows.append(row)
+                table.add_row(
+                    dtype,
+                    row["company"],
+                    f"{row['parted']} of {row['requests']}",
+                    str(row["first"] if row["parted"] else "-"),
+                    f"{row['median']:.0f}" if row["parted"] else "-",
+                    f"{row['rate_per_token']:.2%}",
+                    f"{row['tokens_same']:.1%}",
+                )
+    Console(width=110).print(table)
+    report = {
+        "machine": {"system": platform.platform(), "cpus": os.cpu_count()},
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+        "mesh": MESH,
+        "prompt_tokens": PROMPT,
+        "tokens": TOKENS,
+        "model": {
+            "layers": config.num_hidden_layers,
+            "embed_dim": config.hidden_size,
+            "vocab_size": config.vocab_size,
+            "weights": "random",
+        },
+        "rows": rows,
+    }
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Checkpoint conversion, a command-line tool: `python -m convert --help`."""

@@ -1,0 +1,70 @@
+"""Loading adds little more memory than the weights: `bench/loading.py` on a smaller model."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from convert.huggingface_to_orbax import convert
+from llama_jax.checkpoint.orbax import READ_BYTES
+from llama_jax.config import LlamaConfig
+from llama_jax.weights import checkpoint_shapes
+
+ROOT = Path(__file__).parent.parent
+# 41 M parameters, 164 MB in float32. The largest tensors, 50 MB each, are loaded last, when all the
+# others are there: the hardest case for a loader that holds a tensor twice.
+CONFIG = LlamaConfig(
+    vocab_size=1000,
+    embed_dim=1024,
+    num_layers=1,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=128,
+    mlp_dim=12288,
+    rope_theta=500000.0,
+    norm_eps=1e-5,
+    tie_embeddings=True,
+    max_position_embeddings=8192,
+)
+# Beside 1.1 times the weights, whatever the model: the chunks that TensorStore has in flight, and
+# the arenas in which malloc keeps such chunks for the next.
+ALLOWANCE = {"hf": 0, "orbax": 2 * READ_BYTES}
+
+
+@pytest.fixture(scope="module")
+def checkpoints():
+    """Directory by layout."""
+    with tempfile.TemporaryDirectory() as directory:
+        paths = {layout: Path(directory) / layout for layout in ALLOWANCE}
+        weights = {
+            name: torch.full(shape, 0.5, dtype=torch.bfloat16)
+            for name, shape in checkpoint_shapes(CONFIG).items()
+        }
+        paths["hf"].mkdir()
+        (paths["hf"] / "config.json").write_text(json.dumps(CONFIG.to_dict()))
+        save_file(weights, paths["hf"] / "model.safetensors")
+        convert(paths["hf"], paths["orbax"])
+        yield paths
+
+
+@pytest.mark.parametrize("mesh", ["1x1", "1x2"])
+@pytest.mark.parametrize("layout", ALLOWANCE)
+def test_loading_adds_little_more_than_the_weights(checkpoints, layout, mesh):
+    path = checkpoints[layout]
+    done = subprocess.run(
+        [sys.executable, "bench/loading.py", "--load", path, mesh, "float32"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    # All of it is there, and in memory of the process rather than in pages of the file.
+    assert found["after"] >= found["weights"] >= 4 * 41_000_000
+    assert found["peak"] <= 1.1 * found["weights"] + ALLOWANCE[layout]

@@ -1,0 +1,120 @@
+"""The shape of the code: layers, imports, lint, types, and files short enough to read."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("sharding", "llama_jax", "convert", "bench", "demo", "tests")
+MOST_LINES = {"tests": 500}  # of a file; 400 elsewhere
+
+# From the lowest layer to the highest: whoever is above may import from below, never the reverse.
+LAYERS = (
+    "sharding",
+    "llama_jax",  # the model side: what is in no layer below
+    "llama_jax.engine",
+    "llama_jax.generation",
+    "llama_jax.llm",
+    "llama_jax.serve",
+    "convert",
+    "bench",
+)
+# Model modules that the HTTP process needs, and parts of the engine that are plain data structures.
+WITHOUT_JAX = (
+    "llama_jax.engine.scheduler",
+    "llama_jax.engine.pages",
+    "llama_jax.engine.sequence",
+    "llama_jax.engine.messages",
+    "llama_jax.engine.options",
+    "llama_jax.engine.client",
+    "llama_jax.limits",
+    "llama_jax.sampling_params",
+)
+
+
+def sources(*packages: str) -> list[Path]:
+    return sorted(path for package in packages for path in (ROOT / package).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, at its top or inside a function; for types alone too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute here"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def layer(module: str) -> int:
+    """The number of the layer with the longest matching name; -1 for what is not ours."""
+    matches = [name for name in LAYERS if module == name or module.startswith(f"{name}.")]
+    return LAYERS.index(max(matches, key=len)) if matches else -1
+
+
+def upward(path: Path) -> list[str]:
+    own = layer(module_name(path))
+    return [module for module in imports(path) if layer(module) > own]
+
+
+@pytest.mark.parametrize("package", [name for name in LAYERS if "." not in name])
+def test_nothing_imports_upwards(package):
+    lazy = ROOT / "llama_jax" / "__init__.py"  # it names what it stands for, and imports on demand
+    found = {str(path): upward(path) for path in sources(package) if path != lazy}
+    assert {path: modules for path, modules in found.items() if modules} == {}
+
+
+def test_an_upward_import_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    (tmp_path / "sharding").mkdir()
+    bad = tmp_path / "sharding" / "ring.py"
+    bad.write_text("def run():\n    from llama_jax.engine import core\n")
+    assert sorted(upward(bad)) == ["llama_jax.engine", "llama_jax.engine.core"]
+
+
+def modules_loaded_by(*modules: str) -> set[str]:
+    """The top-level packages that a new process has loaded after these imports."""
+    program = "\n".join(f"import {module}" for module in modules)
+    program += "\nimport sys; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_the_http_process_and_the_scheduler_load_no_jax():
+    served = [module_name(path) for path in sources("llama_jax/serve") if path.stem != "__main__"]
+    loaded = modules_loaded_by(*WITHOUT_JAX, *served)
+    assert "llama_jax" in loaded and not loaded & {"jax", "jaxlib", "flax", "orbax", "torch"}
+    assert "jax" in modules_loaded_by("llama_jax.model")  # the check would see it
+
+
+def test_nothing_unpickles():
+    forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+    for path in sources(*PACKAGES):
+        assert not {name.split(".")[0] for name in imports(path)} & forbidden, path
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_files_are_short_enough_to_read(package):
+    lines = {path.name: len(path.read_text().splitlines()) for path in sources(package)}
+    most = MOST_LINES.get(package, 400)
+    assert lines and {path: n for path, n in lines.items() if n > most} == {}
+
+
+@pytest.mark.parametrize("command", [["ruff", "check"], ["mypy"]], ids=lambda c: c[0])
+def test_the_code_is_clean(command):
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
