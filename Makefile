@@ -44,4 +44,4 @@ demo: .venv/installed-test  ## train the demo checkpoint again
 	touch $@
 
 clean:
-	rm -rf .venv .venv-cuda .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-cuda .pytest_cache .mypy_cache .ruff_cache .hypothesis .jax_cache *.egg-info
