@@ -20,6 +20,9 @@ _NO_NEW_BUFFER = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "optimization-barrier",
     "while", "conditional", "call", "async-start", "async-update",
 }  # fmt: skip
+_COLLECTIVES = {
+    "all-reduce", "all-gather", "collective-permute", "reduce-scatter", "all-to-all",
+}  # fmt: skip
 _IN_PLACE = {"scatter", "dynamic-update-slice"}  # XLA copies first, visibly, where it must
 
 
@@ -65,6 +68,32 @@ def aliased_outputs(text: str) -> dict[int, int]:
     header = text.split("\n", 1)[0]
     pairs = re.findall(r"\{(\d*)\}: \((\d+), \{\}, (?:may|must)-alias\)", header)
     return {int(output or 0): int(parameter) for output, parameter in pairs}
+
+
+def unordered_collectives(text: str) -> list[tuple[str, str]]:
+    """Pairs of collectives of which neither needs the other's result, by name.
+
+    A loop that holds collectives counts as one of them, and is looked into as well.
+    """
+    computations = _computations(text)
+
+    def communicates(instruction: _Instruction) -> bool:
+        if instruction.opcode.removesuffix("-start") in _COLLECTIVES:
+            return True
+        called = re.findall(r"(?:body|calls|to_apply)=%?([\w.-]+)", instruction.text)
+        return any(communicates(i) for name in called for i in computations[name].values())
+
+    pairs = []
+    for body in computations.values():
+        needs: dict[str, set[str]] = {}  # instruction → the collectives that it depends on
+        earlier: list[str] = []
+        for name, instruction in body.items():  # operands stand before their users
+            needs[name] = set().union(*(needs[o] for o in instruction.operands if o in needs))
+            if communicates(instruction):
+                pairs += [(other, name) for other in earlier if other not in needs[name]]
+                earlier.append(name)
+                needs[name].add(name)
+    return pairs
 
 
 def _computations(text: str) -> dict[str, dict[str, _Instruction]]:

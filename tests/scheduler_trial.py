@@ -88,9 +88,12 @@ class Trial:
         scheduler = self.scheduler
         microbatch = scheduler.microbatches[self.tick % self.stages]
         free_before, half_sent = scheduler.pool.num_free, self.half_sent
+        share = self.share()
         packet = scheduler.schedule()
-        self.check_packet(packet, microbatch)
-        self.check_consecutive(packet, microbatch, half_sent, free_before)
+        room = share - self.joined(packet, microbatch)
+        assert room >= 0 or not any(t.ends for t in packet.tiles), "a microbatch above its share"
+        self.check_packet(packet)
+        self.check_consecutive(packet, half_sent, free_before, room)
         self.check_memory()
         self.dispatch(packet)
         while len(self.unread) > self.late[self.tick % len(self.late)]:
@@ -140,14 +143,13 @@ class Trial:
 
     @property
     def live(self):
-        return list(chain(self.scheduler.prefilling, *self.scheduler.microbatches))
+        prefilling = [s for s in [self.scheduler.prefilling] if s]
+        return [*prefilling, *chain(*self.scheduler.microbatches)]
 
     @property
     def half_sent(self):
         """(sequence, epoch) of the prompts of which a part is sent."""
-        return [
-            (s, s.epoch) for s in self.scheduler.prefilling if s.next_position
-        ]
+        return [(s, s.epoch) for s in [self.scheduler.prefilling] if s and s.next_position]
 
     # --- what must hold ----------------------------------------------------------------------
 
@@ -165,12 +167,11 @@ class Trial:
         for s in self.live:
             assert scheduler.page_tables[s.slot, : len(s.pages)].tolist() == s.pages
             assert not s.finished
-        assert len(scheduler.prefilling) <= 1, "one prompt after another"
         ages = [[s.arrival for s in group] for group in (self.live, scheduler.waiting)]
         assert max(ages[0], default=-1) < min(ages[1], default=10**9), "a younger one overtook"
         assert ages[1] == sorted(ages[1])
 
-    def check_packet(self, packet: Packet, microbatch) -> None:
+    def check_packet(self, packet: Packet) -> None:
         limits = self.limits
         assert len(packet.rows) <= limits.max_rows
         assert len(packet.tiles) * limits.tile <= limits.max_chunk
@@ -191,10 +192,8 @@ class Trial:
             assert s.slot is not None or s.fully_sent
         rows = [row.sequence for row in packet.rows]
         assert len(set(rows)) == len(rows)
-        if any(tile.ends for tile in packet.tiles):
-            assert self.room(packet, microbatch) >= 0, "a microbatch above its share"
 
-    def check_consecutive(self, packet: Packet, microbatch, half_sent, free_before: int) -> None:
+    def check_consecutive(self, packet: Packet, half_sent, free_before: int, room: int) -> None:
         """The next chunk of a prompt is in the next packet, if there are pages for it.
 
         Only the last one may wait, for a packet whose microbatch has a row for it.
@@ -207,11 +206,27 @@ class Trial:
             left = s.prefill_until - s.next_position
             end = s.next_position + min(left, limits.max_chunk)
             no_pages = -(-end // limits.page_size) - len(s.pages) > free_before - taken
-            no_row = left <= limits.max_chunk and self.room(packet, microbatch) <= 0
+            no_row = left <= limits.max_chunk and room <= 0
             assert no_pages or no_row, "a gap between two chunks"
 
-    def room(self, packet: Packet, microbatch) -> int:
-        """Rows that a microbatch had left below its share, when this packet was made of it."""
-        sent_off = len({s.sequence for s in packet.rows + packet.tiles if s.sequence.slot is None})
-        share = -(-(self.scheduler.num_running + sent_off) // self.stages)
-        return min(share, self.limits.max_rows) - (len(microbatch) + sent_off)
+    def share(self) -> int:
+        """Rows of a microbatch below which a prompt may join it: ceil(live sequences / P), where
+        those count as live that slots and pages let in now, one after the other."""
+        limits, free = self.limits, self.scheduler.pool.num_free
+
+        def missing(s) -> int:
+            return -(-min(len(s.tokens) + 1, s.max_length - 1) // limits.page_size) - len(s.pages)
+
+        live = len(self.live)
+        free -= sum(map(missing, [s for s in [self.scheduler.prefilling] if s]))
+        for s in self.scheduler.waiting:
+            free -= missing(s)
+            if free < 0 or live == limits.num_slots:
+                break
+            live += 1
+        return min(-(-live // self.stages), limits.max_rows)
+
+    def joined(self, packet: Packet, microbatch) -> int:
+        """Rows of a microbatch as this packet found them and added to them."""
+        sent_off = {s.sequence for s in packet.rows + packet.tiles if s.sequence.slot is None}
+        return len(microbatch) + len(sent_off)

@@ -273,7 +273,7 @@ def test_chunks_enter_in_consecutive_ticks():
 def test_a_burst_spreads_over_the_microbatches(fair, monkeypatch):
     """Rule 5, and what happens where a sequence takes any free row."""
     if not fair:
-        monkeypatch.setattr(Scheduler, "_may_join", lambda self, mb: len(mb) < 8)
+        monkeypatch.setattr(Scheduler, "share", lambda self: 8)
     scheduler = Scheduler(small_limits(chunk_buckets=(0, 32)), 4, 99)
     for request_id in range(8):
         add(scheduler, request_id, 3)

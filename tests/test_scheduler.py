@@ -226,9 +226,19 @@ def test_a_burst_is_shared_out_over_the_microbatches():
     trial = Trial(make_limits(num_pages=64, max_rows=4, stages=4, tile=4, tiles=4), 4)
     for request_id in range(8):
         trial.add(request_id, Request(numbered(2, request_id), 20))
-    for _ in range(9):
-        trial.step()
+    for _ in range(4):
+        assert len(trial.step().tiles) == 2  # in one turn of the ring, side by side in a chunk
     assert [len(microbatch) for microbatch in trial.scheduler.microbatches] == [2, 2, 2, 2]
+    trial.drain()
+
+
+def test_those_that_wait_for_pages_count_for_no_share():
+    trial = Trial(make_limits(num_pages=8, max_rows=8, stages=4, tile=4, tiles=4), 4)
+    for request_id in range(20):
+        trial.add(request_id, Request(numbered(6, request_id), 2))  # two pages, so four at once
+    for _ in range(4):
+        trial.step()
+    assert [len(packet.tiles) // 2 for packet in trial.packets] == [1, 1, 1, 1]
     trial.drain()
 
 

@@ -13,7 +13,7 @@ with the last chunk becomes the sequence's microbatch.
 from bisect import insort
 from collections import deque
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 
@@ -90,8 +90,9 @@ class Scheduler:
         self.pool = PagePool(limits.num_pages)
         self.page_tables = np.zeros((limits.num_slots, limits.pages_per_sequence), np.int32)
         self.waiting: deque[Sequence] = deque()
-        self.prefilling: list[Sequence] = []  # in order of arrival
-        self.microbatches: list[list[Sequence]] = [[] for _ in range(num_microbatches)]  # likewise
+        self.prefilling: Sequence | None = None  # one prompt at a time; it is the youngest
+        # In order of arrival, each.
+        self.microbatches: list[list[Sequence]] = [[] for _ in range(num_microbatches)]
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
@@ -173,8 +174,9 @@ class Scheduler:
         microbatch = self.microbatches[self._turn]
         self._turn = (self._turn + 1) % len(self.microbatches)
         packet = Packet()
+        share = self.share()
         self._add_rows(packet, microbatch)
-        self._add_chunk(packet, microbatch)
+        self._add_chunk(packet, microbatch, share)
         # What a sequence held is free once its last packet has entered, though the result is not
         # known yet. Not earlier: this packet must not write over what it reads itself.
         for sequence in [s for s in microbatch if s.fully_sent]:
@@ -188,52 +190,54 @@ class Scheduler:
                 continue
             packet.rows.append(self._send(sequence, None, 1))
 
-    def _add_chunk(self, packet: Packet, microbatch: list[Sequence]) -> None:
+    def _add_chunk(self, packet: Packet, microbatch: list[Sequence], share: int) -> None:
         tile = self.limits.tile
         tiles_left = self.limits.max_chunk // tile
-        skipped: set[Sequence] = set()
-        while tiles_left and (sequence := self._next_prefill(skipped)):
+        while tiles_left and (sequence := self.prefilling or self._admit()):
             first = sequence.next_position
             count = min(sequence.prefill_until - first, tiles_left * tile)
             ends = first + count == sequence.prefill_until
-            if (ends and not self._may_join(microbatch)) or not self._make_room(sequence, count):
-                skipped.add(sequence)
-                continue
+            if (ends and len(microbatch) >= share) or not self._make_room(sequence, count):
+                return  # it goes on in a later packet, and nobody overtakes it
             for start in range(first, first + count, tile):
                 tokens = sequence.tokens[start : min(start + tile, first + count)]
                 packet.tiles.append(self._send(sequence, tokens, len(tokens)))
                 tiles_left -= 1
             if ends:
-                self.prefilling.remove(sequence)
+                self.prefilling = None
                 insort(microbatch, sequence, key=_arrival)
 
-    def _next_prefill(self, skipped: set[Sequence]) -> Sequence | None:
-        """The oldest sequence with prompt tokens to send, admitting one where there is room."""
-        for sequence in self.prefilling:
-            if sequence not in skipped:
-                return sequence
-        if skipped or not self.waiting or not self._free_slots:
+    def _admit(self) -> Sequence | None:
+        """Makes the oldest waiting sequence live, if there is a slot and there are pages for it."""
+        if not self.waiting or not self._free_slots:
             return None
         sequence = self.waiting[0]
-        promised = sum(
-            self._pages_for(other.prefill_until) - len(other.pages) for other in self.prefilling
-        )
-        # One page more than the prompt fills, where it will need one: to be preempted after the
-        # very first token would be a waste.
-        length = min(len(sequence.tokens) + 1, sequence.max_length - 1)
-        if self.pool.num_free - promised < self._pages_for(length):
+        if self.pool.num_free < self._pages_to_begin(sequence):
             return None
         self.waiting.popleft()
         sequence.slot = self._free_slots.pop()
         sequence.next_position = 0
         sequence.prefill_until = len(sequence.tokens)
-        self.prefilling.append(sequence)
+        self.prefilling = sequence
         return sequence
 
-    def _may_join(self, microbatch: list[Sequence]) -> bool:
-        """A burst must not fill one microbatch and leave the others empty: each has its share."""
-        share = -(-self.num_running // len(self.microbatches))
-        return len(microbatch) < min(share, self.limits.max_rows)
+    def share(self) -> int:
+        """Most rows of a microbatch that a prompt may join, so that a burst does not fill one and
+        leave the others empty: its part of the sequences that are live or can be at once."""
+        live, pages = self.num_running, self.pool.num_free
+        if self.prefilling:
+            pages -= self._pages_to_begin(self.prefilling) - len(self.prefilling.pages)
+        for sequence in islice(self.waiting, len(self._free_slots)):
+            pages -= self._pages_to_begin(sequence)
+            if pages < 0:
+                break
+            live += 1
+        return min(-(-live // len(self.microbatches)), self.limits.max_rows)
+
+    def _pages_to_begin(self, sequence: Sequence) -> int:
+        # One token more than the prompt, where there will be one: to be preempted after the very
+        # first token would be a waste.
+        return self._pages_for(min(len(sequence.tokens) + 1, sequence.max_length - 1))
 
     def _send(self, sequence: Sequence, tokens: list[int] | None, count: int) -> Segment:
         assert sequence.slot is not None
@@ -269,7 +273,7 @@ class Scheduler:
         return True
 
     def _youngest(self) -> Sequence:
-        return max(chain(self.prefilling, *self.microbatches), key=_arrival)
+        return self.prefilling or max(chain(*self.microbatches), key=_arrival)
 
     def _preempt(self, sequence: Sequence) -> None:
         sequence.epoch += 1
@@ -281,8 +285,8 @@ class Scheduler:
         """Takes back slot, pages and row, as far as the sequence has them."""
         if sequence.slot is None:
             return
-        if sequence in self.prefilling:
-            self.prefilling.remove(sequence)
+        if sequence is self.prefilling:
+            self.prefilling = None
         for microbatch in self.microbatches:
             if sequence in microbatch:
                 microbatch.remove(sequence)
