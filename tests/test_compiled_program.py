@@ -69,16 +69,13 @@ def compile_sampling(mesh: str):
     device_mesh = make_mesh(mesh)
     rows, vocab = 4, padded(CONFIG.vocab_size, device_mesh.size)
 
-    def array(shape, dtype, spec=P()):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(device_mesh, spec))
-
-    output = steps.StepOutput(
-        array((rows, vocab), jnp.float32, steps.LOGITS_SPEC),
-        array((rows,), jnp.int32),
-        array((rows,), jnp.int32),
+    logits = jax.ShapeDtypeStruct(
+        (rows, vocab), jnp.float32, sharding=NamedSharding(device_mesh, steps.LOGITS_SPEC)
     )
-    tokens = array((LIMITS.num_slots,), jnp.int32)
-    controls = array((rows, CONTROL_WIDTH), jnp.int32)
+    chosen = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    output = steps.StepOutput(logits, tokens=chosen, slots=chosen)
+    tokens = jax.ShapeDtypeStruct((LIMITS.num_slots,), jnp.int32)
+    controls = jax.ShapeDtypeStruct((rows, CONTROL_WIDTH), jnp.int32)
     return steps.sample_step(device_mesh, LIMITS).lower(tokens, output, controls).compile()
 
 

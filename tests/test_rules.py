@@ -12,7 +12,7 @@
    9  Garbage      values are masked, not only scores
   10  No branch    has the cache pass through it
   12  Empty        packets change nothing
-  13  Size 1       an axis of it issues no collective
+  13  Size 1       an axis of it issues no collective (in test_compiled_program.py)
   14  Padding      layers are the identity
 
 Breaking one mostly gives wrong answers in silence. So a crowded scenario (pages that run out,
@@ -22,7 +22,6 @@ broken, where some must not be.
 """
 
 import dataclasses
-import re
 from functools import partial
 from types import MethodType
 
@@ -460,32 +459,6 @@ def test_empty_packets_change_nothing(loop):
     after = jax.tree.map(lambda a: np.array(a).view(np.int32), executor.state[1:])
     jax.tree.map(np.testing.assert_array_equal, before, after)
     assert len(jax.tree.leaves(before)) == 1 + 2  # tokens, and keys and values of one layer
-
-
-# --- 13: axes of size 1 --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("mesh", "reduces", "permutes", "gathers"),
-    [
-        # By the mesh: two all-reduces a layer over `model`; one for the embedding over all ranks,
-        # and one for the finished packet over `stage`; one all-gather for the greedy choice.
-        ("1x1", 0, 0, 0),
-        ("2x1", 2, 1, 1),
-        ("1x2", 4 * 2 + 1, 0, 1),
-        ("2x2", 2 * 2 + 2, 1, 1),
-    ],
-)
-def test_an_axis_of_size_1_issues_no_collective(mesh, reduces, permutes, gathers, path):
-    loop = make_loop(path, mesh, max_num_seqs=2, max_chunk=64, page_size=4, num_pages=80)
-    for bucket in loop.limits.buckets():
-        step, arguments = step_and_shapes(loop, bucket)
-        text = step.lower(*arguments).as_text()
-        assert len(re.findall(r"\ball_reduce\b", text)) == reduces
-        assert len(re.findall(r"\bcollective_permute\b", text)) == permutes
-        assert len(re.findall(r"\ball_gather\b", text)) == gathers
-        for group in re.findall(r"replica_groups = dense<(.*?)>", text):
-            assert "," in group  # of more than one device
 
 
 # --- 14: padding layers --------------------------------------------------------------------------

@@ -107,6 +107,13 @@ def test_any_trace(trace):
     event(f"mixed packets: {any(p.rows and p.tiles for p in trial.packets)}")
 
 
+@pytest.mark.slow
+@settings(deadline=None, max_examples=20_000)
+@given(traces())
+def test_any_of_many_traces(trace):
+    run(*trace)
+
+
 # --- requests that are refused ----------------------------------------------------------------
 
 
