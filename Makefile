@@ -23,7 +23,7 @@ bench: .venv/installed-test  ## all measurements that a CPU can make; half an ho
 	.venv/bin/python -m bench.host_time
 	.venv/bin/python -m bench.start_up
 	.venv/bin/python -m bench.divergence
-	.venv/bin/python bench/loading.py
+	.venv/bin/python -m bench.loading
 
 demo: .venv/installed-test  ## train the demo checkpoint again
 	.venv/bin/python demo/train.py

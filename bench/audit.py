@@ -11,7 +11,6 @@ import json
 import sys
 import time
 from collections import Counter
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from bench.hlo import count_ops, large_copies
+from bench.machine import describe
 from llama_jax.config import LlamaConfig
 from llama_jax.kv_cache import page_bytes
 from llama_jax.packet import Bucket, Limits, size
@@ -161,7 +161,7 @@ def main() -> int:
     total = arguments + most
     result = {
         "what": "Llama-3-70B bfloat16 on 4 x 2 of 8 x H100 80 GB, compiled without a GPU",
-        "versions": {p: version(p) for p in ("jax", "jaxlib", "jax-cuda12-plugin")},
+        "versions": describe("jax", "jaxlib", "jax-cuda12-plugin")["versions"],
         "sizes": {"rows": ROWS, "context": CONTEXT, "page_size": PAGE_SIZE,
                   "pages": limits.num_pages, "tokens": limits.num_pages * PAGE_SIZE},
         "bytes_per_device": {**held, "kv_cache": cache, "arguments": arguments,

@@ -10,14 +10,14 @@ the others to show what the ring costs there; it is no comparison.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
+
+from bench.machine import describe
 
 RESULT = Path(__file__).parent / "results" / "decode.json"
 BATCHES = (1, 8, 32)
@@ -158,8 +158,7 @@ def main() -> None:
     result = {
         "what": f"seconds a decode step, {parameters:,} parameters, float32, prompts of "
         f"{PROMPT_TOKENS}, {NEW_TOKENS} new tokens, median of {args.rounds}",
-        "machine": {"system": platform.platform(), "cpus": len(os.sched_getaffinity(0))},
-        "versions": {p: version(p) for p in ("jax", "flax", "torch", "transformers")},
+        **describe("jax", "flax", "torch", "transformers"),
         "rows": rows,
     }
     args.output.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""How soon greedy answers part with the company they are in: `python bench/divergence.py`.
+"""How soon greedy answers part with the company they are in: `python -m bench.divergence`.
 
 The same requests are answered alone, in a full batch, beside chunks of other prompts, and in a pool
 that is too small, where they are preempted and computed again. Sums are taken in another order
@@ -7,10 +7,8 @@ then, so logits differ by rounding, and where the two best are closer than that,
 weights, which put the two best logits closer together than training does.
 """
 
-import importlib.metadata
 import json
 import os
-import platform
 import tempfile
 from pathlib import Path
 
@@ -20,6 +18,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from bench.machine import describe
 from llama_jax.config import LlamaConfig
 from llama_jax.engine.core import Engine, configure_jax
 from llama_jax.engine.options import EngineOptions
@@ -167,9 +166,7 @@ def main() -> None:
                 )
     Console(width=110).print(table)
     report = {
-        "machine": {"system": platform.platform(), "cpus": os.cpu_count()},
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
-        | {"python": platform.python_version()},
+        **describe(*PACKAGES),
         "mesh": MESH,
         "prompt_tokens": PROMPT,
         "tokens": TOKENS,

@@ -8,14 +8,12 @@ reported beside it: on CPU it returns when the program has run, so it holds the 
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
+from bench.machine import describe
 from llama_jax.engine.core import Engine
 from llama_jax.engine.options import EngineOptions
 from llama_jax.sampling_params import SamplingParams
@@ -92,8 +90,7 @@ def main() -> int:
     met = all(row["host_ms"] <= TARGET_MS for row in rows.values())
     result = {
         "what": f"median of {args.ticks} ticks, {SEQUENCES} sequences in 4 packets, mesh 4x2",
-        "machine": {"system": platform.platform(), "cpus": len(os.sched_getaffinity(0))},
-        "versions": {p: version(p) for p in ("jax", "numpy")},
+        **describe("jax", "numpy"),
         "target_ms": TARGET_MS,
         "met": met,
         "rows": rows,

@@ -1,4 +1,4 @@
-"""How much memory loading takes: `python bench/loading.py`.
+"""How much memory loading takes: `python -m bench.loading`.
 
 A process starts JAX and makes the mesh, notes its anonymous memory (what the kernel cannot drop,
 unlike the page cache behind mapped files), loads a checkpoint of 124 M random parameters, and
@@ -13,7 +13,6 @@ import contextlib
 import itertools
 import json
 import os
-import platform
 import select
 import subprocess
 import sys
@@ -134,6 +133,8 @@ def main() -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from bench.machine import describe
+
     table = Table(title="Anonymous memory added by loading, over the bytes of the weights loaded")
     for column in ("layout", "stored as", "loaded as", "mesh"):
         table.add_column(column)
@@ -166,8 +167,9 @@ def main() -> int:
     met = worst <= TARGET
     print(f"worst peak {worst:.2f} × the weights, target ≤ {TARGET}: {'met' if met else 'MISSED'}")
     RESULT.parent.mkdir(exist_ok=True)
-    machine = {"system": f"{platform.system()} {platform.machine()}", "cpus": os.cpu_count()}
-    report = {"machine": machine, "target": TARGET, "worst": worst, "met": met, "rows": rows}
+    packages = ("jax", "numpy", "orbax-checkpoint", "tensorstore")
+    result = {"target": TARGET, "worst": worst, "met": met, "rows": rows}
+    report = {**describe(*packages), **result}
     RESULT.write_text(json.dumps(report, indent=1) + "\n")
     return 0 if met else 1
 

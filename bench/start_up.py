@@ -8,7 +8,6 @@ later ones find what it left.
 import argparse
 import json
 import os
-import platform
 import signal
 import socket
 import subprocess
@@ -17,8 +16,9 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from importlib.metadata import version
 from pathlib import Path
+
+from bench.machine import describe
 
 RESULT = Path(__file__).parent / "results" / "start_up.json"
 TARGETS = {"first": 30.0, "second": 15.0}  # seconds, on 2 cores
@@ -71,8 +71,7 @@ def main() -> int:
     met = all(seconds[name] <= limit for name, limit in TARGETS.items())
     result = {
         "what": "seconds from starting the process to a whole answer, demo checkpoint on 4x2",
-        "machine": {"system": platform.platform(), "cpus": len(os.sched_getaffinity(0))},
-        "versions": {p: version(p) for p in ("jax", "transformers")},
+        **describe("jax", "transformers"),
         "seconds": seconds,
         "targets": TARGETS,
         "met": met,

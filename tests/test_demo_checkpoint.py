@@ -1,4 +1,4 @@
-"""What the bundled checkpoint can do, asked through the engine on the 4 x 2 mesh of `make serve`."""
+"""What the bundled checkpoint can do, through the engine on the 4 x 2 mesh of `make serve`."""
 
 from pathlib import Path
 
