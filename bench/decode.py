@@ -1,6 +1,6 @@
 """Decode speed against transformers on PyTorch: `python -m bench.decode`.
 
-The same random weights (124 M parameters, float32), the same prompts, the same threads, greedy.
+The same random weights (100 M parameters, float32), the same prompts, the same threads, greedy.
 Each engine runs in a process of its own; they take turns, so that whatever else the machine does
 meets both. A figure is the median over rounds of the time that one more token takes for the whole
 batch: prefill is not in it. The 4x2 mesh of virtual devices shares the same cores and stands beside

@@ -8,7 +8,6 @@ weights, which put the two best logits closer together than training does.
 """
 
 import json
-import os
 import tempfile
 from pathlib import Path
 
