@@ -8,7 +8,8 @@ partial results. Without a mesh `reduce` is the identity.
 """
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import closing
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,18 @@ import numpy as np
 from flax import nnx
 
 from llama_jax.attention import causal_attention
+from llama_jax.checkpoint import open_checkpoint
+from llama_jax.checkpoint.load import choose_dtype, read_weight
 from llama_jax.config import LlamaConfig
 from llama_jax.rope import inverse_frequencies, rotate
-from llama_jax.weights import EMBEDDING, INIT_STD, LAYER_WEIGHTS, LM_HEAD, Weight
+from llama_jax.weights import (
+    EMBEDDING,
+    INIT_STD,
+    LAYER_WEIGHTS,
+    LM_HEAD,
+    Weight,
+    outer_weights,
+)
 
 # (q [..., H, h], k [..., K, h], v [..., K, h]) -> [..., H, h]; the ring's stores k and v as well.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -146,19 +156,25 @@ class Llama(nnx.Module):
         return logits(self.final_norm(x), head[...])
 
     @classmethod
-    def from_pretrained(cls, path: str, dtype: str = "auto") -> "Llama":
+    def from_pretrained(cls, path: str, dtype: str = "auto") -> Self:
         """Opens a checkpoint directory (Hugging Face or Orbax layout) on the default device.
 
         Args:
           path: the directory.
           dtype: "auto" (float32 on CPU, the checkpoint's own elsewhere), "float32", "bfloat16".
         """
-        from llama_jax.checkpoint.load import load_module
-
-        def make(config: LlamaConfig, kind: jnp.dtype) -> "Llama":
-            return cls(config, rngs=nnx.Rngs(0), dtype=kind)
-
-        return load_module(make, path, dtype)
+        with closing(open_checkpoint(path)) as reader:
+            kind = choose_dtype(dtype, reader.config, jax.default_backend())
+            # Its weights are placeholders: none is made that the checkpoint would replace.
+            model = nnx.eval_shape(lambda: cls(reader.config, rngs=nnx.Rngs(0), dtype=kind))
+            for weight in outer_weights(reader.config):
+                array = read_weight(reader, weight.hf_name, kind)
+                weight_of(model, weight.name).set_value(array)
+            for number, layer in enumerate(model.layers):
+                for weight in LAYER_WEIGHTS:
+                    array = read_weight(reader, weight.hf_name.format(layer=number), kind)
+                    weight_of(layer, weight.name).set_value(array)
+        return model
 
 
 def logits(x: jax.Array, head: jax.Array) -> jax.Array:

@@ -8,22 +8,16 @@ device's memory; elsewhere it is copied to the device and goes back to the syste
 import math
 import mmap
 from collections.abc import Callable
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from llama_jax.checkpoint import CheckpointReader, open_checkpoint
+from llama_jax.checkpoint import CheckpointReader
 from llama_jax.config import LlamaConfig
-from llama_jax.model import Llama, weight_of
 from llama_jax.params import Params, Placement, placements
-from llama_jax.weights import LAYER_WEIGHTS, outer_weights
 from sharding.mesh import mesh_shape
-
-Model = TypeVar("Model", bound=Llama)
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -69,38 +63,16 @@ def load_params(
     return jax.tree.unflatten(structure, arrays)
 
 
-def load_module(make: Callable[[LlamaConfig, np.dtype], Model], path: str, dtype: str) -> Model:
-    """Builds a model from the config of the checkpoint at `path` and gives it its weights.
-
-    Args:
-      make: config and dtype -> the model, on one device.
-      path: a checkpoint directory.
-      dtype: "auto", "float32" or "bfloat16".
+def read_weight(reader: CheckpointReader, name: str, dtype: np.dtype) -> jax.Array:
+    """A whole tensor, by its Hugging Face name, on the default device.
 
     Raises:
-      ConfigError, CheckpointError: as `open_checkpoint`.
+      CheckpointError: its bytes cannot be read.
     """
-    reader = open_checkpoint(path)
-    try:
-        kind = choose_dtype(dtype, reader.config, jax.default_backend())
-        model = nnx.eval_shape(lambda: make(reader.config, kind))
-        for weight in outer_weights(reader.config):
-            _assign(model, weight.name, reader, weight.hf_name, kind)
-        for number, layer in enumerate(model.layers):
-            for weight in LAYER_WEIGHTS:
-                _assign(layer, weight.name, reader, weight.hf_name.format(layer=number), kind)
-        return model
-    finally:
-        reader.close()
-
-
-def _assign(
-    module: nnx.Module, name: str, reader: CheckpointReader, hf_name: str, dtype: np.dtype
-) -> None:
-    shape = reader.tensors[hf_name].shape
+    shape = reader.tensors[name].shape
     whole = _zeros(shape, dtype)
-    reader.read_into(hf_name, tuple(slice(0, size) for size in shape), whole)
-    weight_of(module, name).set_value(jax.device_put(whole))
+    reader.read_into(name, tuple(slice(0, size) for size in shape), whole)
+    return jax.device_put(whole)
 
 
 def _load(reader: CheckpointReader, mesh: Mesh, to: Placement, dtype: np.dtype) -> jax.Array:
