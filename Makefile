@@ -1,7 +1,7 @@
 # Everything happens in virtual environments inside this folder; `make clean` removes them.
 PYTHON ?= python3.11
 MESH ?= 4x2
-MODEL ?= demo/checkpoint
+MODEL ?=  # the demo checkpoint
 PORT ?= 8000
 
 .PHONY: serve test test-all audit bench demo clean

@@ -19,16 +19,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from bench.hlo import count_ops, large_copies
 from bench.machine import describe
 from llama_jax.config import LlamaConfig
 from llama_jax.kv_cache import page_bytes
-from llama_jax.packet import Bucket, Limits, size
+from llama_jax.limits import Bucket, Limits
+from llama_jax.packet import size
 from llama_jax.params import Params, placements
-from llama_jax.steps import decode_step, prefill_step, state_shapes
+from llama_jax.sampling import CONTROL_WIDTH
+from llama_jax.steps import (
+    LOGITS_SPEC,
+    StepOutput,
+    decode_step,
+    prefill_step,
+    sample_step,
+    state_shapes,
+)
 from sharding.mesh import AXES
-from sharding.partition import split_layers
+from sharding.partition import padded, split_layers
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "audit_70b_8xh100.json"
@@ -38,6 +48,7 @@ KV_BYTES = 20_000_000_000  # on each device
 MAX_TEMPORARIES = 1_000_000_000
 MAX_TOTAL = 68_000_000_000  # of a device's 80 GB: the deployment's claim
 DTYPE = jnp.bfloat16
+REPLICATED = P()
 COLLECTIVES = ("all-reduce", "collective-permute", "all-gather")
 
 
@@ -107,7 +118,7 @@ def audit_program(
     packed = jax.ShapeDtypeStruct(
         (size(limits, bucket),),
         jnp.int32,
-        sharding=NamedSharding(mesh, jax.sharding.PartitionSpec()),
+        sharding=NamedSharding(mesh, REPLICATED),
     )
     state = state_shapes(config, mesh, limits, DTYPE)
     start = time.perf_counter()
@@ -134,6 +145,24 @@ def audit_program(
     }
 
 
+def audit_sampling(
+    config: LlamaConfig, mesh: Mesh, limits: Limits, bucket: Bucket
+) -> dict[str, int]:
+    """Compiles the second program of a tick, which runs where a row is not greedy."""
+    n, devices = limits.num_segments(bucket), NUM_STAGES * NUM_RANKS
+
+    def array(shape: tuple[int, ...], dtype: Any, spec: P = REPLICATED) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    chosen = array((n,), jnp.int32)
+    logits = array((n, padded(config.vocab_size, devices)), jnp.float32, LOGITS_SPEC)
+    tokens = array((limits.num_slots,), jnp.int32)
+    controls = array((n, CONTROL_WIDTH), jnp.int32)
+    output = StepOutput(logits, chosen, chosen)
+    compiled = sample_step(mesh, limits).lower(tokens, output, controls).compile()
+    return {"segments": n, "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes}
+
+
 def main() -> int:
     """Prints the audit and writes it; the exit status is 1 where a line does not hold."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -156,7 +185,12 @@ def main() -> int:
             f"compiled in {row['compile_seconds']} s",
             flush=True,
         )
-    most = max(row["temporary_bytes"] for row in programs)
+    sampling = audit_sampling(config, mesh, limits, limits.buckets()[-1])
+    print(
+        f"sampling {sampling['segments']} segments: "
+        f"temporaries {sampling['temporary_bytes'] / 1e9:.3f} GB"
+    )
+    most = max(row["temporary_bytes"] for row in [*programs, sampling])
     arguments = max(row["argument_bytes"] for row in programs)
     total = arguments + most
     result = {
@@ -168,6 +202,7 @@ def main() -> int:
                              "temporaries": most, "total": total},
         "total_within_68_gb": total <= MAX_TOTAL,
         "programs": programs,
+        "sampling": sampling,
         "holds": total <= MAX_TOTAL and all(row["holds"] for row in programs),
     }  # fmt: skip
     print(f"{'bytes on each of the 8 devices':<32}")

@@ -3,8 +3,9 @@
 The same random weights (100 M parameters, float32), the same prompts, the same threads, greedy.
 Each engine runs in a process of its own; they take turns, so that whatever else the machine does
 meets both. A figure is the median over rounds of the time that one more token takes for the whole
-batch: prefill is not in it. The 4x2 mesh of virtual devices shares the same cores and stands beside
-the others to show what the ring costs there; it is no comparison.
+batch: prefill is not in it, so of the ring only the ticks count in which every row decodes. The 4x2
+mesh of virtual devices shares the same cores and stands beside the others to show what the ring
+costs there; it is no comparison.
 """
 
 import argparse
@@ -157,7 +158,7 @@ def main() -> None:
             print(table(rows[-1:]), flush=True)
     result = {
         "what": f"seconds a decode step, {parameters:,} parameters, float32, prompts of "
-        f"{PROMPT_TOKENS}, {NEW_TOKENS} new tokens, median of {args.rounds}",
+        f"{PROMPT_TOKENS}, up to {NEW_TOKENS} new tokens, median of {args.rounds}",
         **describe("jax", "flax", "torch", "transformers"),
         "rows": rows,
     }

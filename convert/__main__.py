@@ -63,7 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
         from convert.huggingface_to_orbax import convert  # slow; --help need not wait for it
 
         logging.getLogger("absl").setLevel(logging.ERROR)
-        with Progress(*columns, console=console, transient=True) as bar:
+        visible = console.is_terminal
+        with Progress(*columns, console=console, transient=True, disable=not visible) as bar:
             task = bar.add_task("weights", total=None)
             size = convert(
                 options.source,

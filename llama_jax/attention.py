@@ -68,7 +68,7 @@ def paged_attention(
 
     group = num_heads // num_kv_heads
     # Rows of one KV head's product: its group's heads at every query. [K, B, T * G, h]
-    grouped = (q * head_dim**-0.5).reshape(batch, num_queries, num_kv_heads, group, head_dim)
+    grouped = q.reshape(batch, num_queries, num_kv_heads, group, head_dim)
     rows = grouped.transpose(2, 0, 1, 3, 4).reshape(num_kv_heads, batch, -1, head_dim)
     row_positions = jnp.repeat(positions, group, axis=1)  # [B, T * G]
 
@@ -85,7 +85,7 @@ def paged_attention(
         scores = jnp.einsum(
             "KBRh,KBSh->KBRS", rows, pages_of(k_pages, index), preferred_element_type=jnp.float32
         )
-        scores = jnp.where(seen, scores, MASKED)
+        scores = jnp.where(seen, scores * head_dim**-0.5, MASKED)
         # A page holds what its last owner left, and 0 × NaN is NaN: V needs the mask, too.
         values = jnp.where(held[..., None], pages_of(v_pages, index), 0)
         new_best = jnp.maximum(best, scores.max(axis=-1))

@@ -173,11 +173,13 @@ def _walk(mass: jax.Array, uniform: jax.Array) -> jax.Array:
     ends = jnp.cumsum(masses, axis=0)
     target = uniform * ends[-1]
     # Rounding may put the target at the very end: the last rank that holds any mass takes it.
-    passed = jnp.argmax(ends > target, axis=0)
+    passed = jnp.argmax((ends > target) & (masses > 0), axis=0)
     last = masses.shape[0] - 1 - jnp.argmax(masses[::-1] > 0, axis=0)
     owner = jnp.where(target < ends[-1], passed, last)
     before = jnp.take_along_axis(ends - masses, owner[None], axis=0)[0]
-    index = jnp.sum(cumulative <= (target - before)[:, None], axis=-1)
+    # A sum may rise by rounding where there is no mass: only a token that was kept may be drawn.
+    over = (mass > 0) & (cumulative > (target - before)[:, None])
     last_kept = size - 1 - jnp.argmax(mass[:, ::-1] > 0, axis=-1)
-    token = rank(AXES) * size + jnp.minimum(index, last_kept)
+    index = jnp.where(over.any(axis=-1), jnp.argmax(over, axis=-1), last_kept)
+    token = rank(AXES) * size + index
     return psum(jnp.where(owner == rank(AXES), token, 0).astype(jnp.int32), AXES)

@@ -94,6 +94,7 @@ def sample_step(mesh: Mesh, limits: Limits) -> SampleStep:
 
     out_spec = StepOutput(LOGITS_SPEC, P(), P())
     mapped = _shard_map(run, mesh, (P(), out_spec, P()), (P(), P()))
+    mapped.__name__ = "sample_step"
     return jax.jit(mapped, donate_argnums=0)
 
 

@@ -1,21 +1,16 @@
 """The demo checkpoint's text, tokenizer and training loop (not its skill: demo/evaluate.py)."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from demo import batches, corpus, facts, train
+from demo.tokenizer import SPECIAL_TOKENS, save_tokenizer
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
-from demo import batches, corpus, facts, train  # noqa: E402
-from demo.tokenizer import SPECIAL_TOKENS, save_tokenizer  # noqa: E402
-
-CHECKPOINT = ROOT / "demo" / "checkpoint"
+CHECKPOINT = Path(__file__).resolve().parents[1] / "demo" / "checkpoint"
 SUM = re.compile(r"(?<!\d)(\d+)\s*(?:\+|plus|and)\s*(\d+)(?!\d)")
 
 

@@ -95,6 +95,11 @@ def test_a_mesh_larger_than_the_devices():
     assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
 
 
+def test_a_mesh_beyond_all_reason_is_refused_at_once():
+    with pytest.raises(MeshError, match="needs 40000 devices"):
+        make_mesh("20000x2")
+
+
 def test_layers_that_divide():
     assert split_layers(8, 4) == ((0, 1), (2, 3), (4, 5), (6, 7))
 

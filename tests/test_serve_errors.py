@@ -43,6 +43,7 @@ def refused(response: httpx.Response, status: int = 400, **expected) -> dict:
         (b"[]", "must be a JSON object"),
         (b'"prompt"', "must be a JSON object"),
         (b"[" * 100_000, "nested too deeply"),
+        (b'{"prompt": "caf\xe9"}', "not UTF-8"),
         (b'{"prompt": ' + b"9" * 5000 + b"}", "number that is too long"),
         (b"{}", "missing"),
     ],

@@ -80,8 +80,8 @@ def test_sizes_fit_together(mesh, max_num_seqs, max_chunk, page_size, max_model_
     most = limits.num_slots * -(-(max_model_len or 512) // page_size)
     assert limits.num_pages == min(pages, most)
 
-    assert limits.num_slots == limits.max_rows * stages
-    assert max_num_seqs <= limits.num_slots < max_num_seqs + stages
+    assert limits.num_slots == max_num_seqs
+    assert max_num_seqs <= limits.max_rows * stages < max_num_seqs + stages
     assert max_chunk <= limits.max_chunk < max_chunk + limits.tile
     assert limits.chunk_buckets[0] == 0
     for buckets in (limits.row_buckets, limits.chunk_buckets):

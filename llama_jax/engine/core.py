@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from contextlib import closing
 
 import jax
 import numpy as np
@@ -14,7 +15,12 @@ from llama_jax.engine.executor import CompileCounter, Executor
 from llama_jax.engine.messages import DeviceInfo, EngineInfo, Output, Progress, Stats
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.scheduler import Scheduler
-from llama_jax.engine.sizing import bytes_by_device, check_options, choose_limits
+from llama_jax.engine.sizing import (
+    GPU_MEMORY_SHARE,
+    bytes_by_device,
+    check_options,
+    choose_limits,
+)
 from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.sampling_params import SamplingParams
 from sharding.mesh import make_mesh, mesh_shape
@@ -40,22 +46,24 @@ class Engine:
         progress: Callable[[Progress], None] = lambda progress: None,
     ):
         start = time.perf_counter()
-        reader = open_checkpoint(options.path)
-        config = reader.config
-        check_options(options, config)
-        configure_jax()
-        mesh = make_mesh(options.mesh)
-        platform = mesh.devices.flat[0].platform
-        dtype = choose_dtype(options.dtype, config, platform)
-        self.compilations = CompileCounter()
-        params = load_params(
-            reader, mesh, dtype, lambda done, total: progress(Progress("loading", done, total))
-        )
-        reader.close()
-        jax.block_until_ready(params)
+        with closing(open_checkpoint(options.path)) as reader:
+            config = reader.config
+            check_options(options, config)
+            configure_jax()
+            mesh = make_mesh(options.mesh)
+            platform = mesh.devices.flat[0].platform
+            dtype = choose_dtype(options.dtype, config, platform)
+            if platform != "cpu" and dtype == np.float32:  # else a GPU multiplies in TF32
+                jax.config.update("jax_default_matmul_precision", "float32")
+            # Sizes first: what cannot fit is refused before minutes of loading, not after.
+            limits, max_model_len = choose_limits(options, config, mesh, dtype)
+            self.compilations = CompileCounter()
+            params = load_params(
+                reader, mesh, dtype, lambda done, total: progress(Progress("loading", done, total))
+            )
+            jax.block_until_ready(params)
         loaded = time.perf_counter()
 
-        limits, max_model_len = choose_limits(options, config, mesh, dtype)
         # Those that will run wait as well, until the next tick, and again when they are preempted.
         scheduler = Scheduler(limits, mesh_shape(mesh)[0], limits.num_slots + options.max_queue)
         executor = Executor(config, mesh, limits, params, dtype)
@@ -66,7 +74,6 @@ class Engine:
         if late is None:
             late = 0 if platform == "cpu" else GPU_RESULTS_LATE
         self.loop = TickLoop(scheduler, executor, late)
-        self.config = config
         self._stop_ids = frozenset(config.eos_token_ids)
         executor.call_seconds = 0.0  # the warm-up's do not count
 
@@ -163,6 +170,9 @@ def configure_jax() -> None:
     """Settings that the engine's process needs; they count only before JAX looks for devices."""
     # Several unfinished programs with collectives starve XLA:CPU's threads and hang it.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    # What JAX takes of each GPU when it starts, unless the user has said otherwise.
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         home = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "llama-jax", "xla"))

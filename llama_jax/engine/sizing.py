@@ -1,13 +1,16 @@
 """How large everything is: from the options and the memory there is to `Limits`."""
 
+import math
+
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from llama_jax.config import LlamaConfig
 from llama_jax.engine.options import EngineOptions
 from llama_jax.kv_cache import page_bytes
 from llama_jax.limits import Limits
+from llama_jax.params import placements
 from sharding.mesh import mesh_shape
 
 TILE = 64  # tokens of a prompt segment
@@ -45,18 +48,20 @@ def check_options(options: EngineOptions, config: LlamaConfig) -> None:
 def choose_limits(
     options: EngineOptions, config: LlamaConfig, mesh: Mesh, dtype: jnp.dtype
 ) -> tuple[Limits, int]:
-    """The sizes of an engine whose weights lie on the mesh already, and its longest sequence.
+    """The sizes of an engine whose weights are yet to be loaded, and its longest sequence.
 
     Raises:
       SizingError: the memory holds no sequence of the length asked.
+      ShardingError: the model cannot be split over this mesh.
     """
+    weights = _weight_bytes(config, mesh, dtype)
     page_size = options.page_size
     longest = options.max_model_len or config.max_position_embeddings
     num_stages, _ = mesh_shape(mesh)
     max_rows = -(-options.max_num_seqs // num_stages)
-    most_useful = max_rows * num_stages * -(-longest // page_size)
+    most_useful = options.max_num_seqs * -(-longest // page_size)
     each = page_bytes(config, mesh, page_size, dtype)
-    budget = options.kv_cache_memory or _free_memory(mesh)
+    budget = options.kv_cache_memory or _free_memory(mesh, weights)
     num_pages = min(budget // each, most_useful)
     if num_pages * page_size < (longest if options.max_model_len else 2):
         raise SizingError(
@@ -67,7 +72,7 @@ def choose_limits(
     longest = min(longest, num_pages * page_size)
     max_tiles = -(-options.max_chunk // TILE)
     limits = Limits(
-        num_slots=max_rows * num_stages,
+        num_slots=options.max_num_seqs,
         num_pages=num_pages,
         page_size=page_size,
         pages_per_sequence=-(-longest // page_size),
@@ -86,16 +91,31 @@ def _steps(last: int) -> tuple[int, ...]:
     return tuple(reversed(sizes))
 
 
-def _free_memory(mesh: Mesh) -> int:
-    """Bytes that each device can give the cache."""
+def _weight_bytes(config: LlamaConfig, mesh: Mesh, dtype: jnp.dtype) -> int:
+    """Bytes of weights on each device, padding included."""
+    return jnp.dtype(dtype).itemsize * sum(
+        math.prod(NamedSharding(mesh, place.spec).shard_shape(place.shape))
+        for place in jax.tree.leaves(placements(config, *mesh_shape(mesh)))
+    )
+
+
+def _free_memory(mesh: Mesh, weights: int) -> int:
+    """Bytes that each device can give the cache, beside so many of weights.
+
+    Raises:
+      SizingError: a device does not say how much memory it has.
+    """
     devices = mesh.devices.flatten()
     if devices[0].platform == "cpu":
         return CPU_CACHE_BYTES // len(devices)
     free = []
     for device in devices:
-        stats = device.memory_stats()
-        free.append(stats["bytes_limit"] * GPU_MEMORY_SHARE - stats["bytes_in_use"])
-    return max(0, int(min(free)) - GPU_TEMPORARIES)
+        stats = device.memory_stats() or {}
+        if "bytes_limit" not in stats:
+            raise SizingError(f"{device} does not say how much memory it has: set kv_cache_memory.")
+        # The limit is JAX's own share of the device (`configure_jax`).
+        free.append(stats["bytes_limit"] - stats["bytes_in_use"])
+    return max(0, min(free) - weights - GPU_TEMPORARIES)
 
 
 def bytes_by_device(arrays: object, mesh: Mesh) -> dict[jax.Device, int]:

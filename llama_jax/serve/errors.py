@@ -144,7 +144,10 @@ def _writable(text: str) -> str:
 
 def _of_http(error: HTTPException) -> ApiError:
     if error.status_code == 400:  # FastAPI, where the JSON parser raised what it should not
-        return ApiError(400, "The body is nested too deeply or holds a number that is too long.")
+        return ApiError(
+            400,
+            "The body is not UTF-8, is nested too deeply, or holds a number that is too long.",
+        )
     message = str(error.detail) or HTTPStatus(error.status_code).phrase
     return ApiError(error.status_code, f"{message.rstrip('.')}.", headers=error.headers)
 
