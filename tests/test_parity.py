@@ -70,15 +70,18 @@ def test_logits(config, mesh):
         assert_agrees(model, request, run)
 
 
-def long_runs():
-    """Each config on each mesh, results 0 to 5 ticks late; the quick ones have each of all once."""
-    for i, name in enumerate(CONFIGS):
-        for j, mesh in enumerate(MESHES):
-            marks = [] if i == j else [pytest.mark.slow]
-            yield pytest.param(name, mesh, (i + 2 * j) % 6, marks=marks, id=f"{name}-{mesh}")
+# Each config on each mesh, results 0 to 5 ticks late. The quick ones hold each config and each mesh
+# once.
+LONG_RUNS = [
+    pytest.param(
+        name, mesh, (i + 2 * j) % 6, marks=[] if i == j else [pytest.mark.slow], id=f"{name}-{mesh}"
+    )
+    for i, name in enumerate(CONFIGS)
+    for j, mesh in enumerate(MESHES)
+]
 
 
-@pytest.mark.parametrize(("name", "mesh", "results_late"), long_runs())
+@pytest.mark.parametrize(("name", "mesh", "results_late"), LONG_RUNS)
 def test_long_runs(name, mesh, results_late, tmp_path):
     """128 greedy tokens, while others are preempted and aborted."""
     model = make_model(**CONFIGS[name])

@@ -12,8 +12,6 @@ import numpy as np
 from llama_jax.config import DTYPES, LlamaConfig
 from llama_jax.weights import checkpoint_shapes
 
-MAX_LISTED = 20  # of the tensors that are wrong; the rest is counted
-
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be loaded; the message is one sentence for the user."""
@@ -102,9 +100,7 @@ def check_tensors(path: Path, tensors: Mapping[str, TensorInfo], config: LlamaCo
 def refuse(what: str, problems: list[str]) -> None:
     """Raises CheckpointError with all the problems in one sentence, if there are any."""
     if problems:
-        listed = "; ".join(problems[:MAX_LISTED])
-        more = len(problems) - MAX_LISTED
-        raise CheckpointError(f"{what}: {listed}{f'; and {more} more' if more > 0 else ''}.")
+        raise CheckpointError(f"{what}: {'; '.join(problems)}.")
 
 
 def with_stored_dtype(config: LlamaConfig, tensors: Mapping[str, TensorInfo]) -> LlamaConfig:
