@@ -154,7 +154,7 @@ def audit_sampling(
     tokens = array((limits.num_slots,), jnp.int32)
     controls = array((n, CONTROL_WIDTH), jnp.int32)
     output = StepOutput(logits, chosen, chosen)
-    compiled = sample_step(mesh, limits).lower(tokens, output, controls).compile()
+    compiled = sample_step(mesh).lower(tokens, output, controls).compile()
     return {"segments": n, "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes}
 
 

@@ -4,19 +4,63 @@ These are the references: they run everywhere, and tests hold every faster kerne
 Scores and softmax are computed in float32.
 """
 
+from collections.abc import Callable
+from typing import Protocol
+
 import jax
 import jax.numpy as jnp
 
 KEY_BLOCK = 128  # keys that paged attention looks at in one step of its loop
 MASKED = -1e30  # a score of nothing; finite, so that a row without keys gives no NaN
 
+# (scores, head, query position, key position) -> scores: see `model.Attention.score_mod`.
+ScoreMod = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+
+class Caller(Protocol):
+    """What attention asks of the module that calls it."""
+
+    def score_mod(
+        self,
+        scores: jax.Array,
+        head: jax.Array,
+        query_position: jax.Array,
+        key_position: jax.Array,
+    ) -> jax.Array:
+        """Changes the scores before the softmax."""
+
+    def tap(self, name: str, value: jax.Array) -> jax.Array:
+        """Takes in a named value; attention goes on with what is returned."""
+
+
+class _Plain:
+    """The `Caller` that neither changes nor looks at anything."""
+
+    def score_mod(
+        self,
+        scores: jax.Array,
+        head: jax.Array,
+        query_position: jax.Array,
+        key_position: jax.Array,
+    ) -> jax.Array:
+        return scores
+
+    def tap(self, name: str, value: jax.Array) -> jax.Array:
+        return value
+
+
+PLAIN = _Plain()
+
+
+def causal_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, caller: Caller = PLAIN
+) -> jax.Array:
     """Each position attends to itself and to those before it.
 
     Args:
       q: `[B, T, H, h]`; query head i shares KV head i // G.
       k, v: `[B, T, K, h]`.
+      caller: changes the scores, and is given "weights" `[B, H, T, T]`, in the dtype of `v`.
 
     Returns:
       `[B, T, H, h]`, in the dtype of `q`.
@@ -25,9 +69,13 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         num_tokens, num_heads, head_dim = q.shape[1:]
         grouped = q.reshape(*q.shape[:2], k.shape[2], -1, head_dim)
         scores = jnp.einsum("BTKGh,BSKh->BKGTS", grouped, k, preferred_element_type=jnp.float32)
-        causal = jnp.tri(num_tokens, dtype=bool)
-        scores = jnp.where(causal, scores * head_dim**-0.5, MASKED)
+        position = jnp.arange(num_tokens)
+        head = jnp.arange(num_heads).reshape(k.shape[2], -1, 1, 1)
+        scores = caller.score_mod(scores * head_dim**-0.5, head, position[:, None], position)
+        scores = jnp.where(position[:, None] >= position, scores, MASKED)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        by_head = (weights.shape[0], num_heads, num_tokens, num_tokens)
+        weights = caller.tap("weights", weights.reshape(by_head)).reshape(weights.shape)
         out = jnp.einsum("BKGTS,BSKh->BTKGh", weights, v)
         return out.reshape(*out.shape[:2], num_heads, head_dim)
 
@@ -39,6 +87,8 @@ def paged_attention(
     page_table: jax.Array,
     positions: jax.Array,
     lengths: jax.Array,
+    score_mod: ScoreMod = PLAIN.score_mod,
+    first_head: jax.Array | int = 0,
 ) -> jax.Array:
     """Each query attends to the keys of its sequence at positions up to its own.
 
@@ -55,6 +105,8 @@ def paged_attention(
       positions: `[B, T]` int32, where each query stands in its sequence.
       lengths: `[B]` int32, the keys that each sequence has. Whatever the pages hold beyond them,
         NaN included, is never used.
+      score_mod: changes the scores before the softmax.
+      first_head: the number of the first of these H heads in the whole model, for `score_mod`.
 
     Returns:
       `[B, T, H, h]`, in the dtype of `q`; zeros for a sequence of length 0.
@@ -71,6 +123,8 @@ def paged_attention(
     grouped = q.reshape(batch, num_queries, num_kv_heads, group, head_dim)
     rows = grouped.transpose(2, 0, 1, 3, 4).reshape(num_kv_heads, batch, -1, head_dim)
     row_positions = jnp.repeat(positions, group, axis=1)  # [B, T * G]
+    heads = first_head + jnp.arange(num_heads).reshape(num_kv_heads, 1, 1, group)
+    row_heads = jnp.tile(heads, (1, 1, num_queries, 1)).reshape(num_kv_heads, 1, -1, 1)
 
     def pages_of(pages: jax.Array, index: jax.Array) -> jax.Array:
         gathered = pages.at[:, index].get(mode="clip")
@@ -85,7 +139,9 @@ def paged_attention(
         scores = jnp.einsum(
             "KBRh,KBSh->KBRS", rows, pages_of(k_pages, index), preferred_element_type=jnp.float32
         )
-        scores = jnp.where(seen, scores * head_dim**-0.5, MASKED)
+        scores = scores * head_dim**-0.5
+        scores = score_mod(scores, row_heads, row_positions[..., None], key_positions)
+        scores = jnp.where(seen, scores, MASKED)
         # A page holds what its last owner left, and 0 × NaN is NaN: V needs the mask, too.
         values = jnp.where(held[..., None], pages_of(v_pages, index), 0)
         new_best = jnp.maximum(best, scores.max(axis=-1))
@@ -108,3 +164,36 @@ def paged_attention(
         out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
         out = out.reshape(num_kv_heads, batch, num_queries, group, head_dim)
         return out.transpose(1, 2, 0, 3, 4).reshape(q.shape).astype(q.dtype)
+
+
+def paged_weights(
+    q: jax.Array,
+    k_pages: jax.Array,
+    page_table: jax.Array,
+    positions: jax.Array,
+    lengths: jax.Array,
+    score_mod: ScoreMod = PLAIN.score_mod,
+    first_head: jax.Array | int = 0,
+) -> jax.Array:
+    """The weights that `paged_attention` gives each key and never holds all at once: to look at.
+
+    Args:
+      As `paged_attention`.
+
+    Returns:
+      `[B, T, H, S]` float32, S the tokens that the page table has room for; zeros beyond a query.
+    """
+    batch, num_queries, num_heads, head_dim = q.shape
+    num_kv_heads, _, page_size, _ = k_pages.shape
+    num_keys = page_table.shape[1] * page_size
+    keys = k_pages.at[:, page_table].get(mode="clip")
+    keys = keys.reshape(num_kv_heads, batch, num_keys, head_dim)
+    grouped = q.reshape(batch, num_queries, num_kv_heads, -1, head_dim)
+    scores = jnp.einsum("BTKGh,KBSh->BTKGS", grouped, keys, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, num_queries, num_heads, num_keys) * head_dim**-0.5
+    key_position, query_position = jnp.arange(num_keys), positions[..., None, None]
+    head = first_head + jnp.arange(num_heads)[:, None]
+    scores = score_mod(scores, head, query_position, key_position)
+    seen = (key_position < lengths[:, None, None, None]) & (key_position <= query_position)
+    weights = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1)
+    return jnp.where(seen, weights, 0)

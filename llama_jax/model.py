@@ -6,13 +6,17 @@ own share of the weights (`sharding/`): head counts are read off the weights' sh
 holds a quarter of the heads computes a quarter of the attention, and `reduce` sums the ranks'
 partial results. Without a mesh `reduce` is the identity.
 
+Values worth a name go through `tap`, so that they can be captured and patched
+(`llama_jax.interpret`). To change the model, subclass: `DecoderLayer` names the classes of its
+attention and MLP, `Llama` those of its layers and of its sampler, and the ring takes them over.
+
 A matrix of a layer is an array, or, quantised, a named tuple of arrays (`llama_jax.quantization`);
 `linear` is the only place that tells the two apart.
 """
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +29,8 @@ from llama_jax.checkpoint.load import choose_dtype, load_whole
 from llama_jax.config import LlamaConfig
 from llama_jax.quantization import Quantized
 from llama_jax.rope import inverse_frequencies, rotate
+from llama_jax.sampling import Sampler
+from llama_jax.tap import TappedModule
 from llama_jax.weights import (
     EMBEDDING,
     INIT_STD,
@@ -33,8 +39,9 @@ from llama_jax.weights import (
     Weight,
 )
 
-# (q [..., H, h], k [..., K, h], v [..., K, h]) -> [..., H, h]; the ring's stores k and v as well.
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# (q [..., H, h], k [..., K, h], v [..., K, h], whose they are) -> [..., H, h]; the ring's stores k
+# and v as well. It gives scores to `Attention.score_mod`.
+Attend = Callable[[jax.Array, jax.Array, jax.Array, "Attention"], jax.Array]
 Reduce = Callable[[jax.Array], jax.Array]
 
 _BY_NAME = {weight.name: weight for weight in (*LAYER_WEIGHTS, EMBEDDING, LM_HEAD)}
@@ -53,7 +60,7 @@ def _param(config: LlamaConfig, name: str, rngs: nnx.Rngs, dtype: jnp.dtype) -> 
     return nnx.Param(noise.astype(dtype))
 
 
-class RMSNorm(nnx.Module):
+class RMSNorm(TappedModule):
     """Root-mean-square norm (https://arxiv.org/abs/1910.07467), computed in float32."""
 
     def __init__(self, dim: int, eps: float, dtype: jnp.dtype = jnp.float32):
@@ -64,10 +71,10 @@ class RMSNorm(nnx.Module):
         """x [..., D] -> [..., D], same dtype."""
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * self.scale[...]
+        return self.tap("output", normed.astype(x.dtype) * self.scale[...])
 
 
-class Attention(nnx.Module):
+class Attention(TappedModule):
     """Grouped-query attention; head counts come from the shapes of the weights."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
@@ -85,11 +92,36 @@ class Attention(nnx.Module):
                 for w in (self.wq, self.wk, self.wv)
             )
         frequencies = inverse_frequencies(self.config)
-        out = attend(rotate(q, positions, frequencies), rotate(k, positions, frequencies), v)
+        q = self.tap("query", rotate(q, positions, frequencies))
+        k = self.tap("key", rotate(k, positions, frequencies))
+        out = self.tap("heads", attend(q, k, self.tap("value", v), self))
         return linear(out.reshape(*x.shape[:-1], -1), self.wo.get_value())
 
+    def score_mod(
+        self,
+        scores: jax.Array,
+        head: jax.Array,
+        query_position: jax.Array,
+        key_position: jax.Array,
+    ) -> jax.Array:
+        """Changes the scores before the softmax; for subclasses.
 
-class MLP(nnx.Module):
+        Keys after the query are left out in any case. To leave out others, put
+        `attention.MASKED` in their place, but leave each query one key.
+
+        Args:
+          scores: float32, already divided by the square root of h, in whatever shape the backend
+            computes them; the other three broadcast against it.
+          head: int32, the number of the query head, in the whole model.
+          query_position, key_position: int32, in the sequence.
+
+        Returns:
+          Scores of the same shape.
+        """
+        return scores
+
+
+class MLP(TappedModule):
     """SwiGLU (https://arxiv.org/abs/2002.05202)."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
@@ -101,17 +133,21 @@ class MLP(nnx.Module):
         """x [..., D] -> this rank's partial sum [..., D]."""
         with jax.named_scope("mlp"):
             gate, up = (linear(x, w.get_value()) for w in (self.w_gate, self.w_up))
-            return linear(jax.nn.silu(gate) * up, self.w_down.get_value())
+            neurons = self.tap("neurons", jax.nn.silu(gate) * up)
+            return linear(neurons, self.w_down.get_value())
 
 
-class DecoderLayer(nnx.Module):
+class DecoderLayer(TappedModule):
     """Attention and MLP, each behind a norm and beside a residual connection."""
+
+    attention_class: ClassVar[type[Attention]] = Attention
+    mlp_class: ClassVar[type[MLP]] = MLP
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
         self.attention_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype)
-        self.attention = Attention(config, rngs=rngs, dtype=dtype)
+        self.attention = self.attention_class(config, rngs=rngs, dtype=dtype)
         self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype)
-        self.mlp = MLP(config, rngs=rngs, dtype=dtype)
+        self.mlp = self.mlp_class(config, rngs=rngs, dtype=dtype)
 
     def __call__(
         self,
@@ -121,11 +157,13 @@ class DecoderLayer(nnx.Module):
         reduce: Reduce = lambda partial: partial,
     ) -> jax.Array:
         """x [..., D], positions [...] int32 -> [..., D]; `reduce` sums partial results."""
-        x = x + reduce(self.attention(self.attention_norm(x), positions, attend))
-        return x + reduce(self.mlp(self.mlp_norm(x)))
+        attended = reduce(self.attention(self.attention_norm(x), positions, attend))
+        x = self.tap("middle", x + self.attention.tap("output", attended))
+        transformed = reduce(self.mlp(self.mlp_norm(x)))
+        return self.tap("residual", x + self.mlp.tap("output", transformed))
 
 
-class Llama(nnx.Module):
+class Llama(TappedModule):
     """The whole model on one device.
 
     Args:
@@ -135,11 +173,14 @@ class Llama(nnx.Module):
       dtype: of the weights and activations; norms, softmax and logits are float32.
     """
 
+    layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer
+    sampler: ClassVar[Sampler] = Sampler()
+
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
         self.config = config
         self.embedding = _param(config, "embedding", rngs, dtype)
         self.layers = nnx.List(
-            [DecoderLayer(config, rngs=rngs, dtype=dtype) for _ in range(config.num_layers)]
+            [self.layer_class(config, rngs=rngs, dtype=dtype) for _ in range(config.num_layers)]
         )
         self.final_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype)
         if not config.tie_embeddings:
@@ -152,12 +193,16 @@ class Llama(nnx.Module):
           ValueError: if a token is out of range (JAX itself would clamp it in silence). Inside a
             `jax.jit` the tokens' values are not known and are not checked.
         """
-        _check_tokens(tokens, self.config.vocab_size)
+        check_tokens(tokens, self.config.vocab_size)
         tokens = jnp.asarray(tokens)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x = self.embedding[...][tokens]
+        x = self.tap("embedding", self.embedding[...][tokens])
         for layer in self.layers:
             x = layer(x, positions, causal_attention)
+        return self.tap("logits", self.unembed(x))
+
+    def unembed(self, x: jax.Array) -> jax.Array:
+        """Activations of a layer [..., D] -> the logits that they lead to, [..., V] float32."""
         head = self.embedding if self.config.tie_embeddings else self.lm_head
         return logits(self.final_norm(x), head[...])
 
@@ -203,7 +248,9 @@ def set_weights(module: nnx.Module, weights: Mapping[str, Any]) -> None:
         weight_of(module, name).set_value(value)
 
 
-def _check_tokens(tokens: Any, vocab_size: int) -> None:
+def check_tokens(tokens: Any, vocab_size: int) -> None:
+    """Raises ValueError unless tokens are integers `[B, T]` in [0, V), as far as is known now:
+    inside a `jax.jit` their values are not."""
     if isinstance(tokens, jax.core.Tracer):
         return
     values = np.asarray(tokens)

@@ -6,6 +6,8 @@ run inside `shard_map` over the mesh.
 
 A draw is one uniform number that depends on the request's seed and the token's index alone, walked
 through the cumulative distribution in vocabulary order, so nothing else in the batch changes it.
+
+To choose otherwise, subclass `Sampler` and name it in a subclass of `Llama`.
 """
 
 from collections.abc import Sequence
@@ -43,6 +45,20 @@ def greedy(logits: jax.Array) -> jax.Array:
         winner = jnp.argmax(values, axis=0)  # the first of equals, so the lowest token id
         tokens = jnp.take_along_axis(every[:, 1], winner[None], axis=0)[0]
         return jnp.where(jnp.isnan(values).any(axis=0), NO_TOKEN, tokens)
+
+
+class Sampler:
+    """How the next token is chosen, for `Llama.sampler`."""
+
+    def greedy(self, logits: jax.Array) -> jax.Array:
+        """For every row; see `greedy`."""
+        return greedy(logits)
+
+    def sample(
+        self, logits: jax.Array, likeliest: jax.Array, packed_controls: jax.Array
+    ) -> jax.Array:
+        """For the rows of a packet in which one is not greedy; see `sample`."""
+        return sample(logits, likeliest, packed_controls)
 
 
 class Controls(NamedTuple):

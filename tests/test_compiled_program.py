@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bench.hlo import aliased_outputs, count_ops, large_copies, unordered_collectives
-from llama_jax import kv_cache, steps
+from llama_jax import kv_cache, sampling, steps, tick
 from llama_jax.config import LlamaConfig
 from llama_jax.limits import Bucket, Limits
 from llama_jax.packet import LENGTH, size
@@ -73,7 +73,7 @@ def compile_sampling(mesh: str):
     output = steps.StepOutput(logits, tokens=chosen, slots=chosen)
     tokens = jax.ShapeDtypeStruct((LIMITS.num_slots,), jnp.int32)
     controls = jax.ShapeDtypeStruct((rows, CONTROL_WIDTH), jnp.int32)
-    return steps.sample_step(device_mesh, LIMITS).lower(tokens, output, controls).compile()
+    return steps.sample_step(device_mesh).lower(tokens, output, controls).compile()
 
 
 @pytest.fixture(scope="module", params=BUCKETS, ids=str)
@@ -166,7 +166,7 @@ def test_a_cache_that_passes_through_a_branch_is_found(monkeypatch):
 
         return ring_tick(state, entering, sizes, cache, run_stage=run_or_clear, **functions)
 
-    monkeypatch.setattr(steps, "ring_tick", branching)
+    monkeypatch.setattr(tick, "ring_tick", branching)
     # jaxlib 0.10 copies the cache for it, 0.12 does not: no version may have the branch.
     assert count_ops(compile_step(Bucket(4, 0)).as_text())["conditional"]
 
@@ -192,18 +192,21 @@ def test_a_second_cache_is_found(monkeypatch):
 
 def test_layers_sliced_out_of_one_array_are_found(monkeypatch):
     """K and V of a layer in one array, as a stacked cache would have them."""
-    attention = steps.paged_attention
+    attention = tick.paged_attention
 
     def stacked(q, k_pages, v_pages, *rest):
         both = lax.optimization_barrier(jnp.stack([k_pages, v_pages]))
         return attention(q, both[0], both[1], *rest)
 
-    monkeypatch.setattr(steps, "paged_attention", stacked)
+    monkeypatch.setattr(tick, "paged_attention", stacked)
     assert copies_in_decode_step()
 
 
 def test_a_collective_too_many_is_found(monkeypatch):
-    monkeypatch.setattr(steps, "greedy", lambda x: psum(jnp.argmax(x, -1).astype(jnp.int32), AXES))
+    def summed(x):
+        return psum(jnp.argmax(x, -1).astype(jnp.int32), AXES)
+
+    monkeypatch.setattr(sampling, "greedy", summed)
     assert collectives(compile_step(Bucket(4, 0)))["all-reduce"] == 2 * LAYERS_PER_STAGE + 3
 
 

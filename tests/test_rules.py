@@ -34,10 +34,11 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from reference import drive, make_loop, make_model, reference_logits, restart, save_model
 
-from llama_jax import kv_cache, steps
+from llama_jax import kv_cache, steps, tick
 from llama_jax.engine.executor import Executor
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.limits import Bucket, Limits
+from llama_jax.model import Llama
 from llama_jax.packet import PAGES, SLOT, encode
 from llama_jax.sampling import encode_controls
 from llama_jax.sampling_params import SamplingParams
@@ -373,7 +374,7 @@ def test_nowhere_that_is_somebodys_page(nowhere, path, model, monkeypatch):
 # --- 9: garbage ----------------------------------------------------------------------------------
 
 
-def plain_attention(q, k_pages, v_pages, page_table, positions, lengths, *, mask_values):
+def plain_attention(q, k_pages, v_pages, page_table, positions, lengths, *_, mask_values):
     """Paged attention written down without any thought for cost."""
     batch, _, num_heads, head_dim = q.shape
 
@@ -396,7 +397,7 @@ def plain_attention(q, k_pages, v_pages, page_table, positions, lengths, *, mask
 def test_what_a_page_held_before(mask_values, path, model, monkeypatch):
     """Rule 9: scores that are masked are not enough, since 0 x NaN is NaN."""
     attention = partial(plain_attention, mask_values=mask_values)
-    monkeypatch.setattr(steps, "paged_attention", attention)
+    monkeypatch.setattr(tick, "paged_attention", attention)
     assert bool(faults(model, new_loop(path))) == (not mask_values)
 
 
@@ -471,12 +472,14 @@ def test_padding_layers_are_the_identity(tmp_path):
     config = loop.executor.config
     x = jax.random.normal(jax.random.key(0), (3, config.embed_dim))
 
-    def attend(q, k, v):
+    def attend(q, k, v, caller):
         return q + 1.0
+
+    program = tick.Program(config, loop.limits, Bucket(1, 0), Llama)
 
     for position, weights in enumerate(loop.executor._params.layers):
         for stage in range(4):
             here = {name: jnp.asarray(np.asarray(a)[stage]) for name, a in weights.items()}
-            y = steps._layer(config, here)(x, jnp.arange(3), attend)
+            y = tick.make_layer(program, here)(x, jnp.arange(3), attend)
             pads = position == 1 and stage > 0
             assert np.array_equal(x, y) == pads

@@ -76,7 +76,7 @@ class Executor:
             else decode_step(config, mesh, limits, bucket.rows)
             for bucket in limits.buckets()
         }
-        self._sample: SampleStep = sample_step(mesh, limits)
+        self._sample: SampleStep = sample_step(mesh)
 
     @property
     def state(self) -> State:

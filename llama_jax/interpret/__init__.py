@@ -1,0 +1,44 @@
+"""Looking inside a model: capture its activations by name, change them, read them.
+
+`activation_shapes` lists the names. Everything works on a `Llama` on one device; `capture` and the
+readings also on a `ShardedLlama`, through the ring.
+"""
+
+from llama_jax.interpret.activations import activation_shapes
+from llama_jax.interpret.capture import capture, stack
+from llama_jax.interpret.decoding import greedy_answer
+from llama_jax.interpret.gradients import gradients
+from llama_jax.interpret.patches import (
+    Add,
+    Patch,
+    Replace,
+    Scale,
+    ablate_heads,
+    ablate_layer,
+    patched,
+)
+from llama_jax.interpret.readings import (
+    attention_weights,
+    kv_cache,
+    log_probabilities,
+    logit_lens,
+)
+
+__all__ = [
+    "Add",
+    "Patch",
+    "Replace",
+    "Scale",
+    "ablate_heads",
+    "ablate_layer",
+    "activation_shapes",
+    "attention_weights",
+    "capture",
+    "gradients",
+    "greedy_answer",
+    "kv_cache",
+    "log_probabilities",
+    "logit_lens",
+    "patched",
+    "stack",
+]

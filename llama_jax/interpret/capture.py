@@ -1,0 +1,62 @@
+"""Runs a model and keeps what its modules computed on the way."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llama_jax.interpret.activations import AnyLlama, activation_shapes, matching
+from llama_jax.model import check_tokens
+from llama_jax.sharded import ShardedLlama
+from llama_jax.tap import captured_by_name
+
+
+def capture(
+    model: AnyLlama, tokens: jax.Array, *names: str
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Runs a model on tokens and returns its logits and the activations that are asked for.
+
+        logits, found = capture(model, tokens, "layers.*.residual", "layers.3.attention.weights")
+
+    On one device it is jitted, works inside `jax.jit` and `jax.grad`, and what is not asked for is
+    not computed if nothing needs it. On a mesh the tokens go through the ring.
+
+    Args:
+      model: `Llama`, patched or not, or `ShardedLlama`.
+      tokens: `[B, T]` int32 in [0, V).
+      names: from `activation_shapes`; `*` stands for any run of characters.
+
+    Returns:
+      Logits `[B, T, V]` float32, and name → activation, layers in order.
+
+    Raises:
+      ValueError: a name that does not exist, or a token out of range.
+    """
+    check_tokens(tokens, model.config.vocab_size)
+    chosen = tuple(matching(activation_shapes(model), names))
+    if isinstance(model, ShardedLlama):
+        return model.observe(tokens, chosen)
+    graph, state = nnx.split(model)
+    logits, found = _run(graph, chosen, state, jnp.asarray(tokens))
+    return logits, {name: found[name] for name in chosen}
+
+
+def stack(found: dict[str, jax.Array], pattern: str) -> jax.Array:
+    """The activations whose names match, such as "layers.*.residual", as one array `[n, ...]`.
+
+    Raises:
+      ValueError: none matches.
+    """
+    return jnp.stack([found[name] for name in matching(found, [pattern])])
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _run(
+    graph: Any, names: tuple[str, ...], state: nnx.State, tokens: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    model = nnx.merge(graph, state)
+    logits, captured = nnx.capture(model, nnx.Intermediate)(tokens)
+    found = captured_by_name(captured)
+    return logits, {name: found[name] for name in names}

@@ -1,0 +1,51 @@
+"""Greedy answers of a model that no engine runs: patched, or changed in other ways."""
+
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from llama_jax.model import Llama, check_tokens
+
+
+def greedy_answer(
+    model: Llama, prompt: Sequence[int], max_tokens: int, stop_ids: Collection[int] = ()
+) -> list[int]:
+    """The most likely continuation, token by token, without a KV cache: for short ones.
+
+    Args:
+      model: a `Llama`, patched or not. A patch sees the prompt and what has been answered,
+        padded to `len(prompt) + max_tokens` tokens, of which no token sees a later one.
+      prompt: token ids.
+      max_tokens: at most so many.
+      stop_ids: tokens that end it, such as `model.config.eos_token_ids`.
+
+    Returns:
+      The new token ids; a stop token is the last of them.
+
+    Raises:
+      ValueError: an empty prompt, or a token out of range.
+    """
+    if not prompt:
+        raise ValueError("The prompt is empty: give at least one token.")
+    tokens = np.zeros((1, len(prompt) + max_tokens), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    check_tokens(tokens, model.config.vocab_size)
+    graph, state = nnx.split(model)
+    answer: list[int] = []
+    for position in range(len(prompt), tokens.shape[1]):
+        token = int(_next(graph, state, tokens, position - 1))
+        answer.append(token)
+        tokens[0, position] = token
+        if token in stop_ids:
+            break
+    return answer
+
+
+@partial(jax.jit, static_argnums=0)
+def _next(graph: Any, state: nnx.State, tokens: jax.Array, position: int) -> jax.Array:
+    return jnp.argmax(nnx.merge(graph, state)(tokens)[0, position])
