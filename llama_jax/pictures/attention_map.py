@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.pictures.cells import token_ticks
-from llama_jax.pictures.style import COLOR_MAP, WIDTH, Picture, drawing
+from llama_jax.pictures.style import COLOR_MAP, WIDTH, Picture, drawing, inches
 
 LABELLED = 4  # most maps side by side that have room for tokens at their ticks
 
@@ -53,7 +53,7 @@ def attention(
     columns = min(len(heads), max(LABELLED, math.ceil(math.sqrt(len(heads)))))
     rows = -(-len(heads) // columns)
     labelled = columns <= LABELLED
-    ratio = min(max(num_queries / num_keys, 0.15), 1.5)
+    ratio = min(max(num_queries / num_keys, 0.25), 1.5)
     width = WIDTH if columns > 1 else min(WIDTH, 2.6 + 0.13 * num_keys)
     side = (width - (1.9 if labelled else 0.9)) / columns
     height = rows * (side * ratio + 0.3) + (1.2 if labelled else 0.8)
@@ -75,15 +75,16 @@ def attention(
         picture.supxlabel("key", fontsize=9)
         picture.supylabel("query", fontsize=9)
         picture.suptitle(_title(heads, num_queries, num_keys))
+        size = inches(grid[0, 0]) if labelled else (0.0, 0.0)
+        queries = tokens[num_keys - num_queries :]
         for place in range(len(heads) if labelled else 0):
-            lowest = place + columns >= len(heads)
-            leftmost = place % columns == 0
-            queries = tokens[num_keys - num_queries :]
-            axes = grid.flat[place]
-            token_ticks(axes, tokens if lowest else None, queries if leftmost else None)
+            keys_here = tokens if place + columns >= len(heads) else None
+            queries_here = queries if place % columns == 0 else None
+            token_ticks(grid.flat[place], keys_here, queries_here, size)
     return picture
 
 
 def _title(heads: Sequence[int], num_queries: int, num_keys: int) -> str:
     which = f"head {heads[0]}" if len(heads) == 1 else f"{len(heads)} heads"
-    return f"Attention of {which}: {num_queries} queries, {num_keys} keys"
+    queries = "1 query" if num_queries == 1 else f"{num_queries} queries"
+    return f"Attention of {which}: {queries}, {num_keys} key{'s' if num_keys > 1 else ''}"

@@ -8,11 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.text import Text
 
-from llama_jax.pictures.style import inches
-
 SMALLEST, LARGEST = 6.0, 9.0  # points of a text in a cell
 CHARACTER = 0.66  # width of one, as a share of the font's size, on average
 LINE = 1.25  # height of a line, likewise
+PADDING = 2.0  # points of a cell's width that stay free; a line's height has its own space
 
 
 def write_in_cell(
@@ -38,12 +37,13 @@ def write_in_cell(
       cut: whether it may lose its end, shown by "…".
       largest: points.
     """
-    width, height = (72 * 0.94 * side for side in size)
+    width, height = 72 * size[0] - PADDING, 72 * size[1] - PADDING / 4
     points, rotation = _points(text, width, height), 0
     if turn and points < largest:
-        upright = _points(text, height, width)
-        if upright > max(points, SMALLEST - 0.01) and points < SMALLEST:
-            points, rotation = upright, 90
+        in_a_line = text.replace("\n", " ")
+        upright = _points(in_a_line, height, width)
+        if upright >= SMALLEST > points:
+            text, points, rotation = in_a_line, upright, 90
     if points < SMALLEST and cut and height >= SMALLEST * LINE:
         keep = int(width / (SMALLEST * CHARACTER)) - 1
         if keep >= 2:
@@ -100,19 +100,32 @@ def shorten(text: str, most: int) -> str:
 
 
 def label_every(count: int, length: float, least: float) -> int:
-    """So that labels are `least` inches apart, every how many of `count` on an axis of `length`
-    inches can have one."""
+    """Every how many of `count` places on an axis of `length` inches can have a label, if labels
+    are to be `least` inches apart."""
     return max(1, math.ceil(count * least / length))
 
 
-def token_ticks(axes: Axes, x: Sequence[str] | None, y: Sequence[str] | None) -> None:
-    """Puts a token's text at each place of an axis, or at every n-th where they are too close."""
-    width, height = inches(axes)
+def token_ticks(
+    axes: Axes, x: Sequence[str] | None, y: Sequence[str] | None, size: tuple[float, float]
+) -> None:
+    """Puts a token's text at each place of an axis, or at every n-th where they are too close.
+
+    Args:
+      axes: whose.
+      x, y: the texts; None for an axis that gets none.
+      size: width and height of the axes in inches.
+    """
     if x is not None:
-        places = range(0, len(x), label_every(len(x), width, 0.12))
-        labels = [shorten(show_text(x[i]), 14) for i in places]
-        axes.set_xticks(places, labels, rotation=90, fontsize=8)
+        places, labels = _ticks(x, size[0])
+        axes.set_xticks(places, labels, rotation=90, fontsize=7.5)
     if y is not None:
-        places = range(0, len(y), label_every(len(y), height, 0.12))
-        labels = [shorten(show_text(y[i]), 14) for i in places]
-        axes.set_yticks(places, labels, fontsize=8)
+        places, labels = _ticks(y, size[1])
+        axes.set_yticks(places, labels, fontsize=7.5)
+
+
+def _ticks(texts: Sequence[str], length: float) -> tuple[range, list[str]]:
+    every = label_every(len(texts), length, 0.12)
+    if every > 1:  # then there is a choice, and they may as well stand freely
+        every = label_every(len(texts), length, 0.17)
+    places = range(0, len(texts), every)
+    return places, [shorten(show_text(texts[place]), 14) for place in places]

@@ -34,10 +34,12 @@ def memory(
       ValueError: as `mesh`.
     """
     held = what_is_held(of, weights, cache)
-    limits = held.limits if limit is None else [limit] * len(held.devices)
+    limits: list[float | None] = [*held.limits]
+    if limit is not None:
+        limits = [limit] * len(held.devices)
     count = len(held.devices)
     used = [device.weight_bytes + device.kv_bytes for device in held.devices]
-    most = max([*used, *(size or 0 for size in limits)]) or 1
+    most: float = max([*used, *(size or 0 for size in limits)]) or 1
     power = 1000 ** max(p for p in range(5) if p == 0 or most >= 1000**p)
     with drawing(WIDTH * 0.9, 0.36 * count + 1.3, save) as picture:
         axes = picture.add_subplot()
@@ -53,16 +55,11 @@ def memory(
         axes.set_title(f"{held.title}\n{_spread(used)}")
         axes.spines[["top", "right"]].set_visible(False)
         bars: list[tuple[int, float, float, str]] = []  # row, begin and size in bytes, colour
-        for row, (device, total, most_here) in enumerate(
-            zip(held.devices, used, limits, strict=True)
-        ):
-            sizes = (device.weight_bytes, device.kv_bytes)
-            begin = 0.0
-            for (_, color), size in zip(PARTS, sizes, strict=True):
-                bars.append((row, begin, size, color))
-                begin += size
-            if most_here is not None and most_here > total:
-                bars.append((row, total, most_here - total, "none"))
+        for row, (device, most_here) in enumerate(zip(held.devices, limits, strict=True)):
+            bars.append((row, 0, device.weight_bytes, PARTS[0][1]))
+            bars.append((row, device.weight_bytes, device.kv_bytes, PARTS[1][1]))
+            if most_here is not None and most_here > used[row]:
+                bars.append((row, used[row], most_here - used[row], "none"))
         for row, begin, size, color in bars:
             line = ":" if color == "none" else "-"
             place = (row, size / power, 0.8, begin / power)

@@ -49,7 +49,7 @@ def what_is_held(of: Any, weights: Any = None, cache: Any = None) -> Held:
     if isinstance(of, Mesh):
         return _of_mesh(of, weights, cache)
     if weights is not None or cache is not None:
-        raise ValueError("Weights and cache are for a Mesh; an engine knows its own: leave them out.")
+        raise ValueError("An engine knows its own weights and cache: leave them out.")
     info = getattr(of, "info", of)
     if not isinstance(info, EngineInfo):
         raise ValueError(

@@ -61,7 +61,7 @@ def logit_lens(
         axes.set(xlabel="token at this position", ylabel="after layer")
         axes.set_title("The likeliest next token, read after each layer")
         picture.colorbar(image, ax=axes, label="probability", fraction=0.04, pad=0.01)
-        token_ticks(axes, tokens, layers)
+        token_ticks(axes, tokens, layers, inches(axes))
         across, down = inches(axes)
         cell = (across / num_positions, down / num_rows)
         colors = colormaps[COLOR_MAP](values)

@@ -21,7 +21,7 @@ def mesh_html(mesh: Mesh) -> str:
     """
     devices = mesh.devices
     names = [str(name) for name in mesh.axis_names]
-    sizes = " × ".join(f"{escape(name)} {size}" for name, size in zip(names, devices.shape, strict=True))
+    sizes = " × ".join(f"{escape(str(name))} {size}" for name, size in mesh.shape.items())
     kinds = sorted({str(device.device_kind) for device in devices.flat})
     caption = f"Mesh {sizes}: {devices.size} {_plural('device', devices.size)}"
     if kinds:
@@ -42,7 +42,8 @@ def _table(grid: np.ndarray, names: list[str], where: str = "") -> str:
     rows_name, columns_name = map(escape, names)
     rows = []
     if columns_name:
-        heads = "".join(f'<th style="{_HEAD}">{columns_name} {i}</th>' for i in range(grid.shape[1]))
+        numbers = range(grid.shape[1])
+        heads = "".join(f'<th style="{_HEAD}">{columns_name} {i}</th>' for i in numbers)
         rows.append(f'<tr style="background:none"><th style="{_HEAD}"></th>{heads}</tr>')
     for i, row in enumerate(grid):
         cells = "".join(f'<td style="{_CELL}">{escape(short_device(str(d)))}</td>' for d in row)

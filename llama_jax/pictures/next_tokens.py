@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.pictures.cells import show_text, shorten
+from llama_jax.pictures.cells import shorten, show_text
 from llama_jax.pictures.style import PALETTE, Picture, drawing
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from llama_jax.engine.recording import Recording
 from llama_jax.pictures.ring_timeline import choose_ticks, time_axis
@@ -58,7 +59,7 @@ def page_occupancy(
                 f"↑ {note}", (0.99, 0.97), xycoords="axes fraction", ha="right", va="top"
             )
         axes.axhline(total, color=GREY, linestyle="--", label=f"pool: {total:,} pages")
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_title(f"Pages of the KV cache by request: at most {peak:,} of {total:,} in use")
         picture.legend(loc="outside right upper")

@@ -92,7 +92,7 @@ def _cells(
 ) -> list[tuple[float, float, str, str, float]]:
     """Draws them; returns for each text x, y, what, its colour, and its share of the cell."""
     colors = _request_colors(recording)
-    texts = []
+    texts: list[tuple[float, float, str, str, float]] = []
     for tick in chosen:
         for stage in range(recording.num_stages):
             packet = recording.holds(stage, tick)

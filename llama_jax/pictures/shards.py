@@ -12,7 +12,6 @@ from matplotlib.patches import Rectangle
 
 from llama_jax.pictures.cells import write_in_cell
 from llama_jax.pictures.style import (
-    GREY,
     PALETTE,
     WIDTH,
     Picture,
@@ -68,6 +67,8 @@ def sharding(
         for axes, panel in zip(grid.flat, panels, strict=False):
             parts = {part[1:]: devices for part, devices in holders.items() if part[0] == panel}
             _draw(axes, parts, order)
+            if len(shape) == 1:
+                axes.set_yticks([])
             if len(shape) > 2:
                 axes.set_title(_panel_title(placed, panel))
         rows_name, columns_name = _axis_labels(shape)
@@ -150,9 +151,9 @@ def _labels(devices: list[jax.Device], mesh: Mesh | None) -> list[str]:
 
 
 def _coordinates(device: jax.Device, mesh: Mesh | None) -> str:
-    place = np.argwhere(mesh.devices == device) if mesh is not None else []
-    if mesh is None or not len(place):
+    if mesh is None or device not in mesh.devices:
         return "one device"
+    place = np.argwhere(mesh.devices == device)
     return ", ".join(f"{name} {i}" for name, i in zip(mesh.axis_names, place[0], strict=True))
 
 
@@ -187,13 +188,19 @@ def _panel_title(placed: Any, panel: Span) -> str:
 def _axis_labels(shape: tuple[int, ...]) -> tuple[str, str]:
     if len(shape) == 1:
         return "", f"element (of {shape[0]:,})"
-    at = 0 if len(shape) == 2 else 1
+    if len(shape) > 3:
+        return f"axis 1 (of {shape[1]:,})", f"axis 2 (of {shape[2]:,})"
+    at = len(shape) - 2
     return f"row (of {shape[at]:,})", f"column (of {shape[at + 1]:,})"
 
 
 def _title(name: str, array: Any, holders: dict[Shard, list[jax.Device]]) -> str:
     shape = " × ".join(f"{size:,}" for size in array.shape)
     copies = max(map(len, holders.values()))
-    shards = f"{len(holders)} shard" + ("s" if len(holders) > 1 else "")
-    on = f"{shards}, {copies} replicas of each" if copies > 1 else f"{shards}, one a device"
+    if len(holders) == 1:
+        on = "whole on one device" if copies == 1 else f"whole on each of {copies} devices"
+    elif copies > 1:
+        on = f"{len(holders)} shards, each on {copies} devices"
+    else:
+        on = f"{len(holders)} shards, one a device"
     return f"{name or 'array'} [{shape}] {array.dtype}: {on}"
