@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.pictures.cells import token_ticks
-from llama_jax.pictures.style import COLOR_MAP, WIDTH, Picture, drawing, inches
+from llama_jax.pictures.style import COLOR_MAP, WIDTH, Picture, drawing, inches, wrapped
 
 LABELLED = 4  # most maps side by side that have room for tokens at their ticks
 
@@ -74,7 +74,7 @@ def attention(
         picture.colorbar(image, ax=grid, label="attention weight", fraction=0.03, pad=0.01)
         picture.supxlabel("key", fontsize=9)
         picture.supylabel("query", fontsize=9)
-        picture.suptitle(_title(heads, num_queries, num_keys))
+        picture.suptitle(wrapped(_title(heads, num_queries, num_keys), width))
         size = inches(grid[0, 0]) if labelled else (0.0, 0.0)
         queries = tokens[num_keys - num_queries :]
         for place in range(len(heads) if labelled else 0):

@@ -7,7 +7,17 @@ from matplotlib.patches import Patch
 
 from llama_jax.pictures.cells import write_in_cell
 from llama_jax.pictures.held import device_label, what_is_held
-from llama_jax.pictures.style import GREY, PALETTE, WIDTH, Picture, drawing, inches, ink, size_text
+from llama_jax.pictures.style import (
+    GREY,
+    PALETTE,
+    WIDTH,
+    Picture,
+    drawing,
+    inches,
+    ink,
+    size_text,
+    wrapped,
+)
 
 PARTS = (("weights", PALETTE[0]), ("KV cache", PALETTE[3]))
 
@@ -52,7 +62,7 @@ def memory(
             if held.axes[1]
             else [f"{device_label(d)}  ({d.stage})" for d in held.devices],
         )
-        axes.set_title(f"{held.title}\n{_spread(used)}")
+        picture.suptitle(wrapped(f"{held.title}\n{_spread(used)}", 0.9 * WIDTH))
         axes.spines[["top", "right"]].set_visible(False)
         bars: list[tuple[int, float, float, str]] = []  # row, begin and size in bytes, colour
         for row, (device, most_here) in enumerate(zip(held.devices, limits, strict=True)):

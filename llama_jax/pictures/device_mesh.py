@@ -8,7 +8,17 @@ from matplotlib.patches import Rectangle
 from llama_jax.engine.messages import DeviceInfo
 from llama_jax.pictures.cells import write_in_cell
 from llama_jax.pictures.held import device_label, layers_text, what_is_held
-from llama_jax.pictures.style import GREY, PALETTE, WIDTH, Picture, drawing, inches, ink, size_text
+from llama_jax.pictures.style import (
+    GREY,
+    PALETTE,
+    WIDTH,
+    Picture,
+    drawing,
+    inches,
+    ink,
+    size_text,
+    wrapped,
+)
 
 CELL = (2.1, 0.95)  # inches, where there is room
 
@@ -36,7 +46,7 @@ def mesh(
         axes.set_xticks(range(columns))
         axes.set_yticks(range(rows))
         axes.set(xlabel=held.axes[1], ylabel=held.axes[0])
-        axes.set_title(held.title)
+        picture.suptitle(wrapped(held.title, width))
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         if not held.axes[1]:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib import colormaps
 
 from llama_jax.pictures.cells import show_text, token_ticks, write_in_cell
-from llama_jax.pictures.style import COLOR_MAP, WIDTH, Picture, drawing, inches, ink
+from llama_jax.pictures.style import COLOR_MAP, WIDTH, Picture, drawing, inches, ink, wrapped
 
 TALLEST = 12.0  # inches
 
@@ -59,7 +59,7 @@ def logit_lens(
         )
         axes.invert_yaxis()
         axes.set(xlabel="token at this position", ylabel="after layer")
-        axes.set_title("The likeliest next token, read after each layer")
+        picture.suptitle(wrapped("The likeliest next token, read after each layer", width))
         picture.colorbar(image, ax=axes, label="probability", fraction=0.04, pad=0.01)
         token_ticks(axes, tokens, layers, inches(axes))
         across, down = inches(axes)

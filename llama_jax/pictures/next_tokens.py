@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 
 from llama_jax.pictures.cells import shorten, show_text
-from llama_jax.pictures.style import PALETTE, Picture, drawing
+from llama_jax.pictures.style import PALETTE, Picture, drawing, wrapped
+
+WIDE = 6.0  # inches
 
 
 def next_token(
@@ -35,14 +37,15 @@ def next_token(
     probabilities /= probabilities.sum()
     best = np.argsort(-probabilities, kind="stable")[:top]
     percent = 100 * probabilities[best]
-    with drawing(6.0, 0.26 * len(best) + 1.1, save) as picture:
+    with drawing(WIDE, 0.26 * len(best) + 1.1, save) as picture:
         axes = picture.add_subplot()
         bars = axes.barh(range(len(best)), percent, color=PALETTE[5])
         axes.bar_label(bars, [_percent(value) for value in percent], padding=3)
         axes.set_yticks(range(len(best)), [token_label(tokenizer, int(i)) for i in best])
         axes.set(ylim=(len(best) - 0.5, -0.5), xlim=(0, 1.14 * percent[0]))
         axes.set(xlabel="probability (%)", ylabel="next token")
-        axes.set_title(f"{_percent(percent.sum())} on {len(best)} of {values.size:,} tokens")
+        title = f"{_percent(percent.sum())} on {len(best)} of {values.size:,} tokens"
+        picture.suptitle(wrapped(title, WIDE))
         axes.spines[["top", "right"]].set_visible(False)
     return picture
 

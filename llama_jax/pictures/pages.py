@@ -7,7 +7,7 @@ from matplotlib.ticker import MaxNLocator
 
 from llama_jax.engine.recording import Recording
 from llama_jax.pictures.ring_timeline import choose_ticks, time_axis
-from llama_jax.pictures.style import GREY, PALETTE, WIDTH, Picture, drawing
+from llama_jax.pictures.style import GREY, PALETTE, WIDTH, Picture, drawing, wrapped
 
 MOST_NAMES = len(PALETTE)  # requests with an area of their own
 SMALLEST_PEAK = 0.2  # of the pool: below it, the axis ends above the peak, not above the pool
@@ -39,7 +39,7 @@ def page_occupancy(
     with drawing(WIDTH, 3.8, save) as picture:
         axes = picture.add_subplot()
         axes.set(xlim=(edges[0], edges[-1]), xlabel="tick of the recording", ylabel="pages")
-        time_axis(axes, recording, chosen)
+        time_axis(axes, recording, chosen, WIDTH - 2)
         if areas:
             axes.stackplot(
                 edges,
@@ -61,7 +61,8 @@ def page_occupancy(
         axes.axhline(total, color=GREY, linestyle="--", label=f"pool: {total:,} pages")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(f"Pages of the KV cache by request: at most {peak:,} of {total:,} in use")
+        title = f"Pages of the KV cache by request: at most {peak:,} of {total:,} in use"
+        picture.suptitle(wrapped(title, WIDTH))
         picture.legend(loc="outside right upper")
     return picture
 

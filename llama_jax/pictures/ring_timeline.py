@@ -8,7 +8,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from llama_jax.engine.recording import PacketRecord, Recording
 from llama_jax.pictures.cells import label_every, write_in_cell
-from llama_jax.pictures.style import GREY, PALETTE, WIDTH, Picture, drawing, inches, ink
+from llama_jax.pictures.style import GREY, PALETTE, WIDTH, Picture, drawing, inches, ink, wrapped
 
 TICKS = 40  # as many as have room for a text
 MOST_NAMES = 12  # in the legend
@@ -40,16 +40,16 @@ def timeline(
     if by not in ("microbatch", "request"):
         raise ValueError(f'by must be "microbatch" or "request", got {by!r}.')
     stages = range(recording.num_stages)
-    width = min(WIDTH, 0.45 * len(chosen) + 2.5)
-    with drawing(max(width, 5.0), 0.5 * len(stages) + 1.9, save) as picture:
+    width = max(min(WIDTH, 0.45 * len(chosen) + 2.5), 5.0)
+    with drawing(width, 0.5 * len(stages) + 2.1, save) as picture:
         axes = picture.add_subplot()
         axes.set(xlim=(chosen[0] - 0.5, chosen[-1] + 0.5), ylim=(stages[-1] + 0.5, -0.5))
         axes.set(xlabel="tick of the recording", ylabel="stage")
         axes.set_yticks(stages)
         axes.spines[:].set_visible(False)
         axes.tick_params(axis="y", length=0)
-        axes.set_title(_title(recording, ticks, chosen, by))
-        time_axis(axes, recording, chosen)
+        picture.suptitle(wrapped(_title(recording, chosen, by), width))
+        time_axis(axes, recording, chosen, width - 0.6)
         texts = _cells(axes, recording, chosen, by)
         _legend(picture, recording, chosen, by)
         across, down = inches(axes)
@@ -76,11 +76,11 @@ def choose_ticks(recording: Recording, ticks: slice) -> range:
     return chosen
 
 
-def time_axis(axes: Axes, recording: Recording, chosen: range) -> None:
-    """Numbers of ticks below, and the milliseconds at which they began above."""
-    axes.set_xticks(chosen[:: label_every(len(chosen), 7.0, 0.4)])
+def time_axis(axes: Axes, recording: Recording, chosen: range, width: float) -> None:
+    """Numbers of ticks below, and the milliseconds at which they began above; `width` in inches."""
+    axes.set_xticks(chosen[:: label_every(len(chosen), width, 0.45)])
     above = axes.secondary_xaxis("top")
-    places = chosen[:: label_every(len(chosen), 7.0, 0.6)]
+    places = chosen[:: label_every(len(chosen), width, 0.7)]
     digits = 0 if recording.ticks[chosen[-1]].start > 0.1 else 1
     above.set_xticks(places, [f"{1e3 * recording.ticks[t].start:.{digits}f}" for t in places])
     above.set_xlabel("time since the recording began (ms)")
@@ -144,13 +144,14 @@ def _legend(picture: Picture, recording: Recording, chosen: range, by: str) -> N
     patches = [Patch(facecolor=c, edgecolor=GREY, label=name) for name, c in named[:MOST_NAMES]]
     empty = "empty" if more <= 0 else f"empty; {more} more requests have no name here"
     patches.append(Patch(facecolor="none", edgecolor=GREY, linestyle=":", label=empty))
-    picture.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 7))
+    across = int(picture.get_figwidth() / 1.1)
+    picture.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), across))
 
 
-def _title(recording: Recording, ticks: slice | None, chosen: range, by: str) -> str:
+def _title(recording: Recording, chosen: range, by: str) -> str:
     share = recording.busy_share(slice(chosen.start, chosen.stop))
     seconds = sum(recording.ticks[t].seconds for t in chosen) / len(chosen)
-    which = f"{len(chosen)} ticks"
+    which = "1 tick" if len(chosen) == 1 else f"{len(chosen):,} ticks"
     if len(chosen) < len(recording.ticks):
         which = f"ticks {chosen[0]} to {chosen[-1]} of {len(recording.ticks):,}"
     meaning = "in a cell: decode rows, + prompt tokens"

@@ -19,6 +19,7 @@ from llama_jax.pictures.style import (
     inches,
     ink,
     short_device,
+    wrapped,
 )
 
 PANELS_IN_A_ROW = 4
@@ -74,7 +75,7 @@ def sharding(
         rows_name, columns_name = _axis_labels(shape)
         picture.supylabel(rows_name, fontsize=9)
         picture.supxlabel(columns_name, fontsize=9)
-        picture.suptitle(_title(name, array, holders))
+        picture.suptitle(wrapped(_title(name, array, holders), width))
         for axes, panel in zip(grid.flat, panels, strict=False):
             parts = {part[1:]: devices for part, devices in holders.items() if part[0] == panel}
             _write(axes, parts, order, mesh)

@@ -5,6 +5,7 @@ settings neither change them nor are changed.
 """
 
 import io
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,6 +113,11 @@ def inches(axes: Axes) -> tuple[float, float]:
     figure.draw_without_rendering()
     extent = axes.get_window_extent()
     return extent.width / figure.dpi, extent.height / figure.dpi
+
+
+def wrapped(text: str, width: float) -> str:
+    """A title broken into lines that fit a picture of so many inches."""
+    return "\n".join(textwrap.fill(line, int(width * 11.5)) for line in text.split("\n"))
 
 
 def size_text(number: float) -> str:
