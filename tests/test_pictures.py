@@ -11,72 +11,29 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from matplotlib import colormaps, image
 from matplotlib.colors import to_hex, to_rgb
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.text import Text
-from test_tick_loop import make_loop, make_requests, run
+from picture_parts import (
+    cells,
+    contrast,
+    labels,
+    recorded_run,
+    ticks,
+    title,
+    visible_texts,
+    words,
+)
 
 from llama_jax import pictures
 from llama_jax.config import LlamaConfig
 from llama_jax.engine.messages import DeviceInfo, EngineInfo
-from llama_jax.engine.recording import PacketRecord, Recording, TickRecord, record
-from llama_jax.limits import Bucket
+from llama_jax.engine.recording import Recording
 from llama_jax.params import param_shapes
 from llama_jax.pictures.cells import show_text
-from llama_jax.pictures.ring_timeline import packet_text
 from llama_jax.pictures.style import GREY, PALETTE, ink, size_text, wrapped
 from llama_jax.tokenizer import Tokenizer
 from sharding.mesh import make_mesh
 
 DARK = "#111111"
 WORDS = ["<|begin_of_text|>", "The", " ring", " never", " $drains", "\n", "你", "_{x}^2"]
-
-
-def contrast(a: str, b: str) -> float:
-    """WCAG 2.1, 1.4.3."""
-
-    def luminance(color: str) -> float:
-        r, g, b = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
-        r, g, b = (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in (r, g, b))
-        return 0.2126 * r + 0.7152 * g + 0.0722 * b
-
-    low, high = sorted((luminance(a), luminance(b)))
-    return (high + 0.05) / (low + 0.05)
-
-
-def visible_texts(picture: Figure) -> list[Text]:
-    found = []
-    beyond = set()
-    for axis in [axis for axes in picture.axes for axis in (axes.xaxis, axes.yaxis)]:
-        drawn = axis._update_ticks()
-        for tick in axis.get_major_ticks():
-            beyond |= set() if tick in drawn else {id(text) for text in tick.findobj(Text)}
-    for text in picture.findobj(Text):
-        hidden = text.axes is not None and not text.axes.get_visible()
-        hidden |= id(text) in beyond  # past the end of its axis
-        if text.get_text() and text.get_visible() and not hidden:
-            found.append(text)
-    return found
-
-
-def words(picture: Figure) -> list[str]:
-    return [text.get_text().replace("\n", " ") for text in visible_texts(picture)]
-
-
-def title(picture: Figure) -> str:
-    return picture.get_suptitle().replace("\n", " ")
-
-
-def cells(axes) -> list[Rectangle]:
-    return [patch for patch in axes.patches if isinstance(patch, Rectangle)]
-
-
-def labels(axes) -> tuple[str, str]:
-    return axes.get_xlabel(), axes.get_ylabel()
-
-
-def ticks(axis) -> list[str]:
-    return [label.get_text() for label in axis.get_ticklabels()]
 
 
 def make_info(stages=4, ranks=2) -> EngineInfo:
@@ -116,10 +73,7 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def recording() -> Recording:
-    loop = make_loop(4, 0)
-    with record(loop) as found:
-        run(loop, make_requests(25, seed=3))
-    return found
+    return recorded_run()
 
 
 class Words:
@@ -340,79 +294,6 @@ def test_sharding_of_columns_of_the_vocabulary_and_of_replicas(mesh):
     alone = jax.ShapeDtypeStruct((4, 4), jnp.int8, sharding=SingleDeviceSharding(jax.devices()[3]))
     assert "whole on one device" in title(pictures.sharding(alone))
     assert "cpu:3 stage 1, model 1" in words(pictures.sharding(alone, mesh))
-
-
-def expected_label(packet: PacketRecord) -> str:
-    chunk = sum(tokens for _, tokens in packet.tiles)
-    return " ".join([f"{len(packet.rows)}"] * bool(packet.rows) + [f"+{chunk}"] * bool(chunk))
-
-
-def test_the_timeline_is_the_recording(recording):
-    picture = pictures.timeline(recording, slice(7, 27))
-    axes = picture.axes[0]
-    shown = {(round(t.get_position()[0]), t.get_position()[1]): t.get_text() for t in axes.texts}
-    boxes = {(round(b.get_x() + 0.5), round(b.get_y() + 0.43)): b for b in cells(axes)}
-    assert len(boxes) == len(cells(axes)) == 20 * 4
-    busy = 0
-    for tick in range(7, 27):
-        for stage in range(4):
-            packet = recording.ticks[tick - stage].packet
-            assert shown.get((tick, stage), "").replace("\n", " ") == expected_label(packet)
-            color = PALETTE[(tick - stage) % 4] if packet else "none"
-            face = boxes[tick, stage].get_facecolor()
-            assert face[3] == 0 if color == "none" else to_hex(face) == color
-            busy += bool(packet)
-    assert f"Stages busy {busy / 80:.0%} of ticks 7 to 26" in title(picture)
-    assert labels(axes) == ("tick of the recording", "stage")
-    assert {f"packet {m}" for m in range(4)} | {"empty"} <= {*words(picture)}
-    above = axes.child_axes[0]
-    assert above.get_xlabel() == "time since the recording began (ms)"
-    first = float(ticks(above.xaxis)[0])
-    assert first == pytest.approx(1e3 * recording.ticks[7].start, abs=0.51)
-
-
-def test_the_timeline_by_request_shows_each_request_of_a_packet(recording):
-    picture = pictures.timeline(recording, slice(7, 27), by="request")
-    packets = [recording.ticks[t - s].packet for t in range(7, 27) for s in range(4)]
-    strips = sum(max(len({*p.rows, *(r for r, _ in p.tiles)}), 1) for p in packets)
-    assert len(cells(picture.axes[0])) == strips > 80
-    assert any(word.startswith("request ") for word in words(picture))
-
-
-def test_an_empty_stage_is_visibly_empty():
-    packet, bucket = PacketRecord((5,), ((7, 3), (7, 2))), Bucket(1, 64)
-    one = TickRecord(0, 0.001, 0.002, bucket, packet, {5: 2, 7: 1}, 97, 100, 0)
-    picture = pictures.timeline(Recording(2, [one], [PacketRecord()]))
-    full, empty = cells(picture.axes[0])
-    assert full.get_linestyle() == "solid" and full.get_facecolor()[3] == 1
-    assert empty.get_linestyle() != "solid" and empty.get_facecolor()[3] == 0
-    assert "1 +5" in words(picture) and packet_text(packet) == "1\n+5"
-    assert title(picture).startswith("Stages busy 50% of 1 tick, 2.0 ms each")
-
-
-def test_pages_stack_up_to_what_is_in_use(recording):
-    picture = pictures.page_occupancy(recording)
-    axes = picture.axes[0]
-    areas = axes.collections
-    assert len(areas) == 10  # nine requests have one of their own
-    used = [60 - tick.pages_free for tick in recording.ticks]
-    top = areas[-1].get_paths()[0].vertices
-    for tick in range(0, len(used), 7):
-        assert top[np.isclose(top[:, 0], tick + 0.5)][:, 1].max() >= used[tick]
-    highest = max(area.get_paths()[0].vertices[:, 1].max() for area in areas)
-    assert highest == max(used) == max(sum(tick.pages.values()) for tick in recording.ticks)
-    assert f"at most {max(used)} of 60 in use" in title(picture)
-    (line,) = axes.lines
-    assert [*line.get_ydata()] == [60, 60] and line.get_label() == "pool: 60 pages"
-    assert axes.get_ylim()[1] > 60 and labels(axes)[1] == "pages"
-    assert "16 other requests" in words(picture)
-
-
-def test_pages_of_a_run_far_below_the_pool():
-    one = TickRecord(0, 0.0, 0.1, Bucket(1, 0), PacketRecord(), {5: 2}, 998, 1000, 0)
-    picture = pictures.page_occupancy(Recording(1, [one]))
-    assert picture.axes[0].get_ylim()[1] < 10
-    assert "↑ the pool of 1,000 pages is far above" in words(picture)
 
 
 def test_attention_shows_the_weights_themselves():
