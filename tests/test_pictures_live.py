@@ -57,7 +57,7 @@ def test_a_real_run_is_recorded_and_drawn(engine, recording):
     empty = sum(1 for cell in axes.patches if cell.get_facecolor()[3] == 0)
     assert len(axes.patches) == stats.stage_ticks
     assert empty == stats.stage_ticks - stats.stage_ticks_busy
-    assert f"Stages busy {recording.busy_share():.0%}" in picture.get_suptitle()
+    assert f"Stages busy {100 * recording.busy_share():.0f} %" in picture.get_suptitle()
     title = pictures.page_occupancy(recording).get_suptitle()
     assert f"at most {max(sum(t.pages.values()) for t in recording.ticks)} of" in title
 

@@ -37,7 +37,7 @@ def test_the_timeline_is_the_recording(recording):
             face = boxes[tick, stage].get_facecolor()
             assert face[3] == 0 if color == "none" else to_hex(face) == color
             busy += bool(packet)
-    assert f"Stages busy {busy / 80:.0%} of ticks 7 to 26" in title(picture)
+    assert f"Stages busy {100 * busy / 80:.0f} % of ticks 7 to 26" in title(picture)
     assert labels(axes) == ("tick of the recording", "stage")
     assert {f"packet {m}" for m in range(4)} | {"empty"} <= {*words(picture)}
     above = axes.child_axes[0]
@@ -51,7 +51,10 @@ def test_the_timeline_by_request_shows_each_request_of_a_packet(recording):
     packets = [recording.ticks[t - s].packet for t in range(7, 27) for s in range(4)]
     strips = sum(max(len({*p.rows, *(r for r, _ in p.tiles)}), 1) for p in packets)
     assert len(cells(picture.axes[0])) == strips > 80
-    assert any(word.startswith("request ") for word in words(picture))
+    named = [word for word in words(picture) if word.startswith("request ")]
+    here = {r for p in packets for r in (*p.rows, *(r for r, _ in p.tiles))}
+    assert len(named) == min(len(here), 12)
+    assert (f"and {len(here) - 12} more" in words(picture)) == (len(here) > 12)
 
 
 def test_an_empty_stage_is_visibly_empty():
@@ -62,7 +65,7 @@ def test_an_empty_stage_is_visibly_empty():
     assert full.get_linestyle() == "solid" and full.get_facecolor()[3] == 1
     assert empty.get_linestyle() != "solid" and empty.get_facecolor()[3] == 0
     assert "1 +5" in words(picture) and packet_text(packet) == "1\n+5"
-    assert title(picture).startswith("Stages busy 50% of 1 tick, 2.0 ms each")
+    assert title(picture).startswith("Stages busy 50 % of 1 tick, 2.0 ms each")
 
 
 def test_pages_stack_up_to_what_is_in_use(recording):
@@ -81,6 +84,14 @@ def test_pages_stack_up_to_what_is_in_use(recording):
     assert [*line.get_ydata()] == [60, 60] and line.get_label() == "pool: 60 pages"
     assert axes.get_ylim()[1] > 60 and labels(axes)[1] == "pages"
     assert "16 other requests" in words(picture)
+
+
+def test_the_pool_is_a_line_above_what_is_used():
+    one = TickRecord(0, 0.0, 0.1, Bucket(1, 0), PacketRecord(), {5: 20, 6: 11}, 69, 100, 0)
+    picture = pictures.page_occupancy(Recording(1, [one]))
+    (line,) = picture.axes[0].lines
+    assert [*line.get_ydata()] == [100, 100] and picture.axes[0].get_ylim()[1] > 100
+    assert "at most 31 of 100 in use" in title(picture)
 
 
 def test_pages_of_a_run_far_below_the_pool():

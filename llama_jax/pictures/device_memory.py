@@ -92,4 +92,4 @@ def memory(
 def _spread(used: list[int]) -> str:
     mean = sum(used) / len(used)
     share = (max(used) - min(used)) / mean if mean else 0.0
-    return f"{size_text(mean)} a device on average, spread {share:.1%} across devices"
+    return f"{size_text(mean)} a device on average, spread {100 * share:.1f} % across devices"

@@ -142,9 +142,10 @@ def _legend(picture: Picture, recording: Recording, chosen: range, by: str) -> N
         named = [(f"request {r}", colors[r]) for r in recording.request_ids if r in here]
     more = len(named) - MOST_NAMES
     patches = [Patch(facecolor=c, edgecolor=GREY, label=name) for name, c in named[:MOST_NAMES]]
-    empty = "empty" if more <= 0 else f"empty; {more} more requests have no name here"
-    patches.append(Patch(facecolor="none", edgecolor=GREY, linestyle=":", label=empty))
-    across = int(picture.get_figwidth() / 1.1)
+    if more > 0:
+        patches.append(Patch(visible=False, label=f"and {more} more"))
+    patches.append(Patch(facecolor="none", edgecolor=GREY, linestyle=":", label="empty"))
+    across = int(picture.get_figwidth() / 1.2)
     picture.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), across))
 
 
@@ -157,4 +158,4 @@ def _title(recording: Recording, chosen: range, by: str) -> str:
     meaning = "in a cell: decode rows, + prompt tokens"
     if by == "request":
         meaning = "in a cell: the requests in the packet"
-    return f"Stages busy {share:.0%} of {which}, {1e3 * seconds:.1f} ms each; {meaning}"
+    return f"Stages busy {100 * share:.0f} % of {which}, {1e3 * seconds:.1f} ms each; {meaning}"
