@@ -18,6 +18,7 @@ LAYERS = (
     "llama_jax.engine",
     "llama_jax.generation",
     "llama_jax.llm",
+    "llama_jax.pictures",
     "llama_jax.serve",
     "convert",
     "bench",

@@ -8,14 +8,34 @@ unless more ticks are in flight than may be.
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from llama_jax.engine.executor import Executor, TickResult
 from llama_jax.engine.messages import Output
 from llama_jax.engine.scheduler import Packet, Scheduler
+from llama_jax.limits import Bucket
 from llama_jax.packet import encode
 from llama_jax.sampling import encode_controls
+
+
+class Tick(NamedTuple):
+    """A tick that has been dispatched, as the listeners in `TickLoop.on_tick` hear of it.
+
+    Attributes:
+      number: ticks of the loop before it.
+      start: when its step began, by `time.perf_counter`.
+      seconds: what its step took, waiting for the results that were due included.
+      bucket: of the program that ran.
+      in_flight: the packet with each stage, the last stage first; the last one entered now.
+    """
+
+    number: int
+    start: float
+    seconds: float
+    bucket: Bucket
+    in_flight: tuple[Packet, ...]
 
 
 class TickLoop:
@@ -24,6 +44,10 @@ class TickLoop:
     Args:
       scheduler, executor: for the same limits.
       results_late: ticks that may be dispatched before the oldest result is read.
+
+    Attributes:
+      on_tick: called one after the other at the end of each step that has dispatched a tick, in
+        the thread that steps.
     """
 
     def __init__(self, scheduler: Scheduler, executor: Executor, results_late: int):
@@ -31,6 +55,7 @@ class TickLoop:
         self.limits = scheduler.limits
         self.num_stages = len(scheduler.microbatches)
         self.on_result: Callable[[Packet, TickResult], None] = lambda packet, result: None
+        self.on_tick: list[Callable[[Tick], None]] = []
         self._results_late = results_late
         self._in_flight = deque([Packet()] * self.num_stages, maxlen=self.num_stages)
         self._unread: deque[tuple[Packet, TickResult]] = deque()
@@ -47,14 +72,20 @@ class TickLoop:
         """Dispatches a tick and returns what the results that are due have brought."""
         start = time.perf_counter()
         outputs: list[Output] = []
+        bucket = None
         if self.scheduler.has_work or any(list(self._in_flight)[1:]):
-            self._dispatch(self.scheduler.schedule())
+            bucket = self._dispatch(self.scheduler.schedule())
             late = self._results_late
         else:
             late = 0  # nothing more to dispatch: read what is left
         while len(self._unread) > late:
             outputs += self._read(*self._unread.popleft())
-        self.seconds += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        if bucket and self.on_tick:
+            tick = Tick(self.ticks - 1, start, seconds, bucket, tuple(self._in_flight))
+            for listen in tuple(self.on_tick):  # one may be taken away meanwhile
+                listen(tick)
         return outputs
 
     @property
@@ -62,7 +93,7 @@ class TickLoop:
         """Time of this process's own work: without the jit calls, without waiting for results."""
         return self.seconds - self.executor.call_seconds - self.wait_seconds
 
-    def _dispatch(self, entering: Packet) -> None:
+    def _dispatch(self, entering: Packet) -> Bucket:
         self._in_flight.append(entering)
         # The program must fit the largest packet in any stage, not just the one that enters.
         rows = max(len(packet.rows) for packet in self._in_flight)
@@ -89,6 +120,7 @@ class TickLoop:
         self.stage_ticks_busy += sum(1 for packet in self._in_flight if packet)
         self.token_slots += self.num_stages * (bucket.rows + bucket.chunk)
         self.token_slots_used += sum(packet.num_tokens for packet in self._in_flight)
+        return bucket
 
     def _read(self, packet: Packet, result: TickResult) -> list[Output]:
         if not packet:

@@ -1,0 +1,42 @@
+"""Pictures of the mesh, the ring and the model, for notebooks and files.
+
+    from llama_jax import pictures
+    pictures.mesh(llm)
+    pictures.next_token(logits, tokenizer, save="next.png")
+
+Each function returns a matplotlib figure that a notebook shows by itself, readable on light and
+dark pages, and writes it to a file where `save` names one. Inside IPython, importing this also
+makes a `jax.sharding.Mesh` show as a table.
+"""
+
+try:
+    import matplotlib  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        'Pictures need matplotlib: pip install "llama-jax[notebook]", or matplotlib alone.',
+        name="matplotlib",
+    ) from error
+
+from llama_jax.pictures.attention_map import attention
+from llama_jax.pictures.device_memory import memory
+from llama_jax.pictures.device_mesh import mesh
+from llama_jax.pictures.lens import logit_lens
+from llama_jax.pictures.mesh_html import mesh_html as mesh_html
+from llama_jax.pictures.mesh_html import show_meshes_as_html as _show_meshes_as_html
+from llama_jax.pictures.next_tokens import next_token
+from llama_jax.pictures.pages import page_occupancy
+from llama_jax.pictures.ring_timeline import timeline
+from llama_jax.pictures.shards import sharding
+
+__all__ = [
+    "attention",
+    "logit_lens",
+    "memory",
+    "mesh",
+    "next_token",
+    "page_occupancy",
+    "sharding",
+    "timeline",
+]
+
+_show_meshes_as_html()

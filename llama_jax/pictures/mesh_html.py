@@ -1,0 +1,64 @@
+"""A jax.sharding.Mesh as HTML: what a notebook shows for one, instead of its repr."""
+
+import sys
+from html import escape
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from llama_jax.pictures.style import short_device
+
+# Colours of the page around it, whatever they are: no background, lines of the text's own colour.
+_CELL = "border:1px solid currentColor;padding:.3em .8em;text-align:center;color:inherit"
+_HEAD = "padding:.2em .6em;font-weight:normal;opacity:.75;text-align:center;color:inherit"
+
+
+def mesh_html(mesh: Mesh) -> str:
+    """A table of the mesh's devices: rows are its first axis, columns its second.
+
+    With more axes, one table for each place on the axes before the last two.
+    """
+    devices = mesh.devices
+    names = [str(name) for name in mesh.axis_names]
+    sizes = " × ".join(f"{escape(str(name))} {size}" for name, size in mesh.shape.items())
+    kinds = sorted({str(device.device_kind) for device in devices.flat})
+    caption = f"Mesh {sizes}: {devices.size} {_plural('device', devices.size)}"
+    if kinds:
+        caption += f" ({escape(', '.join(kinds))})"
+    if devices.ndim == 0:
+        tables = [_table(devices.reshape(1, 1), ["", ""])]
+    elif devices.ndim == 1:
+        tables = [_table(devices[:, None], [names[0], ""])]
+    else:
+        tables = []
+        for place in np.ndindex(devices.shape[:-2]):
+            where = ", ".join(f"{name} {i}" for name, i in zip(names, place, strict=False))
+            tables.append(_table(devices[place], names[-2:], where))
+    return f'<div style="color:inherit"><div>{caption}</div>{"".join(tables)}</div>'
+
+
+def _table(grid: np.ndarray, names: list[str], where: str = "") -> str:
+    rows_name, columns_name = map(escape, names)
+    rows = []
+    if columns_name:
+        numbers = range(grid.shape[1])
+        heads = "".join(f'<th style="{_HEAD}">{columns_name} {i}</th>' for i in numbers)
+        rows.append(f'<tr style="background:none"><th style="{_HEAD}"></th>{heads}</tr>')
+    for i, row in enumerate(grid):
+        cells = "".join(f'<td style="{_CELL}">{escape(short_device(str(d)))}</td>' for d in row)
+        head = f'<th style="{_HEAD}">{rows_name} {i}</th>' if rows_name else ""
+        rows.append(f'<tr style="background:none">{head}{cells}</tr>')
+    title = f'<div style="opacity:.75">{escape(where)}</div>' if where else ""
+    return f'{title}<table style="border-collapse:collapse;margin:.4em 0">{"".join(rows)}</table>'
+
+
+def _plural(thing: str, number: int) -> str:
+    return thing if number == 1 else f"{thing}s"
+
+
+def show_meshes_as_html() -> None:
+    """In IPython, makes every Mesh that a cell ends with a table; elsewhere does nothing."""
+    shell: Any = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is not None:
+        shell.display_formatter.formatters["text/html"].for_type(Mesh, mesh_html)
