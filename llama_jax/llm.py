@@ -22,7 +22,7 @@ from llama_jax.config import generation_defaults
 from llama_jax.detokenizer import Detokenizer
 from llama_jax.engine.client import OnProgress
 from llama_jax.engine.errors import GenerationFailed, RequestError
-from llama_jax.engine.launch import ENGINE_COMMAND
+from llama_jax.engine.launch import ENGINE_COMMAND, process_host
 from llama_jax.engine.messages import EngineInfo, FinishReason, Stats
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.thread import EngineThread
@@ -92,7 +92,7 @@ class LLM:
         with closing(open_checkpoint(path)):  # for its checks: no process is needed to fail them
             self.defaults = generation_defaults(path)
             self.tokenizer = Tokenizer(path)
-        self._engine = EngineThread(engine_options, on_progress, ENGINE_COMMAND)
+        self._engine = EngineThread(engine_options, on_progress, process_host(ENGINE_COMMAND))
         weakref.finalize(self, self._engine.begin_close)
         # The engine would refuse more than these; the rest waits here.
         self._places = asyncio.Semaphore(self._engine.client.max_in_flight)

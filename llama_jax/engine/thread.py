@@ -6,12 +6,13 @@ So it works in a script, and in a notebook, whose thread runs an event loop alre
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future, wait
 from typing import Any, TypeVar
 
 from llama_jax.engine.client import EngineClient, OnProgress
 from llama_jax.engine.errors import EngineDead
+from llama_jax.engine.host import StartHost
 from llama_jax.engine.options import EngineOptions
 
 T = TypeVar("T")
@@ -29,7 +30,7 @@ class EngineThread:
     client: EngineClient
 
     def __init__(
-        self, options: EngineOptions, on_progress: OnProgress | None, command: Sequence[str]
+        self, options: EngineOptions, on_progress: OnProgress | None, start_host: StartHost
     ) -> None:
         """Starts an engine, as `EngineClient.start`, and waits until it can generate.
 
@@ -42,7 +43,7 @@ class EngineThread:
         self._thread = threading.Thread(target=self._main, name="llama-jax-engine", daemon=True)
         self._thread.start()
         try:
-            self.run(self._start(options, on_progress, command))
+            self.run(self._start(options, on_progress, start_host))
         except BaseException:
             self.close()
             raise
@@ -105,9 +106,9 @@ class EngineThread:
         self._loop.close()
 
     async def _start(
-        self, options: EngineOptions, on_progress: OnProgress | None, command: Sequence[str]
+        self, options: EngineOptions, on_progress: OnProgress | None, start_host: StartHost
     ) -> None:
-        self.client = await EngineClient.start(options, on_progress, command=command)
+        self.client = await EngineClient.start(options, on_progress, start_host=start_host)
 
     async def _end(self) -> None:
         if hasattr(self, "client"):  # it started
