@@ -53,7 +53,8 @@ def process_host(command: Sequence[str]) -> StartHost:
 
 
 class EngineProcess:
-    """A running engine in a process of its own (an `EngineHost`). Ends when it is told to, when its parent ends, and with this object.
+    """A running engine in a process of its own (an `EngineHost`). Ends when it is told to, when its
+    parent ends, and with this object.
 
     Must be made in a thread that lives as long as the engine shall: the kernel kills the engine
     when the *thread* that started it ends.

@@ -1,8 +1,8 @@
 """The engine's own loop: takes requests from a socket, steps the engine, sends what comes of it.
 
-It is the same in a process of its own (`process`) and in a thread of the caller's (`in_process`), and
-changes nothing that is the whole process's: no signal handlers, no exits. JAX is imported after the
-first message has been sent, so that the other side hears at once that somebody is at work.
+It is the same in a process of its own (`process`) and in a thread of the caller's (`in_process`),
+and changes nothing that is the whole process's: no signal handlers, no exits. JAX is imported after
+the first message has been sent, so that the other side hears at once that somebody is at work.
 """
 
 import time
