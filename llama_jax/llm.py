@@ -268,18 +268,19 @@ class LLM:
 
     def __repr__(self) -> str:
         stats, info = self.stats, self.info
-        return (
-            f"<LLM {info.model} on the mesh {info.mesh} ({info.platform}, {info.dtype}, "
-            f"{self._place}): {self._state}; {stats.num_running} running, {stats.num_waiting} "
-            f"waiting, {stats.pages_free} of {stats.pages_total} pages free>"
+        now = self._ended or (
+            f"{stats.num_running} running, {stats.num_waiting} waiting, "
+            f"{stats.pages_free} of {stats.pages_total} pages free"
         )
+        about = f"{info.platform}, {info.dtype}, {self._place}"
+        return f"<LLM {info.model} on the mesh {info.mesh} ({about}): {now}>"
 
     def _repr_html_(self) -> str:
-        return llm_html(self.info, self.stats, state=self._state, place=self._place)
+        return llm_html(self.info, self.stats, ended=self._ended, place=self._place)
 
     @property
-    def _state(self) -> str:
-        return self._session.engine.client.ended or "ready"
+    def _ended(self) -> str | None:
+        return self._session.engine.client.ended
 
     @property
     def _place(self) -> str:

@@ -36,29 +36,33 @@ def completion_html(
     )
 
 
-def llm_html(info: EngineInfo, stats: Stats, *, state: str, place: str) -> str:
+def llm_html(info: EngineInfo, stats: Stats, *, ended: str | None, place: str) -> str:
     """An `LLM`: what it is, where its layers and bytes lie, its limits, and how it is doing.
 
     Args:
       info: what its engine turned out to be.
       stats: the engine's latest report.
-      state: "ready", or a sentence on why it has ended.
+      ended: one sentence on why it has ended; None while it runs.
       place: where the engine runs.
     """
     used = stats.pages_total - stats.pages_free
+    now = (
+        f"{stats.num_running:,} running, {stats.num_waiting:,} waiting, {used:,} of "
+        f"{stats.pages_total:,} pages in use"
+    )
     rows = {
-        "state": state,
+        "state": ended or "ready",
         "engine": f"{place}; {info.dtype} on {info.platform}",
         "limits": f"{info.max_model_len:,} tokens a sequence, {info.max_num_seqs:,} sequences at "
         f"once, KV cache of {info.num_pages:,} pages of {info.page_size} tokens",
-        "now": f"{stats.num_running:,} running, {stats.num_waiting:,} waiting, {used:,} of "
-        f"{stats.pages_total:,} pages in use",
+        "now": "" if ended else now,
         "so far": f"{stats.prompt_tokens:,} tokens of prompts, {stats.generation_tokens:,} "
         f"generated, {stats.preemptions:,} preemptions",
     }
     facts = "".join(
         f'<tr><th style="{_CELL}">{name}</th><td style="{_CELL}">{escape(value)}</td></tr>'
         for name, value in rows.items()
+        if value
     )
     return (
         f"<div><div><b>{escape(info.model)}</b> on the mesh {escape(info.mesh)}</div>"

@@ -8,14 +8,18 @@ import asyncio
 import contextlib
 import html
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Protocol
-
-from tqdm import tqdm
 
 from llama_jax.engine.messages import EngineInfo, Progress
 from llama_jax.notebook.cells import in_notebook
 from llama_jax.notebook.display import LiveOutput, TextAndHtml
+
+with warnings.catch_warnings():  # transformers loads this, and it asks for ipywidgets in a notebook
+    warnings.simplefilter("ignore")
+    import tqdm
+    import tqdm.auto
 
 PATIENCE_SECONDS = 1.0  # who is answered sooner needs no bar
 REFRESH_SECONDS = 0.2
@@ -66,14 +70,14 @@ class TerminalBar:
 
     def __init__(self) -> None:
         self._title = ""
-        self._bar: tqdm | None = None
+        self._bar: tqdm.tqdm | None = None
 
     def update(self, title: str, done: float, total: float, note: str) -> None:
         """As `Bar`."""
         if self._bar is None or title != self._title:
             self._close()
             self._title = title
-            self._bar = tqdm(
+            self._bar = tqdm.tqdm(
                 desc=title, bar_format="{l_bar}{bar}| {n:g}/{total:g}{postfix}", total=total
             )
         self._bar.n, self._bar.total = done, total
@@ -83,7 +87,7 @@ class TerminalBar:
         """As `Bar`."""
         self._close()
         if text:
-            tqdm.write(text)
+            tqdm.tqdm.write(text)
 
     def _close(self) -> None:
         if self._bar is not None:
