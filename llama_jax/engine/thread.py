@@ -4,6 +4,7 @@ So it works in a script, and in a notebook, whose thread runs an event loop alre
 """
 
 import asyncio
+import atexit
 import contextlib
 import threading
 from collections.abc import Callable, Coroutine
@@ -17,6 +18,8 @@ from llama_jax.engine.host import StartHost
 from llama_jax.engine.options import EngineOptions
 
 T = TypeVar("T")
+
+AT_EXIT_SECONDS = 10.0
 
 
 class EngineThread:
@@ -45,6 +48,7 @@ class EngineThread:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._thread = threading.Thread(target=self._main, name="llama-jax-engine", daemon=True)
         self._thread.start()
+        atexit.register(self._close_at_exit)
         try:
             self.run(self._start(options, on_progress, start_host))
         except BaseException:
@@ -132,6 +136,14 @@ class EngineThread:
     def _main(self) -> None:
         self._loop.run_forever()
         self._loop.close()
+        atexit.unregister(self._close_at_exit)
+
+    def _close_at_exit(self) -> None:
+        """Before the interpreter takes apart what streams that were left open need to end."""
+        if hasattr(self, "client"):
+            self.client.kill()
+            self.begin_close()
+            self._thread.join(AT_EXIT_SECONDS)
 
     async def _start(
         self, options: EngineOptions, on_progress: OnProgress | None, start_host: StartHost
