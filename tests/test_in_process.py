@@ -1,4 +1,4 @@
-"""An engine in this process: the same answers, its errors within reach, and its memory given back."""
+"""An engine in this process: the same answers, its errors within reach, its memory given back."""
 
 import gc
 import os

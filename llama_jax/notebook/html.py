@@ -1,7 +1,7 @@
 """`LLM` and `Completion` as a notebook shows them.
 
-Everything that comes from outside is escaped. Colours are the page's own (`currentColor`), so that
-it can be read on light and dark pages.
+Everything that comes from outside is escaped. Text has the page's own colour and nothing has a
+background, so that it can be read on light and dark pages.
 """
 
 from html import escape
@@ -9,7 +9,7 @@ from itertools import groupby
 
 from llama_jax.engine.messages import DeviceInfo, EngineInfo, Stats
 
-_LINE = "1px solid color-mix(in srgb, currentColor 35%, transparent)"
+_LINE = "1px solid rgba(128, 128, 128, 0.5)"
 _CELL = f"border: {_LINE}; padding: 0.3em 0.7em; text-align: left; vertical-align: top"
 _FAINT = "opacity: 0.7"
 _TEXT = "white-space: pre-wrap; overflow-wrap: anywhere"
