@@ -16,14 +16,16 @@ if TYPE_CHECKING:
     from llama_jax.llm import LLM as LLM
     from llama_jax.model import Llama as Llama
     from llama_jax.sampling_params import SamplingParams as SamplingParams
+    from llama_jax.sharded import ShardedLlama as ShardedLlama
 
 _HOMES = {
     "LLM": "llama_jax.llm",
     "Llama": "llama_jax.model",
     "LlamaConfig": "llama_jax.config",
     "SamplingParams": "llama_jax.sampling_params",
+    "ShardedLlama": "llama_jax.sharded",
 }
-__all__ = ["LLM", "Llama", "LlamaConfig", "SamplingParams"]
+__all__ = ["LLM", "Llama", "LlamaConfig", "SamplingParams", "ShardedLlama"]
 
 
 def __getattr__(name: str) -> Any:

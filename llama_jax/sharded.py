@@ -40,7 +40,7 @@ class ShardedLlama:
       mesh: where it lies.
       params: its weights there.
       dtype: of activations and cache.
-      model: the class whose layers run.
+      model_class: whose layers run.
     """
 
     def __init__(
@@ -49,16 +49,17 @@ class ShardedLlama:
         mesh: Mesh,
         params: Params,
         dtype: jnp.dtype,
-        model: type[Llama] = Llama,
+        model_class: type[Llama] = Llama,
     ):
         """Takes over weights that are on a mesh; `from_pretrained` reads them.
 
         Args:
           config: the architecture.
           mesh, params, dtype: as given to and got from `load_params`.
-          model: `Llama`, or a subclass of it.
+          model_class: `Llama`, or a subclass of it.
         """
-        self.config, self.mesh, self.params, self.model = config, mesh, params, model
+        self.config, self.mesh, self.params = config, mesh, params
+        self.model_class = model_class
         self.dtype = dtype
         self._steps: dict[tuple[Limits, tuple[Wanted, ...]], ObservedStep] = {}
         self._state: tuple[Limits, State] | None = None
@@ -70,7 +71,11 @@ class ShardedLlama:
 
     @classmethod
     def from_pretrained(
-        cls, path: str, mesh: str | Mesh = "1x1", dtype: str = "auto", model: type[Llama] = Llama
+        cls,
+        path: str,
+        mesh: str | Mesh = "1x1",
+        dtype: str = "auto",
+        model_class: type[Llama] = Llama,
     ) -> Self:
         """Opens a checkpoint directory (Hugging Face or Orbax layout) onto a mesh.
 
@@ -78,7 +83,7 @@ class ShardedLlama:
           path: the directory.
           mesh: "stages x tensor-parallel ranks", such as "2x2", or one from `make_mesh`.
           dtype: "auto" (float32 on CPU, the checkpoint's own elsewhere), "float32", "bfloat16".
-          model: a subclass of `Llama` whose layers shall run.
+          model_class: a subclass of `Llama` whose layers shall run.
 
         Raises:
           CheckpointError, ConfigError, MeshError, ShardingError: one sentence says why.
@@ -86,7 +91,7 @@ class ShardedLlama:
         with closing(open_checkpoint(path)) as reader:
             mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
             kind = choose_dtype(dtype, reader.config, mesh.devices.flat[0].platform)
-            return cls(reader.config, mesh, load_params(reader, mesh, kind), kind, model)
+            return cls(reader.config, mesh, load_params(reader, mesh, kind), kind, model_class)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """tokens [B, T] int32 in [0, V) -> logits [B, T, V] float32.
@@ -198,7 +203,7 @@ class ShardedLlama:
     def _step(self, limits: Limits, bucket: Bucket, wanted: tuple[Wanted, ...]) -> ObservedStep:
         key = (limits, wanted)
         if key not in self._steps:
-            program = Program(self.config, limits, bucket, self.model)
+            program = Program(self.config, limits, bucket, self.model_class)
             self._steps[key] = observed_step(program, self.mesh, wanted)
         return self._steps[key]
 

@@ -39,10 +39,10 @@ SampleStep = Callable[[jax.Array, StepOutput, Any], tuple[jax.Array, jax.Array]]
 
 
 def decode_step(
-    config: LlamaConfig, mesh: Mesh, limits: Limits, rows: int, model: type[Llama] = Llama
+    config: LlamaConfig, mesh: Mesh, limits: Limits, rows: int, model_class: type[Llama] = Llama
 ) -> Step:
     """The jitted tick without any chunk in flight; donates the state."""
-    return _jit_step(mesh, Program(config, limits, Bucket(rows, 0), model), "decode_step")
+    return _jit_step(mesh, Program(config, limits, Bucket(rows, 0), model_class), "decode_step")
 
 
 def prefill_step(
@@ -51,21 +51,21 @@ def prefill_step(
     limits: Limits,
     rows: int,
     chunk: int,
-    model: type[Llama] = Llama,
+    model_class: type[Llama] = Llama,
 ) -> Step:
     """The jitted tick whose largest chunk in flight fits `chunk` tokens; donates the state."""
-    program = Program(config, limits, Bucket(rows, chunk), model)
+    program = Program(config, limits, Bucket(rows, chunk), model_class)
     return _jit_step(mesh, program, f"prefill_step_{chunk}")
 
 
-def sample_step(mesh: Mesh, model: type[Llama] = Llama) -> SampleStep:
+def sample_step(mesh: Mesh, model_class: type[Llama] = Llama) -> SampleStep:
     """The jitted second program of a tick, for packets in which a row is not greedy.
 
     It replaces the greedy choices of such rows, before the next tick reads them.
     """
 
     def run(tokens: jax.Array, output: StepOutput, controls: jax.Array) -> Any:
-        chosen = model.sampler.sample(output.logits, output.tokens, controls)
+        chosen = model_class.sampler.sample(output.logits, output.tokens, controls)
         return tokens.at[output.slots].set(chosen, mode="drop"), chosen
 
     out_spec = StepOutput(LOGITS_SPEC, P(), P())

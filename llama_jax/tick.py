@@ -30,13 +30,13 @@ class Program(NamedTuple):
 
     Attributes:
       config, limits, bucket: the architecture and the sizes.
-      model: the class whose layers run and whose sampler chooses.
+      model_class: whose layers run and whose sampler chooses.
     """
 
     config: LlamaConfig
     limits: Limits
     bucket: Bucket
-    model: type[Llama]
+    model_class: type[Llama]
 
 
 class State(NamedTuple):
@@ -89,7 +89,7 @@ def tick(
         partial(_last_tokens, program),
     )
     scores = vocab_logits(program.config, params, finished)
-    chosen = program.model.sampler.greedy(scores)
+    chosen = program.model_class.sampler.greedy(scores)
     slots = segments_of(program.limits, program.bucket, leaving)[:, SLOT]
     tokens = state.tokens.at[slots].set(chosen, mode="drop")
     return State(ring, tokens, cache), StepOutput(scores, chosen, slots)
@@ -285,7 +285,7 @@ def tokens_of(program: Program, segments: jax.Array) -> Tokens:
 
 def make_layer(program: Program, weights: dict[str, Any]) -> DecoderLayer:
     """A decoder layer around this rank's share of the weights."""
-    layer_class = program.model.layer_class
+    layer_class = program.model_class.layer_class
     layer = nnx.eval_shape(lambda: layer_class(program.config, rngs=nnx.Rngs(0)))
     set_weights(layer, weights)
     return layer

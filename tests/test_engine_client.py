@@ -378,7 +378,7 @@ from llama_jax.engine.options import EngineOptions
 
 async def main():
     client = await EngineClient.start(EngineOptions(path="fake"), command={FAKE!r})
-    print(client.pid, client._process._log.parent)
+    print(client.pid, client.host._log.parent)
 
 asyncio.run(main())
 """
@@ -409,7 +409,7 @@ def test_close_fails_who_waits_and_may_be_repeated() -> None:
         with pytest.raises(EngineDead, match="closed"):
             await collect(client, [1])
         assert_gone(client.pid)
-        assert client._process._process.returncode == 0  # it ended by itself, and was not killed
+        assert client.host._process.returncode == 0  # it ended by itself, and was not killed
 
     run_with_engine(body)
 
@@ -420,7 +420,7 @@ def test_close_kills_an_engine_that_does_not_listen(monkeypatch: pytest.MonkeyPa
     async def body(client: EngineClient) -> None:
         os.kill(client.pid, signal.SIGSTOP)
         await client.close()
-        assert client._process._process.returncode == -signal.SIGKILL
+        assert client.host._process.returncode == -signal.SIGKILL
 
     run_with_engine(body)
 
@@ -441,8 +441,8 @@ def test_sigterm_lets_requests_in_flight_finish() -> None:
         os.kill(client.pid, signal.SIGTERM)
         received += [output.token async for output in stream]
         assert received == list(range(2, 202))
-        await client._process.exited.wait()
-        assert client._process._process.returncode == 0
+        await client.host.exited.wait()
+        assert client.host._process.returncode == 0
 
     run_with_engine(body)
 

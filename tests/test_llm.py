@@ -60,7 +60,7 @@ def start(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StartLL
         yield start
         for llm in started:
             llm.close()
-            assert_gone(llm._engine.client.pid)
+            assert_gone(llm._session.engine.client.pid)
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def pid_of(llm: LLM) -> int:
-    return llm._engine.client.pid
+    return llm._session.engine.client.pid
 
 
 def interrupt_when(condition: Callable[[], bool]) -> threading.Thread:
@@ -268,7 +268,7 @@ def test_a_forgotten_llm_ends(checkpoint: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("llama_jax.llm.ENGINE_COMMAND", FAKE)
     with private_temporary_directory(monkeypatch) as directory:
         llm = LLM(checkpoint)
-        pid, thread = pid_of(llm), llm._engine._thread
+        pid, thread = pid_of(llm), llm._session.engine._thread
         stream = llm.stream([1], FOREVER)  # left as it is
         next(stream)
         del llm, stream
@@ -290,7 +290,7 @@ import llama_jax.llm
 llama_jax.llm.ENGINE_COMMAND = {FAKE!r}
 llm = llama_jax.LLM({str(checkpoint)!r})
 stream = llm.stream([1], llama_jax.SamplingParams(ignore_eos=True))
-print(llm._engine.client.pid)
+print(llm._session.engine.client.pid)
 {end}
 """
     done = subprocess.run(
@@ -311,7 +311,7 @@ tempfile.tempdir = {str(tmp_path)!r}
 import llama_jax.llm
 llama_jax.llm.ENGINE_COMMAND = {FAKE!r}
 llm = llama_jax.LLM({str(checkpoint)!r})
-print(llm._engine.client.pid, flush=True)
+print(llm._session.engine.client.pid, flush=True)
 llm.generate([1], llama_jax.SamplingParams(ignore_eos=True))
 """
     with subprocess.Popen(

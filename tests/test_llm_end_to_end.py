@@ -77,7 +77,7 @@ def subject(checkpoint: Path) -> Iterator[Subject]:
         model = transformers.LlamaForCausalLM.from_pretrained(checkpoint)
         yield Subject(llm, model, llm.stats)
         llm.close()
-        assert_gone(llm._engine.client.pid)
+        assert_gone(llm._session.engine.client.pid)
 
 
 def prompts(*lengths: int) -> list[list[int]]:
@@ -276,7 +276,7 @@ def test_sigkill_in_the_middle_of_an_answer(checkpoint: Path) -> None:
     llm = LLM(checkpoint, max_num_seqs=1, max_chunk=64)
     stream = llm.stream("The quick", greedy(ignore_eos=True))
     next(stream)
-    os.kill(llm._engine.client.pid, signal.SIGKILL)
+    os.kill(llm._session.engine.client.pid, signal.SIGKILL)
     with pytest.raises(EngineDead, match="killed by SIGKILL"):
         list(stream)
     llm.close()

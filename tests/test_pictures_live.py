@@ -65,11 +65,11 @@ def test_a_real_run_is_recorded_and_drawn(engine, recording):
 def test_mesh_and_memory_of_a_real_engine(engine):
     executor = engine.loop.executor
     held = {device: [0, 0] for device in executor.mesh.devices.flat}
-    for kind, arrays in enumerate([executor._params, executor.state.cache]):
+    for kind, arrays in enumerate([executor.params, executor.state.cache]):
         for array in jax.tree.leaves(arrays):
             for shard in array.addressable_shards:
                 held[shard.device][kind] += shard.data.nbytes
-    for of in [(engine,), (executor.mesh, executor._params, executor.state.cache)]:
+    for of in [(engine,), (executor.mesh, executor.params, executor.state.cache)]:
         texts = [text.get_text().split("\n")[-2:] for text in pictures.mesh(*of).axes[0].texts]
         assert texts == [
             [f"weights {size_text(weights)}", f"KV cache {size_text(cache)}"]

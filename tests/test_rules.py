@@ -442,7 +442,7 @@ def step_and_shapes(loop, bucket):
     step = steps.prefill_step(*make, bucket.chunk) if bucket.chunk else steps.decode_step(*make)
     state = steps.state_shapes(executor.config, executor.mesh, limits, jnp.float32)
     packed = encode(limits, bucket, np.zeros((limits.num_slots, 1), np.int32), [], [], [])
-    return step, (executor._params, state, packed)
+    return step, (executor.params, state, packed)
 
 
 # --- 12: empty packets ---------------------------------------------------------------------------
@@ -477,7 +477,7 @@ def test_padding_layers_are_the_identity(tmp_path):
 
     program = tick.Program(config, loop.limits, Bucket(1, 0), Llama)
 
-    for position, weights in enumerate(loop.executor._params.layers):
+    for position, weights in enumerate(loop.executor.params.layers):
         for stage in range(4):
             here = {name: jnp.asarray(np.asarray(a)[stage]) for name, a in weights.items()}
             y = tick.make_layer(program, here)(x, jnp.arange(3), attend)

@@ -17,6 +17,12 @@ LAYERS = (
     "llama_jax",  # the model side: what is in no layer below
     "llama_jax.engine",
     "llama_jax.generation",
+    "llama_jax.prompts",
+    "llama_jax.notebook",
+    "llama_jax.completion",
+    "llama_jax.text_stream",
+    "llama_jax.session",
+    "llama_jax.interpret",
     "llama_jax.llm",
     "llama_jax.pictures",
     "llama_jax.serve",

@@ -1,7 +1,8 @@
-"""The parent's side of the engine's process: requests go in, streams of tokens come out.
+"""The caller's side of an engine: requests go in, streams of tokens come out.
 
-For asyncio (any event loop). Imports no JAX. Nobody waits in vain: every stream ends with a finish
-reason or an exception, whatever becomes of the engine's process.
+The engine runs in a process of its own, or in a thread of this one (`EngineHost`). For asyncio (any
+event loop). Imports no JAX. Nobody waits in vain: every stream ends with a finish reason or an
+exception, whatever becomes of the engine.
 """
 
 import asyncio
@@ -9,17 +10,19 @@ import contextlib
 import itertools
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import TypeVar
 
 import msgspec
 import zmq
 import zmq.asyncio
 
 from llama_jax.engine.errors import EngineDead, EngineStartError, QueueFull
+from llama_jax.engine.host import StartHost
 from llama_jax.engine.launch import (
     ENGINE_COMMAND,
     SOCKET_NAME,
-    EngineProcess,
     make_private_directory,
+    process_host,
 )
 from llama_jax.engine.messages import (
     Abort,
@@ -43,24 +46,26 @@ FATAL_SECONDS = 3.0
 LAST_WORDS_MILLISECONDS = 100
 
 OnProgress = Callable[[Progress], None]
+E = TypeVar("E", bound=Exception)
 _Stream = asyncio.Queue[Output | EngineDead]
 
 
 class EngineClient:
-    """An engine in a process of its own. Make one with `start`; end it with `close`.
+    """An engine that runs elsewhere. Make one with `start`; end it with `close`.
 
     Attributes:
       info: what the engine turned out to be.
       stats: its latest report.
+      host: what runs it.
     """
 
     info: EngineInfo
     stats: Stats
 
     def __init__(
-        self, options: EngineOptions, on_progress: OnProgress | None, command: Sequence[str]
+        self, options: EngineOptions, on_progress: OnProgress | None, start_host: StartHost
     ) -> None:
-        """For `start`: begins the process and does not wait for it."""
+        """For `start`: begins the engine and does not wait for it."""
         self.stats = Stats()
         self._options = options
         self._on_progress = on_progress
@@ -80,7 +85,7 @@ class EngineClient:
         self._socket.set_hwm(0)  # bounded by the requests in flight; a send never waits
         self._socket.bind(f"ipc://{directory / SOCKET_NAME}")
         try:
-            self._process = EngineProcess(command, directory, options)
+            self.host = start_host(directory, options)
         except EngineStartError:
             self._context.destroy(linger=0)
             raise
@@ -94,6 +99,7 @@ class EngineClient:
         on_progress: OnProgress | None = None,
         *,
         command: Sequence[str] = ENGINE_COMMAND,
+        start_host: StartHost | None = None,
     ) -> "EngineClient":
         """Starts an engine and returns when it can generate.
 
@@ -104,15 +110,16 @@ class EngineClient:
           options: what to serve and how.
           on_progress: called on the event loop with each step of the start.
           command: the program that is the engine.
+          start_host: starts the engine elsewhere than in a process that runs `command`.
 
         Raises:
           EngineStartError: it cannot start; the message is one sentence for the user.
         """
-        client = cls(options, on_progress, command)
+        client = cls(options, on_progress, start_host or process_host(command))
         try:
             client.info = await client._ready
         except BaseException:
-            client._process.kill()
+            client.host.kill()
             await client.close()
             raise
         return client
@@ -121,12 +128,17 @@ class EngineClient:
     def alive(self) -> bool:
         """Whether the engine runs and takes requests."""
         ending = self._death or self._last_words
-        return ending is None and not self._process.exited.is_set()
+        return ending is None and not self.host.exited.is_set()
 
     @property
     def pid(self) -> int:
-        """The process id of the engine."""
-        return self._process.pid
+        """Id of the process that the engine runs in."""
+        return self.host.pid
+
+    @property
+    def ended(self) -> str | None:
+        """One sentence on why the engine takes no requests any more; None while it does."""
+        return self._death
 
     @property
     def seconds_since_report(self) -> float:
@@ -147,7 +159,7 @@ class EngineClient:
           EngineDead: the engine's process has ended.
         """
         if self._death is not None:
-            raise EngineDead(self._death)
+            raise EngineDead(self._death) from self.host.cause
         check_request(prompt, params, self.info)
 
     async def wait_dead(self) -> str:
@@ -205,21 +217,21 @@ class EngineClient:
 
     def kill(self) -> None:
         """Ends the process at once, from any thread, without waiting."""
-        self._process.kill()
+        self.host.kill()
 
     async def _close(self) -> None:
         self._send(Shutdown())
         self._fail("The engine was closed.")
         try:
-            await asyncio.wait_for(self._process.exited.wait(), SHUTDOWN_SECONDS)
+            await asyncio.wait_for(self.host.exited.wait(), SHUTDOWN_SECONDS)
         except TimeoutError:
-            self._process.kill()
-            await self._process.exited.wait()
+            self.host.kill()
+            await self.host.exited.wait()
         self._receiver.cancel()
         self._watcher.cancel()
         await asyncio.gather(self._receiver, self._watcher, return_exceptions=True)
         self._context.destroy(linger=0)
-        self._process.clean_up()
+        self.host.clean_up()
 
     def _send(self, message: ToEngine) -> None:
         """Sends without waiting. What is sent to a process that has ended is lost, and everyone
@@ -234,16 +246,16 @@ class EngineClient:
                 self._handle(self._decode(await self._socket.recv()))
         except Exception as error:
             self._fail(f"A message of the engine could not be handled: {error!r}.")
-            self._process.kill()
+            self.host.kill()
 
     async def _watch(self) -> None:
         """Task: waits for the process to end, hears its last words, and tells who waits."""
-        await self._process.exited.wait()
+        await self.host.exited.wait()
         self._receiver.cancel()
         with contextlib.suppress(Exception):  # whatever they are, the news must reach who waits
             while await self._socket.poll(LAST_WORDS_MILLISECONDS):
                 self._handle(self._decode(await self._socket.recv()))
-        self._fail(self._process.describe_end(self._last_words))
+        self._fail(self.host.describe_end(self._last_words))
 
     def _handle(self, message: FromEngine) -> None:
         self._last_report = time.monotonic()
@@ -262,7 +274,7 @@ class EngineClient:
                 self._ready.set_result(message.info)
         else:  # its process ends by itself now, or is made to
             self._last_words = message.message
-            asyncio.get_running_loop().call_later(FATAL_SECONDS, self._process.kill)
+            asyncio.get_running_loop().call_later(FATAL_SECONDS, self.host.kill)
 
     def _fail(self, reason: str) -> None:
         """Ends everybody's waiting. The first reason stands."""
@@ -270,6 +282,12 @@ class EngineClient:
             return
         self._death = reason
         if not self._ready.done():
-            self._ready.set_exception(EngineStartError(reason))
+            self._ready.set_exception(_caused_by(self.host.cause, EngineStartError(reason)))
         for stream in self._streams.values():
-            stream.put_nowait(EngineDead(reason))
+            stream.put_nowait(_caused_by(self.host.cause, EngineDead(reason)))
+
+
+def _caused_by(cause: Exception | None, error: E) -> E:
+    """As `raise error from cause`, without raising."""
+    error.__cause__ = cause
+    return error

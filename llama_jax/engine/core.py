@@ -2,11 +2,12 @@
 
 import os
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from llama_jax.checkpoint import open_checkpoint
 from llama_jax.checkpoint.load import choose_dtype, load_params
@@ -22,6 +23,7 @@ from llama_jax.engine.sizing import (
     choose_limits,
 )
 from llama_jax.engine.tick_loop import TickLoop
+from llama_jax.model import Llama
 from llama_jax.sampling_params import SamplingParams
 from sharding.mesh import make_mesh, mesh_shape
 from sharding.partition import split_layers
@@ -35,6 +37,7 @@ class Engine:
     Args:
       options: what to serve, and how.
       progress: told how loading and compiling get on.
+      model_class: whose layers run and whose sampler chooses.
 
     Raises:
       ValueError: a checkpoint, mesh, or option that does not work; one sentence says why.
@@ -44,9 +47,10 @@ class Engine:
         self,
         options: EngineOptions,
         progress: Callable[[Progress], None] = lambda progress: None,
+        model_class: type[Llama] = Llama,
     ):
         start = time.perf_counter()
-        with closing(open_checkpoint(options.path)) as reader:
+        with closing(open_checkpoint(options.path)) as reader, ExitStack() as stack:
             config = reader.config
             check_options(options, config)
             configure_jax()
@@ -57,19 +61,19 @@ class Engine:
                 jax.config.update("jax_default_matmul_precision", "float32")
             # Sizes first: what cannot fit is refused before minutes of loading, not after.
             limits, max_model_len = choose_limits(options, config, mesh, dtype)
+            stack.enter_context(compilation_cache())
             self.compilations = CompileCounter()
             params = load_params(
                 reader, mesh, dtype, lambda done, total: progress(Progress("loading", done, total))
             )
             jax.block_until_ready(params)
-        loaded = time.perf_counter()
-
+            loaded = time.perf_counter()
+            executor = Executor(config, mesh, limits, params, dtype, model_class=model_class)
+            executor.warm_up(
+                lambda done, total, what: progress(Progress("compiling", done, total, what))
+            )
         # Those that will run wait as well, until the next tick, and again when they are preempted.
         scheduler = Scheduler(limits, mesh_shape(mesh)[0], limits.num_slots + options.max_queue)
-        executor = Executor(config, mesh, limits, params, dtype)
-        executor.warm_up(
-            lambda done, total, what: progress(Progress("compiling", done, total, what))
-        )
         late = options.results_late
         if late is None:
             late = 0 if platform == "cpu" else GPU_RESULTS_LATE
@@ -167,15 +171,39 @@ class Engine:
 
 
 def configure_jax() -> None:
-    """Settings that the engine's process needs; they count only before JAX looks for devices."""
+    """Settings for the whole process, which count only before JAX looks for devices."""
     # Several unfinished programs with collectives starve XLA:CPU's threads and hang it.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     # What JAX takes of each GPU when it starts, unless the user has said otherwise.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
+
+
+@contextmanager
+def compilation_cache() -> Iterator[None]:
+    """Programs compiled inside are kept on disk for the next start, however fast they compiled.
+
+    Afterwards the settings are what they were: the process may be a notebook's kernel, whose own
+    programs are not for this project's folder.
+    """
+    settings: dict[str, object] = {
+        # The default of one second is about what a small tick takes.
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         home = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
-        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "llama-jax", "xla"))
-    # The default of one second is about what a small tick takes: it would be compiled every time.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        settings["jax_compilation_cache_dir"] = os.path.join(home, "llama-jax", "xla")
+    before = {name: getattr(jax.config, name) for name in settings}
+    _apply(settings)
+    try:
+        yield
+    finally:
+        _apply(before)
+
+
+def _apply(settings: dict[str, object]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    if "jax_compilation_cache_dir" in settings:
+        reset_cache()  # which directory, and whether any, is asked once only

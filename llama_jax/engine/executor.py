@@ -5,8 +5,11 @@ one result out, that of the packet that entered P - 1 ticks before. Everything t
 packet, such as sampling parameters, it must give back here in the tick in which it leaves.
 """
 
+import threading
 import time
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -16,6 +19,7 @@ from jax.sharding import Mesh
 
 from llama_jax.config import LlamaConfig
 from llama_jax.limits import Bucket, Limits
+from llama_jax.model import Llama
 from llama_jax.packet import encode
 from llama_jax.params import Params
 from llama_jax.sampling import encode_controls
@@ -50,11 +54,14 @@ class TickResult(NamedTuple):
 class Executor:
     """Owns the weights, the state and the compiled programs of one mesh.
 
+    Everything it is made of is there to be read, under the names of its arguments.
+
     Args:
       config, mesh, limits: what to build.
       params: the weights on the mesh.
       dtype: of activations and cache.
       fill: what the cache starts out with; tests use NaN.
+      model_class: whose layers run and whose sampler chooses.
     """
 
     def __init__(
@@ -65,18 +72,23 @@ class Executor:
         params: Params,
         dtype: jnp.dtype,
         fill: float = 0.0,
+        model_class: type[Llama] = Llama,
     ):
         self.config, self.mesh, self.limits = config, mesh, limits
+        self.dtype, self.model_class = dtype, model_class
         self.call_seconds = 0.0  # host time spent in the jit calls themselves
-        self._params = params
+        # Several unfinished programs with collectives starve XLA:CPU's threads and hang it; where
+        # JAX had started before the engine, a call may return before its program has ended.
+        self._one_at_a_time = mesh.devices.flat[0].platform == "cpu"
+        self.params = params
         self._state: State = init_state(state_shapes(config, mesh, limits, dtype), limits, fill)
         self._steps: dict[Bucket, Step] = {
-            bucket: prefill_step(config, mesh, limits, bucket.rows, bucket.chunk)
+            bucket: prefill_step(config, mesh, limits, bucket.rows, bucket.chunk, model_class)
             if bucket.chunk
-            else decode_step(config, mesh, limits, bucket.rows)
+            else decode_step(config, mesh, limits, bucket.rows, model_class)
             for bucket in limits.buckets()
         }
-        self._sample: SampleStep = sample_step(mesh)
+        self._sample: SampleStep = sample_step(mesh, model_class)
 
     @property
     def state(self) -> State:
@@ -93,11 +105,15 @@ class Executor:
             segments of this bucket; None where it is all greedy.
         """
         start = time.perf_counter()
-        state, output = self._steps[bucket](self._params, self._state, packed)
+        state, output = self._steps[bucket](self.params, self._state, packed)
         tokens = output.tokens
+        if self._one_at_a_time:
+            tokens.block_until_ready()
         if controls is not None:
             kept, tokens = self._sample(state.tokens, output, controls)
             state = state._replace(tokens=kept)
+            if self._one_at_a_time:
+                tokens.block_until_ready()
         self._state = state
         tokens.copy_to_host_async()
         self.call_seconds += time.perf_counter() - start
@@ -116,11 +132,19 @@ class Executor:
 
 
 class CompileCounter:
-    """Counts compilations of this process from now on."""
+    """Counts compilations of this thread from now on; other threads may not be the engine's."""
 
     def __init__(self) -> None:
         self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        listener = partial(_count, weakref.ref(self), threading.get_ident())
+        jax.monitoring.register_event_duration_secs_listener(listener)
+        unregister = jax.monitoring.unregister_event_duration_listener
+        weakref.finalize(self, unregister, listener).atexit = False
 
-    def _listen(self, event: str, duration_secs: float, **_: object) -> None:
-        self.count += event == COMPILE_EVENT
+
+def _count(
+    counter: weakref.ref[CompileCounter], thread: int, event: str, seconds: float, **_: object
+) -> None:
+    this = counter()
+    if this is not None and event == COMPILE_EVENT and threading.get_ident() == thread:
+        this.count += 1

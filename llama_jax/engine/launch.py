@@ -14,12 +14,14 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import zmq
 
 from llama_jax.engine.errors import EngineStartError
+from llama_jax.engine.host import StartHost
 from llama_jax.engine.options import EngineOptions
 
 ENGINE_COMMAND = (sys.executable, "-m", "llama_jax.engine")
@@ -45,8 +47,14 @@ def make_private_directory() -> Path:
     )
 
 
+def process_host(command: Sequence[str]) -> StartHost:
+    """Starts engines in processes; `command` is the program that is the engine."""
+    return partial(EngineProcess, command)
+
+
 class EngineProcess:
-    """A running engine. Ends when it is told to, when its parent ends, and with this object.
+    """A running engine in a process of its own (an `EngineHost`). Ends when it is told to, when its
+    parent ends, and with this object.
 
     Must be made in a thread that lives as long as the engine shall: the kernel kills the engine
     when the *thread* that started it ends.
@@ -89,6 +97,14 @@ class EngineProcess:
     def pid(self) -> int:
         """The process id."""
         return self._process.pid
+
+    @property
+    def engine(self) -> None:
+        """None: it is out of reach."""
+
+    @property
+    def cause(self) -> None:
+        """None: the error stayed in the process, and its traceback in the log."""
 
     def kill(self) -> None:
         """Ends the process without its consent; does not wait. No-op if it has ended."""

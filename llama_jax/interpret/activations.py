@@ -47,7 +47,7 @@ def activation_shapes(
       batch, num_tokens: B and T of the shapes.
     """
     if isinstance(model, ShardedLlama):
-        kind, config, dtype = model.model, model.config, model.dtype
+        kind, config, dtype = model.model_class, model.config, model.dtype
         model = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), dtype=dtype))
     graph, state = nnx.split(_without_patches(model))
 
