@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llama_jax.checkpoint.pages import FileRun
 from llama_jax.checkpoint.reader import CheckpointError
 
 _BLOCK_BYTES = 1 << 20  # read at once where numbers are cast on the way; it fits a core's cache
@@ -51,6 +52,11 @@ class FileArray:
                 part = block[: len(out) - first]
                 self._read_rows(rows.start + first, part)
                 out[first : first + step] = part
+
+    def run(self, rows: slice) -> FileRun:
+        """Where whole rows lie."""
+        first, end = rows.start * self._row_bytes, rows.stop * self._row_bytes
+        return FileRun(self.path, self.offset + first, end - first)
 
     @property
     def _row_bytes(self) -> int:

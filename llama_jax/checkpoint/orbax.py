@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.checkpoint.file_array import FileArray
+from llama_jax.checkpoint.pages import map_runs
 from llama_jax.checkpoint.reader import (
     CheckpointError,
     TensorInfo,
@@ -82,6 +83,18 @@ class OrbaxReader:
         rows, *columns = index
         for inside, at, chunk in self._arrays[name].chunks(rows):
             chunk.read_into((inside, *columns), out[at])
+
+    def map(self, name: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray | None:
+        """See `CheckpointReader.map`; `convert` renames whole files in and changes none."""
+        rows, *columns = index
+        array = self._arrays[name]
+        whole_rows = [*columns] == [slice(0, size) for size in array.info.shape[1:]]
+        if not whole_rows or dtype != numpy_dtype(array.info.dtype):
+            return None
+        pages = map_runs([chunk.run(inside) for inside, _, chunk in array.chunks(rows)])
+        if pages is None:
+            return None
+        return pages.view(dtype).reshape(-1, *array.info.shape[1:])
 
     def close(self) -> None:
         """See `CheckpointReader.close`; no file stays open between reads."""
