@@ -1,9 +1,10 @@
 """Puts a checkpoint's weights on their devices, each shard's bytes straight to its own.
 
-No process ever holds the model twice: for each device a reader maps the slice that it needs, or, where
-it does not lie in the files as it is wanted, fills one buffer, casting where the dtype changes. On CPU, JAX takes the map or the buffer as the device's memory; elsewhere it is copied
-to the device and goes back to the system. Several threads do this at once: NumPy copies and casts
-without the interpreter's lock.
+No process ever holds the model twice: for each device a reader maps the slice that it needs, or,
+where the files do not hold it as it is wanted, fills one buffer, casting where the dtype changes.
+On CPU, JAX takes the map or the buffer as the device's memory; elsewhere it is copied to the device
+and goes back to the system. Several threads do this at once: NumPy copies and casts without the
+interpreter's lock.
 """
 
 import contextlib
