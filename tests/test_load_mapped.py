@@ -131,6 +131,7 @@ def test_what_is_a_run_of_bytes_lies_in_place(request, layout):
         elif name in (".embedding", ".lm_head"):
             expected = [True] * 7 + [False]  # padding of the vocabulary
         assert shards_in_place == expected, name
+    assert not pages._abandoned  # nothing was tried in vain
 
 
 def test_columns_that_are_not_cut_as_the_ranks_are_copied(path):
@@ -266,6 +267,7 @@ def test_what_is_not_aligned_is_copied(tmp_path):
 def test_files_that_the_system_does_not_map_are_copied(path, monkeypatch, call):
     """A file system without maps; a kernel before 5.14, which reads no pages when asked to."""
     refused = []
+    monkeypatch.setattr(pages, "_abandoned", [])
 
     def refuse(*arguments):
         refused.append(arguments)
@@ -281,9 +283,16 @@ def test_files_that_the_system_does_not_map_are_copied(path, monkeypatch, call):
     assert_equal(params, load(path / "hf", "4x2"))
 
 
-@pytest.mark.parametrize("damage", [lambda f: f.unlink(), lambda f: os.truncate(f, 4096)])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.unlink(),
+        lambda file: os.truncate(file, 4096),
+        lambda file: os.truncate(file, file.stat().st_size - 100),
+    ],
+)
 def test_a_file_that_is_damaged_once_the_checkpoint_is_open(tmp_path, path, damage):
-    """Past the end of a file a map ends the process when it is used."""
+    """Past the end of a file a map holds zeros up to the next page, and then ends the process."""
     copy = shutil.copytree(path / "orbax", tmp_path / "copy")
     file = copy / "weights/state/model.layers.3.mlp.up_proj.weight/c/0/0"
     metadata = json.loads((file.parents[2] / "zarr.json").read_text())
