@@ -8,7 +8,6 @@ from convert.task import Piece, Task
 from convert.transform import Transform, row_bytes
 from llama_jax.checkpoint.orbax import ARRAY, STATE, WEIGHTS, array_metadata, chunk_file
 from llama_jax.weights import StoredTensor
-from sharding.partition import RULES
 
 # Of a matrix whose columns are split over the tensor-parallel ranks. On so many ranks each finds
 # its part as a run of bytes, to be mapped or read at once; on others columns are picked out, as
@@ -87,7 +86,8 @@ def _chunk_files(tensor: StoredTensor, number: int) -> tuple[str, ...]:
 
 def _column_pieces(tensor: StoredTensor) -> int:
     """Into how many pieces the columns of a matrix are cut; all are equally wide."""
-    split = RULES[tensor.axes[1]] is not None and tensor.shape[1] % COLUMN_PIECES == 0
+    # "embed" is the one axis that no mesh splits: see sharding.partition, which would load JAX.
+    split = tensor.axes[1] != "embed" and tensor.shape[1] % COLUMN_PIECES == 0
     return COLUMN_PIECES if split else 1
 
 
