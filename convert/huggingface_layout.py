@@ -76,7 +76,9 @@ def _task(shard: list[Transform], name: str) -> Task:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     start = len(text).to_bytes(8, "little") + text
-    pieces = tuple(Piece(transform, slice(0, transform.num_rows), (name,)) for transform in shard)
+    pieces = tuple(
+        Piece(transform, slice(0, transform.num_rows), ((name,),)) for transform in shard
+    )
     return Task({name: len(start) + end}, pieces, {name: start})
 
 

@@ -26,11 +26,18 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of one weight, and the file that the rows of each target tensor are appended to."""
+    """Rows of one weight, and where they are written.
+
+    Attributes:
+      transform: of the weight.
+      rows: of it.
+      files: for each target tensor the files that its rows are appended to; where there are
+        several, each gets as many columns, in their order.
+    """
 
     transform: Transform
     rows: slice
-    files: tuple[str, ...]
+    files: tuple[tuple[str, ...], ...]
 
     def blocks(self) -> Iterator[slice]:
         """Cuts the rows into runs that are worked on at once."""
@@ -105,8 +112,10 @@ def run_task(
                 if stopped():
                     raise Stopped
                 arrays, loss = piece.transform.read(rows)
-                for name, array in zip(piece.files, arrays, strict=True):
-                    writers[name].write(_bytes(array))
+                for names, array in zip(piece.files, arrays, strict=True):
+                    columns = np.split(array, len(names), axis=-1)
+                    for name, part in zip(names, columns, strict=True):
+                        writers[name].write(_bytes(part))
                 progress(sum(array.nbytes for array in arrays))
                 if loss.of:
                     before = losses.get(piece.transform.kind, Loss())

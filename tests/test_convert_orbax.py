@@ -23,7 +23,8 @@ from llama_jax.config import LlamaConfig
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.weights import checkpoint_tensors
 
-NAME = "model.layers.0.mlp.gate_proj.weight"
+NAME = "model.layers.0.mlp.gate_proj.weight"  # [48, 32]
+SPLIT = "model.layers.1.mlp.down_proj.weight"  # [32, 48], its columns in two halves
 STATE = "weights/state"
 
 
@@ -92,16 +93,32 @@ def test_an_array_is_plain_zarr(source, converted):
     assert bits(tensorstore.open(spec).result().read().result()) == bits(expected)
 
 
+def test_columns_that_are_split_over_ranks_lie_in_pieces(source, converted):
+    expected = load_weights(source)[SPLIT].numpy()
+    assert sorted(file.name for file in (converted / STATE / SPLIT / "c/0").iterdir()) == ["0", "1"]
+    halves = [
+        np.concatenate([np.fromfile(file, "<f4") for file in sorted(
+            (converted / STATE / SPLIT / "c").glob(f"*/{half}"), key=lambda f: int(f.parent.name)
+        )])
+        for half in (0, 1)
+    ]  # fmt: skip
+    for half, columns in zip(halves, (expected[:, :24], expected[:, 24:]), strict=True):
+        assert bits(half.reshape(-1, 24)[:32]) == bits(np.ascontiguousarray(columns))
+    spec = {"driver": "zarr3", "kvstore": f"file://{converted / STATE / SPLIT}/"}
+    assert bits(tensorstore.open(spec).result().read().result()) == bits(expected)
+
+
 @pytest.mark.parametrize("layout", ["source", "converted"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_slice_is_numpys_slice(request, source, layout, dtype):
+@pytest.mark.parametrize("name", [NAME, SPLIT])
+def test_a_slice_is_numpys_slice(request, source, layout, dtype, name):
     reader = open_checkpoint(request.getfixturevalue(layout))
-    whole = load_weights(source)[NAME]
+    whole = load_weights(source)[name]
     rng = np.random.default_rng(0)
-    for _ in range(100):
-        rows, columns = (sorted(rng.integers(0, size + 1, 2)) for size in (48, 32))
+    for _ in range(60):
+        rows, columns = (sorted(rng.integers(0, size + 1, 2)) for size in whole.shape)
         index = np.s_[int(rows[0]) : int(rows[1]), int(columns[0]) : int(columns[1])]
-        part = read(reader, NAME, index, numpy_dtype(dtype))
+        part = read(reader, name, index, numpy_dtype(dtype))
         assert bits(part) == bits(whole[index].to(getattr(torch, dtype))), index
     norm = read(reader, "model.norm.weight", (slice(5, 30),))
     assert bits(norm) == bits(load_weights(source)["model.norm.weight"][5:30])

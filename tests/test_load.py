@@ -46,6 +46,12 @@ class Spy:
         self._asked.append((name, *((part.start, part.stop) for part in index)))
         self.reader.read_into(name, index, out)
 
+    def map(self, name, index, dtype):
+        mapped = self.reader.map(name, index, dtype)
+        if mapped is not None:
+            self._asked.append((name, *((part.start, part.stop) for part in index)))
+        return mapped
+
     @property
     def asked(self):
         return collections.Counter(self._asked)

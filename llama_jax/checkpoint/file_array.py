@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llama_jax.checkpoint.pages import FileRun
 from llama_jax.checkpoint.reader import CheckpointError
 
 _BLOCK_BYTES = 1 << 20  # read at once where numbers are cast on the way; it fits a core's cache
@@ -32,18 +33,19 @@ class FileArray:
     def read_into(self, index: tuple[slice, ...], out: np.ndarray) -> None:
         """Fills `out` with a slice, cast to its dtype.
 
-        Columns are taken from a map of the file, so that no other bytes are touched. Whole rows,
-        which are most of what is read, are one run of bytes: the system copies those to where they
-        belong several times faster than it maps their pages.
+        Columns are taken from a map of the file, so that no other bytes are touched, and so are
+        rows that are to lie apart. Other whole rows, which are most of what is read, are one run of
+        bytes, which the system copies to where they belong.
 
         Raises:
           CheckpointError: the file cannot be read, or ends too soon.
         """
         rows, *columns = index
-        if [*columns] != [slice(0, size) for size in self.shape[1:]]:
-            out[...] = self._map()[index]
-        elif out.dtype == self.dtype and out.flags.c_contiguous:
+        whole = [*columns] == [slice(0, size) for size in self.shape[1:]]
+        if whole and out.dtype == self.dtype and out.flags.c_contiguous:
             self._read_rows(rows.start, out)
+        elif not whole or out.dtype == self.dtype:
+            out[...] = self._map()[index]
         else:
             step = max(1, _BLOCK_BYTES // self._row_bytes)
             block = np.empty((min(step, len(out)), *self.shape[1:]), self.dtype)
@@ -51,6 +53,11 @@ class FileArray:
                 part = block[: len(out) - first]
                 self._read_rows(rows.start + first, part)
                 out[first : first + step] = part
+
+    def run(self, rows: slice) -> FileRun:
+        """Where whole rows lie."""
+        first, end = rows.start * self._row_bytes, rows.stop * self._row_bytes
+        return FileRun(self.path, self.offset + first, end - first)
 
     @property
     def _row_bytes(self) -> int:

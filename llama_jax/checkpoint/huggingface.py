@@ -79,6 +79,10 @@ class HuggingFaceReader:
         except ContentError as error:
             raise CheckpointError(f"{self.path}: {name} cannot be read: {error}.") from None
 
+    def map(self, name: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray | None:
+        """See `CheckpointReader.map`; other tools may write to such files in place."""
+        return None
+
     def close(self) -> None:
         """See `CheckpointReader.close`; a file is unmapped when its last view is gone."""
         self._files.clear()

@@ -1,14 +1,14 @@
 """Puts a checkpoint's weights on their devices, each shard's bytes straight to its own.
 
-No process ever holds the model twice: for each device a reader fills one buffer with the slice that
-the device needs, casting on the way where the dtype changes. On CPU, JAX takes that buffer as the
-device's memory; elsewhere it is copied to the device and goes back to the system. Several threads
-fill buffers at once: NumPy copies and casts without the interpreter's lock.
+No process ever holds the model twice: for each device a reader maps the slice that it needs, or,
+where the files do not hold it as it is wanted, fills one buffer, casting where the dtype changes.
+On CPU, JAX takes the map or the buffer as the device's memory; elsewhere it is copied to the device
+and goes back to the system. Several threads do this at once: NumPy copies and casts without the
+interpreter's lock.
 """
 
 import contextlib
 import math
-import mmap
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llama_jax.checkpoint import CheckpointReader
+from llama_jax.checkpoint import CheckpointReader, pages
 from llama_jax.config import LlamaConfig
 from llama_jax.params import Params, Placement, param_shapes, placements, whole_placements
 from sharding.mesh import mesh_shape
@@ -146,29 +146,28 @@ def _read(
 ) -> np.ndarray:
     """The part of an array that one device holds: zeros where it is padding."""
     bounds = [part.indices(size)[:2] for part, size in zip(index, place.shape, strict=True)]
-    shard = _zeros(tuple(stop - start for start, stop in bounds), dtype)
-    name, inside = place.tensor.hf_name, shard
+    shape = tuple(stop - start for start, stop in bounds)
+    name = place.tensor.hf_name
     if place.layers is not None:
         (stage, _), *bounds = bounds  # a device belongs to one stage
         if place.layers[stage] is None:
-            return shard
-        name, inside = name.format(layer=place.layers[stage]), shard[0]
-    held = [
+            return _zeros(shape, dtype)
+        name = name.format(layer=place.layers[stage])
+    held = tuple(
         slice(start, min(stop, size))
         for (start, stop), size in zip(bounds, place.tensor.shape, strict=True)
-    ]
-    if all(part.start < part.stop for part in held):
-        filled = tuple(slice(0, part.stop - part.start) for part in held)
-        reader.read_into(name, tuple(held), inside[filled])
+    )
+    sizes = tuple(part.stop - part.start for part in held)
+    if math.prod(sizes) == math.prod(shape):  # nothing is padding
+        mapped = reader.map(name, held, dtype)
+        if mapped is not None:
+            return mapped.reshape(shape)
+    shard = _zeros(shape, dtype)
+    if all(size > 0 for size in sizes):
+        inside = shard if place.layers is None else shard[0]
+        reader.read_into(name, held, inside[tuple(slice(0, size) for size in sizes)])
     return shard
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Zeros in pages of their own.
-
-    JAX on CPU uses such a buffer in place, because it is aligned, where it would copy one of
-    numpy's; and what is freed returns to the system, where malloc would keep some of it.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(pages, dtype).reshape(shape)
+    return pages.zeros(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)

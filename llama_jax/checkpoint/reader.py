@@ -61,6 +61,22 @@ class CheckpointReader(Protocol):
         """
         ...
 
+    def map(self, name: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray | None:
+        """A slice of a tensor, not empty, in pages of its files instead of a copy.
+
+        Only for files that nobody changes in place.
+
+        Args:
+          name, index: as for `read_into`.
+          dtype: that is wanted.
+
+        Returns:
+          The slice, aligned for JAX, whose bytes have been read; writing to it changes no file.
+          None where its bytes do not lie there in this order and dtype, or cannot be mapped:
+          `read_into` copies them, or says what is wrong.
+        """
+        ...
+
     def close(self) -> None:
         """Lets go of the files."""
         ...
