@@ -48,7 +48,8 @@ def start(
 ) -> Iterator[Start]:
     """Starts an `LLM` on a fake engine in this process; see fake_engine.py for what it can do."""
     monkeypatch.setattr(llama_jax.llm, "ENGINE_COMMAND", FAKE)
-    monkeypatch.setattr(llama_jax.llm, "in_process_host", lambda model_class: in_process_host(build=FakeEngine))
+    fake = in_process_host(build=FakeEngine)
+    monkeypatch.setattr(llama_jax.llm, "in_process_host", lambda model_class: fake)
     started: list[LLM] = []
 
     def start(mode: str = "fake", **options: object) -> LLM:
