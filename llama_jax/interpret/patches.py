@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llama_jax.interpret.activations import activation_shapes, matching
+from llama_jax.interpret.activations import activation_shapes, check_on_one_device, matching
 from llama_jax.model import Llama
-from llama_jax.sharded import ShardedLlama
+from llama_jax.tap import PATCHES
 
 AnyModel = TypeVar("AnyModel", bound=Llama)
 
@@ -29,7 +29,10 @@ class Patch(nnx.Module):
     """Base of the patches here; any function of an activation will do, too.
 
     A patch is a module, so that the arrays it holds are part of the model: other values need no
-    other compiled program.
+    other compiled program. (A function is a constant of the program, with all it refers to.)
+
+    Args:
+      at: what is changed of the activation, as a NumPy index; everything by default.
     """
 
     def __init__(self, at: Index = ...):
@@ -117,25 +120,26 @@ def patched(model: AnyModel, patches: Mapping[str, PatchLike]) -> AnyModel:
         names and shapes.
 
     Raises:
-      ValueError: a name that does not exist. Shapes are checked when the model runs.
+      ValueError: a name that does not exist, or what is not a function, or a model on a mesh.
+        Shapes are checked when the model runs.
     """
-    if isinstance(model, ShardedLlama):
-        raise ValueError(
-            "Patches need the model on one device: open it with Llama.from_pretrained."
-        )
+    check_on_one_device(model, "Patches need")
     names = list(activation_shapes(model))
     chosen = [(name, patch) for pattern, patch in patches.items()
               for name in matching(names, [pattern])]  # fmt: skip
     copy = nnx.merge(*nnx.split(model))
     for name, patch in chosen:
+        if not callable(patch):
+            raise ValueError(
+                f"The patch of {name!r} is of type {type(patch).__name__}: give a function of the "
+                "activation, or one of Replace, Scale and Add."
+            )
         *path, own = name.split(".")
         module: Any = copy
         for part in path:
             module = module[int(part)] if part.isdigit() else getattr(module, part)
-        if not hasattr(module, "patches"):
-            module.patches = nnx.Dict({})
-        before = list(module.patches[own]) if own in module.patches else []
-        module.patches[own] = nnx.List([*before, patch])
+        before = getattr(module, PATCHES + own, ())
+        setattr(module, PATCHES + own, nnx.List([*before, patch]))
     return copy
 
 
@@ -145,12 +149,12 @@ def _hashable(at: Index) -> Any:
         return ("tuple", *map(_hashable, at))
     if isinstance(at, slice):
         return ("slice", at.start, at.stop, at.step)
-    if isinstance(at, int | np.integer):
+    if isinstance(at, int | np.integer) and not isinstance(at, bool):
         return int(at)
     if at is None or at is ...:
         return at
     numbers = np.asarray(at)
-    if not np.issubdtype(numbers.dtype, np.integer):
+    if numbers.size and not np.issubdtype(numbers.dtype, np.integer):
         raise ValueError(
             f"A patch's `at` is an index of integers and slices, such as np.s_[:, -1], got {at!r}."
         )
