@@ -21,7 +21,9 @@ def capture(
         logits, found = capture(model, tokens, "layers.*.residual", "layers.3.attention.weights")
 
     On one device it is jitted, works inside `jax.jit` and `jax.grad`, and what is not asked for is
-    not computed if nothing needs it. On a mesh the tokens go through the ring.
+    not computed if nothing needs it. (A program rounds in its own way: compare to the last bit only
+    what `capture` gives with what `capture` gives, not with `model(tokens)`.) On a mesh the tokens
+    go through the ring.
 
     Args:
       model: `Llama`, patched or not, or `ShardedLlama`.

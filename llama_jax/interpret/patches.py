@@ -48,56 +48,65 @@ class Patch(nnx.Module):
             raise ValueError(
                 f"A patch at {at} does not fit an activation of shape {list(value.shape)}: {error}."
             ) from None
-        new = self.change(value[at]).astype(value.dtype)
+        new = self.change(value[at])
         if new.shape != selected:
-            try:
-                new = jnp.broadcast_to(new, selected)
-            except ValueError:
-                raise ValueError(
-                    f"A patch gives shape {list(new.shape)} where the activation, of shape "
-                    f"{list(value.shape)}, has {list(selected)}."
-                ) from None
-        return value.at[at].set(new)
+            raise ValueError(
+                f"{type(self).__name__} gives shape {list(new.shape)} for the part of an activation "
+                f"that it changes, which is {list(selected)}."
+            )
+        return value.at[at].set(new.astype(value.dtype))
 
     def change(self, selected: jax.Array) -> jax.Array:
-        """What takes the place of the selected part; of its shape, or one that broadcasts to it."""
+        """What takes the place of the selected part; of the same shape."""
         raise NotImplementedError
 
 
-class Replace(Patch):
+class _WithValue(Patch):
+    """Puts a value and the selected part together; the value broadcasts against the part."""
+
+    def __init__(self, value: Any, at: Index = ...):
+        super().__init__(at)
+        self.value = nnx.Variable(jnp.asarray(value))
+
+    def change(self, selected: jax.Array) -> jax.Array:
+        """See `Patch.change`."""
+        try:
+            value = jnp.broadcast_to(self.value[...], selected.shape)
+        except ValueError:
+            raise ValueError(
+                f"{type(self).__name__} has a value of shape {list(self.value.shape)}, which does "
+                "not fit the part of an activation that it changes, of shape "
+                f"{list(selected.shape)}."
+            ) from None
+        return self.combine(selected, value)
+
+    def combine(self, selected: jax.Array, value: jax.Array) -> jax.Array:
+        """Two arrays of the same shape -> what takes the place of the first."""
+        raise NotImplementedError
+
+
+class Replace(_WithValue):
     """Puts a value in the place of an activation, or of a part of it."""
 
-    def __init__(self, value: Any, at: Index = ...):
-        super().__init__(at)
-        self.value = nnx.Variable(jnp.asarray(value))
-
-    def change(self, selected: jax.Array) -> jax.Array:
-        """See `Patch.change`."""
-        return self.value[...]
+    def combine(self, selected: jax.Array, value: jax.Array) -> jax.Array:
+        """See `_WithValue`."""
+        return value
 
 
-class Scale(Patch):
+class Scale(_WithValue):
     """Multiplies an activation, or a part of it, by a factor."""
 
-    def __init__(self, factor: Any, at: Index = ...):
-        super().__init__(at)
-        self.factor = nnx.Variable(jnp.asarray(factor))
-
-    def change(self, selected: jax.Array) -> jax.Array:
-        """See `Patch.change`."""
-        return selected * self.factor[...]
+    def combine(self, selected: jax.Array, value: jax.Array) -> jax.Array:
+        """See `_WithValue`."""
+        return selected * value
 
 
-class Add(Patch):
+class Add(_WithValue):
     """Adds a value to an activation, or to a part of it: a steering vector, say."""
 
-    def __init__(self, value: Any, at: Index = ...):
-        super().__init__(at)
-        self.value = nnx.Variable(jnp.asarray(value))
-
-    def change(self, selected: jax.Array) -> jax.Array:
-        """See `Patch.change`."""
-        return selected + self.value[...]
+    def combine(self, selected: jax.Array, value: jax.Array) -> jax.Array:
+        """See `_WithValue`."""
+        return selected + value
 
 
 def ablate_heads(layer: int, *heads: int) -> dict[str, PatchLike]:
