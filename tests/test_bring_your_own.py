@@ -264,7 +264,8 @@ def test_a_sampler(path, mesh):
     drawn = SamplingParams(temperature=1.0, top_k=1, seed=1, max_tokens=16, ignore_eos=True)
     hot = [SamplingParams(temperature=2.0, seed=n, max_tokens=1) for n in range(100)]
     with LLM(path, mesh, in_process=True, model_class=BanLlama, **SMALL) as llm:
-        answers = [answer.token_ids for answer in llm.generate([prompt] * 102, [always, drawn, *hot])]
+        found = llm.generate([prompt] * 102, [always, drawn, *hot])
+    answers = [answer.token_ids for answer in found]
     scores = np.array(usual(np.array([prompt + answers[0]]))[0, len(prompt) - 1 : -1])
     scores[:, banned] = -np.inf
     assert answers[0] == answers[1] == scores.argmax(axis=-1).tolist()
@@ -297,7 +298,7 @@ def test_what_a_mesh_would_leave_out_is_refused(path, model_class, name):
 
 
 def test_what_is_no_class(path):
-    with pytest.raises(ValueError, match="^model_class must be Llama or a subclass of it, got "):
+    with pytest.raises(ValueError, match=r"^model_class must be Llama or a subclass of it, got "):
         ShardedLlama.from_pretrained(path, model_class=Llama.from_pretrained(path))
 
 

@@ -123,7 +123,7 @@ def test_the_outputs_of_transformers_itself(made, mesh):
 
 def test_pages_of_many_prompts_that_another_run_has_used(made):
     """Two prompts share a chunk, a long one has several, and garbage is left in the pages."""
-    theirs, path = made("one")
+    _, path = made("one")
     plain, sharded = Llama.from_pretrained(path), ShardedLlama.from_pretrained(path, "2x2")
     for seed in (0, 1):
         tokens = np.random.default_rng(seed).integers(0, 250, (3, 200))

@@ -210,7 +210,8 @@ def test_other_values_compile_nothing(model, compilations):
     factors = [np.float32(n) for n in range(4)]
     runs = []
     for vector, factor in zip(values, factors, strict=True):
-        changed = patched(model, {RESIDUAL: Add(vector, np.s_[:, -1]), "*.mlp.output": Scale(factor)})
+        patches = {RESIDUAL: Add(vector, np.s_[:, -1]), "*.mlp.output": Scale(factor)}
+        changed = patched(model, patches)
         runs.append(np.asarray(capture(changed, TOKENS, "layers.*.residual")[0]))
         if len(runs) == 1:
             assert compilations  # they are counted
@@ -270,7 +271,7 @@ def test_a_patch_keeps_the_dtype(theirs, tmp_path):
         (Add(STEER, np.s_[0, 0, 0, 0]), r"does not fit an activation of shape \[2, 21, 64\]"),
         (Replace(STEER[:63]), r"Replace has a value of shape \[63\].* of shape \[2, 21, 64\]"),
         (Add(np.ones((3, 1, 1))), r"Add has a value of shape \[3, 1, 1\].* \[2, 21, 64\]"),
-        (Scale(np.ones((1, 2, 1, 1))), r"Scale has a value of shape \[1, 2, 1, 1\].* \[2, 21, 64\]"),
+        (Scale(np.ones((1, 2, 1, 1))), r"a value of shape \[1, 2, 1, 1\].* \[2, 21, 64\]"),
         (Replace(np.ones((5, 64)), np.s_[0, :4]), r"value of shape \[5, 64\].* shape \[4, 64\]"),
         (First(np.s_[:, 1:]), r"First gives shape \[2, 64\] .* which is \[2, 20, 64\]"),
         (lambda x: x[:, -1], r"'residual' gives shape \[2, 64\] .* of shape \[2, 21, 64\]"),

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import test_compiled_program
 from flax import nnx
+
 from llama_jax import ShardedLlama, attention, model, tick
 from llama_jax.interpret import Scale, capture, patched
 from llama_jax.limits import Bucket

@@ -51,8 +51,8 @@ class Patch(nnx.Module):
         new = self.change(value[at])
         if new.shape != selected:
             raise ValueError(
-                f"{type(self).__name__} gives shape {list(new.shape)} for the part of an activation "
-                f"that it changes, which is {list(selected)}."
+                f"{type(self).__name__} gives shape {list(new.shape)} for the part of an "
+                f"activation that it changes, which is {list(selected)}."
             )
         return value.at[at].set(new.astype(value.dtype))
 
