@@ -103,10 +103,9 @@ class LLM:
         if "path" in changes:
             changes["path"] = str(changes["path"])
         options = msgspec.structs.replace(self._session.options, **changes)
-        if in_process is None:
-            in_process = self._in_process
         self.close()
-        self._start(options, in_process, progress, on_progress)
+        place = self._in_process if in_process is None else in_process
+        self._start(options, place, progress, on_progress)
 
     def _start(
         self,
