@@ -9,7 +9,6 @@ Imports no JAX until an engine starts.
 
 import asyncio
 import atexit
-import gc
 import os
 import shutil
 import threading
@@ -118,7 +117,6 @@ class InProcessEngine:
             self._engine = None
             if self._failure is not None:
                 _errors.append(self._failure.error)
-            gc.collect()  # programs and their closures refer to each other; arrays must not wait
             socket.close(linger=2000)
             context.term()
             try:
