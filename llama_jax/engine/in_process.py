@@ -131,10 +131,11 @@ class InProcessEngine:
         # Again, now that JAX has been imported: handlers run in reverse, and its own takes the
         # devices away from under a thread that still computes.
         atexit.register(self._end)
+        self._engine = engine  # before anybody is told that it is ready
         return engine
 
     def _run(self, loop: EngineLoop) -> None:
-        self._engine, self._was_ready = loop.engine, True
+        self._was_ready = True
         loop.run()
 
     def _check_wanted(self) -> None:
