@@ -155,8 +155,7 @@ def spoil_with_times(notebook: NotebookNode) -> None:
 
 
 def spoil_the_format(notebook: NotebookNode) -> None:
-    del notebook.cells[0]["id"]
-    notebook.cells[0]["ids"] = 1
+    notebook.cells[0]["surplus"] = 1
 
 
 def add(notebook: NotebookNode, output: NotebookNode) -> None:
