@@ -97,10 +97,8 @@ def test_its_own_value_changes_no_bit(model, plain, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_another_prompts_value(model, theirs, plain, of_others, name):
     changed = patched(model, {name: Replace(of_others[name].numpy())})
-    logits, found = capture(changed, TOKENS, "*")
-    expected = hooked(theirs, TOKENS, {name: lambda _: of_others[name]})
-    for value in found:
-        assert_close(found[value], expected[value])
+    logits = changed(TOKENS)
+    assert_close(logits, hooked(theirs, TOKENS, {name: lambda _: of_others[name]})["logits"])
     assert np.abs(logits - plain[0]).max() > 1e-2 * np.abs(plain[0]).max()
 
 
@@ -153,8 +151,6 @@ WHAT = {  # our patches, and theirs
 def test_changes(model, theirs, plain, what):
     patches, changes = WHAT[what]
     changed = patched(model, patches)
-    assert_as(theirs, changed, changes)
-    # The model is one like any other: called, without `capture`.
     logits = changed(TOKENS)
     assert_close(logits, hooked(theirs, TOKENS, changes)["logits"])
     assert np.abs(logits - plain[0]).max() > 1e-3 * np.abs(plain[0]).max()
