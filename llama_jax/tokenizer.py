@@ -7,6 +7,7 @@ spells a special token such as `<|eot_id|>`; only the template writes special to
 transformers takes 2 to 3 seconds to import, so it is imported when a tokenizer is loaded.
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -177,7 +178,17 @@ class _Escape:
 
 
 def _load(path: Path) -> Any:
-    from transformers import PreTrainedTokenizerFast
+    # Without PyTorch it would say, in the user's notebook, that it has no models: nobody asked.
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        from transformers import PreTrainedTokenizerFast
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
     try:
         return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import jax
@@ -49,13 +50,8 @@ def activation_shapes(
     if isinstance(model, ShardedLlama):
         kind, config, dtype = model.model_class, model.config, model.dtype
         model = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), dtype=dtype))
-    graph, state = nnx.split(_without_patches(model))
-
-    def run(state: nnx.State, tokens: jax.Array) -> dict[str, jax.Array]:
-        return captured_by_name(nnx.capture(nnx.merge(graph, state), nnx.Intermediate)(tokens)[1])
-
     tokens = jax.ShapeDtypeStruct((batch, num_tokens), jnp.int32)
-    shapes = jax.eval_shape(run, state, tokens)
+    shapes = _everything.eval_shape(*nnx.split(_without_patches(model)), tokens)
     return {name: shapes[name] for name in in_order(shapes)}
 
 
@@ -91,6 +87,12 @@ def unknown(what: str, name: str, names: Sequence[str]) -> str:
     nearest = get_close_matches(name, names, n=3, cutoff=0)
     listed = ", ".join(nearest[:-1]) + " and " + nearest[-1] if len(nearest) > 1 else nearest[0]
     return f"There is no {what} {name!r}; the nearest are {listed}."
+
+
+@partial(jax.jit, static_argnums=0)  # never run; jitted so that it is traced once for each model
+def _everything(graph: Any, state: nnx.State, tokens: jax.Array) -> dict[str, jax.Array]:
+    model = nnx.merge(graph, state)
+    return captured_by_name(nnx.capture(model, nnx.Intermediate)(tokens)[1])
 
 
 def check_on_one_device(model: Any, needs: str) -> None:
