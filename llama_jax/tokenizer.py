@@ -8,6 +8,7 @@ transformers takes 2 to 3 seconds to import, so it is imported when a tokenizer 
 """
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,9 @@ class _Escape:
 
 
 def _load(path: Path) -> Any:
-    from transformers import PreTrainedTokenizerFast
+    with warnings.catch_warnings():  # a notebook is asked to install ipywidgets, for no use here
+        warnings.filterwarnings("ignore", "IProgress not found")
+        from transformers import PreTrainedTokenizerFast
 
     try:
         return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)

@@ -415,6 +415,7 @@ def test_heat_maps_share_a_scale_and_write_their_numbers():
     assert [axes.get_title() for axes in (left, right)] == ["token 0", "token 1"]
     assert (labels(left), labels(right)) == (("head", "layer"), ("head", ""))
     assert bar.get_ylabel() == "change (nats)"
+    assert left.get_xticklabels()[0].get_rotation() == 0  # short texts lie flat
     same = pictures.heat_map(np.ones((2, 2)), "t", label="l", xlabel="x", ylabel="y")
     assert [text.get_text() for text in same.axes[0].texts] == ["1.00"] * 4
 

@@ -11,6 +11,7 @@ from llama_jax.pictures.cells import token_ticks, write_in_cell
 from llama_jax.pictures.style import COLOR_MAP, WIDTH, Picture, drawing, inches, ink, wrapped
 
 TALLEST = 9.0  # inches
+LETTER = 0.08  # inches of a tick's text
 WRITTEN = 24  # most columns of all grids together that have room for numbers
 
 
@@ -55,7 +56,7 @@ def heat_map(
         if len(texts) != size:
             raise ValueError(f"{what} needs {size} texts, got {len(texts)}.")
 
-    width = min(WIDTH, max(4.5, 0.42 * num_columns * count + 2.0))
+    width = min(WIDTH, max(5.5, 0.42 * num_columns * count + 2.0))
     height = min(TALLEST, 0.24 * num_rows + 1.8)
     low, high = float(grids.min()), float(grids.max())
     with drawing(width, height, save) as picture:
@@ -78,6 +79,8 @@ def heat_map(
         size = inches(frames[0])
         for place, axes in enumerate(frames):
             token_ticks(axes, x, y if place == 0 else None, size)
+            if max(map(len, x)) * LETTER < size[0] / num_columns:
+                axes.tick_params("x", rotation=0)
         across, down = inches(frames[0])
         cell = (across / num_columns, down / num_rows)
         for axes, grid in zip(frames, grids, strict=True):
