@@ -433,6 +433,8 @@ def test_curves_are_told_apart_without_their_colours():
         assert contrast(color, "#ffffff") >= 2.8 and contrast(color, DARK) >= 2.8
     named = pictures.curves(["bf16", "int8"], {"a": [1, 2]}, "t", xlabel="x", ylabel="y")
     assert ticks(named.axes[0].xaxis) == ["bf16", "int8"]
+    steep = pictures.curves([1, 2], {"a": [1e-3, 10]}, "t", xlabel="x", ylabel="y", log="y")
+    assert {"0.001", "0.1", "10"} <= set(words(steep))
 
 
 def of_four_axes(mesh) -> jax.ShapeDtypeStruct:

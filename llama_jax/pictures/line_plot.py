@@ -11,6 +11,7 @@ from llama_jax.pictures.style import GREY, PALETTE, Picture, drawing, wrapped
 SIZE = (7.0, 3.6)  # inches
 # Of the palette, those that stand out from white and from #111111 alike.
 LINES = tuple(PALETTE[i] for i in (1, 5, 4, 7, 2))
+DASHES = (":", "--", "-.")  # of levels
 MARKERS = "osD^v"  # with the colours, so that curves are told apart without them
 
 
@@ -33,7 +34,7 @@ def curves(
       title: of the picture.
       xlabel, ylabel: what the axes show, with units.
       log: the axes that are logarithmic: "", "x", "y" or "xy".
-      levels: name → a value at which a dotted line is drawn across, such as a target.
+      levels: name → a value at which a broken line is drawn across, such as a target.
       save: a file to write as well.
 
     Raises:
@@ -63,21 +64,13 @@ def curves(
             axes.set_xscale("log", base=2)
         if "y" in log:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")  # the default one would need maths to be parsed
         if named or "x" in log:
             axes.set_xticks(places, [str(each) for each in x])
             axes.set_xticks([], minor=True)
         axes.set(xlabel=xlabel, ylabel=ylabel)
-        for name, level in (levels or {}).items():
-            axes.axhline(level, color=GREY, linestyle=":")
-            axes.annotate(
-                name,
-                (1, level),
-                xycoords=("axes fraction", "data"),
-                xytext=(-2, 2),
-                textcoords="offset points",
-                ha="right",
-                fontsize=8,
-            )
+        for place, (name, level) in enumerate((levels or {}).items()):
+            axes.axhline(level, color=GREY, linestyle=DASHES[place % len(DASHES)], label=name)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.6)
         picture.suptitle(wrapped(title, SIZE[0]))
