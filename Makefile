@@ -4,7 +4,7 @@ MESH ?= 4x2
 MODEL ?=  # the demo checkpoint
 PORT ?= 8000
 
-.PHONY: serve test test-all audit bench demo clean
+.PHONY: serve test test-all notebooks audit bench demo clean
 
 serve: .venv/installed  ## serve the demo checkpoint on 8 virtual CPU devices
 	.venv/bin/python -m llama_jax.serve $(MODEL) --mesh $(MESH) --port $(PORT)
@@ -12,8 +12,15 @@ serve: .venv/installed  ## serve the demo checkpoint on 8 virtual CPU devices
 test: .venv/installed-test  ## the quick tests
 	.venv/bin/python -m pytest
 
-test-all: .venv/installed-test  ## the slow rest
+test-all: .venv/installed-test  ## the slow rest, and the notebooks
 	.venv/bin/python -m pytest -m slow
+	.venv/bin/python -m pytest --nbmake --nbmake-timeout=180 notebooks
+
+notebooks: .venv/installed-test  ## run the notebooks again and keep what they show
+	.venv/bin/python -m jupyter nbconvert --to notebook --execute --inplace \
+		--ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	.venv/bin/python -m jupyter nbconvert --to notebook --inplace \
+		--CoalesceStreamsPreprocessor.enabled=True notebooks/*.ipynb
 
 audit: .venv-cuda/installed  ## compile Llama-3-70B for 8 x H100, without a GPU
 	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m bench.audit

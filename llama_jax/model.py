@@ -248,17 +248,32 @@ def set_weights(module: nnx.Module, weights: Mapping[str, Any]) -> None:
         weight_of(module, name).set_value(value)
 
 
+def check_model_class(model_class: type[Llama]) -> None:
+    """Raises ValueError unless the ring can run a class as it stands: it takes over the layers and
+    the sampler, and would leave out in silence what else the class changes."""
+    if not (isinstance(model_class, type) and issubclass(model_class, Llama)):
+        raise ValueError(f"model_class must be Llama or a subclass of it, got {model_class!r}.")
+    for name in ("__call__", "unembed"):
+        if getattr(model_class, name) is not getattr(Llama, name):
+            raise ValueError(
+                f"{model_class.__name__} has a {name} of its own, which a model on a mesh does not "
+                "run: change the layers (layer_class) or the sampler instead."
+            )
+
+
 def check_tokens(tokens: Any, vocab_size: int) -> None:
-    """Raises ValueError unless tokens are integers `[B, T]` in [0, V), as far as is known now:
-    inside a `jax.jit` their values are not."""
+    """Raises ValueError unless tokens are integers `[B, T]` in [0, V), one at least, as far as is
+    known now: inside a `jax.jit` their values are not."""
     if isinstance(tokens, jax.core.Tracer):
         return
     values = np.asarray(tokens)
-    if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
+    if values.ndim != 2 or (values.size and not np.issubdtype(values.dtype, np.integer)):
         raise ValueError(
             f"tokens must be integers of shape [B, T], got {values.dtype} of shape {values.shape}."
         )
-    if values.size and not (0 <= values.min() and values.max() < vocab_size):
+    if not values.size:
+        raise ValueError(f"tokens must hold at least one, got shape {values.shape}.")
+    if not (0 <= values.min() and values.max() < vocab_size):
         raise ValueError(
             f"Token ids must be in [0, {vocab_size}), got {values.min()} to {values.max()}."
         )

@@ -129,7 +129,7 @@ class _ShowingAttend(PagedAttend):
                 caller.score_mod, rank(MODEL) * q.shape[2],
             ),
         )  # fmt: skip
-        caller.tap("weights", weights)
+        caller.tap("weights", weights.astype(v.dtype))  # as `causal_attention`
         return out
 
 

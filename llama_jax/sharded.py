@@ -4,9 +4,10 @@ What runs is the ring: prompts are cut into chunks that enter in consecutive tic
 works on another one. There is no engine, no scheduler and no sampling; `LLM` has those.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from typing import NamedTuple, Self
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,8 @@ from llama_jax.checkpoint import open_checkpoint
 from llama_jax.checkpoint.load import choose_dtype, load_params
 from llama_jax.config import LlamaConfig
 from llama_jax.limits import Bucket, Limits
-from llama_jax.model import Llama, check_tokens
-from llama_jax.observation import WEIGHTS, ObservedStep, Wanted, observed_step
+from llama_jax.model import Llama, check_model_class, check_tokens
+from llama_jax.observation import WEIGHTS, Wanted, observed_step
 from llama_jax.packet import encode
 from llama_jax.params import Params, param_specs
 from llama_jax.steps import LOGITS_SPEC, init_state, on_mesh, state_shapes
@@ -58,16 +59,11 @@ class ShardedLlama:
           mesh, params, dtype: as given to and got from `load_params`.
           model_class: `Llama`, or a subclass of it.
         """
+        check_model_class(model_class)
         self.config, self.mesh, self.params = config, mesh, params
         self.model_class = model_class
         self.dtype = dtype
-        self._steps: dict[tuple[Limits, tuple[Wanted, ...]], ObservedStep] = {}
         self._state: tuple[Limits, State] | None = None
-        specs = (param_specs(config, *mesh_shape(mesh)), P())
-        unembed = on_mesh(
-            lambda params, x: vocab_logits(config, params, x), mesh, specs, LOGITS_SPEC
-        )
-        self._unembed = jax.jit(unembed)
 
     @classmethod
     def from_pretrained(
@@ -86,8 +82,9 @@ class ShardedLlama:
           model_class: a subclass of `Llama` whose layers shall run.
 
         Raises:
-          CheckpointError, ConfigError, MeshError, ShardingError: one sentence says why.
+          CheckpointError, ConfigError, MeshError, ShardingError, ValueError: one sentence says why.
         """
+        check_model_class(model_class)
         with closing(open_checkpoint(path)) as reader:
             mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
             kind = choose_dtype(dtype, reader.config, mesh.devices.flat[0].platform)
@@ -104,7 +101,7 @@ class ShardedLlama:
     def unembed(self, x: jax.Array) -> jax.Array:
         """Activations of a layer [..., D] -> the logits that they lead to, [..., V] float32."""
         rows = jnp.asarray(x).reshape(-1, x.shape[-1])
-        scores = np.asarray(self._unembed(self.params, np.asarray(rows)))
+        scores = np.asarray(_unembed(self.config, self.mesh)(self.params, np.asarray(rows)))
         return jnp.asarray(scores[:, : self.config.vocab_size]).reshape(*x.shape[:-1], -1)
 
     def observe(
@@ -122,10 +119,13 @@ class ShardedLlama:
         Raises:
           ValueError: if a token is out of range.
         """
+        if isinstance(tokens, jax.core.Tracer):
+            raise ValueError(
+                "A model on a mesh cannot be called inside jax.jit or jax.grad: its programs are "
+                "compiled, and it is not differentiable; use Llama on one device there."
+            )
         check_tokens(tokens, self.config.vocab_size)
         values = np.asarray(tokens, np.int32)
-        if not values.size:
-            raise ValueError(f"tokens must hold at least one, got shape {values.shape}.")
         found = {name: _Collected() for name in names}
         logits = self._run(values, found)
         return jnp.asarray(logits), {
@@ -162,7 +162,8 @@ class ShardedLlama:
         """Sends tokens [B, T] through the ring; fills in `found` and returns the logits."""
         limits, bucket = _sizes(*tokens.shape)
         places = {name: self._place(name) for name in found if name.startswith("layers.")}
-        step = self._step(limits, bucket, tuple(sorted({want for _, want in places.values()})))
+        wanted = tuple(sorted({want for _, want in places.values()}))
+        step = _step(Program(self.config, limits, bucket, self.model_class), self.mesh, wanted)
         packets = _packets(tokens, limits, bucket)
         tables = np.arange(limits.num_pages, dtype=np.int32).reshape(limits.num_slots, -1)
         state = self._state_for(limits)
@@ -200,13 +201,6 @@ class ShardedLlama:
         stage = next(s for s, layers in enumerate(stages) if int(number) in layers)
         return stage, Wanted(stages[stage].index(int(number)), inside)
 
-    def _step(self, limits: Limits, bucket: Bucket, wanted: tuple[Wanted, ...]) -> ObservedStep:
-        key = (limits, wanted)
-        if key not in self._steps:
-            program = Program(self.config, limits, bucket, self.model_class)
-            self._steps[key] = observed_step(program, self.mesh, wanted)
-        return self._steps[key]
-
     def _state_for(self, limits: Limits) -> State:
         """The state of the run before, where it fits: the ring is empty, and pages may hold
         anything."""
@@ -214,6 +208,17 @@ class ShardedLlama:
         if held is not None and held[0] == limits:
             return held[1]
         return init_state(state_shapes(self.config, self.mesh, limits, self.dtype), limits)
+
+
+# Kept here and not in the object: `LLM.model` makes a new one each time.
+_step = lru_cache(maxsize=64)(observed_step)
+
+
+@lru_cache(maxsize=64)
+def _unembed(config: LlamaConfig, mesh: Mesh) -> Callable[[Params, Any], jax.Array]:
+    """(weights, [n, D]) -> `[n, V']`."""
+    specs = (param_specs(config, *mesh_shape(mesh)), P())
+    return jax.jit(on_mesh(partial(vocab_logits, config), mesh, specs, LOGITS_SPEC))
 
 
 class _Tile(NamedTuple):

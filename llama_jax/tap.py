@@ -8,23 +8,41 @@ of that name has been put into the module (`llama_jax.interpret.patched`), it is
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+
+PATCHES = "patches_"  # begins the attributes of a module that hold the patches of its values
 
 
 class TappedModule(nnx.Module):
     """An NNX module with named values.
 
     A full name is the module's path and the value's own, such as "layers.3.attention.weights".
-    Subclasses may tap further values; those can be captured and patched like the rest.
+    Subclasses may tap further values; those can be captured and patched like the rest. On a mesh
+    each rank taps its own part of a value (its heads, its neurons) or the whole of it; a partial
+    sum, such as what `Attention` and `MLP` return, has no meaning there until it is reduced.
     """
 
     def tap(self, name: str, value: jax.Array) -> jax.Array:
-        """Names a value. The caller goes on with what is returned, which may be patched."""
-        patches: Any = getattr(self, "patches", None)
-        if patches is not None and name in patches:
-            for patch in patches[name]:
-                value = patch(value)
+        """Names a value. The caller goes on with what is returned, which may be patched.
+
+        Raises:
+          ValueError: a patch gives another shape, or a module inside this one has the name.
+        """
+        for patch in getattr(self, PATCHES + name, ()):
+            new = patch(value)
+            if jnp.shape(new) != value.shape:
+                raise ValueError(
+                    f"A patch of {name!r} gives shape {list(jnp.shape(new))} for an activation of "
+                    f"shape {list(value.shape)}; a patch must keep the shape."
+                )
+            value = jnp.asarray(new, value.dtype)
         if hasattr(self, "__captures__"):  # inside `nnx.capture`; elsewhere `sow` would keep it
+            if isinstance(getattr(self, name, None), nnx.Module):
+                raise ValueError(
+                    f"{type(self).__name__} taps {name!r}, which is the name of a module inside "
+                    "it: give the value another name."
+                )
             self.sow(nnx.Intermediate, name, value)
         return value
 

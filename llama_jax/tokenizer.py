@@ -7,6 +7,7 @@ spells a special token such as `<|eot_id|>`; only the template writes special to
 transformers takes 2 to 3 seconds to import, so it is imported when a tokenizer is loaded.
 """
 
+import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -178,9 +179,20 @@ class _Escape:
 
 
 def _load(path: Path) -> Any:
-    with warnings.catch_warnings():  # a notebook is asked to install ipywidgets, for no use here
-        warnings.filterwarnings("ignore", "IProgress not found")
-        from transformers import PreTrainedTokenizerFast
+    # Nobody asked what transformers says on import: that without PyTorch it has no models, and, by
+    # way of tqdm, that a notebook should have ipywidgets.
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "IProgress not found")
+            from transformers import PreTrainedTokenizerFast
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
     try:
         return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from reference import make_model, reference_logits, save_model
 
+from bench.hlo import count_ops
 from llama_jax.engine.core import Engine
 from llama_jax.engine.errors import QueueFull, RequestError
 from llama_jax.engine.options import EngineOptions
@@ -120,6 +121,22 @@ def test_progress_is_told_as_it_is_made(engine, progress):
         steps = [p for p in progress if p.phase == phase]
         assert [p.done for p in steps] == sorted(p.done for p in steps)
         assert steps[-1].done == steps[-1].total > 0
+
+
+def test_a_program_can_be_read_without_touching_it(idle):
+    executor = idle.loop.executor
+    text = {
+        bucket: executor.lowered(bucket).compile().as_text() for bucket in executor.limits.buckets()
+    }
+    for bucket, program in text.items():
+        counts = count_ops(program)
+        # Six layers on four stages: two positions each, two all-reduces a layer, two beside.
+        assert counts["all-reduce"] == 2 * 2 + 2 and counts["collective-permute"] == 1
+        assert f"f32[{bucket.rows + bucket.chunk},{EMBED}]" in program
+    before = idle.stats().compilations
+    idle.add(1, [5, 6, 7], SamplingParams(temperature=0, max_tokens=3))
+    assert len(run(idle)[1]) == 3
+    assert idle.stats().compilations == before
 
 
 def test_counters_and_gauges(idle):

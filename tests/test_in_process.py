@@ -20,7 +20,8 @@ from tiny_tokenizer import make_tokenizer
 import llama_jax.llm
 from llama_jax import LLM, SamplingParams
 from llama_jax.engine.errors import EngineDead, EngineStartError, RequestError
-from llama_jax.engine.in_process import in_process_host
+from llama_jax.engine.in_process import InProcessEngine, in_process_host
+from llama_jax.engine.loop import EngineLoop
 
 DEMO = ROOT / "demo/checkpoint"
 SMALL = {"max_num_seqs": 2, "max_chunk": 64, "kv_cache_memory": 1 << 24}
@@ -192,6 +193,22 @@ def test_a_killed_engine_is_an_error_at_once(start: Start) -> None:
     llm._session.engine.client.kill()
     with pytest.raises(EngineDead, match=r"^The engine in this process was killed\.$"):
         list(stream)
+
+
+def test_an_engine_is_within_reach_as_soon_as_it_is_ready(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, may_run = InProcessEngine._run, threading.Event()
+
+    def run_later(host: InProcessEngine, loop: EngineLoop) -> None:
+        may_run.wait(20)
+        runs(host, loop)
+
+    monkeypatch.setattr(InProcessEngine, "_run", run_later)
+    try:
+        assert isinstance(start().engine, FakeEngine)
+    finally:
+        may_run.set()
 
 
 def test_an_engine_in_a_process_of_its_own_is_out_of_reach(start: Start) -> None:

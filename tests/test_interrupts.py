@@ -131,6 +131,7 @@ def test_an_interrupt_at_any_line_leaves_nothing(
 
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("call", [generate, stream])
 def test_a_second_interrupt_while_the_first_is_handled(
     llm: LLM, call: Callable[[LLM, SamplingParams], None]

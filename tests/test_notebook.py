@@ -37,7 +37,7 @@ CELLS = (
     'llm.stream("The ring", FOREVER)',
     'for piece in llm.stream("The ring", FOREVER):\n    print(piece, end="")',
     'for piece in llm.stream("The ring", FOREVER):\n    time.sleep(0.05)',
-    'stream = llm.stream("The ring", FOREVER)\nfor piece in stream:\n    print(piece)',
+    'stream = llm.stream("The ring", FOREVER)\nfor piece in stream:\n    time.sleep(0.05)',
 )
 
 

@@ -194,6 +194,14 @@ def test_a_recording_ends_with_an_exception_too():
     assert loop.on_tick == []
 
 
+def test_an_imagined_recording_is_the_ring_by_hand():
+    entered = [PacketRecord((number,)) if number % 3 else PacketRecord() for number in range(10)]
+    recording = Recording.imagined(3, entered)
+    assert as_table(recording) == ring_by_hand(entered, 3)
+    assert recording.busy_share() == (6 + 6 + 5) / 30  # the last packet has seen one stage only
+    assert not recording.timed
+
+
 def test_what_is_no_engine_is_refused_in_a_sentence():
     with pytest.raises(ValueError, match=r"^Only an engine in this process .* type str: .*\.$"):
         record("demo/checkpoint").__enter__()

@@ -68,6 +68,13 @@ def test_an_empty_stage_is_visibly_empty():
     assert title(picture).startswith("Stages busy 50 % of 1 tick, 2.0 ms each")
 
 
+def test_an_imagined_timeline_has_no_times():
+    picture = pictures.timeline(Recording.imagined(2, [PacketRecord((7,)), PacketRecord()]))
+    assert title(picture).startswith("Stages busy 50 % of 2 ticks; in a cell")
+    assert not picture.axes[0].child_axes
+    assert not any("ms" in word for word in words(picture))
+
+
 def test_pages_stack_up_to_what_is_in_use(recording):
     picture = pictures.page_occupancy(recording)
     axes = picture.axes[0]

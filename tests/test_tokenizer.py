@@ -216,3 +216,12 @@ def test_a_tokenizer_loads_neither_jax_nor_torch(folder):
         [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True
     )
     assert run.stdout.strip() == "[]"
+
+
+def test_nothing_is_said_where_there_is_no_torch(folder):
+    load = "from llama_jax.tokenizer import Tokenizer; Tokenizer(sys.argv[1])"
+    for code, said in ((load, False), ("import transformers", True)):
+        without = f"import sys; sys.modules['torch'] = None; {code}"
+        command = [sys.executable, "-c", without, str(folder)]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert ("PyTorch was not found" in run.stderr) == said

@@ -23,7 +23,7 @@ from llama_jax.engine.sizing import (
     choose_limits,
 )
 from llama_jax.engine.tick_loop import TickLoop
-from llama_jax.model import Llama
+from llama_jax.model import Llama, check_model_class
 from llama_jax.sampling_params import SamplingParams
 from sharding.mesh import make_mesh, mesh_shape
 from sharding.partition import split_layers
@@ -49,6 +49,7 @@ class Engine:
         progress: Callable[[Progress], None] = lambda progress: None,
         model_class: type[Llama] = Llama,
     ):
+        check_model_class(model_class)
         start = time.perf_counter()
         with closing(open_checkpoint(options.path)) as reader, ExitStack() as stack:
             config = reader.config

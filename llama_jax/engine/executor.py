@@ -10,7 +10,7 @@ import time
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from llama_jax.config import LlamaConfig
 from llama_jax.limits import Bucket, Limits
 from llama_jax.model import Llama
-from llama_jax.packet import encode
+from llama_jax.packet import encode, size
 from llama_jax.params import Params
 from llama_jax.sampling import encode_controls
 from llama_jax.steps import (
@@ -118,6 +118,16 @@ class Executor:
         tokens.copy_to_host_async()
         self.call_seconds += time.perf_counter() - start
         return TickResult(tokens, output.logits, bucket)
+
+    def lowered(self, bucket: Bucket) -> jax.stages.Lowered:
+        """The program of a bucket before it is compiled, to be read: `.compile().as_text()`.
+
+        Nothing runs, and the compiled programs of the ticks are not touched.
+        """
+        packed = jax.ShapeDtypeStruct((size(self.limits, bucket),), jnp.int32)
+        state = state_shapes(self.config, self.mesh, self.limits, self.dtype)
+        step: Any = self._steps[bucket]
+        return step.lower(self.params, state, packed)
 
     def warm_up(self, progress: Callable[[int, int, str], None]) -> None:
         """Compiles every program by running it on an empty packet, which changes nothing."""

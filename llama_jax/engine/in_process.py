@@ -9,7 +9,6 @@ Imports no JAX until an engine starts.
 
 import asyncio
 import atexit
-import gc
 import os
 import shutil
 import threading
@@ -118,7 +117,6 @@ class InProcessEngine:
             self._engine = None
             if self._failure is not None:
                 _errors.append(self._failure.error)
-            gc.collect()  # programs and their closures refer to each other; arrays must not wait
             socket.close(linger=2000)
             context.term()
             try:
@@ -131,10 +129,11 @@ class InProcessEngine:
         # Again, now that JAX has been imported: handlers run in reverse, and its own takes the
         # devices away from under a thread that still computes.
         atexit.register(self._end)
+        self._engine = engine  # before anybody is told that it is ready
         return engine
 
     def _run(self, loop: EngineLoop) -> None:
-        self._engine, self._was_ready = loop.engine, True
+        self._was_ready = True
         loop.run()
 
     def _check_wanted(self) -> None:

@@ -10,11 +10,11 @@ for each tick; otherwise nothing.
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, Self
 
 from llama_jax.engine.scheduler import Packet, Scheduler
 from llama_jax.engine.tick_loop import Tick, TickLoop
@@ -92,6 +92,18 @@ class Recording:
     ticks: list[TickRecord] = field(default_factory=list)
     before: list[PacketRecord] = field(default_factory=list)
 
+    @classmethod
+    def imagined(cls, num_stages: int, packets: Iterable[PacketRecord]) -> Self:
+        """A recording that no engine made: packets that enter an empty ring, one a tick.
+
+        It has neither times nor pages; `pictures.timeline` draws it, to compare with a real one.
+        """
+        ticks = [
+            TickRecord(number, 0.0, 0.0, Bucket(0, 0), packet, {}, 0, 0, 0)
+            for number, packet in enumerate(packets)
+        ]
+        return cls(num_stages, ticks, [PacketRecord()] * (num_stages - 1))
+
     def holds(self, stage: int, tick: int) -> PacketRecord:
         """What was with a stage in a tick: what entered `stage` ticks earlier.
 
@@ -114,6 +126,11 @@ class Recording:
         chosen = range(len(self.ticks))[ticks]
         busy = sum(bool(self.holds(s, t)) for t in chosen for s in range(self.num_stages))
         return busy / (len(chosen) * self.num_stages) if chosen else 0.0
+
+    @property
+    def timed(self) -> bool:
+        """Whether the ticks took any time: false for an imagined recording."""
+        return any(tick.seconds for tick in self.ticks)
 
     @property
     def request_ids(self) -> list[int]:

@@ -1,9 +1,10 @@
 """The names of a model's activations, and how a pattern chooses among them."""
 
-import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from flax import nnx
 
 from llama_jax.model import Llama
 from llama_jax.sharded import ShardedLlama
-from llama_jax.tap import captured_by_name
+from llama_jax.tap import PATCHES, captured_by_name
 
 AnyLlama = Llama | ShardedLlama
 
@@ -49,14 +50,18 @@ def activation_shapes(
     if isinstance(model, ShardedLlama):
         kind, config, dtype = model.model_class, model.config, model.dtype
         model = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), dtype=dtype))
-    graph, state = nnx.split(_without_patches(model))
-
-    def run(state: nnx.State, tokens: jax.Array) -> dict[str, jax.Array]:
-        return captured_by_name(nnx.capture(nnx.merge(graph, state), nnx.Intermediate)(tokens)[1])
-
     tokens = jax.ShapeDtypeStruct((batch, num_tokens), jnp.int32)
-    shapes = jax.eval_shape(run, state, tokens)
-    return {name: shapes[name] for name in sorted(shapes, key=_natural)}
+    shapes = _everything.eval_shape(*nnx.split(_without_patches(model)), tokens)
+    return {name: shapes[name] for name in in_order(shapes)}
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sorted, but layer 10 after layer 9."""
+
+    def key(name: str) -> list[tuple[int, str]]:
+        return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+    return sorted(names, key=key)
 
 
 def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
@@ -77,20 +82,32 @@ def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
 
 def unknown(what: str, name: str, names: Sequence[str]) -> str:
     """One sentence for a name that does not exist, with the nearest that do."""
+    if not names:
+        return f"There is no {what} {name!r}; there is none at all."
     nearest = get_close_matches(name, names, n=3, cutoff=0)
     listed = ", ".join(nearest[:-1]) + " and " + nearest[-1] if len(nearest) > 1 else nearest[0]
     return f"There is no {what} {name!r}; the nearest are {listed}."
+
+
+@partial(jax.jit, static_argnums=0)  # never run; jitted so that it is traced once for each model
+def _everything(graph: Any, state: nnx.State, tokens: jax.Array) -> dict[str, jax.Array]:
+    model = nnx.merge(graph, state)
+    return captured_by_name(nnx.capture(model, nnx.Intermediate)(tokens)[1])
+
+
+def check_on_one_device(model: Any, needs: str) -> None:
+    """Raises ValueError for a model on a mesh; the sentence begins with what needs another."""
+    if isinstance(model, ShardedLlama):
+        raise ValueError(
+            f"{needs} the model on one device: open it with "
+            f"{model.model_class.__name__}.from_pretrained."
+        )
 
 
 def _without_patches(model: Llama) -> Llama:
     """A copy: a patch may fit only tokens of one shape, and changes no name and no shape."""
     copy = nnx.merge(*nnx.split(model))
     for _, module in list(nnx.iter_modules(copy)):
-        if hasattr(module, "patches"):
-            del module.patches
+        for attribute in [name for name in vars(module) if name.startswith(PATCHES)]:
+            delattr(module, attribute)
     return copy
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts layer 10 after layer 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"\.", name)]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llama_jax.interpret.activations import AnyLlama, activation_shapes, matching
+from llama_jax.interpret.activations import AnyLlama, activation_shapes, in_order, matching
 from llama_jax.model import check_tokens
 from llama_jax.sharded import ShardedLlama
 from llama_jax.tap import captured_by_name
@@ -21,7 +21,9 @@ def capture(
         logits, found = capture(model, tokens, "layers.*.residual", "layers.3.attention.weights")
 
     On one device it is jitted, works inside `jax.jit` and `jax.grad`, and what is not asked for is
-    not computed if nothing needs it. On a mesh the tokens go through the ring.
+    not computed if nothing needs it. (A program rounds in its own way: compare to the last bit only
+    what `capture` gives with what `capture` gives, not with `model(tokens)`.) On a mesh the tokens
+    go through the ring.
 
     Args:
       model: `Llama`, patched or not, or `ShardedLlama`.
@@ -35,12 +37,12 @@ def capture(
       ValueError: a name that does not exist, or a token out of range.
     """
     check_tokens(tokens, model.config.vocab_size)
-    chosen = tuple(matching(activation_shapes(model), names))
+    # Patterns are resolved when a program is compiled, not in every call: that walks the model.
     if isinstance(model, ShardedLlama):
-        return model.observe(tokens, chosen)
+        return model.observe(tokens, tuple(matching(activation_shapes(model), names)))
     graph, state = nnx.split(model)
-    logits, found = _run(graph, chosen, state, jnp.asarray(tokens))
-    return logits, {name: found[name] for name in chosen}
+    logits, found = _run(graph, names, state, jnp.asarray(tokens))
+    return logits, {name: found[name] for name in in_order(found)}
 
 
 def stack(found: dict[str, jax.Array], pattern: str) -> jax.Array:
@@ -54,9 +56,9 @@ def stack(found: dict[str, jax.Array], pattern: str) -> jax.Array:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _run(
-    graph: Any, names: tuple[str, ...], state: nnx.State, tokens: jax.Array
+    graph: Any, patterns: tuple[str, ...], state: nnx.State, tokens: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     model = nnx.merge(graph, state)
     logits, captured = nnx.capture(model, nnx.Intermediate)(tokens)
     found = captured_by_name(captured)
-    return logits, {name: found[name] for name in names}
+    return logits, {name: found[name] for name in matching(in_order(found), patterns)}

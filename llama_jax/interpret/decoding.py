@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from llama_jax.interpret.activations import check_on_one_device
 from llama_jax.model import Llama, check_tokens
 
 
@@ -19,7 +20,8 @@ def greedy_answer(
 
     Args:
       model: a `Llama`, patched or not. A patch sees the prompt and what has been answered,
-        padded to `len(prompt) + max_tokens` tokens, of which no token sees a later one.
+        padded to `len(prompt) + max_tokens` tokens, of which no token sees a later one: let its
+        `at` count positions from the start, since -1 is the end of the padding.
       prompt: token ids.
       max_tokens: at most so many.
       stop_ids: tokens that end it, such as `model.config.eos_token_ids`.
@@ -28,13 +30,14 @@ def greedy_answer(
       The new token ids; a stop token is the last of them.
 
     Raises:
-      ValueError: an empty prompt, or a token out of range.
+      ValueError: an empty prompt, a token out of range, or a model on a mesh.
     """
-    if not prompt:
+    check_on_one_device(model, "greedy_answer needs")
+    if len(prompt) == 0:
         raise ValueError("The prompt is empty: give at least one token.")
+    check_tokens(np.array([prompt]), model.config.vocab_size)
     tokens = np.zeros((1, len(prompt) + max_tokens), np.int32)
     tokens[0, : len(prompt)] = prompt
-    check_tokens(tokens, model.config.vocab_size)
     graph, state = nnx.split(model)
     answer: list[int] = []
     for position in range(len(prompt), tokens.shape[1]):

@@ -1,11 +1,15 @@
 """Gradients of what a model says with respect to what it computed on the way."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
-from llama_jax.interpret.activations import activation_shapes, matching
+from llama_jax.interpret.activations import activation_shapes, check_on_one_device, matching
+from llama_jax.interpret.capture import capture
 from llama_jax.interpret.patches import Add, patched
 from llama_jax.model import Llama, check_tokens
 
@@ -26,26 +30,40 @@ def gradients(
     Args:
       model: a `Llama`, patched or not.
       tokens: `[B, T]` int32.
-      score: logits `[B, T, V]` -> a number.
+      score: logits `[B, T, V]` -> a number. It is outside of the compiled programs, so that another
+        one compiles nothing; the model runs once more for it.
       names: from `activation_shapes`, patterns allowed; none for "embedding".
 
     Returns:
       Name → gradient, of the activation's shape.
 
     Raises:
-      ValueError: a name that does not exist, or a token out of range.
+      ValueError: a name that does not exist, a token out of range, or a model on a mesh.
     """
+    check_on_one_device(model, "Gradients need")
     check_tokens(tokens, model.config.vocab_size)
     shapes = activation_shapes(model, *jnp.shape(tokens))
     chosen = matching(shapes, names or ["embedding"])
     zeros = {name: jnp.zeros(shapes[name].shape, shapes[name].dtype) for name in chosen}
+    by_logits = jax.grad(score)(capture(model, tokens)[0])
+    graph, state = nnx.split(model)
+    found = _pull_back(graph, state, jnp.asarray(tokens), zeros, by_logits)
+    return {name: found[name] for name in chosen}
 
-    @jax.jit
-    def of(deltas: dict[str, jax.Array], tokens: jax.Array) -> dict[str, jax.Array]:
-        def scored(deltas: dict[str, jax.Array]) -> jax.Array:
-            added = {name: Add(delta) for name, delta in deltas.items()}
-            return score(patched(model, added)(tokens))
 
-        return jax.grad(scored)(deltas)
+@partial(jax.jit, static_argnums=0)
+def _pull_back(
+    graph: Any,
+    state: nnx.State,
+    tokens: jax.Array,
+    zeros: dict[str, jax.Array],
+    by_logits: jax.Array,
+) -> dict[str, jax.Array]:
+    """Gradients with respect to the logits -> with respect to what is added to activations."""
 
-    return of(zeros, jnp.asarray(tokens))
+    def run(deltas: dict[str, jax.Array]) -> jax.Array:
+        added = {name: Add(delta) for name, delta in deltas.items()}
+        return patched(nnx.merge(graph, state), added)(tokens)
+
+    found: dict[str, jax.Array] = jax.vjp(run, zeros)[1](by_logits)[0]
+    return found

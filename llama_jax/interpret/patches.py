@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llama_jax.interpret.activations import activation_shapes, matching
+from llama_jax.interpret.activations import activation_shapes, check_on_one_device, matching
 from llama_jax.model import Llama
-from llama_jax.sharded import ShardedLlama
+from llama_jax.tap import PATCHES
 
 AnyModel = TypeVar("AnyModel", bound=Llama)
 
@@ -29,7 +29,10 @@ class Patch(nnx.Module):
     """Base of the patches here; any function of an activation will do, too.
 
     A patch is a module, so that the arrays it holds are part of the model: other values need no
-    other compiled program.
+    other compiled program. (A function is a constant of the program, with all it refers to.)
+
+    Args:
+      at: what is changed of the activation, as a NumPy index; everything by default.
     """
 
     def __init__(self, at: Index = ...):
@@ -45,56 +48,65 @@ class Patch(nnx.Module):
             raise ValueError(
                 f"A patch at {at} does not fit an activation of shape {list(value.shape)}: {error}."
             ) from None
-        new = self.change(value[at]).astype(value.dtype)
+        new = self.change(value[at])
         if new.shape != selected:
-            try:
-                new = jnp.broadcast_to(new, selected)
-            except ValueError:
-                raise ValueError(
-                    f"A patch gives shape {list(new.shape)} where the activation, of shape "
-                    f"{list(value.shape)}, has {list(selected)}."
-                ) from None
-        return value.at[at].set(new)
+            raise ValueError(
+                f"{type(self).__name__} gives shape {list(new.shape)} for the part of an activation "
+                f"that it changes, which is {list(selected)}."
+            )
+        return value.at[at].set(new.astype(value.dtype))
 
     def change(self, selected: jax.Array) -> jax.Array:
-        """What takes the place of the selected part; of its shape, or one that broadcasts to it."""
+        """What takes the place of the selected part; of the same shape."""
         raise NotImplementedError
 
 
-class Replace(Patch):
+class _WithValue(Patch):
+    """Puts a value and the selected part together; the value broadcasts against the part."""
+
+    def __init__(self, value: Any, at: Index = ...):
+        super().__init__(at)
+        self.value = nnx.Variable(jnp.asarray(value))
+
+    def change(self, selected: jax.Array) -> jax.Array:
+        """See `Patch.change`."""
+        try:
+            value = jnp.broadcast_to(self.value[...], selected.shape)
+        except ValueError:
+            raise ValueError(
+                f"{type(self).__name__} has a value of shape {list(self.value.shape)}, which does "
+                "not fit the part of an activation that it changes, of shape "
+                f"{list(selected.shape)}."
+            ) from None
+        return self.combine(selected, value)
+
+    def combine(self, selected: jax.Array, value: jax.Array) -> jax.Array:
+        """Two arrays of the same shape -> what takes the place of the first."""
+        raise NotImplementedError
+
+
+class Replace(_WithValue):
     """Puts a value in the place of an activation, or of a part of it."""
 
-    def __init__(self, value: Any, at: Index = ...):
-        super().__init__(at)
-        self.value = nnx.Variable(jnp.asarray(value))
-
-    def change(self, selected: jax.Array) -> jax.Array:
-        """See `Patch.change`."""
-        return self.value[...]
+    def combine(self, selected: jax.Array, value: jax.Array) -> jax.Array:
+        """See `_WithValue`."""
+        return value
 
 
-class Scale(Patch):
+class Scale(_WithValue):
     """Multiplies an activation, or a part of it, by a factor."""
 
-    def __init__(self, factor: Any, at: Index = ...):
-        super().__init__(at)
-        self.factor = nnx.Variable(jnp.asarray(factor))
-
-    def change(self, selected: jax.Array) -> jax.Array:
-        """See `Patch.change`."""
-        return selected * self.factor[...]
+    def combine(self, selected: jax.Array, value: jax.Array) -> jax.Array:
+        """See `_WithValue`."""
+        return selected * value
 
 
-class Add(Patch):
+class Add(_WithValue):
     """Adds a value to an activation, or to a part of it: a steering vector, say."""
 
-    def __init__(self, value: Any, at: Index = ...):
-        super().__init__(at)
-        self.value = nnx.Variable(jnp.asarray(value))
-
-    def change(self, selected: jax.Array) -> jax.Array:
-        """See `Patch.change`."""
-        return selected + self.value[...]
+    def combine(self, selected: jax.Array, value: jax.Array) -> jax.Array:
+        """See `_WithValue`."""
+        return selected + value
 
 
 def ablate_heads(layer: int, *heads: int) -> dict[str, PatchLike]:
@@ -117,25 +129,26 @@ def patched(model: AnyModel, patches: Mapping[str, PatchLike]) -> AnyModel:
         names and shapes.
 
     Raises:
-      ValueError: a name that does not exist. Shapes are checked when the model runs.
+      ValueError: a name that does not exist, or what is not a function, or a model on a mesh.
+        Shapes are checked when the model runs.
     """
-    if isinstance(model, ShardedLlama):
-        raise ValueError(
-            "Patches need the model on one device: open it with Llama.from_pretrained."
-        )
+    check_on_one_device(model, "Patches need")
     names = list(activation_shapes(model))
     chosen = [(name, patch) for pattern, patch in patches.items()
               for name in matching(names, [pattern])]  # fmt: skip
     copy = nnx.merge(*nnx.split(model))
     for name, patch in chosen:
+        if not callable(patch):
+            raise ValueError(
+                f"The patch of {name!r} is of type {type(patch).__name__}: give a function of the "
+                "activation, or one of Replace, Scale and Add."
+            )
         *path, own = name.split(".")
         module: Any = copy
         for part in path:
             module = module[int(part)] if part.isdigit() else getattr(module, part)
-        if not hasattr(module, "patches"):
-            module.patches = nnx.Dict({})
-        before = list(module.patches[own]) if own in module.patches else []
-        module.patches[own] = nnx.List([*before, patch])
+        before = getattr(module, PATCHES + own, ())
+        setattr(module, PATCHES + own, nnx.List([*before, patch]))
     return copy
 
 
@@ -145,12 +158,12 @@ def _hashable(at: Index) -> Any:
         return ("tuple", *map(_hashable, at))
     if isinstance(at, slice):
         return ("slice", at.start, at.stop, at.step)
-    if isinstance(at, int | np.integer):
+    if isinstance(at, int | np.integer) and not isinstance(at, bool):
         return int(at)
     if at is None or at is ...:
         return at
     numbers = np.asarray(at)
-    if not np.issubdtype(numbers.dtype, np.integer):
+    if numbers.size and not np.issubdtype(numbers.dtype, np.integer):
         raise ValueError(
             f"A patch's `at` is an index of integers and slices, such as np.s_[:, -1], got {at!r}."
         )

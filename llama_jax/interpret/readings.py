@@ -35,9 +35,9 @@ def logit_lens(model: AnyLlama, tokens: jax.Array) -> jax.Array:
       `[L + 1, B, T, V]` float32, log-probabilities: of the embeddings first, of the last layer,
       which is the model's own answer, last. L + 1 times the size of the logits: mind large models.
     """
-    _, found = capture(model, tokens, "embedding", "layers.*.residual")
-    stream = jnp.concatenate([found["embedding"][None], stack(found, "layers.*.residual")])
-    return jax.nn.log_softmax(model.unembed(stream), axis=-1)
+    logits, found = capture(model, tokens, "embedding", "layers.*.residual")
+    early = [model.unembed(stream) for stream in list(found.values())[:-1]]
+    return jax.nn.log_softmax(jnp.stack([*early, logits]), axis=-1)
 
 
 def attention_weights(model: AnyLlama, tokens: jax.Array) -> jax.Array:

@@ -79,6 +79,8 @@ def choose_ticks(recording: Recording, ticks: slice) -> range:
 def time_axis(axes: Axes, recording: Recording, chosen: range, width: float) -> None:
     """Numbers of ticks below, and the milliseconds at which they began above; `width` in inches."""
     axes.set_xticks(chosen[:: label_every(len(chosen), width, 0.45)])
+    if not recording.timed:
+        return
     above = axes.secondary_xaxis("top")
     places = chosen[:: label_every(len(chosen), width, 0.7)]
     digits = 0 if recording.ticks[chosen[-1]].start > 0.1 else 1
@@ -158,4 +160,6 @@ def _title(recording: Recording, chosen: range, by: str) -> str:
     meaning = "in a cell: decode rows, + prompt tokens"
     if by == "request":
         meaning = "in a cell: the requests in the packet"
-    return f"Stages busy {100 * share:.0f} % of {which}, {1e3 * seconds:.1f} ms each; {meaning}"
+    if recording.timed:
+        which += f", {1e3 * seconds:.1f} ms each"
+    return f"Stages busy {100 * share:.0f} % of {which}; {meaning}"
