@@ -9,6 +9,7 @@ transformers takes 2 to 3 seconds to import, so it is imported when a tokenizer 
 
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -178,12 +179,15 @@ class _Escape:
 
 
 def _load(path: Path) -> Any:
-    # Without PyTorch it would say, in the user's notebook, that it has no models: nobody asked.
+    # Nobody asked what transformers says on import: that without PyTorch it has no models, and, by
+    # way of tqdm, that a notebook should have ipywidgets.
     name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     before = os.environ.get(name)
     os.environ[name] = "1"
     try:
-        from transformers import PreTrainedTokenizerFast
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "IProgress not found")
+            from transformers import PreTrainedTokenizerFast
     finally:
         if before is None:
             del os.environ[name]

@@ -28,6 +28,7 @@ from llama_jax.engine.messages import DeviceInfo, EngineInfo
 from llama_jax.engine.recording import Recording
 from llama_jax.params import param_shapes
 from llama_jax.pictures.cells import show_text
+from llama_jax.pictures.line_plot import LINES
 from llama_jax.pictures.style import GREY, PALETTE, ink, size_text, wrapped
 from llama_jax.tokenizer import Tokenizer
 from sharding.mesh import make_mesh
@@ -94,6 +95,8 @@ def attention_weights(num_heads: int, queries: int, keys: int) -> np.ndarray:
     return softmax(np.where(future, -np.inf, scores))
 
 
+AXES = {"xlabel": "head", "ylabel": "layer"}
+HEADS = {**AXES, "label": "nats"}
 ROWS, COLUMNS = P("stage", "model", None), P("stage", None, "model")
 
 
@@ -132,7 +135,30 @@ EXAMPLES = {
     "logit_lens": lambda mesh, recording, **more: pictures.logit_lens(
         np.linspace(0, 1, 9 * 8).reshape(9, 8), [WORDS] * 9, WORDS, **more
     ),
+    "heat_map": lambda mesh, recording, **more: heads(2, **more),
+    "heat_map_of_tokens": lambda mesh, recording, **more: pictures.heat_map(
+        np.linspace(0, 1, 9 * 32).reshape(9, 32), "What each token does", x=WORDS * 4,
+        label="share", xlabel="token", ylabel="after layer", **more
+    ),
+    "curves": lambda mesh, recording, **more: losses(levels={"target": 3.0}, **more),
 }
+
+
+def heads(count: int, **more):
+    values = np.arange(count * 40).reshape(count, 5, 8) / 79 * 9 - 9
+    names = [f"token {i}" for i in range(count)]
+    return pictures.heat_map(
+        values, "What ablating a head changes", names=names,
+        label="change (nats)", xlabel="head", ylabel="layer", **more,
+    )  # fmt: skip
+
+
+def losses(**more):
+    values = {"with sink": [1.0, 2.0, 4.0], "without": [np.nan, 3.0, 6.0]}
+    return pictures.curves(
+        [8, 16, 64], values, "Loss by window", xlabel="window (tokens)", ylabel="loss (nats)",
+        log="x", **more,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=EXAMPLES)
@@ -378,6 +404,39 @@ def test_logit_lens_writes_each_token_into_its_cell():
         assert contrast(cell, to_hex(text.get_color())) >= 4.5
 
 
+def test_heat_maps_share_a_scale_and_write_their_numbers():
+    picture = heads(2)
+    left, right, bar = picture.axes
+    assert left.images[0].get_clim() == right.images[0].get_clim() == (-9, 0)
+    assert np.allclose(right.images[0].get_array()[4, 7], 0)
+    assert left.get_ylim()[0] < left.get_ylim()[1]  # the first row is at the bottom
+    assert {text.get_position(): text.get_text() for text in left.texts}[0, 0] == "-9.0"
+    assert {text.get_position(): text.get_text() for text in right.texts}[7, 4] == "0.0"
+    assert [axes.get_title() for axes in (left, right)] == ["token 0", "token 1"]
+    assert (labels(left), labels(right)) == (("head", "layer"), ("head", ""))
+    assert bar.get_ylabel() == "change (nats)"
+    assert left.get_xticklabels()[0].get_rotation() == 0  # short texts lie flat
+    same = pictures.heat_map(np.ones((2, 2)), "t", label="l", xlabel="x", ylabel="y")
+    assert [text.get_text() for text in same.axes[0].texts] == ["1.00"] * 4
+
+
+def test_curves_are_told_apart_without_their_colours():
+    picture = losses(levels={"target": 3.0})
+    (axes,) = picture.axes
+    first, second, target = axes.lines
+    assert first.get_xdata().tolist() == [8, 16, 64] and first.get_ydata().tolist() == [1, 2, 4]
+    assert np.isnan(second.get_ydata()[0]) and first.get_marker() != second.get_marker()
+    assert axes.get_xscale() == "log" and ticks(axes.xaxis) == ["8", "16", "64"]
+    assert target.get_ydata() == [3.0, 3.0] and "target" in words(picture)
+    assert {"with sink", "without"} <= set(words(picture))
+    for color in LINES:
+        assert contrast(color, "#ffffff") >= 2.8 and contrast(color, DARK) >= 2.8
+    named = pictures.curves(["bf16", "int8"], {"a": [1, 2]}, "t", xlabel="x", ylabel="y")
+    assert ticks(named.axes[0].xaxis) == ["bf16", "int8"]
+    steep = pictures.curves([1, 2], {"a": [1e-3, 10]}, "t", xlabel="x", ylabel="y", log="y")
+    assert {"0.001", "0.1", "10"} <= set(words(steep))
+
+
 def of_four_axes(mesh) -> jax.ShapeDtypeStruct:
     last = NamedSharding(mesh, P(None, None, None, "model"))
     return jax.ShapeDtypeStruct((2, 2, 2, 4), jnp.int8, sharding=last)
@@ -410,6 +469,13 @@ def of_four_axes(mesh) -> jax.ShapeDtypeStruct:
         (lambda mesh: pictures.logit_lens(np.ones((1, 2)), ["ab"], "a"), "got 1"),
         (lambda mesh: pictures.logit_lens(np.ones((1, 2)), ["ab"], "ab", []), "got 0"),
         (lambda mesh: pictures.logit_lens(-np.ones((1, 2)), ["ab"], "ab"), "not logits"),
+        (lambda mesh: pictures.heat_map(np.ones(3), "t", **HEADS), r"not \(3,\)"),
+        (lambda mesh: pictures.heat_map(np.full((2, 2), np.nan), "t", **HEADS), "not finite"),
+        (lambda mesh: pictures.heat_map(np.ones((2, 3)), "t", x="ab", **HEADS), "x needs 3"),
+        (lambda mesh: pictures.heat_map(np.ones((2, 3)), "t", names="ab", **HEADS), "needs 1"),
+        (lambda mesh: pictures.curves([1], {}, "t", **AXES), "1 to 5 curves, got 0"),
+        (lambda mesh: pictures.curves([1], {"a": [1, 2]}, "t", **AXES), "'a' needs 1 numbers"),
+        (lambda mesh: pictures.curves([1], {"a": [1]}, "t", log="z", **AXES), "got 'z'"),
         (lambda mesh: pictures.next_token(np.ones(3), Words(), save="a.xyz"), "a.xyz must end"),
     ],
 )

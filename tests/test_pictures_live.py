@@ -92,6 +92,7 @@ def test_a_kernel_shows_pictures_and_meshes_with_and_without_pyplot():
         "import matplotlib.pyplot as plt\n"
         "pictures.attention(np.eye(3), list('abc'))",
         "another = pictures.attention(np.eye(3), list('abc'))\nplt.get_fignums()",
+        "from llama_jax.tokenizer import Tokenizer\nTokenizer('demo/checkpoint').vocab_size",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     resources = {"metadata": {"path": str(ROOT)}}
@@ -104,6 +105,8 @@ def test_a_kernel_shows_pictures_and_meshes_with_and_without_pyplot():
     assert "<table" in outputs[3][0].data["text/html"]
     assert outputs[4][0].data["text/plain"] == "False"
     assert [output.data["text/plain"] for output in outputs[6]] == ["[]"]
+    (vocabulary,) = outputs[7]  # and no warning, though transformers' import has one for notebooks
+    assert vocabulary.data["text/plain"] == "1813"
 
 
 def test_importing_the_package_loads_no_matplotlib_and_pictures_load_no_pyplot():

@@ -20,7 +20,9 @@ except ModuleNotFoundError as error:
 from llama_jax.pictures.attention_map import attention
 from llama_jax.pictures.device_memory import memory
 from llama_jax.pictures.device_mesh import mesh
+from llama_jax.pictures.heat_map import heat_map
 from llama_jax.pictures.lens import logit_lens
+from llama_jax.pictures.line_plot import curves
 from llama_jax.pictures.mesh_html import mesh_html as mesh_html
 from llama_jax.pictures.mesh_html import show_meshes_as_html as _show_meshes_as_html
 from llama_jax.pictures.next_tokens import next_token
@@ -30,6 +32,8 @@ from llama_jax.pictures.shards import sharding
 
 __all__ = [
     "attention",
+    "curves",
+    "heat_map",
     "logit_lens",
     "memory",
     "mesh",
