@@ -198,7 +198,12 @@ def with_relu(theirs):
 
 @pytest.mark.parametrize(
     ("model_class", "mesh"),
-    [(WindowedLlama, "1x1"), (WindowedLlama, "2x2"), (SlopedLlama, "2x2"), (ReLULlama, "2x2")],
+    [
+        (SlopedLlama, "2x2"),
+        (ReLULlama, "2x2"),
+        pytest.param(WindowedLlama, "1x1", marks=pytest.mark.slow),
+        pytest.param(WindowedLlama, "2x2", marks=pytest.mark.slow),
+    ],
 )
 def test_classes_on_a_mesh(path, model_class, mesh):
     plain = model_class.from_pretrained(path)
@@ -252,7 +257,7 @@ class Ban(Sampler):
         return jnp.where(token == self.banned, -jnp.inf, logits)
 
 
-@pytest.mark.parametrize("mesh", ["1x1", "2x2"])
+@pytest.mark.parametrize("mesh", [pytest.param("1x1", marks=pytest.mark.slow), "2x2"])
 def test_a_sampler(path, mesh):
     usual, prompt = Llama.from_pretrained(path), TOKENS[0].tolist()
     banned = greedy_answer(usual, prompt, 1)[0]
