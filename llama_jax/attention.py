@@ -18,7 +18,7 @@ ScoreMod = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Caller(Protocol):
-    """What attention asks of the module that calls it."""
+    """What attention asks of the module that calls it; what is written here changes nothing."""
 
     def score_mod(
         self,
@@ -28,25 +28,15 @@ class Caller(Protocol):
         key_position: jax.Array,
     ) -> jax.Array:
         """Changes the scores before the softmax."""
-
-    def tap(self, name: str, value: jax.Array) -> jax.Array:
-        """Takes in a named value; attention goes on with what is returned."""
-
-
-class _Plain:
-    """The `Caller` that neither changes nor looks at anything."""
-
-    def score_mod(
-        self,
-        scores: jax.Array,
-        head: jax.Array,
-        query_position: jax.Array,
-        key_position: jax.Array,
-    ) -> jax.Array:
         return scores
 
     def tap(self, name: str, value: jax.Array) -> jax.Array:
+        """Takes in a named value; attention goes on with what is returned."""
         return value
+
+
+class _Plain(Caller):
+    """The caller that neither changes nor looks at anything."""
 
 
 PLAIN = _Plain()
