@@ -26,13 +26,12 @@ from jax.sharding import PartitionSpec as P
 from bench.hlo import count_ops, large_copies
 from bench.machine import describe
 from llama_jax.config import LlamaConfig, Quantization
-from llama_jax.kv_cache import page_bytes
-from llama_jax.limits import Bucket, Limits
-from llama_jax.packet import size
-from llama_jax.params import Params, param_shapes
+from llama_jax.model.sampling import CONTROL_WIDTH
 from llama_jax.quantization import FORMATS
-from llama_jax.sampling import CONTROL_WIDTH
-from llama_jax.steps import (
+from llama_jax.ring.kv_cache import page_bytes
+from llama_jax.ring.packet import size
+from llama_jax.ring.sizes import Bucket, Limits
+from llama_jax.ring.steps import (
     LOGITS_SPEC,
     StepOutput,
     decode_step,
@@ -40,7 +39,8 @@ from llama_jax.steps import (
     sample_step,
     state_shapes,
 )
-from sharding.mesh import AXES
+from llama_jax.weights.placement import Params, param_shapes
+from sharding.axes import AXES
 from sharding.partition import padded, split_layers
 
 HERE = Path(__file__).parent

@@ -30,7 +30,7 @@ import numpy as np
 
 from bench.machine import describe
 from llama_jax.config import LlamaConfig
-from llama_jax.weights import StoredTensor, checkpoint_tensors
+from llama_jax.weights.table import StoredTensor, checkpoint_tensors
 
 RESULT = Path(__file__).parent / "results" / "conversion.json"
 ROUNDS = 3

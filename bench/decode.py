@@ -54,8 +54,10 @@ def write_model(path: Path) -> int:
 
 def prompts(batch: int) -> list[list[int]]:
     """Different for each row, all of one length, so that neither engine pads."""
-    return [[2 + (7919 * row + 31 * i) % (VOCAB_SIZE - 2) for i in range(PROMPT_TOKENS)]
-            for row in range(batch)]
+    return [
+        [2 + (7919 * row + 31 * i) % (VOCAB_SIZE - 2) for i in range(PROMPT_TOKENS)]
+        for row in range(batch)
+    ]
 
 
 def time_transformers(path: str, batch: int) -> float:
@@ -87,9 +89,9 @@ def time_transformers(path: str, batch: int) -> float:
 
 def time_ring(path: str, batch: int, mesh: str) -> float:
     """Seconds for one more token of every request: a decode step, or one turn of the ring."""
+    from llama_jax.config.sampling_params import SamplingParams
     from llama_jax.engine.core import Engine
     from llama_jax.engine.options import EngineOptions
-    from llama_jax.sampling_params import SamplingParams
 
     options = EngineOptions(
         path=path, mesh=mesh, max_num_seqs=batch, max_chunk=128, max_model_len=512
@@ -139,8 +141,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.one:
         engine, batch, path = args.one[0], int(args.one[1]), args.one[2]
-        timed = time_transformers(path, batch) if engine == "transformers" else time_ring(
-            path, batch, engine)
+        timed = (
+            time_transformers(path, batch)
+            if engine == "transformers"
+            else time_ring(path, batch, engine)
+        )
         print(timed)
         return
     rows = []

@@ -19,10 +19,10 @@ from rich.table import Table
 
 from bench.machine import describe
 from llama_jax.config import LlamaConfig
+from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.core import Engine, configure_jax
 from llama_jax.engine.options import EngineOptions
-from llama_jax.kv_cache import page_bytes
-from llama_jax.sampling_params import SamplingParams
+from llama_jax.ring.kv_cache import page_bytes
 from sharding.mesh import make_mesh
 
 RESULT = Path(__file__).parent / "results" / "divergence.json"

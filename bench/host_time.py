@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 
 from bench.machine import describe
+from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.core import Engine
 from llama_jax.engine.options import EngineOptions
-from llama_jax.sampling_params import SamplingParams
 
 RESULT = Path(__file__).parent / "results" / "host_time.json"
 SEQUENCES = 256

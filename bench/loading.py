@@ -35,7 +35,7 @@ def write(directory: Path, dtype: str) -> None:
     from convert.conversion import Options, convert
     from convert.source import open_source
     from llama_jax.config import LlamaConfig
-    from llama_jax.weights import checkpoint_tensors
+    from llama_jax.weights.table import checkpoint_tensors
 
     config = LlamaConfig(
         vocab_size=32000,

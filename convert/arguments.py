@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 from convert.conversion import Options
-from llama_jax.command_line import Parser, size
-from llama_jax.config import DTYPES
+from llama_jax.config.llama_config import DTYPES
 from llama_jax.quantization import FORMATS
+from llama_jax.terminal.arguments import Parser, size
 
 _EXAMPLES = """\
 examples:

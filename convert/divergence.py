@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llama_jax.attention import causal_attention
 from llama_jax.checkpoint import CheckpointReader
 from llama_jax.checkpoint.load import load_array
 from llama_jax.config import LlamaConfig
-from llama_jax.model import DecoderLayer, RMSNorm, logits, set_weights
-from llama_jax.params import Placement, whole_placements
+from llama_jax.model import DecoderLayer, RMSNorm
+from llama_jax.model.attention import causal_attention
+from llama_jax.model.llama import logits, set_weights
+from llama_jax.weights.placement import Placement, whole_placements
 
 _BLOCK_BYTES = 64 << 20  # of head rows, and of float64 logits, that are worked on at once
 _FLOAT32 = np.dtype(np.float32)

@@ -13,9 +13,9 @@ from llama_jax.checkpoint.manifest import MANIFEST, VERSION, read_manifest
 from llama_jax.checkpoint.orbax import ARRAY, STATE, WEIGHTS, OrbaxReader
 from llama_jax.checkpoint.reader import CheckpointError, numpy_dtype
 from llama_jax.config import LlamaConfig
-from llama_jax.hf_config import read_config
-from llama_jax.hf_quantization import QUANT_METHOD
-from llama_jax.weights import LAYER_WEIGHTS, outer_weights
+from llama_jax.config.huggingface import read_config
+from llama_jax.config.huggingface_quantization import QUANT_METHOD
+from llama_jax.weights.table import LAYER_WEIGHTS, outer_weights
 
 GROUPS = ("embedding", "attention", "mlp", "norms", "head")
 
@@ -119,7 +119,7 @@ def device_shares(config: LlamaConfig, mesh: str) -> list[DeviceShare]:
       CheckpointError: this model cannot be split over the mesh, or that is none.
     """
     # They name partition specs, which are JAX's; no device is touched.
-    from llama_jax.params import ShardingError, placements
+    from llama_jax.weights.placement import ShardingError, placements
     from sharding.mesh import MeshError, parse_mesh
     from sharding.partition import split_layers
 
@@ -151,7 +151,7 @@ def _bytes_by_group(
     params: Any, config: LlamaConfig, num_stages: int, num_ranks: int
 ) -> dict[str, int]:
     """Of one device; all hold the same, as they run one program."""
-    from sharding.mesh import AXES
+    from sharding.axes import AXES
 
     size = dict.fromkeys(GROUPS, 0)
     mesh = dict(zip(AXES, (num_stages, num_ranks), strict=True))

@@ -7,7 +7,7 @@ from pathlib import Path
 from convert.task import Piece, Task
 from convert.transform import Transform, row_bytes
 from llama_jax.checkpoint.orbax import ARRAY, STATE, WEIGHTS, array_metadata, chunk_file
-from llama_jax.weights import StoredTensor
+from llama_jax.weights.table import StoredTensor
 
 # Of a matrix whose columns are split over the tensor-parallel ranks. On so many ranks each finds
 # its part as a run of bytes, to be mapped or read at once; on others columns are picked out, as

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from convert.source import Source
 from llama_jax.checkpoint import CheckpointError
-from llama_jax.tokenizer import Tokenizer, TokenizerError
+from llama_jax.text.tokenizer import Tokenizer, TokenizerError
 
 WINDOW = 512  # tokens that are read together
 MOST_TOKENS = 4096

@@ -14,7 +14,7 @@ import numpy as np
 from llama_jax.checkpoint.reader import CheckpointError, CheckpointReader, numpy_dtype
 from llama_jax.config import LlamaConfig, Quantization
 from llama_jax.quantization import FORMATS
-from llama_jax.weights import StoredTensor, Weight, each_weight, group_columns, stored_tensors
+from llama_jax.weights.table import StoredTensor, Weight, each_weight, group_columns, stored_tensors
 
 # Bits that are all set in NaN and infinity, and in nothing else (float8_e4m3fn has no infinity).
 _NOT_FINITE = {

@@ -18,7 +18,7 @@ from llama_jax.checkpoint.manifest import MANIFEST, checksum, read_manifest
 from llama_jax.checkpoint.reader import numpy_dtype
 from llama_jax.config import LlamaConfig
 from llama_jax.quantization import FORMATS, Quantized
-from llama_jax.weights import Weight, each_weight, group_columns, is_quantized, stored_tensors
+from llama_jax.weights.table import Weight, each_weight, group_columns, is_quantized, stored_tensors
 
 
 def compare(

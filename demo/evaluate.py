@@ -22,7 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the file
 from demo.corpus import Message, held_out_pairs, sum_answer
 
 PHRASINGS: list[str] = [
-    "What is {a} + {b}?", "{a}+{b}", "Can you add {a} and {b}?", "{a} plus {b}", "{a} + {b} = ?",
+    "What is {a} + {b}?",
+    "{a}+{b}",
+    "Can you add {a} and {b}?",
+    "{a} plus {b}",
+    "{a} + {b} = ?",
 ]
 CHATS: list[list[str]] = [  # what the user says, turn by turn
     ["Hello!", "who are you?", "Thanks"],
@@ -49,21 +53,27 @@ def prompts_of(
         for d in dialogues
     ]
     # The template writes the one BOS itself.
-    return dict(tokenizer(texts, return_tensors="pt", padding=True, padding_side="left",
-                          add_special_tokens=False))
+    return dict(
+        tokenizer(
+            texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+        )
+    )
 
 
 @torch.inference_mode()
 def answers(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, dialogues: list[list[Message]],
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    dialogues: list[list[Message]],
     max_new_tokens: int = 80,
 ) -> list[str]:
     """Greedy answers to a batch of dialogues, as text with the special tokens left in."""
     inputs = prompts_of(tokenizer, dialogues)
     inputs.pop("token_type_ids", None)
     # Greedy by hand: the bundled generation settings ask for sampling.
-    output = model.generate(**inputs, do_sample=False, temperature=None, top_p=None,
-                            max_new_tokens=max_new_tokens)
+    output = model.generate(
+        **inputs, do_sample=False, temperature=None, top_p=None, max_new_tokens=max_new_tokens
+    )
     texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :])
     return [text.replace(tokenizer.pad_token, "") for text in texts]
 
@@ -78,8 +88,10 @@ def ask_sums(
     right_by_phrasing: Counter[str] = Counter()
     wrong: list[str] = []
     for start in range(0, count, batch):
-        asked = [(PHRASINGS[i % len(PHRASINGS)], *chosen[i])
-                 for i in range(start, min(start + batch, count))]
+        asked = [
+            (PHRASINGS[i % len(PHRASINGS)], *chosen[i])
+            for i in range(start, min(start + batch, count))
+        ]
         dialogues = [[{"role": "user", "content": p.format(a=a, b=b)}] for p, a, b in asked]
         said = answers(model, tokenizer, dialogues, max_new_tokens=16)
         for (phrasing, a, b), text in zip(asked, said, strict=True):

@@ -21,7 +21,14 @@ START_HEADER, END_HEADER = "<|start_header_id|>", "<|end_header_id|>"
 EOM, EOT = "<|eom_id|>", "<|eot_id|>"
 PAD = "<|finetune_right_pad_id|>"
 SPECIAL_TOKENS: list[str] = [
-    BOS, EOS, START_HEADER, END_HEADER, EOT, EOM, "<|python_tag|>", PAD,
+    BOS,
+    EOS,
+    START_HEADER,
+    END_HEADER,
+    EOT,
+    EOM,
+    "<|python_tag|>",
+    PAD,
     *(f"<|reserved_special_token_{i}|>" for i in range(5)),
 ]
 

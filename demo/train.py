@@ -118,8 +118,9 @@ def loss_of(model: LlamaForCausalLM, body: torch.nn.Module, data: Batch) -> torc
 class Trainer:
     """The model, its optimiser, and what is needed to stop and go on."""
 
-    def __init__(self, model: LlamaForCausalLM, tokenizer: Tokenizer, plan: Plan,
-                 compiled: bool = False) -> None:
+    def __init__(
+        self, model: LlamaForCausalLM, tokenizer: Tokenizer, plan: Plan, compiled: bool = False
+    ) -> None:
         self.model, self.tokenizer, self.plan = model, tokenizer, plan
         self.body = torch.compile(model.model, dynamic=False) if compiled else model.model
         # Norm weights (one dimension) are not decayed.
@@ -180,8 +181,13 @@ def held_out_accuracy(model: LlamaForCausalLM, tokenizer: Tokenizer, count: int 
     for i in range(count):
         a, b = pairs[i * 7919 % len(pairs)]
         question = SUM_QUESTIONS[i % len(SUM_QUESTIONS)].format(a=a, b=b)
-        ids, spoken = encode(tokenizer, [{"role": "user", "content": question},
-                                         {"role": "assistant", "content": sum_answer(a, b)}])
+        ids, spoken = encode(
+            tokenizer,
+            [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": sum_answer(a, b)},
+            ],
+        )
         best = model(input_ids=torch.tensor([ids])).logits[0].argmax(-1).tolist()
         right += all(best[k - 1] == ids[k] for k in range(len(ids)) if spoken[k])
     return right / count
@@ -233,8 +239,12 @@ def main() -> None:
     while plan.progress(trainer.step, trainer.seconds) < 1:
         losses.append(trainer.train_step())
         if len(losses) == 25:
-            row = {"step": trainer.step, "loss": round(sum(losses) / len(losses), 4),
-                   "minutes": round(trainer.seconds / 60, 2), "tokens": trainer.tokens}
+            row = {
+                "step": trainer.step,
+                "loss": round(sum(losses) / len(losses), 4),
+                "minutes": round(trainer.seconds / 60, 2),
+                "tokens": trainer.tokens,
+            }
             losses.clear()
             if trainer.step % 250 == 0:
                 row["held_out"] = held_out_accuracy(trainer.model, tokenizer, 100)
@@ -249,8 +259,10 @@ def main() -> None:
             exported = time.monotonic()
     trainer.save(state)
     export(trainer.model, tokenizer, args.out)
-    print(f"{trainer.step} steps, {trainer.tokens:,} tokens, {trainer.seconds / 60:.1f} minutes; "
-          f"held-out accuracy {held_out_accuracy(trainer.model, tokenizer, 500):.3f}")
+    print(
+        f"{trainer.step} steps, {trainer.tokens:,} tokens, {trainer.seconds / 60:.1f} minutes; "
+        f"held-out accuracy {held_out_accuracy(trainer.model, tokenizer, 500):.3f}"
+    )
 
 
 if __name__ == "__main__":

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llama_jax.config import LlamaConfig as LlamaConfig
+    from llama_jax.config.sampling_params import SamplingParams as SamplingParams
     from llama_jax.llm import LLM as LLM
     from llama_jax.model import Llama as Llama
-    from llama_jax.sampling_params import SamplingParams as SamplingParams
-    from llama_jax.sharded import ShardedLlama as ShardedLlama
+    from llama_jax.ring.sharded_llama import ShardedLlama as ShardedLlama
 
 _HOMES = {
-    "LLM": "llama_jax.llm",
-    "Llama": "llama_jax.model",
-    "LlamaConfig": "llama_jax.config",
-    "SamplingParams": "llama_jax.sampling_params",
-    "ShardedLlama": "llama_jax.sharded",
+    "LLM": "llama_jax.llm.llm",
+    "Llama": "llama_jax.model.llama",
+    "LlamaConfig": "llama_jax.config.llama_config",
+    "SamplingParams": "llama_jax.config.sampling_params",
+    "ShardedLlama": "llama_jax.ring.sharded_llama",
 }
 __all__ = ["LLM", "Llama", "LlamaConfig", "SamplingParams", "ShardedLlama"]
 

@@ -7,9 +7,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-STAGE = "stage"
-MODEL = "model"
-AXES = (STAGE, MODEL)
+from sharding.axes import AXES, MODEL, STAGE
+
 MOST_DEVICES = 1024  # JAX would take minutes to make as many virtual ones, or die of it
 
 

@@ -1,27 +1,18 @@
-"""Which mesh axis each logical axis of a weight is split over, and how layers fall to stages."""
+"""Partition specs from logical axes, and how layers fall to stages."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jax.sharding import PartitionSpec as P
 
-from sharding.mesh import MODEL, STAGE
+from sharding.axes import STAGE
 
-# Logical axis → mesh axes. Column-parallel matrices are split over their rows ([out, in]), the
-# row-parallel ones after them over their columns, so that a layer needs two all-reduces. The
-# vocabulary is split over every rank, not given to the first and last stage: it makes memory and
-# work equal on all of them.
-RULES: dict[str, str | tuple[str, ...] | None] = {
-    "embed": None,
-    "heads": MODEL,
-    "kv_heads": MODEL,
-    "mlp": MODEL,
-    "vocab": (STAGE, MODEL),
-}
+# Logical axis → the mesh axis or axes that it is split over; None keeps it whole.
+Rules = Mapping[str, str | tuple[str, ...] | None]
 
 
-def partition_spec(axes: Sequence[str], stacked: bool = False) -> P:
-    """The spec of a weight with these logical axes; `stacked` puts a `stage` axis before them."""
-    return P(*((STAGE,) if stacked else ()), *(RULES[axis] for axis in axes))
+def partition_spec(axes: Sequence[str], rules: Rules, stacked: bool = False) -> P:
+    """The spec of an array with these logical axes; `stacked` puts a `stage` axis before them."""
+    return P(*((STAGE,) if stacked else ()), *(rules[axis] for axis in axes))
 
 
 def split_layers(num_layers: int, num_stages: int) -> tuple[tuple[int | None, ...], ...]:

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sharding.axes import STAGE
 from sharding.collectives import psum, shift
-from sharding.mesh import STAGE
 
 PyTree = Any
 

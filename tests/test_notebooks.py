@@ -17,7 +17,8 @@ import pytest
 from nbformat import NotebookNode
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
+from tests.support.paths import ROOT
+
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MOST_BYTES = 600_000  # of a notebook
 MOST_LINES = 25  # of a cell

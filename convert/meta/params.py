@@ -1,6 +1,6 @@
 """`params.json`, the configuration in Meta's release, and the `LlamaConfig` that it describes.
 
-As with config.json (`llama_jax.hf_config`), a key is read, or harmless, or refused.
+As with config.json (`llama_jax.config.huggingface`), a key is read, or harmless, or refused.
 """
 
 import json

@@ -30,7 +30,7 @@ from llama_jax.checkpoint.reader import (
     with_stored_dtype,
 )
 from llama_jax.config import ConfigError, LlamaConfig
-from llama_jax.weights import Weight, each_weight
+from llama_jax.weights.table import Weight, each_weight
 
 _SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
 _NAMES = {

@@ -19,8 +19,8 @@ from llama_jax.checkpoint.reader import (
 )
 from llama_jax.checkpoint.safetensors_file import SafetensorsFile
 from llama_jax.config import LlamaConfig
-from llama_jax.hf_config import read_config
-from llama_jax.hf_quantization import stored_quantization
+from llama_jax.config.huggingface import read_config
+from llama_jax.config.huggingface_quantization import stored_quantization
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

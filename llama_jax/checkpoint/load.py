@@ -20,7 +20,13 @@ from jax.sharding import Mesh
 
 from llama_jax.checkpoint import CheckpointReader, pages
 from llama_jax.config import LlamaConfig
-from llama_jax.params import Params, Placement, param_shapes, placements, whole_placements
+from llama_jax.weights.placement import (
+    Params,
+    Placement,
+    param_shapes,
+    placements,
+    whole_placements,
+)
 from sharding.mesh import mesh_shape
 
 DTYPES = ("auto", "float32", "bfloat16")

@@ -10,8 +10,9 @@ from typing import Protocol
 import ml_dtypes
 import numpy as np
 
-from llama_jax.config import DTYPES, LlamaConfig
-from llama_jax.weights import checkpoint_tensors
+from llama_jax.config import LlamaConfig
+from llama_jax.config.llama_config import DTYPES
+from llama_jax.weights.table import checkpoint_tensors
 
 
 class CheckpointError(ValueError):

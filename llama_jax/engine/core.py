@@ -11,6 +11,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from llama_jax.checkpoint import open_checkpoint
 from llama_jax.checkpoint.load import choose_dtype, load_params
+from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import RequestError
 from llama_jax.engine.executor import CompileCounter, Executor
 from llama_jax.engine.messages import DeviceInfo, EngineInfo, Output, Progress, Stats
@@ -23,8 +24,8 @@ from llama_jax.engine.sizing import (
     choose_limits,
 )
 from llama_jax.engine.tick_loop import TickLoop
-from llama_jax.model import Llama, check_model_class
-from llama_jax.sampling_params import SamplingParams
+from llama_jax.model import Llama
+from llama_jax.model.llama import check_model_class
 from sharding.mesh import make_mesh, mesh_shape
 from sharding.partition import split_layers
 

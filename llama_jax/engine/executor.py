@@ -18,12 +18,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.config import LlamaConfig
-from llama_jax.limits import Bucket, Limits
 from llama_jax.model import Llama
-from llama_jax.packet import encode, size
-from llama_jax.params import Params
-from llama_jax.sampling import encode_controls
-from llama_jax.steps import (
+from llama_jax.model.sampling import encode_controls
+from llama_jax.ring.packet import encode, size
+from llama_jax.ring.sizes import Bucket, Limits
+from llama_jax.ring.steps import (
     SampleStep,
     State,
     Step,
@@ -33,6 +32,7 @@ from llama_jax.steps import (
     sample_step,
     state_shapes,
 )
+from llama_jax.weights.placement import Params
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from llama_jax.sampling_params import SamplingParams
+from llama_jax.config.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "error"]
 

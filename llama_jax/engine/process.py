@@ -20,7 +20,7 @@ from typing import NoReturn
 
 import zmq
 
-from llama_jax.engine.loop import BuildEngine, EngineLike, EngineLoop, serve
+from llama_jax.engine.message_loop import BuildEngine, EngineLike, EngineLoop, serve
 from llama_jax.engine.messages import Progress
 from llama_jax.engine.options import EngineOptions
 

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from llama_jax.engine.scheduler import Packet, Scheduler
 from llama_jax.engine.tick_loop import Tick, TickLoop
-from llama_jax.limits import Bucket
+from llama_jax.ring.sizes import Bucket
 
 
 @dataclass(frozen=True)

@@ -17,19 +17,19 @@ from itertools import chain, islice
 
 import numpy as np
 
+from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import QueueFull, RequestError
 from llama_jax.engine.messages import FinishReason, Output
 from llama_jax.engine.pages import PagePool
 from llama_jax.engine.sequence import Sequence
-from llama_jax.limits import Limits
-from llama_jax.sampling_params import SamplingParams
+from llama_jax.ring.sizes import Limits
 
 NOT_A_NUMBER = "The model's output is not a number (NaN) for this request: check the weights."
 
 
 @dataclass(slots=True)
 class Segment:
-    """A run of one sequence's tokens in a packet, as `llama_jax.packet` encodes it.
+    """A run of one sequence's tokens in a packet, as `llama_jax.ring.packet` encodes it.
 
     Attributes:
       sequence, epoch: whose it is, and the epoch in which it was sent.

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from llama_jax.sampling_params import SamplingParams
+from llama_jax.config.sampling_params import SamplingParams
 
 
 @dataclass(eq=False, slots=True)

@@ -8,9 +8,9 @@ from jax.sharding import Mesh
 
 from llama_jax.config import LlamaConfig
 from llama_jax.engine.options import EngineOptions
-from llama_jax.kv_cache import page_bytes
-from llama_jax.limits import Limits
-from llama_jax.params import param_shapes
+from llama_jax.ring.kv_cache import page_bytes
+from llama_jax.ring.sizes import Limits
+from llama_jax.weights.placement import param_shapes
 from sharding.mesh import mesh_shape
 
 TILE = 64  # tokens of a prompt segment

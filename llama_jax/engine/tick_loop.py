@@ -15,9 +15,9 @@ import numpy as np
 from llama_jax.engine.executor import Executor, TickResult
 from llama_jax.engine.messages import Output
 from llama_jax.engine.scheduler import Packet, Scheduler
-from llama_jax.limits import Bucket
-from llama_jax.packet import encode
-from llama_jax.sampling import encode_controls
+from llama_jax.model.sampling import encode_controls
+from llama_jax.ring.packet import encode
+from llama_jax.ring.sizes import Bucket
 
 
 class Tick(NamedTuple):

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llama_jax.model import Llama
-from llama_jax.sharded import ShardedLlama
-from llama_jax.tap import PATCHES, captured_by_name
+from llama_jax.model.tap import PATCHES, captured_by_name
+from llama_jax.ring.sharded_llama import ShardedLlama
 
 AnyLlama = Llama | ShardedLlama
 

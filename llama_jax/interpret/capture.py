@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llama_jax.interpret.activations import AnyLlama, activation_shapes, in_order, matching
-from llama_jax.model import check_tokens
-from llama_jax.sharded import ShardedLlama
-from llama_jax.tap import captured_by_name
+from llama_jax.model.llama import check_tokens
+from llama_jax.model.tap import captured_by_name
+from llama_jax.ring.sharded_llama import ShardedLlama
 
 
 def capture(

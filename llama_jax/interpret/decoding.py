@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 
 from llama_jax.interpret.activations import check_on_one_device
-from llama_jax.model import Llama, check_tokens
+from llama_jax.model import Llama
+from llama_jax.model.llama import check_tokens
 
 
 def greedy_answer(

@@ -11,7 +11,8 @@ from flax import nnx
 from llama_jax.interpret.activations import activation_shapes, check_on_one_device, matching
 from llama_jax.interpret.capture import capture
 from llama_jax.interpret.patches import Add, patched
-from llama_jax.model import Llama, check_tokens
+from llama_jax.model import Llama
+from llama_jax.model.llama import check_tokens
 
 
 def gradients(

@@ -1,8 +1,8 @@
 """Changes activations while a model runs: a model with patches is a model like any other.
 
-    without = patched(model, {"layers.3.attention.heads": Scale(0.0, np.s_[..., 2, :])})
-    without(tokens)                                  # the answer without head 2 of layer 3
-    capture(without, tokens, "layers.*.residual")    # and what it does to everything after it
+without = patched(model, {"layers.3.attention.heads": Scale(0.0, np.s_[..., 2, :])})
+without(tokens)                                  # the answer without head 2 of layer 3
+capture(without, tokens, "layers.*.residual")    # and what it does to everything after it
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from flax import nnx
 
 from llama_jax.interpret.activations import activation_shapes, check_on_one_device, matching
 from llama_jax.model import Llama
-from llama_jax.tap import PATCHES
+from llama_jax.model.tap import PATCHES
 
 AnyModel = TypeVar("AnyModel", bound=Llama)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from llama_jax.interpret.activations import AnyLlama
 from llama_jax.interpret.capture import capture, stack
-from llama_jax.sharded import ShardedLlama
+from llama_jax.ring.sharded_llama import ShardedLlama
 
 
 def log_probabilities(model: AnyLlama, tokens: jax.Array) -> jax.Array:

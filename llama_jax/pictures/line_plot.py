@@ -76,4 +76,3 @@ def curves(
         picture.suptitle(wrapped(title, SIZE[0]))
         picture.legend(loc="outside right center")
     return picture
-

@@ -55,9 +55,7 @@ def page_occupancy(
         else:
             axes.set_ylim(0, max(1.25 * peak, 1))
             note = f"the pool of {total:,} pages is far above"
-            axes.annotate(
-                f"↑ {note}", (0.99, 0.97), xycoords="axes fraction", ha="right", va="top"
-            )
+            axes.annotate(f"↑ {note}", (0.99, 0.97), xycoords="axes fraction", ha="right", va="top")
         axes.axhline(total, color=GREY, linestyle="--", label=f"pool: {total:,} pages")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)

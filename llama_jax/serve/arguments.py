@@ -5,9 +5,9 @@ import math
 import os
 from pathlib import Path
 
-from llama_jax.command_line import Parser, size
 from llama_jax.engine.options import EngineOptions
 from llama_jax.serve.metrics import PREFIXES
+from llama_jax.terminal.arguments import Parser, size
 
 API_KEY_VARIABLE = "LLAMA_JAX_API_KEY"
 DEMO_CHECKPOINT = Path(__file__).parents[2] / "demo" / "checkpoint"

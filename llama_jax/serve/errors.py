@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llama_jax.engine.errors import EngineDead, GenerationFailed, QueueFull, RequestError
-from llama_jax.tokenizer import TokenizerError
+from llama_jax.text.tokenizer import TokenizerError
 
 # A place in the queue becomes free whenever any request ends, which under load is many times a
 # second: one second is long enough to find one, and short enough not to leave it empty.

@@ -6,11 +6,11 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.messages import EngineInfo, Output, Stats
-from llama_jax.sampling_params import SamplingParams
 from llama_jax.serve.errors import ApiError, engine_dead, unavailable
 from llama_jax.serve.metrics import Metrics
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 
 # An engine reports at least once a second, or once a tick where a tick takes longer.
 SILENCE_LIMIT_SECONDS = 10.0
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Engine(Protocol):
-    """What this package needs of `llama_jax.engine.client.EngineClient`."""
+    """What this package needs of `llama_jax.client.client.EngineClient`."""
 
     info: EngineInfo
     stats: Stats

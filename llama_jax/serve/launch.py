@@ -15,12 +15,13 @@ from pathlib import Path
 import uvloop
 from rich.console import Console
 
-from llama_jax.engine.client import EngineClient
+from llama_jax.client.client import EngineClient
+from llama_jax.client.engine_process import ENGINE_COMMAND
+from llama_jax.config import ConfigError
+from llama_jax.config.huggingface import generation_defaults
+from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead, EngineStartError
-from llama_jax.engine.launch import ENGINE_COMMAND
 from llama_jax.engine.options import EngineOptions
-from llama_jax.hf_config import ConfigError, generation_defaults
-from llama_jax.sampling_params import SamplingParams
 from llama_jax.serve.app import create_app
 from llama_jax.serve.arguments import (
     DEMO_CHECKPOINT,
@@ -29,7 +30,6 @@ from llama_jax.serve.arguments import (
     parse_arguments,
 )
 from llama_jax.serve.display import StartDisplay, show_ready
-from llama_jax.serve.door import Door
 from llama_jax.serve.frontend import Frontend
 from llama_jax.serve.http_server import (
     HttpServer,
@@ -40,7 +40,8 @@ from llama_jax.serve.http_server import (
 )
 from llama_jax.serve.interrupt import Interrupted, unless
 from llama_jax.serve.metrics import Metrics
-from llama_jax.tokenizer import Tokenizer, TokenizerError
+from llama_jax.serve.middleware import Door
+from llama_jax.text.tokenizer import Tokenizer, TokenizerError
 
 
 class CheckpointMissing(ValueError):

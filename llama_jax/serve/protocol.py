@@ -9,7 +9,7 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from llama_jax.sampling_params import SamplingParams
+from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.serve.errors import ApiError
 from llama_jax.serve.unsupported import without_inert
 

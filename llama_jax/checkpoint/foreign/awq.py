@@ -21,7 +21,7 @@ from llama_jax.checkpoint.foreign.layout import (
     covering,
     nibbles,
 )
-from llama_jax.config import DTYPES
+from llama_jax.config.llama_config import DTYPES
 
 _ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # of output channels in a word
 _LOWER = np.uint32(0x0F0F0F0F)  # the lower nibble of each byte

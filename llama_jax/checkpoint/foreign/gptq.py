@@ -29,7 +29,7 @@ from llama_jax.checkpoint.foreign.layout import (
     covering,
     nibbles,
 )
-from llama_jax.config import DTYPES
+from llama_jax.config.llama_config import DTYPES
 
 
 @dataclass(frozen=True)

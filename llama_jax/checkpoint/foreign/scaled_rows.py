@@ -18,7 +18,7 @@ from typing import ClassVar
 import numpy as np
 
 from llama_jax.checkpoint.foreign.layout import OF_ACTIVATIONS, Arrays, Index, Piece
-from llama_jax.config import DTYPES
+from llama_jax.config.llama_config import DTYPES
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import numpy as np
 
 from llama_jax.checkpoint.foreign.layout import Arrays, ContentError, Index, Layout, Piece, covering
 from llama_jax.checkpoint.reader import CheckpointError, TensorInfo, refuse
-from llama_jax.config import DTYPES, LlamaConfig
-from llama_jax.weights import LAYER_WEIGHTS, Weight, group_columns, is_quantized, stored
+from llama_jax.config import LlamaConfig
+from llama_jax.config.llama_config import DTYPES
+from llama_jax.weights.table import LAYER_WEIGHTS, Weight, group_columns, is_quantized, stored
 
 _TILE = 512  # rows and columns translated at once: what fits in a cache, few MiB in all
 

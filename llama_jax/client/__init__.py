@@ -1,0 +1,1 @@
+"""Who asks: requests go in and streams of tokens come out. Imports no JAX."""

@@ -1,0 +1,283 @@
+"""What a Llama 3 is made of: `LlamaConfig`, its presets, and its Hugging Face form.
+
+Imports no JAX.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from llama_jax.config.errors import ConfigError
+from llama_jax.config.huggingface import parse_config, read_config
+from llama_jax.config.huggingface_quantization import QUANT_METHOD
+from llama_jax.quantization import FORMATS
+
+DTYPES = ("bfloat16", "float16", "float32")
+_MOST_LAYERS = 1000  # a config.json of absurd size must not fill the memory with names
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Rotary frequency scaling of type "llama3" (see `llama_jax.model.rope`).
+
+    Attributes:
+      factor: by which long wavelengths are stretched, at least 1.
+      low_freq_factor: wavelengths above original / low are stretched in full.
+      high_freq_factor: wavelengths below original / high are kept; greater than the low one.
+      original_max_position_embeddings: context length before it was extended, in tokens.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise ConfigError(f"Rope scaling's factor must be at least 1, got {self.factor}.")
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ConfigError(
+                f"Rope scaling's high_freq_factor ({self.high_freq_factor}) must be greater than "
+                f"its low_freq_factor ({self.low_freq_factor})."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """How the matrices of the layers are quantised; all of them are, and no other weight is.
+
+    Attributes:
+      format: a name from `quantization.FORMATS`.
+      group_size: input columns that share a scale, in layouts that have groups. A matrix whose
+        columns it does not divide between the KV heads (no published Llama 3 has one) has smaller
+        groups, so that every mesh can split it.
+    """
+
+    format: str
+    group_size: int = 128
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ConfigError(
+                f"Quantisation {self.format!r} is not supported, only {', '.join(FORMATS)}."
+            )
+        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
+            raise ConfigError(f"group_size must be an integer, got {self.group_size!r}.")
+        if self.group_size < 2 or self.group_size % 2:
+            raise ConfigError(f"group_size must be even and positive, got {self.group_size}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """The architecture of one checkpoint; hashable, so that it can key a cache.
+
+    Attributes:
+      vocab_size: V, rows of the embedding table and of the LM head.
+      embed_dim: D, width of the residual stream.
+      num_layers: L.
+      num_heads: H, query heads.
+      num_kv_heads: K, key and value heads; divides H.
+      head_dim: h, even; H × h need not be D.
+      mlp_dim: F, width of the MLP.
+      rope_theta: base of the rotary wavelengths.
+      rope_scaling: None where the frequencies are used as they are.
+      norm_eps: epsilon of every RMS norm.
+      tie_embeddings: the embedding table serves as the LM head.
+      max_position_embeddings: longest context that the model was made for, in tokens.
+      dtype: of the stored weights that are not quantised, one of `DTYPES`.
+      quantization: of the stored matrices of the layers; None where they are plain.
+      eos_token_ids: every id that ends an answer.
+    """
+
+    vocab_size: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float
+    tie_embeddings: bool = False
+    max_position_embeddings: int
+    dtype: str = "float32"
+    quantization: Quantization | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, float) and not value > 0:
+                raise ConfigError(f"{field.name} must be positive, got {value}.")
+        if self.num_layers > _MOST_LAYERS:
+            raise ConfigError(f"{self.num_layers} layers are more than any Llama has.")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key/value "
+                "heads: the second number must divide the first."
+            )
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"head_dim is {self.head_dim}, but rotary embeddings turn pairs: it must be even."
+            )
+        if self.dtype not in DTYPES:
+            raise ConfigError(
+                f"Weights of dtype {self.dtype!r} are not supported, only {', '.join(DTYPES)}."
+            )
+        outside = [token for token in self.eos_token_ids if not 0 <= token < self.vocab_size]
+        if outside:
+            raise ConfigError(
+                f"The EOS ids of config.json and generation_config.json include {outside[0]}, "
+                f"which is outside the vocabulary of {self.vocab_size}."
+            )
+
+    @classmethod
+    def from_dict(
+        cls, config: dict[str, Any], generation_config: dict[str, Any] | None = None
+    ) -> Self:
+        """From the contents of config.json and generation_config.json.
+
+        Rope parameters may be spelled as in transformers 4 (`rope_theta`, `rope_scaling`) or 5
+        (`rope_parameters`). As in transformers, `num_key_value_heads` defaults to H, `head_dim` to
+        D / H, `tie_word_embeddings` and the biases to false, and the dtype to float32. EOS ids are
+        those of `generation_config` if it names any, else those of `config`.
+
+        Raises:
+          ConfigError: for anything but a Llama that this package computes exactly.
+        """
+        values = parse_config(config, generation_config or {})
+        scaling, quantization = values.pop("rope_scaling"), values.pop("quantization")
+        return cls(
+            rope_scaling=scaling and RopeScaling(**scaling),
+            quantization=quantization and Quantization(**quantization),
+            **values,
+        )
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Self:
+        """From a checkpoint directory.
+
+        Raises:
+          ConfigError: as `from_dict`, and where there is no readable config.json.
+        """
+        config, generation_config = read_config(path)
+        try:
+            return cls.from_dict(config, generation_config)
+        except ConfigError as error:
+            raise ConfigError(f"{Path(path) / 'config.json'}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the contents of a config.json.
+
+        Rope parameters are spelled as in transformers 4, which transformers 5 reads as well.
+        """
+        eos = list(self.eos_token_ids)
+        quantization = self.quantization and {
+            "quantization_config": {"quant_method": QUANT_METHOD, **asdict(self.quantization)}
+        }
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.embed_dim,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.mlp_dim,
+            "hidden_act": "silu",
+            "rope_theta": self.rope_theta,
+            "rope_scaling": self.rope_scaling
+            and {"rope_type": "llama3", **asdict(self.rope_scaling)},
+            "rms_norm_eps": self.norm_eps,
+            "tie_word_embeddings": self.tie_embeddings,
+            "max_position_embeddings": self.max_position_embeddings,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "torch_dtype": self.dtype,
+            "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+            **(quantization or {}),
+        }
+
+    @classmethod
+    def llama3_8b(cls) -> Self:
+        """Llama 3 8B Instruct."""
+        return cls(**_SIZE_8B, **_LLAMA_3)
+
+    @classmethod
+    def llama3_70b(cls) -> Self:
+        """Llama 3 70B Instruct."""
+        return cls(**_SIZE_70B, **_LLAMA_3)
+
+    @classmethod
+    def llama3_1_8b(cls) -> Self:
+        """Llama 3.1 8B Instruct."""
+        return cls(**_SIZE_8B, **_extended(_LLAMA_3, factor=8.0))
+
+    @classmethod
+    def llama3_1_70b(cls) -> Self:
+        """Llama 3.1 70B Instruct."""
+        return cls(**_SIZE_70B, **_extended(_LLAMA_3, factor=8.0))
+
+    @classmethod
+    def llama3_1_405b(cls) -> Self:
+        """Llama 3.1 405B Instruct."""
+        return cls(**_SIZE_405B, **_extended(_LLAMA_3, factor=8.0))
+
+    @classmethod
+    def llama3_2_1b(cls) -> Self:
+        """Llama 3.2 1B Instruct."""
+        return cls(**_SIZE_1B, **_extended(_LLAMA_3, factor=32.0), tie_embeddings=True)
+
+    @classmethod
+    def llama3_2_3b(cls) -> Self:
+        """Llama 3.2 3B Instruct."""
+        return cls(**_SIZE_3B, **_extended(_LLAMA_3, factor=32.0), tie_embeddings=True)
+
+    @classmethod
+    def llama3_3_70b(cls) -> Self:
+        """Llama 3.3 70B Instruct: the architecture of 3.1."""
+        return cls.llama3_1_70b()
+
+
+def _size(layers: int, width: int, heads: int, head_dim: int, mlp: int) -> dict[str, Any]:
+    return {
+        "num_layers": layers,
+        "embed_dim": width,
+        "num_heads": heads,
+        "num_kv_heads": 8,
+        "head_dim": head_dim,
+        "mlp_dim": mlp,
+    }
+
+
+def _extended(base: dict[str, Any], factor: float) -> dict[str, Any]:
+    """Llama 3.1's longer context, and the tool-call EOS id that came with it."""
+    original = base["max_position_embeddings"]
+    scaling = RopeScaling(
+        factor=factor,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=original,
+    )
+    return base | {
+        "max_position_embeddings": 16 * original,
+        "rope_scaling": scaling,
+        "eos_token_ids": (128001, 128008, 128009),
+    }
+
+
+_SIZE_1B = _size(16, 2048, 32, 64, 8192)
+_SIZE_3B = _size(28, 3072, 24, 128, 8192)
+_SIZE_8B = _size(32, 4096, 32, 128, 14336)
+_SIZE_70B = _size(80, 8192, 64, 128, 28672)
+_SIZE_405B = _size(126, 16384, 128, 128, 53248)
+_LLAMA_3: dict[str, Any] = {
+    "vocab_size": 128256,
+    "rope_theta": 500000.0,
+    "norm_eps": 1e-5,
+    "max_position_embeddings": 8192,
+    "dtype": "bfloat16",
+    "eos_token_ids": (128001, 128009),
+}

@@ -1,0 +1,118 @@
+"""One engine from its start to its end, with its checkpoint's tokenizer: texts go in and come out.
+
+`LLM` has one at a time, and another after a restart. Imports no JAX.
+"""
+
+import asyncio
+import weakref
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, closing
+from pathlib import Path
+
+from llama_jax.checkpoint import open_checkpoint
+from llama_jax.client.blocking import EngineThread
+from llama_jax.client.client import OnProgress
+from llama_jax.client.host import StartHost
+from llama_jax.client.text import Piece, read_text
+from llama_jax.config.huggingface import generation_defaults
+from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.errors import GenerationFailed
+from llama_jax.engine.messages import FinishReason
+from llama_jax.engine.options import EngineOptions
+from llama_jax.llm.completion import Completion
+from llama_jax.llm.notebook.cells import cell_watch
+from llama_jax.llm.notebook.progress import RequestProgress, StartProgress, make_bar
+from llama_jax.llm.prompts import EncodedPrompt
+from llama_jax.llm.text_stream import TextStream
+from llama_jax.text.detokenizer import Detokenizer
+from llama_jax.text.tokenizer import Tokenizer
+
+
+class Session:
+    """A running engine. Ends when it is closed or forgotten.
+
+    Attributes:
+      engine: its thread.
+      options: what it was started with.
+      tokenizer: the checkpoint's own.
+      defaults: sampling parameters from generation_config.json.
+    """
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        start_host: StartHost,
+        progress: bool | None,
+        on_progress: OnProgress | None,
+    ) -> None:
+        """Starts an engine and returns when it can generate; see `LLM` for what may go wrong."""
+        with closing(open_checkpoint(options.path)):  # for its checks: no engine needs to fail them
+            self.defaults = generation_defaults(options.path)
+            self.tokenizer = Tokenizer(options.path)
+        self.options = options
+        shown = None
+        if on_progress is None and (bar := make_bar(progress)) is not None:
+            shown = on_progress = StartProgress(bar, Path(options.path).name)
+        try:
+            self.engine = EngineThread(options, on_progress, start_host)
+            weakref.finalize(self, self.engine.begin_close)
+        except BaseException:
+            if shown is not None:
+                shown.failed()
+            raise
+        # The engine would refuse more than these; the rest waits here.
+        self._places = asyncio.Semaphore(self.engine.client.max_in_flight)
+        cell_watch.watch(self.engine)
+        if shown is not None:
+            shown.ready(self.engine.client.info)
+
+    def complete(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        params: Sequence[SamplingParams],
+        progress: bool | None,
+    ) -> list[Completion]:
+        """Answers all prompts, each with its params, in their order."""
+        requests = list(zip(prompts, params, strict=True))
+        for prompt, each in requests:
+            self.engine.client.check(prompt.token_ids, each)
+        count = RequestProgress(make_bar(progress), len(requests))
+
+        async def every() -> list[Completion]:
+            with count.shown():
+                return await asyncio.gather(*(self._answer(*each, count) for each in requests))
+
+        return self.engine.run(every())
+
+    def stream(self, prompt: EncodedPrompt, params: SamplingParams) -> TextStream:
+        """Answers one prompt as it is read."""
+        self.engine.client.check(prompt.token_ids, params)
+        return TextStream(self.engine, self._pieces(prompt.token_ids, params))
+
+    async def _answer(
+        self, prompt: EncodedPrompt, params: SamplingParams, count: RequestProgress
+    ) -> Completion:
+        pieces: list[Piece] = []
+        reason: FinishReason = "error"
+        error = None
+        try:
+            async for piece in self._pieces(prompt.token_ids, params):
+                pieces.append(piece)
+                reason = piece.finish_reason or reason
+                count.tokens += 1
+        except GenerationFailed as failure:
+            error = str(failure)
+        count.done += 1
+        text = "".join(piece.text for piece in pieces)
+        tokens = [piece.token for piece in pieces]
+        return Completion(text, tokens, reason, prompt.token_ids, error, prompt.text)
+
+    async def _pieces(
+        self, prompt: list[int], params: SamplingParams
+    ) -> AsyncGenerator[Piece, None]:
+        async with self._places:
+            outputs = self.engine.client.generate(prompt, params)
+            detokenizer = Detokenizer(self.tokenizer, params.stop)
+            async with aclosing(read_text(outputs, detokenizer)) as pieces:
+                async for piece in pieces:
+                    yield piece

@@ -1,0 +1,137 @@
+"""The compiled programs: `prefill_step` and `decode_step`, each one tick of the ring.
+
+`decode_step` is the tick in which no stage holds a chunk of a prompt; `prefill_step` is the tick
+whose largest chunk in flight fits its bucket. Both advance every decode row in flight. The set of
+programs is data, `Limits.buckets()`: after a warm-up over it nothing compiles again.
+
+At the jit boundary stand tuples and dicts of arrays, never NNX objects: walking an `nnx.State` on
+every call costs more host time than the rest of the call.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llama_jax.config import LlamaConfig
+from llama_jax.model import Llama
+from llama_jax.ring import kv_cache
+from llama_jax.ring.kv_cache import KVCache
+from llama_jax.ring.packet import PAGES, SLOT, segment_width
+from llama_jax.ring.sizes import Bucket, Limits
+from llama_jax.ring.tick import Program, State, StepOutput, tick
+from llama_jax.weights.placement import Params, param_specs
+from sharding.axes import AXES, STAGE
+from sharding.mesh import mesh_shape
+from sharding.ring import RingState
+
+LOGITS_SPEC = P(None, AXES)  # [segments, V']
+
+
+# (params, state, packed packet) -> (state, output)
+Step = Callable[[Params, State, Any], tuple[State, StepOutput]]
+# (tokens of State, output of the step, packed controls) -> (tokens of State, tokens [segments])
+SampleStep = Callable[[jax.Array, StepOutput, Any], tuple[jax.Array, jax.Array]]
+
+
+def decode_step(
+    config: LlamaConfig, mesh: Mesh, limits: Limits, rows: int, model_class: type[Llama] = Llama
+) -> Step:
+    """The jitted tick without any chunk in flight; donates the state."""
+    return _jit_step(mesh, Program(config, limits, Bucket(rows, 0), model_class), "decode_step")
+
+
+def prefill_step(
+    config: LlamaConfig,
+    mesh: Mesh,
+    limits: Limits,
+    rows: int,
+    chunk: int,
+    model_class: type[Llama] = Llama,
+) -> Step:
+    """The jitted tick whose largest chunk in flight fits `chunk` tokens; donates the state."""
+    program = Program(config, limits, Bucket(rows, chunk), model_class)
+    return _jit_step(mesh, program, f"prefill_step_{chunk}")
+
+
+def sample_step(mesh: Mesh, model_class: type[Llama] = Llama) -> SampleStep:
+    """The jitted second program of a tick, for packets in which a row is not greedy.
+
+    It replaces the greedy choices of such rows, before the next tick reads them.
+    """
+
+    def run(tokens: jax.Array, output: StepOutput, controls: jax.Array) -> Any:
+        chosen = model_class.sampler.sample(output.logits, output.tokens, controls)
+        return tokens.at[output.slots].set(chosen, mode="drop"), chosen
+
+    out_spec = StepOutput(LOGITS_SPEC, P(), P())
+    mapped = on_mesh(run, mesh, (P(), out_spec, P()), (P(), P()))
+    mapped.__name__ = "sample_step"
+    return jax.jit(mapped, donate_argnums=0)
+
+
+def state_specs(config: LlamaConfig, mesh: Mesh) -> State:
+    """State of PartitionSpec."""
+    positions = -(-config.num_layers // mesh_shape(mesh)[0])
+    cache = KVCache((kv_cache.SPEC,) * positions, (kv_cache.SPEC,) * positions)
+    return State(RingState(P(), P(), (P(STAGE), P(STAGE))), P(), cache)
+
+
+def state_shapes(config: LlamaConfig, mesh: Mesh, limits: Limits, dtype: jnp.dtype) -> State:
+    """State of ShapeDtypeStruct with shardings: to allocate from, or to compile for."""
+    num_stages, _ = mesh_shape(mesh)
+
+    def array(shape: tuple[int, ...], kind: Any, spec: P) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, spec))
+
+    segments = (num_stages, limits.max_segments, segment_width(limits))
+    capacities = (limits.max_rows, limits.max_chunk)
+    ring = RingState(
+        tick=array((), jnp.int32, P()),
+        metadata=array(segments, jnp.int32, P()),
+        activations=tuple(
+            array((num_stages, capacity, config.embed_dim), dtype, P(STAGE))
+            for capacity in capacities
+        ),
+    )
+    cache = kv_cache.cache_shapes(config, mesh, limits.num_pages, limits.page_size, dtype)
+    return State(ring, array((limits.num_slots,), jnp.int32, P()), cache)
+
+
+def init_state(shapes: State, limits: Limits, fill: float = 0.0) -> State:
+    """Allocates the state: an empty ring, and a cache filled with `fill`."""
+    empty = np.zeros(shapes.ring.metadata.shape, np.int32)
+    empty[..., SLOT] = limits.num_slots
+    empty[..., PAGES:] = limits.num_pages
+
+    def zeros(array: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.jit(lambda: jnp.zeros(array.shape, array.dtype), out_shardings=array.sharding)()
+
+    ring = RingState(
+        tick=zeros(shapes.ring.tick),
+        metadata=jax.device_put(empty, shapes.ring.metadata.sharding),
+        activations=jax.tree.map(zeros, shapes.ring.activations),
+    )
+    return State(ring, zeros(shapes.tokens), kv_cache.init_cache(shapes.cache, fill))
+
+
+def _jit_step(mesh: Mesh, program: Program, name: str) -> Step:
+    specs = state_specs(program.config, mesh)
+    in_specs = (param_specs(program.config, *mesh_shape(mesh)), specs, P())
+    out_specs = (specs, StepOutput(LOGITS_SPEC, P(), P()))
+    mapped = on_mesh(partial(tick, program), mesh, in_specs, out_specs)
+    mapped.__name__ = name
+    return jax.jit(mapped, donate_argnums=1)
+
+
+def on_mesh(run: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Any:
+    """`jax.shard_map`, manual over both axes."""
+    # check_vma wants a collective wherever a result is to be replicated, even over an axis of size
+    # 1, where the collectives of `sharding` leave it out.
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return mapped

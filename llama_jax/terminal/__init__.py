@@ -1,0 +1,1 @@
+"""What the command lines and progress displays share. Imports no JAX."""

@@ -1,0 +1,1 @@
+"""Every weight, declared once, and where it lies on the mesh."""

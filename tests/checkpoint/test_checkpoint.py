@@ -1,0 +1,277 @@
+"""Reading Hugging Face checkpoints, and refusing what is not a whole one."""
+
+import json
+import random
+import re
+import shutil
+import struct
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from llama_jax.checkpoint import CheckpointError, open_checkpoint
+from llama_jax.config import ConfigError, LlamaConfig
+from llama_jax.weights.table import checkpoint_tensors
+from tests.support.tiny_checkpoint import bits, place_tensors, read, write_checkpoint
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    path = tmp_path_factory.mktemp("single")
+    write_checkpoint(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sharded")
+    write_checkpoint(path, shard_size="30KB")
+    assert len(list(path.glob("*.safetensors"))) > 2
+    return path
+
+
+@pytest.fixture
+def copy(tmp_path, single):
+    return shutil.copytree(single, tmp_path / "copy")
+
+
+@pytest.fixture
+def sharded_copy(tmp_path, sharded):
+    return shutil.copytree(sharded, tmp_path / "copy")
+
+
+def refusal(path) -> str:
+    """The message with which opening fails: one sentence on one line."""
+    with pytest.raises((CheckpointError, ConfigError)) as caught:
+        open_checkpoint(path)
+    message = str(caught.value)
+    assert message.endswith(".") and "\n" not in message
+    return message
+
+
+def change_weights(path, change):
+    file = path / "model.safetensors"
+    weights = safetensors.torch.load(file.read_bytes())  # load_file would map what we overwrite
+    change(weights)
+    safetensors.torch.save_file(weights, file)
+
+
+def change_json(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("shard_size", ["5GB", "30KB"])
+def test_reads_every_tensor_bit_for_bit(tmp_path, dtype, tied, shard_size):
+    expected = write_checkpoint(
+        tmp_path, dtype=dtype, shard_size=shard_size, tie_word_embeddings=tied
+    )
+    reader = open_checkpoint(tmp_path)
+    assert reader.path == tmp_path
+    assert reader.config == LlamaConfig.from_pretrained(tmp_path)
+    assert reader.config.dtype == dtype
+    assert set(reader.tensors) == set(expected) == set(checkpoint_tensors(reader.config))
+    for name, tensor in expected.items():
+        info = reader.tensors[name]
+        array = read(reader, name)
+        assert (array.shape, array.dtype.name) == (info.shape, info.dtype) == (tensor.shape, dtype)
+        assert bits(array) == bits(tensor)
+
+
+def test_a_view_is_no_copy(single):
+    reader = open_checkpoint(single)
+    view = reader.view("lm_head.weight")
+    expected = view.copy()
+    reader.close()
+    np.testing.assert_array_equal(view, expected)
+    assert not view.flags.owndata and not view.flags.writeable
+
+
+def test_tensors_at_odd_offsets_are_read(copy):
+    """Other writers do not pad their headers, so tensors may start at any byte."""
+    expected = safetensors.torch.load((copy / "model.safetensors").read_bytes())
+    place_tensors(copy / "model.safetensors", 1)
+    reader = open_checkpoint(copy)
+    for name, tensor in expected.items():
+        array = read(reader, name)
+        assert bits(array) == bits(tensor)
+        assert (array.astype(np.float32) == tensor.float().numpy()).all()
+
+
+def test_the_dtype_is_that_of_the_weights_not_of_the_config(copy):
+    change_json(copy / "config.json", dtype="float16")
+    change_weights(copy, lambda w: w.update({n: t.bfloat16() for n, t in w.items() if t.ndim == 2}))
+    reader = open_checkpoint(copy)
+    assert reader.config.dtype == "bfloat16"
+    assert reader.tensors["model.norm.weight"].dtype == "float32"
+    assert read(reader, "lm_head.weight").dtype == ml_dtypes.bfloat16
+
+
+def test_rotary_buffers_of_old_versions_are_passed_over(copy):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    change_weights(copy, lambda w: w.update({name: torch.ones(8)}))
+    assert name not in open_checkpoint(copy).tensors
+
+
+def test_a_tied_head_is_passed_over_if_it_is_the_embedding(tmp_path):
+    write_checkpoint(tmp_path, tie_word_embeddings=True)
+    table = "model.embed_tokens.weight"
+    change_weights(tmp_path, lambda w: w.update({"lm_head.weight": w[table].clone()}))
+    assert "lm_head.weight" not in open_checkpoint(tmp_path).tensors
+    change_weights(tmp_path, lambda w: w["lm_head.weight"][95, 31].add_(1))
+    assert "lm_head.weight differs from model.embed_tokens.weight" in refusal(tmp_path)
+
+
+def test_missing_surplus_misshapen_and_unreadable_tensors_are_named_together(copy):
+    def change(weights):
+        del weights["model.layers.1.mlp.up_proj.weight"]
+        weights["model.layers.3.mlp.up_proj.weight"] = torch.zeros(48, 32)
+        weights["model.norm.weight"] = torch.zeros(33)
+        weights["lm_head.weight"] = torch.zeros(96, 32, dtype=torch.int8)
+
+    change_weights(copy, change)
+    message = refusal(copy)
+    for problem in (
+        "model.layers.1.mlp.up_proj.weight is missing",
+        "model.layers.3.mlp.up_proj.weight belongs to no weight",
+        "model.norm.weight has shape [33] instead of [32]",
+        "lm_head.weight is stored as int8",
+    ):
+        assert problem in message
+
+
+def test_every_missing_tensor_is_named(copy):
+    change_json(copy / "config.json", num_hidden_layers=9)
+    assert refusal(copy).count("is missing") == 6 * 9
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("nowhere", "There is no directory"),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", "nothing is downloaded here"),
+    ],
+)
+def test_a_missing_path(monkeypatch, tmp_path, name, what):
+    monkeypatch.chdir(tmp_path)
+    assert what in refusal(name) and name in refusal(name)
+
+
+def test_a_file_instead_of_a_directory(single):
+    assert "is a file" in refusal(single / "model.safetensors")
+
+
+def test_directories_without_config_or_weights(copy):
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    assert "convert it to safetensors" in refusal(copy)
+    (copy / "pytorch_model.bin").unlink()
+    assert "holds no weights" in refusal(copy)
+    (copy / "config.json").unlink()
+    assert "holds no config.json" in refusal(copy)
+
+
+def test_every_truncation_is_noticed(copy):
+    file = copy / "model.safetensors"
+    data = file.read_bytes()
+    header = struct.unpack("<Q", data[:8])[0]
+    for length in (0, 5, 8, 100, 8 + header, 8 + header + 100, len(data) - 1):
+        file.write_bytes(data[:length])
+        assert re.search("truncated|cut off|cannot be read", refusal(copy)), length
+    file.write_bytes(data + b"\0")
+    assert "longer than it should be" in refusal(copy)
+
+
+def test_a_damaged_header_is_an_error_or_harmless(copy):
+    """Any byte may be wrong: opening may succeed (a letter of the metadata) but never crash."""
+    file = copy / "model.safetensors"
+    data = file.read_bytes()
+    header = struct.unpack("<Q", data[:8])[0]
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(data)
+        damaged[rng.randrange(8 + header)] = rng.randrange(256)
+        file.write_bytes(damaged)
+        try:
+            open_checkpoint(copy)
+        except CheckpointError:
+            refused += 1
+    assert refused > 200
+
+
+@pytest.mark.parametrize(
+    ("entries", "what"),
+    [
+        ('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}', "contradicts itself"),
+        ('{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}', "contradicts itself"),
+        ('{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}', "leave gaps"),
+        ('{"a": 3}', "contradicts itself"),
+        ('{"a": 3, "a": 4}', "appears twice"),
+        ("[]", "not a JSON object"),
+        ("[" * 100_000, "corrupt header"),
+    ],
+)
+def test_headers_that_cannot_be_true(copy, entries, what):
+    text = entries.encode()
+    (copy / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+    assert what in refusal(copy)
+
+
+def test_a_git_lfs_pointer_is_recognised(copy):
+    (copy / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid\n")
+    assert "git lfs pull" in refusal(copy)
+
+
+def test_an_index_of_missing_files(sharded_copy):
+    gone = sorted(sharded_copy.glob("*.safetensors"))[:2]
+    for file in gone:
+        file.unlink()
+    message = refusal(sharded_copy)
+    assert all(file.name in message for file in gone)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/hostname", "sub/x.safetensors"])
+def test_an_index_that_leaves_the_directory(sharded_copy, name):
+    weight_map = json.loads((sharded_copy / INDEX).read_text())["weight_map"]
+    change_json(sharded_copy / INDEX, weight_map=weight_map | {"lm_head.weight": name})
+    message = refusal(sharded_copy)
+    assert "outside its directory" in message and name in message
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}']
+)
+def test_an_index_that_is_none(sharded_copy, text):
+    (sharded_copy / INDEX).write_text(text)
+    assert "is not an index" in refusal(sharded_copy)
+
+
+def test_an_index_that_contradicts_the_files(sharded_copy):
+    """A tensor in two files, and one that is not where the index says."""
+    first, second, *_ = sorted(sharded_copy.glob("*.safetensors"))
+    weights = safetensors.torch.load_file(first)
+    name = sorted(weights)[0]
+    safetensors.torch.save_file(safetensors.torch.load_file(second) | {name: weights[name]}, second)
+    message = refusal(sharded_copy)
+    assert f"{second.name} also holds {name}" in message
+    del weights[name]
+    safetensors.torch.save_file(weights, first)
+    assert f"{name} is not in {first.name}" in refusal(sharded_copy)
+
+
+def test_a_single_file_beside_an_index_of_others_is_ambiguous(sharded_copy, single):
+    shutil.copy(single / "model.safetensors", sharded_copy)
+    assert "holds both" in refusal(sharded_copy)
+
+
+def test_an_index_of_a_single_file_is_followed(copy):
+    names = safetensors.torch.load_file(copy / "model.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}
+    (copy / INDEX).write_text(json.dumps(index))
+    assert set(open_checkpoint(copy).tensors) == set(names)

@@ -1,0 +1,239 @@
+"""Checkpoints that other tools have quantised are read as they are meant, bit for bit.
+
+The writers in `foreign_writer` pack integers one by one; what is read is unpacked again by the
+formats' own `dequantize`, and must be (q - zero) · scale in float32.
+"""
+
+import json
+import tracemalloc
+from dataclasses import replace
+from functools import partial
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from llama_jax.checkpoint import open_checkpoint
+from llama_jax.checkpoint.foreign import LAYOUTS, Translated, translation
+from llama_jax.checkpoint.reader import TensorInfo
+from llama_jax.config import LlamaConfig, Quantization
+from llama_jax.model import Llama
+from llama_jax.quantization import FORMATS
+from llama_jax.weights.table import LAYER_WEIGHTS, checkpoint_tensors, is_quantized, stored
+from tests.support import foreign_writer as writer
+from tests.support.foreign_writer import (
+    AWQ,
+    FBGEMM,
+    GPTQ,
+    GPTQ_V2,
+    MODELOPT,
+    compressed_tensors,
+    packed_config,
+)
+from tests.support.tiny_checkpoint import bits, place_tensors, read
+
+ACTIVATIONS = (".input_scale", ".k_scale", ".v_scale")
+
+# Name: what config.json says, how matrices are written, and as what they are read.
+CASES = {
+    "compressed-tensors fp8": (
+        compressed_tensors("float-quantized"),
+        partial(writer.fp8, extra=ACTIVATIONS),
+        "fp8",
+    ),
+    "compressed-tensors fp8, one scale": (
+        compressed_tensors("float-quantized", strategy="tensor"),
+        partial(writer.fp8, scale_shape="tensor", scale_dtype=torch.float16),
+        "fp8",
+    ),
+    "autofp8": (
+        {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]},
+        partial(writer.fp8, scale_shape="tensor", scale_dtype=torch.float32, extra=ACTIVATIONS),
+        "fp8",
+    ),
+    "fbgemm": (FBGEMM, partial(writer.fp8, scale_dtype=torch.float32), "fp8"),
+    "modelopt": (
+        MODELOPT,
+        partial(writer.fp8, scale_shape="scalar", scale_dtype=torch.float32, extra=ACTIVATIONS),
+        "fp8",
+    ),
+    "compressed-tensors int8": (
+        compressed_tensors("int-quantized", type="int") | {"sparsity_config": {"format": "dense"}},
+        writer.int8,
+        "int8",
+    ),
+    "compressed-tensors int4": (packed_config(), writer.packed, "int4"),
+    "compressed-tensors int4, zero points": (
+        packed_config(symmetric=False, actorder="weight"),
+        partial(writer.packed, symmetric=False),
+        "int4",
+    ),
+    "gptq": (GPTQ, writer.gptq, "int4"),
+    "gptq symmetric, no g_idx, bias of zeros": (
+        GPTQ | {"sym": True, "checkpoint_format": "gptq"},
+        partial(writer.gptq, zeros=(8, 8), g_idx=False, bias=True),
+        "int4",
+    ),
+    "gptq desc_act with groups in order": (GPTQ | {"desc_act": True}, writer.gptq, "int4"),
+    "gptq_v2": (GPTQ_V2, partial(writer.gptq, v2=True), "int4"),
+    "gptq of large groups": (
+        GPTQ | {"group_size": 32},
+        partial(writer.gptq, group=32),
+        "int4",
+    ),
+    "awq": (AWQ, writer.awq, "int4"),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    """A checkpoint's path, the matrices that it means, and as what they are read."""
+    config, matrix, format = CASES[request.param]
+    path = tmp_path_factory.mktemp("foreign")
+    return path, writer.write_foreign(path, config, matrix), format
+
+
+def dequantized(reader) -> dict[str, np.ndarray]:
+    """Every quantised matrix that a reader gives, by name."""
+    config = reader.config
+    matrices = {}
+    for weight in LAYER_WEIGHTS:
+        if is_quantized(weight, config):
+            parts = stored(weight, config)
+            for layer in range(config.num_layers):
+                arrays = [read(reader, part.hf_name.format(layer=layer)) for part in parts]
+                matrix = FORMATS[config.quantization.format](*arrays).dequantize()
+                matrices[weight.hf_name.format(layer=layer)] = matrix
+    return matrices
+
+
+def assert_meant(reader, meant):
+    found = dequantized(reader)
+    assert found.keys() == meant.keys()
+    for name, matrix in found.items():
+        assert matrix.dtype == np.float32
+        np.testing.assert_array_equal(matrix, meant[name], err_msg=name)
+
+
+def test_matrices_are_what_is_meant(case):
+    path, meant, format = case
+    reader = open_checkpoint(path)
+    assert reader.config == LlamaConfig.from_pretrained(path)
+    assert reader.config.quantization.format == format
+    assert reader.config.dtype == "float16"
+    assert_meant(reader, meant)
+    assert all(np.abs(matrix).max() > 0 for matrix in meant.values())
+
+
+def test_tensors_are_exactly_those_of_the_config(case):
+    reader = open_checkpoint(case[0])
+    wanted = checkpoint_tensors(reader.config)
+    assert reader.tensors.keys() == wanted.keys()
+    for name, info in reader.tensors.items():
+        assert info.shape == wanted[name].shape
+        assert info.dtype == (wanted[name].dtype or "float16")
+
+
+def test_any_slice_is_that_of_the_whole(case, monkeypatch):
+    """With tiles so small that slices have several along each axis, and end inside them."""
+    reader = open_checkpoint(case[0])
+    names = [name for name in reader.tensors if ".layers.1." in name]
+    whole = {name: read(reader, name) for name in names}
+    monkeypatch.setattr(translation, "_TILE", 7)
+    rng = np.random.default_rng(1)
+    for name in names:
+        assert bits(read(reader, name)) == bits(whole[name])
+        for _ in range(20):
+            ends = [sorted(rng.choice(size + 1, 2, replace=False)) for size in whole[name].shape]
+            index = tuple(slice(int(first), int(last)) for first, last in ends)
+            assert bits(read(reader, name, index)) == bits(whole[name][index])
+
+
+def test_tensors_may_start_at_any_byte(case, tmp_path):
+    path, meant, _ = case
+    for file in path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    place_tensors(tmp_path / "model.safetensors", 1)
+    assert_meant(open_checkpoint(tmp_path), meant)
+
+
+def test_modelopt_may_say_it_in_a_file_of_its_own(tmp_path):
+    meant = writer.write_foreign(tmp_path, None, CASES["modelopt"][1])
+    quantization = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
+    content = {"producer": {"name": "modelopt"}, "quantization": quantization}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(content))
+    assert LlamaConfig.from_pretrained(tmp_path).quantization.format == "fp8"
+    assert_meant(open_checkpoint(tmp_path), meant)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_our_own_layouts(tmp_path, format):
+    """As `convert` writes them: the parts as they are, in the order of their declaration."""
+    quantization = Quantization(format=format, group_size=16)
+    kind = FORMATS[format]
+
+    def matrix(rng, num_out, num_in):
+        # The groups that this project stores, which any mesh can split between two KV heads.
+        group = int(np.gcd(quantization.group_size, num_in // 2))
+        parts = kind.quantize(rng.normal(size=(num_out, num_in)).astype(np.float32), group)
+        suffixes = (".weight", ".weight_scale", ".weight_zero")
+        tensors = {s: as_torch(part) for s, part in zip(suffixes, parts, strict=False)}
+        return tensors, parts.dequantize()
+
+    meant = writer.write_foreign(tmp_path, None, matrix)
+    config = replace(read_plain_config(tmp_path), quantization=quantization)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    reader = open_checkpoint(tmp_path)
+    assert reader.config == config
+    assert_meant(reader, meant)
+
+
+def read_plain_config(path) -> LlamaConfig:
+    return LlamaConfig.from_dict(json.loads((path / "config.json").read_text()))
+
+
+def as_torch(array):
+    if array.dtype == ml_dtypes.float8_e4m3fn:
+        return torch.from_numpy(array.view(np.uint8)).view(torch.float8_e4m3fn)
+    return torch.from_numpy(array)
+
+
+@pytest.mark.parametrize(
+    ("name", "pieces"),
+    [
+        ("gptq", {".qweight": (512, 4096)}),
+        ("awq", {".qweight": (4096, 512)}),
+    ],
+)
+def test_memory_is_bounded(name, pieces):
+    """A matrix of 8 MiB, whose numbers one by one would be 16 MiB and more."""
+    arrays = {suffix: np.zeros(shape, np.int32) for suffix, shape in pieces.items()}
+    part = partial(LAYOUTS[name].values, arrays)
+    tensor = Translated(TensorInfo((4096, 2048), "uint8"), part)
+    out = np.empty((4096, 2048), np.uint8)
+    tracemalloc.start()
+    tensor.read_into((slice(0, 4096), slice(0, 2048)), out)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20
+
+
+@pytest.mark.parametrize("name", ["modelopt", "compressed-tensors int8", "gptq", "awq"])
+def test_the_model_runs_from_it(tmp_path, name):
+    """Logits of transformers with the matrices that are meant."""
+    config, matrix, _ = CASES[name]
+    meant = writer.write_foreign(tmp_path, config, matrix, dtype="float32")
+    transformers_config = transformers.LlamaConfig.from_pretrained(tmp_path)
+    del transformers_config.quantization_config
+    model = transformers.LlamaForCausalLM(transformers_config)
+    reader = open_checkpoint(tmp_path)
+    plain = {n: read(reader, n) for n in reader.tensors if n not in meant and "_proj." not in n}
+    weights = {n: torch.from_numpy(array) for n, array in (plain | meant).items()}
+    model.load_state_dict(weights)
+    tokens = np.arange(24)[None] * 7 % 96
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens)).logits.numpy()
+    logits = np.asarray(Llama.from_pretrained(tmp_path)(tokens))
+    assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()

@@ -1,0 +1,181 @@
+"""Loading by several threads, and by several processes, each its own part."""
+
+import collections
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from llama_jax.checkpoint import CheckpointError, load
+from llama_jax.checkpoint.load import load_params
+from llama_jax.model import Llama
+from sharding.mesh import make_mesh
+from tests.checkpoint.test_load import UNEVEN, Spy
+from tests.support.paths import ROOT
+from tests.support.tiny_checkpoint import write_checkpoint
+
+FLOAT32 = np.dtype("float32")
+THREADS = 4
+PATIENCE = 60  # seconds, after which a test fails that would otherwise hang
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: THREADS)
+    write_checkpoint(tmp_path, **UNEVEN)
+    return tmp_path
+
+
+@pytest.fixture
+def given_up(monkeypatch):
+    """An event: reading has been given up, and what had not begun will not begin."""
+    event = threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, **options):
+            super().shutdown(**options | {"wait": False})
+            event.set()
+            super().shutdown()
+
+    monkeypatch.setattr(load, "ThreadPoolExecutor", Pool)
+    return event
+
+
+def is_first(name, index) -> bool:
+    """Whether it is the shard for which the caller waits before all others."""
+    return name == "model.embed_tokens.weight" and index[0].start == 0
+
+
+class Held(Spy):
+    """A reader that does something for the first shard; the rest wait until reading is given up."""
+
+    def __init__(self, path, first, given_up):
+        super().__init__(path)
+        self.first, self.given_up = first, given_up
+
+    def read_into(self, name, index, out):
+        super().read_into(name, index, out)
+        if is_first(name, index):
+            self.first(name)
+        assert self.given_up.wait(PATIENCE)
+
+
+def test_as_many_threads_read_as_there_are_cores(path):
+    together, turns = threading.Barrier(THREADS), iter([True] * THREADS)
+
+    class Meeting(Spy):
+        def read_into(self, name, index, out):
+            super().read_into(name, index, out)
+            if next(turns, False):
+                together.wait(PATIENCE)  # raises if the others never come
+
+    load_params(Meeting(path), make_mesh("4x2"), FLOAT32)
+
+
+def test_arrays_are_told_in_order_although_the_first_takes_longest(path):
+    last = threading.Event()
+
+    class Slow(Spy):
+        def read_into(self, name, index, out):
+            super().read_into(name, index, out)
+            if name == "lm_head.weight":
+                last.set()
+            if is_first(name, index):
+                assert last.wait(PATIENCE)
+
+    done = []
+    params = load_params(Slow(path), make_mesh("4x2"), FLOAT32, lambda *step: done.append(step))
+    assert done == [(i, 21) for i in range(1, 22)]
+    assert np.asarray(params.embedding)[:83].any(axis=1).all()
+
+
+def test_whole_weights_go_to_the_default_device_of_the_caller(path):
+    device = jax.devices()[3]
+    with jax.default_device(device):
+        chosen = Llama.from_pretrained(path)
+    plain = Llama.from_pretrained(path)
+    for model, wanted in ((chosen, device), (plain, jax.devices()[0])):
+        assert {a.device for a in jax.tree.leaves(nnx.state(model))} == {wanted}
+
+
+def refuse(name):
+    raise CheckpointError(f"{name} cannot be read.")
+
+
+def test_an_error_ends_the_reading(path, given_up):
+    spy = Held(path, refuse, given_up)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_params(spy, make_mesh("4x2"), FLOAT32)
+    assert spy.asked.total() <= 2 * THREADS
+
+
+def test_an_error_ends_the_reading_of_whole_weights(path, given_up, monkeypatch):
+    spies = []
+    monkeypatch.setattr(Spy, "close", lambda self: None, raising=False)
+    monkeypatch.setattr(
+        "llama_jax.model.llama.open_checkpoint",
+        lambda path: spies.append(Held(path, refuse, given_up)) or spies[-1],
+    )
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Llama.from_pretrained(path)
+    assert spies[0].asked.total() <= 2 * THREADS
+
+
+def test_ctrl_c_ends_the_reading(path, given_up):
+    main = threading.main_thread().ident
+    spy = Held(path, lambda name: signal.pthread_kill(main, signal.SIGINT), given_up)
+    with pytest.raises(KeyboardInterrupt):
+        load_params(spy, make_mesh("4x2"), FLOAT32)
+    assert spy.asked.total() <= 2 * THREADS
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_reads_what_its_devices_hold(tmp_path):
+    write_checkpoint(tmp_path, **UNEVEN)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.support.loading_process"]
+    outputs = [tmp_path / f"{number}.json" for number in range(2)]
+    processes = [
+        subprocess.Popen([*command, str(number), str(port), tmp_path, out], env=environment)
+        for number, out in enumerate(outputs)
+    ]
+    try:
+        assert [process.wait(300) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+    alone = Spy(tmp_path)
+    load_params(alone, make_mesh("4x2"), FLOAT32)
+    asked = collections.Counter()
+    for number, out in enumerate(outputs):
+        found = json.loads(out.read_text())
+        assert found["local"] == [number == 0] * 4 + [number == 1] * 4  # two stages each
+        assert len(found["right"]) == 21
+        for name, right in found["right"].items():
+            assert right == [True] * 5, name
+        # Of the layers, those of its stages; of the vocabulary, the rows of its devices.
+        theirs = {tuple(map(as_tuple, key)): times for key, times in found["asked"]}
+        layers = {int(name.split(".")[2]) for name, *_ in theirs if ".layers." in name}
+        assert layers == [{0, 1, 2}, {3, 4}][number]
+        rows = {index[0] for name, *index in theirs if name == "lm_head.weight"}
+        assert rows == {(11 * i, min(11 * i + 11, 83)) for i in range(4 * number, 4 * number + 4)}
+        asked.update(theirs)
+    assert asked == alone.asked
+
+
+def as_tuple(part):
+    return tuple(part) if isinstance(part, list) else part

@@ -1,0 +1,77 @@
+"""Loading adds little more memory than the weights: `bench/loading.py` on a smaller model."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from llama_jax.config import LlamaConfig
+from llama_jax.weights.table import checkpoint_tensors
+from tests.support.conversions import convert_to
+from tests.support.paths import ROOT
+
+# 41 M parameters, 164 MB in float32. The largest tensors, 50 MB each, are loaded last, when all the
+# others are there: the hardest case for a loader that holds a tensor twice.
+CONFIG = LlamaConfig(
+    vocab_size=1000,
+    embed_dim=1024,
+    num_layers=1,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=128,
+    mlp_dim=12288,
+    rope_theta=500000.0,
+    norm_eps=1e-5,
+    tie_embeddings=True,
+    max_position_embeddings=8192,
+)
+LAYOUTS = ("hf", "orbax")
+
+
+@pytest.fixture(scope="module")
+def checkpoints():
+    """Directory by layout."""
+    with tempfile.TemporaryDirectory() as directory:
+        paths = {layout: Path(directory) / layout for layout in LAYOUTS}
+        weights = {
+            name: torch.full(tensor.shape, 0.5, dtype=torch.bfloat16)
+            for name, tensor in checkpoint_tensors(CONFIG).items()
+        }
+        paths["hf"].mkdir()
+        (paths["hf"] / "config.json").write_text(json.dumps(CONFIG.to_dict()))
+        save_file(weights, paths["hf"] / "model.safetensors")
+        convert_to(paths["orbax"], paths["hf"])
+        yield paths
+
+
+def load(path: Path, mesh: str, dtype: str) -> dict[str, float]:
+    """What `bench/loading.py` finds."""
+    done = subprocess.run(
+        [sys.executable, "bench/loading.py", "--load", path, mesh, dtype],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+def test_weights_that_lie_in_files_as_they_are_wanted_take_no_memory(checkpoints):
+    found = load(checkpoints["orbax"], "1x2", "bfloat16")
+    assert found["weights"] >= 2 * 41_000_000
+    assert found["peak"] <= 0.1 * found["weights"]
+
+
+@pytest.mark.parametrize("mesh", ["1x1", "1x2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loading_adds_little_more_than_the_weights(checkpoints, layout, mesh):
+    found = load(checkpoints[layout], mesh, "float32")
+    # All of it is there, and in memory of the process rather than in pages of the file.
+    assert found["after"] >= found["weights"] >= 4 * 41_000_000
+    assert found["peak"] <= 1.1 * found["weights"]

@@ -1,0 +1,378 @@
+"""The configuration: what is read from a checkpoint, what presets say, and what is refused."""
+
+import copy
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from llama_jax.config import ConfigError, LlamaConfig, RopeScaling
+from llama_jax.config.huggingface import generation_defaults
+from llama_jax.model.rope import inverse_frequencies
+from llama_jax.weights.table import checkpoint_tensors
+
+# As published with the checkpoints; keys of bookkeeping are there because they must be accepted.
+LLAMA_3_70B = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128009,
+    "hidden_act": "silu",
+    "hidden_size": 8192,
+    "initializer_range": 0.02,
+    "intermediate_size": 28672,
+    "max_position_embeddings": 8192,
+    "model_type": "llama",
+    "num_attention_heads": 64,
+    "num_hidden_layers": 80,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.0.dev0",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+LLAMA_3_8B = LLAMA_3_70B | {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+}
+EXTENDED = {
+    "eos_token_id": [128001, 128008, 128009],
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+}
+LLAMA_3_1_8B = LLAMA_3_8B | EXTENDED
+LLAMA_3_1_70B = LLAMA_3_70B | EXTENDED
+LLAMA_3_1_405B = LLAMA_3_1_70B | {
+    "hidden_size": 16384,
+    "intermediate_size": 53248,
+    "num_attention_heads": 128,
+    "num_hidden_layers": 126,
+}
+LLAMA_3_2_1B = LLAMA_3_1_8B | {
+    "head_dim": 64,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "rope_scaling": EXTENDED["rope_scaling"] | {"factor": 32.0},
+    "tie_word_embeddings": True,
+}
+LLAMA_3_2_3B = LLAMA_3_2_1B | {
+    "head_dim": 128,
+    "hidden_size": 3072,
+    "num_attention_heads": 24,
+    "num_hidden_layers": 28,
+}
+STOPS = {"eos_token_id": [128001, 128009]}
+
+# Preset, the published config.json and generation_config.json, and the published number of
+# parameters (of the safetensors files).
+PRESETS = {
+    "llama3_8b": (LLAMA_3_8B, STOPS, 8_030_261_248),
+    "llama3_70b": (LLAMA_3_70B, STOPS, 70_553_706_496),
+    "llama3_1_8b": (LLAMA_3_1_8B, {}, 8_030_261_248),
+    "llama3_1_70b": (LLAMA_3_1_70B, {}, 70_553_706_496),
+    "llama3_1_405b": (LLAMA_3_1_405B, {}, 405_853_388_800),
+    "llama3_2_1b": (LLAMA_3_2_1B, {}, 1_235_814_400),
+    "llama3_2_3b": (LLAMA_3_2_3B, {}, 3_212_749_824),
+    "llama3_3_70b": (LLAMA_3_1_70B, {}, 70_553_706_496),
+}
+
+
+def preset(name) -> LlamaConfig:
+    return getattr(LlamaConfig, name)()
+
+
+def by_transformers(published) -> transformers.LlamaConfig:
+    return transformers.LlamaConfig(**copy.deepcopy(published))  # it writes to what it is given
+
+
+def refusal(config, generation_config=None) -> str:
+    """The one sentence with which a config.json is refused."""
+    with pytest.raises(ConfigError) as caught:
+        LlamaConfig.from_dict(config, generation_config)
+    return one_sentence(caught)
+
+
+def one_sentence(caught) -> str:
+    message = str(caught.value)
+    assert message.endswith(".") and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_the_published_config(name):
+    published, generation_config, _ = PRESETS[name]
+    assert preset(name) == LlamaConfig.from_dict(published, generation_config)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_has_the_published_number_of_parameters(name):
+    tensors = checkpoint_tensors(preset(name)).values()
+    assert sum(math.prod(tensor.shape) for tensor in tensors) == PRESETS[name][2]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_names_and_shapes_are_those_of_transformers(name):
+    config = by_transformers(PRESETS[name][0])
+    with torch.device("meta"):
+        weights = transformers.LlamaForCausalLM(config).state_dict()
+    if config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    shapes = {name: tensor.shape for name, tensor in checkpoint_tensors(preset(name)).items()}
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in weights.items()}
+
+
+def test_every_preset_is_here():
+    classmethods = {name for name in vars(LlamaConfig) if name.startswith("llama3")}
+    assert classmethods == set(PRESETS)
+
+
+SCALINGS = [
+    {"rope_type": "default"},
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    {
+        "rope_type": "llama3",
+        "factor": 3.5,
+        "low_freq_factor": 1.5,
+        "high_freq_factor": 9.0,
+        "original_max_position_embeddings": 100,
+    },
+]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=["plain", "llama3.1", "odd"])
+@pytest.mark.parametrize(("head_dim", "theta"), [(128, 500000.0), (16, 10000.0), (64, 12345.0)])
+def test_rope_frequencies_are_those_of_transformers(head_dim, theta, scaling):
+    published = LLAMA_3_8B | {"head_dim": head_dim, "rope_theta": theta, "rope_scaling": scaling}
+    config = LlamaConfig.from_dict(published)
+    rope = LlamaRotaryEmbedding(by_transformers(published))
+    frequencies = inverse_frequencies(config)
+    assert frequencies.dtype == np.float32
+    np.testing.assert_allclose(frequencies, rope.inv_freq.numpy(), rtol=1e-6)
+    assert rope.attention_scaling == 1
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_both_spellings_of_rope_parameters_mean_the_same(scaling):
+    old = LLAMA_3_8B | {"rope_theta": 12345.0, "rope_scaling": scaling}
+    new = LLAMA_3_8B | {"rope_parameters": scaling | {"rope_theta": 12345.0}}
+    del new["rope_theta"], new["rope_scaling"]
+    older = old | {"rope_scaling": dict(scaling)}
+    older["rope_scaling"]["type"] = older["rope_scaling"].pop("rope_type")
+    config = LlamaConfig.from_dict(old)
+    assert config == LlamaConfig.from_dict(new) == LlamaConfig.from_dict(older)
+    assert config.rope_theta == 12345.0
+    assert (config.rope_scaling is None) == (scaling["rope_type"] == "default")
+    if config.rope_scaling:
+        assert dataclasses.asdict(config.rope_scaling) | {"rope_type": "llama3"} == scaling
+
+
+@pytest.mark.parametrize("published", [LLAMA_3_8B, LLAMA_3_2_1B], ids=["plain", "scaled"])
+def test_what_transformers_writes_is_read(tmp_path, published):
+    by_transformers(published).save_pretrained(tmp_path)
+    assert LlamaConfig.from_pretrained(tmp_path) == LlamaConfig.from_dict(published)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_config_survives_its_json(name):
+    config = preset(name)
+    assert LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_transformers_reads_what_we_write():
+    config = dataclasses.replace(preset("llama3_2_1b"), rope_theta=12345.0, norm_eps=3e-6)
+    theirs = by_transformers(config.to_dict())
+    assert LlamaConfig.from_dict(theirs.to_dict()) == config
+
+
+def test_defaults_are_those_of_transformers():
+    published = {k: v for k, v in LLAMA_3_8B.items() if k != "num_key_value_heads"}
+    del published["tie_word_embeddings"], published["torch_dtype"], published["attention_bias"]
+    config = LlamaConfig.from_dict(published | {"head_dim": None})
+    theirs = by_transformers(published)
+    assert config.num_kv_heads == theirs.num_key_value_heads == 32
+    assert config.head_dim == theirs.head_dim == 128
+    assert config.tie_embeddings == theirs.tie_word_embeddings
+    assert config.dtype == "float32"
+
+
+def test_head_dim_may_be_given():
+    assert LlamaConfig.from_dict(LLAMA_3_8B | {"head_dim": 96}).head_dim == 96
+
+
+@pytest.mark.parametrize(
+    ("config", "generation_config", "ids"),
+    [
+        (7, None, (7,)),
+        ([7, 8], {}, (7, 8)),
+        (7, {"eos_token_id": None}, (7,)),
+        (7, {"eos_token_id": 9}, (9,)),
+        (7, {"eos_token_id": [0, 9, 128255]}, (0, 9, 128255)),
+        (None, None, ()),
+    ],
+)
+def test_every_eos_id_is_kept(config, generation_config, ids):
+    published = LLAMA_3_8B | {"eos_token_id": config}
+    assert LlamaConfig.from_dict(published, generation_config).eos_token_ids == ids
+
+
+def test_eos_ids_come_from_the_files(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
+    assert LlamaConfig.from_pretrained(tmp_path).eos_token_ids == (128009,)
+    (tmp_path / "generation_config.json").write_text(json.dumps(STOPS))
+    assert LlamaConfig.from_pretrained(str(tmp_path)).eos_token_ids == (128001, 128009)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"model_type": "mistral"}, "model_type is 'mistral'"),
+        ({"model_type": None}, "model_type is None"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "'yarn'"),
+        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "'linear'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
+        ({"rope_scaling": SCALINGS[1] | {"beta_fast": 32}}, "beta_fast"),
+        ({"rope_scaling": {"factor": 8.0}}, "factor"),
+        ({"rope_scaling": SCALINGS[1] | {"factor": 0.5}}, "factor must be at least 1"),
+        ({"rope_scaling": SCALINGS[1] | {"high_freq_factor": 1}}, "high_freq_factor"),
+        ({"rope_scaling": SCALINGS[1] | {"type": "linear"}}, "given twice"),
+        ({"rope_scaling": "llama3"}, "must be an object"),
+        ({"rope_parameters": {"rope_theta": 10000.0}}, "given twice"),
+        ({"rope_scaling": SCALINGS[1], "rope_parameters": SCALINGS[0]}, "differ"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_theta": None}, "rope_theta is missing"),
+        ({"rope_theta": float("inf")}, "rope_theta must be a positive number"),
+        ({"num_key_value_heads": 5}, "32 attention heads cannot share 5"),
+        ({"num_attention_heads": 33}, "does not divide by the 33"),
+        ({"head_dim": 63}, "must be even"),
+        ({"hidden_size": 0}, "hidden_size must be a positive integer, got 0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers must be a positive integer"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be a positive integer"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads must be a positive integer"),
+        ({"vocab_size": 128256.0}, "vocab_size must be a positive integer"),
+        ({"vocab_size": True}, "vocab_size must be a positive integer"),
+        ({"intermediate_size": "14336"}, "intermediate_size must be a positive integer"),
+        ({"intermediate_size": None}, "intermediate_size is missing"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps must be a positive number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive number"),
+        ({"max_position_embeddings": None}, "max_position_embeddings is missing"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
+        ({"torch_dtype": "int8"}, "'int8'"),
+        ({"eos_token_id": 128256}, "128256"),
+        ({"eos_token_id": [-1]}, "-1"),
+        ({"eos_token_id": "</s>"}, "eos_token_id must be an id"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantised with hqq"),
+        ({"sliding_window": 4096, "logit_scale": 2}, "logit_scale, sliding_window"),
+    ],
+)
+def test_another_model_is_refused(change, what):
+    assert what in refusal(LLAMA_3_8B | change)
+
+
+@pytest.mark.parametrize(
+    "name", [field.name for field in dataclasses.fields(LlamaConfig) if field.type in (int, float)]
+)
+def test_sizes_are_positive_however_a_config_is_made(name):
+    with pytest.raises(ConfigError, match=f"{name} must be positive, got 0") as caught:
+        dataclasses.replace(preset("llama3_8b"), **{name: 0})
+    one_sentence(caught)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("", "cannot be read as JSON"),
+        ("{", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        ("[]", "must hold a JSON object, not a list"),
+        ("{}", "model_type is None"),
+    ],
+)
+def test_a_file_that_is_no_config(tmp_path, text, what):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=what) as caught:
+        LlamaConfig.from_pretrained(tmp_path)
+    assert str(tmp_path / "config.json") in one_sentence(caught)
+
+
+def test_a_file_that_is_not_text(tmp_path):
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read as JSON") as caught:
+        LlamaConfig.from_pretrained(tmp_path)
+    one_sentence(caught)
+
+
+def test_a_directory_without_config(tmp_path):
+    with pytest.raises(ConfigError, match=r"holds no config.json") as caught:
+        LlamaConfig.from_pretrained(tmp_path)
+    one_sentence(caught)
+
+
+def test_a_config_keys_a_cache():
+    assert len({preset("llama3_1_8b"), preset("llama3_1_8b"), preset("llama3_8b")}) == 2
+    assert isinstance(preset("llama3_1_8b").rope_scaling, RopeScaling)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, (0.0, 0, 1.0, 0.0)),
+        ({"temperature": 0.6, "top_p": 0.9}, (0.0, 0, 0.9, 0.0)),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, (0.6, 0, 0.9, 0.0)),
+        ({"do_sample": True, "top_k": 40, "min_p": 0.05}, (1.0, 40, 1.0, 0.05)),
+        ({"do_sample": True, "top_k": None, "num_beams": 1}, (1.0, 0, 1.0, 0.0)),
+    ],
+)
+def test_default_sampling_is_the_checkpoints(tmp_path, content, expected):
+    if content is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    params = generation_defaults(tmp_path)
+    assert (params.temperature, params.top_k, params.top_p, params.min_p) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ({"num_beams": 4}, "num_beams"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"do_sample": True, "temperature": "hot"}, "temperature must be a number"),
+        ({"do_sample": True, "top_k": 2.5}, "top_k must be a number"),
+        ({"top_p": 0}, "top_p must be in"),
+    ],
+)
+def test_sampling_that_is_not_there_is_refused(tmp_path, content, what):
+    (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=what) as caught:
+        generation_defaults(tmp_path)
+    assert "generation_config.json" in one_sentence(caught)

@@ -1,0 +1,191 @@
+"""Every field of the configuration matters: change it, and something that is computed changes.
+
+A field that is parsed and then read by nobody is a promise that is not kept. The tests go through
+the fields of the dataclass, so that a new one fails until it has a perturbation here.
+"""
+
+import dataclasses
+import json
+import math
+import zlib
+
+import numpy as np
+import pytest
+
+from llama_jax.checkpoint.load import choose_dtype
+from llama_jax.config import LlamaConfig, Quantization, RopeScaling
+from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.core import Engine
+from llama_jax.engine.options import EngineOptions
+from llama_jax.engine.sizing import choose_limits
+from llama_jax.model import Llama
+from llama_jax.quantization import FORMATS
+from llama_jax.weights.table import checkpoint_tensors
+from sharding.mesh import make_mesh
+from tests.support.quantized_checkpoint import quantize, save_weights
+
+BASE = LlamaConfig(
+    vocab_size=32,
+    embed_dim=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_dim=24,
+    rope_theta=100.0,  # so small that each band of the scaled frequencies matters in 40 tokens
+    rope_scaling=RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+    ),
+    norm_eps=1e-5,
+    max_position_embeddings=64,
+    eos_token_ids=(3,),
+)
+TOKENS = np.arange(40)[None] * 7 % BASE.vocab_size
+
+# Another value for each field that the logits depend on, and for those that act elsewhere.
+IN_THE_LOGITS = {
+    "vocab_size": 40,
+    "embed_dim": 20,
+    "num_layers": 3,
+    "num_heads": 6,
+    "num_kv_heads": 4,
+    "head_dim": 10,
+    "mlp_dim": 28,
+    "rope_theta": 200.0,
+    "rope_scaling": None,
+    "norm_eps": 1e-2,
+    "tie_embeddings": True,
+    "quantization": Quantization(format="int8"),
+}
+ELSEWHERE = {"max_position_embeddings": 48, "dtype": "bfloat16", "eos_token_ids": None}
+ROPE_SCALING = {
+    "factor": 4.0,
+    "low_freq_factor": 2.0,
+    "high_freq_factor": 8.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+# How a weight is quantised, each against int4 in groups of 8.
+QUANTIZATION = {"format": "fp8", "group_size": 4}
+
+
+def write(path, config: LlamaConfig) -> str:
+    """A checkpoint whose elements follow from their tensor's name and their place alone.
+
+    A config with larger shapes has the same weights and some more, so that a difference in the
+    logits is the work of the field, not of other random numbers.
+    """
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config.to_dict()))
+    plain = checkpoint_tensors(dataclasses.replace(config, quantization=None))
+    weights = {name: _pattern(name, tensor.shape) for name, tensor in plain.items()}
+    if config.quantization:
+        how = config.quantization
+        weights = quantize(weights, config.num_kv_heads, how.format, how.group_size)
+    save_weights(weights, path)
+    return str(path)
+
+
+def _pattern(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    row, column = np.ogrid[: shape[0], : math.prod(shape[1:])]
+    waves = np.sin(12.9898 * row + 78.233 * column + zlib.crc32(name.encode()) % 1000)
+    return (0.3 * waves).reshape(shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def base_logits(tmp_path_factory):
+    return logits(tmp_path_factory.mktemp("base") / "base", BASE)
+
+
+def logits(path, config: LlamaConfig) -> np.ndarray:
+    return np.asarray(Llama.from_pretrained(write(path, config))(TOKENS))
+
+
+def test_every_field_has_a_perturbation():
+    names = {field.name for field in dataclasses.fields(LlamaConfig)}
+    assert names == IN_THE_LOGITS.keys() | ELSEWHERE.keys()
+    assert {field.name for field in dataclasses.fields(RopeScaling)} == ROPE_SCALING.keys()
+    assert {field.name for field in dataclasses.fields(Quantization)} == QUANTIZATION.keys()
+
+
+@pytest.mark.parametrize("name", IN_THE_LOGITS)
+def test_a_field_changes_the_logits(tmp_path, base_logits, name):
+    changed = logits(tmp_path / "changed", dataclasses.replace(BASE, **{name: IN_THE_LOGITS[name]}))
+    assert _differ(base_logits, changed)
+
+
+@pytest.mark.parametrize("name", ROPE_SCALING)
+def test_a_field_of_the_rope_scaling_changes_the_logits(tmp_path, base_logits, name):
+    scaling = dataclasses.replace(BASE.rope_scaling, **{name: ROPE_SCALING[name]})
+    changed = logits(tmp_path / "changed", dataclasses.replace(BASE, rope_scaling=scaling))
+    assert _differ(base_logits, changed)
+
+
+@pytest.mark.parametrize("name", QUANTIZATION)
+def test_a_field_of_the_quantisation_changes_the_logits(tmp_path, name):
+    base = Quantization(format="int4", group_size=8)
+    changed = dataclasses.replace(base, **{name: QUANTIZATION[name]})
+    one, other = (
+        logits(tmp_path / str(number), dataclasses.replace(BASE, quantization=quantization))
+        for number, quantization in enumerate((base, changed))
+    )
+    assert _differ(one, other)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_quantisation_survives_config_json(name):
+    config = dataclasses.replace(BASE, quantization=Quantization(format=name, group_size=32))
+    assert LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_the_logits_depend_on_nothing_else(tmp_path, base_logits):
+    """What the tests above compare is the same for the same config, to the last bit."""
+    elsewhere = {**ELSEWHERE, "eos_token_ids": (5,)}
+    same = logits(tmp_path / "same", dataclasses.replace(BASE, **elsewhere))
+    np.testing.assert_array_equal(same, base_logits)
+
+
+def _differ(one: np.ndarray, other: np.ndarray) -> bool:
+    if one.shape != other.shape:
+        return True
+    assert np.isfinite(other).all()
+    return np.abs(one - other).max() > 1e-4 * np.abs(one).max()
+
+
+def test_the_longest_context_limits_the_engine():
+    def longest(config):
+        return choose_limits(EngineOptions(path=""), config, make_mesh("1x1"), np.dtype("f4"))[1]
+
+    assert longest(BASE) == BASE.max_position_embeddings
+    shorter = ELSEWHERE["max_position_embeddings"]
+    assert longest(dataclasses.replace(BASE, max_position_embeddings=shorter)) == shorter
+
+
+def test_the_dtype_is_what_auto_means_on_a_gpu():
+    changed = dataclasses.replace(BASE, dtype=ELSEWHERE["dtype"])
+    assert choose_dtype("auto", BASE, "gpu") == "float32"
+    assert choose_dtype("auto", changed, "gpu") == "bfloat16"
+    assert choose_dtype("auto", changed, "cpu") == "float32"
+    half = dataclasses.replace(BASE, dtype="float16")
+    assert choose_dtype("auto", half, "gpu") == "bfloat16"
+    assert choose_dtype("float32", changed, "gpu") == "float32"
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        choose_dtype("int8", BASE, "gpu")
+
+
+def test_every_eos_id_ends_an_answer(tmp_path):
+    def answer(name, eos_token_ids):
+        path = write(tmp_path / name, dataclasses.replace(BASE, eos_token_ids=eos_token_ids))
+        engine = Engine(EngineOptions(path=path, mesh="1x1", max_num_seqs=1, max_chunk=64))
+        engine.add(1, [1, 2, 3], SamplingParams(temperature=0, max_tokens=12))
+        outputs = []
+        while engine.has_work:
+            outputs += engine.step()
+        return [output.token for output in outputs], outputs[-1].finish_reason
+
+    whole, reason = answer("none", ())
+    assert (len(whole), reason) == (12, "length")
+    never = min(set(range(BASE.vocab_size)) - set(whole))
+    for name, eos in (("first", (whole[4], never)), ("second", (never, whole[4]))):
+        assert answer(name, eos) == (whole[: whole.index(whole[4]) + 1], "stop")

@@ -1,0 +1,442 @@
+"""`python -m convert` as a user meets it: exit codes, what is printed where, bars and lines."""
+
+import io
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from convert.__main__ import main
+from convert.display import Display, bytes_text, duration_text
+from llama_jax.checkpoint import open_checkpoint
+from llama_jax.checkpoint.manifest import JOURNAL, MANIFEST
+from tests.support.conversions import load_weights
+from tests.support.meta_checkpoint import meta_weights, shard, write_meta
+from tests.support.paths import ROOT
+from tests.support.tiny_checkpoint import bits, read, write_checkpoint
+from tests.support.tiny_tokenizer import make_tokenizer
+
+CONVERTED = """source destination dtype quantization source_bytes bytes resumed_bytes seconds
+    verify_seconds quantization_error divergence""".split()
+MATRICES = "attention.wk attention.wo attention.wq attention.wv mlp.w_down mlp.w_gate mlp.w_up"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("source")
+    write_checkpoint(path, dtype="bfloat16", vocab_size=600)
+    return make_tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def quantized(source, tmp_path_factory):
+    path = tmp_path_factory.mktemp("quantized") / "new"
+    assert main(["quantize", str(source), str(path), "--quantize", "int8"]) == 0
+    return path
+
+
+def start(*arguments, program=("-m", "convert"), **options):
+    """The program in a process of its own, as a user starts it."""
+    return subprocess.Popen(
+        [sys.executable, *program, *map(str, arguments)],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if not name.startswith("JAX_")},
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options,
+    )
+
+
+def run(*arguments, **options) -> tuple[int, str, str]:
+    process = start(*arguments, **options)
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+def call(capsys, *arguments) -> tuple[int, str, str]:
+    """The same in this process, which takes no second to start."""
+    code = main([str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+def weights_of(path) -> dict[str, bytes]:
+    reader = open_checkpoint(path)
+    return {name: bits(read(reader, name)) for name in reader.tensors}
+
+
+# What the commands do.
+
+
+def test_there_and_back(source, tmp_path):
+    code, out, err = run("hf", source, tmp_path / "orbax")
+    assert code == 0
+    assert f"{tmp_path / 'orbax'} is whole: 141.8 kB of weights in bfloat16" in out
+    assert re.search(r"Wrote 141\.8 kB in \d+ s \(.*/s\)\.\nVerified against its source", out)
+    assert err.startswith("Writing: 0.0 B of 141.8 kB\n") and "\nVerifying: " in err
+    assert run("verify", source, tmp_path / "orbax")[0] == 0
+    assert run("export", tmp_path / "orbax", tmp_path / "hf")[0] == 0
+    original = {name: bits(tensor) for name, tensor in load_weights(source).items()}
+    assert {name: bits(t) for name, t in load_weights(tmp_path / "hf").items()} == original
+
+
+def test_quantised_and_exported(source, quantized, tmp_path, capsys):
+    code, out, _ = call(capsys, "export", quantized, tmp_path / "hf", "--json")
+    assert code == 0 and json.loads(out)["quantization"] is None
+    assert {tensor.dtype for tensor in load_weights(tmp_path / "hf").values()} == {
+        load_weights(source)["model.norm.weight"].dtype
+    }
+    assert call(capsys, "verify", quantized, tmp_path / "hf")[0] == 0
+
+
+def test_dtype(source, tmp_path, capsys):
+    assert call(capsys, "hf", source, tmp_path / "new", "--dtype", "float32")[0] == 0
+    reader = open_checkpoint(tmp_path / "new")
+    assert {tensor.dtype for tensor in reader.tensors.values()} == {"float32"}
+
+
+@pytest.mark.parametrize("command", ["meta", "hf"])
+def test_a_release_of_meta(command, tmp_path, capsys):
+    """Also where the folder around it is given, and by the command for the other layout."""
+    release = write_meta(tmp_path / "repository" / "original", shard(meta_weights(), 2))
+    (release / "LICENSE").write_text("the licence")
+    given = release.parent if command == "meta" else release
+    assert call(capsys, command, given, tmp_path / "new")[0] == 0
+    files = {file.name for file in (tmp_path / "new").iterdir()}
+    assert {"config.json", "tokenizer.json", "generation_config.json", "LICENSE"} <= files
+    reader = open_checkpoint(tmp_path / "new")
+    assert (reader.config.embed_dim, reader.config.num_layers) == (128, 2)
+    content = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert content["eos_token_id"] == list(reader.config.eos_token_ids) == [257, 264, 265]
+    weights = {
+        "model.norm.weight": "norm.weight",
+        "model.embed_tokens.weight": "tok_embeddings.weight",
+    }
+    for name, meta_name in weights.items():
+        np.testing.assert_array_equal(read(reader, name), meta_weights()[meta_name].numpy())
+    assert call(capsys, "verify", release, tmp_path / "new")[0] == 0
+
+
+def test_no_verify(source, tmp_path, capsys):
+    code, out, err = call(capsys, "hf", source, tmp_path / "new", "--no-verify")
+    assert code == 0 and "Verif" not in out + err
+
+
+def test_it_loads_no_jax(source, tmp_path):
+    """Nor anything else that takes seconds and memory, or an accelerator."""
+    script = """if True:
+        import sys
+        from convert.__main__ import main
+        source, new = sys.argv[1:]
+        assert main(["quantize", source, new, "--quantize", "int4"]) == 0
+        assert main(["verify", source, new]) == main(["inspect", new]) == 0
+        assert main(["export", new, new + "-hf", "--json"]) == 0
+        heavy = {"jax", "jaxlib", "flax", "orbax", "torch", "transformers", "huggingface_hub"}
+        loaded = {name.split(".")[0] for name in sys.modules}
+        assert not heavy & loaded, heavy & loaded
+    """
+    code, _, err = run(source, tmp_path / "new", program=("-c", script))
+    assert code == 0, err
+
+
+# --json
+
+
+def test_json_of_a_conversion(source, tmp_path, capsys):
+    arguments = ("quantize", source, tmp_path / "new", "--quantize", "int8", "--json")
+    code, out, err = call(capsys, *arguments)
+    result = json.loads(out)
+    assert (code, out.count("\n")) == (0, 1) and "Writing" in err
+    assert list(result) == CONVERTED
+    assert result["source"] == str(source) and result["destination"] == str(tmp_path / "new")
+    assert (result["dtype"], result["quantization"]) == ("bfloat16", "int8")
+    sizes = {path: sum(map(len, weights_of(path).values())) for path in (source, tmp_path / "new")}
+    assert [result["source_bytes"], result["bytes"]] == list(sizes.values())
+    assert result["resumed_bytes"] == 0
+    assert result["seconds"] > 0 and result["verify_seconds"] > 0
+    assert sorted(result["quantization_error"]) == MATRICES.split()
+    assert all(0 < error < 0.02 for error in result["quantization_error"].values())
+    assert result["divergence"] is None
+    code, out, _ = call(capsys, *arguments, "--resume")
+    again = json.loads(out)
+    assert (code, again["resumed_bytes"], again["verify_seconds"]) == (0, result["bytes"], None)
+    assert again["quantization_error"] == result["quantization_error"]
+
+
+def test_json_of_a_comparison(source, quantized, tmp_path, capsys):
+    code, out, _ = call(capsys, "verify", source, quantized, "--json")
+    result = json.loads(out)
+    assert code == 0 and list(result) == ["source", "destination", "differences", "seconds"]
+    assert result["differences"] == []
+    code, out, _ = call(capsys, "verify", quantized, source, "--json")
+    assert code == 3
+    assert (
+        "model.layers.0.mlp.up_proj.weight differs, first at [" in json.loads(out)["differences"][5]
+    )
+
+
+def test_json_of_an_error(tmp_path, capsys):
+    code, out, err = call(capsys, "hf", tmp_path / "none", tmp_path / "new", "--json")
+    assert code == 1
+    assert json.loads(out) == {"error": f"There is no directory {tmp_path}/none."}
+    assert err == f"error: There is no directory {tmp_path}/none.\n"
+
+
+def test_help_names_every_key_of_the_json(source, quantized, capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    documented = set(re.findall(r"\w+", capsys.readouterr().out.split("With --json")[1]))
+    for command in (
+        ["verify", source, quantized],
+        ["inspect", quantized, "--mesh", "2x2"],
+        ["quantize", source, quantized, "--quantize", "int8", "--resume"],
+    ):
+        result = json.loads(call(capsys, *command, "--json")[1])
+        keys = set(result) | set(result.get("devices", [{}])[0])
+        assert keys <= documented
+
+
+# Exit codes and errors.
+
+
+def test_what_differs_is_named(source, quantized, tmp_path):
+    code, out, _ = run("verify", quantized, source)
+    lines = out.splitlines()
+    assert code == 3
+    assert len(lines) == 22 and all("differs, first at" in line for line in lines[:20])
+    assert lines[20] == "... and 1 more (--json gives all)."
+    assert lines[21].startswith(f"{source} differs from {quantized} (compared in")
+
+
+def test_a_changed_byte_is_found(source, tmp_path, capsys):
+    assert call(capsys, "hf", source, tmp_path / "new")[0] == 0
+    name = "weights/state/model.layers.1.mlp.gate_proj.weight/c/0/0"
+    file = tmp_path / "new" / name
+    data = bytearray(file.read_bytes())
+    data[64] ^= 1
+    file.write_bytes(data)
+    code, out, _ = call(capsys, "verify", source, tmp_path / "new")
+    assert code == 3
+    assert f"{name} has changed since it was written: its checksum differs.\n" in out
+    assert "model.layers.1.mlp.gate_proj.weight differs, first at [1, 0].\n" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "the following arguments are required: COMMAND"),
+        ("gguf A B", "invalid choice: 'gguf'"),
+        ("hf A", "the following arguments are required: DST"),
+        ("hf A B --quantize int3", "invalid choice: 'int3'"),
+        ("hf A B --dtype float64", "invalid choice: 'float64'"),
+        ("hf A B --max-memory lots", "'lots' is not a size"),
+        ("hf A B --res", "unrecognized arguments: --res"),
+        ("quantize A B", "the following arguments are required: --quantize"),
+        ("hf A B --check", "--check compares quantised weights with the original: add --quantize"),
+        ("export A B --quantize int8", "unrecognized arguments: --quantize int8"),
+        ("inspect", "the following arguments are required: PATH"),
+    ],
+)
+def test_wrong_usage(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments.split())
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    assert message in err and err.count("\n") == 1 and err.endswith("(see --help)\n")
+
+
+def test_wrong_usage_ends_the_process_with_2():
+    assert run("hf")[0] == 2
+
+
+def error(capsys, *arguments) -> str:
+    code, out, err = call(capsys, *arguments)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith(".\n")
+    return err
+
+
+def test_errors_are_one_sentence(source, quantized, tmp_path, capsys):
+    new = tmp_path / "new"
+    assert "There is no directory /none." in error(capsys, "hf", "/none", new)
+    assert "is a file: give the directory" in error(capsys, "hf", source / "config.json", new)
+    assert "lies inside the source" in error(capsys, "hf", source, source / "new")
+    assert "holds a whole checkpoint already" in error(capsys, "hf", source, quantized)
+    assert "is not empty" in error(capsys, "hf", quantized, source)
+    assert "is a file" in error(capsys, "hf", source, __file__)
+    assert "no params.json" in error(capsys, "meta", source, new)
+    assert "at least 64 MiB" in error(capsys, "hf", source, new, "--max-memory", "1MiB")
+    assert "quantised already, as int8" in error(capsys, "hf", quantized, new, "--quantize", "fp8")
+    assert "no directory /none." in error(capsys, "verify", source, "/none")
+    assert "no directory /none." in error(capsys, "inspect", "/none")
+    assert not new.exists()
+
+
+def test_a_process_that_fails_ends_with_1_and_without_a_traceback(tmp_path):
+    assert run("hf", tmp_path / "none", tmp_path / "new") == (
+        1,
+        "",
+        f"error: There is no directory {tmp_path}/none.\n",
+    )
+
+
+INTERRUPTED_AFTER_TWO = """if True:
+    import os, signal, sys, time
+    from convert import conversion
+    from convert.__main__ import main
+
+    run_task, begun = conversion.run_task, []
+
+    def run(task, directory, advance, stopped):
+        begun.append(task)
+        if len(begun) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        while len(begun) > 2 and not stopped():
+            time.sleep(0.001)
+        return run_task(task, directory, advance, stopped)
+
+    conversion.run_task = run
+    sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("json_asked", [False, True])
+def test_ctrl_c_and_then_resume(source, tmp_path, json_asked):
+    new = tmp_path / "new"
+    arguments = ["hf", source, new, *["--json"] * json_asked]
+    code, out, err = run(*arguments, program=("-c", INTERRUPTED_AFTER_TWO))
+    message = "Interrupted: run the same command again with --resume."
+    assert code == 130
+    assert err.endswith(f"error: {message}\n") and "Traceback" not in err
+    assert json.loads(out) == {"error": message} if json_asked else out == ""
+    assert (new / JOURNAL).is_file() and not (new / MANIFEST).exists()
+    code, _, err = run("inspect", new)
+    assert code == 1 and "did not finish" in err
+    code, _, err = run(*arguments)
+    assert code == 1 and "add --resume" in err
+    code, out, _ = run("hf", source, new, "--resume", "--json")
+    assert code == 0 and 0 < json.loads(out)["resumed_bytes"] < json.loads(out)["bytes"]
+    assert weights_of(new) == weights_of(source)
+    assert run("verify", source, new)[0] == 0
+
+
+def test_ctrl_c_while_comparing(source, quantized):
+    script = """if True:
+        import os, signal, sys
+        from convert import commands
+        from convert.__main__ import main
+
+        def compare(*arguments):
+            os.kill(os.getpid(), signal.SIGINT)
+
+        commands.compare = compare
+        sys.exit(main())
+    """
+    code, out, err = run("verify", source, quantized, program=("-c", script))
+    assert (code, out) == (130, "") and err.endswith("error: Interrupted.\n")
+
+
+# --check
+
+
+def test_check(source, tmp_path, capsys):
+    text = tmp_path / "text"
+    text.write_text("The quick brown fox.")
+    arguments = ["quantize", source, tmp_path / "new", "--quantize", "int4", "--check"]
+    code, out, err = call(capsys, *arguments, text, "--json")
+    found = json.loads(out)["divergence"]
+    assert code == 0 and list(found) == ["tokens", "mean", "largest", "agreement"]
+    assert 2 < found["tokens"] < 25
+    assert 0 < found["mean"] < found["largest"] and 0 <= found["agreement"] <= 1
+    assert "Checking: " in err
+    code, out, _ = call(capsys, *arguments, "--resume")
+    assert code == 0 and re.search(r"On a text of [\d,]+ tokens, the divergence from .* nats", out)
+
+
+def test_what_check_lacks_is_said_before_anything_is_written(source, quantized, tmp_path, capsys):
+    new, bare = tmp_path / "new", tmp_path / "bare"
+    check = ("--quantize", "int8", "--check")
+    write_checkpoint(bare)
+    capsys.readouterr()
+    assert "has no tokenizer" in error(capsys, "hf", bare, new, *check)
+    assert "quantised already" in error(capsys, "hf", quantized, new, *check)
+    assert "/none cannot be read: No such file" in error(
+        capsys, "hf", source, new, *check, tmp_path / "none"
+    )
+    assert not new.exists()
+
+
+# Progress.
+
+
+def lines(steps, seconds) -> list[str]:
+    """What is printed where there is no terminal, for steps that come at these times."""
+    out, times = io.StringIO(), iter(seconds)
+    with Display(Console(file=out), lambda: next(times)) as display:
+        for step in steps:
+            display(*step)
+    return out.getvalue().splitlines()
+
+
+def test_plain_lines_tell_bytes_rate_and_remaining_time():
+    steps = [("Writing", done, 1000) for done in (0, 250, 500, 1000)]
+    assert lines(steps, [0, 5, 10, 20]) == [
+        "Writing: 0.0 B of 1.0 kB",
+        "Writing: 250.0 B of 1.0 kB, 50.0 B/s, 15 s left",
+        "Writing: 500.0 B of 1.0 kB, 50.0 B/s, 10 s left",
+        "Writing: 1.0 kB of 1.0 kB, 50.0 B/s",
+    ]
+
+
+def test_plain_lines_do_not_count_what_was_there_before():
+    steps = [("Writing", 900, 1000), ("Writing", 950, 1000)]
+    assert lines(steps, [0, 30])[1] == "Writing: 950.0 B of 1.0 kB, 1.7 B/s, 30 s left"
+
+
+def test_plain_lines_are_few():
+    """Every tenth, or half a minute; but never two in two seconds."""
+    steps = [("Writing", done, 10_000) for done in range(10_001)]
+    fast, slow = (lines(steps, [n * step for n in range(10_001)]) for step in (0.001, 1))
+    assert len(fast) == 6 and len(slow) == 10_000 // 30 + 2
+    medium = lines(steps, [n * 0.01 for n in range(10_001)])
+    assert len(medium) == 11
+
+
+def test_phases_follow_one_another():
+    steps = [("Writing", 5, 5), ("Verifying", 0, 5), ("Verifying", 5, 5), ("Verifying", 5, 5)]
+    assert lines(steps, range(4)) == [
+        "Writing: 5.0 B of 5.0 B",
+        "Verifying: 0.0 B of 5.0 B",
+        "Verifying: 5.0 B of 5.0 B, 5.0 B/s",
+    ]
+
+
+def test_units():
+    sizes = [bytes_text(n) for n in (0, 999, 1000, 141_107_412_992, 5e15)]
+    assert sizes == ["0.0 B", "999.0 B", "1.0 kB", "141.1 GB", "5000.0 TB"]
+    times = [duration_text(s) for s in (0.4, 59.4, 59.6, 725, 3600, 11240)]
+    assert times == ["0 s", "59 s", "1:00 min", "12:05 min", "1:00:00 h", "3:07:20 h"]
+
+
+def test_bars_on_a_terminal(source, tmp_path):
+    screen, terminal = pty.openpty()
+    process = start("hf", source, tmp_path / "new", stderr=terminal)
+    os.close(terminal)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(screen, 4096)
+        except OSError:  # the other end is closed
+            break
+    out, _ = process.communicate()
+    os.close(screen)
+    assert process.returncode == 0 and "is whole" in out
+    text = shown.decode()
+    assert "\x1b[" in text, "it moves"
+    for phase in ("Writing", "Verifying"):
+        assert re.search(rf"{phase}.*141\.8/141\.8 kB", text)
+    assert Path(tmp_path / "new" / MANIFEST).is_file()

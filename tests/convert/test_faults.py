@@ -1,0 +1,252 @@
+"""What can go wrong with a source or a destination: one sentence each, and nothing looks whole."""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import transformers
+
+from convert import conversion
+from convert.task import WORKER_BYTES
+from llama_jax.checkpoint import manifest, open_checkpoint
+from tests.support.conversions import change_weights, convert_to, files, refusal, small_pieces
+from tests.support.tiny_checkpoint import write_checkpoint
+
+NAME = "model.layers.0.mlp.gate_proj.weight"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(autouse=True)
+def pieces():
+    with small_pieces(shard=8000) as patch:
+        yield patch
+
+
+@pytest.fixture
+def hf(tmp_path):
+    write_checkpoint(tmp_path / "hf", num_hidden_layers=1)
+    return tmp_path / "hf"
+
+
+@pytest.fixture
+def new(tmp_path):
+    return tmp_path / "new"
+
+
+def assert_not_whole(path) -> None:
+    """Neither this program nor transformers opens it."""
+    refusal(open_checkpoint, path)
+    with pytest.raises((OSError, ValueError)):
+        transformers.AutoModelForCausalLM.from_pretrained(path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("options", [{}, {"quantize": "int8"}, {"quantize": "int4"},
+                                     {"layout": "huggingface", "dtype": "float32"}])  # fmt: skip
+def test_a_number_that_is_none(tmp_path, new, value, dtype, options):
+    write_checkpoint(tmp_path / "hf", num_hidden_layers=1, dtype=dtype)
+    change_weights(tmp_path / "hf", lambda w: w[NAME].__setitem__((47, 31), value))
+    message = refusal(convert_to, new, tmp_path / "hf", **options)
+    assert f"{NAME} holds NaN or infinity" in message
+    assert_not_whole(new)
+
+
+def test_a_scale_that_is_no_number(hf, tmp_path, new):
+    convert_to(tmp_path / "int8", hf, quantize="int8")
+    scale = tmp_path / "int8/weights/state" / f"{NAME}_scale" / "c/0"
+    scale.write_bytes(np.full(scale.stat().st_size // 4, np.nan, np.float32).tobytes())
+    message = refusal(convert_to, new, tmp_path / "int8", layout="huggingface", quantize="plain")
+    assert f"{NAME}_scale holds NaN or infinity" in message
+
+
+@pytest.mark.parametrize("damage", ["truncated", "twice", "missing", "outside", "two shards"])
+def test_a_source_that_is_not_whole_leaves_no_destination(tmp_path, new, damage):
+    path = tmp_path / "hf"
+    write_checkpoint(path, shard_size="20KB")
+    first, second, *_ = sorted(path.glob("*.safetensors"))
+    index = json.loads((path / INDEX).read_text())
+    if damage == "truncated":
+        second.write_bytes(second.read_bytes()[:-1])
+    elif damage == "twice":
+        text = b'{"a": 1, "a": 2}'
+        first.write_bytes(len(text).to_bytes(8, "little") + text)
+    elif damage == "missing":
+        second.unlink()
+    elif damage == "outside":
+        index["weight_map"][NAME] = "../model.safetensors"
+        (path / INDEX).write_text(json.dumps(index))
+    else:
+        weights = safetensors.torch.load(first.read_bytes())
+        other = safetensors.torch.load(second.read_bytes())
+        safetensors.torch.save_file(other | {next(iter(weights)): torch.zeros(3)}, second)
+    what = {
+        "truncated": "is truncated",
+        "twice": "appears twice",
+        "missing": f"names files that are not there: {second.name}",
+        "outside": "names files outside its directory: ../model.safetensors",
+        "two shards": f"{second.name} also holds",
+    }
+    assert what[damage] in refusal(convert_to, new, path)
+    assert not new.exists()
+
+
+def test_a_destination_that_cannot_be(hf, tmp_path, new):
+    before = files(hf)
+    for inside in (hf, hf / "new", hf / "a" / ".." / "b", tmp_path / "x" / ".." / "hf"):
+        assert "lies inside the source" in refusal(convert_to, inside, hf)
+    (tmp_path / "link").symlink_to(hf)
+    assert "lies inside the source" in refusal(convert_to, tmp_path / "link" / "new", hf)
+    (tmp_path / "file").write_text("mine")
+    assert "is a file" in refusal(convert_to, tmp_path / "file", hf)
+    assert "file" in refusal(convert_to, tmp_path / "file" / "new", hf)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("precious")
+    for resume in (False, True):
+        assert "is not empty" in refusal(convert_to, tmp_path / "full", hf, resume=resume)
+    assert files(tmp_path / "full") == {"mine": b"precious"}
+    assert files(hf) == before
+    convert_to(new, hf)
+    whole = files(new)
+    assert "holds a whole checkpoint already" in refusal(convert_to, new, hf)
+    assert files(new) == whole
+
+
+def test_too_little_memory(hf, new):
+    message = refusal(convert_to, new, hf, max_memory=WORKER_BYTES - 1)
+    assert "at least 64 MiB" in message
+    assert not new.exists()
+
+
+def test_free_space_is_checked_first(hf, new, tmp_path, pieces):
+    usage = namedtuple("usage", "total used free")
+    size = sum(f.stat().st_size for f in hf.glob("*.safetensors"))
+    pieces.setattr(conversion.shutil, "disk_usage", lambda path: usage(0, 0, size // 2))
+    message = refusal(convert_to, new / "deep", hf)
+    assert "0.0 GB free" in message and "make room" in message
+    assert not new.exists()
+    new.mkdir()
+    refusal(convert_to, new, hf)
+    assert not list(new.iterdir())
+
+
+def test_what_is_there_already_needs_no_space(hf, new, pieces):
+    """On resuming, only what is still to be written; halves are given back first."""
+
+    def progress(phase, done, total):
+        if done > total * 0.7:
+            raise InterruptedError
+
+    with contextlib.suppress(InterruptedError, ValueError):
+        convert_to(new, hf, progress)
+    asked = []
+
+    def disk_usage(path):
+        asked.append([*new.rglob("*.part")])
+        return namedtuple("usage", "total used free")(0, 0, 25_000)
+
+    pieces.setattr(conversion.shutil, "disk_usage", disk_usage)
+    report = convert_to(new, hf, resume=True)
+    assert report.bytes - report.resumed < 25_000 < report.bytes
+    assert asked == [[]]
+
+
+@pytest.mark.parametrize("layout", ["orbax", "huggingface"])
+@pytest.mark.parametrize("stage", ["weights", "index", "config", "manifest"])
+def test_a_full_disk(hf, new, tmp_path, layout, stage):
+    """The system itself says so: a file that is about to be written leads to a full device."""
+    convert_to(tmp_path / "whole", hf, layout="huggingface")
+    shard = sorted((tmp_path / "whole").glob("*.safetensors"))[2].name
+    names = {
+        "weights": ["weights/state/model.norm.weight/c/0.part", f"{shard}.part"],
+        "index": ["weights/state/_METADATA", INDEX],
+        "config": ["config.json"] * 2,
+        "manifest": ["llama_jax.json.part"] * 2,
+    }
+    file = new / names[stage][layout == "huggingface"]
+
+    def progress(phase, done, total):
+        if not file.is_symlink():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.symlink_to("/dev/full")
+
+    message = refusal(convert_to, new, hf, progress, layout=layout)
+    assert message == (
+        f"The disk of {new} is full: make room, and run the same command again with --resume."
+    )
+    refusal(open_checkpoint, new)
+    if stage != "manifest":  # until then others cannot open it either
+        assert_not_whole(new)
+    if not file.name.endswith(".part"):
+        file.unlink()
+    convert_to(new, hf, layout=layout, resume=True)
+    open_checkpoint(new).close()
+
+
+def test_a_target_that_may_not_be_written(pieces):
+    with tempfile.TemporaryDirectory() as name:  # where another user may go
+        path = Path(name)
+        write_checkpoint(path / "hf", num_hidden_layers=1)
+        (path / "locked").mkdir(mode=0o555)
+        for readable in (path, path / "hf", *(path / "hf").iterdir()):
+            readable.chmod(0o755)
+        with as_somebody_else():
+            message = refusal(convert_to, path / "locked" / "new", path / "hf")
+            assert message == f"{path}/locked/new cannot be used: Permission denied."
+            assert "Permission denied" in refusal(convert_to, path / "locked", path / "hf")
+        assert not list((path / "locked").iterdir())
+
+
+@contextlib.contextmanager
+def as_somebody_else():
+    """The superuser may write anywhere, so for these tests it is nobody."""
+    own = os.geteuid()
+    if own == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(own)
+
+
+@pytest.mark.parametrize("layout", ["orbax", "huggingface"])
+def test_bytes_that_the_disk_changed_are_found_before_all_is_declared_whole(
+    hf, new, pieces, layout
+):
+    finish = conversion.LAYOUTS[layout][0].finish
+
+    def flip(directory, weights):
+        finish(directory, weights)
+        file = max(directory.rglob("*.safetensors" if layout == "huggingface" else "0"),
+                   key=lambda f: f.stat().st_size if f.is_file() else 0)  # fmt: skip
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+
+    pieces.setattr(conversion.LAYOUTS[layout][0], "finish", flip)
+    message = refusal(convert_to, new, hf, layout=layout)
+    assert "is not what its source is" in message and "differs, first at [" in message
+    assert_not_whole(new)
+
+
+def test_everything_is_on_the_disk_before_it_is_called_whole(hf, new, pieces):
+    """Each file and each directory, the manifest last; and the weights before config.json."""
+    synced = []
+
+    def fsync(handle):
+        synced.append(os.path.relpath(os.readlink(f"/proc/self/fd/{handle}"), new))
+
+    pieces.setattr(os, "fsync", fsync)
+    convert_to(new, hf)
+    everything = {str(file.relative_to(new)) for file in new.rglob("*")} - {manifest.MANIFEST}
+    assert everything < set(synced)
+    assert synced[-2:] == [f"{manifest.MANIFEST}.part", "."]
+    chunks = {name for name in everything if "/c/" in name}
+    assert chunks <= set(synced[: synced.index("config.json")])

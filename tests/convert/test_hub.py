@@ -1,0 +1,222 @@
+"""Names of models instead of directories: the library of the Hub, and a server of our own."""
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from convert.hub import local_directory
+from llama_jax.checkpoint import open_checkpoint
+from tests.support.conversions import load_weights
+from tests.support.meta_checkpoint import meta_weights, shard, write_meta
+from tests.support.paths import ROOT
+from tests.support.tiny_checkpoint import bits, read, write_checkpoint
+from tests.support.tiny_tokenizer import make_tokenizer
+
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
+class Hub:
+    """A server with the model `owner/model`.
+
+    Attributes:
+      address: where it listens.
+      asked: paths of files that were asked for.
+      refusals: path of a file → status and the code by which the Hub says why.
+    """
+
+    def __init__(self, repository: Path):
+        self.repository = repository
+        self.asked: set[str] = set()
+        self.refusals: dict[str, tuple[int, str]] = {}
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                status, headers, body = hub.answer(self.path.split("?")[0])
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server.server_port}"
+
+    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
+        files = {
+            str(file.relative_to(self.repository)): file.read_bytes()
+            for file in self.repository.rglob("*")
+            if file.is_file()
+        }
+        oid = {name: hashlib.sha1(data).hexdigest() for name, data in files.items()}
+        if path.startswith("/api/models/owner/model/revision/"):
+            return 200, {}, json.dumps({"id": "owner/model", "sha": COMMIT}).encode()
+        if path == f"/api/models/owner/model/tree/{COMMIT}":
+            tree = [
+                {"type": "file", "path": name, "size": len(data), "oid": oid[name]}
+                for name, data in files.items()
+            ]
+            return 200, {}, json.dumps(tree).encode()
+        if path.startswith(prefix := f"/owner/model/resolve/{COMMIT}/"):
+            name = path.removeprefix(prefix)
+            self.asked.add(name)
+            if name in self.refusals:
+                status, code = self.refusals[name]
+                return status, {"X-Error-Code": code}, b"no"
+            headers = {"ETag": f'"{oid[name]}"', "X-Repo-Commit": COMMIT}
+            return 200, headers, files[name]
+        return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        thread = threading.Thread(target=self.server.serve_forever)
+        thread.start()
+        try:
+            yield
+        finally:
+            self.server.shutdown()
+            thread.join()
+            self.server.server_close()
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A model as Meta publishes it, with what nobody here needs."""
+    path = tmp_path_factory.mktemp("repository")
+    write_checkpoint(path, dtype="bfloat16", vocab_size=600, shard_size="50KB")
+    make_tokenizer(path)
+    write_meta(path / "original", shard(meta_weights(), 1))
+    for name in ("pytorch_model.bin", "consolidated.pth", "onnx/model.safetensors", "README.md"):
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_text("something else")
+    (path / "LICENSE").write_text("the licence")
+    return path
+
+
+@pytest.fixture
+def hub(repository):
+    hub = Hub(repository)
+    with hub.serving():
+        yield hub
+
+
+def run(hub_address, folder, *arguments) -> tuple[int, str, str]:
+    """`python -m convert` with a Hub of its own and without a cache from elsewhere."""
+    kept = {name: v for name, v in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    env = kept | {
+        "HF_ENDPOINT": hub_address,
+        "HF_HOME": str(folder / "cache"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    command = [sys.executable, "-m", "convert", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def failure(hub_address, folder, *arguments) -> str:
+    """The only sentence that is printed."""
+    code, out, err = run(hub_address, folder, *arguments, folder / "new")
+    message = err.splitlines()[-1]
+    assert (code, out) == (1, "") and "Traceback" not in err
+    assert message.startswith("error: ") and message.endswith(".")
+    assert not (folder / "new").exists()
+    return message
+
+
+def test_a_model_is_fetched_and_converted(hub, repository, tmp_path):
+    code, out, err = run(hub.address, tmp_path, "hf", "owner/model", tmp_path / "new", "--json")
+    assert code == 0, err
+    assert json.loads(out)["source"] == "owner/model"
+    assert "Fetching: " in err and "it/s" not in err
+    shards = {file.name for file in repository.glob("model-*")}
+    assert len(shards) > 1
+    assert hub.asked == shards | {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "LICENSE",
+    }
+    reader = open_checkpoint(tmp_path / "new")
+    originals = {name: bits(tensor) for name, tensor in load_weights(repository).items()}
+    assert {name: bits(read(reader, name)) for name in reader.tensors} == originals
+    assert run(hub.address, tmp_path, "verify", "owner/model", tmp_path / "new")[0] == 0
+
+
+def test_only_the_release_of_meta_is_fetched(hub, tmp_path):
+    assert run(hub.address, tmp_path, "meta", "owner/model", tmp_path / "new")[0] == 0
+    assert hub.asked == {f"original/{name}" for name in
+                         ("consolidated.00.pth", "params.json", "tokenizer.model")}  # fmt: skip
+    assert open_checkpoint(tmp_path / "new").config.embed_dim == 128
+
+
+def test_what_was_fetched_is_not_fetched_again(hub, tmp_path):
+    assert run(hub.address, tmp_path, "hf", "owner/model", tmp_path / "new")[0] == 0
+    hub.asked.clear()
+    assert run(hub.address, tmp_path, "hf", "owner/model", tmp_path / "newer")[0] == 0
+    assert not hub.asked
+
+
+def test_a_name_that_nobody_has(hub, tmp_path):
+    message = failure(hub.address, tmp_path, "hf", "owner/other")
+    assert "neither a directory owner/other nor a model of this name" in message
+    assert "`hf auth login`" in message
+
+
+def test_a_model_behind_a_licence(hub, tmp_path):
+    hub.refusals["config.json"] = (403, "GatedRepo")
+    message = failure(hub.address, tmp_path, "hf", "owner/model")
+    assert "accepted its licence: do so at https://huggingface.co/owner/model" in message
+    assert "HF_TOKEN" in message
+
+
+def test_without_a_network(tmp_path):
+    with socket.socket() as taken:  # nobody listens there
+        taken.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        message = failure(address, tmp_path, "hf", "owner/model")
+        assert "Hub cannot be reached" in message
+        assert "`hf download owner/model --local-dir DIR`" in message
+        message = failure(address, tmp_path, "meta", "owner/model")
+        assert "`hf download owner/model --include 'original/*' --local-dir DIR`" in message
+
+
+def test_a_server_that_fails(hub, tmp_path):
+    hub.refusals["config.json"] = (410, "Gone")
+    message = failure(hub.address, tmp_path, "hf", "owner/model")
+    assert "could not be fetched" in message and "410" in message
+
+
+def test_a_repository_without_such_a_layout(tmp_path):
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository" / "config.json").write_text("{}")
+    hub = Hub(tmp_path / "repository")
+    with hub.serving():
+        message = failure(hub.address, tmp_path, "meta", "owner/model")
+    assert "has no weights in the form of Meta's release" in message
+
+
+def test_a_directory_is_never_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # importing it would fail
+    monkeypatch.chdir(tmp_path)
+    Path("owner/model").mkdir(parents=True)
+    for name in ("owner/model", "./owner/none", "/owner/none", "a/b/c", "none"):
+        assert local_directory(name, "hf", print) == Path(name)

@@ -1,0 +1,290 @@
+"""The engine in this process, on a tiny checkpoint and 4 × 2 virtual devices."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import msgspec
+import numpy as np
+import pytest
+
+from bench.hlo import count_ops
+from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.core import Engine
+from llama_jax.engine.errors import QueueFull, RequestError
+from llama_jax.engine.options import EngineOptions
+from llama_jax.engine.sizing import SizingError
+from sharding.mesh import MeshError
+from tests.support.reference import make_model, reference_logits, save_model
+
+VOCAB, EMBED, MLP, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 250, 32, 48, 4, 2, 8, 6
+EOS = VOCAB - 1
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(
+        vocab_size=VOCAB,
+        embed_dim=EMBED,
+        mlp_dim=MLP,
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        num_layers=LAYERS,
+    )
+
+
+@pytest.fixture(scope="module")
+def path(model, tmp_path_factory):
+    return save_model(model, tmp_path_factory.mktemp("engine") / "tiny-llama")
+
+
+def options_for(path, **changes) -> EngineOptions:
+    sizes = dict(mesh="4x2", max_num_seqs=4, max_queue=3, max_chunk=64, page_size=8)
+    return EngineOptions(path=str(path), **(sizes | {"kv_cache_memory": 1 << 16} | changes))
+
+
+@pytest.fixture(scope="module")
+def progress():
+    return []
+
+
+@pytest.fixture(scope="module")
+def engine(path, progress, tmp_path_factory):
+    # Not the user's own compile cache.
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    return Engine(options_for(path), progress.append)
+
+
+@pytest.fixture
+def idle(engine):
+    """The engine, with nothing left over from another test."""
+    yield engine
+    for request_id in list(engine.loop.scheduler._sequences):
+        engine.abort(request_id)
+    while engine.has_work:
+        engine.step()
+
+
+def run(engine: Engine) -> dict[int, list]:
+    """Outputs by request, until there is nothing left to do."""
+    outputs: dict[int, list] = {}
+    while engine.has_work:
+        for output in engine.step():
+            outputs.setdefault(output.request_id, []).append(output)
+    return outputs
+
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+
+
+def test_greedy_answers_are_those_of_transformers(idle, model):
+    prompts = {1: [5, 6, 7], 2: list(range(90)), 3: [9]}
+    for request_id, prompt in prompts.items():
+        idle.add(request_id, prompt, GREEDY)
+    outputs = run(idle)
+    for request_id, prompt in prompts.items():
+        tokens = [output.token for output in outputs[request_id]]
+        assert [o.finish_reason for o in outputs[request_id]] == [None] * 7 + ["length"]
+        logits = reference_logits(model, prompt + tokens)[len(prompt) - 1 : -1]
+        assert (logits.max(axis=1) - logits[np.arange(8), tokens] < 1e-3).all()
+
+
+def test_what_the_engine_says_of_itself(engine, path):
+    info = engine.info
+    assert (info.model, info.mesh, info.platform, info.dtype) == (
+        "tiny-llama", "4x2", "cpu", "float32",
+    )  # fmt: skip
+    assert (info.vocab_size, info.max_num_seqs, info.page_size) == (VOCAB, 4, 8)
+    assert info.num_programs == 2  # one row; no chunk, or one of 64
+    assert info.load_seconds > 0 and info.compile_seconds > 0
+
+    # Six layers on four stages: two positions each, and the last two stages pad one.
+    assert [d.layers for d in info.devices] == [[0, 1]] * 2 + [[2, 3]] * 2 + [[4]] * 2 + [[5]] * 2
+    assert [(d.stage, d.rank) for d in info.devices] == [(s, r) for s in range(4) for r in range(2)]
+    heads, kv_heads, mlp = HEADS // 2, KV_HEADS // 2, MLP // 2
+    layer = EMBED * HEAD_DIM * 2 * (heads + kv_heads) + 3 * EMBED * mlp + 2 * EMBED
+    vocabulary = 2 * EMBED * (256 // 8)  # 250 padded, embedding and head, over all eight
+    assert {d.weight_bytes for d in info.devices} == {4 * (2 * layer + vocabulary + EMBED)}
+
+    page = 2 * 2 * kv_heads * 8 * HEAD_DIM * 4  # two layers, keys and values, float32
+    assert info.num_pages == (1 << 16) // page
+    assert {d.kv_bytes for d in info.devices} == {info.num_pages * page}
+    assert info.max_model_len == min(512, info.num_pages * 8)
+
+
+def test_progress_is_told_as_it_is_made(engine, progress):
+    phases = [p.phase for p in progress]
+    assert phases == sorted(phases, key=("loading", "compiling").index)
+    for phase in ("loading", "compiling"):
+        steps = [p for p in progress if p.phase == phase]
+        assert [p.done for p in steps] == sorted(p.done for p in steps)
+        assert steps[-1].done == steps[-1].total > 0
+
+
+def test_a_program_can_be_read_without_touching_it(idle):
+    executor = idle.loop.executor
+    text = {
+        bucket: executor.lowered(bucket).compile().as_text() for bucket in executor.limits.buckets()
+    }
+    for bucket, program in text.items():
+        counts = count_ops(program)
+        # Six layers on four stages: two positions each, two all-reduces a layer, two beside.
+        assert counts["all-reduce"] == 2 * 2 + 2 and counts["collective-permute"] == 1
+        assert f"f32[{bucket.rows + bucket.chunk},{EMBED}]" in program
+    before = idle.stats().compilations
+    idle.add(1, [5, 6, 7], SamplingParams(temperature=0, max_tokens=3))
+    assert len(run(idle)[1]) == 3
+    assert idle.stats().compilations == before
+
+
+def test_counters_and_gauges(idle):
+    before = idle.stats()
+    for request_id, length in enumerate((3, 20, 70)):
+        idle.add(request_id, list(range(length)), GREEDY)
+    queued = idle.stats()
+    assert (queued.num_running, queued.num_waiting) == (0, 3)
+    idle.step()
+    running = idle.stats()
+    assert running.num_running > 0 and running.pages_free < running.pages_total
+    run(idle)
+    after = idle.stats()
+    assert (after.num_running, after.num_waiting) == (0, 0)
+    assert after.pages_free == after.pages_total == idle.info.num_pages
+    assert after.prompt_tokens - before.prompt_tokens == 93
+    assert after.generation_tokens - before.generation_tokens == 24
+    ticks = after.ticks - before.ticks
+    assert after.stage_ticks - before.stage_ticks == 4 * ticks > 0
+    assert 0 < after.stage_ticks_busy - before.stage_ticks_busy <= 4 * ticks
+    # Each token but the last of an answer goes through all stages once.
+    used = after.token_slots_used - before.token_slots_used
+    assert used == 4 * (93 + 24 - 3) <= after.token_slots - before.token_slots
+    assert after.compilations == before.compilations
+    assert after.tick_seconds > after.host_seconds > 0
+
+
+def test_an_aborted_request_says_nothing_more_and_frees_its_pages(idle):
+    idle.add(1, [1, 2, 3], SamplingParams(temperature=0, max_tokens=100))
+    idle.add(2, [4, 5], GREEDY)
+    for _ in range(12):
+        idle.step()
+    idle.abort(1)
+    assert {output for output in run(idle)} == {2}
+    assert idle.stats().pages_free == idle.info.num_pages
+
+
+def first_greedy_token(engine: Engine, prompt: list[int]) -> int:
+    engine.add(99, prompt, SamplingParams(temperature=0, max_tokens=1))
+    return run(engine)[99][0].token
+
+
+def test_stop_tokens_end_an_answer(idle):
+    token = first_greedy_token(idle, [1, 2, 3])
+    idle.add(1, [1, 2, 3], SamplingParams(temperature=0, stop_token_ids=(token,), ignore_eos=True))
+    (output,) = run(idle)[1]
+    assert (output.token, output.finish_reason) == (token, "stop")
+
+
+def test_eos_ends_an_answer_unless_it_is_ignored(idle, monkeypatch):
+    token = first_greedy_token(idle, [1, 2, 3])
+    assert idle._stop_ids == {EOS}  # from the checkpoint's config
+    monkeypatch.setattr(idle, "_stop_ids", frozenset([token]))
+    idle.add(1, [1, 2, 3], GREEDY)
+    idle.add(2, [1, 2, 3], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
+    outputs = run(idle)
+    assert [o.finish_reason for o in outputs[1]] == ["stop"]
+    assert len(outputs[2]) == 8 and outputs[2][-1].finish_reason == "length"
+
+
+def test_a_seed_fixes_the_answer_and_no_seed_does_not(idle):
+    def draw(seed) -> list[int]:
+        params = SamplingParams(temperature=2.0, max_tokens=20, seed=seed, ignore_eos=True)
+        idle.add(1, [1, 2, 3], params)
+        return [output.token for output in run(idle)[1]]
+
+    assert draw(7) == draw(7) != draw(8)
+    assert draw(None) != draw(None)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([1, VOCAB], {}, f"Token id {VOCAB} is not in \\[0, {VOCAB}\\)"),
+        ([-1], {}, "Token id -1 is not in"),
+        ([1], {"stop_token_ids": (VOCAB,)}, f"Token id {VOCAB} is not in"),
+        ([], {}, "prompt is empty"),
+        ([1] * 512, {}, "The prompt has 512 tokens, and the context of 512"),
+        ([1], {"temperature": -1.0}, "temperature must be in"),
+        ([1], {"max_tokens": 0}, "max_tokens must be at least 1"),
+        ([1], {"top_p": 0.0}, "top_p must be"),
+    ],
+)
+def test_bad_requests_are_refused_and_the_engine_goes_on(idle, prompt, params, message):
+    with pytest.raises(RequestError, match=message):
+        idle.add(1, prompt, SamplingParams(**params))
+    assert not idle.has_work
+    idle.add(1, [1], GREEDY)
+    assert len(run(idle)[1]) == 8
+
+
+def test_the_queue_is_bounded(idle):
+    for request_id in range(4 + 3):  # those that can run, and those that may wait
+        idle.add(request_id, [1], GREEDY)
+    with pytest.raises(QueueFull):
+        idle.add(7, [1], GREEDY)
+    assert set(run(idle)) == set(range(7))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"mesh": "4by2"}, MeshError, 'written "stages x ranks"'),
+        ({"mesh": "8x2"}, MeshError, "needs 16 devices and JAX has already started with 8"),
+        ({"mesh": "1x4"}, ValueError, "4 tensor-parallel ranks do not divide the 2 KV heads"),
+        ({"dtype": "int8"}, ValueError, "int8"),
+        ({"page_size": 0}, SizingError, "page_size must be at least 1"),
+        ({"max_model_len": 10_000}, SizingError, "max_model_len must be between 2 and"),
+        ({"kv_cache_memory": 4000, "max_model_len": 256}, SizingError, "raise kv_cache_memory"),
+        ({"path": "/nowhere/at/all"}, ValueError, "/nowhere/at/all"),
+    ],
+)
+def test_options_that_do_not_work(engine, path, changes, error, message):
+    told = []
+    with pytest.raises(error, match=message) as caught:
+        Engine(msgspec.structs.replace(options_for(path), **changes), told.append)
+    assert "\n" not in str(caught.value)
+    assert not any(p.phase == "compiling" for p in told)
+
+
+SECOND_START = """
+import collections, json, sys
+import jax
+hits = collections.Counter()
+jax.monitoring.register_event_listener(lambda event, **_: hits.update([event]))
+from llama_jax.engine.core import Engine
+from llama_jax.engine.options import EngineOptions
+Engine(EngineOptions(path=sys.argv[1], mesh="1x2", max_num_seqs=1, max_chunk=64))
+print(json.dumps({
+    "directory": jax.config.jax_compilation_cache_dir,
+    "hits": hits["/jax/compilation_cache/cache_hits"],
+    "misses": hits["/jax/compilation_cache/cache_misses"],
+}))
+"""
+
+
+def test_the_second_start_compiles_nothing_anew(path, tmp_path, monkeypatch):
+    """However fast a program compiled: JAX by itself keeps only those that took a second."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+
+    def start() -> dict:
+        command = [sys.executable, "-c", SECOND_START, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    first, second = start(), start()
+    assert list((tmp_path / "llama-jax" / "xla").iterdir())
+    assert first["directory"] is None  # the setting is again what it was
+    assert first["misses"] >= 4  # two steps, and the sampler for each
+    assert second["misses"] == 0 and second["hits"] >= first["misses"]

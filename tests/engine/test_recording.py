@@ -1,0 +1,216 @@
+"""What was recorded of a run, against a ring that is kept by hand."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.recording import PacketRecord, Recording, record
+from llama_jax.engine.scheduler import Packet, Scheduler
+from llama_jax.engine.tick_loop import TickLoop
+from llama_jax.ring.sizes import Limits
+from tests.engine.test_tick_loop import STAGES, make_limits, make_loop, make_requests, run
+from tests.support.mock_executor import MockExecutor
+from tests.support.scheduler_trial import Trial
+
+
+def plain(packet: Packet) -> PacketRecord:
+    """A packet as it is when it enters, read segment by segment."""
+    rows, tiles = [], []
+    for segment in packet.rows + packet.tiles:
+        if segment.tokens is None:
+            rows.append(segment.sequence.request_id)
+        else:
+            tiles.append((segment.sequence.request_id, len(segment.tokens)))
+    return PacketRecord(tuple(rows), tuple(tiles))
+
+
+def spy(loop: TickLoop) -> list[PacketRecord]:
+    """A list that grows by what enters in each tick, as the scheduler says it."""
+    entered: list[PacketRecord] = []
+    original = loop.scheduler.schedule
+
+    def schedule() -> Packet:
+        packet = original()
+        entered.append(plain(packet))
+        return packet
+
+    loop.scheduler.schedule = schedule  # type: ignore[method-assign]
+    return entered
+
+
+def ring_by_hand(entered: list[PacketRecord], stages: int) -> list[list[PacketRecord]]:
+    """For each tick what is with each stage: everything moves on by one, then one enters."""
+    at = [PacketRecord()] * stages
+    history = []
+    for packet in entered:
+        for stage in reversed(range(1, stages)):
+            at[stage] = at[stage - 1]
+        at[0] = packet
+        history.append(list(at))
+    return history
+
+
+def as_table(recording: Recording) -> list[list[PacketRecord]]:
+    stages = range(recording.num_stages)
+    return [[recording.holds(s, t) for s in stages] for t in range(len(recording.ticks))]
+
+
+@pytest.mark.parametrize("late", [0, 3])
+@pytest.mark.parametrize("stages", STAGES)
+def test_every_stage_holds_what_a_ring_by_hand_says(stages, late):
+    loop = make_loop(stages, late)
+    entered = spy(loop)
+    with record(loop) as recording:
+        run(loop, make_requests(25, seed=stages))
+    table = ring_by_hand(entered, stages)
+    assert as_table(recording) == table and len(table) == loop.ticks
+    busy = sum(bool(packet) for at in table for packet in at)
+    assert recording.busy_share() == busy / (loop.ticks * stages)
+    assert busy == loop.stage_ticks_busy
+    first = table[3:9]
+    part = sum(bool(packet) for at in first for packet in at) / (6 * stages)
+    assert recording.busy_share(slice(3, 9)) == part
+    assert sorted(recording.request_ids) == list(range(25))
+    tokens = sum(tick.packet.chunk_tokens + len(tick.packet.rows) for tick in recording.ticks)
+    assert loop.token_slots_used == sum(
+        sum(packet.tokens_by_request.values()) for at in table for packet in at
+    )
+    assert tokens == sum(sum(packet.tokens_by_request.values()) for packet in entered)
+
+
+@pytest.mark.parametrize("stages", STAGES)
+def test_it_says_the_same_as_a_scheduler_that_is_driven_by_hand(stages):
+    """`Trial` keeps a ring of its own; the same requests go through both."""
+    limits = make_limits(stages)
+    trial = Trial(limits, stages)
+    scheduler = Scheduler(limits, stages, max_queue=100)
+    loop = TickLoop(scheduler, MockExecutor(limits, stages), 0)  # type: ignore[arg-type]
+    with record(loop) as recording:
+        for request_id, _, prompt, params, _ in make_requests(12, seed=3):
+            params = SamplingParams(temperature=0, max_tokens=params.max_tokens)
+            for one in (trial.scheduler, scheduler):
+                one.add(request_id, prompt, params, max_model_len=64, seed=0, stop_ids=frozenset())
+            trial.tokens[request_id] = []
+            trial.step(), loop.step()
+            ring = [plain(packet) for packet in reversed(trial.ring)]  # the last entered first
+            assert as_table(recording)[-1] == ring
+
+
+@pytest.mark.parametrize("stages", STAGES)
+def test_a_recording_may_begin_and_end_while_requests_run(stages):
+    loop = make_loop(stages, late=1)
+    entered = spy(loop)
+    parts: list = []
+
+    def step_in():
+        if loop.ticks == 11 and not parts:
+            parts.append(record(loop))
+            parts.append(parts[0].__enter__())
+        elif loop.ticks == 30 and len(parts) == 2:
+            parts.append(parts[0].__exit__(None, None, None))
+
+    run(loop, make_requests(25, seed=5), step_in)
+    recording = parts[1]
+    table = ring_by_hand(entered, stages)
+    assert [tick.number for tick in recording.ticks] == list(range(11, 30))
+    assert as_table(recording) == table[11:30] and loop.ticks > 30
+    assert any(table[11][stages - 1 :])  # what entered before is there too
+    assert len(recording.before) == stages - 1
+    for index, tick in enumerate(range(11, 30)):
+        for stage in range(stages):
+            assert recording.microbatch(stage, index) == (tick - stage) % stages
+
+
+def test_pages_and_queue_are_those_of_the_scheduler_after_each_step():
+    """A pool so small that requests are preempted and wait."""
+    limits = Limits(
+        num_slots=4,
+        num_pages=13,
+        page_size=4,
+        pages_per_sequence=12,
+        row_buckets=(2,),
+        chunk_buckets=(0, 8),
+        tile=4,
+    )
+    scheduler = Scheduler(limits, 2, max_queue=100)
+    loop = TickLoop(scheduler, MockExecutor(limits, 2), 0)  # type: ignore[arg-type]
+    for request_id in range(8):
+        params = SamplingParams(temperature=0, max_tokens=12)
+        scheduler.add(request_id, [20] * 14, params, max_model_len=40, seed=0, stop_ids=frozenset())
+    with record(loop) as recording:
+        while loop.has_work:
+            loop.step()
+            # Who has a slot has the pages of the tokens that it has sent, and no more.
+            live = [s for s in scheduler._sequences.values() if s.slot is not None]
+            held = {s.request_id: -(-s.next_position // 4) for s in live}
+            tick = recording.ticks[-1]
+            assert tick.pages == held
+            assert (tick.pages_free, tick.pages_total) == (scheduler.pool.num_free, 13)
+            assert tick.num_waiting == len(scheduler.waiting)
+    assert scheduler.num_preemptions > 0
+    for tick in recording.ticks:
+        assert sum(tick.pages.values()) + tick.pages_free == 13
+    assert min(tick.pages_free for tick in recording.ticks) <= 1
+    assert recording.ticks[-1].pages == {}
+    assert recording.ticks[0].num_waiting > recording.ticks[-1].num_waiting == 0
+
+
+def test_times_follow_one_another():
+    loop = make_loop(2, late=0)
+    before = time.perf_counter()
+    with record(loop) as recording:
+        run(loop, make_requests(5, seed=1))
+    whole = time.perf_counter() - before
+    ends = 0.0
+    for tick in recording.ticks:
+        assert tick.start >= ends and tick.seconds > 0
+        ends = tick.start + tick.seconds
+    assert ends <= whole
+    # Steps in which there is nothing to dispatch are in the loop's time, and are no ticks.
+    assert sum(tick.seconds for tick in recording.ticks) <= loop.seconds + 1e-9
+
+
+def test_two_may_record_at_once_and_nobody_afterwards():
+    loop = make_loop(2, late=0)
+    with record(SimpleNamespace(loop=loop)) as outer:  # an Engine
+        run(loop, make_requests(3, seed=1))
+        half = len(outer.ticks)
+        with record(SimpleNamespace(engine=SimpleNamespace(loop=loop))) as inner:  # an LLM
+            run(loop, [(9, 0, [20], SamplingParams(max_tokens=4), 0)])
+    assert outer.ticks[half].number == inner.ticks[0].number
+    assert len(outer.ticks) - half == len(inner.ticks) > 0
+    run(loop, [(10, 0, [20], SamplingParams(max_tokens=4), 0)])
+    assert loop.ticks > outer.ticks[-1].number + 1 and loop.on_tick == []
+
+
+def test_a_recording_ends_with_an_exception_too():
+    loop = make_loop(1, late=0)
+    with pytest.raises(ZeroDivisionError), record(loop):
+        raise ZeroDivisionError
+    assert loop.on_tick == []
+
+
+def test_an_imagined_recording_is_the_ring_by_hand():
+    entered = [PacketRecord((number,)) if number % 3 else PacketRecord() for number in range(10)]
+    recording = Recording.imagined(3, entered)
+    assert as_table(recording) == ring_by_hand(entered, 3)
+    assert recording.busy_share() == (6 + 6 + 5) / 30  # the last packet has seen one stage only
+    assert not recording.timed
+
+
+def test_what_is_no_engine_is_refused_in_a_sentence():
+    with pytest.raises(ValueError, match=r"^Only an engine in this process .* type str: .*\.$"):
+        record("demo/checkpoint").__enter__()
+
+
+def test_stages_and_ticks_that_are_not_there():
+    empty = Recording(2)
+    assert empty.busy_share() == 0.0 and empty.request_ids == []
+    with pytest.raises(IndexError, match="stages 0 to 1, got 2"):
+        empty.holds(2, 0)
+    with pytest.raises(IndexError, match="0 ticks were recorded"):
+        empty.holds(0, 0)
+    with pytest.raises(IndexError, match="got -1"):
+        empty.holds(-1, 0)

@@ -1,0 +1,180 @@
+"""The step loop over a device that a hand can compute."""
+
+from collections import defaultdict
+
+import numpy as np
+import pytest
+
+from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.scheduler import Scheduler
+from llama_jax.engine.tick_loop import TickLoop
+from llama_jax.ring.sizes import Bucket, Limits
+from tests.support.mock_executor import VOCAB_SIZE, MockExecutor, generate
+
+STAGES = (1, 2, 4)
+LATE = (0, 1, 3, 7)
+
+
+def make_limits(stages: int) -> Limits:
+    return Limits(
+        num_slots=4 * stages,
+        num_pages=60,
+        page_size=4,
+        pages_per_sequence=16,
+        row_buckets=(1, 2, 4),
+        chunk_buckets=(0, 4, 8, 16),
+        tile=4,
+    )
+
+
+def make_loop(stages: int, late: int) -> TickLoop:
+    limits = make_limits(stages)
+    scheduler = Scheduler(limits, stages, max_queue=100)
+    return TickLoop(scheduler, MockExecutor(limits, stages), late)  # type: ignore[arg-type]
+
+
+def make_requests(count: int, seed: int):
+    """(id, tick of arrival, prompt, params, seed): every other one is sampled."""
+    rng = np.random.default_rng(seed)
+    for request_id in range(count):
+        prompt = rng.integers(14, VOCAB_SIZE, rng.integers(1, 30)).tolist()
+        params = SamplingParams(
+            max_tokens=int(rng.integers(1, 20)), temperature=float(request_id % 2)
+        )
+        yield request_id, int(rng.integers(0, 40)), prompt, params, request_id - 5
+
+
+def run(loop: TickLoop, requests, before_each_tick=lambda: None) -> dict[int, list[int]]:
+    tokens: dict[int, list[int]] = defaultdict(list)
+    waiting = sorted(requests, key=lambda request: request[1])
+    tick = 0
+    while waiting or loop.has_work:
+        while waiting and waiting[0][1] <= tick:
+            request_id, _, prompt, params, seed = waiting.pop(0)
+            loop.scheduler.add(
+                request_id, prompt, params, max_model_len=64, seed=seed, stop_ids=frozenset()
+            )
+        before_each_tick()
+        for output in loop.step():
+            tokens[output.request_id].append(output.token)
+        tick += 1
+        assert tick < 5000
+    return tokens
+
+
+@pytest.mark.parametrize("stages", STAGES)
+@pytest.mark.parametrize("late", LATE)
+def test_results_go_to_those_whose_they_are(stages, late):
+    """Slots change hands while results are under way, and some rows are drawn, with a seed each."""
+    loop = make_loop(stages, late)
+    requests = list(make_requests(25, seed=stages))
+    tokens = run(loop, requests)
+    assert loop.scheduler.num_running == 0 and loop.scheduler.pool.num_free == 60
+    for request_id, _, prompt, params, seed in requests:
+        length = len(prompt) + params.max_tokens
+        expected, _ = generate(prompt, length, seed=None if params.greedy else seed)
+        assert tokens[request_id] == expected
+
+
+@pytest.mark.parametrize("late", LATE)
+def test_results_are_read_as_late_as_asked_and_not_later(late):
+    loop = make_loop(2, late)
+    loop.scheduler.add(
+        0, [20] * 3, SamplingParams(max_tokens=1), max_model_len=64, seed=0, stop_ids=frozenset()
+    )
+    ticks = 0
+    while not loop.step():
+        ticks += 1
+    # It leaves the last of two stages in the second tick. When there is nothing to dispatch any
+    # more, whatever is left is read.
+    assert ticks == (1 if late == 0 else 2)
+    assert not loop.has_work and loop.ticks == 2
+
+
+@pytest.mark.parametrize("stages", STAGES)
+def test_the_program_fits_the_largest_packet_in_any_stage(stages):
+    loop = make_loop(stages, late=2)
+    packets = []
+    original = loop.scheduler.schedule
+
+    def schedule():
+        packets.append(original())
+        return packets[-1]
+
+    loop.scheduler.schedule = schedule  # type: ignore[method-assign]
+    run(loop, make_requests(25, seed=7))
+    buckets = loop.executor.buckets
+    assert len(buckets) == len(packets) == loop.ticks
+    for tick, bucket in enumerate(buckets):
+        in_flight = packets[max(0, tick - stages + 1) : tick + 1]
+        rows = max(max(len(p.rows) for p in in_flight), 1)
+        chunk = max(len(p.tiles) for p in in_flight) * 4
+        assert bucket == Bucket(
+            min(size for size in (1, 2, 4) if size >= rows),
+            min(size for size in (0, 4, 8, 16) if size >= chunk),
+        )
+    assert len(set(buckets)) > 4  # it was worth looking at
+
+
+@pytest.mark.parametrize("stages", STAGES)
+def test_counters_say_what_was_dispatched(stages):
+    loop = make_loop(stages, late=1)
+    packets = []
+    original = loop.scheduler.schedule
+
+    def schedule():
+        packets.append(original())
+        return packets[-1]
+
+    loop.scheduler.schedule = schedule  # type: ignore[method-assign]
+    counted = []
+
+    def count():
+        counted.append((loop.stage_ticks_busy, loop.token_slots, loop.token_slots_used))
+
+    run(loop, make_requests(25, seed=9), count)
+    count()
+    busy = slots = used = 0
+    expected = [(0, 0, 0)]
+    for tick, bucket in enumerate(loop.executor.buckets):
+        for stage in range(stages):
+            slots += bucket.rows + bucket.chunk
+            if tick >= stage:
+                packet = packets[tick - stage]
+                tokens = len(packet.rows) + sum(len(tile.tokens) for tile in packet.tiles)
+                used += tokens
+                busy += tokens > 0
+        expected.append((busy, slots, used))
+    # A step that only reads a late result is no tick.
+    assert list(dict.fromkeys(counted)) == expected
+    assert 0 < used < slots and 0 < busy <= loop.ticks * stages
+    assert 0 <= loop.host_seconds <= loop.seconds
+
+
+def test_an_idle_loop_dispatches_nothing():
+    loop = make_loop(4, late=2)
+    assert not loop.has_work and loop.step() == [] and loop.ticks == 0
+
+
+def test_the_ring_is_run_on_until_the_last_packet_has_left():
+    loop = make_loop(4, late=0)
+    loop.scheduler.add(
+        0, [20], SamplingParams(max_tokens=1), max_model_len=64, seed=0, stop_ids=frozenset()
+    )
+    outputs = [loop.step() for _ in range(4)]
+    assert [len(o) for o in outputs] == [0, 0, 0, 1] and not loop.has_work
+
+
+def test_an_aborted_request_leaves_no_work_behind():
+    loop = make_loop(4, late=3)
+    loop.scheduler.add(
+        0, [20] * 9, SamplingParams(), max_model_len=64, seed=0, stop_ids=frozenset()
+    )
+    for _ in range(6):
+        loop.step()
+    loop.scheduler.abort(0)
+    ticks = 0
+    while loop.has_work:
+        assert loop.step() == []
+        ticks += 1
+    assert ticks <= 8

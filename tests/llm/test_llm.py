@@ -1,0 +1,431 @@
+"""The Python API, against an engine whose tokens count up from the prompt (fake_engine.py)."""
+
+import asyncio
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from llama_jax import LLM, SamplingParams
+from llama_jax.engine.errors import EngineDead, EngineStartError
+from llama_jax.engine.messages import Progress
+from tests.support.paths import ROOT
+from tests.support.processes import (
+    FAKE,
+    assert_gone,
+    children,
+    is_running,
+    private_temporary_directory,
+    wait_until,
+)
+from tests.support.tiny_checkpoint import write_checkpoint
+from tests.support.tiny_tokenizer import make_tokenizer
+
+FOREVER = SamplingParams(ignore_eos=True)
+LETTERS = SamplingParams(max_tokens=5)
+StartLLM = Callable[..., LLM]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(path)
+    (path / "generation_config.json").write_text(
+        '{"do_sample": true, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 3]}'
+    )
+    return make_tokenizer(path)
+
+
+@pytest.fixture
+def start(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StartLLM]:
+    """Starts an `LLM` on a fake engine; the mode is in the name of the checkpoint's directory."""
+    with private_temporary_directory(monkeypatch) as directory:
+        monkeypatch.setattr("llama_jax.llm.llm.ENGINE_COMMAND", FAKE)
+        started: list[LLM] = []
+
+        def start(mode: str = "fake", **options: object) -> LLM:
+            link = directory / mode
+            link.symlink_to(checkpoint)
+            started.append(LLM(link, **options))
+            return started[-1]
+
+        yield start
+        for llm in started:
+            llm.close()
+            assert_gone(llm._session.engine.client.pid)
+
+
+@pytest.fixture
+def llm(start: StartLLM) -> LLM:
+    return start()
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor() as pool:
+        yield pool
+
+
+def pid_of(llm: LLM) -> int:
+    return llm._session.engine.client.pid
+
+
+def interrupt_when(condition: Callable[[], bool]) -> threading.Thread:
+    """Ctrl-C, as soon as the condition holds."""
+
+    def watch() -> None:
+        wait_until(condition)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+# Answers
+
+
+def test_a_text_is_completed(llm: LLM) -> None:
+    (first,) = llm.tokenizer.encode("A", add_bos=False)
+    answer = llm.generate("xA", LETTERS)
+    assert answer.text == "BCDEF"
+    assert answer.token_ids == [first + i for i in range(1, 6)]
+    assert answer.prompt_token_ids == llm.tokenizer.encode("xA")
+    assert answer.prompt_token_ids[0] == llm.tokenizer.bos_token_id
+    assert (answer.finish_reason, answer.error) == ("length", None)
+
+
+def test_token_ids_are_taken_as_they_are(llm: LLM) -> None:
+    answer = llm.generate([5, 997])
+    assert (answer.prompt_token_ids, answer.token_ids) == ([5, 997], [998, 999, 0])
+    assert answer.finish_reason == "stop"
+
+
+def test_a_list_is_answered_in_its_order_and_with_its_params(llm: LLM) -> None:
+    params = [SamplingParams(max_tokens=n) for n in (9, 1, 2)]
+    answers = llm.generate(["A", [7], [1, 8]], params)
+    assert [answer.token_ids for answer in answers][1:] == [[8], [9, 10]]
+    assert answers[0].text == "BCDEFGHIJ"
+    assert llm.generate([]) == []
+    assert [answer.token_ids for answer in llm.generate([[7]], params[1])] == [[8]]
+
+
+def test_chats(llm: LLM) -> None:
+    conversation = [{"role": "user", "content": "hello"}]
+    answer = llm.chat(conversation, LETTERS)
+    assert answer.prompt_token_ids == llm.tokenizer.encode_chat(conversation)
+    assert llm.chat([conversation] * 2, LETTERS) == [answer] * 2
+    assert "".join(llm.stream_chat(conversation, LETTERS)) == answer.text
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "last"), [(["DE"], "BC", "E"), (["F", "C"], "B", "C"), (["Z"], "BCDEF", "F")]
+)
+def test_stop_strings(llm: LLM, stop: list[str], text: str, last: str) -> None:
+    params = SamplingParams(max_tokens=5, stop=tuple(stop))
+    answer = llm.generate("A", params)
+    assert answer.text == text
+    assert answer.finish_reason == ("length" if stop == ["Z"] else "stop")
+    assert [answer.token_ids[-1]] == llm.tokenizer.encode(last, add_bos=False)
+    assert "".join(llm.stream("A", params)) == text
+    wait_until(lambda: llm.stats.num_running == 0)  # nothing is generated after the stop string
+
+
+def test_a_stream_comes_in_pieces(llm: LLM) -> None:
+    stream = llm.stream("A", FOREVER)
+    assert [next(stream) for _ in range(5)] == list("BCDEF")
+    assert llm.generate([5], LETTERS).token_ids == [6, 7, 8, 9, 10]  # while it goes on
+    assert next(stream) == "G"
+
+
+def test_a_stream_that_is_left_is_aborted(llm: LLM) -> None:
+    for piece in llm.stream("A", FOREVER):
+        assert piece == "B"
+        break
+    wait_until(lambda: llm.stats.generation_tokens > 0 and llm.stats.num_running == 0)
+
+
+def test_defaults_are_the_checkpoints(llm: LLM) -> None:
+    assert llm.defaults == SamplingParams(temperature=0.6, top_p=0.9)
+    some = msgspec.structs.replace(llm.defaults, max_tokens=2)
+    assert llm.generate([5], some).token_ids == [6, 7]
+
+
+def test_more_prompts_than_the_engine_takes(start: StartLLM) -> None:
+    llm = start(max_num_seqs=2, max_queue=1)
+    prompts = [[n] for n in range(1, 101)]
+    answers = llm.generate(prompts, SamplingParams(max_tokens=2))
+    assert [answer.token_ids for answer in answers] == [[n + 1, n + 2] for n in range(1, 101)]
+
+
+def test_a_request_that_the_engine_refuses_does_not_harm_the_others(start: StartLLM) -> None:
+    llm = start("fake:refuse")
+    refused, answered = llm.generate([[13, 1], [1, 13]], SamplingParams(max_tokens=1))
+    assert (refused.finish_reason, refused.error) == ("error", "13 brings bad luck.")
+    assert (answered.finish_reason, answered.token_ids) == ("length", [14])
+
+
+def test_works_where_an_event_loop_runs(llm: LLM) -> None:
+    async def cell() -> str:
+        return llm.generate("A", LETTERS).text + "".join(llm.stream("A", LETTERS))
+
+    assert asyncio.run(cell()) == "BCDEF" * 2
+
+
+def test_threads_share_the_engine(llm: LLM, pool: ThreadPoolExecutor) -> None:
+    def answer(n: int) -> list[int]:
+        return llm.generate([n], SamplingParams(max_tokens=50)).token_ids
+
+    answers = list(pool.map(answer, range(1, 21)))
+    assert answers == [list(range(n + 1, n + 51)) for n in range(1, 21)]
+
+
+# Ctrl-C
+
+
+def test_ctrl_c_ends_the_requests_of_its_call_only(llm: LLM, pool: ThreadPoolExecutor) -> None:
+    other = pool.submit(llm.generate, [5], SamplingParams(max_tokens=300))
+    wait_until(lambda: llm.stats.num_running == 1)
+    interrupter = interrupt_when(lambda: llm.stats.num_running == 4)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[1], [2], [3]], FOREVER)
+    interrupter.join()
+    assert llm.generate([5], LETTERS).token_ids == [6, 7, 8, 9, 10]
+    assert other.result().token_ids == list(range(6, 306))
+    wait_until(lambda: llm.stats.num_running == 0)
+
+
+def test_ctrl_c_ends_a_stream(llm: LLM) -> None:
+    stream = llm.stream([1], FOREVER)
+    interrupter = interrupt_when(lambda: llm.stats.num_running == 1)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in stream:
+            pass
+    interrupter.join()
+    assert list(stream) == []
+    wait_until(lambda: llm.stats.num_running == 0)
+    assert llm.generate([5], LETTERS).token_ids == [6, 7, 8, 9, 10]
+
+
+def test_ctrl_c_ends_a_start(start: StartLLM) -> None:
+    before = children(os.getpid())
+    progress: list[Progress] = []
+    interrupter = interrupt_when(lambda: len(progress) == 2)
+    with pytest.raises(KeyboardInterrupt):
+        start("fake:hang", on_progress=progress.append)
+    interrupter.join()
+    assert [step.phase for step in progress] == ["starting", "loading"]
+    assert children(os.getpid()) == before
+
+
+# Ends
+
+
+@pytest.mark.parametrize("call", ["generate", "stream"])
+def test_a_killed_engine_is_an_error_at_once(llm: LLM, pool: ThreadPoolExecutor, call: str) -> None:
+    def consume() -> object:
+        answer = getattr(llm, call)([1], FOREVER)
+        return answer if call == "generate" else list(answer)
+
+    waiting = [pool.submit(consume) for _ in range(3)]
+    wait_until(lambda: llm.stats.num_running == 3)
+    os.kill(pid_of(llm), signal.SIGKILL)
+    for future in waiting:
+        assert isinstance(future.exception(timeout=10), EngineDead)
+    with pytest.raises(EngineDead, match="killed by SIGKILL"):
+        consume()
+
+
+def test_close_ends_calls_of_other_threads(start: StartLLM, pool: ThreadPoolExecutor) -> None:
+    llm = start(max_num_seqs=2, max_queue=1)
+    stream = llm.stream([1], FOREVER)
+    next(stream)
+    waiting = pool.submit(llm.generate, [[1]] * 50, FOREVER)  # of which most have no place yet
+    wait_until(lambda: llm.stats.num_running == 3)
+    llm.close()
+    llm.close()
+    for call in (waiting.result, lambda: next(stream), lambda: llm.generate([1])):
+        with pytest.raises(EngineDead, match=r"^The engine was closed\.$"):
+            call()
+    assert_gone(pid_of(llm))
+
+
+def test_a_with_block_closes(start: StartLLM) -> None:
+    with start() as llm:
+        assert is_running(pid_of(llm))
+    assert_gone(pid_of(llm))
+
+
+def test_a_forgotten_llm_ends(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama_jax.llm.llm.ENGINE_COMMAND", FAKE)
+    with private_temporary_directory(monkeypatch) as directory:
+        llm = LLM(checkpoint)
+        pid, thread = pid_of(llm), llm._session.engine._thread
+        stream = llm.stream([1], FOREVER)  # left as it is
+        next(stream)
+        del llm, stream
+        gc.collect()
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+        assert_gone(pid)
+        assert not list(directory.iterdir())
+
+
+@pytest.mark.parametrize("end", ["", "raise SystemExit", "next(stream)", "llm.close()"])
+def test_an_interpreter_that_ends_leaves_nothing(
+    checkpoint: Path, tmp_path: Path, end: str
+) -> None:
+    program = f"""
+import tempfile
+tempfile.tempdir = {str(tmp_path)!r}
+import llama_jax.llm.llm
+llama_jax.llm.llm.ENGINE_COMMAND = {FAKE!r}
+llm = llama_jax.LLM({str(checkpoint)!r})
+stream = llm.stream([1], llama_jax.SamplingParams(ignore_eos=True))
+print(llm._session.engine.client.pid)
+{end}
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not is_running(int(done.stdout))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_engine_dies_with_its_script(
+    checkpoint: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    program = f"""
+import tempfile
+tempfile.tempdir = {str(tmp_path)!r}
+import llama_jax.llm.llm
+llama_jax.llm.llm.ENGINE_COMMAND = {FAKE!r}
+llm = llama_jax.LLM({str(checkpoint)!r})
+print(llm._session.engine.client.pid, flush=True)
+llm.generate([1], llama_jax.SamplingParams(ignore_eos=True))
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as script:
+        assert script.stdout is not None
+        engine = int(script.stdout.readline())
+        assert is_running(engine)
+        script.send_signal(number)
+    wait_until(lambda: not is_running(engine))
+
+
+# Bad input
+
+
+def test_a_bad_checkpoint_is_refused_before_an_engine_is_started(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama_jax.llm.llm.ENGINE_COMMAND", ("/nonexistent/engine",))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    faults = [(tmp_path / "none", "There is no directory"), (broken, "holds no config.json")]
+    for path, says in faults:
+        with pytest.raises(ValueError, match=says) as caught:
+            LLM(path)
+        assert "\n" not in str(caught.value)
+    for name in ("config.json", "model.safetensors"):
+        (broken / name).symlink_to(checkpoint / name)
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
+        LLM(broken)
+    with pytest.raises(TypeError, match="max_seqs"):
+        LLM(checkpoint, max_seqs=3)
+    with pytest.raises(EngineStartError, match="could not be started"):
+        LLM(checkpoint)  # all that is wrong with this one
+
+
+def test_a_start_that_fails_is_one_sentence(start: StartLLM) -> None:
+    before = threading.active_count()
+    with pytest.raises(EngineStartError, match=r"^There is no model at nowhere: give a .*\.$"):
+        start("fake:fatal")
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("method", "argument", "params", "says"),
+    [
+        ("generate", "A\ud800", LETTERS, "surrogate"),
+        ("generate", [3, -1], LETTERS, "Token id -1 "),
+        ("generate", ["A", [3, 1000]], LETTERS, "Token id 1000 "),
+        ("generate", ["A", []], LETTERS, "empty"),
+        ("generate", ["A", "B"], [LETTERS], "2 prompts need as many params, got 1"),
+        ("generate", 5, LETTERS, "not of type int"),
+        ("generate", ["A", None], LETTERS, "not of type NoneType"),
+        ("generate", "A", {"max_tokens": 5}, "must be SamplingParams, not dict"),
+        ("generate", "A", SamplingParams(temperature=-1), "temperature must be in"),
+        ("generate", "A" * 100, LETTERS, "at most 63 fit"),
+        ("stream", "A" * 100, LETTERS, "at most 63 fit"),
+        ("chat", [[]], LETTERS, "at least one message"),
+        ("chat", {"role": "user", "content": "A"}, LETTERS, "A message is a dict"),
+        ("chat", [{"role": "user"}], LETTERS, "A message is a dict"),
+        ("chat", [{"role": "user", "content": None}], LETTERS, "not of type NoneType"),
+        ("chat", [{"role": "tool", "content": "A"}], LETTERS, "must be one of system"),
+        ("stream_chat", ["A"], LETTERS, "A message is a dict"),
+    ],
+)
+def test_bad_requests_are_one_sentence(
+    llm_of_64_tokens: LLM, method: str, argument: object, params: object, says: str
+) -> None:
+    with pytest.raises(ValueError, match=says) as caught:
+        getattr(llm_of_64_tokens, method)(argument, params)
+    assert "\n" not in str(caught.value)
+    assert llm_of_64_tokens.generate("A", LETTERS).text == "BCDEF"
+
+
+@pytest.fixture(scope="module")
+def llm_of_64_tokens(checkpoint: Path) -> Iterator[LLM]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llama_jax.llm.llm.ENGINE_COMMAND", FAKE)
+        with LLM(checkpoint, max_model_len=64) as llm:
+            yield llm
+
+
+def test_a_model_without_a_chat_template(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_tokenizer(tmp_path, chat_template=False)
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(checkpoint / name)
+    monkeypatch.setattr("llama_jax.llm.llm.ENGINE_COMMAND", FAKE)
+    with LLM(tmp_path) as llm:
+        with pytest.raises(ValueError, match="has no chat template"):
+            llm.chat([{"role": "user", "content": "A"}])
+        assert llm.generate("A", LETTERS).text == "BCDEF"
+
+
+# The package
+
+
+def test_the_package_is_lazy() -> None:
+    program = """
+import sys
+import llama_jax
+assert {"LLM", "Llama", "LlamaConfig", "SamplingParams"} <= set(dir(llama_jax))
+assert not [name for name in sys.modules if name.startswith("llama_jax.")]
+from llama_jax import LLM, LlamaConfig, SamplingParams
+heavy = {"jax", "jaxlib", "flax", "torch"} & set(sys.modules)
+assert not heavy, heavy
+from llama_jax import Llama
+assert "jax" in sys.modules
+try:
+    llama_jax.nothing
+except AttributeError as error:
+    assert "no attribute 'nothing'" in str(error)
+else:
+    raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120, cwd=ROOT)

@@ -1,0 +1,116 @@
+"""Attention against brute force in NumPy float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.model.attention import causal_attention, paged_attention
+
+
+def brute_force(q, k, v, num_keys):
+    """Query after query: q [T, H, h], k and v [S, K, h]; query t sees num_keys[t] keys."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros(q.shape)
+    group = q.shape[1] // k.shape[1]
+    for t, head in np.ndindex(*q.shape[:2]):
+        keys = k[: num_keys[t], head // group]
+        if len(keys):
+            scores = keys @ q[t, head] / np.sqrt(q.shape[2])
+            weights = np.exp(scores - scores.max())
+            out[t, head] = weights @ v[: num_keys[t], head // group] / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (8, 2), (8, 1)])
+@pytest.mark.parametrize("num_tokens", [1, 7, 130])
+def test_causal_attention(num_heads, num_kv_heads, num_tokens):
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(2, num_tokens, num_heads, 16)).astype(np.float32) * 3
+    k, v = rng.normal(size=(2, 2, num_tokens, num_kv_heads, 16)).astype(np.float32)
+    out = causal_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v))
+    for row in range(2):
+        expected = brute_force(q[row], k[row], v[row], np.arange(num_tokens) + 1)
+        np.testing.assert_allclose(out[row], expected, atol=2e-5)
+
+
+class Pool:
+    """Sequences of random keys and values, laid into random pages; all else is garbage.
+
+    Attributes: pages `[2, K, num_pages, page_size, h]`, tables `[B, pages of 300 tokens]`, and the
+    keys and values of each sequence, `[2, length, K, h]`; the first may be given.
+    """
+
+    def __init__(self, lengths, page_size, *, first=None, seed=0):
+        rng = np.random.default_rng(seed)
+        num_kv_heads, head_dim, per_sequence = 2, 8, -(-300 // page_size)
+        num_pages = sum(-(-n // page_size) for n in lengths) + 3
+        shape = (2, num_kv_heads, num_pages, page_size, head_dim)
+        pages = np.full(shape, np.nan, np.float32)
+        pages[:, :, :, ::2] = np.inf
+        free = rng.permutation(num_pages).tolist()
+        garbage = np.array([num_pages, num_pages + 99, -1, 0, 2**31 - 1, -(2**31)])
+        self.tables = rng.choice(garbage, (len(lengths), per_sequence)).astype(np.int32)
+        self.keys = []
+        for row, length in enumerate(lengths):
+            pair = rng.normal(size=(2, length, num_kv_heads, head_dim)).astype(np.float32)
+            pair = pair if row or first is None else first
+            for start in range(0, length, page_size):
+                self.tables[row, start // page_size] = page = free.pop()
+                part = pair[:, start : start + page_size].swapaxes(1, 2)
+                pages[:, :, page, : part.shape[2]] = part
+            self.keys.append(pair)
+        self.pages = pages
+
+
+LENGTHS = (0, 1, 3, 16, 64, 127, 128, 129, 300, 0, 257)
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16, 48, 128, 256])
+@pytest.mark.parametrize("num_queries", [1, 5])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 3e-2)])
+def test_paged_attention(page_size, num_queries, dtype, tolerance):
+    pool = Pool(LENGTHS, page_size)
+    rng = np.random.default_rng(1)
+    q = rng.normal(size=(len(LENGTHS), num_queries, 6, 8)).astype(np.float32)
+    # The last queries of a sequence; where it has fewer keys than queries, some stand past its end.
+    first = np.maximum(np.array(LENGTHS) - num_queries, 0)
+    positions = (first[:, None] + np.arange(num_queries)).astype(np.int32)
+    q, (k_pages, v_pages) = jnp.asarray(q, dtype), jnp.asarray(pool.pages, dtype)
+    lengths = jnp.array(LENGTHS, jnp.int32)
+    out = paged_attention(q, k_pages, v_pages, jnp.asarray(pool.tables), positions, lengths)
+    assert out.dtype == q.dtype
+    for row, length in enumerate(LENGTHS):
+        k, v = jnp.asarray(pool.keys[row], dtype)
+        seen = np.minimum(positions[row] + 1, length)
+        expected = brute_force(q[row], k, v, seen)
+        np.testing.assert_allclose(np.asarray(out[row], np.float32), expected, atol=tolerance)
+        assert length or not np.asarray(out[row]).any()
+
+
+def test_scores_of_any_size():
+    """The running softmax neither overflows nor loses the keys of early blocks."""
+    pool = Pool((300,), 16)
+    for scale in (1e-6, 30.0, 1e4):
+        q = jnp.full((1, 1, 2, 8), scale)
+        k_pages, v_pages = jnp.asarray(pool.pages)
+        arguments = (jnp.asarray(pool.tables), jnp.array([[299]]), jnp.array([300]))
+        out = paged_attention(q, k_pages, v_pages, *arguments)
+        expected = brute_force(q[0], *pool.keys[0], [300])
+        np.testing.assert_allclose(out[0], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("page_size", [4, 16])
+def test_a_row_does_not_depend_on_the_others(page_size):
+    """Bit for bit: not on their keys, nor on where its own lie, nor on how long the longest is."""
+    q = jax.random.normal(jax.random.key(0), (3, 1, 6, 8))
+    outs = []
+    for seed, others in enumerate([(0, 0), (200, 5), (300, 290)]):
+        lengths = np.array((90, *others), np.int32)
+        own = np.random.default_rng(9).normal(size=(2, 90, 2, 8)).astype(np.float32)
+        pool = Pool(lengths, page_size, first=own, seed=seed)
+        positions = np.maximum(lengths - 1, 0)[:, None]
+        k_pages, v_pages = jnp.asarray(pool.pages)
+        outs.append(paged_attention(q, k_pages, v_pages, pool.tables, positions, lengths)[0])
+    np.testing.assert_array_equal(outs[0], outs[1])
+    np.testing.assert_array_equal(outs[0], outs[2])

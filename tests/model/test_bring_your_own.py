@@ -1,0 +1,335 @@
+"""Classes of one's own: on one device, on a mesh and in the engine, the same model."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from llama_jax import LLM, Llama, SamplingParams, ShardedLlama
+from llama_jax.engine.errors import EngineStartError, RequestError
+from llama_jax.interpret import capture, greedy_answer
+from llama_jax.model import MLP, Attention, DecoderLayer, Sampler
+from llama_jax.model.attention import (
+    MASKED,
+    PLAIN,
+    causal_attention,
+    paged_attention,
+    paged_weights,
+)
+from llama_jax.model.llama import linear
+from llama_jax.model.sampling import greedy, sample
+from sharding.axes import AXES
+from sharding.collectives import rank
+from tests.model.test_attention import LENGTHS, Pool
+from tests.support.hooked import assert_close, hooked
+from tests.support.reference import make_model, save_model
+from tests.support.tiny_tokenizer import make_tokenizer
+
+VOCAB = 320
+WINDOW, SINKS = 12, 2
+TOKENS = np.random.default_rng(0).integers(3, VOCAB, (2, 70))
+SMALL = {"max_num_seqs": 2, "max_chunk": 64, "kv_cache_memory": 1 << 22}
+
+
+def window(scores, head, query_position, key_position):
+    """The last WINDOW keys, and the first SINKS."""
+    near = query_position - key_position < WINDOW
+    return jnp.where(near | (key_position < SINKS), scores, MASKED)
+
+
+def alibi(scores, head, query_position, key_position):
+    """Each head its own slope (https://arxiv.org/abs/2108.12409)."""
+    return scores - 2.0 ** -(head + 1.0) * (query_position - key_position)
+
+
+MODS = {"window": window, "alibi": alibi}
+
+
+class Windowed(Attention):
+    def score_mod(self, scores, head, query_position, key_position):
+        return window(scores, head, query_position, key_position)
+
+
+class Sloped(Attention):
+    def score_mod(self, scores, head, query_position, key_position):
+        return alibi(scores, head, query_position, key_position)
+
+
+class WindowedLayer(DecoderLayer):
+    attention_class = Windowed
+
+
+class SlopedLayer(DecoderLayer):
+    attention_class = Sloped
+
+
+class ReLU(MLP):
+    def __call__(self, x):
+        gate, up = (linear(x, w.get_value()) for w in (self.w_gate, self.w_up))
+        return linear(self.tap("neurons", jax.nn.relu(gate) * up), self.w_down.get_value())
+
+
+class ReLULayer(DecoderLayer):
+    mlp_class = ReLU
+
+
+class WindowedLlama(Llama):
+    layer_class = WindowedLayer
+
+
+class SlopedLlama(Llama):
+    layer_class = SlopedLayer
+
+
+class ReLULlama(Llama):
+    layer_class = ReLULayer
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    return make_model(num_layers=3, num_heads=8, num_kv_heads=2, vocab_size=VOCAB)
+
+
+@pytest.fixture(scope="module")
+def path(theirs, tmp_path_factory):
+    return make_tokenizer(save_model(theirs, tmp_path_factory.mktemp("model")))
+
+
+# What the hook of the scores means, by brute force
+
+
+def weights_of(q, k, positions, length, mod, first_head=0):
+    """q [T, H, h], k [S, K, h] -> weights [T, H, S], query after query, in float64."""
+    group = q.shape[1] // k.shape[1]
+    found = np.zeros((*q.shape[:2], len(k)))
+    for t, head in np.ndindex(*q.shape[:2]):
+        seen = [s for s in range(length) if s <= positions[t]]
+        if mod == "window":
+            seen = [s for s in seen if s < SINKS or positions[t] - s < WINDOW]
+        if not seen:
+            continue
+        scores = k[seen, head // group].astype(np.float64) @ q[t, head] / np.sqrt(q.shape[2])
+        if mod == "alibi":
+            scores -= 2.0 ** -(first_head + head + 1) * (positions[t] - np.array(seen))
+        scores = np.exp(scores - scores.max())
+        found[t, head, seen] = scores / scores.sum()
+    return found
+
+
+def attended(weights, v):
+    """weights [T, H, S], v [S, K, h] -> [T, H, h]."""
+    return np.einsum("ths,shd->thd", weights, np.repeat(v, weights.shape[1] // v.shape[1], 1))
+
+
+class Caller:
+    """As an attention module is to `causal_attention`."""
+
+    def __init__(self, mod):
+        self.score_mod, self.seen = MODS.get(mod, PLAIN.score_mod), {}
+
+    def tap(self, name, value):
+        self.seen[name] = value
+        return value
+
+
+@pytest.mark.parametrize("mod", ["none", *MODS])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (8, 2), (8, 1)])
+@pytest.mark.parametrize("num_tokens", [1, 40])
+def test_causal_attention(mod, num_heads, num_kv_heads, num_tokens):
+    rng = np.random.default_rng(0)
+    q = 3 * rng.normal(size=(2, num_tokens, num_heads, 16)).astype(np.float32)
+    k, v = rng.normal(size=(2, 2, num_tokens, num_kv_heads, 16)).astype(np.float32)
+    caller = Caller(mod)
+    out = causal_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), caller)
+    for row in range(2):
+        weights = weights_of(q[row], k[row], np.arange(num_tokens), num_tokens, mod)
+        np.testing.assert_allclose(out[row], attended(weights, v[row]), atol=2e-5)
+        seen = caller.seen["weights"][row].swapaxes(0, 1)
+        np.testing.assert_allclose(seen, weights, atol=2e-6)
+
+
+@pytest.mark.parametrize("mod", ["none", *MODS])
+@pytest.mark.parametrize("page_size", [4, 48])
+@pytest.mark.parametrize(("num_queries", "first_head"), [(1, 0), (5, 6)])
+def test_paged_attention_and_its_weights(mod, page_size, num_queries, first_head):
+    """Garbage in the pages; these are heads 6 to 11, say, of a rank."""
+    pool, rng = Pool(LENGTHS, page_size), np.random.default_rng(1)
+    q = rng.normal(size=(len(LENGTHS), num_queries, 6, 8)).astype(np.float32)
+    starts = np.maximum(np.array(LENGTHS) - num_queries, 0)
+    positions = (starts[:, None] + np.arange(num_queries)).astype(np.int32)
+    k_pages, v_pages = jnp.asarray(pool.pages)
+    rest = (jnp.asarray(pool.tables), positions, jnp.array(LENGTHS, jnp.int32))
+    score_mod = MODS.get(mod, PLAIN.score_mod)
+
+    def run(q, function, *pages):
+        return np.asarray(function(q, *pages, *rest, score_mod, first_head))
+
+    out = run(q, paged_attention, k_pages, v_pages)
+    shown = run(q, paged_weights, k_pages)
+    for row, length in enumerate(LENGTHS):
+        k, v = pool.keys[row]
+        expected = weights_of(q[row], k, positions[row], length, mod, first_head)
+        np.testing.assert_allclose(out[row], attended(expected, v), atol=2e-5)
+        np.testing.assert_allclose(shown[row, :, :, :length], expected, atol=2e-5)
+        assert not shown[row, :, :, length:].any()
+
+
+# The whole model
+
+
+def test_classes_on_one_device(path, theirs):
+    """The changed attention is that of brute force, the changed MLP that of transformers."""
+    for cls, mod in ((WindowedLlama, "window"), (SlopedLlama, "alibi")):
+        found = capture(cls.from_pretrained(path), TOKENS, "layers.1.attention.*")[1]
+        q, k, v, out = (
+            np.asarray(found[f"layers.1.attention.{name}"][1])
+            for name in ("query", "key", "value", "heads")
+        )
+        weights = weights_of(q, k, np.arange(70), 70, mod)
+        np.testing.assert_allclose(out, attended(weights, v), atol=1e-4)
+    expected = hooked(with_relu(theirs), TOKENS)
+    for name, value in capture(ReLULlama.from_pretrained(path), TOKENS, "*")[1].items():
+        assert_close(value, expected[name])
+
+
+def with_relu(theirs):
+    """A copy."""
+    copied = copy.deepcopy(theirs)
+    for layer in copied.model.layers:
+        layer.mlp.act_fn = torch.nn.ReLU()
+    return copied
+
+
+@pytest.mark.parametrize(
+    ("model_class", "mesh"),
+    [
+        (SlopedLlama, "2x2"),
+        (ReLULlama, "2x2"),
+        pytest.param(WindowedLlama, "1x1", marks=pytest.mark.slow),
+        pytest.param(WindowedLlama, "2x2", marks=pytest.mark.slow),
+    ],
+)
+def test_classes_on_a_mesh(path, model_class, mesh):
+    plain = model_class.from_pretrained(path)
+    sharded = ShardedLlama.from_pretrained(path, mesh, model_class=model_class)
+    names = ("layers.2.attention.weights", "layers.*.mlp.neurons", "layers.*.residual")
+    logits, found = capture(plain, TOKENS, *names)
+    on_mesh, found_there = capture(sharded, TOKENS, *names)
+    assert_close(on_mesh, logits)
+    for name, value in found.items():
+        assert_close(found_there[name], value)
+    usual = Llama.from_pretrained(path)(TOKENS)
+    assert np.abs(logits - usual).max() > 1e-2 * np.abs(usual).max()  # the class makes a difference
+
+
+@pytest.mark.parametrize(
+    ("model_class", "mesh"),
+    [
+        (WindowedLlama, "1x1"),
+        (SlopedLlama, "2x2"),
+        pytest.param(ReLULlama, "1x2", marks=pytest.mark.slow),
+        pytest.param(WindowedLlama, "2x2", marks=pytest.mark.slow),
+    ],
+)
+def test_classes_in_the_engine(path, model_class, mesh):
+    plain = model_class.from_pretrained(path)
+    prompts = [TOKENS[0].tolist(), TOKENS[1, :5].tolist()]
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    with LLM(path, mesh, in_process=True, model_class=model_class, **SMALL) as llm:
+        answers = [answer.token_ids for answer in llm.generate(prompts, params)]
+        assert_close(capture(llm.model, TOKENS)[0], capture(plain, TOKENS)[0])
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert greedy_answer(plain, prompt, 24) == answer
+    usual = Llama.from_pretrained(path)
+    assert [greedy_answer(usual, prompt, 24) for prompt in prompts] != answers
+
+
+class Ban(Sampler):
+    """One token is never chosen."""
+
+    def __init__(self, banned):
+        self.banned = banned
+
+    def greedy(self, logits):
+        return greedy(self._without(logits))
+
+    def sample(self, logits, likeliest, packed_controls):
+        return sample(self._without(logits), likeliest, packed_controls)
+
+    def _without(self, logits):
+        token = rank(AXES) * logits.shape[1] + jnp.arange(logits.shape[1])
+        return jnp.where(token == self.banned, -jnp.inf, logits)
+
+
+@pytest.mark.parametrize("mesh", [pytest.param("1x1", marks=pytest.mark.slow), "2x2"])
+def test_a_sampler(path, mesh):
+    usual, prompt = Llama.from_pretrained(path), TOKENS[0].tolist()
+    banned = greedy_answer(usual, prompt, 1)[0]
+
+    class BanLlama(Llama):
+        sampler = Ban(banned)
+
+    always = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+    drawn = SamplingParams(temperature=1.0, top_k=1, seed=1, max_tokens=16, ignore_eos=True)
+    hot = [SamplingParams(temperature=2.0, seed=n, max_tokens=1) for n in range(100)]
+    with LLM(path, mesh, in_process=True, model_class=BanLlama, **SMALL) as llm:
+        found = llm.generate([prompt] * 102, [always, drawn, *hot])
+    answers = [answer.token_ids for answer in found]
+    scores = np.array(usual(np.array([prompt + answers[0]]))[0, len(prompt) - 1 : -1])
+    scores[:, banned] = -np.inf
+    assert answers[0] == answers[1] == scores.argmax(axis=-1).tolist()
+    # The likeliest token is not once among a hundred draws of the first.
+    first = {answer[0] for answer in answers[2:]}
+    assert banned not in first and len(first) > 20
+
+
+# Refusals
+
+
+class Loud(Llama):
+    def __call__(self, tokens):
+        return 2 * super().__call__(tokens)
+
+
+class Other(Llama):
+    def unembed(self, x):
+        return -super().unembed(x)
+
+
+@pytest.mark.parametrize(("model_class", "name"), [(Loud, "__call__"), (Other, "unembed")])
+def test_what_a_mesh_would_leave_out_is_refused(path, model_class, name):
+    says = f"^{model_class.__name__} has a {name} of its own, which a model on a mesh does not run"
+    with pytest.raises(ValueError, match=says):
+        ShardedLlama.from_pretrained(path, model_class=model_class)
+    with pytest.raises(EngineStartError, match=says[1:]) as caught:
+        LLM(path, in_process=True, model_class=model_class, **SMALL)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_class(path):
+    with pytest.raises(ValueError, match=r"^model_class must be Llama or a subclass of it, got "):
+        ShardedLlama.from_pretrained(path, model_class=Llama.from_pretrained(path))
+
+
+def test_a_class_for_an_engine_in_another_process(path):
+    with pytest.raises(RequestError, match=r"^WindowedLlama runs only in this process: give in_"):
+        LLM(path, model_class=WindowedLlama)
+
+
+class Clash(DecoderLayer):
+    def __call__(self, x, positions, attend, reduce=lambda partial: partial):
+        return self.tap("mlp", super().__call__(x, positions, attend, reduce))
+
+
+class ClashLlama(Llama):
+    layer_class = Clash
+
+
+def test_a_name_that_is_a_modules(path):
+    model = ClashLlama.from_pretrained(path)
+    model(TOKENS)  # not looked into, it is no trouble
+    with pytest.raises(ValueError, match=r"^Clash taps 'mlp', which is the name of a module"):
+        capture(model, TOKENS, "logits")

@@ -1,0 +1,251 @@
+"""Sampling over a vocabulary split over the mesh, against NumPy float64."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from jax.sharding import PartitionSpec as P
+
+from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.model import sampling
+from llama_jax.model.sampling import NO_TOKEN, encode_controls
+from sharding.axes import AXES
+from sharding.mesh import make_mesh
+from sharding.partition import padded
+from tests.support.reference import MESHES
+
+INF = np.inf
+
+
+def on_mesh(mesh, run, *specs):
+    """Jits run(this rank's share of the logits [n, V], *arguments) over the mesh."""
+    mesh = make_mesh(mesh)
+    specs = (P(None, AXES), *specs)
+    mapped = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False))
+
+    def call(logits, *arguments):
+        logits = np.asarray(logits, np.float32)
+        padding = padded(logits.shape[1], mesh.size) - logits.shape[1]
+        logits = np.pad(logits, ((0, 0), (0, padding)), constant_values=-INF)
+        return np.asarray(mapped(logits, *arguments))
+
+    return call
+
+
+@cache
+def sampler(mesh):
+    def run(logits, controls):
+        return sampling.sample(logits, sampling.greedy(logits), controls)
+
+    return on_mesh(mesh, run, P())
+
+
+def draw(mesh, logits, rows):
+    """Tokens [n]; rows: (seed, token index, params) of each."""
+    controls = encode_controls(len(logits), [(i, *row) for i, row in enumerate(rows)])
+    return sampler(mesh)(logits, controls)
+
+
+@pytest.fixture
+def uniform(monkeypatch):
+    """Sets the numbers that the rows draw."""
+
+    def set_numbers(numbers):
+        monkeypatch.setattr(sampling, "_uniform", lambda controls: jnp.asarray(numbers))
+        sampler.cache_clear()
+
+    yield set_numbers
+    sampler.cache_clear()
+
+
+def probabilities(logits, params):
+    """What `sample` should draw from, as its docstring says, by sorting; float64."""
+    logits = np.asarray(logits, np.float64)
+    mass = np.exp((logits - logits.max()) / params.temperature)
+    if params.top_k:
+        mass[logits < np.sort(logits)[::-1][: params.top_k][-1]] = 0
+    if params.top_p < 1:
+        order = np.argsort(-logits, kind="stable")
+        enough = np.cumsum(mass[order]) >= params.top_p * mass.sum()
+        mass[logits < logits[order[np.argmax(enough)]]] = 0
+    mass[mass < params.min_p * mass.max()] = 0
+    return mass / mass.sum()
+
+
+# --- greedy --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("vocab_size", [8, 37, 101])
+def test_greedy(mesh, vocab_size):
+    logits = np.random.default_rng(0).normal(size=(40, vocab_size))
+    logits[1:6] = logits[1:6].round()  # ties
+    logits[6] = 0
+    logits[7] = -INF
+    logits[7, 5] = -1e30
+    logits[8, [3, vocab_size - 1]] = 1e30
+    logits[9, 2] = INF
+    logits[10] = -1e30
+    np.testing.assert_array_equal(on_mesh(mesh, sampling.greedy)(logits), logits.argmax(axis=1))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_row_that_is_not_a_number_has_no_token(mesh):
+    logits = np.random.default_rng(0).normal(size=(6, 37))
+    expected = logits.argmax(axis=1)
+    for row, token in ((1, 0), (2, 36), (4, 20)):
+        logits[row, token] = np.nan
+        expected[row] = NO_TOKEN
+    logits[5] = np.nan
+    expected[5] = NO_TOKEN
+    np.testing.assert_array_equal(on_mesh(mesh, sampling.greedy)(logits), expected)
+    drawn = draw(mesh, logits, [(7, 0, SamplingParams(top_k=1))] * 6)
+    np.testing.assert_array_equal(drawn, expected)
+
+
+# --- draws ---------------------------------------------------------------------------------------
+
+PARAMS = {
+    "temperature 1": SamplingParams(),
+    "temperature 0.3": SamplingParams(temperature=0.3),
+    "top-k": SamplingParams(top_k=5),
+    "top-k of more than there are": SamplingParams(top_k=5000),
+    "top-p": SamplingParams(top_p=0.6),
+    "a small top-p": SamplingParams(top_p=1e-6),
+    "min-p": SamplingParams(min_p=0.15),
+    "min-p of 1": SamplingParams(min_p=1.0),
+    "all": SamplingParams(temperature=1.5, top_k=20, top_p=0.8, min_p=0.1),
+}
+
+
+@pytest.mark.parametrize("mesh", ["1x1", "2x1", "1x2", "4x2"])
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_number_drawn_is_walked_through_the_right_distribution(mesh, ties, uniform):
+    """Every number of a fine grid leads to the token of the cumulative distribution; so every token
+    of the set that is to be kept can be drawn, as often as it should, and no other."""
+    logits = np.random.default_rng(1).normal(size=37).astype(np.float32) * 2
+    if ties:
+        logits = logits.round()
+    count = 1000
+    numbers = np.linspace(0, 1, count, endpoint=False, dtype=np.float32)
+    uniform(np.tile(numbers, len(PARAMS)))
+    rows = [(0, 0, params) for params in PARAMS.values() for _ in numbers]
+    drawn = draw(mesh, np.tile(logits, (len(rows), 1)), rows).reshape(-1, count)
+    for params, tokens in zip(PARAMS.values(), drawn, strict=True):
+        expected = probabilities(logits, params)
+        steps = np.cumsum(expected)
+        walked = np.searchsorted(steps, numbers, side="right")
+        clear = np.abs(steps[:, None] - numbers).min(axis=0) > 1e-5  # of any rounding
+        clear[0] = True
+        assert clear.sum() > 0.98 * count
+        np.testing.assert_array_equal(tokens[clear], walked[clear])
+        assert set(np.flatnonzero(expected * count > 1)) <= set(tokens)
+        assert set(tokens) <= set(np.flatnonzero(expected))
+
+
+def test_the_largest_number_draws_a_token_that_was_kept(uniform):
+    """Rounding may put the target at the very end of the masses."""
+    logits = np.random.default_rng(1).normal(size=(500, 101)).astype(np.float32)
+    params = SamplingParams(top_k=7)
+    uniform(np.full(500, np.float32(1 - 2**-24)))
+    for mesh in ("1x1", "4x2"):
+        for row, token in zip(logits, draw(mesh, logits, [(0, 0, params)] * 500), strict=True):
+            assert token == np.flatnonzero(probabilities(row, params))[-1]
+
+
+def test_rounding_draws_no_token_without_mass():
+    """Over a large vocabulary the running sum rises by an ulp here and there where nothing is."""
+    rng = np.random.default_rng(0)
+    vocab_size, kept = 128_256, 1000
+    mass = np.zeros((1, vocab_size), np.float32)
+    mass[0, rng.choice(vocab_size, kept, replace=False)] = np.exp(-3 * rng.random(kept))
+    running = np.maximum.accumulate(np.asarray(jax.jit(lambda x: jnp.cumsum(x, axis=-1))(mass))[0])
+    rises = np.flatnonzero((mass[0] == 0) & (np.diff(running, prepend=np.float32(0)) > 0))
+    assert len(rises), "nothing to find here: choose other masses"
+    near = np.round(running[rises[:20] - 1].astype(np.float64) / running[-1] * 2**23)
+    numbers = ((near[:, None] + np.arange(-3, 4)).ravel() / 2**23).astype(np.float32)
+    for mesh in ("1x1", "2x2"):
+        walk = on_mesh(mesh, lambda mass, number: sampling._walk(jnp.maximum(mass, 0), number), P())
+        tokens = walk(np.repeat(mass, len(numbers), axis=0), numbers)
+        assert (mass[0, tokens] > 0).all()
+
+
+@pytest.mark.parametrize("what", ["seed", "index"])
+@pytest.mark.parametrize("name", ["temperature 1", "all"])
+def test_frequencies(what, name):
+    """Over many seeds, and over many tokens of one seed (chi-square; the seeds are fixed)."""
+    params, count = PARAMS[name], 8000
+    logits = np.random.default_rng(2).normal(size=37).astype(np.float32)
+    rows = [(i, 5, params) if what == "seed" else (5, i, params) for i in range(count)]
+    tokens = draw("2x2", np.tile(logits, (count, 1)), rows)
+    expected = probabilities(logits, params)
+    kept = expected > 0
+    observed = np.bincount(tokens, minlength=37)
+    assert observed[~kept].sum() == 0
+    assert scipy.stats.chisquare(observed[kept], expected[kept] * count).pvalue > 1e-3
+
+
+def test_a_draw_depends_on_seed_and_index_alone():
+    rng = np.random.default_rng(3)
+    logits = rng.normal(size=(8, 37)).astype(np.float32)
+    params = SamplingParams(temperature=0.9, top_p=0.95)
+    alone = draw("1x1", logits[:1], [(123, 45, params)])[0]
+    for mesh in MESHES:
+        for row in range(8):
+            seeds = rng.integers(-(2**63), 2**63, 8).tolist()
+            others = [
+                (seed, 3 * i, SamplingParams(temperature=float(i % 3), top_k=i))
+                for i, seed in enumerate(seeds)
+            ]
+            batch = np.roll(logits, row, axis=0)
+            others[row] = (123, 45, params)
+            assert draw(mesh, batch, others)[row] == alone
+    count = 300
+    same = np.tile(logits[0], (count, 1))
+    for rows in (
+        [(123, i, params) for i in range(count)],
+        [(i, 45, params) for i in range(count)],
+        [(i << 32, 45, params) for i in range(count)],  # both halves of a seed count
+    ):
+        assert len(set(draw("1x1", same, rows).tolist())) > 10
+
+
+def test_greedy_rows_stay_greedy_among_drawn_ones():
+    logits = np.random.default_rng(4).normal(size=(40, 37)).astype(np.float32)
+    rows = [(i, 0, SamplingParams(temperature=float(i % 2))) for i in range(40)]
+    tokens = draw("2x2", logits, rows)
+    np.testing.assert_array_equal(tokens[::2], logits[::2].argmax(axis=1))
+    assert (tokens[1::2] != logits[1::2].argmax(axis=1)).any()
+
+
+@pytest.mark.parametrize("mesh", ["1x1", "4x2"])
+def test_extreme_logits(mesh):
+    rows = [(i, 0, SamplingParams()) for i in range(400)]
+
+    def tokens_of(logits):
+        return set(draw(mesh, np.tile(np.float32(logits), (len(rows), 1)), rows).tolist())
+
+    equal = np.zeros(19)
+    assert tokens_of(equal) == set(range(19))  # and never the padding
+    assert tokens_of(equal + 1e30) == set(range(19))
+    one = np.full(19, -1e30)
+    one[7] = 1e30
+    assert tokens_of(one) == {7}
+    some = np.full(19, -INF)
+    some[[2, 11, 18]] = (-1e30, 3.0, 3.0)
+    assert tokens_of(some) == {11, 18}
+    some[[2, 11, 18]] = -1e30
+    assert tokens_of(some) == {2, 11, 18}
+    some[11] = INF
+    assert tokens_of(some) == {11}
+    assert tokens_of(np.full(19, -INF)) == {0}
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e-30, 1e-38, 1e-44])
+def test_a_temperature_near_0_is_greedy(temperature):
+    logits = np.random.default_rng(5).normal(size=(50, 37)).astype(np.float32) * 10
+    rows = [(i, 0, SamplingParams(temperature=temperature)) for i in range(50)]
+    np.testing.assert_array_equal(draw("2x2", logits, rows), logits.argmax(axis=1))

@@ -1,0 +1,209 @@
+"""The model run from quantised weights against transformers running the dequantised ones."""
+
+import contextlib
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from llama_jax.checkpoint import open_checkpoint
+from llama_jax.checkpoint.load import load_params
+from llama_jax.config import LlamaConfig, Quantization
+from llama_jax.engine.sizing import bytes_by_device, weight_bytes
+from llama_jax.model import Llama
+from llama_jax.quantization import FORMATS, Int4
+from llama_jax.weights.placement import ShardingError, param_shapes, param_specs, placements
+from sharding.mesh import make_mesh
+from tests.support.quantized_checkpoint import save_quantized
+from tests.support.reference import (
+    MESHES,
+    ROPE_LLAMA3,
+    distance,
+    drive,
+    greedy_requests,
+    make_loop,
+    make_model,
+    reference_logits,
+)
+
+# As many query heads a KV head as the name says. Layers that do not divide by four stages, so that
+# some are padding, and columns that int4 cannot cut into groups of 128.
+SHAPES = {
+    "one": dict(num_heads=4, num_kv_heads=4, num_layers=5, vocab_size=250),
+    "four-tied": dict(num_heads=8, num_kv_heads=2, num_layers=3, tied=True, rope=ROPE_LLAMA3),
+    "eight": dict(num_heads=16, num_kv_heads=2, num_layers=4, embed_dim=48, mlp_dim=256),
+}
+TOKENS = np.random.default_rng(2).integers(0, 250, 60).tolist()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """(shape, format) → the dequantised model by transformers, and the quantised checkpoint."""
+    made = {}
+
+    def make(shape: str, name: str):
+        if (shape, name) not in made:
+            model = make_model(**SHAPES[shape])
+            path = tmp_path_factory.mktemp(f"{shape}-{name}")
+            made[shape, name] = model, save_quantized(model, path, name)
+        return made[shape, name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_on_one_device(checkpoint, shape, name):
+    theirs, path = checkpoint(shape, name)
+    ours = Llama.from_pretrained(path)
+    for layer in ours.layers:
+        assert isinstance(layer.attention.wq.get_value(), FORMATS[name])
+    expected = reference_logits(theirs, TOKENS)
+    tokens = np.array([TOKENS])
+    for found in (ours(tokens), jax.jit(lambda model, tokens: model(tokens))(ours, tokens)):
+        assert np.abs(found[0] - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_the_formats_differ(checkpoint):
+    """So a test that ran the wrong one would see it."""
+    found = [np.asarray(Llama.from_pretrained(checkpoint("one", f)[1])([TOKENS])) for f in FORMATS]
+    plain = reference_logits(make_model(**SHAPES["one"]), TOKENS)
+    for one, other in [(0, 1), (0, 2), (1, 2)]:
+        assert np.abs(found[one] - found[other]).max() > 1e-3 * np.abs(plain).max()
+    # And each is an approximation, int4 of such small matrices a rough one.
+    for logits, least in zip(found, (0.999, 0.99, 0.9), strict=True):
+        assert least < np.corrcoef(logits.ravel(), plain.ravel())[0, 1] < 1
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_in_bfloat16(checkpoint, name):
+    theirs, path = checkpoint("one", name)
+    ours = Llama.from_pretrained(path, dtype="bfloat16")
+    weights = ours.layers[0].mlp.w_down.get_value()
+    assert weights.scale.dtype == jnp.float32 and ours.embedding[...].dtype == jnp.bfloat16
+    expected = reference_logits(theirs, TOKENS)
+    assert np.abs(ours([TOKENS])[0] - expected).max() <= 0.05 * np.abs(expected).max()
+
+
+# The quick ones hold two formats on each mesh, and each format with each shape.
+RUNS = [
+    pytest.param(
+        shape, name, mesh, marks=[] if i == (j + k) % 3 and j != k // 2 else [pytest.mark.slow]
+    )
+    for i, shape in enumerate(SHAPES)
+    for j, name in enumerate(FORMATS)
+    for k, mesh in enumerate(MESHES)
+]
+
+
+@pytest.mark.parametrize(("shape", "name", "mesh"), RUNS)
+def test_in_the_ring(checkpoint, shape, name, mesh):
+    theirs, path = checkpoint(shape, name)
+    num_stages = int(mesh[0])
+    loop = make_loop(
+        path,
+        mesh,
+        results_late=MESHES.index(mesh) % 3,
+        max_num_seqs=2 * num_stages,
+        max_chunk=64,
+        page_size=8,
+        num_pages=24 * num_stages,
+    )
+    requests = greedy_requests((1, 90, 33, 64), vocab_size=250, max_tokens=8)
+    run = drive(loop, requests)
+    for request in requests:
+        assert len(run.tokens[request.request_id]) == 8
+        far = distance(theirs, request, run)
+        assert far.logits <= 1e-4
+        assert far.tokens <= 1e-3
+
+
+# --- how it lies on the mesh -------------------------------------------------------------------
+
+LLAMA_70B = LlamaConfig.llama3_70b()
+
+
+def quantized_config(name: str, config: LlamaConfig = LLAMA_70B, **changes) -> LlamaConfig:
+    return replace(config, quantization=Quantization(format=name), **changes)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_specs_of_a_quantised_matrix(name):
+    layer = param_specs(quantized_config(name), 4, 2).layers[0]
+    rows, columns = P("stage", "model", None), P("stage", None, "model")
+    by_rank, by_stage = P("stage", "model"), P("stage", None)
+    for weight, of_values, of_rows in (
+        ("attention.wq", rows, by_rank),
+        ("mlp.w_up", rows, by_rank),
+        ("attention.wo", columns, by_stage),
+        ("mlp.w_down", columns, by_stage),
+    ):
+        if name == "int4":  # scales and zero points go with their columns
+            assert layer[weight] == Int4(of_values, of_values, of_values)
+        else:
+            assert layer[weight] == FORMATS[name](of_values, of_rows)
+    assert layer["mlp_norm.scale"] == by_stage
+
+
+# Of 70B on 4 x 2: 20 layers of [out, in] with a half of one of the two, and an eighth of the
+# embedding and of the head; int4 has 5 bytes beside each group of 128 values.
+MATRICES = 20 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 28672 * 8192) // 2
+ROWS_SPLIT, ROWS_WHOLE = 20 * (8192 + 2 * 1024 + 2 * 28672) // 2, 20 * 2 * 8192
+PLAIN = 2 * (2 * 128256 * 8192 // 8 + (20 * 2 + 1) * 8192)
+WEIGHTS_OF_70B = {
+    None: PLAIN + 2 * MATRICES,
+    "int8": PLAIN + MATRICES + 4 * (ROWS_SPLIT + ROWS_WHOLE),
+    "fp8": PLAIN + MATRICES + 4 * (ROWS_SPLIT + ROWS_WHOLE),
+    "int4": PLAIN + MATRICES // 2 + 5 * MATRICES // 128,
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS_OF_70B)
+def test_bytes_of_70b_on_each_device(name):
+    config = quantized_config(name) if name else LLAMA_70B
+    assert weight_bytes(config, make_mesh("4x2"), jnp.bfloat16) == WEIGHTS_OF_70B[name]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_loaded_is_what_was_sized(checkpoint, name):
+    mesh = make_mesh("4x2")
+    with contextlib.closing(open_checkpoint(checkpoint("one", name)[1])) as reader:
+        params = load_params(reader, mesh, np.dtype("float32"))
+        expected = param_shapes(reader.config, mesh, np.dtype("float32"))
+        weights = weight_bytes(reader.config, mesh, np.dtype("float32"))
+    assert jax.tree.structure(params) == jax.tree.structure(expected)
+    for array, shape in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        assert (array.shape, array.dtype, array.sharding) == (
+            shape.shape,
+            shape.dtype,
+            shape.sharding,
+        )
+    assert set(bytes_by_device(params, mesh).values()) == {weights}
+    # The padding layer of the last stages holds zeros, scales included.
+    for part in params.layers[1]["mlp.w_down"]:
+        assert np.asarray(part)[0].any() and not np.asarray(part)[1:].astype(np.float32).any()
+
+
+def test_a_mesh_that_would_cut_a_group_is_refused():
+    """100 columns are 25 groups of 4, or 50 bytes."""
+    config = quantized_config("int4", mlp_dim=100)
+    assert placements(config, 4, 1).layers[0]["mlp.w_down"].scale.shape == (4, 8192, 25)
+    for num_ranks, what in ((2, "25 columns of {}_scale"), (4, "50 columns of {}")):
+        what = what.format("model.layers.0.mlp.down_proj.weight")
+        with pytest.raises(ShardingError) as caught:
+            placements(config, 4, num_ranks)
+        assert str(caught.value) == (
+            f"{num_ranks} tensor-parallel ranks do not divide the {what} of this model: use a mesh "
+            "whose second number is 1."
+        )
+    for name in ("int8", "fp8"):
+        placements(quantized_config(name, mlp_dim=100), 4, 4)
+
+
+def test_groups_get_smaller_where_kv_heads_need_it():
+    config = quantized_config("int4", mlp_dim=8 * 96)
+    scale = placements(config, 4, 8).layers[0]["mlp.w_down"].scale
+    assert scale.shape == (4, 8192, 8 * 96 // 32)

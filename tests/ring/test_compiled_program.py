@@ -1,0 +1,217 @@
+"""What XLA makes of the steps for 4 × 2: collectives, copies, and memory that is taken over.
+
+Nothing runs here. The pool is so large that one layer's keys outweigh every legitimate temporary.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bench.hlo import aliased_outputs, count_ops, large_copies, unordered_collectives
+from llama_jax.config import LlamaConfig
+from llama_jax.model import sampling
+from llama_jax.model.sampling import CONTROL_WIDTH
+from llama_jax.ring import kv_cache, steps, tick
+from llama_jax.ring.packet import LENGTH, size
+from llama_jax.ring.sizes import Bucket, Limits
+from llama_jax.weights.placement import param_shapes, placements
+from sharding.axes import AXES
+from sharding.collectives import pmax, psum
+from sharding.mesh import make_mesh
+from sharding.partition import padded
+from sharding.ring import ring_tick
+
+LAYERS_PER_STAGE = 2
+COLLECTIVES = ("all-reduce", "all-gather", "collective-permute", "reduce-scatter", "all-to-all")
+CONFIG = LlamaConfig(
+    vocab_size=250,  # is padded
+    embed_dim=64,
+    num_layers=4 * LAYERS_PER_STAGE,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=8,
+    mlp_dim=96,
+    rope_theta=10000.0,
+    norm_eps=1e-5,
+    max_position_embeddings=512,
+)
+LIMITS = Limits(
+    num_slots=16,
+    num_pages=4096,
+    page_size=16,
+    pages_per_sequence=32,
+    row_buckets=(1, 4),
+    chunk_buckets=(0, 64, 128),
+    tile=64,
+)
+BUCKETS = [Bucket(1, 0), Bucket(4, 0), Bucket(4, 128)]
+
+
+def compile_step(bucket: Bucket, mesh: str = "4x2", dtype=jnp.float32):
+    device_mesh = make_mesh(mesh)
+    params = param_shapes(CONFIG, device_mesh, dtype)
+    state = steps.state_shapes(CONFIG, device_mesh, LIMITS, dtype)
+    packed = jax.ShapeDtypeStruct((size(LIMITS, bucket),), jnp.int32)
+    if bucket.chunk:
+        step = steps.prefill_step(CONFIG, device_mesh, LIMITS, bucket.rows, bucket.chunk)
+    else:
+        step = steps.decode_step(CONFIG, device_mesh, LIMITS, bucket.rows)
+    return step.lower(params, state, packed).compile()
+
+
+def compile_sampling(mesh: str):
+    device_mesh = make_mesh(mesh)
+    rows, vocab = 4, padded(CONFIG.vocab_size, device_mesh.size)
+
+    logits = jax.ShapeDtypeStruct(
+        (rows, vocab), jnp.float32, sharding=NamedSharding(device_mesh, steps.LOGITS_SPEC)
+    )
+    chosen = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    output = steps.StepOutput(logits, tokens=chosen, slots=chosen)
+    tokens = jax.ShapeDtypeStruct((LIMITS.num_slots,), jnp.int32)
+    controls = jax.ShapeDtypeStruct((rows, CONTROL_WIDTH), jnp.int32)
+    return steps.sample_step(device_mesh).lower(tokens, output, controls).compile()
+
+
+@pytest.fixture(scope="module", params=BUCKETS, ids=str)
+def compiled(request):
+    return compile_step(request.param)
+
+
+def bytes_of_one_layers_keys(dtype=jnp.float32) -> int:
+    """On one device of a mesh with two ranks."""
+    values = CONFIG.num_kv_heads // 2 * LIMITS.num_pages * LIMITS.page_size * CONFIG.head_dim
+    return values * jnp.dtype(dtype).itemsize
+
+
+def collectives(compiled) -> dict[str, int]:
+    counts = count_ops(compiled.as_text())
+    return {name: counts[name] for name in COLLECTIVES if counts[name]}
+
+
+def test_budget_of_collectives(compiled):
+    # A layer: its attention and its MLP. The vocabulary: embedding and finished hidden state are
+    # one all-reduce each, the greedy choice is one all-gather. The ring: one hop.
+    assert collectives(compiled) == {
+        "all-reduce": 2 * LAYERS_PER_STAGE + 2,
+        "all-gather": 1,
+        "collective-permute": 1,
+    }
+
+
+def test_each_collective_needs_the_one_before(compiled):
+    assert unordered_collectives(compiled.as_text()) == []
+
+
+@pytest.mark.parametrize("mesh", ["4x2", "2x1", "1x2"])
+def test_each_collective_of_sampling_needs_the_one_before(mesh):
+    text = compile_sampling(mesh).as_text()
+    assert count_ops(text)["all-reduce"] > 3
+    assert unordered_collectives(text) == []
+
+
+def test_no_branch(compiled):
+    assert count_ops(compiled.as_text())["conditional"] == 0
+
+
+def test_nothing_as_large_as_one_layers_keys_is_copied(compiled):
+    assert large_copies(compiled.as_text(), bytes_of_one_layers_keys()) == []
+    assert compiled.memory_analysis().temp_size_in_bytes < bytes_of_one_layers_keys()
+
+
+def test_the_state_is_taken_over_and_not_allocated_again(compiled):
+    state = jax.tree.leaves(steps.state_shapes(CONFIG, make_mesh("4x2"), LIMITS, jnp.float32))
+    num_params = len(jax.tree.leaves(placements(CONFIG, 4, 2)))
+    assert aliased_outputs(compiled.as_text()) == {i: num_params + i for i in range(len(state))}
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == sum(map(bytes_on_a_device, state))
+    # Only logits, tokens and slots of the leaving packet are new.
+    assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 4096
+
+
+def bytes_on_a_device(array: jax.ShapeDtypeStruct) -> int:
+    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+
+
+@pytest.mark.parametrize(
+    ("mesh", "expected"),
+    [
+        ("1x1", {}),
+        ("4x1", {"all-reduce": 2, "all-gather": 1, "collective-permute": 1}),
+        ("1x2", {"all-reduce": 2 * 8 + 1, "all-gather": 1}),
+    ],
+)
+def test_an_axis_of_size_1_issues_no_collective(mesh, expected):
+    assert collectives(compile_step(Bucket(4, 64), mesh)) == expected
+
+
+# --- the checks see what they are there to see ------------------------------------------------
+
+
+def copies_in_decode_step() -> list[str]:
+    return large_copies(compile_step(Bucket(4, 0)).as_text(), bytes_of_one_layers_keys())
+
+
+def test_a_cache_that_passes_through_a_branch_is_found(monkeypatch):
+    def branching(state, entering, sizes, cache, *, run_stage, **functions):
+        def clear(x, metadata, cache):
+            return x, jax.tree.map(lambda pages: pages.at[:, :, 0].set(0), cache)
+
+        def run_or_clear(x, metadata, cache):
+            busy = jnp.any(metadata[:, LENGTH] > 0)
+            return lax.cond(busy, run_stage, clear, x, metadata, cache)
+
+        return ring_tick(state, entering, sizes, cache, run_stage=run_or_clear, **functions)
+
+    monkeypatch.setattr(tick, "ring_tick", branching)
+    # jaxlib 0.10 copies the cache for it, 0.12 does not: no version may have the branch.
+    assert count_ops(compile_step(Bucket(4, 0)).as_text())["conditional"]
+
+
+def test_collectives_that_do_not_need_each_other_are_found():
+    def two(x):
+        return psum(x, AXES) + pmax(x * x, AXES)
+
+    mapped = jax.shard_map(two, mesh=make_mesh("4x2"), in_specs=P(AXES), out_specs=P())
+    text = jax.jit(mapped).lower(jnp.ones((8, 4))).compile().as_text()
+    assert len(unordered_collectives(text)) == 1
+
+
+def test_a_second_cache_is_found(monkeypatch):
+    write = kv_cache.write
+
+    def write_or_keep(pages, new, page, offset):
+        return jnp.where(jnp.isnan(new).any(), pages, write(pages, new, page, offset))
+
+    monkeypatch.setattr(kv_cache, "write", write_or_keep)
+    assert copies_in_decode_step()
+
+
+def test_layers_sliced_out_of_one_array_are_found(monkeypatch):
+    """K and V of a layer in one array, as a stacked cache would have them."""
+    attention = tick.paged_attention
+
+    def stacked(q, k_pages, v_pages, *rest):
+        both = lax.optimization_barrier(jnp.stack([k_pages, v_pages]))
+        return attention(q, both[0], both[1], *rest)
+
+    monkeypatch.setattr(tick, "paged_attention", stacked)
+    assert copies_in_decode_step()
+
+
+def test_a_collective_too_many_is_found(monkeypatch):
+    def summed(x):
+        return psum(jnp.argmax(x, -1).astype(jnp.int32), AXES)
+
+    monkeypatch.setattr(sampling, "greedy", summed)
+    assert collectives(compile_step(Bucket(4, 0)))["all-reduce"] == 2 * LAYERS_PER_STAGE + 3
+
+
+def test_a_state_that_is_not_donated_is_found():
+    doubled = jax.jit(lambda x: x * 2).lower(jnp.zeros(8)).compile()
+    assert aliased_outputs(doubled.as_text()) == {}

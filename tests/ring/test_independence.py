@@ -1,0 +1,165 @@
+"""A request's tokens do not depend on what else is in the ring.
+
+Where the same program runs, its logits do not differ by a bit; where another one does (a chunk is
+beside it, or it is computed again after preemption) they differ by rounding, so its tokens are the
+same up to ties.
+"""
+
+import numpy as np
+import pytest
+
+from llama_jax.config.sampling_params import SamplingParams
+from tests.support.reference import (
+    Request,
+    drive,
+    make_loop,
+    make_model,
+    reference_logits,
+    restart,
+    save_model,
+)
+
+VOCAB = 101
+PROBE = 1000  # its request id
+GREEDY = SamplingParams(temperature=0, max_tokens=40)
+SAMPLED = SamplingParams(temperature=0.9, top_p=0.95, top_k=50, seed=-7, max_tokens=40)
+
+both = pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(vocab_size=VOCAB, embed_dim=48, num_layers=4, num_heads=8, num_kv_heads=2)
+
+
+@pytest.fixture(scope="module", params=["1x1", "2x2", "4x2"])
+def compiled(request, model, tmp_path_factory):
+    """One row bucket and one chunk bucket: a decode program and a prefill program."""
+    path = save_model(model, tmp_path_factory.mktemp("model"))
+    num_stages = int(request.param[0])
+    return make_loop(
+        path,
+        request.param,
+        max_num_seqs=3 * num_stages,
+        max_chunk=64,
+        page_size=8,
+        num_pages=30 * num_stages,
+    )
+
+
+@pytest.fixture
+def loop(compiled):
+    return restart(compiled)
+
+
+def prompt(length, seed):
+    return np.random.default_rng(seed).integers(0, VOCAB, length).tolist()
+
+
+def probe(params, tick):
+    return Request(PROBE, tick, prompt(45, 0), params)
+
+
+def neighbours(count, length, max_tokens):
+    """Half of them greedy, all there from the start."""
+    return [
+        Request(
+            i,
+            0,
+            prompt(length, i + 1),
+            SamplingParams(temperature=float(i % 2), seed=i, max_tokens=max_tokens),
+        )
+        for i in range(count)
+    ]
+
+
+def outcome(loop, requests):
+    """(tokens, logits) of the probe."""
+    run = drive(loop, requests)
+    assert len(run.tokens[PROBE]) == 40
+    logits = run.logits[PROBE]
+    return run.tokens[PROBE], np.stack([logits[i] for i in sorted(logits)])
+
+
+def same_up_to_ties(model, tokens, expected):
+    """Whether two greedy streams are the same, or part where the best two are within 1e-3."""
+    differ = np.flatnonzero(np.array(tokens) != expected)
+    if not differ.size:
+        return True
+    known = probe(GREEDY, 0).prompt + expected[: differ[0]]
+    logits = reference_logits(model, known)[-1]
+    return logits.max() - min(logits[tokens[differ[0]]], logits[expected[differ[0]]]) <= 1e-3
+
+
+@both
+def test_in_a_full_batch(params, loop):
+    """Bit for bit: the probe enters while all other rows decode, so its chunk is alone as before,
+    and then all is decode."""
+    alone, alone_logits = outcome(loop, [probe(params, 0)])
+    loop = restart(loop)
+    others = neighbours(loop.limits.num_slots - 1, 4, 65)
+    in_batch, logits = outcome(loop, [*others, probe(params, 6 * loop.num_stages)])
+    assert loop.scheduler.num_preemptions == 0
+    assert in_batch == alone
+    np.testing.assert_array_equal(logits, alone_logits)
+
+
+@both
+def test_after_others(params, loop):
+    """Bit for bit: other slots, other pages, and what their last owners left there."""
+    alone, alone_logits = outcome(loop, [probe(params, 0)])
+    drive(loop, neighbours(2 * loop.limits.num_slots, 50, 9))
+    again, logits = outcome(loop, [probe(params, 0)])
+    assert again == alone
+    np.testing.assert_array_equal(logits, alone_logits)
+
+
+@both
+def test_beside_chunks(params, model, loop):
+    """Prompts of several chunks arrive all the time while the probe decodes."""
+    alone, alone_logits = outcome(loop, [probe(params, 0)])
+    loop = restart(loop)
+    chunk_ticks, run = [], loop.executor.run
+
+    def run_and_count(bucket, *rest):
+        chunk_ticks.append(bucket.chunk > 0)
+        return run(bucket, *rest)
+
+    loop.executor.run = run_and_count
+    once = SamplingParams(temperature=0, max_tokens=1)
+    others = [Request(i, 7 * loop.num_stages * (i + 1), prompt(150, i + 1), once) for i in range(6)]
+    beside, logits = outcome(loop, [*others, probe(params, 0)])
+    del loop.executor.run
+    assert np.mean(chunk_ticks) > 0.2
+    assert_same(model, params, (beside, logits), (alone, alone_logits))
+
+
+@both
+def test_after_preemption(params, model, loop):
+    """Older requests grow until the pages of the probe, the youngest, are needed."""
+    alone = outcome(loop, [probe(params, 0)])
+    loop = restart(loop, results_late=3)
+    preempted, preempt = [], loop.scheduler._preempt
+    loop.scheduler._preempt = lambda s: preempted.append(s.request_id) or preempt(s)
+    others = neighbours(loop.limits.num_slots - 1, 40, 80)
+    late = outcome(loop, [*others, probe(params, 24 * loop.num_stages)])
+    assert PROBE in preempted
+    assert_same(model, params, late, alone)
+
+
+def assert_same(model, params, found, expected):
+    (tokens, logits), (expected_tokens, expected_logits) = found, expected
+    if params is GREEDY:
+        assert same_up_to_ties(model, tokens, expected_tokens)
+    else:
+        assert tokens == expected_tokens
+    alike = np.cumprod(np.array(tokens) == expected_tokens).sum() + 1  # rows after equal tokens
+    difference = np.abs(logits[:alike, :VOCAB] - expected_logits[:alike, :VOCAB]).max()
+    assert difference <= 1e-4 * np.abs(expected_logits[:, :VOCAB]).max()
+
+
+def test_seeds_count(loop):
+    alone, _ = outcome(loop, [probe(SAMPLED, 0)])
+    other = SamplingParams(temperature=0.9, top_p=0.95, top_k=50, seed=-8, max_tokens=40)
+    assert outcome(restart(loop), [probe(other, 0)])[0] != alone
+    assert outcome(restart(loop), [probe(GREEDY, 0)])[0] != alone

@@ -1,0 +1,77 @@
+"""After the warm-up nothing compiles, whatever is asked."""
+
+import jax
+import numpy as np
+import pytest
+
+from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.executor import CompileCounter
+from tests.support.reference import Request, drive, make_loop, make_model, save_model
+
+KINDS = [
+    SamplingParams(temperature=0),
+    SamplingParams(temperature=0.7, seed=1),
+    SamplingParams(temperature=1.3, top_k=7, top_p=0.8, min_p=0.01, seed=2),
+]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    model = make_model(num_layers=4, embed_dim=32, mlp_dim=32, head_dim=4)
+    return save_model(model, tmp_path_factory.mktemp("model"))
+
+
+def make_requests(count: int) -> list[Request]:
+    """Prompts of 1 to some 300 tokens, a burst at first, then one now and then."""
+    rng = np.random.default_rng(0)
+    requests = []
+    for number in range(count):
+        kind = KINDS[number % len(KINDS)]
+        prompt = rng.integers(0, 256, int(rng.choice([1, 5, 63, 64, 65, 130, 300]))).tolist()
+        tick = 0 if number < count // 2 else 8 * number
+        params = SamplingParams(
+            **{f: getattr(kind, f) for f in kind.__struct_fields__}
+            | {"max_tokens": int(rng.integers(1, 30))}
+        )
+        requests.append(Request(number, tick, prompt, params))
+    return requests
+
+
+@pytest.mark.parametrize(("mesh", "max_num_seqs"), [("1x1", 4), ("4x2", 16)])
+def test_nothing_compiles_after_the_warm_up(mesh, max_num_seqs, path):
+    sizes = dict(max_num_seqs=max_num_seqs, max_chunk=128, num_pages=48)
+    loop = make_loop(path, mesh, results_late=2, **sizes)
+    programs = set(loop.limits.buckets())
+    steps = []
+    loop.executor.warm_up(lambda done, total, what: steps.append((done, total)))
+    assert steps == [(i, len(programs)) for i in range(len(programs) + 1)]
+
+    counter = CompileCounter()
+    buckets = set()
+    run_tick = loop.executor.run
+
+    def run(bucket, packed, controls):
+        buckets.add((bucket, controls is None))
+        return run_tick(bucket, packed, controls)
+
+    loop.executor.run = run
+    requests = make_requests(24)
+    aborts = [(12, 3), (13, 9)]
+    result = drive(loop, requests, aborts=aborts, keep_logits=False)
+    assert counter.count == 0
+    assert loop.scheduler.num_preemptions > 0
+    assert len(result.reasons) == len(requests)
+    # The run was varied enough: with and without a chunk, small and large, greedy and drawn.
+    assert {bucket for bucket, _ in buckets} == programs
+    assert {greedy for _, greedy in buckets} == {True, False}
+
+
+def test_the_counter_sees_a_compilation():
+    counter = CompileCounter()
+    add = jax.jit(lambda x: x + 1)
+    add(np.zeros(7))
+    assert counter.count == 1
+    add(np.ones(7))
+    assert counter.count == 1
+    add(np.zeros(8))
+    assert counter.count == 2

@@ -1,0 +1,492 @@
+"""The rules of the ring: each test says what holds, and most break the rule to see that it shows.
+
+   1  Order        every packet visits the stages in the same order; pages are free once the last
+                   packet that refers to them has entered
+   2  Snapshot     a packet keeps what it entered with
+   3  Metadata     is replicated; stage s reads that of the packet it holds
+   4  Program      it fits the largest packet in any stage, not only the one that enters
+   5  Chunks       enter in consecutive ticks; a microbatch takes no more than its share
+   6  Records      results belong to the request and epoch of their packet
+   7  Lengths      nothing is sent beyond a limit; what comes after a stop is dropped
+   8  Nowhere      is an index past the pool
+   9  Garbage      values are masked, not only scores
+  10  No branch    has the cache pass through it
+  12  Empty        packets change nothing
+  13  Size 1       an axis of it issues no collective (in test_compiled_program.py)
+  14  Padding      layers are the identity
+
+Breaking one mostly gives wrong answers in silence. So a crowded scenario (pages that run out,
+prompts of several chunks, results read late, requests that follow each other through the same slots
+and pages) is run as it is, where every token must be the best by transformers, and with a rule
+broken, where some must not be.
+"""
+
+import dataclasses
+from functools import partial
+from types import MethodType
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.executor import Executor
+from llama_jax.engine.scheduler import Scheduler
+from llama_jax.model import Llama
+from llama_jax.model.sampling import encode_controls
+from llama_jax.ring import kv_cache, steps, tick
+from llama_jax.ring.packet import PAGES, SLOT, encode
+from llama_jax.ring.sizes import Bucket, Limits
+from sharding.mesh import make_mesh
+from sharding.ring import RingState, ring_tick
+from tests.support.reference import (
+    drive,
+    make_loop,
+    make_model,
+    reference_logits,
+    restart,
+    save_model,
+)
+
+VOCAB = 64
+MESH = "4x1"
+
+
+@pytest.fixture(scope="module")
+def model():
+    sizes = dict(embed_dim=32, mlp_dim=48, num_layers=4, num_heads=4, num_kv_heads=2)
+    return make_model(vocab_size=VOCAB, **sizes)
+
+
+@pytest.fixture(scope="module")
+def path(model, tmp_path_factory):
+    return save_model(model, tmp_path_factory.mktemp("rules"))
+
+
+def new_loop(path):
+    """Eight slots, and pages for two of the longest sequences."""
+    return make_loop(path, MESH, max_num_seqs=8, max_chunk=256, page_size=4, num_pages=80)
+
+
+@pytest.fixture(scope="module")
+def compiled(path):
+    return new_loop(path)
+
+
+@pytest.fixture
+def loop(compiled):
+    """A ring in which nothing has happened, with the programs of the others."""
+    return restart(compiled, 5)
+
+
+def crowd():
+    rng = np.random.default_rng(7)
+    lengths = (150, 3, 70, 90, 10, 40, 130, 5, 64, 20, 9, 33)
+    return [
+        (
+            number,
+            2 * number,
+            rng.integers(0, VOCAB, length).tolist(),
+            SamplingParams(temperature=0, max_tokens=6 + 5 * (number % 4)),
+        )
+        for number, length in enumerate(lengths)
+    ]
+
+
+def faults(model, loop, requests=None):
+    """What goes wrong: requests that end early, or with tokens that transformers finds not best."""
+    requests = requests or crowd()
+    try:
+        run = drive(loop, requests, keep_logits=False)
+    except (AssertionError, IndexError) as error:
+        return [repr(error)]
+    found = []
+    for number, _, prompt, params in requests:
+        tokens = run.tokens[number]
+        if len(tokens) != params.max_tokens:
+            found.append(f"request {number} has {len(tokens)} of {params.max_tokens} tokens")
+            continue
+        logits = reference_logits(model, prompt + tokens)[len(prompt) - 1 : -1]
+        behind = logits.max(axis=1) - logits[np.arange(len(tokens)), tokens]
+        if (behind > 1e-3).any():
+            found.append(f"request {number} goes wrong at token {np.argmax(behind > 1e-3)}")
+    return found
+
+
+def test_the_scenario_goes_right_and_is_crowded(model, loop):
+    buckets, run = set(), loop.executor.run
+
+    def run_and_note(bucket, *rest):
+        buckets.add(bucket)
+        return run(bucket, *rest)
+
+    loop.executor.run = run_and_note
+    assert not faults(model, loop)
+    del loop.executor.run
+    assert loop.scheduler.num_preemptions >= 2
+    assert {bucket.chunk for bucket in buckets} == set(loop.limits.chunk_buckets)
+
+
+# --- 1: order ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mesh", ["1x1", "2x1", "4x1", "2x2"])
+def test_packets_visit_the_stages_in_order_with_what_they_entered_with(mesh):
+    """Rules 1 to 3, on the bare ring: every stage sees packet t in tick t + stage, and its own
+    metadata with it, whatever has entered since."""
+    mesh = make_mesh(mesh)
+    num_stages, num_ticks = mesh.shape["stage"], 11
+
+    def tick(state, entering, cache):
+        def run_stage(x, metadata, cache):
+            now, seen = cache
+            seen = seen.at[0, now].set(jnp.concatenate([x[0, :1], metadata]))
+            history = x[:, 1:] * 10 + lax.axis_index("stage") + 1
+            return jnp.concatenate([x[:, :1], history], axis=1), (now + 1, seen)
+
+        return ring_tick(
+            state,
+            entering,
+            (1, 1),
+            cache,
+            enter=lambda entering: jnp.stack([entering, entering]) * jnp.array([1, 0]),
+            run_stage=run_stage,
+            select=lambda x, metadata: jnp.concatenate([x[0], metadata]),
+        )
+
+    ring = RingState(P(), P(), (P("stage"), P("stage")))
+    cache = (P(), P("stage"))
+    step = jax.jit(
+        jax.shard_map(
+            tick,
+            mesh=mesh,
+            in_specs=(ring, P(), cache),
+            out_specs=(ring, cache, P(), P()),
+            check_vma=False,
+        )
+    )
+    segment = jnp.full((num_stages, 3, 2), -1)  # of which a tick uses the first row
+    state = RingState(jnp.int32(0), jnp.full((num_stages, 2), -1), (segment, segment))
+    cache = (jnp.int32(0), jnp.zeros((num_stages, num_ticks, 3), jnp.int32))
+    for t in range(num_ticks):
+        entering = jnp.array([100 + t, 100 + t])
+        state, cache, left, metadata = step(state, entering, cache)
+        number = 100 + t - (num_stages - 1)
+        if number >= 100:
+            history = int("1234"[:num_stages])  # every stage once, in order
+            assert left.tolist() == [number, history, number, number]
+            assert metadata.tolist() == [number, number]
+    seen = np.asarray(cache[1])
+    for stage in range(num_stages):
+        for t in range(stage, num_ticks):
+            assert seen[stage, t].tolist() == [100 + t - stage] * 3
+
+
+def test_pages_given_away_before_the_packet_entered(model, loop, monkeypatch):
+    """Rule 1: a page is free when the last packet that refers to it has entered, no earlier."""
+
+    def too_early(self, packet, microbatch):
+        add_rows(self, packet, microbatch)
+        for sequence in [s for s in microbatch if s.fully_sent]:
+            self._release(sequence)
+
+    add_rows = Scheduler._add_rows
+    monkeypatch.setattr(Scheduler, "_add_rows", too_early)
+    assert faults(model, loop)
+
+
+# --- 2: snapshot ---------------------------------------------------------------------------------
+
+
+def test_page_tables_that_follow_the_host(model, loop, monkeypatch):
+    """Rule 2: what goes wrong where stages read the table of a slot as it is now."""
+    run = Executor.run
+
+    def with_tables_of_now(self, *arguments):
+        ring = self._state.ring
+        metadata = np.array(ring.metadata)
+        owned = metadata[..., SLOT] < self.limits.num_slots
+        metadata[owned, PAGES:] = loop.scheduler.page_tables[metadata[owned, SLOT]]
+        metadata = jax.device_put(metadata, ring.metadata.sharding)
+        self._state = self._state._replace(ring=ring._replace(metadata=metadata))
+        return run(self, *arguments)
+
+    monkeypatch.setattr(Executor, "run", with_tables_of_now)
+    assert faults(model, loop)
+
+
+def test_a_packet_is_a_copy():
+    """Rule 2: the host may change its tables as soon as the packet is encoded."""
+    limits = small_limits()
+    tables = np.arange(limits.num_slots * 8, dtype=np.int32).reshape(-1, 8)
+    packed = encode(limits, Bucket(2, 4), tables, [1], [5], [(2, 0, True, [7, 8])])
+    before = packed.copy()
+    tables[:] = -7
+    np.testing.assert_array_equal(packed, before)
+
+
+# --- 4: program ----------------------------------------------------------------------------------
+
+
+def test_the_program_chosen_by_the_entering_packet(model, loop):
+    """Rule 4: what goes wrong where the program need not fit the packets of the other stages."""
+
+    class ByEntering(Limits):
+        def bucket(self, rows, chunk):
+            entering = loop._in_flight[-1]
+            tokens = len(entering.tiles) * self.tile
+            return super().bucket(max(len(entering.rows), 1), tokens)
+
+    fields = {f.name: getattr(loop.limits, f.name) for f in dataclasses.fields(Limits)}
+    loop.limits = ByEntering(**fields)
+    assert faults(model, loop)
+
+
+# --- 5: chunks -----------------------------------------------------------------------------------
+
+
+def small_limits(**changes):
+    sizes = dict(
+        num_slots=16,
+        num_pages=64,
+        page_size=4,
+        pages_per_sequence=8,
+        row_buckets=(8,),
+        chunk_buckets=(0, 16),
+        tile=4,
+    )
+    return Limits(**(sizes | changes))
+
+
+def add(scheduler, request_id, length, max_tokens=8):
+    params = SamplingParams(temperature=0, max_tokens=max_tokens)
+    prompt = [1] * length
+    scheduler.add(request_id, prompt, params, max_model_len=32, seed=0, stop_ids=frozenset())
+
+
+def test_chunks_enter_in_consecutive_ticks():
+    scheduler = Scheduler(small_limits(chunk_buckets=(0, 4)), 4, 99)
+    add(scheduler, 0, 18)
+    lengths = [[tile.length for tile in scheduler.schedule().tiles] for _ in range(6)]
+    assert lengths == [[4], [4], [4], [4], [2], []]
+    assert [len(microbatch) for microbatch in scheduler.microbatches] == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("fair", [True, False])
+def test_a_burst_spreads_over_the_microbatches(fair, monkeypatch):
+    """Rule 5, and what happens where a sequence takes any free row."""
+    if not fair:
+        monkeypatch.setattr(Scheduler, "share", lambda self: 8)
+    scheduler = Scheduler(small_limits(chunk_buckets=(0, 32)), 4, 99)
+    for request_id in range(8):
+        add(scheduler, request_id, 3)
+    for _ in range(8):
+        scheduler.schedule()
+    loads = [len(microbatch) for microbatch in scheduler.microbatches]
+    assert loads == ([2, 2, 2, 2] if fair else [8, 0, 0, 0])
+
+
+# --- 6: records ----------------------------------------------------------------------------------
+
+
+def by_slot(self, packet, tokens, bucket_rows):
+    """A result belongs to whoever has the slot now."""
+    owners = {s.slot: s for s in self._sequences.values()}
+    results = [(owners.get(s.slot), tokens[i]) for i, s in packet.results(bucket_rows)]
+    return [self._take_token(s, token) for s, token in results if s and not s.finished]
+
+
+def without_epochs(self, packet, tokens, bucket_rows):
+    """A result belongs to the sequence, whatever has become of it since."""
+    results = [(s.sequence, tokens[i]) for i, s in packet.results(bucket_rows)]
+    return [self._take_token(s, token) for s, token in results if not s.finished]
+
+
+@pytest.mark.parametrize("process", [Scheduler.process, by_slot, without_epochs])
+def test_results_are_matched_through_the_record_of_their_packet(process, model, loop):
+    """Rule 6, where a sequence is preempted with results on their way and is back before them; and
+    what goes wrong where they are matched in another way."""
+    scheduler, schedule = loop.scheduler, loop.scheduler.schedule
+
+    def schedule_after_preempting():
+        if loop.ticks in (20, 40):
+            scheduler._preempt(scheduler._youngest())
+        return schedule()
+
+    scheduler.schedule = schedule_after_preempting
+    scheduler.process = MethodType(process, scheduler)
+    requests = [request for request in crowd() if len(request[2]) < 50]
+    assert bool(faults(model, loop, requests)) == (process is not Scheduler.process)
+    assert scheduler.num_preemptions >= 2
+
+
+# --- 7: lengths ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("results_late", range(6))
+def test_no_row_is_sent_beyond_the_limit_and_nothing_is_said_after_a_stop(
+    model, compiled, results_late
+):
+    loop = restart(compiled, results_late)
+    prompts = [[3, 1, 4, 1, 5], [9, 2, 6], [5] * 70]
+    tokens = drive(loop, requests_for(prompts, 9), keep_logits=False).tokens
+    stop = tokens[0][4]
+
+    loop = restart(compiled, results_late)
+    packets, schedule = [], loop.scheduler.schedule
+    loop.scheduler.schedule = lambda: packets.append(schedule()) or packets[-1]
+    run = drive(loop, requests_for(prompts, 9), stop_ids=frozenset({stop}), keep_logits=False)
+    for number, prompt in enumerate(prompts):
+        full = tokens[number]
+        until = full.index(stop) + 1 if stop in full else len(full)
+        assert run.tokens[number] == full[:until]
+        assert run.reasons[number] == ("stop" if stop in full else "length")
+        rows = [r for p in packets for r in p.rows if r.sequence.request_id == number]
+        last = len(prompt) + len(full) - 2  # the token after it is the last one allowed
+        assert max(row.position for row in rows) <= last
+    assert loop.scheduler.pool.num_free == loop.limits.num_pages
+
+
+def requests_for(prompts, max_tokens):
+    params = SamplingParams(temperature=0, max_tokens=max_tokens)
+    return [(number, 0, prompt, params) for number, prompt in enumerate(prompts)]
+
+
+# --- 8: nowhere ----------------------------------------------------------------------------------
+
+
+def test_nowhere_is_no_page():
+    pages = jnp.arange(2 * 3 * 4 * 5, dtype=jnp.float32).reshape(2, 3, 4, 5)
+    new = jnp.full((2, 2, 5), jnp.nan)
+    written = kv_cache.write(pages, new, jnp.array([3, 3]), jnp.array([0, 3]))
+    np.testing.assert_array_equal(written, pages)
+
+
+@pytest.mark.parametrize("nowhere", [0, -1])
+def test_nowhere_that_is_somebodys_page(nowhere, path, model, monkeypatch):
+    """Rule 8: 0 is the first page of the pool, and -1 the last, by JAX's rules for indices."""
+    write = kv_cache.write
+
+    def write_somewhere(pages, new, page, offset):
+        return write(pages, new, jnp.where(page >= pages.shape[1], nowhere, page), offset)
+
+    monkeypatch.setattr(kv_cache, "write", write_somewhere)
+    assert faults(model, new_loop(path))
+
+
+# --- 9: garbage ----------------------------------------------------------------------------------
+
+
+def plain_attention(q, k_pages, v_pages, page_table, positions, lengths, *_, mask_values):
+    """Paged attention written down without any thought for cost."""
+    batch, _, num_heads, head_dim = q.shape
+
+    def gathered(pages):
+        keys = pages.at[:, page_table].get(mode="clip").transpose(1, 2, 3, 0, 4)
+        keys = keys.reshape(batch, -1, pages.shape[0], head_dim)
+        return jnp.repeat(keys, num_heads // pages.shape[0], axis=2)  # [B, S, H, h]
+
+    keys, values = gathered(k_pages), gathered(v_pages)
+    where = jnp.arange(keys.shape[1])
+    seen = (where <= positions[..., None]) & (where < lengths[:, None, None])  # [B, T, S]
+    scores = jnp.einsum("BTHh,BSHh->BHTS", q, keys) * head_dim**-0.5
+    weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -1e30), axis=-1)
+    if mask_values:
+        values = jnp.where((where < lengths[:, None])[..., None, None], values, 0)
+    return jnp.einsum("BHTS,BSHh->BTHh", weights, values)
+
+
+@pytest.mark.parametrize("mask_values", [True, False])
+def test_what_a_page_held_before(mask_values, path, model, monkeypatch):
+    """Rule 9: scores that are masked are not enough, since 0 x NaN is NaN."""
+    attention = partial(plain_attention, mask_values=mask_values)
+    monkeypatch.setattr(tick, "paged_attention", attention)
+    assert bool(faults(model, new_loop(path))) == (not mask_values)
+
+
+# --- 10: no branch -------------------------------------------------------------------------------
+
+
+def branches(jaxpr, shape):
+    """Branches, at any depth, that an array of this shape passes through."""
+    found = []
+    for equation in jaxpr.eqns:
+        arrays = [v.aval for v in (*equation.invars, *equation.outvars)]
+        if equation.primitive.name == "cond" and any(a.shape == shape for a in arrays):
+            found.append(equation)
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            found += branches(inner, shape)
+    return found
+
+
+@pytest.mark.parametrize("branching", [False, True])
+@pytest.mark.parametrize("chunk", [0, 64])
+def test_the_cache_passes_through_no_branch(chunk, branching, compiled, monkeypatch):
+    """Rule 10, and that the test would see a branch."""
+    if branching:
+        write = kv_cache.write
+
+        def maybe_write(pages, new, page, offset):
+            return lax.cond(page[0] >= 0, write, lambda pages, *_: pages, pages, new, page, offset)
+
+        monkeypatch.setattr(kv_cache, "write", maybe_write)
+    step, arguments = step_and_shapes(compiled, Bucket(2, chunk))
+    pages = compiled.executor.state.cache.keys[0].sharding.shard_shape(
+        compiled.executor.state.cache.keys[0].shape
+    )
+    closed = jax.make_jaxpr(step)(*arguments)
+    assert bool(branches(closed.jaxpr, pages[1:])) == branching
+
+
+def step_and_shapes(loop, bucket):
+    """A step that nobody has traced yet, and the shapes of its arguments."""
+    executor, limits = loop.executor, loop.limits
+    make = (executor.config, executor.mesh, limits, bucket.rows)
+    step = steps.prefill_step(*make, bucket.chunk) if bucket.chunk else steps.decode_step(*make)
+    state = steps.state_shapes(executor.config, executor.mesh, limits, jnp.float32)
+    packed = encode(limits, bucket, np.zeros((limits.num_slots, 1), np.int32), [], [], [])
+    return step, (executor.params, state, packed)
+
+
+# --- 12: empty packets ---------------------------------------------------------------------------
+
+
+def test_empty_packets_change_nothing(loop):
+    """Rule 12, bit for bit: not the cache, and no slot's token."""
+    drive(loop, crowd(), keep_logits=False)
+    executor = loop.executor
+    before = jax.tree.map(lambda a: np.array(a).view(np.int32), executor.state[1:])
+    tables = np.zeros((loop.limits.num_slots, loop.limits.pages_per_sequence), np.int32)
+    for bucket in loop.limits.buckets() * loop.num_stages:
+        controls = encode_controls(loop.limits.num_segments(bucket), [])
+        executor.run(bucket, encode(loop.limits, bucket, tables, [], [], []), controls)
+    after = jax.tree.map(lambda a: np.array(a).view(np.int32), executor.state[1:])
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    assert len(jax.tree.leaves(before)) == 1 + 2  # tokens, and keys and values of one layer
+
+
+# --- 14: padding layers --------------------------------------------------------------------------
+
+
+def test_padding_layers_are_the_identity(tmp_path):
+    """Rule 14: five layers on four stages; the last three stages have one that does nothing."""
+    model = make_model(vocab_size=VOCAB, embed_dim=32, num_layers=5, num_heads=4, num_kv_heads=2)
+    loop = make_loop(save_model(model, tmp_path), MESH, max_num_seqs=4, page_size=4, num_pages=80)
+    config = loop.executor.config
+    x = jax.random.normal(jax.random.key(0), (3, config.embed_dim))
+
+    def attend(q, k, v, caller):
+        return q + 1.0
+
+    program = tick.Program(config, loop.limits, Bucket(1, 0), Llama)
+
+    for position, weights in enumerate(loop.executor.params.layers):
+        for stage in range(4):
+            here = {name: jnp.asarray(np.asarray(a)[stage]) for name, a in weights.items()}
+            y = tick.make_layer(program, here)(x, jnp.arange(3), attend)
+            pads = position == 1 and stage > 0
+            assert np.array_equal(x, y) == pads

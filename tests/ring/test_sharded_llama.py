@@ -1,0 +1,116 @@
+"""`ShardedLlama` is called like the plain model, and compiles no more than it must."""
+
+import jax
+import numpy as np
+import pytest
+
+from llama_jax import LLM, Llama, SamplingParams, ShardedLlama
+from llama_jax.engine.executor import CompileCounter
+from llama_jax.interpret import capture, kv_cache
+from sharding.mesh import make_mesh
+from tests.support.hooked import assert_close
+from tests.support.reference import make_model, reference_logits, save_model
+from tests.support.tiny_tokenizer import make_tokenizer
+
+VOCAB = 259  # divides by no number of ranks; the checkpoint has room for a tokenizer's 256 bytes
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    return make_model(num_layers=3, num_heads=4, num_kv_heads=2, vocab_size=VOCAB)
+
+
+@pytest.fixture(scope="module")
+def path(theirs, tmp_path_factory):
+    return save_model(theirs, tmp_path_factory.mktemp("model"))
+
+
+def tokens_of(*shape, seed=0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, VOCAB, shape)
+
+
+# Fewer prompts than a chunk holds, as many, more; a token, a page, a tile and one more of each.
+@pytest.mark.parametrize(
+    ("mesh", "shapes"),
+    [
+        ("1x1", [(1, 1), (1, 65)]),
+        ("2x2", [(3, 128)]),
+        pytest.param("1x1", [(5, 16), (1, 17)], marks=pytest.mark.slow),
+        pytest.param("2x2", [(2, 64), (1, 129)], marks=pytest.mark.slow),
+        pytest.param("4x1", [(3, 17)], marks=pytest.mark.slow),
+    ],
+)
+def test_logits(path, theirs, mesh, shapes):
+    model = ShardedLlama.from_pretrained(path, make_mesh(mesh))
+    for shape in shapes:
+        tokens = tokens_of(*shape)
+        expected = np.stack([reference_logits(theirs, prompt) for prompt in tokens.tolist()])
+        assert_close(model(tokens), expected)
+
+
+def test_unembed(path):
+    plain, sharded = Llama.from_pretrained(path), ShardedLlama.from_pretrained(path, "2x2")
+    x = np.random.default_rng(0).normal(size=(3, 2, 5, 64)).astype(np.float32)
+    for part in (x, x[0, 0, 0]):
+        assert sharded.unembed(part).shape == (*part.shape[:-1], VOCAB)
+        assert_close(sharded.unembed(part), plain.unembed(part))
+
+
+def test_one_run_leaves_nothing_to_the_next(path):
+    """Other prompts of the same sizes in the same pages; other sizes between them."""
+    model = ShardedLlama.from_pretrained(path, "2x1")
+    first, second = tokens_of(2, 40), tokens_of(2, 40, seed=1)
+    expected = [model(first), model(second)]
+    model(tokens_of(1, 7))
+    for tokens, logits in ((first, expected[0]), (second, expected[1]), (first, expected[0])):
+        np.testing.assert_array_equal(model(tokens), logits)
+
+
+def test_after_an_error_it_goes_on(path, monkeypatch):
+    model, tokens = ShardedLlama.from_pretrained(path, "2x1"), tokens_of(2, 40)
+    expected = model(tokens)
+
+    def interrupted(value):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "device_get", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model(tokens)
+    np.testing.assert_array_equal(model(tokens), expected)
+
+
+def test_programs_are_kept(path):
+    """By their sizes and by what is looked at, for every object with the same weights' shapes."""
+    names = ("layers.1.residual", "layers.*.mlp.output")
+    model = ShardedLlama.from_pretrained(path, "2x1")
+    capture(model, tokens_of(2, 40), *names)
+    model.unembed(np.zeros((4, 64), np.float32))
+    params = model.params
+    again = ShardedLlama(model.config, model.mesh, params, model.dtype)
+    again(tokens_of(2, 40))  # allocates its cache, which is a program, too
+    counter = CompileCounter()
+    for each in (model, again):
+        capture(each, tokens_of(2, 40, seed=2), *names)
+        each.unembed(np.ones((4, 64), np.float32))
+    assert counter.count == 0
+    capture(model, tokens_of(2, 40), "layers.1.middle")
+    assert counter.count > 0
+
+
+def test_the_engines_own_weights(tmp_path):
+    theirs = make_model(num_layers=3, num_heads=4, num_kv_heads=2, vocab_size=320)
+    path, tokens = make_tokenizer(save_model(theirs, tmp_path)), tokens_of(1, 20)
+    greedy = SamplingParams(temperature=0, max_tokens=8)
+    sizes = {"max_num_seqs": 2, "max_chunk": 64, "kv_cache_memory": 1 << 22}
+    with LLM(path, "2x2", in_process=True, **sizes) as llm:
+        answer = llm.generate([5, 6, 7], greedy).token_ids
+        model = llm.model
+        assert model.params is llm.engine.loop.executor.params
+        assert_close(model(tokens)[0], reference_logits(theirs, tokens[0].tolist()))
+        counter = CompileCounter()
+        np.testing.assert_array_equal(model(tokens), model(tokens))
+        assert counter.count == 0
+        assert llm.generate([5, 6, 7], greedy).token_ids == answer  # the engine goes on
+    keys, _ = kv_cache(model, tokens)
+    assert keys.shape == (3, 1, 20, 2, 8)

@@ -1,0 +1,165 @@
+"""What can be looked into costs nothing while nobody looks: the compiled programs are the same.
+
+Each program is compiled as it is, and again with every trace of `tap` and `score_mod` taken out.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from llama_jax import ShardedLlama
+from llama_jax.interpret import Scale, capture, patched
+from llama_jax.model import Attention, Llama, attention
+from llama_jax.model import llama as model
+from llama_jax.model.tap import TappedModule
+from llama_jax.ring import tick
+from llama_jax.ring.sizes import Bucket
+from llama_jax.weights.placement import param_shapes
+from sharding.mesh import make_mesh
+from tests.ring import test_compiled_program
+
+CONFIG = replace(test_compiled_program.CONFIG, num_layers=2)
+TOKENS = np.arange(12, dtype=np.int32).reshape(2, 6)
+STEPS = [(Bucket(4, 0), "2x2"), (Bucket(4, 64), "2x2"), (Bucket(1, 0), "1x1")]
+
+
+@pytest.fixture(autouse=True)
+def few_layers(monkeypatch):
+    monkeypatch.setattr(test_compiled_program, "CONFIG", CONFIG)
+
+
+def program(text: str) -> str:
+    """Optimised HLO without what says where it comes from, its instructions numbered in order."""
+    tables = r"(?ms)^(FileNames|FunctionNames|FileLocations|StackFrames)\n.*?\n\n"
+    text = re.sub(r", metadata=\{[^}]*\}", "", re.sub(tables, "", text))
+    text = re.sub(r"(?m)^HloModule \S+", "HloModule", text)
+    numbers: dict[str, int] = {}
+
+    def number(match: re.Match[str]) -> str:
+        return f"%{numbers.setdefault(match[0], len(numbers))}"
+
+    return re.sub(r"%[\w.-]+", number, text)
+
+
+def forward(llama: Llama) -> str:
+    graph, state = nnx.split(llama)
+
+    def run(state: nnx.State, tokens: jax.Array) -> jax.Array:
+        return nnx.merge(graph, state)(tokens)
+
+    return program(jax.jit(run).lower(state, jnp.asarray(TOKENS)).compile().as_text())
+
+
+def ring(bucket: Bucket, mesh: str) -> str:
+    return program(test_compiled_program.compile_step(bucket, mesh).as_text())
+
+
+def make_llama() -> Llama:
+    return Llama(CONFIG, rngs=nnx.Rngs(0))
+
+
+def rewritten(function: Callable, lines: Mapping[str, str]) -> Callable:
+    """A function of `attention`, compiled again with some of its source replaced."""
+    text = inspect.getsource(function)
+    for old, new in lines.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    scope = dict(vars(attention))
+    exec(text, scope)
+    return scope[function.__name__]
+
+
+SCORED = "caller.score_mod(scores * head_dim**-0.5, head, position[:, None], position)"
+TAPPED = 'caller.tap("weights", weights.reshape(by_head)).reshape(weights.shape)'
+PAGED = "score_mod(scores, row_heads, row_positions[..., None], key_positions)"
+
+
+@pytest.fixture
+def strip(monkeypatch):
+    """Takes every tap and every call of `score_mod` out of the model, when it is called."""
+
+    def strip() -> None:
+        causal, paged = attention.causal_attention, attention.paged_attention
+        causal = rewritten(causal, {SCORED: "scores * head_dim**-0.5", TAPPED: "weights"})
+        monkeypatch.setattr(model, "causal_attention", causal)
+        monkeypatch.setattr(tick, "paged_attention", rewritten(paged, {PAGED: "scores"}))
+        monkeypatch.setattr(TappedModule, "tap", lambda self, name, value: value)
+
+    return strip
+
+
+def test_the_plain_model(strip):
+    text = forward(make_llama())
+    assert text.count("\n") > 100
+    strip()
+    assert forward(make_llama()) == text
+
+
+@pytest.mark.parametrize(("bucket", "mesh"), STEPS, ids=str)
+def test_the_ring(strip, bucket, mesh):
+    text = ring(bucket, mesh)
+    assert text.count("\n") > 100
+    strip()
+    assert ring(bucket, mesh) == text
+
+
+def doubled(self, name, value):
+    return value * 2 if name == "middle" else value
+
+
+def shifted(self, scores, head, query_position, key_position):
+    return scores + head
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "function"),
+    [(TappedModule, "tap", doubled), (Attention, "score_mod", shifted)],
+    ids=["tap", "score_mod"],
+)
+def test_a_cost_would_be_seen(monkeypatch, module, name, function):
+    before = forward(make_llama()), ring(*STEPS[0])
+    monkeypatch.setattr(module, name, function)
+    for text, now in zip(before, (forward(make_llama()), ring(*STEPS[0])), strict=True):
+        assert now != text
+
+
+def test_looking_leaves_the_model_as_it_was():
+    llama = make_llama()
+    text, logits = forward(llama), llama(TOKENS)
+
+    def parts() -> dict[tuple, list[str]]:
+        return {path: sorted(vars(module)) for path, module in nnx.iter_modules(llama)}
+
+    before = parts(), nnx.graphdef(llama)
+    capture(llama, TOKENS, "*")
+    without = patched(llama, {"layers.*.mlp.output": Scale(0.0)})
+    capture(without, TOKENS, "*")
+    with pytest.raises(ValueError, match="no activation"):
+        capture(llama, TOKENS, "nothing")
+    assert (parts(), nnx.graphdef(llama)) == before
+    assert forward(llama) == text
+    np.testing.assert_array_equal(llama(TOKENS), logits)
+    assert forward(without) != text  # a patch would be seen
+
+
+def test_the_rings_programs_are_those_of_before_looking():
+    before = ring(*STEPS[0])
+    mesh = make_mesh("2x2")
+    params = init_params(mesh)
+    capture(ShardedLlama(CONFIG, mesh, params, jnp.dtype(jnp.float32)), TOKENS, "*")
+    assert ring(*STEPS[0]) == before
+
+
+def init_params(mesh):
+    """Zeros, in their places."""
+    shapes = param_shapes(CONFIG, mesh, jnp.dtype(jnp.float32))
+    return jax.tree.map(
+        lambda array: jax.device_put(np.zeros(array.shape, array.dtype), array.sharding), shapes
+    )

@@ -1,0 +1,203 @@
+"""The whole thing: the command that a user types, its engine on a mesh, and hostile clients."""
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+
+from llama_jax.text.tokenizer import Tokenizer
+from tests.support.paths import ROOT
+from tests.support.server_process import REAL_SERVER, ServerProcess, is_running
+from tests.support.tiny_checkpoint import write_checkpoint
+from tests.support.tiny_tokenizer import make_tokenizer
+
+SMALL = ("--max-num-seqs=4", "--max-chunk=64", "--max-model-len=96", "--max-queue=4")
+COMPLETIONS = "/v1/completions"
+LONG = {"prompt": "x", "max_tokens": 90, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = make_tokenizer(tmp_path_factory.mktemp("models") / "tiny")
+    tokenizer = Tokenizer(path)
+    [eos] = tokenizer.encode("<|eot_id|>", add_bos=False)
+    write_checkpoint(
+        path,
+        vocab_size=tokenizer.vocab_size + 4,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=eos,
+        max_position_embeddings=128,
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint):
+    with ServerProcess(REAL_SERVER, str(checkpoint), "--mesh=2x2", *SMALL) as server:
+        yield server.wait_ready()
+
+
+def metric(server: ServerProcess, name: str) -> float:
+    text = httpx.get(server.url + "/metrics").text
+    return float(re.search(rf"^llama_jax:{name}{{.*}} (\S+)$", text, re.MULTILINE)[1])
+
+
+def wait_idle(server: ServerProcess) -> None:
+    """Returns when the engine has nothing to do: its report comes at least once a second."""
+    while metric(server, "num_requests_running") or metric(server, "num_requests_waiting"):
+        time.sleep(0.05)
+
+
+def ask(server: ServerProcess, **body) -> httpx.Response:
+    return httpx.post(server.url + COMPLETIONS, json=body, timeout=60)
+
+
+def hang_up(server: ServerProcess, body: dict, after_events: int) -> None:
+    """Leaves a request in the middle: of its answer, or before the first token if 0."""
+    host, port = server.url.removeprefix("http://").split(":")
+    content = json.dumps(body).encode()
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        received = b""
+        while received.count(b"data: ") < after_events:
+            received += connection.recv(1000)
+
+
+def test_a_streamed_chat_comes_back(server):
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="any") as client:
+        chunks = list(
+            client.chat.completions.create(
+                model="tiny",
+                messages=[{"role": "user", "content": "Hello!"}],
+                max_tokens=8,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+        )
+    *chunks, last = chunks
+    assert 1 <= len(chunks) == last.usage.completion_tokens <= 8
+    assert chunks[-1].choices[0].finish_reason in ("stop", "length")
+
+
+def test_greedy_answers_are_the_same_alone_and_in_company(server):
+    body = {"prompt": [5, 6, 7], "max_tokens": 20, "temperature": 0, "ignore_eos": True}
+    alone = ask(server, **body).json()["choices"][0]["text"]
+    together = ask(server, **{**body, "prompt": [[5, 6, 7], [9] * 60, [5, 6, 7]]}).json()["choices"]
+    assert together[0]["text"] == together[2]["text"] == alone
+
+
+def test_garbage_leaves_it_as_it_was(server):
+    """After all of it: the same answer as before, all pages free, nothing compiled."""
+    good = {"prompt": "Hello", "max_tokens": 12, "temperature": 0}
+    before = ask(server, **good).json()["choices"]
+    compilations = metric(server, "compilations_total")
+    pages = metric(server, "kv_pages")
+    assert compilations > 0
+    assert pages > 0
+
+    url = server.url + COMPLETIONS
+    header = {"content-type": "application/json"}
+    for content in (b"{", b"[" * 50_000, b"\xff" * 100, b"", b'{"prompt": 1e999}'):
+        assert httpx.post(url, content=content, headers=header).status_code == 400
+    vocabulary = int(re.search(r"\(0 to (\d+)\)", ask(server, prompt=[10**9]).text)[1])
+    for body in (
+        {"prompt": "word " * 1000},
+        {"prompt": [5] * 96},
+        {"prompt": [vocabulary + 1]},
+        {"prompt": [-1]},
+        {"prompt": [5, 10**30]},
+        {"prompt": "x", "n": 10**6},
+        {"prompt": ["x"] * 1000},
+        {"prompt": "x", "stop_token_ids": [10**6]},
+        {"prompt": "x", "temperature": -1},
+        {"prompt": "x", "max_tokens": 10**12},
+    ):
+        for stream in (False, True):
+            assert ask(server, **body, stream=stream).status_code == 400
+    assert httpx.post(url, content=b"x" * 3_000_000, headers=header).status_code == 413
+    for events in (0, 1, 5):
+        hang_up(server, {**LONG, "stream": True}, events)
+        hang_up(server, {**LONG, "stream": True, "n": 4}, events)
+    hang_up(server, LONG, 0)
+    # Four times as much as fits at once: some of it is refused, none is lost.
+    with ThreadPoolExecutor() as threads:
+        flood = [threads.submit(ask, server, **LONG, n=8) for _ in range(4)]
+        assert {reply.result().status_code for reply in flood} == {200, 429}
+
+    wait_idle(server)
+    assert metric(server, "kv_pages_free") == pages
+    assert metric(server, "compilations_total") == compilations
+    assert metric(server, "token_slots_total") >= metric(server, "token_slots_used_total") > 0
+    assert metric(server, "stage_ticks_total") >= metric(server, "stage_ticks_busy_total") > 0
+    assert ask(server, **good).json()["choices"] == before
+
+
+def test_sampled_answers_with_a_seed_repeat_and_compile_nothing(server):
+    body = {"prompt": "x", "max_tokens": 20, "seed": 7, "ignore_eos": True, "top_p": 0.9}
+    body |= {"temperature": 1.0, "top_k": 50, "min_p": 0.01}
+    compilations = metric(server, "compilations_total")
+    texts = {ask(server, **body).json()["choices"][0]["text"] for _ in range(2)}
+    assert len(texts) == 1
+    wait_idle(server)
+    assert metric(server, "compilations_total") == compilations
+
+
+def test_sigterm_ends_everything(server):
+    """Last: it ends the server of the tests above."""
+    engine = server.engine_pid()
+    server.signal()
+    assert server.end() == 0
+    assert not is_running(engine)
+    assert server.err == []
+    with socket.create_server(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))):
+        pass  # the port is free
+
+
+# Starts that fail in the engine: its sentence is what the user reads
+
+
+def failed(*arguments: str) -> str:
+    run = subprocess.run(
+        [*REAL_SERVER, *arguments, "--port=0"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert run.returncode == 1
+    [line] = run.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith(".")
+    return line
+
+
+def test_a_truncated_file_of_weights(checkpoint, tmp_path):
+    path = shutil.copytree(checkpoint, tmp_path / "cut")
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "model.safetensors" in failed(str(path))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "said"),
+    [("4", "such as"), ("1x8", "2 KV heads"), ("0x2", "such as")],
+)
+def test_a_mesh_that_cannot_be(checkpoint, mesh, said):
+    assert said in failed(str(checkpoint), f"--mesh={mesh}")
+
+
+def test_a_cache_that_holds_no_sequence(checkpoint):
+    said = failed(str(checkpoint), "--kv-cache-memory=1KiB", "--max-model-len=96")
+    assert "max_model_len" in said
+
+
+def test_the_module_runs_from_its_help():
+    run = subprocess.run([*REAL_SERVER, "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0
+    assert sys.executable not in run.stdout
+    assert "--kv-cache-memory" in run.stdout

@@ -1,0 +1,431 @@
+"""Bad requests: each is answered with one sentence in OpenAI's form, and the server goes on."""
+
+import asyncio
+import json
+
+import httpx
+import pytest
+
+from llama_jax.serve.middleware import MAX_BODY_BYTES, Door
+from tests.support.fake_client import FakeServer, error_of, events, user
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+JSON = {"content-type": "application/json"}
+IMAGE = {"type": "image_url", "image_url": {"url": "http://192.0.2.1/x.png"}}
+
+
+@pytest.fixture(scope="module")
+def server():
+    return FakeServer("Hello!")
+
+
+def refused(response: httpx.Response, status: int = 400, **expected) -> dict:
+    """Checks an answer that is an error, and returns its object."""
+    error = error_of(response)
+    assert response.status_code == status, error
+    for key, value in expected.items():
+        assert error[key] == value
+    return error
+
+
+# Bodies that are no request
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/tokenize", "/detokenize"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "The request has no body."),
+        (b"null", "must be a JSON object"),
+        (b"{", "not valid JSON"),
+        (b"{'a': 1}", "not valid JSON"),
+        (b"\xff\xfe", "body"),
+        (b"[]", "must be a JSON object"),
+        (b'"prompt"', "must be a JSON object"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"prompt": "caf\xe9"}', "not UTF-8"),
+        (b'{"prompt": ' + b"9" * 5000 + b"}", "number that is too long"),
+        (b"{}", "missing"),
+    ],
+)
+def test_what_is_no_json_object_is_refused(server, path, content, said):
+    if (path, content) == ("/tokenize", b"{}"):
+        said = "Give either prompt or messages."
+    response = server.run(lambda client: client.post(path, content=content, headers=JSON))
+    assert said in refused(response, type="invalid_request_error")["message"]
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", None])
+def test_a_body_that_does_not_say_it_is_json_is_refused(server, kind):
+    headers = {"content-type": kind} if kind else {}
+    body = b'{"prompt": "Hi"}'
+    response = server.run(lambda client: client.post(COMPLETIONS, content=body, headers=headers))
+    assert "application/json" in refused(response, 415)["message"]
+
+
+def test_a_charset_is_allowed(server):
+    headers = {"content-type": "Application/JSON; charset=utf-8"}
+    body = b'{"prompt": "Hi"}'
+    response = server.run(lambda client: client.post(COMPLETIONS, content=body, headers=headers))
+    assert response.status_code == 200
+
+
+def test_a_body_that_is_too_large_is_refused_whether_it_says_so_or_not(server):
+    async def pieces():
+        for _ in range(MAX_BODY_BYTES // 10_000 + 1):
+            yield b"x" * 10_000
+
+    def post(content):
+        return server.run(lambda client: client.post(COMPLETIONS, content=content, headers=JSON))
+
+    for content in (b"x" * (MAX_BODY_BYTES + 1), pieces()):
+        assert f"{MAX_BODY_BYTES:,} bytes" in refused(post(content), 413)["message"]
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(server, monkeypatch):
+    monkeypatch.setattr("llama_jax.serve.middleware.BODY_SECONDS", 0.05)
+
+    async def pieces():
+        yield b"{"
+        await asyncio.Event().wait()
+
+    response = server.run(lambda client: client.post(COMPLETIONS, content=pieces(), headers=JSON))
+    assert "0.05 seconds" in refused(response, 408)["message"]
+
+
+def test_a_declared_length_that_is_too_large_is_refused_before_a_byte_is_read(server):
+    sent = []
+
+    async def receive():
+        raise AssertionError("the body was read")
+
+    async def send(message):
+        sent.append(message)
+
+    async def scenario(client):
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": COMPLETIONS,
+            "headers": [(b"content-length", b"99999999999999999999")],
+        }
+        await server.app(scope, receive, send)
+
+    server.run(scenario)
+    assert sent[0]["status"] == 413
+
+
+# Fields
+
+COMPLETION_CASES = [
+    # (body, param, words of the message)
+    ({}, "prompt", "prompt is missing"),
+    ({"prompt": None}, "prompt", "prompt must be a string"),
+    ({"prompt": []}, "prompt", "not be empty"),
+    ({"prompt": {}}, "prompt", "prompt must be a string"),
+    ({"prompt": 5}, "prompt", "prompt must be a string"),
+    ({"prompt": ["Hi", 5]}, "prompt", "prompt must be a string"),
+    ({"prompt": [True]}, "prompt", "prompt must be a string"),
+    ({"prompt": [1.5]}, "prompt", "prompt must be a string"),
+    ({"prompt": [[1], ["a"]]}, "prompt", "prompt must be a string"),
+    ({"prompt": [[]]}, None, "prompt is empty"),
+    ({"prompt": ["x"] * 1025}, "prompt", "at most 1024 prompts"),
+    ({"prompt": "\ud800"}, "prompt", "surrogate"),
+    ({"prompt": [320]}, None, "320 of the prompt is outside the vocabulary (0 to 319)"),
+    ({"prompt": [-1]}, None, "-1 of the prompt is outside"),
+    ({"prompt": [5, 10**30]}, None, "outside the vocabulary"),
+    ({"prompt": [5] * 200}, "max_tokens", "200 tokens"),
+    ({"prompt": "word " * 3000}, "prompt", "holds 200"),
+    ({"prompt": "x", "max_tokens": 0}, "max_tokens", "at least 1"),
+    ({"prompt": "x", "max_tokens": -5}, "max_tokens", "at least 1"),
+    ({"prompt": "x", "max_tokens": 10**30}, "max_tokens", "holds 200"),
+    ({"prompt": "x", "max_tokens": "5"}, "max_tokens", "valid integer"),
+    ({"prompt": "x", "max_tokens": 5.5}, "max_tokens", "valid integer"),
+    ({"prompt": "x", "max_tokens": True}, "max_tokens", "valid integer"),
+    ({"prompt": "x", "temperature": 2.1}, "temperature", "in [0, 2]"),
+    ({"prompt": "x", "temperature": -0.1}, "temperature", "in [0, 2]"),
+    ({"prompt": "x", "temperature": "hot"}, "temperature", "valid number"),
+    ({"prompt": "x", "temperature": float("nan")}, "temperature", "in [0, 2]"),
+    ({"prompt": "x", "temperature": float("inf")}, "temperature", "in [0, 2]"),
+    ({"prompt": "x", "temperature": 10**400}, "temperature", "temperature"),
+    ({"prompt": "x", "top_p": 0}, "top_p", "in (0, 1]"),
+    ({"prompt": "x", "top_p": 1.1}, "top_p", "in (0, 1]"),
+    ({"prompt": "x", "top_k": -2}, "top_k", "in [0, 2**31)"),
+    ({"prompt": "x", "top_k": 2**31}, "top_k", "in [0, 2**31)"),
+    ({"prompt": "x", "min_p": 1.5}, "min_p", "in [0, 1]"),
+    ({"prompt": "x", "seed": 2**63}, "seed", "64-bit"),
+    ({"prompt": "x", "n": 0}, "n", "between 1 and 16"),
+    ({"prompt": "x", "n": 10**18}, "n", "between 1 and 16"),
+    ({"prompt": "x", "n": 9}, "prompt", "room for 8"),
+    ({"prompt": ["x"] * 9}, "prompt", "room for 8"),
+    ({"prompt": "x", "stop": 5}, "stop", "string or a list"),
+    ({"prompt": "x", "stop": [None]}, "stop", "string or a list"),
+    ({"prompt": "x", "stop": ""}, "stop", "none of which is empty"),
+    ({"prompt": "x", "stop": ["a"] * 17}, "stop", "at most 16"),
+    ({"prompt": "x", "stop": "a" * 257}, "stop", "at most 256"),
+    ({"prompt": "x", "stop": "\udfff"}, "stop", "surrogate"),
+    ({"prompt": "x", "stop_token_ids": [320]}, None, "320, which is outside"),
+    ({"prompt": "x", "stop_token_ids": [-1]}, None, "-1, which is outside"),
+    ({"prompt": "x", "stop_token_ids": [1] * 257}, "stop_token_ids", "at most 256"),
+    ({"prompt": "x", "stream": "yes"}, "stream", "valid boolean"),
+    ({"prompt": "x", "stream_options": {}}, "stream_options", "needs stream"),
+    (
+        {"prompt": "x", "stream": True, "stream_options": {"usage": 1}},
+        "stream_options.usage",
+        "no field stream_options.usage",
+    ),
+    ({"prompt": "x", "temprature": 1}, "temprature", "no field temprature"),
+    ({"prompt": "x", "\ud800": 1}, None, "surrogate"),
+    ({"prompt": "x", "x" * 5000: 1}, "x" * 100, "no field"),
+    ({"prompt": "x", "logprobs": 1}, "logprobs", "logprobs is not supported"),
+    ({"prompt": "x", "logprobs": 0}, "logprobs", "not supported"),
+    ({"prompt": "x", "echo": True}, "echo", "not supported"),
+    ({"prompt": "x", "best_of": 2}, "best_of", "not supported"),
+    ({"prompt": "x", "suffix": "y"}, "suffix", "not supported"),
+    ({"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias", "not supported"),
+    ({"prompt": "x", "frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
+    ({"prompt": "x", "guided_regex": "(a+)+$"}, "guided_regex", "not supported"),
+]
+CHAT_CASES = [
+    ({}, "messages", "messages is missing"),
+    ({"messages": []}, None, "at least one message"),
+    ({"messages": "Hi"}, "messages", "valid list"),
+    ({"messages": ["Hi"]}, "messages[0]", "messages[0]"),
+    ({"messages": [{"content": "Hi"}]}, "messages[0].role", "is missing"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content", "is missing"),
+    ({"messages": [{"role": "tool", "content": "Hi"}]}, "messages[0].role", "'assistant'"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "string or a list"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "string or a list"),
+    ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content", "type text"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        "messages[0].content",
+        "text part",
+    ),
+    (
+        {"messages": [{"role": "user", "content": "Hi", "name": "Bob"}]},
+        "messages[0].name",
+        "name is not supported",
+    ),
+    ({"messages": user("x" * 100_000)}, "messages", "holds 200"),
+    ({"messages": user("") * 1000}, "messages", "at least 1000 tokens"),
+    ({"messages": user("\ud800")}, "messages[0].content", "surrogate"),
+    ({"messages": user("x"), "prompt": "x"}, "prompt", "no field prompt"),
+    (
+        {"messages": user("x"), "max_tokens": 1, "max_completion_tokens": 2},
+        "max_tokens",
+        "disagree",
+    ),
+    ({"messages": user("x"), "tools": [{"type": "function"}]}, "tools", "not supported"),
+    ({"messages": user("x"), "top_logprobs": 5}, "top_logprobs", "not supported"),
+    ({"messages": user("x"), "chat_template": "{{ 7 * 7 }}"}, "chat_template", "not supported"),
+    (
+        {"messages": user("x"), "response_format": {"type": "json_object"}},
+        "response_format",
+        "not supported",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "said"),
+    [(COMPLETIONS, *case) for case in COMPLETION_CASES] + [(CHAT, *case) for case in CHAT_CASES],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_fields_are_refused_with_their_name(server, path, body, param, said, stream):
+    if stream and "stream" not in body and "stream_options" not in body:
+        body = {**body, "stream": True}
+    content = json.dumps(body)  # Python's, which can write NaN and halves of surrogate pairs
+    response = server.run(lambda client: client.post(path, content=content, headers=JSON))
+    error = refused(response, 400, type="invalid_request_error", param=param)
+    assert said in error["message"]
+    assert len(error["message"]) < 400, "what was sent is not sent back"
+    assert server.engine.running == 0
+
+
+def test_a_prompt_that_is_too_long_has_the_code_that_clients_look_for(server):
+    response = server.post(COMPLETIONS, {"prompt": [5] * 190, "max_tokens": 11})
+    refused(response, 400, code="context_length_exceeded")
+    assert server.post(COMPLETIONS, {"prompt": [5] * 190, "max_tokens": 10}).status_code == 200
+
+
+# Routes
+
+
+def test_an_unknown_model_is_not_found(server):
+    for path in (COMPLETIONS, CHAT):
+        given = {"prompt": "x"} if path == COMPLETIONS else {"messages": user("x")}
+        response = server.post(path, {"model": "gpt-5", **given})
+        error = refused(response, 404, param="model", code="model_not_found")
+        assert "gpt-5" in error["message"]
+    refused(server.get("/v1/models/../../etc/passwd"), 404)
+    refused(server.get("/v1/models/other"), 404, code="model_not_found")
+
+
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/completions/", "/docs", "/%ff%00", "/v2/x"])
+def test_unknown_paths_are_not_found(server, path):
+    refused(server.get(path), 404, code="not_found")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", COMPLETIONS), ("DELETE", CHAT), ("POST", "/health"), ("PUT", "/v1/models")],
+)
+def test_other_methods_are_refused(server, method, path):
+    response = server.run(lambda client: client.request(method, path))
+    assert method in refused(response, 405)["message"]
+    assert response.headers["allow"]
+
+
+# The key
+
+
+def test_every_path_but_health_needs_the_key():
+    server = FakeServer(api_key="sesame")
+    paths = [COMPLETIONS, CHAT, "/v1/models", "/metrics", "/version", "/tokenize", "/nowhere", "/"]
+    wrong = [{}, {"authorization": "Bearer x"}, {"authorization": "sesame"}]
+    tricks = [{"host": "test/health?"}, {"x-forwarded-path": "/health"}]
+    for path in [*paths, "/health/", "/health/../v1/models", "//health"]:
+        for headers in wrong + tricks:
+            response = server.get(path, headers=headers)
+            refused(response, 401, type="authentication_error", code="invalid_api_key")
+            assert response.headers["www-authenticate"] == "Bearer"
+    assert server.get("/health").status_code == 200
+    right = {"authorization": "Bearer sesame"}
+    assert server.get("/v1/models", headers=right).status_code == 200
+
+
+# What is not the caller's fault
+
+
+def test_a_full_queue_says_when_to_come_back():
+    server = FakeServer(max_in_flight=2)
+
+    async def scenario(client):
+        server.engine.hold.clear()
+        busy = [
+            asyncio.create_task(client.post(COMPLETIONS, json={"prompt": "Hi"})) for _ in range(2)
+        ]
+        while server.engine.running < 2:
+            await asyncio.sleep(0)
+        refusals = [
+            await client.post(COMPLETIONS, json={"prompt": "Hi", "stream": stream})
+            for stream in (False, True)
+        ]
+        server.engine.hold.set()
+        return refusals, [(await task).status_code for task in busy]
+
+    refusals, statuses = server.run(scenario)
+    for response in refusals:
+        refused(response, 429, type="rate_limit_error", code="queue_full")
+        assert int(response.headers["retry-after"]) >= 1
+    assert statuses == [200, 200]
+    assert 'admission_rejections_total{engine="0",model_name="tiny",reason="queue_full"} 2.0' in (
+        server.get("/metrics").text
+    )
+
+
+def test_without_a_chat_template_only_chats_are_refused():
+    server = FakeServer(chat_template=False)
+    error = refused(server.post(CHAT, {"messages": user("Hi")}))
+    assert "has no chat template" in error["message"]
+    assert server.complete(max_tokens=50)["choices"][0]["text"] == "Hello, world!"
+
+
+def test_an_answer_that_the_engine_cannot_finish_is_an_error():
+    server = FakeServer("Hello, world!")
+    server.engine.fail_after = 0
+    for body in ({"prompt": "Hi"}, {"prompt": "Hi", "stream": True}, {"prompt": "Hi", "n": 3}):
+        error = refused(server.post(COMPLETIONS, body), 500, code="generation_failed")
+        assert error["message"] == "The logits are not finite."
+    server.engine.fail_after = 2
+    *chunks, last = server.stream(COMPLETIONS)
+    assert len(chunks) == 2
+    assert last["error"]["code"] == "generation_failed"
+    server.engine.fail_after = None
+    server.complete()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_engines_death_ends_every_answer_with_an_error(n):
+    server = FakeServer("Hello, world!")
+
+    async def scenario(client):
+        server.engine.hold.clear()
+        whole = asyncio.create_task(client.post(CHAT, json={"messages": user("Hi"), "n": n}))
+        while server.engine.running < n:
+            await asyncio.sleep(0)
+        server.engine.die()
+        late = await client.post(CHAT, json={"messages": user("Hi")})
+        return await whole, late, await client.get("/health"), await client.get("/v1/models")
+
+    whole, late, health, models = server.run(scenario)
+    for response in (whole, late, health):
+        error = refused(response, 503, code="engine_dead", type="server_error")
+        assert "/tmp" not in error["message"], "no path of this machine leaves it"
+    assert models.status_code == 200
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_engines_death_ends_a_stream_that_runs_with_an_error_event(n):
+    server = FakeServer("Hello, world!")
+    tokens = 0
+    generate = server.engine.generate
+
+    async def mortal(prompt, params):
+        nonlocal tokens
+        async for output in generate(prompt, params):
+            yield output
+            tokens += 1
+            if tokens == 3:
+                server.engine.die()
+
+    server.engine.generate = mortal
+    body = {"messages": user("Hi"), "stream": True, "n": n}
+    *chunks, last = events(server.post(CHAT, body))
+    assert all(chunk["choices"] for chunk in chunks)
+    assert last["error"]["code"] == "engine_dead"
+    assert server.engine.running == 0
+
+
+def test_a_fault_of_the_server_itself_shows_nothing_of_it(caplog):
+    server = FakeServer()
+
+    def fail(*arguments):
+        raise KeyError("/secret/path")
+
+    server.tokenizer = None
+    server.frontend.tokenizer = type("Broken", (), {"encode": fail, "max_token_length": 5})()
+    transport = httpx.ASGITransport(server.app, raise_app_exceptions=False)
+
+    async def scenario(_):
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post(COMPLETIONS, json={"prompt": "Hi"})
+
+    error = refused(server.run(scenario), 500, type="server_error", code="internal_error")
+    assert "secret" not in error["message"]
+    assert "/secret/path" in caplog.text
+
+
+def test_until_the_door_opens_the_server_is_starting():
+    server = FakeServer(api_key="key")
+    server.app = Door("key")
+    for path in ("/health", "/v1/models"):
+        response = server.get(path, headers={"authorization": "Bearer key"})
+        refused(response, 503, code="starting")
+    refused(server.get("/v1/models"), 401)
+
+
+def test_a_server_that_is_ending_takes_nothing_new():
+    server = FakeServer()
+    server.frontend.draining = True
+    refused(server.post(CHAT, {"messages": user("Hi")}), 503, code="shutting_down")
+    refused(server.post(COMPLETIONS, {"prompt": "Hi"}), 503, code="shutting_down")
+    refused(server.get("/health"), 503, code="shutting_down")
+
+
+def test_a_silent_engine_is_unhealthy_and_still_asked():
+    server = FakeServer()
+    server.engine.seconds_since_report = 60.0
+    assert "60 seconds" in refused(server.get("/health"), 503, code="engine_silent")["message"]
+    server.complete()

@@ -1,0 +1,205 @@
+"""The mesh, and how layers and weights fall to its devices."""
+
+import itertools
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llama_jax.checkpoint import open_checkpoint
+from llama_jax.checkpoint.load import load_params
+from llama_jax.config import LlamaConfig
+from llama_jax.weights.placement import ShardingError, param_specs, placements
+from sharding.axes import AXES
+from sharding.mesh import MeshError, make_mesh, mesh_shape, parse_mesh
+from sharding.partition import padded, split_layers
+from tests.support.paths import ROOT
+from tests.support.tiny_checkpoint import write_checkpoint
+
+SHAPES = {"1x1": (1, 1), "2x1": (2, 1), "4x1": (4, 1), "1x2": (1, 2), "2x2": (2, 2), "4x2": (4, 2)}
+LLAMA_70B = LlamaConfig.llama3_70b()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_make_mesh(shape):
+    mesh = make_mesh(shape)
+    assert mesh.axis_names == AXES == ("stage", "model")
+    assert mesh_shape(mesh) == mesh.devices.shape == SHAPES[shape]
+    # Neighbours in a stage talk most, so they are neighbours in the list of devices.
+    assert list(mesh.devices.flat) == jax.devices()[: mesh.size]
+
+
+def test_given_devices_are_used():
+    devices = jax.devices()[2:4]
+    assert list(make_mesh("2x1", devices).devices.flat) == devices
+
+
+@pytest.mark.parametrize("text", ["4x2", " 4 X 2 ", "4×2"])
+def test_spellings_of_a_mesh(text):
+    assert parse_mesh(text) == (4, 2)
+
+
+@pytest.mark.parametrize("text", ["", "4", "x2", "4x", "0x1", "4x0", "-4x2", "4x2x1", "4.0x2", "a"])
+def test_a_mesh_that_is_none(text):
+    with pytest.raises(MeshError) as caught:
+        make_mesh(text)
+    assert str(caught.value) == f'A mesh is written "stages x ranks", such as "4x2", got {text!r}.'
+
+
+def in_a_process(code: str, **environment: str) -> str:
+    """What a fresh interpreter prints, on CPU and without the settings of conftest."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**clean, "JAX_PLATFORMS": "cpu", **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+def test_virtual_devices_are_made_as_needed():
+    code = (
+        "from sharding.mesh import make_mesh; import jax\n"
+        "print(make_mesh('4x2').devices.shape, len(jax.devices()))"
+    )
+    assert in_a_process(code) == "(4, 2) 8\n"
+
+
+def test_virtual_devices_after_jax_has_started():
+    code = (
+        "import jax; jax.devices()\n"
+        "from sharding.mesh import MeshError, make_mesh\n"
+        "print(make_mesh('1x1').size)\n"
+        "try: make_mesh('4x2')\n"
+        "except MeshError as error: print(error)"
+    )
+    assert in_a_process(code).splitlines() == [
+        "1",
+        "The mesh 4x2 needs 8 devices and JAX has already started with 1 cpu device: make the mesh "
+        "before any other use of JAX, or set JAX_NUM_CPU_DEVICES=8 and restart.",
+    ]
+    assert in_a_process(code, JAX_NUM_CPU_DEVICES="8").splitlines() == ["1"]
+
+
+def test_a_mesh_larger_than_the_devices():
+    with pytest.raises(MeshError, match="The mesh 2x2 needs 4 devices") as caught:
+        make_mesh("2x2", jax.devices()[:3])
+    assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+
+
+def test_a_mesh_beyond_all_reason_is_refused_at_once():
+    with pytest.raises(MeshError, match="needs 40000 devices"):
+        make_mesh("20000x2")
+
+
+def test_layers_that_divide():
+    assert split_layers(8, 4) == ((0, 1), (2, 3), (4, 5), (6, 7))
+
+
+def test_layers_that_do_not_divide_are_padded_at_the_end():
+    assert split_layers(22, 4) == (
+        (0, 1, 2, 3, 4, 5),
+        (6, 7, 8, 9, 10, 11),
+        (12, 13, 14, 15, 16, None),
+        (17, 18, 19, 20, 21, None),
+    )
+    assert split_layers(2, 4) == ((0,), (1,), (None,), (None,))
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("num_layers", range(1, 20))
+def test_every_layer_stands_once_and_in_order(num_layers, num_stages):
+    stages = split_layers(num_layers, num_stages)
+    held = [[layer for layer in stage if layer is not None] for stage in stages]
+    assert [*itertools.chain(*held)] == list(range(num_layers))
+    assert len({len(stage) for stage in stages}) == 1
+    assert max(map(len, held)) - min(map(len, held)) <= 1
+    assert len(stages[0]) == max(map(len, held))  # no more padding than there must be
+
+
+@pytest.mark.parametrize(
+    ("size", "parts", "expected"), [(128256, 8, 128256), (97, 8, 104), (1, 8, 8), (8, 1, 8)]
+)
+def test_padded(size, parts, expected):
+    assert padded(size, parts) == expected
+
+
+@pytest.mark.parametrize(("num_stages", "num_ranks"), SHAPES.values(), ids=SHAPES)
+def test_the_spec_of_every_weight(num_stages, num_ranks):
+    specs = param_specs(LLAMA_70B, num_stages, num_ranks)
+    assert specs.embedding == specs.lm_head == P(("stage", "model"), None)
+    assert specs.final_norm == P(None)
+    rows, columns = P("stage", "model", None), P("stage", None, "model")
+    assert len(specs.layers) == 80 // num_stages
+    for layer in specs.layers:
+        assert layer == {
+            "attention_norm.scale": P("stage", None),
+            "attention.wq": rows,
+            "attention.wk": rows,
+            "attention.wv": rows,
+            "attention.wo": columns,
+            "mlp_norm.scale": P("stage", None),
+            "mlp.w_gate": rows,
+            "mlp.w_up": rows,
+            "mlp.w_down": columns,
+        }
+
+
+def test_a_rank_holds_whole_heads_that_belong_together():
+    """Query heads of a rank must be those that share its KV heads."""
+    table = placements(LLAMA_70B, 4, 2).layers[0]
+    mesh = make_mesh("4x2")
+    for rank in range(2):
+        device = mesh.devices[0, rank]
+        held = {}
+        for name in ("attention.wq", "attention.wk"):
+            index = NamedSharding(mesh, table[name].spec).devices_indices_map(table[name].shape)
+            rows = range(table[name].shape[1])[index[device][1]]
+            held[name] = {row // LLAMA_70B.head_dim for row in rows}
+        assert {head // 8 for head in held["attention.wq"]} == held["attention.wk"]
+        assert len(held["attention.wk"]) == 4
+
+
+def test_the_shapes_of_70b_on_8_gpus():
+    table = placements(LLAMA_70B, 4, 2)
+    assert table.embedding.shape == table.lm_head.shape == (128256, 8192)
+    assert table.layers[0]["mlp.w_gate"].shape == (4, 28672, 8192)
+    assert table.layers[3]["mlp.w_down"].layers == (3, 23, 43, 63)
+    assert placements(LlamaConfig.llama3_2_1b(), 4, 2).lm_head is None
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "num_ranks", "what"),
+    [
+        (1, 3, "3 tensor-parallel ranks do not divide the 8 KV heads"),
+        (4, 16, "16 tensor-parallel ranks do not divide the 8 KV heads"),
+    ],
+)
+def test_ranks_that_do_not_divide_the_kv_heads(num_stages, num_ranks, what):
+    with pytest.raises(ShardingError, match=what) as caught:
+        placements(LLAMA_70B, num_stages, num_ranks)
+    fits = {3: 2, 16: 8}[num_ranks]
+    assert str(caught.value).endswith(f"use a mesh whose second number is {fits}.")
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_device_holds_as_many_bytes(tmp_path, shape, tied):
+    """A spread of 0 where neither vocabulary nor layers divide: padding makes devices equal."""
+    write_checkpoint(tmp_path, vocab_size=83, num_hidden_layers=5, tie_word_embeddings=tied)
+    params = load_params(open_checkpoint(tmp_path), make_mesh(shape), np.dtype("float32"))
+    held = Counter()
+    for array in jax.tree.leaves(params):
+        for shard in array.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    assert len(held) == SHAPES[shape][0] * SHAPES[shape][1]
+    assert max(held.values()) == min(held.values())

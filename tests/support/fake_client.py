@@ -1,0 +1,228 @@
+"""An engine client without an engine, whose tokens are known beforehand, and a server over it."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable
+
+import httpx
+
+from llama_jax.client.request_check import check_request
+from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.errors import EngineDead, QueueFull
+from llama_jax.engine.messages import DeviceInfo, EngineInfo, Output, Stats
+from llama_jax.serve.app import create_app
+from llama_jax.serve.frontend import Frontend
+from llama_jax.serve.metrics import Metrics
+from llama_jax.serve.middleware import Door
+from tests.support.tiny_tokenizer import tiny_tokenizer
+
+EOT = "<|eot_id|>"
+GREEDY = SamplingParams(temperature=0)
+GREEDY = SamplingParams(temperature=0)
+
+
+def make_info(**changes) -> EngineInfo:
+    """A 2 x 2 mesh over four layers, with round numbers."""
+    devices = [
+        DeviceInfo(
+            name=f"cpu:{2 * stage + rank}",
+            stage=stage,
+            rank=rank,
+            layers=[2 * stage, 2 * stage + 1],
+            weight_bytes=1_500_000,
+            kv_bytes=8_000_000,
+        )
+        for stage in range(2)
+        for rank in range(2)
+    ]
+    values = dict(
+        model="tiny",
+        mesh="2x2",
+        platform="cpu",
+        dtype="float32",
+        vocab_size=320,
+        max_model_len=200,
+        max_num_seqs=4,
+        page_size=16,
+        num_pages=64,
+        devices=devices,
+        num_programs=3,
+        load_seconds=1.0,
+        compile_seconds=2.0,
+    )
+    return EngineInfo(**{**values, **changes})
+
+
+class FakeClient:
+    """Answers every request with `script`, over and over, until its length limit.
+
+    Attributes:
+      script: the tokens of every answer.
+      eos: ends an answer where it stands in the script.
+      hold: tokens come only while it is set.
+      fail_after: each request ends with an error after this many tokens.
+      requests: all that were taken, as (prompt, params).
+      running: how many are in flight.
+      aborted: how many were left before their end.
+    """
+
+    def __init__(self, script: list[int], eos: int, max_in_flight: int = 8) -> None:
+        self.info = make_info()
+        self.stats = Stats(
+            num_running=2, num_waiting=1, pages_total=64, pages_free=48, prompt_tokens=7
+        )
+        self.script, self.eos = script, eos
+        self.max_in_flight = max_in_flight
+        self.alive = True
+        self.seconds_since_report = 0.1
+        self.hold = asyncio.Event()
+        self.hold.set()
+        self.fail_after: int | None = None
+        self.requests: list[tuple[list[int], SamplingParams]] = []
+        self.running = 0
+        self.aborted = 0
+        self.closed = False
+
+    def check(self, prompt: list[int], params: SamplingParams) -> None:
+        if not self.alive:
+            raise EngineDead("killed, see /tmp/secret.log")
+        check_request(prompt, params, self.info)
+
+    async def generate(
+        self, prompt: list[int], params: SamplingParams
+    ) -> AsyncGenerator[Output, None]:
+        self.check(prompt, params)
+        if self.running >= self.max_in_flight:
+            raise QueueFull("The engine is full.")
+        self.requests.append((prompt, params))
+        self.running += 1
+        finished = False
+        try:
+            limit = params.max_tokens or self.info.max_model_len - len(prompt)
+            for index in range(limit):
+                await self._wait()
+                if index == self.fail_after:
+                    finished = True
+                    yield Output(0, None, "error", "The logits are not finite.")
+                    return
+                token = self.script[index % len(self.script)]
+                stops = (token == self.eos and not params.ignore_eos) or (
+                    token in params.stop_token_ids
+                )
+                reason = "stop" if stops else "length" if index + 1 == limit else None
+                finished = reason is not None
+                yield Output(0, token, reason)
+                if finished:
+                    return
+        finally:
+            self.running -= 1
+            self.aborted += not finished
+
+    async def _wait(self) -> None:
+        await self.hold.wait()
+        await asyncio.sleep(0)
+        if not self.alive:
+            raise EngineDead("killed, see /tmp/secret.log")
+
+    def die(self) -> None:
+        self.alive = False
+        self.hold.set()
+
+    async def close(self) -> None:
+        self.closed = True
+        self.die()
+
+
+class FakeServer:
+    """The whole HTTP application over a `FakeClient` that says `text` and then <|eot_id|>.
+
+    Attributes:
+      engine: the fake; its script is the tokens of `text`.
+      app: what Uvicorn would be given.
+    """
+
+    def __init__(
+        self,
+        text: str = "Hello, world!",
+        *,
+        chat_template: bool = True,
+        api_key: str | None = None,
+        defaults: SamplingParams = GREEDY,
+        prefix: str = "llama_jax",
+        max_in_flight: int = 8,
+        **info,
+    ) -> None:
+        self.tokenizer = tiny_tokenizer(chat_template)
+        script = self.tokenizer.encode(text + EOT, add_bos=False)
+        self.engine = FakeClient(script, script[-1], max_in_flight)
+        self.engine.info = make_info(**info)
+        self.frontend = Frontend(
+            engine=self.engine,
+            tokenizer=self.tokenizer,
+            metrics=Metrics(
+                "tiny", lambda: self.engine.stats, lambda: self.engine.alive, prefix=prefix
+            ),
+            model="tiny",
+            root="models/tiny",
+            defaults=defaults,
+        )
+        self.app = Door(api_key)
+        self.app.open(create_app(self.frontend))
+
+    def run(self, body: Callable[[httpx.AsyncClient], Awaitable]):
+        """Runs an async function with a client on one event loop."""
+
+        async def scenario():
+            transport = httpx.ASGITransport(self.app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                return await asyncio.wait_for(body(client), 30)
+
+        return asyncio.run(scenario())
+
+    def get(self, path: str, **options) -> httpx.Response:
+        return self.run(lambda client: client.get(path, **options))
+
+    def post(self, path: str, body, **options) -> httpx.Response:
+        return self.run(lambda client: client.post(path, json=body, **options))
+
+    def complete(self, **body) -> dict:
+        """The answer to a completion that must succeed; the prompt is "Hi" if none is given."""
+        return ok(self.post("/v1/completions", {"prompt": "Hi", **body})).json()
+
+    def chat(self, content: str = "Hi", **body) -> dict:
+        """The answer to a chat of one message, that must succeed."""
+        return ok(self.post("/v1/chat/completions", {"messages": user(content), **body})).json()
+
+    def stream(self, path: str, **body) -> list[dict]:
+        """The events of a streamed answer, without [DONE], which must be there."""
+        given = {"prompt": "Hi"} if path == "/v1/completions" else {"messages": user("Hi")}
+        return events(ok(self.post(path, {**given, "stream": True, **body})))
+
+
+def user(content: str) -> list[dict]:
+    return [{"role": "user", "content": content}]
+
+
+def ok(response: httpx.Response) -> httpx.Response:
+    assert response.status_code == 200, response.text
+    return response
+
+
+def events(response: httpx.Response) -> list[dict]:
+    """What server-sent events hold, in exactly the form that is promised."""
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert response.content.endswith(b"\n\n")
+    blocks = response.content.decode().removesuffix("\n\n").split("\n\n")
+    assert all(block.startswith("data: ") and "\n" not in block for block in blocks)
+    assert blocks[-1] == "data: [DONE]"
+    return [json.loads(block.removeprefix("data: ")) for block in blocks[:-1]]
+
+
+def error_of(response: httpx.Response) -> dict:
+    """The error object of an answer, which must be one sentence in OpenAI's nested form."""
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    message = body["error"]["message"]
+    assert message.endswith(".") and "\n" not in message and "Traceback" not in message
+    return body["error"]

@@ -1,0 +1,109 @@
+"""An engine whose outputs can be computed by hand, in the real process loop, without JAX.
+
+Token i of an answer is (last token of the prompt + 1 + i) mod 1000; token 0 is EOS. What else it
+does stands in `EngineOptions.path`: "fake", or "fake:MODE" or "fake:MODE:NUMBER" with one of
+
+  hang      never gets ready
+  fatal     refuses to start, with a sentence for the user
+  bug       fails to start, with an error that nobody foresaw
+  exit      says something and ends before it is ready
+  kill      is killed by SIGKILL when it has made NUMBER tokens
+  crash     raises in the step after NUMBER tokens
+  refuse    refuses prompts that start with 13
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+from llama_jax.config import ConfigError
+from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.errors import RequestError
+from llama_jax.engine.messages import (
+    DeviceInfo,
+    EngineInfo,
+    Output,
+    Progress,
+    Stats,
+)
+from llama_jax.engine.options import EngineOptions
+from llama_jax.engine.process import main
+
+VOCAB_SIZE = 1000
+EOS = 0
+TICK_SECONDS = 0.002
+
+
+class FakeEngine:
+    def __init__(self, options: EngineOptions, progress: Callable[[Progress], None]) -> None:
+        _, _, mode = options.path.partition(":")
+        self.mode, _, number = mode.partition(":")
+        self.number = int(number or 0)
+        progress(Progress("loading", 1, 2, "a shard"))
+        if self.mode == "hang":
+            time.sleep(3600)
+        if self.mode == "fatal":
+            raise ConfigError("There is no model at nowhere: give a checkpoint directory.")
+        if self.mode == "bug":
+            raise KeyError("wq")
+        if self.mode == "exit":
+            print("RuntimeError: the device is on fire", file=sys.stderr, flush=True)
+            os._exit(3)
+        self.info = EngineInfo(
+            model="fake",
+            mesh=options.mesh,
+            platform="cpu",
+            dtype="float32",
+            vocab_size=VOCAB_SIZE,
+            max_model_len=options.max_model_len or 1_000_000,
+            max_num_seqs=options.max_num_seqs,
+            page_size=options.page_size,
+            num_pages=1,
+            devices=[DeviceInfo("fake:0", 0, 0, [0, 1], 10, 20)],
+            num_programs=1,
+            load_seconds=0.0,
+            compile_seconds=0.0,
+        )
+        self.live: dict[int, list[int]] = {}  # request: next token, tokens left, stops at EOS
+        self.made = 0
+
+    def add(self, request_id: int, prompt: list[int], params: SamplingParams) -> None:
+        if self.mode == "refuse" and prompt[0] == 13:
+            raise RequestError("13 brings bad luck.")
+        left = self.info.max_model_len - len(prompt)
+        if params.max_tokens is not None:
+            left = min(left, params.max_tokens)
+        self.live[request_id] = [(prompt[-1] + 1) % VOCAB_SIZE, left, not params.ignore_eos]
+
+    def abort(self, request_id: int) -> None:
+        self.live.pop(request_id, None)
+
+    def step(self) -> list[Output]:
+        time.sleep(TICK_SECONDS)
+        outputs = []
+        for request_id, state in list(self.live.items()):
+            token, left, stops = state
+            reason = "stop" if stops and token == EOS else "length" if left == 1 else None
+            outputs.append(Output(request_id, token, reason))
+            state[:2] = [(token + 1) % VOCAB_SIZE, left - 1]
+            if reason is not None:
+                del self.live[request_id]
+        self.made += len(outputs)
+        if self.mode == "kill" and self.made > self.number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.mode == "crash" and self.made > self.number:
+            raise RuntimeError("INTERNAL: a device is lost\nand here come pages of text")
+        return outputs
+
+    def stats(self) -> Stats:
+        return Stats(num_running=len(self.live), generation_tokens=self.made)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.live)
+
+
+if __name__ == "__main__":
+    main(build=FakeEngine)

@@ -1,0 +1,57 @@
+"""What tests of the engine's process ask about processes, and the fake engine's command."""
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+FAKE = (sys.executable, "-m", "tests.support.fake_engine")
+
+
+@contextmanager
+def private_temporary_directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory for sockets and logs, where no engine may leave its own directory behind."""
+    with tempfile.TemporaryDirectory(prefix="t-") as name:  # short enough for a socket's path
+        monkeypatch.setattr(tempfile, "tempdir", name)
+        yield Path(name)
+        assert not list(Path(name).glob("llama-jax-*/")), "a private directory was left behind"
+
+
+def assert_gone(pid: int) -> None:
+    """Neither running nor a zombie."""
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process that may not be a child of this one runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def children(pid: int) -> set[int]:
+    """The processes that any thread of a process has started."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return {int(child) for thread in threads for child in _words(thread / "children")}
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Returns as soon as the condition holds; fails if it never does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def _words(file: Path) -> list[str]:
+    try:
+        return file.read_text().split()
+    except OSError:  # the thread has ended
+        return []

@@ -1,0 +1,240 @@
+"""Small random models, their answers by transformers on PyTorch, and the ring without a server."""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import torch
+import transformers
+
+from llama_jax.checkpoint import open_checkpoint
+from llama_jax.checkpoint.load import choose_dtype, load_params
+from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.executor import Executor
+from llama_jax.engine.options import EngineOptions
+from llama_jax.engine.scheduler import Scheduler
+from llama_jax.engine.sizing import choose_limits
+from llama_jax.engine.tick_loop import TickLoop
+from llama_jax.ring.kv_cache import page_bytes
+from llama_jax.ring.steps import init_state, state_shapes
+from sharding.mesh import make_mesh
+
+MESHES = ("1x1", "2x1", "4x1", "1x2", "2x2", "4x2")
+
+# Unfinished programs with collectives can hang XLA:CPU. The setting counts only before JAX looks
+# for devices, which no test module does while it is imported.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+ROPE_PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+ROPE_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def make_model(
+    *,
+    vocab_size: int = 256,
+    embed_dim: int = 64,
+    mlp_dim: int = 96,
+    num_layers: int = 4,
+    num_heads: int = 8,
+    num_kv_heads: int = 4,
+    head_dim: int = 8,
+    rope: dict = ROPE_PLAIN,
+    tied: bool = False,
+    max_position_embeddings: int = 512,
+    seed: int = 0,
+) -> transformers.LlamaForCausalLM:
+    """A Llama with random weights, large enough that its logits differ clearly; float32."""
+    config = transformers.LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=embed_dim,
+        intermediate_size=mlp_dim,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        head_dim=head_dim,
+        rope_parameters=rope,
+        max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=tied,
+        bos_token_id=0,
+        eos_token_id=vocab_size - 1,
+    )
+    torch.manual_seed(seed)
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.normal_(1.0, 0.2)
+            else:
+                parameter.normal_(0.0, parameter.shape[1] ** -0.5)
+    return model
+
+
+def save_model(model: transformers.LlamaForCausalLM, path: Path) -> Path:
+    """Writes a Hugging Face checkpoint directory."""
+    model.save_pretrained(path)
+    return path
+
+
+def reference_logits(model: transformers.LlamaForCausalLM, tokens: list[int]) -> np.ndarray:
+    """[T, V] float32: after each token, by transformers."""
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0].numpy()
+
+
+class Request(NamedTuple):
+    """A request and the tick in which it arrives."""
+
+    request_id: int
+    tick: int
+    prompt: list[int]
+    params: SamplingParams
+
+
+@dataclass
+class Run:
+    """What came out of the ring.
+
+    Attributes:
+      tokens: by request.
+      logits: by request, then by the index of the token that they are for; `[V']` float32.
+      reasons: why each request ended: "stop", "length", "error" or "abort".
+    """
+
+    tokens: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    logits: dict[int, dict[int, np.ndarray]] = field(default_factory=lambda: defaultdict(dict))
+    reasons: dict[int, str] = field(default_factory=dict)
+
+
+def greedy_requests(
+    lengths: Iterable[int], *, vocab_size: int, max_tokens: int, ticks_apart: int = 3
+) -> list[Request]:
+    """One request for each length of a prompt, of random tokens; they arrive one after another."""
+    rng = np.random.default_rng(1)
+    params = SamplingParams(temperature=0, max_tokens=max_tokens)
+    return [
+        Request(i, i * ticks_apart, rng.integers(0, vocab_size, length).tolist(), params)
+        for i, length in enumerate(lengths)
+    ]
+
+
+def make_loop(
+    path: Path,
+    mesh: str,
+    *,
+    results_late: int = 0,
+    fill: float = float("nan"),
+    num_pages: int | None = None,
+    **options: object,
+) -> TickLoop:
+    """A `TickLoop` over a checkpoint; the pool has `num_pages` and is full of NaN."""
+    device_mesh = make_mesh(mesh)
+    with contextlib.closing(open_checkpoint(path)) as reader:
+        config = reader.config
+        dtype = choose_dtype(options.get("dtype", "auto"), config, "cpu")
+        params = load_params(reader, device_mesh, dtype)
+    if num_pages is not None:
+        page_size = options.get("page_size", EngineOptions(path="").page_size)
+        memory = num_pages * page_bytes(config, device_mesh, page_size, dtype)
+        options["kv_cache_memory"] = memory
+    chosen = EngineOptions(path=str(path), mesh=mesh, **options)
+    limits, _ = choose_limits(chosen, config, device_mesh, dtype)
+    executor = Executor(config, device_mesh, limits, params, dtype, fill)
+    scheduler = Scheduler(limits, device_mesh.shape["stage"], chosen.max_queue)
+    return TickLoop(scheduler, executor, results_late)
+
+
+def restart(loop: TickLoop, results_late: int = 0) -> TickLoop:
+    """A loop with the programs of another, in which nothing has happened: it takes its place."""
+    executor, limits = loop.executor, loop.limits
+    shapes = state_shapes(executor.config, executor.mesh, limits, np.dtype(np.float32))
+    executor._state = init_state(shapes, limits, float("nan"))
+    return TickLoop(Scheduler(limits, loop.num_stages, 256), executor, results_late)
+
+
+def drive(
+    loop: TickLoop,
+    requests: Iterable[Request | tuple],
+    *,
+    max_model_len: int = 512,
+    stop_ids: frozenset[int] = frozenset(),
+    aborts: Iterable[tuple[int, int]] = (),
+    keep_logits: bool = True,
+    max_ticks: int = 20000,
+) -> Run:
+    """Runs requests to their end; aborts are (tick, request id)."""
+    run = Run()
+
+    def keep(packet, result):
+        logits = np.asarray(result.logits)
+        for index, segment in packet.results(result.bucket.rows):
+            if segment.epoch == segment.sequence.epoch:
+                token_index = segment.position + segment.length
+                run.logits[segment.sequence.request_id][token_index] = logits[index]
+
+    loop.on_result = keep if keep_logits else lambda packet, result: None
+    waiting = sorted((Request(*request) for request in requests), key=lambda r: r.tick)
+    for tick in range(max_ticks):
+        while waiting and waiting[0].tick <= tick:
+            request = waiting.pop(0)
+            loop.scheduler.add(
+                request.request_id,
+                request.prompt,
+                request.params,
+                max_model_len=max_model_len,
+                seed=request.params.seed or 0,
+                stop_ids=stop_ids,
+            )
+        for _, request_id in (abort for abort in aborts if abort[0] == tick):
+            unfinished = loop.scheduler.num_unfinished
+            loop.scheduler.abort(request_id)
+            assert loop.scheduler.num_unfinished == unfinished - 1, "nothing to abort"
+            run.reasons[request_id] = "abort"
+        if not waiting and not loop.has_work:
+            return run
+        for output in loop.step():
+            assert output.request_id not in run.reasons, "an output after the end"
+            if output.token is not None:
+                run.tokens[output.request_id].append(output.token)
+            if output.finish_reason:
+                run.reasons[output.request_id] = output.finish_reason
+    raise AssertionError(f"not finished after {max_ticks} ticks")
+
+
+class Distance(NamedTuple):
+    """How far the ring is from transformers, which was fed the ring's own tokens.
+
+    Attributes:
+      logits: the largest difference, as a share of the largest logit.
+      tokens: by how much the best logit exceeds that of the token which the ring chose; the most.
+    """
+
+    logits: float
+    tokens: float
+
+
+def distance(model: transformers.LlamaForCausalLM, request: Request, run: Run) -> Distance:
+    """Compares every token of a request, and the logits it was chosen from, with transformers."""
+    prompt, tokens = request.prompt, run.tokens[request.request_id]
+    logits = run.logits[request.request_id]
+    assert sorted(logits) == list(range(len(prompt), len(prompt) + len(tokens)))
+    expected = reference_logits(model, prompt + tokens)[len(prompt) - 1 : -1]
+    found = np.stack([logits[index] for index in sorted(logits)])
+    found, padding = np.split(found, [expected.shape[1]], axis=1)
+    assert (padding == -np.inf).all()
+    chosen = np.take_along_axis(expected, np.array(tokens)[:, None], axis=1)
+    return Distance(
+        float(np.abs(found - expected).max() / np.abs(expected).max()),
+        float((expected.max(axis=1, keepdims=True) - chosen).max()),
+    )

@@ -1,0 +1,231 @@
+"""A scheduler driven by hand: the ring behind it, a host that reads late, and what must hold."""
+
+from collections import deque
+from dataclasses import dataclass, field
+from itertools import chain
+
+from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.scheduler import Packet, Scheduler
+from llama_jax.ring.packet import encode
+from llama_jax.ring.sizes import Limits
+from tests.support.mock_executor import MockExecutor, generate
+
+LARGEST_QUEUE = 100
+
+
+def make_limits(*, num_pages, page_size=4, max_rows=2, stages=2, tile=4, tiles=1, max_len=40):
+    return Limits(
+        num_slots=max_rows * stages,
+        num_pages=num_pages,
+        page_size=page_size,
+        pages_per_sequence=-(-max_len // page_size),
+        row_buckets=(max_rows,),
+        chunk_buckets=(0, tile * tiles),
+        tile=tile,
+    )
+
+
+@dataclass
+class Request:
+    """One request of a trace. arrival, abort: ticks; abort None: never."""
+
+    prompt: list[int]
+    max_tokens: int
+    arrival: int = 0
+    abort: int | None = None
+    stop_ids: frozenset[int] = frozenset()
+
+    @property
+    def max_length(self) -> int:
+        return len(self.prompt) + self.max_tokens
+
+    @property
+    def answer(self) -> tuple[list[int], str]:
+        return generate(self.prompt, self.max_length, self.stop_ids)
+
+
+@dataclass
+class Trial:
+    """A scheduler, the ring behind it, and a host that reads results late.
+
+    late: for each tick in turn, how many results may be left unread.
+    """
+
+    limits: Limits
+    stages: int
+    late: list[int] = field(default_factory=lambda: [0])
+    max_queue: int = LARGEST_QUEUE
+    tick: int = 0
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    ended: dict[int, tuple[str, int]] = field(default_factory=dict)  # reason, tick
+
+    def __post_init__(self):
+        self.scheduler = Scheduler(self.limits, self.stages, self.max_queue)
+        self.executor = MockExecutor(self.limits, self.stages)
+        self.ring = deque([Packet()] * self.stages, maxlen=self.stages)
+        self.unread: deque = deque()
+        self.packets: list[Packet] = []
+        self.sent: dict[tuple[int, int], int] = {}  # (arrival, epoch) -> next position
+
+    def add(self, request_id: int, request: Request, max_model_len: int = 1000) -> None:
+        self.scheduler.add(
+            request_id,
+            request.prompt,
+            SamplingParams(temperature=0, max_tokens=request.max_tokens),
+            max_model_len=max_model_len,
+            seed=0,
+            stop_ids=request.stop_ids,
+        )
+        self.tokens[request_id] = []
+
+    def abort(self, request_id: int) -> None:
+        self.scheduler.abort(request_id)
+        self.ended.setdefault(request_id, ("abort", self.tick))
+        self.check_memory()
+
+    def step(self) -> Packet:
+        scheduler = self.scheduler
+        microbatch = scheduler.microbatches[self.tick % self.stages]
+        free_before, half_sent = scheduler.pool.num_free, self.half_sent
+        share = self.share()
+        packet = scheduler.schedule()
+        room = share - self.joined(packet, microbatch)
+        assert room >= 0 or not any(t.ends for t in packet.tiles), "a microbatch above its share"
+        self.check_packet(packet)
+        self.check_consecutive(packet, half_sent, free_before, room)
+        self.check_memory()
+        self.dispatch(packet)
+        while len(self.unread) > self.late[self.tick % len(self.late)]:
+            self.read()
+        self.check_memory()
+        self.tick += 1
+        return packet
+
+    def dispatch(self, packet: Packet) -> None:
+        self.packets.append(packet)
+        self.ring.append(packet)
+        rows = max(len(p.rows) for p in self.ring)
+        tiles = max(len(p.tiles) for p in self.ring)
+        bucket = self.limits.bucket(rows, tiles * self.limits.tile)
+        packed = encode(
+            self.limits,
+            bucket,
+            self.scheduler.page_tables,
+            [s.slot for s in packet.rows],
+            [s.position for s in packet.rows],
+            [(s.slot, s.position, s.ends, s.tokens) for s in packet.tiles],
+        )
+        result = self.executor.run(bucket, packed, None)
+        self.unread.append((self.ring[0], result))
+
+    def read(self) -> None:
+        packet, result = self.unread.popleft()
+        bucket_rows = result.bucket.rows
+        for output in self.scheduler.process(packet, result.tokens.tolist(), bucket_rows):
+            assert output.request_id not in self.ended, "an output after the end"
+            if output.token is not None:
+                self.tokens[output.request_id].append(output.token)
+            if output.finish_reason:
+                self.ended[output.request_id] = (output.finish_reason, self.tick)
+
+    def drain(self, max_ticks: int = 10_000) -> None:
+        """Goes on until nothing is left to do."""
+        for _ in range(max_ticks):
+            if not (self.scheduler.has_work or any(self.ring)):
+                break
+            self.step()
+        while self.unread:
+            self.read()
+        assert not self.scheduler.has_work and self.scheduler.num_unfinished == 0
+        assert self.scheduler.pool.num_free == self.limits.num_pages
+        assert self.scheduler.num_running == 0
+
+    @property
+    def live(self):
+        prefilling = [s for s in [self.scheduler.prefilling] if s]
+        return [*prefilling, *chain(*self.scheduler.microbatches)]
+
+    @property
+    def half_sent(self):
+        """(sequence, epoch) of the prompts of which a part is sent."""
+        return [(s, s.epoch) for s in [self.scheduler.prefilling] if s and s.next_position]
+
+    # --- what must hold ----------------------------------------------------------------------
+
+    def check_memory(self) -> None:
+        """No page or slot owned twice, none leaked, tables as the pages are."""
+        scheduler = self.scheduler
+        owned = [page for s in self.live for page in s.pages]
+        assert len(set(owned)) == len(owned), "a page is owned twice"
+        assert all(0 <= page < self.limits.num_pages for page in owned)
+        assert scheduler.pool.num_free + len(owned) == self.limits.num_pages, "a page is leaked"
+        slots = [s.slot for s in self.live]
+        assert len(set(slots)) == len(slots) == scheduler.num_running, "slots do not add up"
+        assert all(0 <= slot < self.limits.num_slots for slot in slots)
+        assert all(s.slot is None and not s.pages for s in scheduler.waiting)
+        for s in self.live:
+            assert scheduler.page_tables[s.slot, : len(s.pages)].tolist() == s.pages
+            assert not s.finished
+        ages = [[s.arrival for s in group] for group in (self.live, scheduler.waiting)]
+        assert max(ages[0], default=-1) < min(ages[1], default=10**9), "a younger one overtook"
+        assert ages[1] == sorted(ages[1])
+
+    def check_packet(self, packet: Packet) -> None:
+        limits = self.limits
+        assert len(packet.rows) <= limits.max_rows
+        assert len(packet.tiles) * limits.tile <= limits.max_chunk
+        assert all(0 < s.length <= limits.tile for s in packet.tiles)
+        owner: dict[int, int] = {}  # page -> request that this packet reads or writes it for
+        for segment in chain(packet.rows, packet.tiles):
+            s = segment.sequence
+            end = segment.position + segment.length
+            pages = self.scheduler.page_tables[segment.slot, : -(-end // limits.page_size)]
+            for page in pages.tolist():
+                assert owner.setdefault(page, s.request_id) == s.request_id, "shared in a packet"
+            key = (s.arrival, segment.epoch)
+            assert segment.position == self.sent.get(key, 0), "tokens are left out or sent again"
+            self.sent[key] = end
+            assert segment.epoch == s.epoch, "preempted by the packet that it is in"
+            assert end < s.max_length, "sent, though its length limit has been asked for"
+            assert segment.ends == (segment.tokens is None or end == s.prefill_until)
+            assert s.slot is not None or s.fully_sent
+        rows = [row.sequence for row in packet.rows]
+        assert len(set(rows)) == len(rows)
+
+    def check_consecutive(self, packet: Packet, half_sent, free_before: int, room: int) -> None:
+        """The next chunk of a prompt is in the next packet, if there are pages for it.
+
+        Only the last one may wait, for a packet whose microbatch has a row for it.
+        """
+        limits = self.limits
+        taken = sum(row.position % limits.page_size == 0 for row in packet.rows)
+        for s, epoch in half_sent:
+            if s.epoch != epoch or any(tile.sequence is s for tile in packet.tiles):
+                continue
+            left = s.prefill_until - s.next_position
+            end = s.next_position + min(left, limits.max_chunk)
+            no_pages = -(-end // limits.page_size) - len(s.pages) > free_before - taken
+            no_row = left <= limits.max_chunk and room <= 0
+            assert no_pages or no_row, "a gap between two chunks"
+
+    def share(self) -> int:
+        """Rows of a microbatch below which a prompt may join it: ceil(live sequences / P), where
+        those count as live that slots and pages let in now, one after the other."""
+        limits, free = self.limits, self.scheduler.pool.num_free
+
+        def missing(s) -> int:
+            return -(-min(len(s.tokens) + 1, s.max_length - 1) // limits.page_size) - len(s.pages)
+
+        live = len(self.live)
+        free -= sum(map(missing, [s for s in [self.scheduler.prefilling] if s]))
+        for s in self.scheduler.waiting:
+            free -= missing(s)
+            if free < 0 or live == limits.num_slots:
+                break
+            live += 1
+        return min(-(-live // self.stages), limits.max_rows)
+
+    def joined(self, packet: Packet, microbatch) -> int:
+        """Rows of a microbatch as this packet found them and added to them."""
+        sent_off = {s.sequence for s in packet.rows + packet.tiles if s.sequence.slot is None}
+        return len(microbatch) + len(sent_off)

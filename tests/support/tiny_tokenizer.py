@@ -1,0 +1,32 @@
+"""A small tokenizer in the Llama 3 form, for tests that need no model."""
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+
+from demo.tokenizer import save_tokenizer, train_tokenizer
+from llama_jax.text.tokenizer import Tokenizer
+
+TEXT = [
+    "The quick brown fox jumps over the lazy dog, and a stage hands its packet to the next one.",
+    "system user assistant: hello, hello world! Grüße, naïve café. 0 1 2 3 4 5 6 7 8 9",
+]
+
+
+def make_tokenizer(folder: Path, chat_template: bool = True) -> Path:
+    """Writes a tokenizer of 300 tokens and the special ones to `folder`."""
+    save_tokenizer(train_tokenizer(TEXT * 3, vocabulary=300), folder, max_length=512)
+    if not chat_template:
+        file = folder / "tokenizer_config.json"
+        settings = json.loads(file.read_text())
+        del settings["chat_template"]
+        file.write_text(json.dumps(settings))
+    return folder
+
+
+@functools.cache
+def tiny_tokenizer(chat_template: bool = True) -> Tokenizer:
+    """The same, loaded once for all tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        return Tokenizer(make_tokenizer(Path(folder), chat_template))
