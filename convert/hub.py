@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sharding.errors import UserError
+
 Progress = Callable[[str, int, int], None]
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -35,7 +37,7 @@ _LAYOUT = {
 _CHOICE = {"hf": "", "meta": " --include 'original/*'"}
 
 
-class HubError(ValueError):
+class HubError(UserError):
     """A checkpoint that could not be fetched; the message is one sentence for the user."""
 
 

@@ -8,11 +8,12 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from sharding.axes import AXES, MODEL, STAGE
+from sharding.errors import UserError
 
 MOST_DEVICES = 1024  # JAX would take minutes to make as many virtual ones, or die of it
 
 
-class MeshError(ValueError):
+class MeshError(UserError):
     """A mesh that cannot be made; the message says why and what to do."""
 
 

@@ -27,6 +27,7 @@ from llama_jax.weights.placement import (
     placements,
     whole_placements,
 )
+from sharding.errors import UserError
 from sharding.mesh import mesh_shape
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -42,7 +43,7 @@ def choose_dtype(dtype: str, config: LlamaConfig, platform: str) -> np.dtype:
       ValueError: an unknown name.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     if dtype == "auto":
         # bfloat16 is about three times slower than float32 on CPU.
         dtype = "float32" if platform == "cpu" or config.dtype == "float32" else "bfloat16"

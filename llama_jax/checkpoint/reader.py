@@ -13,9 +13,10 @@ import numpy as np
 from llama_jax.config import LlamaConfig
 from llama_jax.config.llama_config import DTYPES
 from llama_jax.weights.table import checkpoint_tensors
+from sharding.errors import UserError
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be loaded; the message is one sentence for the user."""
 
 

@@ -4,6 +4,8 @@ import math
 
 import msgspec
 
+from sharding.errors import UserError
+
 MAX_TOP_K = 2**31 - 1
 
 
@@ -33,7 +35,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ignore_eos: bool = False
 
     def check(self) -> None:
-        """Raises ValueError, one sentence that names the field, where a value is out of range."""
+        """Raises UserError, one sentence that names the field, where a value is out of range."""
         rules = (
             ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
             ("temperature", _within(self.temperature, 0, 2), "in [0, 2]"),
@@ -45,7 +47,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         )
         for name, holds, wanted in rules:
             if not holds:
-                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}.")
+                raise UserError(f"{name} must be {wanted}, got {getattr(self, name)!r}.")
 
     @property
     def greedy(self) -> bool:

@@ -1,7 +1,9 @@
 """What can go wrong between a caller and the engine. Imports no JAX."""
 
+from sharding.errors import UserError
 
-class RequestError(ValueError):
+
+class RequestError(UserError):
     """This request cannot be answered; the engine and the other requests are fine."""
 
 

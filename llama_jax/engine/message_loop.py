@@ -28,6 +28,7 @@ from llama_jax.engine.messages import (
     ToEngine,
 )
 from llama_jax.engine.options import EngineOptions
+from sharding.errors import UserError
 
 HEARTBEAT_SECONDS = 1.0
 REPORT_SECONDS = 0.25
@@ -106,7 +107,7 @@ def serve(
         send(Ready(engine.info))
         run(EngineLoop(engine, socket, send, check_wanted))
     except Exception as error:
-        for_user = not started and _is_for_user(error)
+        for_user = not started and isinstance(error, UserError)
         send(Fatal(str(error) if for_user else _describe(error)))
         return Failure(error, for_user)
     return None
@@ -195,18 +196,6 @@ class EngineLoop:
         self._send(self.engine.stats())
         self._last_report = now
         self._report_after = HEARTBEAT_SECONDS
-
-
-def _is_for_user(error: Exception) -> bool:
-    """Whether this project raised it, as a sentence about what the user asked for."""
-    if not isinstance(error, ValueError):
-        return False
-    origin = error.__traceback__
-    while origin is not None and origin.tb_next is not None:
-        origin = origin.tb_next
-    raised_in = origin.tb_frame.f_globals.get("__name__", "") if origin else ""
-    modules = {type(error).__module__.split(".")[0], raised_in.split(".")[0]}
-    return not modules.isdisjoint({"llama_jax", "sharding"})
 
 
 def _describe(error: Exception) -> str:

@@ -11,6 +11,7 @@ from llama_jax.engine.options import EngineOptions
 from llama_jax.ring.kv_cache import page_bytes
 from llama_jax.ring.sizes import Limits
 from llama_jax.weights.placement import param_shapes
+from sharding.errors import UserError
 from sharding.mesh import mesh_shape
 
 TILE = 64  # tokens of a prompt segment
@@ -19,7 +20,7 @@ GPU_TEMPORARIES = 1 << 30  # bytes kept for what a step needs while it runs
 CPU_CACHE_BYTES = 1 << 30  # most that the cache takes of a CPU by default, all devices together
 
 
-class SizingError(ValueError):
+class SizingError(UserError):
     """Options that ask for more than there is; the message says what and what to do."""
 
 

@@ -36,6 +36,7 @@ from llama_jax.weights.table import (
     LM_HEAD,
     Weight,
 )
+from sharding.errors import UserError
 
 # (q [..., H, h], k [..., K, h], v [..., K, h], whose they are) -> [..., H, h]; the ring's stores k
 # and v as well. It gives scores to `Attention.score_mod`.
@@ -251,13 +252,13 @@ def set_weights(module: nnx.Module, weights: Mapping[str, Any]) -> None:
 
 
 def check_model_class(model_class: type[Llama]) -> None:
-    """Raises ValueError unless the ring can run a class as it stands: it takes over the layers and
+    """Raises UserError unless the ring can run a class as it stands: it takes over the layers and
     the sampler, and would leave out in silence what else the class changes."""
     if not (isinstance(model_class, type) and issubclass(model_class, Llama)):
-        raise ValueError(f"model_class must be Llama or a subclass of it, got {model_class!r}.")
+        raise UserError(f"model_class must be Llama or a subclass of it, got {model_class!r}.")
     for name in ("__call__", "unembed"):
         if getattr(model_class, name) is not getattr(Llama, name):
-            raise ValueError(
+            raise UserError(
                 f"{model_class.__name__} has a {name} of its own, which a model on a mesh does not "
                 "run: change the layers (layer_class) or the sampler instead."
             )

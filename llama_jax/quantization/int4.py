@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from llama_jax.quantization.format import Part
+from sharding.errors import UserError
 
 _LARGEST = 15
 _ROUNDING = 1e-5  # of a step: what float32 arithmetic adds to the half step of the rounding
@@ -31,7 +32,7 @@ class Int4(NamedTuple):
         """See `Quantized.parts`."""
         num_out, num_in = shape
         if num_in % group or group % 2:
-            raise ValueError(
+            raise UserError(
                 f"int4 packs two columns in a byte and shares a scale over {group}: the {num_in} "
                 "columns of a matrix must divide into such groups, and a group must be even."
             )

@@ -42,9 +42,10 @@ from llama_jax.serve.interrupt import Interrupted, unless
 from llama_jax.serve.metrics import Metrics
 from llama_jax.serve.middleware import Door
 from llama_jax.text.tokenizer import Tokenizer, TokenizerError
+from sharding.errors import UserError
 
 
-class CheckpointMissing(ValueError):
+class CheckpointMissing(UserError):
     """There is nothing to serve where the user said; the message is one sentence."""
 
 

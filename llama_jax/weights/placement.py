@@ -21,6 +21,7 @@ from llama_jax.weights.table import (
     is_quantized,
     stored,
 )
+from sharding.errors import UserError
 from sharding.mesh import mesh_shape
 from sharding.partition import padded, partition_spec, split_layers
 
@@ -65,7 +66,7 @@ class Placement:
         return jnp.dtype(self.tensor.dtype or activations)
 
 
-class ShardingError(ValueError):
+class ShardingError(UserError):
     """A model that cannot be split over this mesh; the message says why and what to do."""
 
 
