@@ -107,9 +107,10 @@ def audit_program(
     config: LlamaConfig, mesh: Mesh, sizes: RingSizes, bucket: Bucket, params: Params
 ) -> dict[str, Any]:
     """Compiles one program and reads it."""
-    make = prefill_step if bucket.chunk else decode_step
-    sizes = bucket if bucket.chunk else (bucket.rows,)
-    arguments = (config, mesh, sizes, *sizes)
+    if bucket.chunk:
+        step = prefill_step(config, mesh, sizes, bucket.rows, bucket.chunk)
+    else:
+        step = decode_step(config, mesh, sizes, bucket.rows)
     packed = jax.ShapeDtypeStruct(
         (packet_size(sizes, bucket),),
         jnp.int32,
@@ -117,7 +118,7 @@ def audit_program(
     )
     state = state_shapes(config, mesh, sizes, DTYPE)
     start = time.perf_counter()
-    compiled = make(*arguments).lower(params, state, packed).compile()
+    compiled = step.lower(params, state, packed).compile()
     seconds = time.perf_counter() - start
     text, memory = compiled.as_text(), compiled.memory_analysis()
     positions = len(params.layers)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.model import DecoderLayer
-from llama_jax.model.attention import Caller, paged_weights
+from llama_jax.model.attention import ScoreMod, Tap, paged_weights
 from llama_jax.model.tap import captured_by_name
 from llama_jax.ring.kv_cache import KVCache
 from llama_jax.ring.steps import LOGITS_SPEC, on_mesh, state_specs
@@ -121,16 +121,18 @@ def _observed_tick(
 class _ShowingAttend(PagedAttend):
     """As its base, and shows the caller the weights, which paged attention never holds at once."""
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, caller: Caller) -> jax.Array:
-        out = super().__call__(q, k, v, caller)
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, *, score_mod: ScoreMod, tap: Tap
+    ) -> jax.Array:
+        out = super().__call__(q, k, v, score_mod=score_mod, tap=tap)
         weights = self._by_segment(
             q,
             lambda q, tables, positions, lengths: paged_weights(
                 q, self.k_pages, tables, positions, lengths,
-                caller.score_mod, rank(MODEL) * q.shape[2],
+                score_mod, rank(MODEL) * q.shape[2],
             ),
         )  # fmt: skip
-        caller.tap("weights", weights.astype(v.dtype))  # as `causal_attention`
+        tap("weights", weights.astype(v.dtype))  # as `causal_attention`
         return out
 
 
@@ -149,8 +151,10 @@ def _spec(program: Program, mesh: Mesh, name: str) -> P:
 def _shape(program: Program, weights: dict[str, Any], name: str) -> tuple[int, ...]:
     """The shape of a value in a layer with these weights, for two tokens."""
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, caller: Caller) -> jax.Array:
-        caller.tap("weights", jnp.zeros((*q.shape[:2], 1)))
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, *, score_mod: ScoreMod, tap: Tap
+    ) -> jax.Array:
+        tap("weights", jnp.zeros((*q.shape[:2], 1)))
         return q
 
     def run(weights: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from flax import nnx
 
 from llama_jax.config import LlamaConfig
 from llama_jax.model import DecoderLayer, Llama, RMSNorm
-from llama_jax.model.attention import Caller, paged_attention
+from llama_jax.model.attention import ScoreMod, Tap, paged_attention
 from llama_jax.model.llama import logits, set_weights
 from llama_jax.ring import kv_cache
 from llama_jax.ring.kv_cache import KVCache
@@ -147,8 +147,11 @@ class PagedAttend:
         self._tokens = tokens_of(program, segments)
         self.k_pages, self.v_pages = k_pages, v_pages
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, caller: Caller) -> jax.Array:
-        """q `[N, H, h]`, k and v `[N, K, h]` -> `[N, H, h]`."""
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, *, score_mod: ScoreMod, tap: Tap
+    ) -> jax.Array:
+        """q `[N, H, h]`, k and v `[N, K, h]` -> `[N, H, h]`. Taps nothing: the weights of paged
+        attention never exist all at once."""
         tokens = self._tokens
         self.k_pages = kv_cache.write(self.k_pages, k, tokens.page, tokens.offset)
         self.v_pages = kv_cache.write(self.v_pages, v, tokens.page, tokens.offset)
@@ -156,7 +159,7 @@ class PagedAttend:
             q,
             lambda q, tables, positions, lengths: paged_attention(
                 q, self.k_pages, self.v_pages, tables, positions, lengths,
-                caller.score_mod, rank(MODEL) * q.shape[2],
+                score_mod, rank(MODEL) * q.shape[2],
             ),
         )  # fmt: skip
 
