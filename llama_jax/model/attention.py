@@ -130,18 +130,19 @@ def paged_attention(
         best, total, out = carry  # [K, B, T * G] twice, [K, B, T * G, h]; all float32
         index = jax.lax.dynamic_slice_in_dim(page_table, i * pages_per_block, pages_per_block, 1)
         key_positions = i * block + jnp.arange(block)
-        held = key_positions < lengths[:, None]  # [B, block]
-        seen = held[:, None] & (key_positions <= row_positions[..., None])  # [B, T * G, block]
+        valid = key_positions < lengths[:, None]  # [B, block]
+        causal = key_positions <= row_positions[..., None]  # [B, T * G, block]
+        visible = valid[:, None] & causal
         scores = jnp.einsum(
             "KBRh,KBSh->KBRS", rows, pages_of(k_pages, index), preferred_element_type=jnp.float32
         )
         scores = scores * head_dim**-0.5
         scores = score_mod(scores, row_heads, row_positions[..., None], key_positions)
-        scores = jnp.where(seen, scores, MASKED)
+        scores = jnp.where(visible, scores, MASKED)
         # A page holds what its last owner left, and 0 × NaN is NaN: V needs the mask, too.
-        values = jnp.where(held[..., None], pages_of(v_pages, index), 0)
+        values = jnp.where(valid[..., None], pages_of(v_pages, index), 0)
         new_best = jnp.maximum(best, scores.max(axis=-1))
-        weights = jnp.where(seen, jnp.exp(scores - new_best[..., None]), 0)
+        weights = jnp.where(visible, jnp.exp(scores - new_best[..., None]), 0)
         rescale = jnp.exp(best - new_best)
         update = jnp.einsum(
             "KBRS,KBSh->KBRh", weights.astype(values.dtype), values,
@@ -190,6 +191,6 @@ def paged_weights(
     key_position, query_position = jnp.arange(num_keys), positions[..., None, None]
     head = first_head + jnp.arange(num_heads)[:, None]
     scores = score_mod(scores, head, query_position, key_position)
-    seen = (key_position < lengths[:, None, None, None]) & (key_position <= query_position)
-    weights = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1)
-    return jnp.where(seen, weights, 0)
+    visible = (key_position < lengths[:, None, None, None]) & (key_position <= query_position)
+    weights = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1)
+    return jnp.where(visible, weights, 0)

@@ -201,7 +201,7 @@ class Llama(TappedModule):
     def unembed(self, x: jax.Array) -> jax.Array:
         """Activations of a layer [..., D] -> the logits that they lead to, [..., V] float32."""
         head = self.embedding if self.config.tie_embeddings else self.lm_head
-        return logits(self.final_norm(x), head[...])
+        return head_logits(self.final_norm(x), head[...])
 
     @classmethod
     def from_pretrained(cls, path: str, dtype: str = "auto") -> Self:
@@ -229,7 +229,7 @@ class Llama(TappedModule):
         return model
 
 
-def logits(x: jax.Array, head: jax.Array) -> jax.Array:
+def head_logits(x: jax.Array, head: jax.Array) -> jax.Array:
     """Normed activations [..., D] and head [V, D] -> logits [..., V], float32."""
     with jax.named_scope("head"):
         return jnp.einsum("...d,vd->...v", x, head, preferred_element_type=jnp.float32)
