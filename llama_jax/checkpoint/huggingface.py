@@ -19,8 +19,7 @@ from llama_jax.checkpoint.reader import (
 )
 from llama_jax.checkpoint.safetensors_file import SafetensorsFile
 from llama_jax.config import LlamaConfig
-from llama_jax.config.huggingface import read_config
-from llama_jax.config.huggingface_quantization import stored_quantization
+from llama_jax.config.huggingface import read_checkpoint_config
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -44,7 +43,8 @@ class HuggingFaceReader:
           ConfigError, CheckpointError: if anything in it is missing or wrong.
         """
         self.path = path
-        config = LlamaConfig.from_pretrained(path)
+        self.declared = read_checkpoint_config(path)
+        config = self.declared.config
         self._files: dict[str, SafetensorsFile] = {}
         for file in _open_files(path):
             for name in file.tensors:
@@ -92,7 +92,7 @@ class HuggingFaceReader:
         self, config: LlamaConfig, infos: dict[str, TensorInfo]
     ) -> dict[str, Translated]:
         """The parts of matrices that another tool has quantised; drops what they come from."""
-        quantization = stored_quantization(read_config(self.path)[0])
+        quantization = self.declared.quantization
         if quantization is None:
             unannounced = next((name for name in infos if name.endswith(_QUANTISED)), None)
             if unannounced:

@@ -12,7 +12,7 @@ from llama_jax.checkpoint.foreign.layout import Arrays, ContentError, Index, Lay
 from llama_jax.checkpoint.reader import CheckpointError, TensorInfo, refuse
 from llama_jax.config import LlamaConfig
 from llama_jax.config.llama_config import DTYPES
-from llama_jax.weights.table import LAYER_WEIGHTS, Weight, group_columns, is_quantized, stored
+from llama_jax.weights.table import LAYER_WEIGHTS, Weight, group_columns, is_quantized, stored_tree
 
 _TILE = 512  # rows and columns translated at once: what fits in a cache, few MiB in all
 
@@ -113,7 +113,7 @@ def _parts(
 ) -> dict[str, Translated]:
     """The parts of one matrix, by name."""
     assert config.quantization is not None
-    parts = stored(weight, config)
+    parts = stored_tree(weight, config)
     translated = {}
     for field, tensor in zip(parts._fields, parts, strict=True):
         part = partial(getattr(layout, field), arrays)
