@@ -135,20 +135,26 @@ def test_a_chat_is_tokenized_as_the_model_would_see_it(server):
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "said"),
+    ("path", "body", "param", "code"),
     [
-        ("/tokenize", {"prompt": "Hi", "messages": user("Hi")}, "either prompt or messages"),
-        ("/tokenize", {"messages": user("Hi"), "add_special_tokens": True}, "template"),
-        ("/tokenize", {"prompt": 5}, "valid string"),
-        ("/detokenize", {"tokens": [5, 320]}, "320 is outside"),
-        ("/detokenize", {"tokens": [-1]}, "-1 is outside"),
-        ("/detokenize", {"tokens": "Hi"}, "valid list"),
+        ("/tokenize", {"prompt": "Hi", "messages": user("Hi")}, "prompt", "invalid_value"),
+        (
+            "/tokenize",
+            {"messages": user("Hi"), "add_special_tokens": True},
+            "add_special_tokens",
+            "invalid_value",
+        ),
+        ("/tokenize", {"prompt": 5}, "prompt", "invalid_type"),
+        ("/tokenize", {"messages": []}, "messages", "invalid_value"),
+        ("/detokenize", {"tokens": [5, 320]}, "tokens", "invalid_value"),
+        ("/detokenize", {"tokens": [-1]}, "tokens", "invalid_value"),
+        ("/detokenize", {"tokens": "Hi"}, "tokens", "invalid_type"),
     ],
 )
-def test_bad_texts_and_tokens_are_refused(server, path, body, said):
+def test_bad_texts_and_tokens_are_refused(server, path, body, param, code):
     response = server.post(path, body)
-    assert response.status_code == 400
-    assert said in error_of(response)["message"]
+    error = error_of(response)
+    assert (response.status_code, error["param"], error["code"]) == (400, param, code)
 
 
 def test_the_http_process_loads_no_jax(tmp_path):

@@ -11,13 +11,12 @@ from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead, QueueFull
 from llama_jax.engine.interface import DeviceInfo, EngineInfo, Output, Stats
 from llama_jax.serve.app import create_app
-from llama_jax.serve.frontend import Frontend
 from llama_jax.serve.metrics import Metrics
 from llama_jax.serve.middleware import Door
+from llama_jax.serve.served_model import ServedModel
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 EOT = "<|eot_id|>"
-GREEDY = SamplingParams(temperature=0)
 GREEDY = SamplingParams(temperature=0)
 
 
@@ -156,18 +155,18 @@ class FakeServer:
         script = self.tokenizer.encode(text + EOT, add_bos=False)
         self.engine = FakeClient(script, script[-1], max_in_flight)
         self.engine.info = make_info(**info)
-        self.frontend = Frontend(
+        self.served = ServedModel(
             engine=self.engine,
             tokenizer=self.tokenizer,
             metrics=Metrics(
                 "tiny", lambda: self.engine.stats, lambda: self.engine.alive, prefix=prefix
             ),
-            model="tiny",
+            name="tiny",
             root="models/tiny",
             defaults=defaults,
         )
         self.app = Door(api_key)
-        self.app.open(create_app(self.frontend))
+        self.app.open(create_app(self.served))
 
     def run(self, body: Callable[[httpx.AsyncClient], Awaitable]):
         """Runs an async function with a client on one event loop."""
