@@ -11,7 +11,7 @@ from llama_jax.engine.interface import FinishReason
 from llama_jax.serve.protocol import ChatRequest, CompletionRequest, StreamOptions
 from llama_jax.serve.responses import Job, respond
 from llama_jax.serve.served_model import ServedModel
-from llama_jax.serve.tokenization import encode_chat, encode_text
+from llama_jax.serve.tokenization import encode_messages, encode_text
 
 
 class CompletionFormat:
@@ -77,7 +77,7 @@ def completion_routes(served: ServedModel) -> APIRouter:
         arrived = served.metrics.clock()
         served.check_available()
         served.check_name(body.model)
-        prompt = await encode_chat(served, body.messages)
+        prompt = await encode_messages(served, body.messages)
         params = body.sampling_params(served.defaults)
         job = _job([prompt], params, body, arrived)
         return await respond(served, request, ChatFormat(), job)

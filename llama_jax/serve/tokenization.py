@@ -18,7 +18,7 @@ def tokenization_routes(served: ServedModel) -> APIRouter:
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         served.check_name(body.model)
         if body.messages is not None:
-            ids = await encode_chat(served, body.messages)
+            ids = await encode_messages(served, body.messages)
         else:
             ids = await encode_text(served, body.prompt or "", body.add_special_tokens is not False)
         strings = None
@@ -62,7 +62,7 @@ async def encode_text(served: ServedModel, text: str, add_bos: bool = True) -> l
         raise ApiError(400, str(error), param="prompt", code="invalid_value") from error
 
 
-async def encode_chat(served: ServedModel, messages: list[Message]) -> list[int]:
+async def encode_messages(served: ServedModel, messages: list[Message]) -> list[int]:
     """Encodes a conversation.
 
     Raises:
