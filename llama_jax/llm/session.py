@@ -13,7 +13,7 @@ from llama_jax.checkpoint import open_checkpoint
 from llama_jax.client.blocking import BlockingClient
 from llama_jax.client.client import OnProgress
 from llama_jax.client.host import StartHost
-from llama_jax.client.text import Piece, read_text
+from llama_jax.client.text import TextDelta, read_text
 from llama_jax.config.huggingface import generation_defaults
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import GenerationFailed
@@ -92,7 +92,7 @@ class Session:
     async def _answer(
         self, prompt: EncodedPrompt, params: SamplingParams, count: RequestProgress
     ) -> Completion:
-        pieces: list[Piece] = []
+        pieces: list[TextDelta] = []
         reason: FinishReason = "error"
         error = None
         try:
@@ -109,7 +109,7 @@ class Session:
 
     async def _pieces(
         self, prompt: list[int], params: SamplingParams
-    ) -> AsyncGenerator[Piece, None]:
+    ) -> AsyncGenerator[TextDelta, None]:
         async with self._places:
             outputs = self.engine.client.generate(prompt, params)
             detokenizer = Detokenizer(self.tokenizer, params.stop)

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from llama_jax.client.blocking import BlockingClient
-from llama_jax.client.text import Piece
+from llama_jax.client.text import TextDelta
 from llama_jax.engine.errors import EngineDead
 from llama_jax.engine.interface import FinishReason
 from llama_jax.llm.notebook.cells import cell_watch, in_notebook
@@ -25,7 +25,7 @@ class TextStream(Iterator[str]):
       finish_reason: "stop" or "length" once the answer is whole, else None.
     """
 
-    def __init__(self, engine: BlockingClient, pieces: AsyncGenerator[Piece, None]) -> None:
+    def __init__(self, engine: BlockingClient, pieces: AsyncGenerator[TextDelta, None]) -> None:
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._engine = engine
@@ -33,7 +33,7 @@ class TextStream(Iterator[str]):
         self._pieces = pieces
         self._texts: list[str] = []
         self._open = True
-        self._step: asyncio.Task[Piece | None] | None = None
+        self._step: asyncio.Task[TextDelta | None] | None = None
         self._ending: asyncio.Task[None] | None = None
         cell_watch.opened(self)
 
@@ -105,7 +105,7 @@ class TextStream(Iterator[str]):
         finally:
             output.finish()
 
-    async def _advance(self) -> Piece | None:
+    async def _advance(self) -> TextDelta | None:
         self._step = asyncio.current_task()
         try:
             piece = await anext(self._pieces, None)
