@@ -1,8 +1,8 @@
-"""How long `make serve` takes, once installed, to answer: `python -m bench.start_up`.
+"""Measures the time from starting the server to its first answer: `python -m bench.start_up`.
 
-Each start is a new process that serves the demo checkpoint on the 4x2 mesh of virtual devices; a
-client asks until a chat request is answered. The first start finds an empty compilation cache, the
-later ones find what it left.
+Each start is a new process that serves the demo checkpoint on a 4x2 mesh of virtual devices; a
+client retries until a chat request is answered. The first start has an empty compilation cache, the
+second uses what the first compiled.
 """
 
 import argparse
@@ -25,14 +25,14 @@ TARGETS = {"first": 30.0, "second": 15.0}  # seconds, on 2 cores
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """Returns a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def seconds_to_first_answer(cache: str) -> float:
-    """Starts a server, asks until it answers, and ends it."""
+    """Starts a server, waits for its first answer, and ends it."""
     port = free_port()
     body = {"messages": [{"role": "user", "content": "What is 27 + 48?"}], "temperature": 0}
     request = urllib.request.Request(
@@ -62,7 +62,7 @@ def seconds_to_first_answer(cache: str) -> float:
 
 
 def main() -> int:
-    """Prints the figures and writes them; the exit status is 1 where a target is missed."""
+    """Prints and writes the results; returns 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()

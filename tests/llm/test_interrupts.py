@@ -1,4 +1,4 @@
-"""An interrupt at any line of the code that waits for the engine: nothing is left running.
+"""An interrupt at any line of the code that waits for the engine leaves nothing running.
 
 The interrupt is raised by a trace function, at one line after the other, so that every place has
 had it. Against an engine whose tokens count up from the prompt (fake_engine.py).

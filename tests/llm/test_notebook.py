@@ -1,4 +1,4 @@
-"""Generation in the cells of a real kernel: what a front end is sent, and what an interrupt leaves.
+"""Generation in a real kernel: what front ends are sent, and what interrupts leave running.
 
 A cell is interrupted as a front end's button does it, at moments that a seed chooses.
 """
@@ -50,7 +50,7 @@ def kernel() -> Iterator[Kernel]:
 
 @pytest.fixture(scope="module")
 def start(kernel: Kernel) -> dict[str, list[str]]:
-    """What the start of an engine in the kernel's process displays."""
+    """Starts an engine in the kernel's process; returns what that displays."""
     output = kernel.finish(kernel.begin(START.replace("IN)", "True)")))
     assert not output.error, output.messages
     assert [kind for kind, _ in output.messages if kind == "stream"] == []
@@ -102,7 +102,7 @@ def test_a_cell_that_fails_ends_what_it_opened_and_nothing_else(kernel: Kernel) 
     kernel.run("assert list(kept) == []; settle()")
 
 
-def test_a_start_shows_how_it_gets_on(start: dict[str, list[str]]) -> None:
+def test_a_start_shows_its_progress(start: dict[str, list[str]]) -> None:
     (texts,) = start.values()
     assert texts[0].startswith("Starting the engine ░")
     assert any(text.startswith("Compiling programs ███") for text in texts)

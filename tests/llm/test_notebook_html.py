@@ -75,7 +75,7 @@ def test_an_llm_shows_mesh_limits_and_state() -> None:
     assert "It died of " + EVIL in ended and "running" not in ended
 
 
-def test_progress_in_a_terminal_is_only_for_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_in_a_terminal_is_shown_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "IPython" not in sys.modules or sys.modules["IPython"].get_ipython() is None
     assert make_display(None) is None and make_display(False) is None
     with redirect_stderr(io.StringIO()) as shown:

@@ -1,4 +1,4 @@
-"""The command line, and what is shown of the start."""
+"""The command line, the socket, and what the server prints when it is ready."""
 
 import io
 import itertools
@@ -51,7 +51,7 @@ def test_every_option_reaches_the_engine():
     )
 
 
-def test_the_key_may_come_from_the_environment(monkeypatch):
+def test_the_api_key_can_be_set_in_the_environment(monkeypatch):
     monkeypatch.setenv(API_KEY_VARIABLE, "from the environment")
     assert parse_arguments([]).api_key == "from the environment"
     assert parse_arguments(["--api-key", "given"]).api_key == "given"
@@ -83,7 +83,7 @@ def test_the_key_may_come_from_the_environment(monkeypatch):
         ("--max-num 5", "--max-num"),  # no abbreviations, which a new option could break
     ],
 )
-def test_a_wrong_line_is_one_sentence_and_exit_code_2(line, said, capsys):
+def test_wrong_usage_prints_one_line_and_exits_with_2(line, said, capsys):
     with pytest.raises(SystemExit) as caught:
         parse_arguments(shlex.split(line))
     assert caught.value.code == 2
@@ -112,7 +112,7 @@ def test_a_port_in_use_is_one_sentence():
             listen("127.0.0.1", port)
 
 
-def test_addresses_that_are_none():
+def test_an_invalid_host_is_refused():
     for host in ("192.0.2.1", "no.such.host.invalid"):
         with pytest.raises(ListenError, match=host):
             listen(host, 0)
@@ -151,7 +151,7 @@ def shown(width: int = 80, **options) -> str:
 
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize(("stages", "ranks"), [(1, 1), (4, 2), (2, 8)])
-def test_the_picture_holds_every_device_in_its_stage(width, stages, ranks):
+def test_the_picture_shows_every_device_in_its_stage(width, stages, ranks):
     text = shown(width, info=big_mesh(stages, ranks))
     picture = text[: text.index("KV pool:")]
     blocks = picture.split("╭─ ")[1:]
@@ -164,7 +164,7 @@ def test_the_picture_holds_every_device_in_its_stage(width, stages, ranks):
     assert max(map(len, picture.splitlines())) <= width
 
 
-def test_what_an_operator_wants_to_know():
+def test_memory_cache_and_times_are_shown():
     text = shown(info=make_info(num_pages=100, page_size=16, max_model_len=200))
     for words in (
         "weights    1.50 MB",
@@ -179,7 +179,7 @@ def test_what_an_operator_wants_to_know():
 @pytest.mark.parametrize("chat", [True, False])
 @pytest.mark.parametrize("key", [None, "sesame"])
 def test_the_command_that_is_shown_works(chat, key):
-    """It is read as a shell would, and sent to a server of the same kind."""
+    """It is parsed like a shell would, and sent to a server of the same kind."""
     text = shown(40, chat=chat, key=key is not None)
     command = text[text.index("curl") :].strip().replace("YOUR-KEY", key or "")
     words = shlex.split(command.replace("\\\n", " "))

@@ -1,6 +1,6 @@
-"""Clients that go away: at every moment, their requests leave the engine.
+"""Clients that disconnect: whenever they do, the engine drops their requests.
 
-What is left of them is counted while the event loop runs: its end cancels everything.
+Requests are counted while the event loop still runs, because its end cancels everything.
 """
 
 import asyncio
@@ -21,11 +21,11 @@ SCOPE = {
 
 
 class Connection:
-    """A client at the level of ASGI, because HTTP libraries do not hang up halfway.
+    """A client at the level of ASGI, because HTTP libraries cannot disconnect halfway.
 
     Attributes:
-      sent: the messages that it was sent.
-      gone: set it to hang up.
+      sent: the messages from the server.
+      gone: set it to disconnect.
     """
 
     def __init__(self, server: FakeServer, body: dict, send=None) -> None:
@@ -56,7 +56,7 @@ async def until(condition) -> None:
 
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_before_the_first_token(stream, n):
+def test_a_disconnect_before_the_first_token(stream, n):
     server = FakeServer()
     server.engine.hold.clear()
 
@@ -71,7 +71,7 @@ def test_a_client_that_goes_before_the_first_token(stream, n):
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_a_client_that_goes_in_the_middle_of_a_stream(n):
+def test_a_disconnect_during_a_stream(n):
     server = FakeServer(max_model_len=10_000)
 
     async def scenario(_):
@@ -85,7 +85,7 @@ def test_a_client_that_goes_in_the_middle_of_a_stream(n):
     assert 'finished_reason="abort",model_name="tiny"} ' + f"{n}.0" in server.get("/metrics").text
 
 
-def test_a_client_that_goes_while_a_whole_answer_is_made():
+def test_a_disconnect_before_a_whole_answer():
     server = FakeServer(max_model_len=100_000)
 
     async def scenario(_):
@@ -100,8 +100,8 @@ def test_a_client_that_goes_while_a_whole_answer_is_made():
     server.run(scenario)
 
 
-def test_a_client_that_goes_between_the_first_token_and_the_first_byte():
-    """What makes the events has not begun then, so it cannot end what it would have read."""
+def test_a_disconnect_between_the_first_token_and_the_first_byte():
+    """The generator of events has not started then, so closing it does not close its source."""
     server = FakeServer()
 
     async def scenario(_):
@@ -121,8 +121,8 @@ def test_a_client_that_goes_between_the_first_token_and_the_first_byte():
     server.run(scenario)
 
 
-def test_a_server_that_says_so_when_it_sends():
-    """Newer Uvicorns raise an OSError from `send` when the client has gone."""
+def test_a_disconnect_that_is_an_error_of_send():
+    """Newer versions of Uvicorn raise OSError from `send` after a disconnect."""
     server = FakeServer()
 
     async def scenario(_):
@@ -135,7 +135,7 @@ def test_a_server_that_says_so_when_it_sends():
     server.run(scenario)
 
 
-def test_a_client_that_goes_before_its_body_has_come():
+def test_a_disconnect_before_the_body():
     server = FakeServer()
     sent = []
 
@@ -153,7 +153,7 @@ def test_a_client_that_goes_before_its_body_has_come():
     assert not server.engine.requests
 
 
-def test_requests_of_others_go_on():
+def test_a_disconnect_leaves_other_requests_alone():
     server = FakeServer(max_model_len=100_000)
 
     async def scenario(client):
@@ -167,7 +167,7 @@ def test_requests_of_others_go_on():
     assert server.run(scenario).json()["choices"][0]["text"] == "Hello, world!"
 
 
-def test_interrupted_work_has_ended_when_the_interruption_is_known():
+def test_interrupted_work_has_ended_when_unless_returns():
     async def scenario() -> list[str]:
         ends = []
 

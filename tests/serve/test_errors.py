@@ -1,4 +1,4 @@
-"""Bad requests: each is answered with one sentence in OpenAI's form, and the server goes on."""
+"""Bad requests: each gets one sentence in OpenAI's error object, and the server goes on."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ def server():
 
 
 def refused(response: httpx.Response, status: int = 400, **expected) -> dict:
-    """Checks an answer that is an error, and returns its object."""
+    """Checks an error response and returns its object."""
     error = error_of(response)
     assert response.status_code == status, error
     for key, value in expected.items():
@@ -28,7 +28,7 @@ def refused(response: httpx.Response, status: int = 400, **expected) -> dict:
     return error
 
 
-# Bodies that are no request
+# Bodies that are not JSON objects
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/tokenize", "/detokenize"])
@@ -56,7 +56,7 @@ def test_a_body_that_is_no_json_object_is_refused(server, path, content, code):
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", None])
-def test_a_body_that_does_not_say_it_is_json_is_refused(server, kind):
+def test_a_body_of_another_content_type_is_refused(server, kind):
     headers = {"content-type": kind} if kind else {}
     body = b'{"prompt": "Hi"}'
     response = server.run(lambda client: client.post(COMPLETIONS, content=body, headers=headers))
@@ -70,7 +70,7 @@ def test_a_charset_is_allowed(server):
     assert response.status_code == 200
 
 
-def test_a_body_that_is_too_large_is_refused_whether_it_says_so_or_not(server):
+def test_a_body_that_is_too_large_is_refused_with_and_without_content_length(server):
     async def pieces():
         for _ in range(MAX_BODY_BYTES // 10_000 + 1):
             yield b"x" * 10_000
@@ -82,7 +82,7 @@ def test_a_body_that_is_too_large_is_refused_whether_it_says_so_or_not(server):
         refused(post(content), 413)
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(server, monkeypatch):
+def test_a_body_that_is_too_slow_is_refused(server, monkeypatch):
     monkeypatch.setattr("llama_jax.serve.middleware.BODY_SECONDS", 0.05)
 
     async def pieces():
@@ -243,7 +243,7 @@ def test_bad_fields_are_refused_with_their_name(server, path, body, param, code,
     assert server.engine.running == 0
 
 
-def test_a_prompt_that_is_too_long_has_the_code_that_clients_look_for(server):
+def test_prompt_and_answer_must_fit_the_context(server):
     response = server.post(COMPLETIONS, {"prompt": [5] * 190, "max_tokens": 11})
     refused(response, 400, param="max_tokens", code="context_length_exceeded")
     assert server.post(COMPLETIONS, {"prompt": [5] * 190, "max_tokens": 10}).status_code == 200
@@ -294,10 +294,10 @@ def test_every_path_but_health_needs_the_key():
     assert server.get("/v1/models", headers=right).status_code == 200
 
 
-# What is not the caller's fault
+# Errors that are not the client's fault
 
 
-def test_a_full_queue_says_when_to_come_back():
+def test_a_full_queue_has_a_retry_after_header():
     server = FakeServer(max_in_flight=2)
 
     async def scenario(client):
@@ -365,7 +365,7 @@ def test_the_engines_death_ends_every_answer_with_an_error(n):
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_the_engines_death_ends_a_stream_that_runs_with_an_error_event(n):
+def test_the_engines_death_ends_a_stream_with_an_error_event(n):
     server = FakeServer("Hello, world!")
     tokens = 0
     generate = server.engine.generate
@@ -386,7 +386,7 @@ def test_the_engines_death_ends_a_stream_that_runs_with_an_error_event(n):
     assert server.engine.running == 0
 
 
-def test_a_fault_of_the_server_itself_shows_nothing_of_it(caplog):
+def test_a_defect_of_the_server_is_logged_and_not_shown(caplog):
     server = FakeServer()
 
     def fail(*arguments):
@@ -405,7 +405,7 @@ def test_a_fault_of_the_server_itself_shows_nothing_of_it(caplog):
     assert "/secret/path" in caplog.text
 
 
-def test_until_the_door_opens_the_server_is_starting():
+def test_requests_before_the_server_is_ready():
     server = FakeServer(api_key="key")
     server.app = Door("key")
     for path in ("/health", "/v1/models"):
@@ -414,7 +414,7 @@ def test_until_the_door_opens_the_server_is_starting():
     refused(server.get("/v1/models"), 401)
 
 
-def test_a_server_that_is_ending_takes_nothing_new():
+def test_a_server_that_is_shutting_down_accepts_no_requests():
     server = FakeServer()
     server.served.draining = True
     refused(server.post(CHAT, {"messages": user("Hi")}), 503, code="shutting_down")
@@ -422,7 +422,7 @@ def test_a_server_that_is_ending_takes_nothing_new():
     refused(server.get("/health"), 503, code="shutting_down")
 
 
-def test_a_silent_engine_is_unhealthy_and_still_asked():
+def test_a_silent_engine_is_unhealthy_but_gets_requests():
     server = FakeServer()
     server.engine.seconds_since_report = 60.0
     refused(server.get("/health"), 503, code="engine_silent")

@@ -1,6 +1,6 @@
-"""The real server process over the engine of fake_engine.py: `python -m tests.support.fake_server`.
+"""The server with the engine of fake_engine.py: `python -m tests.support.fake_server`.
 
-The name of the checkpoint directory says what the engine does; see fake_engine.py.
+The name of the checkpoint directory is the mode of the engine.
 """
 
 import sys

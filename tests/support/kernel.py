@@ -1,4 +1,4 @@
-"""A real IPython kernel, as a notebook has one: runs cells, interrupts them, keeps their output."""
+"""A real IPython kernel: runs cells, interrupts them, and collects their output."""
 
 import os
 import queue
@@ -17,7 +17,7 @@ SECONDS = 120
 
 @dataclass
 class Output:
-    """What a cell has brought.
+    """The output of a cell.
 
     Attributes:
       messages: type and content of each message, in order.
@@ -29,7 +29,7 @@ class Output:
 
     @property
     def printed(self) -> str:
-        """What went to stdout."""
+        """The text on stdout."""
         return "".join(
             content["text"]
             for kind, content in self.messages
@@ -37,7 +37,7 @@ class Output:
         )
 
     def displays(self, mime: str = "text/plain") -> dict[str, list[str]]:
-        """By display id, what was shown there, in order."""
+        """The contents of each display in order, by display id."""
         shown: dict[str, list[str]] = {}
         for kind, content in self.messages:
             if kind in ("display_data", "update_display_data"):
@@ -48,7 +48,7 @@ class Output:
 
 
 class Kernel:
-    """Runs cells one after the other."""
+    """A running kernel."""
 
     def __init__(self) -> None:
         self.manager = KernelManager(kernel_name="python3")
@@ -65,15 +65,15 @@ class Kernel:
         return output.printed
 
     def begin(self, code: str) -> str:
-        """Begins a cell; returns its id."""
+        """Starts a cell; returns its id."""
         return self.client.execute(code, allow_stdin=False)
 
     def interrupt(self) -> None:
-        """As the button of a front end."""
+        """Interrupts the kernel like the button of a front end."""
         self.manager.interrupt_kernel()
 
     def finish(self, cell: str, until: str | None = None) -> Output:
-        """What a cell has brought, up to its end or to its first message of the type `until`."""
+        """Collects a cell's output until it ends or sends a message of the type `until`."""
         output = Output()
         deadline = time.monotonic() + SECONDS
         while True:
@@ -94,7 +94,7 @@ class Kernel:
 
 @contextmanager
 def running_kernel() -> Iterator[Kernel]:
-    """A kernel that has ended when this has."""
+    """A kernel that ends with this context."""
     kernel = Kernel()
     try:
         yield kernel

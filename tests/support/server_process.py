@@ -1,4 +1,4 @@
-"""A server in a process of its own, as a user would start it."""
+"""A server process, started like a user would."""
 
 import os
 import re
@@ -20,11 +20,11 @@ REAL_SERVER = (sys.executable, "-m", "llama_jax.serve")
 
 
 class ServerProcess:
-    """Used as a context manager, at whose end nothing of it is left.
+    """A context manager that leaves no process behind.
 
     Attributes:
-      url: where it listens, known when it is ready.
-      out, err: the lines that it has printed so far.
+      url: its address, known when it is ready.
+      out, err: the lines printed so far.
     """
 
     def __init__(self, command: Sequence[str], *arguments: str, port: int = 0) -> None:
@@ -49,18 +49,18 @@ class ServerProcess:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.process.kill()  # and with it, by the kernel, its engine
+        self.process.kill()  # the kernel then kills its engine
         self.end()
 
     def wait_ready(self) -> Self:
-        """Returns when it answers as a server that can generate."""
+        """Returns when the server can generate."""
         self.wait_for("Ready at ")
         self.url = re.search(r"Ready at (http://[\d.]+:\d+)", "".join(self.out))[1]
         assert httpx.get(self.url + "/health").status_code == 200
         return self
 
     def wait_for(self, words: str) -> None:
-        """Returns when it has printed something."""
+        """Returns when the server has printed these words."""
         while words not in "".join(self.out):
             assert self.process.poll() is None, "".join(self.err)
             time.sleep(0.02)
@@ -69,21 +69,21 @@ class ServerProcess:
         self.process.send_signal(number)
 
     def end(self) -> int:
-        """Waits for its end; returns the exit code."""
+        """Waits until the server has ended; returns its exit code."""
         code = self.process.wait(60)
         for reader in self._readers:
             reader.join()
         return code
 
     def engine_pid(self) -> int:
-        """The one process that it has started."""
+        """The id of the server's only child process."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         [pid] = children.read_text().split()
         return int(pid)
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process exists (a zombie does not count)."""
+    """Whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:

@@ -29,12 +29,12 @@ def test_version(server):
     assert set(server.get("/version").json()) == {"version"}
 
 
-def test_the_description_of_the_api_can_be_made(server):
+def test_the_openapi_schema(server):
     paths = server.get("/openapi.json").json()["paths"]
     assert {"/v1/completions", "/v1/chat/completions", "/health"} <= set(paths)
 
 
-def test_a_text_is_tokenized_as_a_prompt_is(server):
+def test_tokenize_a_text(server):
     body = server.post("/tokenize", {"prompt": "Hi", "return_token_strs": True}).json()
     ids = server.tokenizer.encode("Hi")
     assert (body["tokens"], body["count"], body["max_model_len"]) == (ids, len(ids), 200)
@@ -45,7 +45,7 @@ def test_a_text_is_tokenized_as_a_prompt_is(server):
     assert server.post("/detokenize", {"tokens": ids[1:]}).json() == {"prompt": "Hi"}
 
 
-def test_a_chat_is_tokenized_as_the_model_would_see_it(server):
+def test_tokenize_a_chat(server):
     body = server.post("/tokenize", {"messages": user("Hi")}).json()
     assert body["tokens"] == server.tokenizer.encode_chat(user("Hi"))
 
@@ -74,7 +74,7 @@ def test_bad_texts_and_tokens_are_refused(server, path, body, param, code):
 
 
 def test_the_http_process_loads_no_jax(tmp_path):
-    """All of it: the command line, a tokenizer, an engine (which is another process)."""
+    """Including the command line, a tokenizer and the start of an engine process."""
     code = (
         "import sys; from llama_jax.serve.launch import main;"
         "code = main(sys.argv[1:], [sys.executable, '-c', 'raise SystemExit(3)']);"
