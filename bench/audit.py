@@ -29,8 +29,8 @@ from llama_jax.config import LlamaConfig, Quantization
 from llama_jax.model.sampling import CONTROL_WIDTH
 from llama_jax.quantization import FORMATS
 from llama_jax.ring.kv_cache import page_bytes
-from llama_jax.ring.packet import size
-from llama_jax.ring.sizes import Bucket, Limits
+from llama_jax.ring.packet import packet_size
+from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.steps import (
     LOGITS_SPEC,
     StepOutput,
@@ -67,9 +67,9 @@ def target_mesh() -> Mesh:
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def deployment_limits(config: LlamaConfig, mesh: Mesh) -> Limits:
+def deployment_sizes(config: LlamaConfig, mesh: Mesh) -> RingSizes:
     """The sizes of the reference deployment."""
-    return Limits(
+    return RingSizes(
         num_slots=ROWS * NUM_STAGES,
         num_pages=KV_BYTES // page_bytes(config, mesh, PAGE_SIZE, DTYPE),
         page_size=PAGE_SIZE,
@@ -104,18 +104,18 @@ def weight_bytes(config: LlamaConfig, params: Params) -> dict[str, int]:
 
 
 def audit_program(
-    config: LlamaConfig, mesh: Mesh, limits: Limits, bucket: Bucket, params: Params
+    config: LlamaConfig, mesh: Mesh, sizes: RingSizes, bucket: Bucket, params: Params
 ) -> dict[str, Any]:
     """Compiles one program and reads it."""
     make = prefill_step if bucket.chunk else decode_step
     sizes = bucket if bucket.chunk else (bucket.rows,)
-    arguments = (config, mesh, limits, *sizes)
+    arguments = (config, mesh, sizes, *sizes)
     packed = jax.ShapeDtypeStruct(
-        (size(limits, bucket),),
+        (packet_size(sizes, bucket),),
         jnp.int32,
         sharding=NamedSharding(mesh, REPLICATED),
     )
-    state = state_shapes(config, mesh, limits, DTYPE)
+    state = state_shapes(config, mesh, sizes, DTYPE)
     start = time.perf_counter()
     compiled = make(*arguments).lower(params, state, packed).compile()
     seconds = time.perf_counter() - start
@@ -141,17 +141,17 @@ def audit_program(
 
 
 def audit_sampling(
-    config: LlamaConfig, mesh: Mesh, limits: Limits, bucket: Bucket
+    config: LlamaConfig, mesh: Mesh, sizes: RingSizes, bucket: Bucket
 ) -> dict[str, int]:
     """Compiles the second program of a tick, which runs where a row is not greedy."""
-    n, devices = limits.num_segments(bucket), NUM_STAGES * NUM_RANKS
+    n, devices = sizes.num_segments(bucket), NUM_STAGES * NUM_RANKS
 
     def array(shape: tuple[int, ...], dtype: Any, spec: P = REPLICATED) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
     chosen = array((n,), jnp.int32)
     logits = array((n, padded(config.vocab_size, devices)), jnp.float32, LOGITS_SPEC)
-    tokens = array((limits.num_slots,), jnp.int32)
+    tokens = array((sizes.num_slots,), jnp.int32)
     controls = array((n, CONTROL_WIDTH), jnp.int32)
     output = StepOutput(logits, chosen, chosen)
     compiled = sample_step(mesh).lower(tokens, output, controls).compile()
@@ -169,13 +169,13 @@ def main() -> int:
     if args.quantize:
         weights, file = f"{args.quantize} and bfloat16", f"{file}_{args.quantize}"
         config = replace(config, quantization=Quantization(format=args.quantize))
-    limits, params = deployment_limits(config, mesh), param_shapes(config, mesh, DTYPE)
-    state = state_shapes(config, mesh, limits, DTYPE)
+    sizes, params = deployment_sizes(config, mesh), param_shapes(config, mesh, DTYPE)
+    state = state_shapes(config, mesh, sizes, DTYPE)
     cache = sum(map(shard_bytes, jax.tree.leaves(state.cache)))
     held = weight_bytes(config, params)
     programs = []
-    for bucket in limits.buckets():
-        row = audit_program(config, mesh, limits, bucket, params)
+    for bucket in sizes.buckets():
+        row = audit_program(config, mesh, sizes, bucket, params)
         programs.append(row)
         print(
             f"rows {row['rows']:>3}, chunk {row['chunk']:>4}: "
@@ -184,7 +184,7 @@ def main() -> int:
             f"compiled in {row['compile_seconds']} s",
             flush=True,
         )
-    sampling = audit_sampling(config, mesh, limits, limits.buckets()[-1])
+    sampling = audit_sampling(config, mesh, sizes, sizes.buckets()[-1])
     print(
         f"sampling {sampling['segments']} segments: "
         f"temporaries {sampling['temporary_bytes'] / 1e9:.3f} GB"
@@ -196,7 +196,7 @@ def main() -> int:
         "what": f"Llama-3-70B {weights} on 4 x 2 of 8 x H100 80 GB, compiled without a GPU",
         "versions": describe("jax", "jaxlib", "jax-cuda12-plugin")["versions"],
         "sizes": {"rows": ROWS, "context": CONTEXT, "page_size": PAGE_SIZE,
-                  "pages": limits.num_pages, "tokens": limits.num_pages * PAGE_SIZE},
+                  "pages": sizes.num_pages, "tokens": sizes.num_pages * PAGE_SIZE},
         "bytes_per_device": {**held, "kv_cache": cache, "arguments": arguments,
                              "temporaries": most, "total": total},
         "total_within_68_gb": total <= MAX_TOTAL,

@@ -111,6 +111,30 @@ def test_the_http_process_and_the_scheduler_load_no_jax():
     assert "jax" in modules_loaded_by("llama_jax.model.llama")  # the check would see it
 
 
+def test_a_gpu_machine_needs_no_server_packages():
+    """Model, ring, engine and the benchmarks run where only JAX, Flax and the readers are."""
+    program = """
+import sys
+for name in ("fastapi", "msgspec", "uvicorn", "zmq"):
+    sys.modules[name] = None  # importing it raises ImportError
+import bench.audit, bench.decode, bench.divergence, bench.host_time, bench.load_speed
+import llama_jax.engine.core, llama_jax.interpret, llama_jax.model, llama_jax.ring.sharded_llama
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_the_model_loads_no_reader_no_mesh_and_no_server():
+    program = "import sys; from llama_jax.model import Llama; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = {name for name in done.stdout.split() if layer(name) >= 0}
+    allowed = ("config", "model", "quantization", "weights")
+    prefixes = ("sharding.", *(f"llama_jax.{package}" for package in allowed))
+    assert {name for name in loaded if not f"{name}.".startswith(prefixes)} == set()
+    assert "sharding.mesh" not in loaded
+
+
 def test_nothing_unpickles():
     forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
     # The one reader of pickles goes through their instructions and calls nothing that they name.

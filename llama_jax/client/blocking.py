@@ -22,7 +22,7 @@ T = TypeVar("T")
 AT_EXIT_SECONDS = 10.0
 
 
-class EngineThread:
+class BlockingClient:
     """A thread with an event loop, and on it the client of an engine.
 
     The thread also keeps the engine alive, which the kernel ends with the thread that started it.

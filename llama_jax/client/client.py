@@ -26,17 +26,16 @@ from llama_jax.client.host import StartHost
 from llama_jax.client.request_check import check_request
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead, EngineStartError, QueueFull
+from llama_jax.engine.interface import EngineInfo, Output, Progress, Stats
 from llama_jax.engine.messages import (
     Abort,
     Add,
-    EngineInfo,
     FromEngine,
-    Output,
     Outputs,
-    Progress,
     Ready,
+    Report,
     Shutdown,
-    Stats,
+    Starting,
     ToEngine,
 )
 from llama_jax.engine.options import EngineOptions
@@ -264,11 +263,11 @@ class EngineClient:
                 stream = self._streams.get(output.request_id)
                 if stream is not None:  # else aborted while this was on its way
                     stream.put_nowait(output)
-        elif isinstance(message, Stats):
-            self.stats = message
-        elif isinstance(message, Progress):
+        elif isinstance(message, Report):
+            self.stats = message.stats
+        elif isinstance(message, Starting):
             if self._on_progress is not None:
-                self._on_progress(message)
+                self._on_progress(message.progress)
         elif isinstance(message, Ready):
             if not self._ready.done():
                 self._ready.set_result(message.info)

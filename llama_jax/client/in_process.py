@@ -23,8 +23,8 @@ import zmq
 
 from llama_jax.client.engine_process import SOCKET_NAME
 from llama_jax.client.host import StartHost
-from llama_jax.engine.message_loop import BuildEngine, EngineLike, EngineLoop, Failure, serve
-from llama_jax.engine.messages import Progress
+from llama_jax.engine.interface import Progress
+from llama_jax.engine.message_loop import BuildEngine, EngineLike, Failure, MessageLoop, serve
 from llama_jax.engine.options import EngineOptions
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class InProcessEngine:
         self._engine = engine  # before anybody is told that it is ready
         return engine
 
-    def _run(self, loop: EngineLoop) -> None:
+    def _run(self, loop: MessageLoop) -> None:
         self._was_ready = True
         loop.run()
 

@@ -7,7 +7,7 @@ import msgspec
 
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import RequestError
-from llama_jax.engine.messages import EngineInfo
+from llama_jax.engine.interface import EngineInfo
 
 
 def check_request(prompt: list[int], params: SamplingParams, info: EngineInfo) -> None:

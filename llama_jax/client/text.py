@@ -5,7 +5,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from llama_jax.engine.errors import GenerationFailed
-from llama_jax.engine.messages import FinishReason, Output
+from llama_jax.engine.interface import FinishReason, Output
 from llama_jax.text.detokenizer import Detokenizer
 
 

@@ -1,15 +1,15 @@
 """What a request may ask of the sampler and of the end of its generation. Imports no JAX."""
 
 import math
-
-import msgspec
+from dataclasses import dataclass
 
 from sharding.errors import UserError
 
 MAX_TOP_K = 2**31 - 1
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
     """How the tokens of one request are chosen and when they end.
 
     Attributes:

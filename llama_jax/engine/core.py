@@ -14,14 +14,14 @@ from llama_jax.checkpoint.load import choose_dtype, load_params
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import RequestError
 from llama_jax.engine.executor import CompileCounter, Executor
-from llama_jax.engine.messages import DeviceInfo, EngineInfo, Output, Progress, Stats
+from llama_jax.engine.interface import DeviceInfo, EngineInfo, Output, Progress, Stats
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.sizing import (
     GPU_MEMORY_SHARE,
     bytes_by_device,
     check_options,
-    choose_limits,
+    choose_sizes,
 )
 from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.model import Llama
@@ -62,7 +62,7 @@ class Engine:
             if platform != "cpu" and dtype == np.float32:  # else a GPU multiplies in TF32
                 jax.config.update("jax_default_matmul_precision", "float32")
             # Sizes first: what cannot fit is refused before minutes of loading, not after.
-            limits, max_model_len = choose_limits(options, config, mesh, dtype)
+            sizes, max_model_len = choose_sizes(options, config, mesh, dtype)
             stack.enter_context(compilation_cache())
             self.compilations = CompileCounter()
             params = load_params(
@@ -70,12 +70,12 @@ class Engine:
             )
             jax.block_until_ready(params)
             loaded = time.perf_counter()
-            executor = Executor(config, mesh, limits, params, dtype, model_class=model_class)
+            executor = Executor(config, mesh, sizes, params, dtype, model_class=model_class)
             executor.warm_up(
                 lambda done, total, what: progress(Progress("compiling", done, total, what))
             )
         # Those that will run wait as well, until the next tick, and again when they are preempted.
-        scheduler = Scheduler(limits, mesh_shape(mesh)[0], limits.num_slots + options.max_queue)
+        scheduler = Scheduler(sizes, mesh_shape(mesh)[0], sizes.num_slots + options.max_queue)
         late = options.results_late
         if late is None:
             late = 0 if platform == "cpu" else GPU_RESULTS_LATE
@@ -93,9 +93,9 @@ class Engine:
             dtype=str(dtype),
             vocab_size=config.vocab_size,
             max_model_len=max_model_len,
-            max_num_seqs=limits.num_slots,
-            page_size=limits.page_size,
-            num_pages=limits.num_pages,
+            max_num_seqs=sizes.num_slots,
+            page_size=sizes.page_size,
+            num_pages=sizes.num_pages,
             devices=[
                 DeviceInfo(
                     name=str(device),
@@ -107,7 +107,7 @@ class Engine:
                 )
                 for (stage, rank), device in np.ndenumerate(mesh.devices)
             ],
-            num_programs=len(limits.buckets()),
+            num_programs=len(sizes.buckets()),
             load_seconds=loaded - start,
             compile_seconds=time.perf_counter() - loaded,
         )

@@ -20,8 +20,8 @@ from jax.sharding import Mesh
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
 from llama_jax.model.sampling import encode_controls
-from llama_jax.ring.packet import encode, size
-from llama_jax.ring.sizes import Bucket, Limits
+from llama_jax.ring.packet import encode_packet, packet_size
+from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.steps import (
     SampleStep,
     State,
@@ -57,7 +57,7 @@ class Executor:
     Everything it is made of is there to be read, under the names of its arguments.
 
     Args:
-      config, mesh, limits: what to build.
+      config, mesh, sizes: what to build.
       params: the weights on the mesh.
       dtype: of activations and cache.
       fill: what the cache starts out with; tests use NaN.
@@ -68,25 +68,25 @@ class Executor:
         self,
         config: LlamaConfig,
         mesh: Mesh,
-        limits: Limits,
+        sizes: RingSizes,
         params: Params,
         dtype: jnp.dtype,
         fill: float = 0.0,
         model_class: type[Llama] = Llama,
     ):
-        self.config, self.mesh, self.limits = config, mesh, limits
+        self.config, self.mesh, self.sizes = config, mesh, sizes
         self.dtype, self.model_class = dtype, model_class
         self.call_seconds = 0.0  # host time spent in the jit calls themselves
         # Several unfinished programs with collectives starve XLA:CPU's threads and hang it; where
         # JAX had started before the engine, a call may return before its program has ended.
         self._one_at_a_time = mesh.devices.flat[0].platform == "cpu"
         self.params = params
-        self._state: State = init_state(state_shapes(config, mesh, limits, dtype), limits, fill)
+        self._state: State = init_state(state_shapes(config, mesh, sizes, dtype), sizes, fill)
         self._steps: dict[Bucket, Step] = {
-            bucket: prefill_step(config, mesh, limits, bucket.rows, bucket.chunk, model_class)
+            bucket: prefill_step(config, mesh, sizes, bucket.rows, bucket.chunk, model_class)
             if bucket.chunk
-            else decode_step(config, mesh, limits, bucket.rows, model_class)
-            for bucket in limits.buckets()
+            else decode_step(config, mesh, sizes, bucket.rows, model_class)
+            for bucket in sizes.buckets()
         }
         self._sample: SampleStep = sample_step(mesh, model_class)
 
@@ -100,7 +100,7 @@ class Executor:
 
         Args:
           bucket: large enough for every packet in flight, this one included.
-          packed: the packet that enters, from `packet.encode`.
+          packed: the packet that enters, from `encode_packet`.
           controls: sampling parameters of the packet that leaves, from `encode_controls` for the
             segments of this bucket; None where it is all greedy.
         """
@@ -124,19 +124,19 @@ class Executor:
 
         Nothing runs, and the compiled programs of the ticks are not touched.
         """
-        packed = jax.ShapeDtypeStruct((size(self.limits, bucket),), jnp.int32)
-        state = state_shapes(self.config, self.mesh, self.limits, self.dtype)
+        packed = jax.ShapeDtypeStruct((packet_size(self.sizes, bucket),), jnp.int32)
+        state = state_shapes(self.config, self.mesh, self.sizes, self.dtype)
         step: Any = self._steps[bucket]
         return step.lower(self.params, state, packed)
 
     def warm_up(self, progress: Callable[[int, int, str], None]) -> None:
         """Compiles every program by running it on an empty packet, which changes nothing."""
-        buckets = self.limits.buckets()
-        tables = np.zeros((self.limits.num_slots, self.limits.pages_per_sequence), np.int32)
+        buckets = self.sizes.buckets()
+        tables = np.zeros((self.sizes.num_slots, self.sizes.pages_per_sequence), np.int32)
         for done, bucket in enumerate(buckets):
             progress(done, len(buckets), f"{bucket.rows} rows, chunk of {bucket.chunk}")
-            packed = encode(self.limits, bucket, tables, [], [], [])
-            controls = encode_controls(self.limits.num_segments(bucket), [])
+            packed = encode_packet(self.sizes, bucket, tables, [], [], [])
+            controls = encode_controls(self.sizes.num_segments(bucket), [])
             jax.block_until_ready(self.run(bucket, packed, controls).tokens)
         progress(len(buckets), len(buckets), "")
 

@@ -14,17 +14,16 @@ import zmq
 
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import RequestError
+from llama_jax.engine.interface import EngineInfo, Output, Progress, Stats
 from llama_jax.engine.messages import (
     Abort,
     Add,
-    EngineInfo,
     Fatal,
     FromEngine,
-    Output,
     Outputs,
-    Progress,
     Ready,
-    Stats,
+    Report,
+    Starting,
     ToEngine,
 )
 from llama_jax.engine.options import EngineOptions
@@ -76,7 +75,7 @@ def serve(
     socket: zmq.Socket[bytes],
     options: bytes,
     build: BuildEngine,
-    run: Callable[["EngineLoop"], None],
+    run: Callable[["MessageLoop"], None],
     check_wanted: Callable[[], None] = lambda: None,
 ) -> Failure | None:
     """Builds an engine and runs it to its end.
@@ -100,12 +99,17 @@ def serve(
 
     started = False
     try:
-        send(Progress("starting", 0, 1, "importing JAX"))
-        engine = build(msgspec.json.decode(options, type=EngineOptions), send)
+        send(Starting(Progress("starting", 0, 1, "importing JAX")))
+        engine = build(
+            msgspec.json.decode(options, type=EngineOptions),
+            lambda progress: send(Starting(progress)),
+        )
         started = True
-        send(engine.stats())  # first, so that whoever knows of the engine knows its gauges, too
+        send(
+            Report(engine.stats())
+        )  # first, so that whoever knows of the engine knows its gauges, too
         send(Ready(engine.info))
-        run(EngineLoop(engine, socket, send, check_wanted))
+        run(MessageLoop(engine, socket, send, check_wanted))
     except Exception as error:
         for_user = not started and isinstance(error, UserError)
         send(Fatal(str(error) if for_user else _describe(error)))
@@ -113,7 +117,7 @@ def serve(
     return None
 
 
-class EngineLoop:
+class MessageLoop:
     """Takes messages, steps the engine and sends what comes of it, until told to end.
 
     Attributes:
@@ -193,7 +197,7 @@ class EngineLoop:
         now = time.monotonic()
         if now - self._last_report < self._report_after:
             return
-        self._send(self.engine.stats())
+        self._send(Report(self.engine.stats()))
         self._last_report = now
         self._report_after = HEARTBEAT_SECONDS
 

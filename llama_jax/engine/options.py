@@ -1,23 +1,25 @@
 """What an engine is started with. Imports no JAX: the HTTP process builds these too."""
 
-import msgspec
+from dataclasses import dataclass
 
 
-class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Attributes:
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What to serve and how.
 
-    path: a checkpoint directory, Hugging Face layout or this project's Orbax layout.
-    mesh: "stages x tensor-parallel ranks", such as "4x2".
-    dtype: "auto" (float32 on CPU, the checkpoint's own on a GPU), "float32" or "bfloat16".
-    max_model_len: most tokens of prompt and answer together; None for the model's own limit, or
-      what the KV cache holds.
-    max_num_seqs: most sequences in flight; the rest wait in the queue.
-    max_queue: most requests that wait; one more is refused.
-    page_size: tokens in a page of the KV cache.
-    kv_cache_memory: bytes of KV cache on each device; None to choose by the platform.
-    max_chunk: most prompt tokens that enter in one tick, rounded up to a multiple of 64.
-    results_late: ticks between a tick's dispatch and the reading of its result; None to choose
-      by the platform (0 on CPU, where only one program may be in flight).
+    Attributes:
+      path: a checkpoint directory, Hugging Face layout or this project's Orbax layout.
+      mesh: "stages x tensor-parallel ranks", such as "4x2".
+      dtype: "auto" (float32 on CPU, the checkpoint's own on a GPU), "float32" or "bfloat16".
+      max_model_len: most tokens of prompt and answer together; None for the model's own limit, or
+        what the KV cache holds.
+      max_num_seqs: most sequences in flight; the rest wait in the queue.
+      max_queue: most requests that wait; one more is refused.
+      page_size: tokens in a page of the KV cache.
+      kv_cache_memory: bytes of KV cache on each device; None to choose by the platform.
+      max_chunk: most prompt tokens that enter in one tick, rounded up to a multiple of 64.
+      results_late: ticks between a tick's dispatch and the reading of its result; None to choose
+        by the platform (0 on CPU, where only one program may be in flight).
     """
 
     path: str

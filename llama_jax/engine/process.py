@@ -20,8 +20,8 @@ from typing import NoReturn
 
 import zmq
 
-from llama_jax.engine.message_loop import BuildEngine, EngineLike, EngineLoop, serve
-from llama_jax.engine.messages import Progress
+from llama_jax.engine.interface import Progress
+from llama_jax.engine.message_loop import BuildEngine, EngineLike, MessageLoop, serve
 from llama_jax.engine.options import EngineOptions
 
 LINGER_MILLISECONDS = 2000
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None, build: BuildEngine | None = None) ->
     os._exit(0 if failure is None else 1 if failure.for_user else 70)
 
 
-def _run(loop: EngineLoop) -> None:
+def _run(loop: MessageLoop) -> None:
     """Runs the loop. SIGTERM: requests in flight are finished, as a service manager that signals
     parent and engine alike would otherwise cut them off; a second SIGTERM ends the process at
     once. (A half-started engine has nothing to finish, and SIGTERM its usual meaning.)"""

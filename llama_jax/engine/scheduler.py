@@ -19,10 +19,10 @@ import numpy as np
 
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import QueueFull, RequestError
-from llama_jax.engine.messages import FinishReason, Output
+from llama_jax.engine.interface import FinishReason, Output
 from llama_jax.engine.pages import PagePool
 from llama_jax.engine.sequence import Sequence
-from llama_jax.ring.sizes import Limits
+from llama_jax.ring.sizes import RingSizes
 
 NOT_A_NUMBER = "The model's output is not a number (NaN) for this request: check the weights."
 
@@ -85,10 +85,10 @@ class Scheduler:
         packet takes a snapshot of the rows it needs.
     """
 
-    def __init__(self, limits: Limits, num_microbatches: int, max_queue: int):
-        self.limits = limits
-        self.pool = PagePool(limits.num_pages)
-        self.page_tables = np.zeros((limits.num_slots, limits.pages_per_sequence), np.int32)
+    def __init__(self, sizes: RingSizes, num_microbatches: int, max_queue: int):
+        self.sizes = sizes
+        self.pool = PagePool(sizes.num_pages)
+        self.page_tables = np.zeros((sizes.num_slots, sizes.pages_per_sequence), np.int32)
         self.waiting: deque[Sequence] = deque()
         self.prefilling: Sequence | None = None  # one prompt at a time; it is the youngest
         # In order of arrival, each.
@@ -97,7 +97,7 @@ class Scheduler:
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
         self._max_queue = max_queue
-        self._free_slots = list(range(limits.num_slots - 1, -1, -1))
+        self._free_slots = list(range(sizes.num_slots - 1, -1, -1))
         self._sequences: dict[int, Sequence] = {}  # by request id, until they are finished
         self._arrivals = 0
         self._turn = 0  # the microbatch that enters next
@@ -131,10 +131,10 @@ class Scheduler:
             )
         wanted = max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
         max_length = min(wanted, max_model_len)
-        if self._pages_for(max_length - 1) > self.limits.num_pages:
+        if self._pages_for(max_length - 1) > self.sizes.num_pages:
             raise RequestError(
                 f"Prompt and answer of {max_length} tokens can never fit the KV cache of "
-                f"{self.limits.num_pages * self.limits.page_size} tokens: ask for fewer."
+                f"{self.sizes.num_pages * self.sizes.page_size} tokens: ask for fewer."
             )
         if len(self.waiting) >= self._max_queue:
             raise QueueFull(f"{len(self.waiting)} requests are waiting: try again later.")
@@ -155,7 +155,7 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         """Sequences that hold a slot."""
-        return self.limits.num_slots - len(self._free_slots)
+        return self.sizes.num_slots - len(self._free_slots)
 
     @property
     def num_unfinished(self) -> int:
@@ -191,8 +191,8 @@ class Scheduler:
             packet.rows.append(self._send(sequence, None, 1))
 
     def _add_chunk(self, packet: Packet, microbatch: list[Sequence], share: int) -> None:
-        tile = self.limits.tile
-        tiles_left = self.limits.max_chunk // tile
+        tile = self.sizes.tile
+        tiles_left = self.sizes.max_chunk // tile
         while tiles_left and (sequence := self.prefilling or self._admit()):
             first = sequence.next_position
             count = min(sequence.prefill_until - first, tiles_left * tile)
@@ -232,7 +232,7 @@ class Scheduler:
             if pages < 0:
                 break
             live += 1
-        return min(-(-live // len(self.microbatches)), self.limits.max_rows)
+        return min(-(-live // len(self.microbatches)), self.sizes.max_rows)
 
     def _pages_to_begin(self, sequence: Sequence) -> int:
         # One token more than the prompt, where there will be one: to be preempted after the very
@@ -249,7 +249,7 @@ class Scheduler:
     # --- pages -------------------------------------------------------------------------------
 
     def _pages_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.limits.page_size)
+        return -(-num_tokens // self.sizes.page_size)
 
     def _make_room(self, sequence: Sequence, count: int) -> bool:
         """Gives a sequence the pages for its next `count` tokens, preempting younger ones for it.

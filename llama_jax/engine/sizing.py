@@ -1,4 +1,4 @@
-"""How large everything is: from the options and the memory there is to `Limits`."""
+"""How large everything is: from the options and the memory there is to `RingSizes`."""
 
 import math
 
@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from llama_jax.config import LlamaConfig
 from llama_jax.engine.options import EngineOptions
 from llama_jax.ring.kv_cache import page_bytes
-from llama_jax.ring.sizes import Limits
+from llama_jax.ring.sizes import RingSizes
 from llama_jax.weights.placement import param_shapes
 from sharding.errors import UserError
 from sharding.mesh import mesh_shape
@@ -46,9 +46,9 @@ def check_options(options: EngineOptions, config: LlamaConfig) -> None:
         )
 
 
-def choose_limits(
+def choose_sizes(
     options: EngineOptions, config: LlamaConfig, mesh: Mesh, dtype: jnp.dtype
-) -> tuple[Limits, int]:
+) -> tuple[RingSizes, int]:
     """The sizes of an engine whose weights are yet to be loaded, and its longest sequence.
 
     Raises:
@@ -72,7 +72,7 @@ def choose_limits(
         )
     longest = min(longest, num_pages * page_size)
     max_tiles = -(-options.max_chunk // TILE)
-    limits = Limits(
+    sizes = RingSizes(
         num_slots=options.max_num_seqs,
         num_pages=num_pages,
         page_size=page_size,
@@ -81,7 +81,7 @@ def choose_limits(
         chunk_buckets=(0, *(tiles * TILE for tiles in _steps(max_tiles))),
         tile=TILE,
     )
-    return limits, longest
+    return sizes, longest
 
 
 def _steps(last: int) -> tuple[int, ...]:

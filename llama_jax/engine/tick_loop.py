@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from llama_jax.engine.executor import Executor, TickResult
-from llama_jax.engine.messages import Output
+from llama_jax.engine.interface import Output
 from llama_jax.engine.scheduler import Packet, Scheduler
 from llama_jax.model.sampling import encode_controls
-from llama_jax.ring.packet import encode
+from llama_jax.ring.packet import encode_packet
 from llama_jax.ring.sizes import Bucket
 
 
@@ -42,7 +42,7 @@ class TickLoop:
     """A scheduler and an executor, and the ticks in flight between them.
 
     Args:
-      scheduler, executor: for the same limits.
+      scheduler, executor: for the same sizes.
       results_late: ticks that may be dispatched before the oldest result is read.
 
     Attributes:
@@ -52,7 +52,7 @@ class TickLoop:
 
     def __init__(self, scheduler: Scheduler, executor: Executor, results_late: int):
         self.scheduler, self.executor = scheduler, executor
-        self.limits = scheduler.limits
+        self.sizes = scheduler.sizes
         self.num_stages = len(scheduler.microbatches)
         self.on_result: Callable[[Packet, TickResult], None] = lambda packet, result: None
         self.on_tick: list[Callable[[Tick], None]] = []
@@ -98,9 +98,9 @@ class TickLoop:
         # The program must fit the largest packet in any stage, not just the one that enters.
         rows = max(len(packet.rows) for packet in self._in_flight)
         tiles = max(len(packet.tiles) for packet in self._in_flight)
-        bucket = self.limits.bucket(max(rows, 1), tiles * self.limits.tile)
-        packed = encode(
-            self.limits,
+        bucket = self.sizes.bucket(max(rows, 1), tiles * self.sizes.tile)
+        packed = encode_packet(
+            self.sizes,
             bucket,
             self.scheduler.page_tables,
             [row.slot for row in entering.rows],
@@ -113,7 +113,7 @@ class TickLoop:
             for i, segment in leaving.results(bucket.rows)
             if not (s := segment.sequence).params.greedy
         ]
-        controls = encode_controls(self.limits.num_segments(bucket), sampled) if sampled else None
+        controls = encode_controls(self.sizes.num_segments(bucket), sampled) if sampled else None
         self._unread.append((leaving, self.executor.run(bucket, packed, controls)))
 
         self.ticks += 1

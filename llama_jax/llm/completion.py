@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from llama_jax.engine.messages import FinishReason
+from llama_jax.engine.interface import FinishReason
 from llama_jax.llm.notebook.html import completion_html
 
 

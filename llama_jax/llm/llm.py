@@ -8,19 +8,18 @@
 Imports no JAX: the devices belong to the engine's process, unless `in_process` is asked for.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, overload
-
-import msgspec
 
 from llama_jax.client.client import OnProgress
 from llama_jax.client.engine_process import ENGINE_COMMAND, process_host
 from llama_jax.client.in_process import in_process_host
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead, RequestError
-from llama_jax.engine.messages import EngineInfo, Stats
+from llama_jax.engine.interface import EngineInfo, Stats
 from llama_jax.engine.options import EngineOptions
 from llama_jax.llm.completion import Completion
 from llama_jax.llm.notebook.html import llm_html
@@ -107,7 +106,7 @@ class LLM:
         _check_names(changes, "path", "mesh")
         if "path" in changes:
             changes["path"] = str(changes["path"])
-        options = msgspec.structs.replace(self._session.options, **changes)
+        options = dataclasses.replace(self._session.options, **changes)
         if in_process is None:
             in_process = self._in_process
         if model_class is None and in_process:
@@ -137,7 +136,7 @@ class LLM:
     @property
     def defaults(self) -> SamplingParams:
         """Sampling parameters where a call gives none, from generation_config.json. For some of
-        them, `msgspec.structs.replace(llm.defaults, max_tokens=20)`."""
+        them, `dataclasses.replace(llm.defaults, max_tokens=20)`."""
         return self._session.defaults
 
     @property
@@ -323,7 +322,7 @@ class LLM:
 
 
 def _check_names(options: Mapping[str, Any], *others: str) -> None:
-    fields = EngineOptions.__struct_fields__
+    fields = [field.name for field in dataclasses.fields(EngineOptions)]
     known = [*others, *(name for name in fields if name not in ("path", "mesh"))]
     for name in options:
         if name not in known:

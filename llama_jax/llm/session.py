@@ -10,14 +10,14 @@ from contextlib import aclosing, closing
 from pathlib import Path
 
 from llama_jax.checkpoint import open_checkpoint
-from llama_jax.client.blocking import EngineThread
+from llama_jax.client.blocking import BlockingClient
 from llama_jax.client.client import OnProgress
 from llama_jax.client.host import StartHost
 from llama_jax.client.text import Piece, read_text
 from llama_jax.config.huggingface import generation_defaults
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import GenerationFailed
-from llama_jax.engine.messages import FinishReason
+from llama_jax.engine.interface import FinishReason
 from llama_jax.engine.options import EngineOptions
 from llama_jax.llm.completion import Completion
 from llama_jax.llm.notebook.cells import cell_watch
@@ -54,7 +54,7 @@ class Session:
         if on_progress is None and (bar := make_bar(progress)) is not None:
             shown = on_progress = StartProgress(bar, Path(options.path).name)
         try:
-            self.engine = EngineThread(options, on_progress, start_host)
+            self.engine = BlockingClient(options, on_progress, start_host)
             weakref.finalize(self, self.engine.begin_close)
         except BaseException:
             if shown is not None:

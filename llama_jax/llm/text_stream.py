@@ -6,10 +6,10 @@ from collections.abc import AsyncGenerator, Iterator
 from types import TracebackType
 from typing import Self
 
-from llama_jax.client.blocking import EngineThread
+from llama_jax.client.blocking import BlockingClient
 from llama_jax.client.text import Piece
 from llama_jax.engine.errors import EngineDead
-from llama_jax.engine.messages import FinishReason
+from llama_jax.engine.interface import FinishReason
 from llama_jax.llm.notebook.cells import cell_watch, in_notebook
 from llama_jax.llm.notebook.display import LiveOutput, running_text
 
@@ -25,7 +25,7 @@ class TextStream(Iterator[str]):
       finish_reason: "stop" or "length" once the answer is whole, else None.
     """
 
-    def __init__(self, engine: EngineThread, pieces: AsyncGenerator[Piece, None]) -> None:
+    def __init__(self, engine: BlockingClient, pieces: AsyncGenerator[Piece, None]) -> None:
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._engine = engine

@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.patches import Rectangle
 
-from llama_jax.engine.messages import DeviceInfo
+from llama_jax.engine.interface import DeviceInfo
 from llama_jax.pictures.cells import write_in_cell
 from llama_jax.pictures.held import device_label, layers_text, what_is_held
 from llama_jax.pictures.style import (

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from llama_jax.engine.messages import DeviceInfo, EngineInfo
+from llama_jax.engine.interface import DeviceInfo, EngineInfo
 from llama_jax.pictures.style import short_device
 
 

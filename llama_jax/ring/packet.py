@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.ring.sizes import Bucket, Limits
+from llama_jax.ring.sizes import Bucket, RingSizes
 
 SLOT, POSITION, LENGTH, PAGES = 0, 1, 2, 3  # columns of a segment
 
 
-def encode(
-    limits: Limits,
+def encode_packet(
+    sizes: RingSizes,
     bucket: Bucket,
     page_tables: np.ndarray,
     row_slots: Sequence[int],
@@ -32,7 +32,7 @@ def encode(
     """Writes a packet.
 
     Args:
-      limits, bucket: the sizes; rows and tiles must fit the bucket.
+      sizes, bucket: the sizes; rows and tiles must fit the bucket.
       page_tables: `[num_slots, pages_per_sequence]` int32, by slot, as they are now: the packet
         takes a snapshot.
       row_slots, row_positions: the decode rows: slot, and position of the token to be read.
@@ -42,9 +42,10 @@ def encode(
     Returns:
       int32, flat.
     """
-    segments, tokens = _views(limits, bucket, packed := np.zeros(size(limits, bucket), np.int32))
-    segments[:, SLOT] = limits.num_slots
-    segments[:, PAGES:] = limits.num_pages
+    packed = np.zeros(packet_size(sizes, bucket), np.int32)
+    segments, tokens = _views(sizes, bucket, packed)
+    segments[:, SLOT] = sizes.num_slots
+    segments[:, PAGES:] = sizes.num_pages
     n = len(row_slots)
     if n:
         segments[:n, SLOT] = row_slots
@@ -53,47 +54,49 @@ def encode(
         segments[:n, PAGES:] = page_tables[row_slots]
     for i, (slot, position, ends, ids) in enumerate(tiles):
         segment = segments[bucket.rows + i]
-        segment[SLOT] = slot if ends else limits.num_slots
+        segment[SLOT] = slot if ends else sizes.num_slots
         segment[POSITION] = position
         segment[LENGTH] = len(ids)
         segment[PAGES:] = page_tables[slot]
-        tokens[i * limits.tile : i * limits.tile + len(ids)] = ids
+        tokens[i * sizes.tile : i * sizes.tile + len(ids)] = ids
     return packed
 
 
-def decode(limits: Limits, bucket: Bucket, packed: jax.Array) -> tuple[jax.Array, jax.Array]:
+def decode_packet(
+    sizes: RingSizes, bucket: Bucket, packed: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Reads a packet on the device: all segments `[max_segments, width]`, and tokens `[chunk]`.
 
     Segments that the bucket has no room for are filled in as empty: what an earlier packet left in
     their place must not be run again by a later stage's larger program.
     """
-    segments, tokens = _views(limits, bucket, packed)
-    nothing = np.zeros((limits.max_segments, segment_width(limits)), np.int32)
-    nothing[:, SLOT] = limits.num_slots
-    nothing[:, PAGES:] = limits.num_pages
+    segments, tokens = _views(sizes, bucket, packed)
+    nothing = np.zeros((sizes.max_segments, segment_width(sizes)), np.int32)
+    nothing[:, SLOT] = sizes.num_slots
+    nothing[:, PAGES:] = sizes.num_pages
     rows, tiles = segments[: bucket.rows], segments[bucket.rows :]
     full = jnp.asarray(nothing).at[: bucket.rows].set(rows)
-    return full.at[limits.max_rows : limits.max_rows + len(tiles)].set(tiles), tokens
+    return full.at[sizes.max_rows : sizes.max_rows + len(tiles)].set(tiles), tokens
 
 
-def segments_of(limits: Limits, bucket: Bucket, full: jax.Array) -> jax.Array:
+def segments_of(sizes: RingSizes, bucket: Bucket, full: jax.Array) -> jax.Array:
     """The segments that a program of this bucket works on: `[num_segments, width]` of `full`."""
-    tiles = limits.max_rows + bucket.chunk // limits.tile
-    return jnp.concatenate([full[: bucket.rows], full[limits.max_rows : tiles]])
+    tiles = sizes.max_rows + bucket.chunk // sizes.tile
+    return jnp.concatenate([full[: bucket.rows], full[sizes.max_rows : tiles]])
 
 
-def size(limits: Limits, bucket: Bucket) -> int:
+def packet_size(sizes: RingSizes, bucket: Bucket) -> int:
     """int32 words of a packet."""
-    return limits.num_segments(bucket) * segment_width(limits) + bucket.chunk
+    return sizes.num_segments(bucket) * segment_width(sizes) + bucket.chunk
 
 
-def segment_width(limits: Limits) -> int:
+def segment_width(sizes: RingSizes) -> int:
     """int32 words of a segment."""
-    return PAGES + limits.pages_per_sequence
+    return PAGES + sizes.pages_per_sequence
 
 
-def _views(limits: Limits, bucket: Bucket, packed):  # type: ignore[no-untyped-def]
+def _views(sizes: RingSizes, bucket: Bucket, packed):  # type: ignore[no-untyped-def]
     """Both parts of a packet: views of a NumPy array, slices of a JAX array."""
-    width = segment_width(limits)
-    end = limits.num_segments(bucket) * width
+    width = segment_width(sizes)
+    end = sizes.num_segments(bucket) * width
     return packed[:end].reshape(-1, width), packed[end:]

@@ -21,8 +21,8 @@ from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
 from llama_jax.model.llama import check_model_class, check_tokens
 from llama_jax.ring.observation import WEIGHTS, Wanted, observed_step
-from llama_jax.ring.packet import encode
-from llama_jax.ring.sizes import Bucket, Limits
+from llama_jax.ring.packet import encode_packet
+from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.steps import LOGITS_SPEC, init_state, on_mesh, state_shapes
 from llama_jax.ring.tick import Program, State, vocab_logits
 from llama_jax.weights.placement import Params, param_specs
@@ -65,7 +65,7 @@ class ShardedLlama:
         self.config, self.mesh, self.params = config, mesh, params
         self.model_class = model_class
         self.dtype = dtype
-        self._state: tuple[Limits, State] | None = None
+        self._state: tuple[RingSizes, State] | None = None
 
     @classmethod
     def from_pretrained(
@@ -143,7 +143,7 @@ class ShardedLlama:
         """
         self.observe(tokens, ())
         assert self._state is not None
-        limits, state = self._state
+        sizes, state = self._state
         batch, num_tokens = np.shape(tokens)
         stages = split_layers(self.config.num_layers, mesh_shape(self.mesh)[0])
         both = []
@@ -155,27 +155,27 @@ class ShardedLlama:
                     if layer is None:
                         continue
                     pages = host[position][stage].transpose(1, 2, 0, 3)
-                    by_sequence = pages.reshape(limits.num_slots, -1, *pages.shape[2:])
+                    by_sequence = pages.reshape(sizes.num_slots, -1, *pages.shape[2:])
                     layers.append(by_sequence[:batch, :num_tokens])
             both.append(jnp.asarray(np.stack(layers)))
         return both[0], both[1]
 
     def _run(self, tokens: np.ndarray, found: "dict[str, _Collected]") -> np.ndarray:
         """Sends tokens [B, T] through the ring; fills in `found` and returns the logits."""
-        limits, bucket = _sizes(*tokens.shape)
+        sizes, bucket = _sizes(*tokens.shape)
         places = {name: self._place(name) for name in found if name.startswith("layers.")}
         wanted = tuple(sorted({want for _, want in places.values()}))
-        step = _step(Program(self.config, limits, bucket, self.model_class), self.mesh, wanted)
-        packets = _packets(tokens, limits, bucket)
-        tables = np.arange(limits.num_pages, dtype=np.int32).reshape(limits.num_slots, -1)
-        state = self._state_for(limits)
+        step = _step(Program(self.config, sizes, bucket, self.model_class), self.mesh, wanted)
+        packets = _packets(tokens, sizes, bucket)
+        tables = np.arange(sizes.num_pages, dtype=np.int32).reshape(sizes.num_slots, -1)
+        state = self._state_for(sizes)
         num_stages = self.mesh.shape[STAGE]
         last = num_stages - 1
         logits = _Collected()
         for tick in range(len(packets) + last):  # until the last packet has left
             entering = packets[tick] if tick < len(packets) else []
             segments = [(tile.row, tile.first, False, tile.tokens) for tile in entering]
-            packed = encode(limits, bucket, tables, [], [], segments)
+            packed = encode_packet(sizes, bucket, tables, [], [], segments)
             state, shown = step(self.params, state, packed)
             shown = jax.device_get(shown)
             if 0 <= tick - last:
@@ -189,7 +189,7 @@ class ShardedLlama:
                 if 0 <= tick - stage < len(packets):
                     value = shown.layers[want][stage]
                     found[name].put(tokens.shape, packets[tick - stage], value)
-        self._state = (limits, state)
+        self._state = (sizes, state)
         for name in found:
             if name.endswith(WEIGHTS):  # [B, T, H, S], in whole pages
                 whole = found[name].whole[..., : tokens.shape[1]]
@@ -203,13 +203,13 @@ class ShardedLlama:
         stage = next(s for s, layers in enumerate(stages) if int(number) in layers)
         return stage, Wanted(stages[stage].index(int(number)), inside)
 
-    def _state_for(self, limits: Limits) -> State:
+    def _state_for(self, sizes: RingSizes) -> State:
         """The state of the run before, where it fits: the ring is empty, and pages may hold
         anything."""
         held, self._state = self._state, None
-        if held is not None and held[0] == limits:
+        if held is not None and held[0] == sizes:
             return held[1]
-        return init_state(state_shapes(self.config, self.mesh, limits, self.dtype), limits)
+        return init_state(state_shapes(self.config, self.mesh, sizes, self.dtype), sizes)
 
 
 # Kept here and not in the object: `LLM.model` makes a new one each time.
@@ -253,13 +253,13 @@ class _Collected:
             self.whole[tile.row, tile.first : tile.first + len(rows)] = rows
 
 
-def _sizes(batch: int, num_tokens: int) -> tuple[Limits, Bucket]:
+def _sizes(batch: int, num_tokens: int) -> tuple[RingSizes, Bucket]:
     """Sizes that hold so many prompts; few different ones, since each is compiled."""
     tile = min(TILE, -(-num_tokens // PAGE_SIZE) * PAGE_SIZE)
     tiles_each = -(-num_tokens // tile)
     chunk = tile * min(TILES_PER_CHUNK, batch * tiles_each)
     pages_each = tiles_each * tile // PAGE_SIZE
-    limits = Limits(
+    sizes = RingSizes(
         num_slots=batch,
         num_pages=batch * pages_each,
         page_size=PAGE_SIZE,
@@ -268,15 +268,15 @@ def _sizes(batch: int, num_tokens: int) -> tuple[Limits, Bucket]:
         chunk_buckets=(chunk,),
         tile=tile,
     )
-    return limits, Bucket(0, chunk)
+    return sizes, Bucket(0, chunk)
 
 
-def _packets(tokens: np.ndarray, limits: Limits, bucket: Bucket) -> list[list[_Tile]]:
+def _packets(tokens: np.ndarray, sizes: RingSizes, bucket: Bucket) -> list[list[_Tile]]:
     """The tiles of every prompt in order, as many in a packet as its chunk holds."""
     tiles = [
-        _Tile(row, first, prompt[first : first + limits.tile].tolist(), limits.tile)
+        _Tile(row, first, prompt[first : first + sizes.tile].tolist(), sizes.tile)
         for row, prompt in enumerate(tokens)
-        for first in range(0, len(prompt), limits.tile)
+        for first in range(0, len(prompt), sizes.tile)
     ]
-    each = bucket.chunk // limits.tile
+    each = bucket.chunk // sizes.tile
     return [tiles[first : first + each] for first in range(0, len(tiles), each)]

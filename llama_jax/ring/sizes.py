@@ -15,7 +15,7 @@ class Bucket(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Limits:
+class RingSizes:
     """The sizes that are fixed while an engine lives.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 `decode_step` is the tick in which no stage holds a chunk of a prompt; `prefill_step` is the tick
 whose largest chunk in flight fits its bucket. Both advance every decode row in flight. The set of
-programs is data, `Limits.buckets()`: after a warm-up over it nothing compiles again.
+programs is data, `RingSizes.buckets()`: after a warm-up over it nothing compiles again.
 
 At the jit boundary stand tuples and dicts of arrays, never NNX objects: walking an `nnx.State` on
 every call costs more host time than the rest of the call.
@@ -23,7 +23,7 @@ from llama_jax.model import Llama
 from llama_jax.ring import kv_cache
 from llama_jax.ring.kv_cache import KVCache
 from llama_jax.ring.packet import PAGES, SLOT, segment_width
-from llama_jax.ring.sizes import Bucket, Limits
+from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.tick import Program, State, StepOutput, tick
 from llama_jax.weights.placement import Params, param_specs
 from sharding.axes import AXES, STAGE
@@ -40,22 +40,22 @@ SampleStep = Callable[[jax.Array, StepOutput, Any], tuple[jax.Array, jax.Array]]
 
 
 def decode_step(
-    config: LlamaConfig, mesh: Mesh, limits: Limits, rows: int, model_class: type[Llama] = Llama
+    config: LlamaConfig, mesh: Mesh, sizes: RingSizes, rows: int, model_class: type[Llama] = Llama
 ) -> Step:
     """The jitted tick without any chunk in flight; donates the state."""
-    return _jit_step(mesh, Program(config, limits, Bucket(rows, 0), model_class), "decode_step")
+    return _jit_step(mesh, Program(config, sizes, Bucket(rows, 0), model_class), "decode_step")
 
 
 def prefill_step(
     config: LlamaConfig,
     mesh: Mesh,
-    limits: Limits,
+    sizes: RingSizes,
     rows: int,
     chunk: int,
     model_class: type[Llama] = Llama,
 ) -> Step:
     """The jitted tick whose largest chunk in flight fits `chunk` tokens; donates the state."""
-    program = Program(config, limits, Bucket(rows, chunk), model_class)
+    program = Program(config, sizes, Bucket(rows, chunk), model_class)
     return _jit_step(mesh, program, f"prefill_step_{chunk}")
 
 
@@ -82,15 +82,15 @@ def state_specs(config: LlamaConfig, mesh: Mesh) -> State:
     return State(RingState(P(), P(), (P(STAGE), P(STAGE))), P(), cache)
 
 
-def state_shapes(config: LlamaConfig, mesh: Mesh, limits: Limits, dtype: jnp.dtype) -> State:
+def state_shapes(config: LlamaConfig, mesh: Mesh, sizes: RingSizes, dtype: jnp.dtype) -> State:
     """State of ShapeDtypeStruct with shardings: to allocate from, or to compile for."""
     num_stages, _ = mesh_shape(mesh)
 
     def array(shape: tuple[int, ...], kind: Any, spec: P) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, spec))
 
-    segments = (num_stages, limits.max_segments, segment_width(limits))
-    capacities = (limits.max_rows, limits.max_chunk)
+    segments = (num_stages, sizes.max_segments, segment_width(sizes))
+    capacities = (sizes.max_rows, sizes.max_chunk)
     ring = RingState(
         tick=array((), jnp.int32, P()),
         metadata=array(segments, jnp.int32, P()),
@@ -99,15 +99,15 @@ def state_shapes(config: LlamaConfig, mesh: Mesh, limits: Limits, dtype: jnp.dty
             for capacity in capacities
         ),
     )
-    cache = kv_cache.cache_shapes(config, mesh, limits.num_pages, limits.page_size, dtype)
-    return State(ring, array((limits.num_slots,), jnp.int32, P()), cache)
+    cache = kv_cache.cache_shapes(config, mesh, sizes.num_pages, sizes.page_size, dtype)
+    return State(ring, array((sizes.num_slots,), jnp.int32, P()), cache)
 
 
-def init_state(shapes: State, limits: Limits, fill: float = 0.0) -> State:
+def init_state(shapes: State, sizes: RingSizes, fill: float = 0.0) -> State:
     """Allocates the state: an empty ring, and a cache filled with `fill`."""
     empty = np.zeros(shapes.ring.metadata.shape, np.int32)
-    empty[..., SLOT] = limits.num_slots
-    empty[..., PAGES:] = limits.num_pages
+    empty[..., SLOT] = sizes.num_slots
+    empty[..., PAGES:] = sizes.num_pages
 
     def zeros(array: jax.ShapeDtypeStruct) -> jax.Array:
         return jax.jit(lambda: jnp.zeros(array.shape, array.dtype), out_shardings=array.sharding)()

@@ -18,8 +18,8 @@ from llama_jax.model.attention import Caller, paged_attention
 from llama_jax.model.llama import logits, set_weights
 from llama_jax.ring import kv_cache
 from llama_jax.ring.kv_cache import KVCache
-from llama_jax.ring.packet import LENGTH, PAGES, POSITION, SLOT, decode, segments_of
-from llama_jax.ring.sizes import Bucket, Limits
+from llama_jax.ring.packet import LENGTH, PAGES, POSITION, SLOT, decode_packet, segments_of
+from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.weights.placement import Params
 from sharding.axes import AXES, MODEL
 from sharding.collectives import psum, rank
@@ -30,12 +30,12 @@ class Program(NamedTuple):
     """What distinguishes one compiled tick from another.
 
     Attributes:
-      config, limits, bucket: the architecture and the sizes.
+      config, sizes, bucket: the architecture and the sizes.
       model_class: whose layers run and whose sampler chooses.
     """
 
     config: LlamaConfig
-    limits: Limits
+    sizes: RingSizes
     bucket: Bucket
     model_class: type[Llama]
 
@@ -91,7 +91,7 @@ def tick(
     )
     scores = vocab_logits(program.config, params, finished)
     chosen = program.model_class.sampler.greedy(scores)
-    slots = segments_of(program.limits, program.bucket, leaving)[:, SLOT]
+    slots = segments_of(program.sizes, program.bucket, leaving)[:, SLOT]
     tokens = state.tokens.at[slots].set(chosen, mode="drop")
     return State(ring, tokens, cache), StepOutput(scores, chosen, slots)
 
@@ -105,8 +105,8 @@ def advance(
     select: Select,
 ) -> tuple[RingState, Any, jax.Array, jax.Array]:
     """Lets a packet into the ring and moves all of them on; see `sharding.ring.ring_tick`."""
-    limits, bucket = program.limits, program.bucket
-    entering, chunk_tokens = decode(limits, bucket, packed)
+    sizes, bucket = program.sizes, program.bucket
+    entering, chunk_tokens = decode_packet(sizes, bucket, packed)
 
     def enter(segments: jax.Array) -> jax.Array:
         slots = segments[: bucket.rows, SLOT]
@@ -126,9 +126,9 @@ def advance(
 
 def _last_tokens(program: Program, x: jax.Array, metadata: jax.Array) -> jax.Array:
     """The activations of the last token of each segment."""
-    num_rows, tile = program.bucket.rows, program.limits.tile
+    num_rows, tile = program.bucket.rows, program.sizes.tile
     num_tiles = program.bucket.chunk // tile
-    lengths = segments_of(program.limits, program.bucket, metadata)[num_rows:, LENGTH]
+    lengths = segments_of(program.sizes, program.bucket, metadata)[num_rows:, LENGTH]
     ends = num_rows + jnp.arange(num_tiles) * tile + jnp.maximum(lengths - 1, 0)
     return jnp.concatenate([x[:num_rows], x[ends]])
 
@@ -167,7 +167,7 @@ class PagedAttend:
         `[B, T, ...]`, comes back as `[N, ...]`.
         """
         out = []
-        num_rows, tile = self._program.bucket.rows, self._program.limits.tile
+        num_rows, tile = self._program.bucket.rows, self._program.sizes.tile
         for part, width in ((slice(num_rows), 1), (slice(num_rows, None), tile)):
             lengths = self._segments[part, LENGTH]
             if lengths.size == 0:
@@ -212,7 +212,7 @@ def run_layers(
       cache: this device's share.
       attend_class, run: how layers attend and are called.
     """
-    segments = segments_of(program.limits, program.bucket, metadata)
+    segments = segments_of(program.sizes, program.bucket, metadata)
     positions = tokens_of(program, segments).position
     keys, values = [], []
     for position, weights in enumerate(layers):
@@ -265,20 +265,20 @@ class Tokens(NamedTuple):
 
 def tokens_of(program: Program, segments: jax.Array) -> Tokens:
     """The tokens of a packet, from its segments."""
-    limits, num_rows = program.limits, program.bucket.rows
+    sizes, num_rows = program.sizes, program.bucket.rows
 
     def expand(segments: jax.Array, tile: int) -> tuple[jax.Array, ...]:
         step = jnp.arange(tile)
         position = segments[:, POSITION, None] + step  # [segments, tile]
-        index = position // limits.page_size
+        index = position // sizes.page_size
         pages = segments[:, PAGES:]
         page = jnp.take_along_axis(pages, index, axis=1, mode="clip")
         # Nowhere is past the pool: never 0 and never -1, which are pages of somebody.
         real = (step < segments[:, LENGTH, None]) & (index < pages.shape[1])
-        page = jnp.where(real, page, limits.num_pages)
-        return position.ravel(), page.ravel(), (position % limits.page_size).ravel()
+        page = jnp.where(real, page, sizes.num_pages)
+        return position.ravel(), page.ravel(), (position % sizes.page_size).ravel()
 
-    rows, tiles = expand(segments[:num_rows], 1), expand(segments[num_rows:], limits.tile)
+    rows, tiles = expand(segments[:num_rows], 1), expand(segments[num_rows:], sizes.tile)
     return Tokens(*(jnp.concatenate(pair) for pair in zip(rows, tiles, strict=True)))
 
 

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.engine.messages import FinishReason
+from llama_jax.engine.interface import FinishReason
 from llama_jax.serve.choices import ChoicePiece, generate_text, merge
 from llama_jax.serve.errors import ApiError, as_api_error
 from llama_jax.serve.frontend import Frontend

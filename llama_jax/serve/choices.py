@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llama_jax.client.text import read_text
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.engine.messages import FinishReason
+from llama_jax.engine.interface import FinishReason
 from llama_jax.serve.frontend import Frontend
 from llama_jax.text.detokenizer import Detokenizer
 

@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llama_jax.engine.messages import FinishReason
+from llama_jax.engine.interface import FinishReason
 from llama_jax.serve.answer import Job, answer
 from llama_jax.serve.frontend import Frontend
 from llama_jax.serve.protocol import ChatRequest, CompletionRequest, Message, StreamOptions

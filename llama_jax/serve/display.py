@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from llama_jax.engine.messages import DeviceInfo, EngineInfo, Progress
+from llama_jax.engine.interface import DeviceInfo, EngineInfo, Progress
 
 _BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _TITLES = {

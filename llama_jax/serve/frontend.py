@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.engine.messages import EngineInfo, Output, Stats
+from llama_jax.engine.interface import EngineInfo, Output, Stats
 from llama_jax.serve.errors import ApiError, engine_dead, unavailable
 from llama_jax.serve.metrics import Metrics
 from llama_jax.text.tokenizer import Tokenizer

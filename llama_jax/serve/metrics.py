@@ -18,7 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from llama_jax.engine.errors import QueueFull, RequestError
-from llama_jax.engine.messages import Stats
+from llama_jax.engine.interface import Stats
 
 PREFIXES = ("llama_jax", "vllm")
 FINISHED = ("stop", "length", "abort", "error")

@@ -3,9 +3,9 @@
 Types are strict ("5" is not 5), null means "not given", and an unknown field is an error.
 """
 
+import dataclasses
 from typing import Annotated, Any, Literal, NoReturn
 
-import msgspec
 from pydantic import BaseModel, ConfigDict, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -168,7 +168,7 @@ class _Generation(_Body):
         Raises:
           ApiError: a value is out of range.
         """
-        given = {
+        given: dict[str, Any] = {
             "max_tokens": self.most_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -180,7 +180,7 @@ class _Generation(_Body):
             "stop_token_ids": tuple(self.stop_token_ids or ()),
         }
         given = {name: value for name, value in given.items() if value is not None}
-        params = msgspec.structs.replace(defaults, **given)
+        params = dataclasses.replace(defaults, **given)
         try:
             params.check()
         except ValueError as error:
@@ -188,7 +188,7 @@ class _Generation(_Body):
         if params.seed is None:
             return [params] * self.choices
         seeds = [_wrap(params.seed + choice) for choice in range(self.choices)]
-        return [msgspec.structs.replace(params, seed=seed) for seed in seeds]
+        return [dataclasses.replace(params, seed=seed) for seed in seeds]
 
 
 class CompletionRequest(_Generation):

@@ -16,7 +16,7 @@ from llama_jax.client.client import EngineClient
 from llama_jax.client.engine_process import telling_line
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead, EngineStartError, QueueFull, RequestError
-from llama_jax.engine.messages import Output, Progress
+from llama_jax.engine.interface import Output, Progress
 from llama_jax.engine.options import EngineOptions
 from tests.support.fake_engine import VOCAB_SIZE
 from tests.support.paths import ROOT

@@ -17,7 +17,7 @@ import llama_jax.llm.llm
 from llama_jax import LLM, SamplingParams
 from llama_jax.client.in_process import InProcessEngine, in_process_host
 from llama_jax.engine.errors import EngineDead, EngineStartError, RequestError
-from llama_jax.engine.message_loop import EngineLoop
+from llama_jax.engine.message_loop import MessageLoop
 from tests.support.fake_engine import FakeEngine
 from tests.support.paths import ROOT
 from tests.support.processes import FAKE, assert_gone, private_temporary_directory, wait_until
@@ -200,7 +200,7 @@ def test_an_engine_is_within_reach_as_soon_as_it_is_ready(
 ) -> None:
     runs, may_run = InProcessEngine._run, threading.Event()
 
-    def run_later(host: InProcessEngine, loop: EngineLoop) -> None:
+    def run_later(host: InProcessEngine, loop: MessageLoop) -> None:
         may_run.wait(20)
         runs(host, loop)
 

@@ -1,11 +1,11 @@
 """The engine in this process, on a tiny checkpoint and 4 × 2 virtual devices."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 
 import jax
-import msgspec
 import numpy as np
 import pytest
 
@@ -126,7 +126,7 @@ def test_progress_is_told_as_it_is_made(engine, progress):
 def test_a_program_can_be_read_without_touching_it(idle):
     executor = idle.loop.executor
     text = {
-        bucket: executor.lowered(bucket).compile().as_text() for bucket in executor.limits.buckets()
+        bucket: executor.lowered(bucket).compile().as_text() for bucket in executor.sizes.buckets()
     }
     for bucket, program in text.items():
         counts = count_ops(program)
@@ -252,7 +252,7 @@ def test_the_queue_is_bounded(idle):
 def test_options_that_do_not_work(engine, path, changes, error, message):
     told = []
     with pytest.raises(error, match=message) as caught:
-        Engine(msgspec.structs.replace(options_for(path), **changes), told.append)
+        Engine(dataclasses.replace(options_for(path), **changes), told.append)
     assert "\n" not in str(caught.value)
     assert not any(p.phase == "compiling" for p in told)
 

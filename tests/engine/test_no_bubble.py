@@ -10,7 +10,7 @@ import pytest
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.tick_loop import TickLoop
-from llama_jax.ring.sizes import Limits
+from llama_jax.ring.sizes import RingSizes
 from tests.support.mock_executor import MockExecutor
 from tests.support.reference import make_loop, make_model, save_model
 
@@ -54,7 +54,7 @@ def measure(loop: TickLoop, warm_up: int, ticks: int, **load: int) -> dict[str, 
 
 
 def mock_loop(stages: int, late: int, num_pages: int) -> TickLoop:
-    limits = Limits(
+    sizes = RingSizes(
         num_slots=ROWS * stages,
         num_pages=num_pages,
         page_size=16,
@@ -63,8 +63,8 @@ def mock_loop(stages: int, late: int, num_pages: int) -> TickLoop:
         chunk_buckets=(0, 16, 64),
         tile=16,
     )
-    scheduler = Scheduler(limits, stages, max_queue=1000)
-    return TickLoop(scheduler, MockExecutor(limits, stages), late)  # type: ignore[arg-type]
+    scheduler = Scheduler(sizes, stages, max_queue=1000)
+    return TickLoop(scheduler, MockExecutor(sizes, stages), late)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("stages", [1, 2, 4, 8])

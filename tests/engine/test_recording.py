@@ -9,8 +9,8 @@ from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.recording import PacketRecord, Recording, record
 from llama_jax.engine.scheduler import Packet, Scheduler
 from llama_jax.engine.tick_loop import TickLoop
-from llama_jax.ring.sizes import Limits
-from tests.engine.test_tick_loop import STAGES, make_limits, make_loop, make_requests, run
+from llama_jax.ring.sizes import RingSizes
+from tests.engine.test_tick_loop import STAGES, make_loop, make_requests, make_sizes, run
 from tests.support.mock_executor import MockExecutor
 from tests.support.scheduler_trial import Trial
 
@@ -83,10 +83,10 @@ def test_every_stage_holds_what_a_ring_by_hand_says(stages, late):
 @pytest.mark.parametrize("stages", STAGES)
 def test_it_says_the_same_as_a_scheduler_that_is_driven_by_hand(stages):
     """`Trial` keeps a ring of its own; the same requests go through both."""
-    limits = make_limits(stages)
-    trial = Trial(limits, stages)
-    scheduler = Scheduler(limits, stages, max_queue=100)
-    loop = TickLoop(scheduler, MockExecutor(limits, stages), 0)  # type: ignore[arg-type]
+    sizes = make_sizes(stages)
+    trial = Trial(sizes, stages)
+    scheduler = Scheduler(sizes, stages, max_queue=100)
+    loop = TickLoop(scheduler, MockExecutor(sizes, stages), 0)  # type: ignore[arg-type]
     with record(loop) as recording:
         for request_id, _, prompt, params, _ in make_requests(12, seed=3):
             params = SamplingParams(temperature=0, max_tokens=params.max_tokens)
@@ -125,7 +125,7 @@ def test_a_recording_may_begin_and_end_while_requests_run(stages):
 
 def test_pages_and_queue_are_those_of_the_scheduler_after_each_step():
     """A pool so small that requests are preempted and wait."""
-    limits = Limits(
+    sizes = RingSizes(
         num_slots=4,
         num_pages=13,
         page_size=4,
@@ -134,8 +134,8 @@ def test_pages_and_queue_are_those_of_the_scheduler_after_each_step():
         chunk_buckets=(0, 8),
         tile=4,
     )
-    scheduler = Scheduler(limits, 2, max_queue=100)
-    loop = TickLoop(scheduler, MockExecutor(limits, 2), 0)  # type: ignore[arg-type]
+    scheduler = Scheduler(sizes, 2, max_queue=100)
+    loop = TickLoop(scheduler, MockExecutor(sizes, 2), 0)  # type: ignore[arg-type]
     for request_id in range(8):
         params = SamplingParams(temperature=0, max_tokens=12)
         scheduler.add(request_id, [20] * 14, params, max_model_len=40, seed=0, stop_ids=frozenset())

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from llama_jax.engine.errors import QueueFull, RequestError
 from llama_jax.engine.pages import PagePool
-from llama_jax.ring.sizes import Limits
+from llama_jax.ring.sizes import RingSizes
 from tests.support.mock_executor import POISON, generate
-from tests.support.scheduler_trial import Request, Trial, make_limits
+from tests.support.scheduler_trial import Request, Trial, make_sizes
 
 
 def cost(request: Request, trial: Trial) -> int:
@@ -22,19 +22,19 @@ def cost(request: Request, trial: Trial) -> int:
     up to P - 1 more go by until a microbatch has a row for it; then a token every P ticks, and the
     last result stays in the ring and with the host for a while.
     """
-    chunks = -(-request.max_length // trial.limits.max_chunk)
+    chunks = -(-request.max_length // trial.sizes.max_chunk)
     return chunks + trial.stages * (1 + request.max_tokens) + trial.stages + max(trial.late)
 
 
-def run(limits: Limits, stages: int, late: list[int], requests: list[Request]) -> Trial:
+def run(sizes: RingSizes, stages: int, late: list[int], requests: list[Request]) -> Trial:
     """A whole trace, with all checks."""
-    trial = Trial(limits, stages, late)
+    trial = Trial(sizes, stages, late)
     accepted = {}
     last = max((max(r.arrival, r.abort or 0) for r in requests), default=0)
     for tick in range(last + 1):
         for request_id, request in enumerate(requests):
             if request.arrival == tick:
-                fits = -(-(request.max_length - 1) // limits.page_size) <= limits.num_pages
+                fits = -(-(request.max_length - 1) // sizes.page_size) <= sizes.num_pages
                 try:
                     trial.add(request_id, request)
                     accepted[request_id] = request
@@ -70,7 +70,7 @@ def traces(draw):
     page_size = draw(st.sampled_from([1, 2, 3, 4, 8]))
     max_len = draw(st.integers(2, 40))
     pages_of_longest = -(-max_len // page_size)
-    limits = make_limits(
+    sizes = make_sizes(
         num_pages=draw(st.integers(-(-pages_of_longest // 2), 2 * pages_of_longest)),
         page_size=page_size,
         max_rows=draw(st.integers(1, 4)),
@@ -96,7 +96,7 @@ def traces(draw):
                 stop_ids=frozenset(draw(st.sets(st.integers(0, 20), max_size=2))),
             )
         )
-    return limits, stages, late, requests
+    return sizes, stages, late, requests
 
 
 @settings(deadline=None, max_examples=500)
@@ -123,7 +123,7 @@ def numbered(length: int, first: int = 0) -> list[int]:
 
 
 def test_a_request_that_can_never_fit_is_refused_at_once():
-    trial = Trial(make_limits(num_pages=2, page_size=4), 2)
+    trial = Trial(make_sizes(num_pages=2, page_size=4), 2)
     trial.add(0, Request(numbered(6), 3))  # 8 tokens are written; the ninth is only read
     with pytest.raises(RequestError, match="can never fit the KV cache of 8 tokens"):
         trial.add(1, Request(numbered(6), 4))
@@ -132,7 +132,7 @@ def test_a_request_that_can_never_fit_is_refused_at_once():
 
 
 def test_max_model_len_limits_prompt_and_answer():
-    trial = Trial(make_limits(num_pages=20), 2)
+    trial = Trial(make_sizes(num_pages=20), 2)
     with pytest.raises(RequestError, match="8 tokens, and the context of 8 must hold at least one"):
         trial.add(0, Request(numbered(8), 1), max_model_len=8)
     trial.add(1, Request(numbered(6), 30), max_model_len=8)
@@ -141,7 +141,7 @@ def test_max_model_len_limits_prompt_and_answer():
 
 
 def test_an_empty_prompt_and_a_taken_id_are_refused():
-    trial = Trial(make_limits(num_pages=20), 2)
+    trial = Trial(make_sizes(num_pages=20), 2)
     with pytest.raises(RequestError, match="empty"):
         trial.add(0, Request([], 1))
     trial.add(0, Request(numbered(2), 1))
@@ -155,7 +155,7 @@ def test_an_empty_prompt_and_a_taken_id_are_refused():
 
 
 def test_the_queue_is_bounded_and_takes_requests_again():
-    trial = Trial(make_limits(num_pages=20), 2, max_queue=2)
+    trial = Trial(make_sizes(num_pages=20), 2, max_queue=2)
     trial.add(0, Request(numbered(2), 1))
     trial.add(1, Request(numbered(2), 1))
     with pytest.raises(QueueFull, match="2 requests are waiting"):
@@ -172,7 +172,7 @@ def test_the_queue_is_bounded_and_takes_requests_again():
 
 def test_the_youngest_gives_up_its_pages_and_answers_all_the_same():
     # Three sequences of 2 pages each at the start, and of 4 at the end, share 8 pages.
-    trial = Trial(make_limits(num_pages=8, page_size=2, max_rows=3, stages=1, tile=4), 1)
+    trial = Trial(make_sizes(num_pages=8, page_size=2, max_rows=3, stages=1, tile=4), 1)
     requests = [Request(numbered(3, 5 * i), 5) for i in range(3)]
     for request_id, request in enumerate(requests):
         trial.add(request_id, request)
@@ -190,7 +190,7 @@ def test_the_youngest_gives_up_its_pages_and_answers_all_the_same():
 
 
 def test_who_was_preempted_is_served_before_those_who_came_later():
-    trial = Trial(make_limits(num_pages=5, page_size=2, max_rows=2, stages=1, tile=4), 1)
+    trial = Trial(make_sizes(num_pages=5, page_size=2, max_rows=2, stages=1, tile=4), 1)
     trial.add(0, Request(numbered(3), 6))
     trial.add(1, Request(numbered(3, 9), 6))
     while not trial.scheduler.num_preemptions:
@@ -203,7 +203,7 @@ def test_who_was_preempted_is_served_before_those_who_came_later():
 
 
 def test_pages_are_free_when_the_last_packet_has_entered_not_when_its_result_is_read():
-    trial = Trial(make_limits(num_pages=2, page_size=2, max_rows=1, stages=4), 4, late=[9])
+    trial = Trial(make_sizes(num_pages=2, page_size=2, max_rows=1, stages=4), 4, late=[9])
     trial.add(0, Request(numbered(2), 3))
     packets = [trial.step() for _ in range(8)]  # the prompt, three rotating ticks, a row, ...
     assert [s.position for packet in packets for s in packet.rows] == [2]
@@ -230,7 +230,7 @@ def test_a_page_is_not_taken_back_twice():
 
 
 def test_a_burst_is_shared_out_over_the_microbatches():
-    trial = Trial(make_limits(num_pages=64, max_rows=4, stages=4, tile=4, tiles=4), 4)
+    trial = Trial(make_sizes(num_pages=64, max_rows=4, stages=4, tile=4, tiles=4), 4)
     for request_id in range(8):
         trial.add(request_id, Request(numbered(2, request_id), 20))
     for _ in range(4):
@@ -240,7 +240,7 @@ def test_a_burst_is_shared_out_over_the_microbatches():
 
 
 def test_those_that_wait_for_pages_count_for_no_share():
-    trial = Trial(make_limits(num_pages=8, max_rows=8, stages=4, tile=4, tiles=4), 4)
+    trial = Trial(make_sizes(num_pages=8, max_rows=8, stages=4, tile=4, tiles=4), 4)
     for request_id in range(20):
         trial.add(request_id, Request(numbered(6, request_id), 2))  # two pages, so four at once
     for _ in range(4):
@@ -250,7 +250,7 @@ def test_those_that_wait_for_pages_count_for_no_share():
 
 
 def test_chunks_of_a_prompt_enter_in_consecutive_ticks():
-    trial = Trial(make_limits(num_pages=20, max_rows=2, stages=4, tile=2, tiles=2), 4)
+    trial = Trial(make_sizes(num_pages=20, max_rows=2, stages=4, tile=2, tiles=2), 4)
     trial.add(0, Request(numbered(15), 2))
     packets = [trial.step() for _ in range(4)]
     positions = [[tile.position for tile in packet.tiles] for packet in packets]
@@ -261,7 +261,7 @@ def test_chunks_of_a_prompt_enter_in_consecutive_ticks():
 
 
 def test_short_prompts_share_a_chunk():
-    trial = Trial(make_limits(num_pages=20, max_rows=4, stages=1, tile=4, tiles=3), 1)
+    trial = Trial(make_sizes(num_pages=20, max_rows=4, stages=1, tile=4, tiles=3), 1)
     for request_id, length in enumerate((3, 5, 2)):
         trial.add(request_id, Request(numbered(length), 2))
     packet = trial.step()
@@ -273,7 +273,7 @@ def test_short_prompts_share_a_chunk():
 
 
 def test_a_sequence_that_is_fully_sent_is_not_dispatched():
-    trial = Trial(make_limits(num_pages=20, stages=2), 2, late=[7])
+    trial = Trial(make_sizes(num_pages=20, stages=2), 2, late=[7])
     trial.add(0, Request(numbered(3), 4))
     trial.drain()
     positions = [s.position for packet in trial.packets for s in packet.rows]
@@ -283,7 +283,7 @@ def test_a_sequence_that_is_fully_sent_is_not_dispatched():
 def test_tokens_after_the_end_are_discarded():
     tokens, _ = generate(numbered(3), 20)
     stop = tokens[2]
-    trial = Trial(make_limits(num_pages=20, stages=2), 2, late=[7])
+    trial = Trial(make_sizes(num_pages=20, stages=2), 2, late=[7])
     trial.add(0, Request(numbered(3), 17, stop_ids=frozenset([stop])))
     trial.drain()
     assert trial.tokens[0] == tokens[: tokens.index(stop) + 1]
@@ -294,7 +294,7 @@ def test_tokens_after_the_end_are_discarded():
 
 
 def test_an_answer_that_is_not_a_number_ends_that_request_alone():
-    trial = Trial(make_limits(num_pages=20), 2, late=[3])
+    trial = Trial(make_sizes(num_pages=20), 2, late=[3])
     trial.add(0, Request([20, POISON, 22], 5))
     trial.add(1, Request(numbered(3), 5))
     trial.drain()
@@ -305,15 +305,15 @@ def test_an_answer_that_is_not_a_number_ends_that_request_alone():
 @pytest.mark.parametrize("abort_at", range(30))
 def test_abort_in_any_state(abort_at):
     """Waiting, half prefilled, decoding, preempted, fully sent, ended: the other goes on."""
-    limits = make_limits(num_pages=7, page_size=2, max_rows=2, stages=2, tile=2)
+    sizes = make_sizes(num_pages=7, page_size=2, max_rows=2, stages=2, tile=2)
     victim, other = Request(numbered(7), 5, abort=abort_at), Request(numbered(4, 3), 8)
-    trial = run(limits, 2, [3], [other, victim])
+    trial = run(sizes, 2, [3], [other, victim])
     assert trial.ended[0][0] == "length" and trial.tokens[0] == other.answer[0]
 
 
 def test_the_states_of_the_test_above_all_occur():
-    limits = make_limits(num_pages=7, page_size=2, max_rows=2, stages=2, tile=2)
-    trial = Trial(limits, 2, [3])
+    sizes = make_sizes(num_pages=7, page_size=2, max_rows=2, stages=2, tile=2)
+    trial = Trial(sizes, 2, [3])
     trial.add(0, Request(numbered(4, 3), 8))
     trial.add(1, Request(numbered(7), 5))
     states = set()
@@ -330,14 +330,14 @@ def test_the_states_of_the_test_above_all_occur():
 
 
 def test_an_abort_of_an_unknown_request_is_no_error():
-    trial = Trial(make_limits(num_pages=4), 2)
+    trial = Trial(make_sizes(num_pages=4), 2)
     trial.scheduler.abort(5)
     assert not trial.scheduler.has_work
 
 
 def test_a_result_of_an_earlier_epoch_does_not_count():
     """Aborted and asked again under the same id: the first life's tokens must not come out."""
-    trial = Trial(make_limits(num_pages=20, stages=2), 2, late=[7])
+    trial = Trial(make_sizes(num_pages=20, stages=2), 2, late=[7])
     trial.add(0, Request(numbered(3), 9))
     for _ in range(5):
         trial.step()

@@ -12,7 +12,7 @@ from llama_jax.engine.sizing import (
     SizingError,
     bytes_by_device,
     check_options,
-    choose_limits,
+    choose_sizes,
 )
 from llama_jax.ring.kv_cache import cache_shapes, init_cache
 from sharding.mesh import make_mesh
@@ -42,7 +42,7 @@ def bytes_of_a_page(mesh: str, page_size: int, itemsize: int) -> int:
 def choose(mesh: str = "1x1", dtype=jnp.float32, **options):
     chosen = EngineOptions(path="", mesh=mesh, **options)
     check_options(chosen, CONFIG)
-    return choose_limits(chosen, CONFIG, make_mesh(mesh), dtype)
+    return choose_sizes(chosen, CONFIG, make_mesh(mesh), dtype)
 
 
 @settings(deadline=None, max_examples=200)
@@ -69,46 +69,46 @@ def test_sizes_fit_together(mesh, max_num_seqs, max_chunk, page_size, max_model_
         with pytest.raises(SizingError, match="raise kv_cache_memory to"):
             choose(mesh, **options)
         return
-    limits, longest = choose(mesh, **options)
+    sizes, longest = choose(mesh, **options)
 
-    assert limits.num_pages <= pages
-    assert longest <= limits.num_pages * page_size, "the longest sequence does not fit the pool"
-    assert longest == (max_model_len or min(512, limits.num_pages * page_size))
-    assert (limits.pages_per_sequence - 1) * page_size < longest
-    assert longest <= limits.pages_per_sequence * page_size
+    assert sizes.num_pages <= pages
+    assert longest <= sizes.num_pages * page_size, "the longest sequence does not fit the pool"
+    assert longest == (max_model_len or min(512, sizes.num_pages * page_size))
+    assert (sizes.pages_per_sequence - 1) * page_size < longest
+    assert longest <= sizes.pages_per_sequence * page_size
     # All the pages that the memory has, but no more than the sequences can fill.
-    most = limits.num_slots * -(-(max_model_len or 512) // page_size)
-    assert limits.num_pages == min(pages, most)
+    most = sizes.num_slots * -(-(max_model_len or 512) // page_size)
+    assert sizes.num_pages == min(pages, most)
 
-    assert limits.num_slots == max_num_seqs
-    assert max_num_seqs <= limits.max_rows * stages < max_num_seqs + stages
-    assert max_chunk <= limits.max_chunk < max_chunk + limits.tile
-    assert limits.chunk_buckets[0] == 0
-    for buckets in (limits.row_buckets, limits.chunk_buckets):
+    assert sizes.num_slots == max_num_seqs
+    assert max_num_seqs <= sizes.max_rows * stages < max_num_seqs + stages
+    assert max_chunk <= sizes.max_chunk < max_chunk + sizes.tile
+    assert sizes.chunk_buckets[0] == 0
+    for buckets in (sizes.row_buckets, sizes.chunk_buckets):
         assert list(buckets) == sorted(set(buckets))
         assert len(buckets) <= 5
-    assert limits.row_buckets[0] >= 1
-    assert all(chunk % limits.tile == 0 for chunk in limits.chunk_buckets)
+    assert sizes.row_buckets[0] >= 1
+    assert all(chunk % sizes.tile == 0 for chunk in sizes.chunk_buckets)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_cache_takes_the_memory_that_it_was_given(mesh, dtype):
     given_bytes = 1 << 20
-    limits, _ = choose(mesh, dtype, kv_cache_memory=given_bytes, max_num_seqs=400)
+    sizes, _ = choose(mesh, dtype, kv_cache_memory=given_bytes, max_num_seqs=400)
     device_mesh = make_mesh(mesh)
-    shapes = cache_shapes(CONFIG, device_mesh, limits.num_pages, limits.page_size, dtype)
+    shapes = cache_shapes(CONFIG, device_mesh, sizes.num_pages, sizes.page_size, dtype)
     held = bytes_by_device(init_cache(shapes), device_mesh)
-    each = bytes_of_a_page(mesh, limits.page_size, dtype.dtype.itemsize)
-    assert set(held.values()) == {limits.num_pages * each}
+    each = bytes_of_a_page(mesh, sizes.page_size, dtype.dtype.itemsize)
+    assert set(held.values()) == {sizes.num_pages * each}
     assert given_bytes - each < held[device_mesh.devices[0, 0]] <= given_bytes
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_on_a_cpu_all_devices_share_one_budget(mesh):
-    limits, _ = choose(mesh, max_num_seqs=100_000)
+    sizes, _ = choose(mesh, max_num_seqs=100_000)
     stages, ranks = map(int, mesh.split("x"))
-    total = limits.num_pages * bytes_of_a_page(mesh, 16, 4) * stages * ranks
+    total = sizes.num_pages * bytes_of_a_page(mesh, 16, 4) * stages * ranks
     assert 0.99 * CPU_CACHE_BYTES < total <= CPU_CACHE_BYTES
 
 
@@ -148,5 +148,5 @@ def test_options_that_do_not_work(options, sentence):
 
 
 def test_the_memory_that_the_error_asks_for_is_enough():
-    limits, longest = choose(kv_cache_memory=49152, max_model_len=64)
-    assert (limits.num_pages, longest) == (4, 64)
+    sizes, longest = choose(kv_cache_memory=49152, max_model_len=64)
+    assert (sizes.num_pages, longest) == (4, 64)

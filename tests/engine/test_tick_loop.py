@@ -8,15 +8,15 @@ import pytest
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.tick_loop import TickLoop
-from llama_jax.ring.sizes import Bucket, Limits
+from llama_jax.ring.sizes import Bucket, RingSizes
 from tests.support.mock_executor import VOCAB_SIZE, MockExecutor, generate
 
 STAGES = (1, 2, 4)
 LATE = (0, 1, 3, 7)
 
 
-def make_limits(stages: int) -> Limits:
-    return Limits(
+def make_sizes(stages: int) -> RingSizes:
+    return RingSizes(
         num_slots=4 * stages,
         num_pages=60,
         page_size=4,
@@ -28,9 +28,9 @@ def make_limits(stages: int) -> Limits:
 
 
 def make_loop(stages: int, late: int) -> TickLoop:
-    limits = make_limits(stages)
-    scheduler = Scheduler(limits, stages, max_queue=100)
-    return TickLoop(scheduler, MockExecutor(limits, stages), late)  # type: ignore[arg-type]
+    sizes = make_sizes(stages)
+    scheduler = Scheduler(sizes, stages, max_queue=100)
+    return TickLoop(scheduler, MockExecutor(sizes, stages), late)  # type: ignore[arg-type]
 
 
 def make_requests(count: int, seed: int):

@@ -14,7 +14,7 @@ import transformers
 
 from llama_jax import LLM, SamplingParams
 from llama_jax.engine.errors import EngineDead, EngineStartError, RequestError
-from llama_jax.engine.messages import Stats
+from llama_jax.engine.interface import Stats
 from llama_jax.llm.llm import Completion
 from tests.support.processes import assert_gone, private_temporary_directory, wait_until
 from tests.support.reference import make_model, reference_logits, save_model

@@ -1,6 +1,7 @@
 """The Python API, against an engine whose tokens count up from the prompt (fake_engine.py)."""
 
 import asyncio
+import dataclasses
 import gc
 import os
 import signal
@@ -11,12 +12,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from llama_jax import LLM, SamplingParams
 from llama_jax.engine.errors import EngineDead, EngineStartError
-from llama_jax.engine.messages import Progress
+from llama_jax.engine.interface import Progress
 from tests.support.paths import ROOT
 from tests.support.processes import (
     FAKE,
@@ -155,7 +155,7 @@ def test_a_stream_that_is_left_is_aborted(llm: LLM) -> None:
 
 def test_defaults_are_the_checkpoints(llm: LLM) -> None:
     assert llm.defaults == SamplingParams(temperature=0.6, top_p=0.9)
-    some = msgspec.structs.replace(llm.defaults, max_tokens=2)
+    some = dataclasses.replace(llm.defaults, max_tokens=2)
     assert llm.generate([5], some).token_ids == [6, 7]
 
 

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from llama_jax.engine.messages import DeviceInfo, EngineInfo, Progress, Stats
+from llama_jax.engine.interface import DeviceInfo, EngineInfo, Progress, Stats
 from llama_jax.llm.completion import Completion
 from llama_jax.llm.notebook.display import running_text
 from llama_jax.llm.notebook.html import llm_html

@@ -14,7 +14,7 @@ from matplotlib.colors import to_hex, to_rgb
 
 from llama_jax import pictures
 from llama_jax.config import LlamaConfig
-from llama_jax.engine.messages import DeviceInfo, EngineInfo
+from llama_jax.engine.interface import DeviceInfo, EngineInfo
 from llama_jax.engine.recording import Recording
 from llama_jax.pictures.cells import show_text
 from llama_jax.pictures.line_plot import LINES

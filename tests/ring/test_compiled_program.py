@@ -17,8 +17,8 @@ from llama_jax.config import LlamaConfig
 from llama_jax.model import sampling
 from llama_jax.model.sampling import CONTROL_WIDTH
 from llama_jax.ring import kv_cache, steps, tick
-from llama_jax.ring.packet import LENGTH, size
-from llama_jax.ring.sizes import Bucket, Limits
+from llama_jax.ring.packet import LENGTH, packet_size
+from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.weights.placement import param_shapes, placements
 from sharding.axes import AXES
 from sharding.collectives import pmax, psum
@@ -40,7 +40,7 @@ CONFIG = LlamaConfig(
     norm_eps=1e-5,
     max_position_embeddings=512,
 )
-LIMITS = Limits(
+LIMITS = RingSizes(
     num_slots=16,
     num_pages=4096,
     page_size=16,
@@ -56,7 +56,7 @@ def compile_step(bucket: Bucket, mesh: str = "4x2", dtype=jnp.float32):
     device_mesh = make_mesh(mesh)
     params = param_shapes(CONFIG, device_mesh, dtype)
     state = steps.state_shapes(CONFIG, device_mesh, LIMITS, dtype)
-    packed = jax.ShapeDtypeStruct((size(LIMITS, bucket),), jnp.int32)
+    packed = jax.ShapeDtypeStruct((packet_size(LIMITS, bucket),), jnp.int32)
     if bucket.chunk:
         step = steps.prefill_step(CONFIG, device_mesh, LIMITS, bucket.rows, bucket.chunk)
     else:

@@ -97,7 +97,7 @@ def test_in_a_full_batch(params, loop):
     and then all is decode."""
     alone, alone_logits = outcome(loop, [probe(params, 0)])
     loop = restart(loop)
-    others = neighbours(loop.limits.num_slots - 1, 4, 65)
+    others = neighbours(loop.sizes.num_slots - 1, 4, 65)
     in_batch, logits = outcome(loop, [*others, probe(params, 6 * loop.num_stages)])
     assert loop.scheduler.num_preemptions == 0
     assert in_batch == alone
@@ -108,7 +108,7 @@ def test_in_a_full_batch(params, loop):
 def test_after_others(params, loop):
     """Bit for bit: other slots, other pages, and what their last owners left there."""
     alone, alone_logits = outcome(loop, [probe(params, 0)])
-    drive(loop, neighbours(2 * loop.limits.num_slots, 50, 9))
+    drive(loop, neighbours(2 * loop.sizes.num_slots, 50, 9))
     again, logits = outcome(loop, [probe(params, 0)])
     assert again == alone
     np.testing.assert_array_equal(logits, alone_logits)
@@ -141,7 +141,7 @@ def test_after_preemption(params, model, loop):
     loop = restart(loop, results_late=3)
     preempted, preempt = [], loop.scheduler._preempt
     loop.scheduler._preempt = lambda s: preempted.append(s.request_id) or preempt(s)
-    others = neighbours(loop.limits.num_slots - 1, 40, 80)
+    others = neighbours(loop.sizes.num_slots - 1, 40, 80)
     late = outcome(loop, [*others, probe(params, 24 * loop.num_stages)])
     assert PROBE in preempted
     assert_same(model, params, late, alone)

@@ -1,5 +1,7 @@
 """After the warm-up nothing compiles, whatever is asked."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -29,10 +31,7 @@ def make_requests(count: int) -> list[Request]:
         kind = KINDS[number % len(KINDS)]
         prompt = rng.integers(0, 256, int(rng.choice([1, 5, 63, 64, 65, 130, 300]))).tolist()
         tick = 0 if number < count // 2 else 8 * number
-        params = SamplingParams(
-            **{f: getattr(kind, f) for f in kind.__struct_fields__}
-            | {"max_tokens": int(rng.integers(1, 30))}
-        )
+        params = replace(kind, max_tokens=int(rng.integers(1, 30)))
         requests.append(Request(number, tick, prompt, params))
     return requests
 
@@ -41,7 +40,7 @@ def make_requests(count: int) -> list[Request]:
 def test_nothing_compiles_after_the_warm_up(mesh, max_num_seqs, path):
     sizes = dict(max_num_seqs=max_num_seqs, max_chunk=128, num_pages=48)
     loop = make_loop(path, mesh, results_late=2, **sizes)
-    programs = set(loop.limits.buckets())
+    programs = set(loop.sizes.buckets())
     steps = []
     loop.executor.warm_up(lambda done, total, what: steps.append((done, total)))
     assert steps == [(i, len(programs)) for i in range(len(programs) + 1)]

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.ring.packet import decode, encode, segments_of, size
-from llama_jax.ring.sizes import Bucket, Limits
+from llama_jax.ring.packet import decode_packet, encode_packet, packet_size, segments_of
+from llama_jax.ring.sizes import Bucket, RingSizes
 from tests.support.mock_executor import Run, read_packet
 
-LIMITS = Limits(
+LIMITS = RingSizes(
     num_slots=8,
     num_pages=20,
     page_size=4,
@@ -55,8 +55,8 @@ def pad(runs: list[Run], count: int, empty_tokens) -> list[Run]:
 @given(packets())
 def test_encode_writes_the_documented_format(packet):
     bucket, tables, rows, tiles = packet
-    packed = encode(LIMITS, bucket, tables, *zip_rows(rows), tiles)
-    assert packed.dtype == np.int32 and packed.shape == (size(LIMITS, bucket),)
+    packed = encode_packet(LIMITS, bucket, tables, *zip_rows(rows), tiles)
+    assert packed.dtype == np.int32 and packed.shape == (packet_size(LIMITS, bucket),)
     read_rows, read_tiles = read_packet(LIMITS, bucket, packed)
     want_rows, want_tiles = expected(tables, rows, tiles)
     assert read_rows == pad(want_rows, bucket.rows, None)
@@ -68,8 +68,8 @@ def test_encode_writes_the_documented_format(packet):
 def test_decode_blanks_what_the_bucket_has_no_room_for(packet, data):
     """A later stage may run a larger program on this packet: it finds nothing beyond the packet."""
     bucket, tables, rows, tiles = packet
-    packed = encode(LIMITS, bucket, tables, *zip_rows(rows), tiles)
-    full, prompt = map(np.asarray, decode(LIMITS, bucket, packed))
+    packed = encode_packet(LIMITS, bucket, tables, *zip_rows(rows), tiles)
+    full, prompt = map(np.asarray, decode_packet(LIMITS, bucket, packed))
     assert full.shape == (LIMITS.max_segments, 3 + LIMITS.pages_per_sequence)
     assert prompt.tolist() == packed[len(packed) - bucket.chunk :].tolist()
 
@@ -86,7 +86,7 @@ def test_decode_blanks_what_the_bucket_has_no_room_for(packet, data):
 
 def test_a_packet_keeps_the_page_table_that_it_entered_with():
     tables = np.zeros((LIMITS.num_slots, LIMITS.pages_per_sequence), np.int32)
-    packed = encode(LIMITS, Bucket(1, 3), tables, [2], [0], [(3, 0, True, [5])])
+    packed = encode_packet(LIMITS, Bucket(1, 3), tables, [2], [0], [(3, 0, True, [5])])
     tables[:] = 9
     rows, tiles = read_packet(LIMITS, Bucket(1, 3), packed)
     assert rows[0].pages == tiles[0].pages == [0] * LIMITS.pages_per_sequence

@@ -39,8 +39,8 @@ from llama_jax.engine.scheduler import Scheduler
 from llama_jax.model import Llama
 from llama_jax.model.sampling import encode_controls
 from llama_jax.ring import kv_cache, steps, tick
-from llama_jax.ring.packet import PAGES, SLOT, encode
-from llama_jax.ring.sizes import Bucket, Limits
+from llama_jax.ring.packet import PAGES, SLOT, encode_packet
+from llama_jax.ring.sizes import Bucket, RingSizes
 from sharding.mesh import make_mesh
 from sharding.ring import RingState, ring_tick
 from tests.support.reference import (
@@ -128,7 +128,7 @@ def test_the_scenario_goes_right_and_is_crowded(model, loop):
     assert not faults(model, loop)
     del loop.executor.run
     assert loop.scheduler.num_preemptions >= 2
-    assert {bucket.chunk for bucket in buckets} == set(loop.limits.chunk_buckets)
+    assert {bucket.chunk for bucket in buckets} == set(loop.sizes.chunk_buckets)
 
 
 # --- 1: order ------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_page_tables_that_follow_the_host(model, loop, monkeypatch):
     def with_tables_of_now(self, *arguments):
         ring = self._state.ring
         metadata = np.array(ring.metadata)
-        owned = metadata[..., SLOT] < self.limits.num_slots
+        owned = metadata[..., SLOT] < self.sizes.num_slots
         metadata[owned, PAGES:] = loop.scheduler.page_tables[metadata[owned, SLOT]]
         metadata = jax.device_put(metadata, ring.metadata.sharding)
         self._state = self._state._replace(ring=ring._replace(metadata=metadata))
@@ -221,9 +221,9 @@ def test_page_tables_that_follow_the_host(model, loop, monkeypatch):
 
 def test_a_packet_is_a_copy():
     """Rule 2: the host may change its tables as soon as the packet is encoded."""
-    limits = small_limits()
-    tables = np.arange(limits.num_slots * 8, dtype=np.int32).reshape(-1, 8)
-    packed = encode(limits, Bucket(2, 4), tables, [1], [5], [(2, 0, True, [7, 8])])
+    sizes = small_sizes()
+    tables = np.arange(sizes.num_slots * 8, dtype=np.int32).reshape(-1, 8)
+    packed = encode_packet(sizes, Bucket(2, 4), tables, [1], [5], [(2, 0, True, [7, 8])])
     before = packed.copy()
     tables[:] = -7
     np.testing.assert_array_equal(packed, before)
@@ -235,21 +235,21 @@ def test_a_packet_is_a_copy():
 def test_the_program_chosen_by_the_entering_packet(model, loop):
     """Rule 4: what goes wrong where the program need not fit the packets of the other stages."""
 
-    class ByEntering(Limits):
+    class ByEntering(RingSizes):
         def bucket(self, rows, chunk):
             entering = loop._in_flight[-1]
             tokens = len(entering.tiles) * self.tile
             return super().bucket(max(len(entering.rows), 1), tokens)
 
-    fields = {f.name: getattr(loop.limits, f.name) for f in dataclasses.fields(Limits)}
-    loop.limits = ByEntering(**fields)
+    fields = {f.name: getattr(loop.sizes, f.name) for f in dataclasses.fields(RingSizes)}
+    loop.sizes = ByEntering(**fields)
     assert faults(model, loop)
 
 
 # --- 5: chunks -----------------------------------------------------------------------------------
 
 
-def small_limits(**changes):
+def small_sizes(**changes):
     sizes = dict(
         num_slots=16,
         num_pages=64,
@@ -259,7 +259,7 @@ def small_limits(**changes):
         chunk_buckets=(0, 16),
         tile=4,
     )
-    return Limits(**(sizes | changes))
+    return RingSizes(**(sizes | changes))
 
 
 def add(scheduler, request_id, length, max_tokens=8):
@@ -269,7 +269,7 @@ def add(scheduler, request_id, length, max_tokens=8):
 
 
 def test_chunks_enter_in_consecutive_ticks():
-    scheduler = Scheduler(small_limits(chunk_buckets=(0, 4)), 4, 99)
+    scheduler = Scheduler(small_sizes(chunk_buckets=(0, 4)), 4, 99)
     add(scheduler, 0, 18)
     lengths = [[tile.length for tile in scheduler.schedule().tiles] for _ in range(6)]
     assert lengths == [[4], [4], [4], [4], [2], []]
@@ -281,7 +281,7 @@ def test_a_burst_spreads_over_the_microbatches(fair, monkeypatch):
     """Rule 5, and what happens where a sequence takes any free row."""
     if not fair:
         monkeypatch.setattr(Scheduler, "share", lambda self: 8)
-    scheduler = Scheduler(small_limits(chunk_buckets=(0, 32)), 4, 99)
+    scheduler = Scheduler(small_sizes(chunk_buckets=(0, 32)), 4, 99)
     for request_id in range(8):
         add(scheduler, request_id, 3)
     for _ in range(8):
@@ -348,7 +348,7 @@ def test_no_row_is_sent_beyond_the_limit_and_nothing_is_said_after_a_stop(
         rows = [r for p in packets for r in p.rows if r.sequence.request_id == number]
         last = len(prompt) + len(full) - 2  # the token after it is the last one allowed
         assert max(row.position for row in rows) <= last
-    assert loop.scheduler.pool.num_free == loop.limits.num_pages
+    assert loop.scheduler.pool.num_free == loop.sizes.num_pages
 
 
 def requests_for(prompts, max_tokens):
@@ -444,11 +444,11 @@ def test_the_cache_passes_through_no_branch(chunk, branching, compiled, monkeypa
 
 def step_and_shapes(loop, bucket):
     """A step that nobody has traced yet, and the shapes of its arguments."""
-    executor, limits = loop.executor, loop.limits
-    make = (executor.config, executor.mesh, limits, bucket.rows)
+    executor, sizes = loop.executor, loop.sizes
+    make = (executor.config, executor.mesh, sizes, bucket.rows)
     step = steps.prefill_step(*make, bucket.chunk) if bucket.chunk else steps.decode_step(*make)
-    state = steps.state_shapes(executor.config, executor.mesh, limits, jnp.float32)
-    packed = encode(limits, bucket, np.zeros((limits.num_slots, 1), np.int32), [], [], [])
+    state = steps.state_shapes(executor.config, executor.mesh, sizes, jnp.float32)
+    packed = encode_packet(sizes, bucket, np.zeros((sizes.num_slots, 1), np.int32), [], [], [])
     return step, (executor.params, state, packed)
 
 
@@ -460,10 +460,10 @@ def test_empty_packets_change_nothing(loop):
     drive(loop, crowd(), keep_logits=False)
     executor = loop.executor
     before = jax.tree.map(lambda a: np.array(a).view(np.int32), executor.state[1:])
-    tables = np.zeros((loop.limits.num_slots, loop.limits.pages_per_sequence), np.int32)
-    for bucket in loop.limits.buckets() * loop.num_stages:
-        controls = encode_controls(loop.limits.num_segments(bucket), [])
-        executor.run(bucket, encode(loop.limits, bucket, tables, [], [], []), controls)
+    tables = np.zeros((loop.sizes.num_slots, loop.sizes.pages_per_sequence), np.int32)
+    for bucket in loop.sizes.buckets() * loop.num_stages:
+        controls = encode_controls(loop.sizes.num_segments(bucket), [])
+        executor.run(bucket, encode_packet(loop.sizes, bucket, tables, [], [], []), controls)
     after = jax.tree.map(lambda a: np.array(a).view(np.int32), executor.state[1:])
     jax.tree.map(np.testing.assert_array_equal, before, after)
     assert len(jax.tree.leaves(before)) == 1 + 2  # tokens, and keys and values of one layer
@@ -482,7 +482,7 @@ def test_padding_layers_are_the_identity(tmp_path):
     def attend(q, k, v, caller):
         return q + 1.0
 
-    program = tick.Program(config, loop.limits, Bucket(1, 0), Llama)
+    program = tick.Program(config, loop.sizes, Bucket(1, 0), Llama)
 
     for position, weights in enumerate(loop.executor.params.layers):
         for stage in range(4):

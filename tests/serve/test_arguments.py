@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from llama_jax.engine.messages import DeviceInfo, Progress
+from llama_jax.engine.interface import DeviceInfo, Progress
 from llama_jax.engine.options import EngineOptions
 from llama_jax.serve.arguments import (
     API_KEY_VARIABLE,

@@ -6,7 +6,7 @@ import sys
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from llama_jax.engine.messages import Stats
+from llama_jax.engine.interface import Stats
 from tests.support.fake_client import FakeServer, error_of, user
 from tests.support.tiny_tokenizer import make_tokenizer
 

@@ -9,7 +9,7 @@ import httpx
 from llama_jax.client.request_check import check_request
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead, QueueFull
-from llama_jax.engine.messages import DeviceInfo, EngineInfo, Output, Stats
+from llama_jax.engine.interface import DeviceInfo, EngineInfo, Output, Stats
 from llama_jax.serve.app import create_app
 from llama_jax.serve.frontend import Frontend
 from llama_jax.serve.metrics import Metrics

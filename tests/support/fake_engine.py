@@ -21,13 +21,7 @@ from collections.abc import Callable
 from llama_jax.config import ConfigError
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import RequestError
-from llama_jax.engine.messages import (
-    DeviceInfo,
-    EngineInfo,
-    Output,
-    Progress,
-    Stats,
-)
+from llama_jax.engine.interface import DeviceInfo, EngineInfo, Output, Progress, Stats
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.process import main
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llama_jax.engine.executor import TickResult
-from llama_jax.ring.sizes import Bucket, Limits
+from llama_jax.ring.sizes import Bucket, RingSizes
 
 VOCAB_SIZE = 50
 POISON = VOCAB_SIZE  # after this token, in a prompt, comes nothing that is a number
@@ -31,18 +31,20 @@ class Run:
     tokens: list[int] | None
 
 
-def read_packet(limits: Limits, bucket: Bucket, packed: np.ndarray) -> tuple[list[Run], list[Run]]:
+def read_packet(
+    sizes: RingSizes, bucket: Bucket, packed: np.ndarray
+) -> tuple[list[Run], list[Run]]:
     """Rows and tiles of a packet, in plain Python; segments of length 0 included."""
     words = packed.tolist()
-    width = 3 + limits.pages_per_sequence
-    num_tiles = bucket.chunk // limits.tile
+    width = 3 + sizes.pages_per_sequence
+    num_tiles = bucket.chunk // sizes.tile
     prompt = words[(bucket.rows + num_tiles) * width :]
     assert len(prompt) == bucket.chunk
     runs = []
     for i in range(bucket.rows + num_tiles):
         slot, position, length, *pages = words[i * width : (i + 1) * width]
         tile = i - bucket.rows
-        tokens = prompt[tile * limits.tile :][:length] if tile >= 0 else None
+        tokens = prompt[tile * sizes.tile :][:length] if tile >= 0 else None
         runs.append(Run(slot, position, length, pages, tokens))
     return runs[: bucket.rows], runs[bucket.rows :]
 
@@ -81,29 +83,29 @@ class MockExecutor:
       buckets: of each tick so far.
     """
 
-    def __init__(self, limits: Limits, num_stages: int):
-        self.limits = limits
+    def __init__(self, sizes: RingSizes, num_stages: int):
+        self.sizes = sizes
         self.call_seconds = 0.0
         self.buckets: list[Bucket] = []
-        self._pages = np.full((limits.num_pages, limits.page_size), GARBAGE, np.int32)
-        self._slots = [GARBAGE] * limits.num_slots  # the last token of each
+        self._pages = np.full((sizes.num_pages, sizes.page_size), GARBAGE, np.int32)
+        self._slots = [GARBAGE] * sizes.num_slots  # the last token of each
         # For each packet in flight, of its rows and of its tiles: (slot, hash or -1 for NaN).
         empty: list[tuple[int, int]] = []
         self._ring = deque([(empty, empty)] * num_stages, maxlen=num_stages)
 
     def run(self, bucket: Bucket, packed: np.ndarray, controls: np.ndarray | None) -> TickResult:
         self.buckets.append(bucket)
-        self._ring.append(self._enter(*read_packet(self.limits, bucket, packed)))
+        self._ring.append(self._enter(*read_packet(self.sizes, bucket, packed)))
         for rows, tiles in self._ring:
             assert len(rows) <= bucket.rows, "rows that this program does not run"
-            assert len(tiles) * self.limits.tile <= bucket.chunk, "tiles that it does not run"
+            assert len(tiles) * self.sizes.tile <= bucket.chunk, "tiles that it does not run"
         rows, tiles = self._ring[0]
-        tokens = np.full(self.limits.num_segments(bucket), GARBAGE, np.int32)
+        tokens = np.full(self.sizes.num_segments(bucket), GARBAGE, np.int32)
         for i, (slot, found) in [*enumerate(rows), *enumerate(tiles, bucket.rows)]:
             if controls is not None and controls[i, 4]:  # the temperature, as bits of a float
                 found = found if found < 0 else _draw(found, controls[i, :2], controls[i, 2])
             tokens[i] = found if found < 0 else found % VOCAB_SIZE
-            if slot < self.limits.num_slots:
+            if slot < self.sizes.num_slots:
                 self._slots[slot] = int(tokens[i])
         return TickResult(tokens, np.empty(0), bucket)  # type: ignore[arg-type]
 
@@ -115,7 +117,7 @@ class MockExecutor:
             tokens = [self._slots[run.slot]] if run.tokens is None else run.tokens
             assert len(tokens) == run.length
             for position, token in enumerate(tokens, run.position):
-                page, offset = divmod(position, self.limits.page_size)
+                page, offset = divmod(position, self.sizes.page_size)
                 self._pages[run.pages[page], offset] = token
         return [(r.slot, self._answer(r)) for r in used_rows], [
             (r.slot, self._answer(r)) for r in used_tiles
@@ -123,6 +125,6 @@ class MockExecutor:
 
     def _answer(self, run: Run) -> int:
         length = run.position + run.length
-        held = run.pages[: -(-length // self.limits.page_size)]
+        held = run.pages[: -(-length // self.sizes.page_size)]
         history = self._pages[held].ravel()[:length]
         return -1 if POISON in history else zlib.crc32(history.tobytes())

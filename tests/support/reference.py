@@ -18,7 +18,7 @@ from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.executor import Executor
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.scheduler import Scheduler
-from llama_jax.engine.sizing import choose_limits
+from llama_jax.engine.sizing import choose_sizes
 from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.ring.kv_cache import page_bytes
 from llama_jax.ring.steps import init_state, state_shapes
@@ -149,18 +149,18 @@ def make_loop(
         memory = num_pages * page_bytes(config, device_mesh, page_size, dtype)
         options["kv_cache_memory"] = memory
     chosen = EngineOptions(path=str(path), mesh=mesh, **options)
-    limits, _ = choose_limits(chosen, config, device_mesh, dtype)
-    executor = Executor(config, device_mesh, limits, params, dtype, fill)
-    scheduler = Scheduler(limits, device_mesh.shape["stage"], chosen.max_queue)
+    sizes, _ = choose_sizes(chosen, config, device_mesh, dtype)
+    executor = Executor(config, device_mesh, sizes, params, dtype, fill)
+    scheduler = Scheduler(sizes, device_mesh.shape["stage"], chosen.max_queue)
     return TickLoop(scheduler, executor, results_late)
 
 
 def restart(loop: TickLoop, results_late: int = 0) -> TickLoop:
     """A loop with the programs of another, in which nothing has happened: it takes its place."""
-    executor, limits = loop.executor, loop.limits
-    shapes = state_shapes(executor.config, executor.mesh, limits, np.dtype(np.float32))
-    executor._state = init_state(shapes, limits, float("nan"))
-    return TickLoop(Scheduler(limits, loop.num_stages, 256), executor, results_late)
+    executor, sizes = loop.executor, loop.sizes
+    shapes = state_shapes(executor.config, executor.mesh, sizes, np.dtype(np.float32))
+    executor._state = init_state(shapes, sizes, float("nan"))
+    return TickLoop(Scheduler(sizes, loop.num_stages, 256), executor, results_late)
 
 
 def drive(

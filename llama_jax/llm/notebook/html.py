@@ -7,7 +7,7 @@ background, so that it can be read on light and dark pages.
 from html import escape
 from itertools import groupby
 
-from llama_jax.engine.messages import DeviceInfo, EngineInfo, Stats
+from llama_jax.engine.interface import DeviceInfo, EngineInfo, Stats
 
 _LINE = "1px solid rgba(128, 128, 128, 0.5)"
 _CELL = f"border: {_LINE}; padding: 0.3em 0.7em; text-align: left; vertical-align: top"

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Protocol
 
-from llama_jax.engine.messages import EngineInfo, Progress
+from llama_jax.engine.interface import EngineInfo, Progress
 from llama_jax.llm.notebook.cells import in_notebook
 from llama_jax.llm.notebook.display import LiveOutput, TextAndHtml
 
