@@ -7,17 +7,8 @@ from matplotlib.patches import Patch
 
 from llama_jax.pictures.cells import write_in_cell
 from llama_jax.pictures.held import device_label, what_is_held
-from llama_jax.pictures.style import (
-    GREY,
-    PALETTE,
-    WIDTH,
-    Picture,
-    drawing,
-    inches,
-    ink,
-    size_text,
-    wrapped,
-)
+from llama_jax.pictures.style import GREY, PALETTE, WIDTH, Picture, drawing, inches, ink, wrapped
+from llama_jax.terminal.units import bytes_text
 
 PARTS = (("weights", PALETTE[0]), ("KV cache", PALETTE[3]))
 
@@ -54,7 +45,7 @@ def memory(
     with drawing(WIDTH * 0.9, 0.36 * count + 1.3, save) as picture:
         axes = picture.add_subplot()
         axes.set(xlim=(0, most * 1.02 / power), ylim=(count - 0.5, -0.5))
-        axes.set_xlabel(f"memory ({size_text(power).split()[1]})")
+        axes.set_xlabel(f"memory ({bytes_text(power).split()[1]})")
         axes.set_ylabel(f"device ({held.axes[0]}, {held.axes[1]})".replace(", )", ")"))
         axes.set_yticks(
             range(count),
@@ -80,7 +71,7 @@ def memory(
         picture.legend(handles=named, loc="outside lower center", ncols=3)
         across, down = inches(axes)
         for row, begin, size, color in bars:
-            text = size_text(size) if color != "none" else f"free {size_text(size)}"
+            text = bytes_text(size) if color != "none" else f"free {bytes_text(size)}"
             room = (across * size / (most * 1.02), 0.8 * down / count)
             middle = (begin + size / 2) / power
             shade = GREY if color == "none" else ink(color)
@@ -92,4 +83,4 @@ def memory(
 def _spread(used: list[int]) -> str:
     mean = sum(used) / len(used)
     share = (max(used) - min(used)) / mean if mean else 0.0
-    return f"{size_text(mean)} a device on average, spread {100 * share:.1f} % across devices"
+    return f"{bytes_text(mean)} a device on average, spread {100 * share:.1f} % across devices"

@@ -7,18 +7,9 @@ from matplotlib.patches import Rectangle
 
 from llama_jax.engine.interface import DeviceInfo
 from llama_jax.pictures.cells import write_in_cell
-from llama_jax.pictures.held import device_label, layers_text, what_is_held
-from llama_jax.pictures.style import (
-    GREY,
-    PALETTE,
-    WIDTH,
-    Picture,
-    drawing,
-    inches,
-    ink,
-    size_text,
-    wrapped,
-)
+from llama_jax.pictures.held import device_label, what_is_held
+from llama_jax.pictures.style import GREY, PALETTE, WIDTH, Picture, drawing, inches, ink, wrapped
+from llama_jax.terminal.units import bytes_text, layers_text
 
 CELL = (2.1, 0.95)  # inches, where there is room
 
@@ -73,6 +64,6 @@ def _text(device: DeviceInfo) -> str:
     lines = [device_label(device)]
     if device.layers:
         lines.append(layers_text(device.layers))
-    lines.append(f"weights {size_text(device.weight_bytes)}")
-    lines.append(f"KV cache {size_text(device.kv_bytes)}")
+    lines.append(f"weights {bytes_text(device.weight_bytes)}")
+    lines.append(f"KV cache {bytes_text(device.kv_bytes)}")
     return "\n".join(lines)
