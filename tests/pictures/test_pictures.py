@@ -18,7 +18,7 @@ from llama_jax.engine.interface import DeviceInfo, EngineInfo
 from llama_jax.engine.recording import Recording
 from llama_jax.pictures.cells import show_text
 from llama_jax.pictures.line_plot import LINES
-from llama_jax.pictures.style import GREY, PALETTE, ink, wrapped
+from llama_jax.pictures.style import GRAY, PALETTE, ink, wrapped
 from llama_jax.terminal.units import bytes_text
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.weights.placement import param_shapes
@@ -209,7 +209,7 @@ def test_every_text_is_inside_large_enough_and_readable(example):
         assert text.get_fontsize() >= 5.99, where
         assert not text.get_parse_math()  # "$" is a dollar
         if id(text) not in in_cells:
-            assert to_hex(text.get_color()) == GREY, where
+            assert to_hex(text.get_color()) == GRAY, where
 
 
 def test_every_axis_says_what_it_shows(example):
@@ -231,7 +231,7 @@ def test_cells_do_not_touch_their_neighbours(example):
 
 
 def test_greys_and_inks_have_contrast_on_white_and_black():
-    assert contrast(GREY, "#ffffff") >= 4 and contrast(GREY, DARK) >= 4
+    assert contrast(GRAY, "#ffffff") >= 4 and contrast(GRAY, DARK) >= 4
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
     shades = [*PALETTE, *(to_hex(colormaps["viridis"](i)) for i in range(256))]
     for color in shades:
