@@ -9,11 +9,15 @@ PORT ?= 8000
 serve: .venv/installed  ## serve the demo checkpoint on 8 virtual CPU devices
 	.venv/bin/python -m llama_jax.serve $(MODEL) --mesh $(MESH) --port $(PORT)
 
+# Two workers, each with whole files: a file's tests share models and compiled programs. Not in
+# pyproject.toml, so that a bare `pytest` stays in one process, for debugging.
+PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
+
 test: .venv/installed-test  ## the quick tests
-	.venv/bin/python -m pytest
+	$(PYTEST)
 
 test-all: .venv/installed-test  ## the slow rest, and the notebooks
-	.venv/bin/python -m pytest -m slow
+	$(PYTEST) -m "slow or hypothesis" --hypothesis-profile=full
 	.venv/bin/python -m pytest --nbmake --nbmake-timeout=180 notebooks
 
 notebooks: .venv/installed-test  ## run the notebooks again and keep what they show
