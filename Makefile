@@ -4,6 +4,10 @@ MESH ?= 4x2
 MODEL ?=  # the demo checkpoint
 PORT ?= 8000
 
+# Two workers, each with whole files: a file's tests share models and compiled programs. Not in
+# pyproject.toml, so that a bare `pytest` stays in one process, for debugging.
+PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
+
 .PHONY: serve lint test test-all notebooks audit bench demo clean
 
 serve: .venv/installed  ## serve the demo checkpoint on 8 virtual CPU devices
@@ -17,10 +21,10 @@ lint: .venv/installed-test  ## style, formatting, types, and declared dependenci
 	.venv/bin/python -m deptry . --ignore DEP002,DEP004
 
 test: .venv/installed-test  ## the quick tests
-	.venv/bin/python -m pytest
+	$(PYTEST)
 
 test-all: .venv/installed-test  ## the slow rest, and the notebooks
-	.venv/bin/python -m pytest -m slow
+	$(PYTEST) -m "slow or hypothesis" --hypothesis-profile=full
 	.venv/bin/python -m pytest --nbmake --nbmake-timeout=180 notebooks
 
 notebooks: .venv/installed-test  ## rerun the notebooks and save their outputs
