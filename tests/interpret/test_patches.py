@@ -155,6 +155,15 @@ def test_patches_compose_in_order(model, theirs, tokens):
     assert_like_transformers(theirs, model, tokens, {})
 
 
+def test_a_patch_for_one_shape_can_be_followed_by_others(model, theirs, tokens):
+    """The first patch does not fit the shape that lists the names."""
+    first = patched(model, {RESIDUAL: Add(STEER, np.s_[:, 4])})
+    both = patched(first, {"logits": Scale(2.0)})
+    steered = change(lambda x: x + torch.tensor(STEER), np.s_[:, 4])
+    expected = hooked(theirs, tokens, {RESIDUAL: steered})["logits"]
+    assert_close(both(tokens), 2 * expected)
+
+
 def test_inside_the_users_own_jit(model, theirs, tokens):
     changed = patched(model, {RESIDUAL: Scale(2.0, np.s_[:, 1:])})
     expected = hooked(theirs, tokens, {RESIDUAL: change(lambda x: x * 2, np.s_[:, 1:])})["logits"]

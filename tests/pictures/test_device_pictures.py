@@ -1,5 +1,6 @@
 """Pictures of the mesh, of memory by device, and of shards."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -98,3 +99,22 @@ def test_sharding_of_columns_of_rows_over_both_axes_and_of_replicas(mesh):
     alone = jax.ShapeDtypeStruct((4, 4), jnp.int8, sharding=SingleDeviceSharding(jax.devices()[3]))
     assert "whole on one device" in title(pictures.sharding(alone))
     assert "cpu:3 stage 1, model 1" in words(pictures.sharding(alone, mesh))
+
+
+def test_memory_spread_is_a_share_of_the_mean():
+    info = make_info(1, 2)
+    large = replace(info.devices[0], weight_bytes=30_000_000_000, kv_bytes=0)
+    small = replace(info.devices[1], weight_bytes=10_000_000_000, kv_bytes=0)
+    assert "100.0%" in title(pictures.memory(replace(info, devices=[large, small])))
+
+
+def test_memory_asks_the_devices_of_an_engine_in_this_process_for_their_limit():
+    devices = [
+        SimpleNamespace(memory_stats=lambda: {"bytes_limit": 80_000_000_000}),
+        SimpleNamespace(memory_stats=lambda: None),  # as on CPU
+    ]
+    executor = SimpleNamespace(mesh=SimpleNamespace(devices=np.array(devices)))
+    engine = SimpleNamespace(info=make_info(1, 2), loop=SimpleNamespace(executor=executor))
+    picture = pictures.memory(engine)
+    assert [word for word in words(picture) if word.startswith("free ")] == ["free 42.4 GB"]
+    assert len(cells(picture.axes[0])) == 2 + 2 + 1

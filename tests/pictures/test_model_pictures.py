@@ -121,3 +121,17 @@ def test_curves_can_be_told_apart_without_color():
     assert ticks(named.axes[0].xaxis) == ["bf16", "int8"]
     steep = pictures.curves([1, 2], {"a": [1e-3, 10]}, "t", xlabel="x", ylabel="y", log="y")
     assert {"0.001", "0.1", "10"} <= set(words(steep))
+
+
+def test_small_probabilities_are_not_zero():
+    picture = pictures.next_token(np.log([0.9, 0.0993, 0.0006, 0.0001]), Words())
+    shown = [text.get_text() for text in picture.axes[0].texts]
+    assert shown == ["90.0%", "9.9%", "0.1%", "<0.1%"]
+
+
+@pytest.mark.parametrize(
+    ("highest", "expected"), [(1.0, ["0.00", "1.00"]), (5.0, ["0.0", "5.0"]), (50.0, ["0", "50"])]
+)
+def test_heat_map_numbers_have_as_many_digits_as_the_spread_needs(highest, expected):
+    picture = pictures.heat_map([[0.0, highest]], "t", label="l", xlabel="x", ylabel="y")
+    assert [text.get_text() for text in picture.axes[0].texts] == expected

@@ -101,3 +101,16 @@ def test_the_axis_ends_below_a_pool_that_is_off_the_scale():
     picture = pictures.page_occupancy(Recording(1, [one]))
     assert picture.axes[0].get_ylim()[1] < 10
     assert any("1,000" in word for word in words(picture) if word.startswith("↑"))
+
+
+def test_the_requests_with_the_most_pages_have_areas_of_their_own():
+    pages = {request_id: 1 + request_id for request_id in range(len(PALETTE) + 2)}
+    one = TickRecord(0, 0.0, 0.1, Bucket(1, 0), PacketRecord(), pages, 34, 100, 0)
+    picture = pictures.page_occupancy(Recording(1, [one]))
+    named = [word for word in words(picture) if "request" in word and "by" not in word]
+    assert named == [*(f"request {i}" for i in range(2, len(PALETTE) + 2)), "2 other requests"]
+
+
+def test_timeline_begins_with_the_first_40_ticks(recording):
+    assert len(recording.ticks) > 40
+    assert len(cells(pictures.timeline(recording).axes[0])) == 40 * 4
