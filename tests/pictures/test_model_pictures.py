@@ -1,5 +1,7 @@
 """Pictures of attention, next tokens, the logit lens, heat maps and curves."""
 
+from itertools import pairwise
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -34,6 +36,14 @@ def test_a_weight_on_a_later_key_is_shown():
     shown = pictures.attention(weights, "abc").axes[0].images[0].get_array()
     assert shown.mask.tolist() == [[False] * 3, [False, False, True], [False] * 3]
     assert shown[0, 2] == 0.25
+
+
+def test_tick_labels_of_many_tokens_do_not_overlap():
+    picture = pictures.attention(attention_weights(1, 4, 90), WORDS * 11 + ["a", "b"])
+    picture.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in picture.axes[0].get_xticklabels()]
+    assert 20 < len(boxes) < 90
+    assert not any(left.overlaps(right) for left, right in pairwise(boxes))
 
 
 def test_many_heads_share_a_scale():
