@@ -41,7 +41,7 @@ from llama_jax.ring.steps import (
 )
 from llama_jax.weights.placement import Params, param_shapes
 from sharding.axes import AXES
-from sharding.partition import padded, split_layers
+from sharding.partition import round_up, split_layers
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -88,14 +88,14 @@ def shard_bytes(array: jax.ShapeDtypeStruct) -> int:
 
 def weight_bytes(config: LlamaConfig, params: Params) -> dict[str, int]:
     """Bytes of weights on each device, and how many of them are padding."""
-    held = sum(map(shard_bytes, jax.tree.leaves(params)))
+    total = sum(map(shard_bytes, jax.tree.leaves(params)))
     devices = NUM_STAGES * NUM_RANKS
-    outer = [params.embedding, *([] if params.lm_head is None else [params.lm_head])]
-    vocab_rows = sum(array.shape[0] - config.vocab_size for array in outer)
+    tables = [table for table in (params.embedding, params.lm_head) if table is not None]
+    vocab_rows = sum(table.shape[0] - config.vocab_size for table in tables)
     layers = sum(stage.count(None) for stage in split_layers(config.num_layers, NUM_STAGES))
     one_layer = sum(map(shard_bytes, jax.tree.leaves(params.layers[0])))
     return {
-        "weights": held,
+        "weights": total,
         "of which vocabulary padding": (
             vocab_rows * config.embed_dim * DTYPE.dtype.itemsize // devices
         ),
@@ -107,9 +107,10 @@ def audit_program(
     config: LlamaConfig, mesh: Mesh, sizes: RingSizes, bucket: Bucket, params: Params
 ) -> dict[str, Any]:
     """Compiles one program and reads it."""
-    make = prefill_step if bucket.chunk else decode_step
-    sizes = bucket if bucket.chunk else (bucket.rows,)
-    arguments = (config, mesh, sizes, *sizes)
+    if bucket.chunk:
+        step = prefill_step(config, mesh, sizes, bucket.rows, bucket.chunk)
+    else:
+        step = decode_step(config, mesh, sizes, bucket.rows)
     packed = jax.ShapeDtypeStruct(
         (packet_size(sizes, bucket),),
         jnp.int32,
@@ -117,7 +118,7 @@ def audit_program(
     )
     state = state_shapes(config, mesh, sizes, DTYPE)
     start = time.perf_counter()
-    compiled = make(*arguments).lower(params, state, packed).compile()
+    compiled = step.lower(params, state, packed).compile()
     seconds = time.perf_counter() - start
     text, memory = compiled.as_text(), compiled.memory_analysis()
     positions = len(params.layers)
@@ -150,7 +151,7 @@ def audit_sampling(
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
     chosen = array((n,), jnp.int32)
-    logits = array((n, padded(config.vocab_size, devices)), jnp.float32, LOGITS_SPEC)
+    logits = array((n, round_up(config.vocab_size, devices)), jnp.float32, LOGITS_SPEC)
     tokens = array((sizes.num_slots,), jnp.int32)
     controls = array((n, CONTROL_WIDTH), jnp.int32)
     output = StepOutput(logits, chosen, chosen)
@@ -172,7 +173,7 @@ def main() -> int:
     sizes, params = deployment_sizes(config, mesh), param_shapes(config, mesh, DTYPE)
     state = state_shapes(config, mesh, sizes, DTYPE)
     cache = sum(map(shard_bytes, jax.tree.leaves(state.cache)))
-    held = weight_bytes(config, params)
+    weight_sizes = weight_bytes(config, params)
     programs = []
     for bucket in sizes.buckets():
         row = audit_program(config, mesh, sizes, bucket, params)
@@ -189,16 +190,16 @@ def main() -> int:
         f"sampling {sampling['segments']} segments: "
         f"temporaries {sampling['temporary_bytes'] / 1e9:.3f} GB"
     )
-    most = max(row["temporary_bytes"] for row in [*programs, sampling])
+    temporaries = max(row["temporary_bytes"] for row in [*programs, sampling])
     arguments = max(row["argument_bytes"] for row in programs)
-    total = arguments + most
+    total = arguments + temporaries
     result = {
         "what": f"Llama-3-70B {weights} on 4 x 2 of 8 x H100 80 GB, compiled without a GPU",
         "versions": describe("jax", "jaxlib", "jax-cuda12-plugin")["versions"],
         "sizes": {"rows": ROWS, "context": CONTEXT, "page_size": PAGE_SIZE,
                   "pages": sizes.num_pages, "tokens": sizes.num_pages * PAGE_SIZE},
-        "bytes_per_device": {**held, "kv_cache": cache, "arguments": arguments,
-                             "temporaries": most, "total": total},
+        "bytes_per_device": {**weight_sizes, "kv_cache": cache, "arguments": arguments,
+                             "temporaries": temporaries, "total": total},
         "total_within_68_gb": total <= MAX_TOTAL,
         "programs": programs,
         "sampling": sampling,

@@ -11,10 +11,11 @@ from rich.console import Console
 from convert import report
 from convert.arguments import parse_arguments
 from convert.commands import Verified, run_conversion, run_inspect, run_verify
-from convert.display import Display
+from convert.conversion import Progress
 from convert.hub import HubError
 from llama_jax.checkpoint import CheckpointError
 from llama_jax.config import ConfigError
+from llama_jax.terminal.progress import TerminalDisplay
 
 DONE, ERROR, DIFFERENT, INTERRUPTED = 0, 1, 3, 130
 
@@ -22,7 +23,7 @@ DONE, ERROR, DIFFERENT, INTERRUPTED = 0, 1, 3, 130
 class _Command(NamedTuple):
     """How a command is carried out, and how its outcome is told to people and to scripts."""
 
-    run: Callable[[argparse.Namespace, Display], Any]
+    run: Callable[[argparse.Namespace, Progress], Any]
     show: Callable[[Console, Any], None]
     to_json: Callable[[Any], dict[str, Any]]
 
@@ -43,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     command = _COMMANDS[arguments.command]
     try:
-        with Display(Console(stderr=True)) as display:
-            outcome = command.run(arguments, display)
+        with TerminalDisplay(Console(stderr=True), in_bytes=True) as display:
+            outcome = command.run(arguments, display.update)
     except (CheckpointError, ConfigError, HubError) as error:
         return _fail(arguments, str(error), ERROR)
     except OSError as error:

@@ -36,6 +36,7 @@ from llama_jax.checkpoint.manifest import (
 from llama_jax.checkpoint.orbax import OrbaxReader
 from llama_jax.checkpoint.reader import CheckpointError, refuse
 from llama_jax.config import LlamaConfig
+from llama_jax.terminal.units import bytes_text
 
 LAYOUTS: dict[str, tuple[Any, Callable[[Path], CheckpointReader]]] = {
     "orbax": (orbax_layout, OrbaxReader),
@@ -215,8 +216,8 @@ def _check_space(destination: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if needed > free:
         raise CheckpointError(
-            f"{destination} lies on a disk with {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} "
-            "GB are still to be written: make room, or choose another disk."
+            f"{destination} lies on a disk with {bytes_text(free)} free, and "
+            f"{bytes_text(needed)} are still to be written: make room, or choose another disk."
         )
 
 

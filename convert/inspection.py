@@ -15,7 +15,7 @@ from llama_jax.checkpoint.reader import CheckpointError, numpy_dtype
 from llama_jax.config import LlamaConfig
 from llama_jax.config.huggingface import read_config
 from llama_jax.config.huggingface_quantization import QUANT_METHOD
-from llama_jax.weights.table import LAYER_WEIGHTS, outer_weights
+from llama_jax.weights.table import LAYER_WEIGHTS, non_layer_weights
 
 GROUPS = ("embedding", "attention", "mlp", "norms", "head")
 
@@ -108,7 +108,7 @@ def inspect(reader: CheckpointReader, mesh: str | None) -> Inspection:
 def num_parameters(config: LlamaConfig) -> int:
     """Numbers in all weights of a model."""
     in_layer = sum(math.prod(weight.shape(config)) for weight in LAYER_WEIGHTS)
-    outside = sum(math.prod(weight.shape(config)) for weight in outer_weights(config))
+    outside = sum(math.prod(weight.shape(config)) for weight in non_layer_weights(config))
     return outside + config.num_layers * in_layer
 
 

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh
 from sharding.axes import AXES, MODEL, STAGE
 from sharding.errors import UserError
 
-MOST_DEVICES = 1024  # JAX would take minutes to make as many virtual ones, or die of it
+MAX_DEVICES = 1024  # JAX would take minutes to make as many virtual ones, or die of it
 
 
 class MeshError(UserError):
@@ -40,8 +40,8 @@ def make_mesh(shape: str, devices: list[jax.Device] | None = None) -> Mesh:
     """
     num_stages, num_ranks = parse_mesh(shape)
     needed = num_stages * num_ranks
-    if needed > MOST_DEVICES:
-        raise MeshError(f"The mesh {shape} needs {needed} devices; at most {MOST_DEVICES} may be.")
+    if needed > MAX_DEVICES:
+        raise MeshError(f"The mesh {shape} needs {needed} devices; at most {MAX_DEVICES} may be.")
     if devices is None:
         with contextlib.suppress(RuntimeError):  # JAX has started: the number is what it is
             asked = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]

@@ -32,6 +32,6 @@ def split_layers(num_layers: int, num_stages: int) -> tuple[tuple[int | None, ..
     return tuple(stages)
 
 
-def padded(size: int, parts: int) -> int:
-    """The least multiple of `parts` that is not below `size`."""
-    return -(-size // parts) * parts
+def round_up(size: int, multiple: int) -> int:
+    """`size`, rounded up to a multiple of `multiple`."""
+    return -(-size // multiple) * multiple

@@ -86,17 +86,17 @@ def ring_tick(
         )
         here = row(metadata, (state.tick - stage) % num_stages)
         leaving = row(metadata, (state.tick - (num_stages - 1)) % num_stages)
-        held = [a[0, :size] for a, size in zip(state.activations, sizes, strict=True)]
-        x = jnp.where(stage == 0, enter(entering), jnp.concatenate(held))
+        segments = [a[0, :size] for a, size in zip(state.activations, sizes, strict=True)]
+        x = jnp.where(stage == 0, enter(entering), jnp.concatenate(segments))
 
     x, cache = run_stage(x, here, cache)
 
     with jax.named_scope("stage_send"):
         x = shift(x, STAGE)
-        pieces = jnp.split(x, [sum(sizes[:i]) for i in range(1, len(sizes))])
+        sent = jnp.split(x, [sum(sizes[:i]) for i in range(1, len(sizes))])
         activations = tuple(
-            lax.dynamic_update_slice(a, piece[None], (0, 0, 0))
-            for a, piece in zip(state.activations, pieces, strict=True)
+            lax.dynamic_update_slice(a, segment[None], (0, 0, 0))
+            for a, segment in zip(state.activations, sent, strict=True)
         )
     with jax.named_scope("stage_leave"):
         # The packet that left the last stage has just come round to stage 0. Taken from there, and

@@ -1,9 +1,12 @@
-"""Meta's tokenizer.model → the tokenizer of a Hugging Face checkpoint, and its generation config.
+"""Writes Meta's tokenizer.model as the tokenizer of a Hugging Face checkpoint.
 
-tiktoken merges, of all neighbours whose bytes together are a token, those with the lowest rank
-first. The `tokenizers` library merges by a list of pairs, so each token gives every pair that it
-can be cut into, in the order of ranks. A word that is itself a token is not cut at all
-(`ignore_merges`), in either.
+tiktoken repeatedly merges the adjacent pair whose concatenation has the lowest rank. The
+`tokenizers` library merges by a list of pairs, so every way to cut a token into two tokens becomes
+a pair, in the order of ranks. Neither splits a word that is itself a token (`ignore_merges`).
+
+transformers' `TikTokenConverter` does the same (a test compares the two), but needs tiktoken to
+read the file. tiktoken caches files by their paths in a shared temporary folder, so it may return
+the contents that another file had at this path, and it does not check for damage.
 """
 
 import json
@@ -22,9 +25,11 @@ from convert.meta.tiktoken_file import (
     special_tokens,
 )
 from llama_jax.config import LlamaConfig
+from llama_jax.text.tokenizer import byte_alphabet
 
-# Contractions; letters with a character before them; up to three digits; other characters with a
-# space before and line breaks after them; line breaks; spaces, the last one left to the next word.
+# From Meta's program: contractions; letters with one character before; up to three digits; other
+# characters with a space before and line breaks after them; line breaks; spaces, of which the last
+# is left to the next word.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -39,22 +44,22 @@ _CHAT_TEMPLATE = (
     f"{{{{ '{START_HEADER}assistant{END_HEADER}\\n\\n' }}}}"
     "{%- endif -%}"
 )
-_TEMPERATURE, _TOP_P = 0.6, 0.9  # defaults of Meta's own program
+_TEMPERATURE, _TOP_P = 0.6, 0.9  # defaults of Meta's program
 
 
 def write_tokenizer(source: Path, destination: Path, config: LlamaConfig) -> None:
     """Writes tokenizer.json, tokenizer_config.json and generation_config.json.
 
-    Whether a model was trained to chat, Meta's files do not say: the chat template and the EOS ids
-    are always those of the Instruct models, which do a base model no harm.
+    Meta's files do not tell whether a model was trained to chat. The chat template and the EOS ids
+    are always those of the Instruct models, which do not harm a base model.
 
     Args:
       source: a directory with tokenizer.model.
       destination: the directory to write to.
-      config: that of the source's `MetaReader`.
+      config: of the source's `MetaReader`.
 
     Raises:
-      CheckpointError: tokenizer.model is missing or damaged, or is of another kind.
+      CheckpointError: tokenizer.model is missing, damaged, or of another kind.
     """
     tokens = read_tokens(source / TOKENIZER)
     tokenizer = _tokenizer(tokens, special_tokens(extended=config.rope_scaling is not None))
@@ -80,7 +85,7 @@ def write_tokenizer(source: Path, destination: Path, config: LlamaConfig) -> Non
 
 
 def _tokenizer(tokens: list[bytes], special: list[str]) -> Tokenizer:
-    character = _characters()
+    character = {byte: letter for letter, byte in byte_alphabet().items()}
     vocabulary = {"".join(character[byte] for byte in token): i for i, token in enumerate(tokens)}
     merges = [
         pair
@@ -107,14 +112,6 @@ def _tokenizer(tokens: list[bytes], special: list[str]) -> Tokenizer:
 def _cuts(token: str, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     cuts = ((token[:at], token[at:]) for at in range(1, len(token)))
     return [cut for cut in cuts if cut[0] in vocabulary and cut[1] in vocabulary]
-
-
-def _characters() -> dict[int, str]:
-    """The character that stands for each byte: itself if it prints, else one from U+0100 on."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    printable = {ord(letter): letter for letter in alphabet if ord(letter) < 0x100}
-    others = (byte for byte in range(0x100) if byte not in printable)
-    return printable | dict(zip(others, alphabet[len(printable) :], strict=True))
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:

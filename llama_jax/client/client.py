@@ -6,7 +6,6 @@ exception, whatever becomes of the engine.
 """
 
 import asyncio
-import contextlib
 import itertools
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -42,7 +41,7 @@ from llama_jax.engine.options import EngineOptions
 
 SHUTDOWN_SECONDS = 5.0
 FATAL_SECONDS = 3.0
-LAST_WORDS_MILLISECONDS = 100
+LAST_WORDS_SECONDS = 0.1
 
 OnProgress = Callable[[Progress], None]
 E = TypeVar("E", bound=Exception)
@@ -89,7 +88,6 @@ class EngineClient:
             self._context.destroy(linger=0)
             raise
         self._receiver = asyncio.create_task(self._receive())
-        self._watcher = asyncio.create_task(self._watch())
 
     @classmethod
     async def start(
@@ -163,7 +161,7 @@ class EngineClient:
 
     async def wait_dead(self) -> str:
         """Waits until the engine's process has ended; returns one sentence on why."""
-        await asyncio.shield(self._watcher)
+        await asyncio.shield(self._receiver)
         assert self._death is not None
         return self._death
 
@@ -226,34 +224,34 @@ class EngineClient:
         except TimeoutError:
             self.host.kill()
             await self.host.exited.wait()
-        self._receiver.cancel()
-        self._watcher.cancel()
-        await asyncio.gather(self._receiver, self._watcher, return_exceptions=True)
+        self._receiver.cancel()  # everyone who waited has been told
+        await asyncio.gather(self._receiver, return_exceptions=True)
         self._context.destroy(linger=0)
         self.host.clean_up()
 
     def _send(self, message: ToEngine) -> None:
         """Sends without waiting. What is sent to a process that has ended is lost, and everyone
-        who waits for it is told by `_watch`."""
+        who waits for it is told by `_receive`."""
         if self.alive:
             self._socket.send(self._encode(message))
 
     async def _receive(self) -> None:
-        """Task: handles what the engine sends."""
-        try:
-            while True:
-                self._handle(self._decode(await self._socket.recv()))
-        except Exception as error:
-            self._fail(f"A message of the engine could not be handled: {error!r}.")
-            self.host.kill()
+        """Task: handles the engine's messages until it has exited, then tells everyone who waits.
 
-    async def _watch(self) -> None:
-        """Task: waits for the process to end, hears its last words, and tells who waits."""
-        await self.host.exited.wait()
-        self._receiver.cancel()
-        with contextlib.suppress(Exception):  # whatever they are, the news must reach who waits
-            while await self._socket.poll(LAST_WORDS_MILLISECONDS):
-                self._handle(self._decode(await self._socket.recv()))
+        Nothing else reads the socket, and no read is cancelled before the socket is empty: a
+        cancelled read may already hold the message that says why the engine died.
+        """
+        try:
+            exited = asyncio.create_task(self.host.exited.wait())
+            message = self._socket.recv()
+            while await _first_done(message, exited):
+                self._handle(self._decode(message.result()))
+                message = self._socket.recv()
+            message.cancel()
+        except Exception as error:
+            self._fail(f"A message from the engine could not be handled: {error!r}.")
+            self.host.kill()
+            await self.host.exited.wait()
         self._fail(self.host.describe_end(self._last_words))
 
     def _handle(self, message: FromEngine) -> None:
@@ -284,6 +282,14 @@ class EngineClient:
             self._ready.set_exception(_caused_by(self.host.cause, EngineStartError(reason)))
         for stream in self._streams.values():
             stream.put_nowait(_caused_by(self.host.cause, EngineDead(reason)))
+
+
+async def _first_done(message: asyncio.Future[bytes], exited: asyncio.Task[bool]) -> bool:
+    """Waits for the next message. False if the engine has exited and no message is left."""
+    await asyncio.wait((message, exited), return_when=asyncio.FIRST_COMPLETED)
+    if not message.done():  # the last messages of a process may arrive after the news of its exit
+        await asyncio.wait((message,), timeout=LAST_WORDS_SECONDS)
+    return message.done()
 
 
 def _caused_by(cause: Exception | None, error: E) -> E:

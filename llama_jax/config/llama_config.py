@@ -13,7 +13,7 @@ from llama_jax.config.huggingface_quantization import QUANT_METHOD
 from llama_jax.quantization import FORMATS
 
 DTYPES = ("bfloat16", "float16", "float32")
-_MOST_LAYERS = 1000  # a config.json of absurd size must not fill the memory with names
+_MAX_LAYERS = 1000  # a config.json of absurd size must not fill the memory with names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class LlamaConfig:
             value = getattr(self, field.name)
             if field.type in (int, float) and not value > 0:
                 raise ConfigError(f"{field.name} must be positive, got {value}.")
-        if self.num_layers > _MOST_LAYERS:
+        if self.num_layers > _MAX_LAYERS:
             raise ConfigError(f"{self.num_layers} layers are more than any Llama has.")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(

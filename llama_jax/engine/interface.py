@@ -28,6 +28,15 @@ class Progress:
     total: float
     detail: str = ""
 
+    @property
+    def title(self) -> str:
+        """The phase in words, for a display."""
+        return {
+            "starting": "Starting the engine",
+            "loading": "Loading weights",
+            "compiling": "Compiling programs",
+        }[self.phase]
+
 
 @dataclass(frozen=True)
 class DeviceInfo:

@@ -25,24 +25,18 @@ class SizingError(UserError):
 
 
 def check_options(options: EngineOptions, config: LlamaConfig) -> None:
-    """Raises SizingError for an option that is out of range: before any weight is loaded."""
-    least = {
-        "max_num_seqs": 1,
-        "max_queue": 1,
-        "page_size": 1,
-        "max_chunk": 1,
-        "kv_cache_memory": 1,
-        "results_late": 0,
-    }
-    for name, limit in least.items():
-        value = getattr(options, name)
-        if value is not None and value < limit:
-            raise SizingError(f"{name} must be at least {limit}, got {value}.")
+    """Checks the options against the checkpoint's config, before any weight is loaded.
+
+    Raises:
+      OptionError: an option has the wrong type or is out of range.
+      SizingError: an option asks for more than the model has.
+    """
+    options.check()
     longest = options.max_model_len
-    if longest is not None and not 2 <= longest <= config.max_position_embeddings:
+    if longest is not None and longest > config.max_position_embeddings:
         raise SizingError(
-            f"max_model_len must be between 2 and the model's own "
-            f"{config.max_position_embeddings}, got {longest}."
+            f"max_model_len must be between 2 and the model's {config.max_position_embeddings}, "
+            f"got {longest}."
         )
 
 

@@ -21,7 +21,7 @@ from llama_jax.engine.interface import FinishReason
 from llama_jax.engine.options import EngineOptions
 from llama_jax.llm.completion import Completion
 from llama_jax.llm.notebook.cells import cell_watch
-from llama_jax.llm.notebook.progress import RequestProgress, StartProgress, make_bar
+from llama_jax.llm.notebook.progress import RequestProgress, StartProgress, make_display
 from llama_jax.llm.prompts import EncodedPrompt
 from llama_jax.llm.text_stream import TextStream
 from llama_jax.text.detokenizer import Detokenizer
@@ -51,8 +51,8 @@ class Session:
             self.tokenizer = Tokenizer(options.path)
         self.options = options
         shown = None
-        if on_progress is None and (bar := make_bar(progress)) is not None:
-            shown = on_progress = StartProgress(bar, Path(options.path).name)
+        if on_progress is None and (display := make_display(progress)) is not None:
+            shown = on_progress = StartProgress(display, Path(options.path).name)
         try:
             self.engine = BlockingClient(options, on_progress, start_host)
             weakref.finalize(self, self.engine.begin_close)
@@ -76,7 +76,7 @@ class Session:
         requests = list(zip(prompts, params, strict=True))
         for prompt, each in requests:
             self.engine.client.check(prompt.token_ids, each)
-        count = RequestProgress(make_bar(progress), len(requests))
+        count = RequestProgress(make_display(progress), len(requests))
 
         async def every() -> list[Completion]:
             with count.shown():

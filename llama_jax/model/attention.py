@@ -15,40 +15,48 @@ MASKED = -1e30  # a score of nothing; finite, so that a row without keys gives n
 
 # (scores, head, query position, key position) -> scores: see `model.Attention.score_mod`.
 ScoreMod = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+# (name, value) -> the value to go on with: see `model.tap`.
+Tap = Callable[[str, jax.Array], jax.Array]
 
 
-class Caller(Protocol):
-    """What attention asks of the module that calls it; what is written here changes nothing."""
+class Attend(Protocol):
+    """How an attention layer attends: `causal_attention`, or the ring's, which also writes to the
+    KV cache."""
 
-    def score_mod(
-        self,
-        scores: jax.Array,
-        head: jax.Array,
-        query_position: jax.Array,
-        key_position: jax.Array,
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, *, score_mod: ScoreMod, tap: Tap
     ) -> jax.Array:
-        """Changes the scores before the softmax."""
-        return scores
-
-    def tap(self, name: str, value: jax.Array) -> jax.Array:
-        """Takes in a named value; attention goes on with what is returned."""
-        return value
+        """q `[..., H, h]`, k and v `[..., K, h]` -> `[..., H, h]`, in the dtype of `q`."""
+        ...
 
 
-class _Plain(Caller):
-    """The caller that neither changes nor looks at anything."""
+def no_score_mod(
+    scores: jax.Array, head: jax.Array, query_position: jax.Array, key_position: jax.Array
+) -> jax.Array:
+    """Leaves the scores as they are."""
+    return scores
 
 
-PLAIN = _Plain()
+def no_tap(name: str, value: jax.Array) -> jax.Array:
+    """Leaves the value as it is."""
+    return value
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, caller: Caller = PLAIN) -> jax.Array:
+def causal_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    score_mod: ScoreMod = no_score_mod,
+    tap: Tap = no_tap,
+) -> jax.Array:
     """Each position attends to itself and to those before it.
 
     Args:
       q: `[B, T, H, h]`; query head i shares KV head i // G.
       k, v: `[B, T, K, h]`.
-      caller: changes the scores, and is given "weights" `[B, H, T, T]`, in the dtype of `v`.
+      score_mod: changes the scores before the softmax.
+      tap: receives "weights" `[B, H, T, T]`, in the dtype of `v`.
 
     Returns:
       `[B, T, H, h]`, in the dtype of `q`.
@@ -59,11 +67,11 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, caller: Caller = 
         scores = jnp.einsum("BTKGh,BSKh->BKGTS", grouped, k, preferred_element_type=jnp.float32)
         position = jnp.arange(num_tokens)
         head = jnp.arange(num_heads).reshape(k.shape[2], -1, 1, 1)
-        scores = caller.score_mod(scores * head_dim**-0.5, head, position[:, None], position)
+        scores = score_mod(scores * head_dim**-0.5, head, position[:, None], position)
         scores = jnp.where(position[:, None] >= position, scores, MASKED)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         by_head = (weights.shape[0], num_heads, num_tokens, num_tokens)
-        weights = caller.tap("weights", weights.reshape(by_head)).reshape(weights.shape)
+        weights = tap("weights", weights.reshape(by_head)).reshape(weights.shape)
         out = jnp.einsum("BKGTS,BSKh->BTKGh", weights, v)
         return out.reshape(*out.shape[:2], num_heads, head_dim)
 
@@ -75,7 +83,7 @@ def paged_attention(
     page_table: jax.Array,
     positions: jax.Array,
     lengths: jax.Array,
-    score_mod: ScoreMod = PLAIN.score_mod,
+    score_mod: ScoreMod = no_score_mod,
     first_head: jax.Array | int = 0,
 ) -> jax.Array:
     """Each query attends to the keys of its sequence at positions up to its own.
@@ -122,18 +130,19 @@ def paged_attention(
         best, total, out = carry  # [K, B, T * G] twice, [K, B, T * G, h]; all float32
         index = jax.lax.dynamic_slice_in_dim(page_table, i * pages_per_block, pages_per_block, 1)
         key_positions = i * block + jnp.arange(block)
-        held = key_positions < lengths[:, None]  # [B, block]
-        seen = held[:, None] & (key_positions <= row_positions[..., None])  # [B, T * G, block]
+        valid = key_positions < lengths[:, None]  # [B, block]
+        causal = key_positions <= row_positions[..., None]  # [B, T * G, block]
+        visible = valid[:, None] & causal
         scores = jnp.einsum(
             "KBRh,KBSh->KBRS", rows, pages_of(k_pages, index), preferred_element_type=jnp.float32
         )
         scores = scores * head_dim**-0.5
         scores = score_mod(scores, row_heads, row_positions[..., None], key_positions)
-        scores = jnp.where(seen, scores, MASKED)
+        scores = jnp.where(visible, scores, MASKED)
         # A page holds what its last owner left, and 0 × NaN is NaN: V needs the mask, too.
-        values = jnp.where(held[..., None], pages_of(v_pages, index), 0)
+        values = jnp.where(valid[..., None], pages_of(v_pages, index), 0)
         new_best = jnp.maximum(best, scores.max(axis=-1))
-        weights = jnp.where(seen, jnp.exp(scores - new_best[..., None]), 0)
+        weights = jnp.where(visible, jnp.exp(scores - new_best[..., None]), 0)
         rescale = jnp.exp(best - new_best)
         update = jnp.einsum(
             "KBRS,KBSh->KBRh", weights.astype(values.dtype), values,
@@ -160,7 +169,7 @@ def paged_weights(
     page_table: jax.Array,
     positions: jax.Array,
     lengths: jax.Array,
-    score_mod: ScoreMod = PLAIN.score_mod,
+    score_mod: ScoreMod = no_score_mod,
     first_head: jax.Array | int = 0,
 ) -> jax.Array:
     """The weights that `paged_attention` gives each key and never holds all at once: to look at.
@@ -182,6 +191,6 @@ def paged_weights(
     key_position, query_position = jnp.arange(num_keys), positions[..., None, None]
     head = first_head + jnp.arange(num_heads)[:, None]
     scores = score_mod(scores, head, query_position, key_position)
-    seen = (key_position < lengths[:, None, None, None]) & (key_position <= query_position)
-    weights = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1)
-    return jnp.where(seen, weights, 0)
+    visible = (key_position < lengths[:, None, None, None]) & (key_position <= query_position)
+    weights = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1)
+    return jnp.where(visible, weights, 0)

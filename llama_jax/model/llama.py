@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 
 from llama_jax.config import LlamaConfig
-from llama_jax.model.attention import causal_attention
+from llama_jax.model.attention import Attend, causal_attention
 from llama_jax.model.rope import inverse_frequencies, rotate
 from llama_jax.model.sampling import Sampler
 from llama_jax.model.tap import TappedModule
@@ -38,9 +38,6 @@ from llama_jax.weights.table import (
 )
 from sharding.errors import UserError
 
-# (q [..., H, h], k [..., K, h], v [..., K, h], whose they are) -> [..., H, h]; the ring's stores k
-# and v as well. It gives scores to `Attention.score_mod`.
-Attend = Callable[[jax.Array, jax.Array, jax.Array, "Attention"], jax.Array]
 Reduce = Callable[[jax.Array], jax.Array]
 
 _BY_NAME = {weight.name: weight for weight in (*LAYER_WEIGHTS, EMBEDDING, LM_HEAD)}
@@ -93,7 +90,8 @@ class Attention(TappedModule):
         frequencies = inverse_frequencies(self.config)
         q = self.tap("query", rotate(q, positions, frequencies))
         k = self.tap("key", rotate(k, positions, frequencies))
-        out = self.tap("heads", attend(q, k, self.tap("value", v), self))
+        v = self.tap("value", v)
+        out = self.tap("heads", attend(q, k, v, score_mod=self.score_mod, tap=self.tap))
         return linear(out.reshape(*x.shape[:-1], -1), self.wo.get_value())
 
     def score_mod(
@@ -203,7 +201,7 @@ class Llama(TappedModule):
     def unembed(self, x: jax.Array) -> jax.Array:
         """Activations of a layer [..., D] -> the logits that they lead to, [..., V] float32."""
         head = self.embedding if self.config.tie_embeddings else self.lm_head
-        return logits(self.final_norm(x), head[...])
+        return head_logits(self.final_norm(x), head[...])
 
     @classmethod
     def from_pretrained(cls, path: str, dtype: str = "auto") -> Self:
@@ -231,7 +229,7 @@ class Llama(TappedModule):
         return model
 
 
-def logits(x: jax.Array, head: jax.Array) -> jax.Array:
+def head_logits(x: jax.Array, head: jax.Array) -> jax.Array:
     """Normed activations [..., D] and head [V, D] -> logits [..., V], float32."""
     with jax.named_scope("head"):
         return jnp.einsum("...d,vd->...v", x, head, preferred_element_type=jnp.float32)

@@ -15,9 +15,9 @@ from llama_jax.pictures.style import (
     drawing,
     inches,
     ink,
-    size_text,
     wrapped,
 )
+from llama_jax.terminal.units import bytes_text
 
 PARTS = (("weights", PALETTE[0]), ("KV cache", PALETTE[3]))
 
@@ -55,7 +55,7 @@ def memory(
     with drawing(WIDTH * 0.9, 0.36 * count + 1.3, save) as picture:
         axes = picture.add_subplot()
         axes.set(xlim=(0, largest * 1.02 / unit), ylim=(count - 0.5, -0.5))
-        axes.set_xlabel(f"memory ({size_text(unit).split()[1]})")
+        axes.set_xlabel(f"memory ({bytes_text(unit).split()[1]})")
         axes.set_ylabel(f"device ({', '.join(filter(None, usage.axes))})")
         axes.set_yticks(
             range(count),
@@ -87,7 +87,7 @@ def memory(
         picture.legend(handles=named, loc="outside lower center", ncols=3)
         across, down = inches(axes)
         for row, start, size, color in bars:
-            text = size_text(size) if color != "none" else f"free {size_text(size)}"
+            text = bytes_text(size) if color != "none" else f"free {bytes_text(size)}"
             room = (across * size / (largest * 1.02), 0.8 * down / count)
             middle = (start + size / 2) / unit
             shade = GRAY if color == "none" else ink(color)
@@ -99,4 +99,4 @@ def memory(
 def _spread(used: list[int]) -> str:
     mean = sum(used) / len(used)
     spread = (max(used) - min(used)) / mean if mean else 0.0
-    return f"{size_text(mean)} per device on average, a spread of {100 * spread:.1f}%"
+    return f"{bytes_text(mean)} per device on average, a spread of {100 * spread:.1f}%"

@@ -7,7 +7,7 @@ from matplotlib.patches import Rectangle
 
 from llama_jax.engine.interface import DeviceInfo
 from llama_jax.pictures.cells import write_in_cell
-from llama_jax.pictures.mesh_usage import device_label, layers_text, mesh_usage
+from llama_jax.pictures.mesh_usage import device_label, mesh_usage
 from llama_jax.pictures.style import (
     GRAY,
     PALETTE,
@@ -16,9 +16,9 @@ from llama_jax.pictures.style import (
     drawing,
     inches,
     ink,
-    size_text,
     wrapped,
 )
+from llama_jax.terminal.units import bytes_text, layers_text
 
 CELL = (2.1, 0.95)  # inches; narrower if the mesh is wide
 
@@ -73,6 +73,6 @@ def _text(device: DeviceInfo) -> str:
     lines = [device_label(device)]
     if device.layers:
         lines.append(layers_text(device.layers))
-    lines.append(f"weights {size_text(device.weight_bytes)}")
-    lines.append(f"KV cache {size_text(device.kv_bytes)}")
+    lines.append(f"weights {bytes_text(device.weight_bytes)}")
+    lines.append(f"KV cache {bytes_text(device.kv_bytes)}")
     return "\n".join(lines)

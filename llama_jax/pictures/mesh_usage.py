@@ -106,13 +106,6 @@ def _memory_limit(device: jax.Device) -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def layers_text(layers: list[int]) -> str:
-    """[0, 1, 2] → "layers 0–2"."""
-    if len(layers) < 2:
-        return f"layer {layers[0]}" if layers else "no layers"
-    return f"layers {layers[0]}–{layers[-1]}"
-
-
 def device_label(device: DeviceInfo) -> str:
     """The device's short name."""
     return short_device(device.name)

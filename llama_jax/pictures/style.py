@@ -126,18 +126,6 @@ def wrapped(text: str, width: float) -> str:
     return "\n".join(textwrap.fill(line, int(width * 11.5)) for line in text.split("\n"))
 
 
-def size_text(number: float) -> str:
-    """Bytes with a unit of 1000, three digits: "17.6 GB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 999.5 or (unit == "B" and number < 1000):
-            break
-        number /= 1000
-    else:
-        unit = "TB"
-    digits = 0 if unit == "B" or number >= 99.95 else 1 if number >= 9.995 else 2
-    return f"{number:.{digits}f} {unit}"
-
-
 def short_device(name: str) -> str:
     """Shortens JAX's name of a device: TFRT_CPU_3 becomes cpu:3."""
     return f"cpu:{name.removeprefix('TFRT_CPU_')}" if name.startswith("TFRT_CPU_") else name

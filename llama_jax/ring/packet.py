@@ -71,11 +71,11 @@ def decode_packet(
     their place must not be run again by a later stage's larger program.
     """
     segments, tokens = _views(sizes, bucket, packed)
-    nothing = np.zeros((sizes.max_segments, segment_width(sizes)), np.int32)
-    nothing[:, SLOT] = sizes.num_slots
-    nothing[:, PAGES:] = sizes.num_pages
+    empty = np.zeros((sizes.max_segments, segment_width(sizes)), np.int32)
+    empty[:, SLOT] = sizes.num_slots
+    empty[:, PAGES:] = sizes.num_pages
     rows, tiles = segments[: bucket.rows], segments[bucket.rows :]
-    full = jnp.asarray(nothing).at[: bucket.rows].set(rows)
+    full = jnp.asarray(empty).at[: bucket.rows].set(rows)
     return full.at[sizes.max_rows : sizes.max_rows + len(tiles)].set(tiles), tokens
 
 

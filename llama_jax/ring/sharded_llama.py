@@ -20,11 +20,11 @@ from llama_jax.checkpoint.load import choose_dtype, load_params
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
 from llama_jax.model.llama import check_model_class, check_tokens
-from llama_jax.ring.observation import WEIGHTS, Wanted, observed_step
+from llama_jax.ring.observation import WEIGHTS, LayerActivation, observed_step
 from llama_jax.ring.packet import encode_packet
 from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.steps import LOGITS_SPEC, init_state, on_mesh, state_shapes
-from llama_jax.ring.tick import Program, State, vocab_logits
+from llama_jax.ring.tick import Program, State, local_logits
 from llama_jax.weights.placement import Params, param_specs
 from sharding.axes import STAGE
 from sharding.mesh import make_mesh, mesh_shape
@@ -150,8 +150,8 @@ class ShardedLlama:
         for arrays in (state.cache.keys, state.cache.values):
             host = [np.asarray(array) for array in arrays]  # [P, K, num_pages, page_size, h]
             layers = []
-            for stage, held in enumerate(stages):
-                for position, layer in enumerate(held):
+            for stage, stage_layers in enumerate(stages):
+                for position, layer in enumerate(stage_layers):
                     if layer is None:
                         continue
                     pages = host[position][stage].transpose(1, 2, 0, 3)
@@ -164,8 +164,8 @@ class ShardedLlama:
         """Sends tokens [B, T] through the ring; fills in `found` and returns the logits."""
         sizes, bucket = _sizes(*tokens.shape)
         places = {name: self._place(name) for name in found if name.startswith("layers.")}
-        wanted = tuple(sorted({want for _, want in places.values()}))
-        step = _step(Program(self.config, sizes, bucket, self.model_class), self.mesh, wanted)
+        activations = tuple(sorted({activation for _, activation in places.values()}))
+        step = _step(Program(self.config, sizes, bucket, self.model_class), self.mesh, activations)
         packets = _packets(tokens, sizes, bucket)
         tables = np.arange(sizes.num_pages, dtype=np.int32).reshape(sizes.num_slots, -1)
         state = self._state_for(sizes)
@@ -185,9 +185,9 @@ class ShardedLlama:
                     found["final_norm.output"].put(tokens.shape, leaving, shown.final_norm)
             if entering and "embedding" in found:
                 found["embedding"].put(tokens.shape, entering, shown.entered[0])
-            for name, (stage, want) in places.items():
+            for name, (stage, activation) in places.items():
                 if 0 <= tick - stage < len(packets):
-                    value = shown.layers[want][stage]
+                    value = shown.layers[activation][stage]
                     found[name].put(tokens.shape, packets[tick - stage], value)
         self._state = (sizes, state)
         for name in found:
@@ -196,19 +196,19 @@ class ShardedLlama:
                 found[name].whole = whole.swapaxes(1, 2)
         return logits.whole
 
-    def _place(self, name: str) -> tuple[int, Wanted]:
+    def _place(self, name: str) -> tuple[int, LayerActivation]:
         """The stage that computes an activation of a layer, and what to ask of it."""
         _, number, inside = name.split(".", 2)
         stages = split_layers(self.config.num_layers, self.mesh.shape[STAGE])
         stage = next(s for s, layers in enumerate(stages) if int(number) in layers)
-        return stage, Wanted(stages[stage].index(int(number)), inside)
+        return stage, LayerActivation(stages[stage].index(int(number)), inside)
 
     def _state_for(self, sizes: RingSizes) -> State:
         """The state of the run before, where it fits: the ring is empty, and pages may hold
         anything."""
-        held, self._state = self._state, None
-        if held is not None and held[0] == sizes:
-            return held[1]
+        previous, self._state = self._state, None
+        if previous is not None and previous[0] == sizes:
+            return previous[1]
         return init_state(state_shapes(self.config, self.mesh, sizes, self.dtype), sizes)
 
 
@@ -220,7 +220,7 @@ _step = lru_cache(maxsize=64)(observed_step)
 def _unembed(config: LlamaConfig, mesh: Mesh) -> Callable[[Params, Any], jax.Array]:
     """(weights, [n, D]) -> `[n, V']`."""
     specs = (param_specs(config, *mesh_shape(mesh)), P())
-    return jax.jit(on_mesh(partial(vocab_logits, config), mesh, specs, LOGITS_SPEC))
+    return jax.jit(on_mesh(partial(local_logits, config), mesh, specs, LOGITS_SPEC))
 
 
 class _Tile(NamedTuple):

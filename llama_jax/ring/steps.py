@@ -65,12 +65,12 @@ def sample_step(mesh: Mesh, model_class: type[Llama] = Llama) -> SampleStep:
     It replaces the greedy choices of such rows, before the next tick reads them.
     """
 
-    def run(tokens: jax.Array, output: StepOutput, controls: jax.Array) -> Any:
+    def replace_tokens(tokens: jax.Array, output: StepOutput, controls: jax.Array) -> Any:
         chosen = model_class.sampler.sample(output.logits, output.tokens, controls)
         return tokens.at[output.slots].set(chosen, mode="drop"), chosen
 
     out_spec = StepOutput(LOGITS_SPEC, P(), P())
-    mapped = on_mesh(run, mesh, (P(), out_spec, P()), (P(), P()))
+    mapped = on_mesh(replace_tokens, mesh, (P(), out_spec, P()), (P(), P()))
     mapped.__name__ = "sample_step"
     return jax.jit(mapped, donate_argnums=0)
 
@@ -129,9 +129,11 @@ def _jit_step(mesh: Mesh, program: Program, name: str) -> Step:
     return jax.jit(mapped, donate_argnums=1)
 
 
-def on_mesh(run: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Any:
+def on_mesh(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Any:
     """`jax.shard_map`, manual over both axes."""
     # check_vma wants a collective wherever a result is to be replicated, even over an axis of size
     # 1, where the collectives of `sharding` leave it out.
-    mapped = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    mapped = jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
     return mapped

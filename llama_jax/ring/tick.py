@@ -14,8 +14,8 @@ from flax import nnx
 
 from llama_jax.config import LlamaConfig
 from llama_jax.model import DecoderLayer, Llama, RMSNorm
-from llama_jax.model.attention import Caller, paged_attention
-from llama_jax.model.llama import logits, set_weights
+from llama_jax.model.attention import ScoreMod, Tap, paged_attention
+from llama_jax.model.llama import head_logits, set_weights
 from llama_jax.ring import kv_cache
 from llama_jax.ring.kv_cache import KVCache
 from llama_jax.ring.packet import LENGTH, PAGES, POSITION, SLOT, decode_packet, segments_of
@@ -81,22 +81,22 @@ def tick(
     program: Program, params: Params, state: State, packed: jax.Array
 ) -> tuple[State, StepOutput]:
     """One tick: every packet moves on by one stage, and the one that leaves gets its tokens."""
-    ring, cache, finished, leaving = advance(
+    ring, cache, finished, leaving = advance_ring(
         program,
         params,
         state,
         packed,
         partial(run_layers, program, params.layers),
-        partial(_last_tokens, program),
+        partial(_last_activations, program),
     )
-    scores = vocab_logits(program.config, params, finished)
+    scores = local_logits(program.config, params, finished)
     chosen = program.model_class.sampler.greedy(scores)
     slots = segments_of(program.sizes, program.bucket, leaving)[:, SLOT]
     tokens = state.tokens.at[slots].set(chosen, mode="drop")
     return State(ring, tokens, cache), StepOutput(scores, chosen, slots)
 
 
-def advance(
+def advance_ring(
     program: Program,
     params: Params,
     state: State,
@@ -124,7 +124,7 @@ def advance(
     )
 
 
-def _last_tokens(program: Program, x: jax.Array, metadata: jax.Array) -> jax.Array:
+def _last_activations(program: Program, x: jax.Array, metadata: jax.Array) -> jax.Array:
     """The activations of the last token of each segment."""
     num_rows, tile = program.bucket.rows, program.sizes.tile
     num_tiles = program.bucket.chunk // tile
@@ -144,19 +144,22 @@ class PagedAttend:
         self, program: Program, segments: jax.Array, k_pages: jax.Array, v_pages: jax.Array
     ):
         self._program, self._segments = program, segments
-        self._tokens = tokens_of(program, segments)
+        self._locations = locate_tokens(program, segments)
         self.k_pages, self.v_pages = k_pages, v_pages
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, caller: Caller) -> jax.Array:
-        """q `[N, H, h]`, k and v `[N, K, h]` -> `[N, H, h]`."""
-        tokens = self._tokens
-        self.k_pages = kv_cache.write(self.k_pages, k, tokens.page, tokens.offset)
-        self.v_pages = kv_cache.write(self.v_pages, v, tokens.page, tokens.offset)
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, *, score_mod: ScoreMod, tap: Tap
+    ) -> jax.Array:
+        """q `[N, H, h]`, k and v `[N, K, h]` -> `[N, H, h]`. Taps nothing: the weights of paged
+        attention never exist all at once."""
+        locations = self._locations
+        self.k_pages = kv_cache.write(self.k_pages, k, locations.page, locations.offset)
+        self.v_pages = kv_cache.write(self.v_pages, v, locations.page, locations.offset)
         return self._by_segment(
             q,
             lambda q, tables, positions, lengths: paged_attention(
                 q, self.k_pages, self.v_pages, tables, positions, lengths,
-                caller.score_mod, rank(MODEL) * q.shape[2],
+                score_mod, rank(MODEL) * q.shape[2],
             ),
         )  # fmt: skip
 
@@ -175,7 +178,7 @@ class PagedAttend:
             attended = attend(
                 q[part].reshape(-1, width, *q.shape[1:]),
                 self._segments[part, PAGES:],
-                self._tokens.position[part].reshape(-1, width),
+                self._locations.position[part].reshape(-1, width),
                 jnp.where(lengths > 0, self._segments[part, POSITION] + lengths, 0),
             )
             out.append(attended.reshape(-1, *attended.shape[2:]))
@@ -183,10 +186,10 @@ class PagedAttend:
 
 
 # How a layer is called: (its position in the stage, layer, activations, positions of the tokens).
-RunLayer = Callable[[int, DecoderLayer, jax.Array, jax.Array, PagedAttend], jax.Array]
+CallLayer = Callable[[int, DecoderLayer, jax.Array, jax.Array, PagedAttend], jax.Array]
 
 
-def run_layer(
+def call_layer(
     position: int, layer: DecoderLayer, x: jax.Array, positions: jax.Array, attend: PagedAttend
 ) -> jax.Array:
     """Calls a layer on a packet; its partial results are summed over `model`."""
@@ -201,7 +204,7 @@ def run_layers(
     metadata: jax.Array,
     cache: KVCache,
     attend_class: type[PagedAttend] = PagedAttend,
-    run: RunLayer = run_layer,
+    call: CallLayer = call_layer,
 ) -> tuple[jax.Array, KVCache]:
     """Runs this stage's layers on the packet that is with it.
 
@@ -210,15 +213,15 @@ def run_layers(
       x: `[N, D]`, decode rows first.
       metadata: the packet's segments.
       cache: this device's share.
-      attend_class, run: how layers attend and are called.
+      attend_class, call: how layers attend and are called.
     """
     segments = segments_of(program.sizes, program.bucket, metadata)
-    positions = tokens_of(program, segments).position
+    positions = locate_tokens(program, segments).position
     keys, values = [], []
     for position, weights in enumerate(layers):
         attend = attend_class(program, segments, cache.keys[position][0], cache.values[position][0])
         layer = make_layer(program, jax.tree.map(lambda array: array[0], weights))
-        x = run(position, layer, x, positions, attend)
+        x = call(position, layer, x, positions, attend)
         keys.append(attend.k_pages[None])
         values.append(attend.v_pages[None])
     return x, KVCache(tuple(keys), tuple(values))
@@ -240,10 +243,10 @@ def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
         return psum(jnp.where(mine[:, None], table.at[local].get(mode="clip"), 0), AXES)
 
 
-def vocab_logits(config: LlamaConfig, params: Params, x: jax.Array) -> jax.Array:
+def local_logits(config: LlamaConfig, params: Params, x: jax.Array) -> jax.Array:
     """Finished activations [n, D] -> this rank's logits [n, V' / ranks]; -inf for padding."""
     head = params.embedding if params.lm_head is None else params.lm_head
-    scores = logits(final_norm(config, params, x), head)
+    scores = head_logits(final_norm(config, params, x), head)
     token = rank(AXES) * head.shape[0] + jnp.arange(head.shape[0])
     return jnp.where(token < config.vocab_size, scores, -jnp.inf)
 
@@ -255,7 +258,7 @@ def final_norm(config: LlamaConfig, params: Params, x: jax.Array) -> jax.Array:
     return norm(x)
 
 
-class Tokens(NamedTuple):
+class TokenLocations(NamedTuple):
     """Each token of the packet, rows first: position in its sequence, page and offset there."""
 
     position: jax.Array
@@ -263,7 +266,7 @@ class Tokens(NamedTuple):
     offset: jax.Array
 
 
-def tokens_of(program: Program, segments: jax.Array) -> Tokens:
+def locate_tokens(program: Program, segments: jax.Array) -> TokenLocations:
     """The tokens of a packet, from its segments."""
     sizes, num_rows = program.sizes, program.bucket.rows
 
@@ -279,7 +282,7 @@ def tokens_of(program: Program, segments: jax.Array) -> Tokens:
         return position.ravel(), page.ravel(), (position % sizes.page_size).ravel()
 
     rows, tiles = expand(segments[:num_rows], 1), expand(segments[num_rows:], sizes.tile)
-    return Tokens(*(jnp.concatenate(pair) for pair in zip(rows, tiles, strict=True)))
+    return TokenLocations(*(jnp.concatenate(pair) for pair in zip(rows, tiles, strict=True)))
 
 
 def make_layer(program: Program, weights: dict[str, Any]) -> DecoderLayer:

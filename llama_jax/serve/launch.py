@@ -29,7 +29,6 @@ from llama_jax.serve.arguments import (
     engine_options,
     parse_arguments,
 )
-from llama_jax.serve.display import StartDisplay, show_ready
 from llama_jax.serve.frontend import Frontend
 from llama_jax.serve.http_server import (
     HttpServer,
@@ -41,6 +40,8 @@ from llama_jax.serve.http_server import (
 from llama_jax.serve.interrupt import Interrupted, unless
 from llama_jax.serve.metrics import Metrics
 from llama_jax.serve.middleware import Door
+from llama_jax.serve.ready import show_ready
+from llama_jax.terminal.progress import TerminalDisplay
 from llama_jax.text.tokenizer import Tokenizer, TokenizerError
 from sharding.errors import UserError
 
@@ -143,8 +144,12 @@ async def _serve(site: Site, engine_command: Sequence[str], console: Console) ->
     server = HttpServer(door, site.listener)
     async with server.running():  # from now on somebody answers, if only that there is a start
         try:
-            with StartDisplay(console) as display:
-                start = EngineClient.start(site.options, display, command=engine_command)
+            with TerminalDisplay(console) as display:
+                start = EngineClient.start(
+                    site.options,
+                    lambda step: display.update(step.title, step.done, step.total, step.detail),
+                    command=engine_command,
+                )
                 engine = await unless(stop.asked.wait(), start)
         except Interrupted:
             return

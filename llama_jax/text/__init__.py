@@ -1,1 +1,1 @@
-"""Token ids from text, and text from token ids."""
+"""Tokenizing and detokenizing. Imports no JAX."""

@@ -1,9 +1,14 @@
-"""Token ids to text as they come: never half a character, never the start of a stop string.
+"""Streams text from token ids: never half a character, never the start of a stop string.
 
-A byte-level token is a run of UTF-8 bytes that may begin or end inside a character, so bytes go
-through an incremental decoder, which keeps an unfinished character back. Text that may be the
-beginning of a stop string is kept back as well, until more text says what it is. Each token costs
-time in proportion to its own length and to the stop strings, not to the text so far.
+A byte-level token is a run of UTF-8 bytes that may begin or end inside a character. An incremental
+decoder therefore holds back an unfinished character. Text that may be the start of a stop string is
+also held back until it is known not to be one. The cost of a token depends on its own length and on
+the stop strings, not on the text so far.
+
+`tokenizers.decoders.DecodeStream` is not used because it differs in two ways. It has no flush: what
+it holds back after the last token, which includes whole characters before an unfinished one, is
+lost. And it decodes everything that it holds back again with each token, so a run of n tokens that
+are not UTF-8 takes O(n²) and shows nothing until it ends.
 """
 
 import codecs
@@ -15,27 +20,27 @@ from llama_jax.text.tokenizer import Tokenizer
 class Detokenizer:
     """The text of one answer.
 
-    Of all occurrences of stop strings the one that is complete first counts (of two complete at
-    the same character, the longer). The text ends before it.
+    The text ends before the first stop string to be completed. If two are completed by the same
+    character, it ends before the longer one.
 
     Attributes:
-      stopped: a stop string was found; nothing more will come.
+      stopped: whether a stop string was found; no more text follows then.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        """`stop` are strings that end the text; none may be empty."""
+        """`stop`: strings that end the text; none may be empty."""
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
+        self._withheld = ""
         self.stopped = False
 
     def push(self, token_id: int) -> str:
-        """Takes the next token; returns the text that is now certain, which may be empty."""
+        """Adds a token and returns the text that is now certain, which may be empty."""
         return self._advance(self._tokenizer.token_bytes(token_id), final=False)
 
     def finish(self) -> str:
-        """Returns what was kept back, when no more tokens come.
+        """Returns the text held back, after the last token.
 
         An unfinished character becomes U+FFFD, as in `Tokenizer.decode`.
         """
@@ -44,24 +49,23 @@ class Detokenizer:
     def _advance(self, new: bytes, final: bool) -> str:
         if self.stopped:
             return ""
-        text = self._held + self._decoder.decode(new, final)
+        text = self._withheld + self._decoder.decode(new, final)
         end = _first_stop(text, self._stop)
         self.stopped = end is not None
         if end is None:
             end = len(text) if final else len(text) - _may_be_stop(text, self._stop)
-        # After a stop string there is nothing to keep; else what is kept back is short.
-        self._held = "" if self.stopped else text[end:]
+        self._withheld = "" if self.stopped else text[end:]
         return text[:end]
 
 
 def _first_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Where the stop string starts that is complete first in `text`, if there is one."""
+    """Returns where the first stop string to be completed starts, or None."""
     found = [(at + len(string), at) for string in stop if (at := text.find(string)) >= 0]
     return min(found)[1] if found else None
 
 
 def _may_be_stop(text: str, stop: Sequence[str]) -> int:
-    """Length of the longest end of `text` that a stop string begins with."""
+    """Returns the length of the longest suffix of `text` that is a prefix of a stop string."""
     longest = 0
     for string in stop:
         for length in range(min(len(string) - 1, len(text)), longest, -1):

@@ -19,11 +19,11 @@ from llama_jax.weights.table import (
     StoredTensor,
     Weight,
     is_quantized,
-    stored,
+    stored_tree,
 )
 from sharding.errors import UserError
 from sharding.mesh import mesh_shape
-from sharding.partition import padded, partition_spec, split_layers
+from sharding.partition import partition_spec, round_up, split_layers
 
 
 class Params(NamedTuple):
@@ -79,10 +79,10 @@ def placements(config: LlamaConfig, num_stages: int, num_ranks: int) -> Params:
     """
     _check(config, num_ranks)
 
-    def outer(weight: Weight) -> Placement:
-        tensor = stored(weight, config)
+    def unstacked(weight: Weight) -> Placement:
+        tensor = stored_tree(weight, config)
         sizes = [
-            padded(size, num_stages * num_ranks) if axis == "vocab" else size
+            round_up(size, num_stages * num_ranks) if axis == "vocab" else size
             for axis, size in zip(tensor.axes, tensor.shape, strict=True)
         ]
         return Placement(tensor, None, tuple(sizes), partition_spec(tensor.axes, MESH_AXES))
@@ -93,12 +93,12 @@ def placements(config: LlamaConfig, num_stages: int, num_ranks: int) -> Params:
             spec = partition_spec(tensor.axes, MESH_AXES, stacked=True)
             return Placement(tensor, layers, shape, spec)
 
-        return jax.tree.map(place, stored(weight, config))
+        return jax.tree.map(place, stored_tree(weight, config))
 
     return Params(
-        embedding=outer(EMBEDDING),
-        final_norm=outer(FINAL_NORM),
-        lm_head=None if config.tie_embeddings else outer(LM_HEAD),
+        embedding=unstacked(EMBEDDING),
+        final_norm=unstacked(FINAL_NORM),
+        lm_head=None if config.tie_embeddings else unstacked(LM_HEAD),
         layers=tuple(
             {weight.name: stacked(weight, layers) for weight in LAYER_WEIGHTS}
             for layers in zip(*split_layers(config.num_layers, num_stages), strict=True)
@@ -125,7 +125,7 @@ def param_shapes(config: LlamaConfig, mesh: Mesh, dtype: np.dtype) -> Params:
     return jax.tree.map(shape, placements(config, *mesh_shape(mesh)))
 
 
-def whole_placements(config: LlamaConfig) -> Params:
+def unsharded_placements(config: LlamaConfig) -> Params:
     """Params of `Placement` for a single device: layers neither stacked nor padded."""
 
     def whole(place: Placement) -> Placement:
@@ -144,7 +144,7 @@ def _check(config: LlamaConfig, num_ranks: int) -> None:
     # Every array of a quantised matrix must fall into the pieces that the matrix falls into. Rows
     # do; of columns there are fewer than in the matrix, packed in bytes or one for each group.
     for weight in LAYER_WEIGHTS:
-        for part in stored(weight, config) if is_quantized(weight, config) else ():
+        for part in stored_tree(weight, config) if is_quantized(weight, config) else ():
             if len(part.axes) == 2 and MESH_AXES[part.axes[1]]:
                 split[f"columns of {part.hf_name.format(layer=0)}"] = part.shape[1]
     for what, size in split.items():

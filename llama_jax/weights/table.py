@@ -6,7 +6,7 @@ it is initialised. Shapes follow from the axes and the configuration, partition 
 `[out, in]`, as Hugging Face stores them, which XLA:CPU also multiplies fastest.
 
 A checkpoint stores a weight as one tensor, or, where it is quantised, as those that its format
-names (`stored`).
+names (`stored_tree`).
 """
 
 import math
@@ -58,7 +58,7 @@ LM_HEAD = Weight("lm_head", "lm_head.weight", ("vocab", "embed"), "normal")
 INIT_STD = 0.02  # of weights that start "normal", as in the Hugging Face configs
 
 
-def outer_weights(config: LlamaConfig) -> tuple[Weight, ...]:
+def non_layer_weights(config: LlamaConfig) -> tuple[Weight, ...]:
     """The weights that belong to no layer. Tied embeddings serve as the head, too."""
     head = () if config.tie_embeddings else (LM_HEAD,)
     return (EMBEDDING, FINAL_NORM, *head)
@@ -66,7 +66,7 @@ def outer_weights(config: LlamaConfig) -> tuple[Weight, ...]:
 
 def each_weight(config: LlamaConfig) -> Iterator[tuple[Weight, int]]:
     """Every weight with the number of its layer, in order; 0 for those that belong to none."""
-    yield from ((weight, 0) for weight in outer_weights(config))
+    yield from ((weight, 0) for weight in non_layer_weights(config))
     yield from ((weight, layer) for layer in range(config.num_layers) for weight in LAYER_WEIGHTS)
 
 
@@ -88,7 +88,7 @@ class StoredTensor:
     dtype: str | None
 
 
-def stored(weight: Weight, config: LlamaConfig) -> Any:
+def stored_tree(weight: Weight, config: LlamaConfig) -> Any:
     """What a checkpoint stores for a weight.
 
     Returns:
@@ -111,7 +111,7 @@ def stored(weight: Weight, config: LlamaConfig) -> Any:
 
 def stored_tensors(weight: Weight, config: LlamaConfig, layer: int) -> tuple[StoredTensor, ...]:
     """What a checkpoint stores for a weight of one layer, under the names that it has there."""
-    parts = stored(weight, config)
+    parts = stored_tree(weight, config)
     tensors = (parts,) if isinstance(parts, StoredTensor) else parts
     return tuple(replace(tensor, hf_name=tensor.hf_name.format(layer=layer)) for tensor in tensors)
 

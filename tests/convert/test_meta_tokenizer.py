@@ -5,6 +5,7 @@ The vocabulary is small: byte-level BPE trained here, written in tiktoken's form
 
 import base64
 import json
+import re
 
 import pytest
 import tiktoken
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from convert.meta.reader import MetaReader
 from convert.meta.tiktoken_file import eos_token_ids, read_tokens, special_tokens
@@ -40,7 +42,7 @@ UNMERGED = b" qxqxq"  # a token that no merge of two others makes
 
 @pytest.fixture(scope="module")
 def tokens():
-    """The tokens in the order of ranks: the bytes first, in tiktoken's order, then the merges."""
+    """Tokens in the order of ranks: the bytes in tiktoken's order, then the merges."""
     trained = Backend(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -50,7 +52,7 @@ def tokens():
             vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False, min_frequency=2
         ),
     )
-    code = {}  # the alphabet of byte-level BPE, read off what the library makes of each byte
+    code = {}  # character → byte of the byte-level alphabet, from the library
     for byte in range(256):
         if chr(byte) in alphabet:
             code[chr(byte)] = byte
@@ -67,7 +69,7 @@ def tokens():
 
 @pytest.fixture(scope="module", params=[True, False], ids=["3.1", "3.0"])
 def converted(request, tokens, tmp_path_factory):
-    """A release, converted; with the version's special tokens and tiktoken's encoding."""
+    """A converted release, its special tokens, and tiktoken's encoding."""
     extended = request.param
     source = tmp_path_factory.mktemp("meta")
     vocabulary = {"vocab_size": len(tokens) + 256}
@@ -140,6 +142,16 @@ def test_whole_documents_are_encoded_as_by_tiktoken(converted, ours):
         assert ours.encode(text, add_bos=False) == expected
 
 
+def test_merges_are_those_of_transformers(converted, tokens, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(tiktoken_form(tokens))
+    theirs = json.loads(TikTokenConverter(str(file)).converted().to_str())
+    ours = json.loads((converted[0] / "tokenizer.json").read_text())
+    for key in ("model", "pre_tokenizer", "decoder"):
+        assert ours[key] == theirs[key]
+
+
 def test_special_tokens_are_at_the_ids_of_each_version():
     new, old = special_tokens(extended=True), special_tokens(extended=False)
     for names in (new, old):
@@ -160,7 +172,7 @@ def test_special_tokens_are_at_the_ids_of_each_version():
     assert eos_token_ids(128000, extended=False) == (128001, 128009)
 
 
-def test_special_tokens_are_special_in_what_is_written(converted, ours):
+def test_special_tokens_are_recognized(converted, ours):
     _, config, special, _ = converted
     assert ours.special_token_ids == set(special.values())
     for name, index in special.items():
@@ -199,7 +211,7 @@ def test_transformers_opens_it(converted):
     assert chat == ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nx<|eot_id|>")
 
 
-def test_the_defaults_are_those_of_metas_program(converted):
+def test_generation_defaults_are_those_of_metas_program(converted):
     folder, config, special, _ = converted
     params = generation_defaults(folder)
     assert (params.temperature, params.top_p) == (0.6, 0.9)
@@ -210,36 +222,36 @@ def test_the_defaults_are_those_of_metas_program(converted):
     assert len(eos) == (3 if config.rope_scaling else 2)
 
 
-def test_a_tokenizer_of_another_size_is_refused(tmp_path, tokens):
+def test_a_tokenizer_of_another_size_is_rejected(tmp_path, tokens):
     vocabulary = {"vocab_size": len(tokens) + 256}
     write_meta(tmp_path, shard(meta_weights(**vocabulary), 1), PARAMS | vocabulary)
     (tmp_path / "tokenizer.model").write_bytes(tiktoken_form(tokens[:-1]))
-    with pytest.raises(CheckpointError, match=f"has {len(tokens) - 1} tokens and 256 special"):
+    with pytest.raises(CheckpointError, match=rf"tokenizer\.model has {len(tokens) - 1} "):
         MetaReader(tmp_path)
 
 
-def test_damaged_tokenizers_are_refused(tmp_path, tokens):
+def test_damaged_tokenizers_are_rejected(tmp_path, tokens):
     file = tmp_path / "tokenizer.model"
     whole = tiktoken_form(tokens)
     lines = whole.splitlines(keepends=True)
-    with pytest.raises(CheckpointError, match=r"There is no .*tokenizer\.model, which"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model"):
         read_tokens(file)
-    for content, says in {
-        b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n": "is a SentencePiece tokenizer",
-        b"": "is damaged",
-        whole[:-2]: "is damaged",
-        whole + b"IQ== 3\n": "is damaged",
-        whole + f"IQ== {len(tokens)}\n".encode(): "is damaged",
-        b"".join(lines[1:]): "is damaged",
-        whole + base64.b64encode(b"new token") + b" 300\n": "is damaged",
-        whole + b"IQ==\n": "line .* is not a token",
-        whole + b"I! 1000\n": "line .* is not a token",
-        whole + b"IQ== x\n": "line .* is not a token",
-        whole + b"IQ== -1\n": "is damaged",
-        b"{}": "line 1 is not a token",
+    for content, token in {
+        b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n": "SentencePiece",
+        b"": "tokenizer.model",
+        whole[:-2]: "tokenizer.model",
+        whole + b"IQ== 3\n": "tokenizer.model",
+        whole + f"IQ== {len(tokens)}\n".encode(): "tokenizer.model",
+        b"".join(lines[1:]): "tokenizer.model",
+        whole + base64.b64encode(b"new token") + b" 300\n": "tokenizer.model",
+        whole + b"IQ==\n": f"line {len(tokens) + 1}",
+        whole + b"I! 1000\n": f"line {len(tokens) + 1}",
+        whole + b"IQ== x\n": f"line {len(tokens) + 1}",
+        whole + b"IQ== -1\n": "tokenizer.model",
+        b"{}": "line 1 ",
     }.items():
         file.write_bytes(content)
-        with pytest.raises(CheckpointError, match=says):
+        with pytest.raises(CheckpointError, match=re.escape(token)):
             read_tokens(file)
     file.write_bytes(whole)
     assert read_tokens(file) == tokens

@@ -13,7 +13,7 @@ from bench.hlo import count_ops
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.core import Engine
 from llama_jax.engine.errors import QueueFull, RequestError
-from llama_jax.engine.options import EngineOptions
+from llama_jax.engine.options import EngineOptions, OptionError
 from llama_jax.engine.sizing import SizingError
 from sharding.mesh import MeshError
 from tests.support.reference import make_model, reference_logits, save_model
@@ -243,8 +243,8 @@ def test_the_queue_is_bounded(idle):
         ({"mesh": "8x2"}, MeshError, "needs 16 devices and JAX has already started with 8"),
         ({"mesh": "1x4"}, ValueError, "4 tensor-parallel ranks do not divide the 2 KV heads"),
         ({"dtype": "int8"}, ValueError, "int8"),
-        ({"page_size": 0}, SizingError, "page_size must be at least 1"),
-        ({"max_model_len": 10_000}, SizingError, "max_model_len must be between 2 and"),
+        ({"page_size": 0}, OptionError, "page_size"),
+        ({"max_model_len": 10_000}, SizingError, "max_model_len"),
         ({"kv_cache_memory": 4000, "max_model_len": 256}, SizingError, "raise kv_cache_memory"),
         ({"path": "/nowhere/at/all"}, ValueError, "/nowhere/at/all"),
     ],

@@ -14,8 +14,8 @@ from llama_jax.interpret import capture, greedy_answer
 from llama_jax.model import MLP, Attention, DecoderLayer, Sampler
 from llama_jax.model.attention import (
     MASKED,
-    PLAIN,
     causal_attention,
+    no_score_mod,
     paged_attention,
     paged_weights,
 )
@@ -124,17 +124,6 @@ def attended(weights, v):
     return np.einsum("ths,shd->thd", weights, np.repeat(v, weights.shape[1] // v.shape[1], 1))
 
 
-class Caller:
-    """As an attention module is to `causal_attention`."""
-
-    def __init__(self, mod):
-        self.score_mod, self.seen = MODS.get(mod, PLAIN.score_mod), {}
-
-    def tap(self, name, value):
-        self.seen[name] = value
-        return value
-
-
 @pytest.mark.parametrize("mod", ["none", *MODS])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (8, 2), (8, 1)])
 @pytest.mark.parametrize("num_tokens", [1, 40])
@@ -142,12 +131,20 @@ def test_causal_attention(mod, num_heads, num_kv_heads, num_tokens):
     rng = np.random.default_rng(0)
     q = 3 * rng.normal(size=(2, num_tokens, num_heads, 16)).astype(np.float32)
     k, v = rng.normal(size=(2, 2, num_tokens, num_kv_heads, 16)).astype(np.float32)
-    caller = Caller(mod)
-    out = causal_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), caller)
+    tapped = {}
+
+    def tap(name, value):
+        tapped[name] = value
+        return value
+
+    score_mod = MODS.get(mod, no_score_mod)
+    out = causal_attention(
+        jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), score_mod=score_mod, tap=tap
+    )
     for row in range(2):
         weights = weights_of(q[row], k[row], np.arange(num_tokens), num_tokens, mod)
         np.testing.assert_allclose(out[row], attended(weights, v[row]), atol=2e-5)
-        seen = caller.seen["weights"][row].swapaxes(0, 1)
+        seen = tapped["weights"][row].swapaxes(0, 1)
         np.testing.assert_allclose(seen, weights, atol=2e-6)
 
 
@@ -162,7 +159,7 @@ def test_paged_attention_and_its_weights(mod, page_size, num_queries, first_head
     positions = (starts[:, None] + np.arange(num_queries)).astype(np.int32)
     k_pages, v_pages = jnp.asarray(pool.pages)
     rest = (jnp.asarray(pool.tables), positions, jnp.array(LENGTHS, jnp.int32))
-    score_mod = MODS.get(mod, PLAIN.score_mod)
+    score_mod = MODS.get(mod, no_score_mod)
 
     def run(q, function, *pages):
         return np.asarray(function(q, *pages, *rest, score_mod, first_head))

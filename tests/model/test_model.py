@@ -11,8 +11,7 @@ from transformers.models.llama import modeling_llama
 from llama_jax.config import LlamaConfig
 from llama_jax.model import MLP, Attention, DecoderLayer, Llama, RMSNorm
 from llama_jax.model.attention import causal_attention
-from llama_jax.model.llama import logits as head_logits
-from llama_jax.model.llama import weight_of
+from llama_jax.model.llama import head_logits, weight_of
 from llama_jax.model.rope import inverse_frequencies, rotate
 from llama_jax.weights.table import LAYER_WEIGHTS
 from tests.support.reference import (

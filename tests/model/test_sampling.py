@@ -14,7 +14,7 @@ from llama_jax.model import sampling
 from llama_jax.model.sampling import NO_TOKEN, encode_controls
 from sharding.axes import AXES
 from sharding.mesh import make_mesh
-from sharding.partition import padded
+from sharding.partition import round_up
 from tests.support.reference import MESHES
 
 INF = np.inf
@@ -28,7 +28,7 @@ def on_mesh(mesh, run, *specs):
 
     def call(logits, *arguments):
         logits = np.asarray(logits, np.float32)
-        padding = padded(logits.shape[1], mesh.size) - logits.shape[1]
+        padding = round_up(logits.shape[1], mesh.size) - logits.shape[1]
         logits = np.pad(logits, ((0, 0), (0, padding)), constant_values=-INF)
         return np.asarray(mapped(logits, *arguments))
 

@@ -12,7 +12,8 @@ from matplotlib.colors import to_hex
 
 from llama_jax import pictures
 from llama_jax.config import LlamaConfig
-from llama_jax.pictures.style import PALETTE, size_text
+from llama_jax.pictures.style import PALETTE
+from llama_jax.terminal.units import bytes_text
 from llama_jax.weights.placement import param_shapes
 from tests.support.picture_inputs import COLUMNS, ROWS, make_info, stacked
 from tests.support.picture_parts import cells, labels, ticks, title, words
@@ -23,8 +24,8 @@ def test_mesh_shows_layers_and_bytes_of_each_device():
     (axes,) = picture.axes
     assert len(cells(axes)) == 8 and labels(axes) == ("rank", "stage")
     shown = [text.get_text() for text in axes.texts]
-    assert shown[0] == "cuda:0\nlayers 0–19\nweights 17.6 GB\nKV cache 20.0 GB"
-    assert shown[7] == "cuda:7\nlayers 60–79\nweights 17.9 GB\nKV cache 20.0 GB"
+    assert shown[0] == "cuda:0\nlayers 0-19\nweights 17.6 GB\nKV cache 20.0 GB"
+    assert shown[7] == "cuda:7\nlayers 60-79\nweights 17.9 GB\nKV cache 20.0 GB"
     assert [text.get_position() for text in axes.texts[:3]] == [(0, 0), (1, 0), (0, 1)]
     assert "Meta-Llama-3-70B-Instruct in bfloat16 on 4x2" in title(picture)
 
@@ -42,8 +43,8 @@ def test_mesh_counts_bytes_of_shapes_and_of_arrays(mesh):
     picture = pictures.mesh(mesh, shapes, {"one": array})
     shown = [text.get_text() for text in picture.axes[0].texts]
     assert labels(picture.axes[0]) == ("model", "stage")
-    assert shown[5] == f"cpu:5\nweights {size_text(total)}\nKV cache 6.00 kB"
-    assert shown[4] == f"cpu:4\nweights {size_text(total)}\nKV cache 0 B"
+    assert shown[5] == f"cpu:5\nweights {bytes_text(total)}\nKV cache 6.00 kB"
+    assert shown[4] == f"cpu:4\nweights {bytes_text(total)}\nKV cache 0 B"
     line = jax.sharding.Mesh(mesh.devices[:3, 0], ("data",))
     assert len(cells(pictures.mesh(line).axes[0])) == 3
 

@@ -19,7 +19,7 @@ from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.core import Engine
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.recording import record
-from llama_jax.pictures.style import size_text
+from llama_jax.terminal.units import bytes_text
 from tests.support.paths import ROOT
 
 
@@ -70,7 +70,7 @@ def test_mesh_and_memory_of_a_real_engine(engine):
     for of in [(engine,), (executor.mesh, executor.params, executor.state.cache)]:
         texts = [text.get_text().split("\n")[-2:] for text in pictures.mesh(*of).axes[0].texts]
         assert texts == [
-            [f"weights {size_text(weights)}", f"KV cache {size_text(cache)}"]
+            [f"weights {bytes_text(weights)}", f"KV cache {bytes_text(cache)}"]
             for weights, cache in expected.values()
         ]
         bars = [bar.get_width() for bar in pictures.memory(*of).axes[0].patches]

@@ -23,7 +23,7 @@ from llama_jax.weights.placement import param_shapes, placements
 from sharding.axes import AXES
 from sharding.collectives import pmax, psum
 from sharding.mesh import make_mesh
-from sharding.partition import padded
+from sharding.partition import round_up
 from sharding.ring import ring_tick
 
 LAYERS_PER_STAGE = 2
@@ -66,7 +66,7 @@ def compile_step(bucket: Bucket, mesh: str = "4x2", dtype=jnp.float32):
 
 def compile_sampling(mesh: str):
     device_mesh = make_mesh(mesh)
-    rows, vocab = 4, padded(CONFIG.vocab_size, device_mesh.size)
+    rows, vocab = 4, round_up(CONFIG.vocab_size, device_mesh.size)
 
     logits = jax.ShapeDtypeStruct(
         (rows, vocab), jnp.float32, sharding=NamedSharding(device_mesh, steps.LOGITS_SPEC)

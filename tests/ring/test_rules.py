@@ -479,7 +479,7 @@ def test_padding_layers_are_the_identity(tmp_path):
     config = loop.executor.config
     x = jax.random.normal(jax.random.key(0), (3, config.embed_dim))
 
-    def attend(q, k, v, caller):
+    def attend(q, k, v, *, score_mod, tap):
         return q + 1.0
 
     program = tick.Program(config, loop.sizes, Bucket(1, 0), Llama)

@@ -76,8 +76,8 @@ def rewritten(function: Callable, lines: Mapping[str, str]) -> Callable:
     return scope[function.__name__]
 
 
-SCORED = "caller.score_mod(scores * head_dim**-0.5, head, position[:, None], position)"
-TAPPED = 'caller.tap("weights", weights.reshape(by_head)).reshape(weights.shape)'
+SCORED = "score_mod(scores * head_dim**-0.5, head, position[:, None], position)"
+TAPPED = 'tap("weights", weights.reshape(by_head)).reshape(weights.shape)'
 PAGED = "score_mod(scores, row_heads, row_positions[..., None], key_positions)"
 
 

@@ -18,7 +18,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.weights.placement import ShardingError, param_specs, placements
 from sharding.axes import AXES
 from sharding.mesh import MeshError, make_mesh, mesh_shape, parse_mesh
-from sharding.partition import padded, split_layers
+from sharding.partition import round_up, split_layers
 from tests.support.paths import ROOT
 from tests.support.tiny_checkpoint import write_checkpoint
 
@@ -130,7 +130,7 @@ def test_every_layer_stands_once_and_in_order(num_layers, num_stages):
     ("size", "parts", "expected"), [(128256, 8, 128256), (97, 8, 104), (1, 8, 8), (8, 1, 8)]
 )
 def test_padded(size, parts, expected):
-    assert padded(size, parts) == expected
+    assert round_up(size, parts) == expected
 
 
 @pytest.mark.parametrize(("num_stages", "num_ranks"), SHAPES.values(), ids=SHAPES)

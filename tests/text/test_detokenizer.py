@@ -1,4 +1,4 @@
-"""Text as it comes, against the text as a whole."""
+"""Streamed text against the decoded whole."""
 
 import pytest
 from hypothesis import given
@@ -15,7 +15,7 @@ def tokenizer(tmp_path_factory):
 
 
 def cut(text: str, stop: list[str]) -> str:
-    """The specification, a character at a time: text ends before the first complete stop."""
+    """The specification, one character at a time."""
     for end in range(1, len(text) + 1):
         starts = [end - len(s) for s in stop if text[:end].endswith(s)]
         if starts:
@@ -29,21 +29,21 @@ def run(tokenizer, ids, stop=()):
     return [*pieces, detokenizer.finish()], detokenizer.stopped
 
 
-# Few letters, so that stop strings are often there, and often nearly.
+# Few letters, so that texts often contain stop strings and starts of them.
 LETTERS = st.text("abé😀 ", max_size=30)
 STOPS = st.lists(st.text("abé😀 ", min_size=1, max_size=5), max_size=4)
 
 
 @given(text=LETTERS, stop=STOPS)
-def test_pieces_make_the_text_up_to_the_first_stop_string(tokenizer, text, stop):
+def test_the_stream_is_the_text_up_to_the_first_stop_string(tokenizer, text, stop):
     pieces, stopped = run(tokenizer, tokenizer.encode(text), stop)
     assert "".join(pieces) == cut(text, stop)
     assert stopped == any(s in text for s in stop)
 
 
 @given(data=st.data())
-def test_any_tokens_at_all_decode_as_a_whole(tokenizer, data):
-    """A model's tokens may be anything: broken UTF-8, special tokens, ids past the vocabulary."""
+def test_any_tokens_stream_as_they_decode(tokenizer, data):
+    """Broken UTF-8, special tokens, and ids past the vocabulary."""
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 3), max_size=30))
     stop = data.draw(STOPS)
     pieces, _ = run(tokenizer, ids, stop)
@@ -51,7 +51,7 @@ def test_any_tokens_at_all_decode_as_a_whole(tokenizer, data):
 
 
 @given(text=st.text(st.characters(codec="utf-8", exclude_characters="<"), max_size=40), stop=STOPS)
-def test_what_is_shown_is_never_taken_back(tokenizer, text, stop):
+def test_streamed_text_is_final(tokenizer, text, stop):
     shown = ""
     detokenizer = Detokenizer(tokenizer, stop)
     for token in tokenizer.encode(text):
@@ -60,36 +60,36 @@ def test_what_is_shown_is_never_taken_back(tokenizer, text, stop):
         assert "\ufffd" not in shown or "\ufffd" in text
 
 
-def test_a_character_over_several_tokens_comes_whole(tokenizer):
+def test_a_character_split_over_tokens_is_streamed_whole(tokenizer):
     ids = tokenizer.encode("😀", add_bos=False)
     assert len(ids) == 4
     assert run(tokenizer, ids)[0] == ["", "", "", "😀", ""]
 
 
-def test_an_unfinished_character_is_shown_as_such_at_the_end(tokenizer):
+def test_an_unfinished_character_at_the_end(tokenizer):
     ids = tokenizer.encode("😀", add_bos=False)[:2]
     assert run(tokenizer, ids)[0] == ["", "", "\ufffd"]
 
 
-def test_the_start_of_a_stop_string_waits_until_it_is_none(tokenizer):
+def test_the_start_of_a_stop_string_is_held_back(tokenizer):
     ids = [tokenizer.encode(letter, add_bos=False)[0] for letter in "abc"]
     assert run(tokenizer, ids, ["abd"]) == (["", "", "abc", ""], False)
     assert run(tokenizer, ids, ["abc"]) == (["", "", "", ""], True)
     assert run(tokenizer, ids[:2], ["abc"]) == (["", "", "ab"], False)
 
 
-def test_the_stop_string_that_is_complete_first_counts(tokenizer):
+def test_the_stop_string_that_is_completed_first_counts(tokenizer):
     ids = [tokenizer.encode(letter, add_bos=False)[0] for letter in "abcd"]
     assert "".join(run(tokenizer, ids, ["abcd", "bc"])[0]) == "a"
 
 
-def test_nothing_comes_after_a_stop(tokenizer):
+def test_no_text_follows_a_stop_string(tokenizer):
     detokenizer = Detokenizer(tokenizer, ["b"])
     ids = tokenizer.encode("xbyz", add_bos=False)
     assert "".join(map(detokenizer.push, ids)) == "x"
     assert detokenizer.push(ids[0]) == detokenizer.finish() == ""
 
 
-def test_special_tokens_are_not_shown(tokenizer):
+def test_special_tokens_have_no_text(tokenizer):
     ids = sorted(tokenizer.special_token_ids)
     assert "".join(run(tokenizer, ids)[0]) == ""

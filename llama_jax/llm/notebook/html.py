@@ -8,6 +8,7 @@ from html import escape
 from itertools import groupby
 
 from llama_jax.engine.interface import DeviceInfo, EngineInfo, Stats
+from llama_jax.terminal.units import bytes_text, layers_text
 
 _LINE = "1px solid rgba(128, 128, 128, 0.5)"
 _CELL = f"border: {_LINE}; padding: 0.3em 0.7em; text-align: left; vertical-align: top"
@@ -76,7 +77,7 @@ def _mesh(devices: list[DeviceInfo]) -> str:
     stages = [list(group) for _, group in groupby(devices, lambda device: device.stage)]
     ranks = "".join(f'<th style="{_CELL}">rank {device.rank}</th>' for device in stages[0])
     rows = "".join(
-        f'<tr><th style="{_CELL}">stage {stage[0].stage}<br>{_layers(stage[0].layers)}</th>'
+        f'<tr><th style="{_CELL}">stage {stage[0].stage}<br>{layers_text(stage[0].layers)}</th>'
         + "".join(f'<td style="{_CELL}">{_device(device)}</td>' for device in stage)
         + "</tr>"
         for stage in stages
@@ -90,16 +91,6 @@ def _mesh(devices: list[DeviceInfo]) -> str:
 def _device(device: DeviceInfo) -> str:
     return (
         f"{escape(device.name)}<br>"
-        f'<span style="{_FAINT}">weights {_size(device.weight_bytes)}<br>'
-        f"KV cache {_size(device.kv_bytes)}</span>"
+        f'<span style="{_FAINT}">weights {bytes_text(device.weight_bytes)}<br>'
+        f"KV cache {bytes_text(device.kv_bytes)}</span>"
     )
-
-
-def _layers(layers: list[int]) -> str:
-    if not layers:
-        return "no layers"
-    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
-
-
-def _size(number: int) -> str:
-    return f"{number / 1e9:,.3f} GB" if number >= 1e8 else f"{number / 1e6:,.3f} MB"
