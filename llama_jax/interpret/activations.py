@@ -49,7 +49,7 @@ def activation_shapes(
       num_tokens: T.
     """
     if isinstance(model, ShardedLlama):
-        # The modules alone tell: names and shapes do not depend on the mesh.
+        # Names and shapes do not depend on the mesh: trace the plain modules.
         cls, config, dtype = model.model_class, model.config, model.dtype
         model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), dtype=dtype))
     tokens = jax.ShapeDtypeStruct((batch, num_tokens), jnp.int32)
@@ -70,8 +70,8 @@ def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     """The names that match any of the patterns, in the order of `names`.
 
     Args:
-      names: of activations.
-      patterns: as of `fnmatch`: `*` matches any characters, dots included.
+      names: names of activations.
+      patterns: as in `fnmatch`: `*` matches any characters, dots included.
 
     Raises:
       ValueError: a pattern matches no name; the message suggests similar names.

@@ -144,7 +144,7 @@ def patched(model: AnyModel, patches: Mapping[str, PatchLike]) -> AnyModel:
 
     Raises:
       ValueError: no activation matches a name, a patch is not callable, or the model is on a mesh.
-        Shapes are checked only when the model runs, with a ValueError, too.
+        Shapes are checked when the model runs; a mismatch is a ValueError, too.
     """
     check_on_one_device(model, "patched")
     names = list(activation_shapes(model))
