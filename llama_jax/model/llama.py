@@ -2,7 +2,7 @@
 
 The same modules run in two places. In a notebook, `Llama.from_pretrained(path)(tokens)` computes
 logits for every position on one device. In the ring, each rank builds `DecoderLayer` around its
-share of the weights (`ring.tick`). Head counts follow from the shapes of the weights, so a rank
+share of the weights (`ring.stage`). Head counts follow from the shapes of the weights, so a rank
 with a quarter of the heads computes a quarter of the attention, and `reduce` sums the partial
 results of the ranks. On one device, `reduce` is the identity.
 
@@ -36,7 +36,6 @@ from llama_jax.weights.table import (
     LM_HEAD,
     Weight,
 )
-from sharding.errors import UserError
 
 Reduce = Callable[[jax.Array], jax.Array]
 
@@ -273,24 +272,6 @@ def set_weights(module: nnx.Module, weights: Mapping[str, Any]) -> None:
     """Sets weights of a module by name, as arrays or as named tuples of arrays (quantized)."""
     for name, value in weights.items():
         weight_of(module, name).set_value(value)
-
-
-def check_model_class(model_class: type[Llama]) -> None:
-    """Checks that the ring can run a subclass of `Llama`.
-
-    The ring uses its layers and its sampler, and would silently ignore other changes.
-
-    Raises:
-      UserError: it is no such subclass, or it overrides a method that the ring does not call.
-    """
-    if not (isinstance(model_class, type) and issubclass(model_class, Llama)):
-        raise UserError(f"model_class must be Llama or a subclass of it, got {model_class!r}.")
-    for name in ("__call__", "unembed"):
-        if getattr(model_class, name) is not getattr(Llama, name):
-            raise UserError(
-                f"{model_class.__name__} overrides {name}, which a model on a mesh does not call: "
-                "change the layers (layer_class) or the sampler instead."
-            )
 
 
 def check_tokens(tokens: Any, vocab_size: int) -> None:
