@@ -29,16 +29,11 @@ from llama_jax.model.rope import inverse_frequencies, rotate
 from llama_jax.model.sampling import Sampler
 from llama_jax.model.tap import TappedModule
 from llama_jax.quantization import Quantized
-from llama_jax.weights.table import (
-    EMBEDDING,
-    INIT_STD,
-    LAYER_WEIGHTS,
-    LM_HEAD,
-    Weight,
-)
+from llama_jax.weights.table import EMBEDDING, LAYER_WEIGHTS, LM_HEAD
 
 Reduce = Callable[[jax.Array], jax.Array]
 
+_INIT_STD = 0.02  # of random matrices, as `initializer_range` in Hugging Face configs
 _BY_NAME = {weight.name: weight for weight in (*LAYER_WEIGHTS, EMBEDDING, LM_HEAD)}
 
 
@@ -50,8 +45,8 @@ def linear(x: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
 
 
 def _param(config: LlamaConfig, name: str, rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.Param:
-    weight: Weight = _BY_NAME[name]
-    noise = INIT_STD * jax.random.normal(rngs.params(), weight.shape(config), jnp.float32)
+    shape = _BY_NAME[name].shape(config)
+    noise = _INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32)
     return nnx.Param(noise.astype(dtype))
 
 

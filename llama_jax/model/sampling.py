@@ -53,13 +53,13 @@ class Sampler:
     """Chooses the next tokens of a packet; see `Llama.sampler`."""
 
     def greedy(self, logits: jax.Array) -> jax.Array:
-        """Chooses for every row of every packet; arguments and result as for `greedy`."""
+        """Chooses for all rows of every packet, as the function `greedy`."""
         return greedy(logits)
 
     def sample(
         self, logits: jax.Array, greedy_tokens: jax.Array, packed_controls: jax.Array
     ) -> jax.Array:
-        """Chooses for the rows of a packet with a row that is not greedy; as `sample`."""
+        """Chooses for all rows of a packet if one is not greedy, as the function `sample`."""
         return sample(logits, greedy_tokens, packed_controls)
 
 
@@ -118,7 +118,7 @@ def sample(logits: jax.Array, greedy_tokens: jax.Array, packed_controls: jax.Arr
         best = pmax(logits.max(axis=-1), AXES)
         # If a logit has overflowed to infinity, there is no distribution, but a most likely token.
         drawn = (controls.temperature > 0) & (greedy_tokens != NO_TOKEN) & jnp.isfinite(best)
-        # The maximum is subtracted before the division, which then cannot overflow.
+        # The maximum is subtracted before the division, so that no quotient is +infinity.
         temperature = jnp.where(drawn, controls.temperature, 1)
         mass = jnp.exp((logits - best[:, None]) / temperature[:, None])
         order = _ordered(logits)
@@ -131,9 +131,8 @@ def sample(logits: jax.Array, greedy_tokens: jax.Array, packed_controls: jax.Arr
         share = mass / psum(mass.sum(axis=-1), AXES)[:, None]
         target = jnp.where(controls.top_p < 1, controls.top_p, 0)
         mass = jnp.where(order >= _threshold(order, share, target)[:, None], mass, 0)
-        mass = jnp.where(
-            mass >= controls.min_p[:, None], mass, 0
-        )  # the most likely token has mass 1
+        # Relative to the most likely token, whose mass is exp(0) = 1.
+        mass = jnp.where(mass >= controls.min_p[:, None], mass, 0)
         token = _invert_cdf(mass, _uniform(controls))
         return jnp.where(drawn, token, greedy_tokens)
 

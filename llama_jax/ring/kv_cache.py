@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.config import LlamaConfig
 from sharding.axes import MODEL, STAGE
 from sharding.mesh import mesh_shape
-from sharding.partition import split_layers
+from sharding.partition import positions_per_stage
 
 SPEC = P(STAGE, MODEL)  # of [num_stages, K, num_pages, page_size, h]
 
@@ -32,7 +32,7 @@ class KVCache(NamedTuple):
 def page_bytes(config: LlamaConfig, mesh: Mesh, page_size: int, dtype: jnp.dtype) -> int:
     """Bytes per page on each device, over all of its layers, padding layers included."""
     num_stages, num_ranks = mesh_shape(mesh)
-    positions = len(split_layers(config.num_layers, num_stages)[0])
+    positions = positions_per_stage(config.num_layers, num_stages)
     heads = config.num_kv_heads // num_ranks
     return 2 * positions * heads * page_size * config.head_dim * jnp.dtype(dtype).itemsize
 
@@ -44,7 +44,7 @@ def cache_shapes(
     num_stages, _ = mesh_shape(mesh)
     shape = (num_stages, config.num_kv_heads, num_pages, page_size, config.head_dim)
     array = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, SPEC))
-    positions = len(split_layers(config.num_layers, num_stages)[0])
+    positions = positions_per_stage(config.num_layers, num_stages)
     return KVCache((array,) * positions, (array,) * positions)
 
 

@@ -99,6 +99,7 @@ def _observed_tick(
                 found[LayerActivation(position, name)] = value
             return x
 
+        # The ring passes on all that a stage returns with its activations, not just the cache.
         entered = x
         x, cache = run_layers(program, params.layers, x, metadata, cache, attend_class, call)
         return x, (cache, entered[None], {each: found[each][None] for each in activations})

@@ -43,8 +43,7 @@ def encode_packet(
     """
     packed = np.zeros(packet_size(sizes, bucket), np.int32)
     segments, tokens = _views(sizes, bucket, packed)
-    segments[:, SLOT] = sizes.num_slots
-    segments[:, PAGES:] = sizes.num_pages
+    mark_empty(sizes, segments)
     n = len(row_slots)
     if n:
         segments[:n, SLOT] = row_slots
@@ -74,8 +73,7 @@ def decode_packet(
     """
     segments, tokens = _views(sizes, bucket, packed)
     empty = np.zeros((sizes.max_segments, segment_width(sizes)), np.int32)
-    empty[:, SLOT] = sizes.num_slots
-    empty[:, PAGES:] = sizes.num_pages
+    mark_empty(sizes, empty)
     rows, tiles = segments[: bucket.rows], segments[bucket.rows :]
     full = jnp.asarray(empty).at[: bucket.rows].set(rows)
     return full.at[sizes.max_rows : sizes.max_rows + len(tiles)].set(tiles), tokens
@@ -85,6 +83,12 @@ def segments_of(sizes: RingSizes, bucket: Bucket, full: jax.Array) -> jax.Array:
     """Selects the segments that a program with this bucket runs: `[num_segments, width]`."""
     tiles = sizes.max_rows + bucket.chunk // sizes.tile
     return jnp.concatenate([full[: bucket.rows], full[sizes.max_rows : tiles]])
+
+
+def mark_empty(sizes: RingSizes, segments: np.ndarray) -> None:
+    """Turns zeros `[..., width]` into empty segments, which write to no slot and no page."""
+    segments[..., SLOT] = sizes.num_slots
+    segments[..., PAGES:] = sizes.num_pages
 
 
 def packet_size(sizes: RingSizes, bucket: Bucket) -> int:

@@ -154,7 +154,7 @@ class ShardedLlama:
         sizes, state = self._state
         batch, num_tokens = np.shape(tokens)
         stages = split_layers(self.config.num_layers, mesh_shape(self.mesh)[0])
-        both = []
+        keys_and_values = []
         for arrays in (state.cache.keys, state.cache.values):
             host = [np.asarray(array) for array in arrays]  # [P, K, num_pages, page_size, h]
             layers = []
@@ -165,8 +165,9 @@ class ShardedLlama:
                     pages = host[position][stage].transpose(1, 2, 0, 3)
                     by_sequence = pages.reshape(sizes.num_slots, -1, *pages.shape[2:])
                     layers.append(by_sequence[:batch, :num_tokens])
-            both.append(jnp.asarray(np.stack(layers)))
-        return both[0], both[1]
+            keys_and_values.append(jnp.asarray(np.stack(layers)))
+        keys, values = keys_and_values
+        return keys, values
 
     def _run(self, tokens: np.ndarray, found: "dict[str, _Collected]") -> np.ndarray:
         """Runs tokens `[B, T]`; fills in `found` and returns the logits `[B, T, V]`."""
@@ -184,22 +185,22 @@ class ShardedLlama:
             entering = packets[tick] if tick < len(packets) else []
             segments = [(tile.row, tile.first, False, tile.tokens) for tile in entering]
             packed = encode_packet(sizes, bucket, tables, [], [], segments)
-            state, shown = step(self.params, state, packed)
-            shown = jax.device_get(shown)
+            state, observed = step(self.params, state, packed)
+            observed = jax.device_get(observed)
             if 0 <= tick - last:
                 leaving = packets[tick - last]
-                logits.put(tokens.shape, leaving, shown.logits[:, : self.config.vocab_size])
+                logits.put(tokens.shape, leaving, observed.logits[:, : self.config.vocab_size])
                 if "final_norm.output" in found:
-                    found["final_norm.output"].put(tokens.shape, leaving, shown.final_norm)
+                    found["final_norm.output"].put(tokens.shape, leaving, observed.final_norm)
             if entering and "embedding" in found:
-                found["embedding"].put(tokens.shape, entering, shown.entered[0])
+                found["embedding"].put(tokens.shape, entering, observed.entered[0])
             for name, (stage, activation) in places.items():
                 if 0 <= tick - stage < len(packets):
-                    value = shown.layers[activation][stage]
+                    value = observed.layers[activation][stage]
                     found[name].put(tokens.shape, packets[tick - stage], value)
         self._state = (sizes, state)
         for name in found:
-            if name.endswith(WEIGHTS):  # [B, T, H, S] where S is rounded up to whole pages
+            if name.endswith(WEIGHTS):  # [B, T, H, S], where S is T rounded up to whole pages
                 whole = found[name].whole[..., : tokens.shape[1]]
                 found[name].whole = whole.swapaxes(1, 2)
         return logits.whole

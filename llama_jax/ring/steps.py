@@ -22,7 +22,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
 from llama_jax.ring import kv_cache
 from llama_jax.ring.kv_cache import KVCache
-from llama_jax.ring.packet import PAGES, SLOT, segment_width
+from llama_jax.ring.packet import mark_empty, segment_width
 from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.stage import Program
 from llama_jax.ring.tick import State, StepOutput, tick
@@ -30,6 +30,7 @@ from llama_jax.weights.placement import Params, param_specs
 from sharding.axes import AXES, STAGE
 from sharding.errors import UserError
 from sharding.mesh import mesh_shape
+from sharding.partition import positions_per_stage
 from sharding.ring import RingState
 
 LOGITS_SPEC = P(None, AXES)  # [segments, V']
@@ -56,7 +57,7 @@ def prefill_step(
     chunk: int,
     model_class: type[Llama] = Llama,
 ) -> Step:
-    """The jitted tick whose largest chunk in flight fits `chunk` tokens; donates the state."""
+    """The jitted tick whose largest chunk in flight fits `chunk` tokens. Donates the state."""
     program = Program(config, sizes, Bucket(rows, chunk), model_class)
     return _jit_step(mesh, program, f"prefill_step_{chunk}")
 
@@ -79,7 +80,7 @@ def sample_step(mesh: Mesh, model_class: type[Llama] = Llama) -> SampleStep:
 
 def state_specs(config: LlamaConfig, mesh: Mesh) -> State:
     """State of PartitionSpec."""
-    positions = -(-config.num_layers // mesh_shape(mesh)[0])
+    positions = positions_per_stage(config.num_layers, mesh_shape(mesh)[0])
     cache = KVCache((kv_cache.SPEC,) * positions, (kv_cache.SPEC,) * positions)
     return State(RingState(P(), P(), (P(STAGE), P(STAGE))), P(), cache)
 
@@ -107,16 +108,15 @@ def state_shapes(config: LlamaConfig, mesh: Mesh, sizes: RingSizes, dtype: jnp.d
 
 def init_state(shapes: State, sizes: RingSizes, fill: float = 0.0) -> State:
     """Allocates the state on its devices: an empty ring, and a cache filled with `fill`."""
-    empty = np.zeros(shapes.ring.metadata.shape, np.int32)
-    empty[..., SLOT] = sizes.num_slots
-    empty[..., PAGES:] = sizes.num_pages
+    metadata = np.zeros(shapes.ring.metadata.shape, np.int32)
+    mark_empty(sizes, metadata)
 
     def zeros(array: jax.ShapeDtypeStruct) -> jax.Array:
         return jax.jit(lambda: jnp.zeros(array.shape, array.dtype), out_shardings=array.sharding)()
 
     ring = RingState(
         tick=zeros(shapes.ring.tick),
-        metadata=jax.device_put(empty, shapes.ring.metadata.sharding),
+        metadata=jax.device_put(metadata, shapes.ring.metadata.sharding),
         activations=jax.tree.map(zeros, shapes.ring.activations),
     )
     return State(ring, zeros(shapes.tokens), kv_cache.init_cache(shapes.cache, fill))
@@ -153,7 +153,6 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: 
     """`jax.shard_map`, manual over both axes."""
     # check_vma would require a collective for each replicated result, even over an axis of size 1,
     # where the functions of `sharding.collectives` issue none.
-    mapped = jax.shard_map(
+    return jax.shard_map(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
-    return mapped

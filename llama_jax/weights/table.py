@@ -1,9 +1,9 @@
 """The table of the weights; everything else derives from it.
 
-Each row gives a weight's name in the model, its name in a Hugging Face checkpoint, its logical axes
-and its initialization. Shapes and partition specs follow from the axes (`weights.axes`). Loading
-transforms no weight: matrices stay `[out, in]`, as Hugging Face stores them, which is also the
-layout that XLA:CPU multiplies fastest.
+Each row gives a weight's name in the model, its name in a Hugging Face checkpoint and its logical
+axes. Shapes and partition specs follow from the axes (`weights.axes`). Loading transforms no
+weight: matrices stay `[out, in]`, as Hugging Face stores them, which is also the layout that
+XLA:CPU multiplies fastest.
 
 A checkpoint stores a weight as one tensor, or, if it is quantized, as the tensors of its format
 (`stored_tree`).
@@ -12,7 +12,7 @@ A checkpoint stores a weight as one tensor, or, if it is quantized, as the tenso
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from llama_jax.config import LlamaConfig
 from llama_jax.quantization import FORMATS, Part
@@ -28,13 +28,11 @@ class Weight:
         outside the layers.
       hf_name: its name in a Hugging Face checkpoint; `{layer}` stands for the layer's number.
       axes: its logical axes.
-      init: how `Llama` initializes it.
     """
 
     name: str
     hf_name: str
     axes: tuple[str, ...]
-    init: Literal["ones", "normal"]
 
     def shape(self, config: LlamaConfig) -> tuple[int, ...]:
         """The weight's global shape, without padding."""
@@ -42,28 +40,24 @@ class Weight:
         return tuple(sizes[axis] for axis in self.axes)
 
 
-def _in_layer(
-    name: str, hf_name: str, axes: tuple[str, ...], init: Literal["ones", "normal"] = "normal"
-) -> Weight:
-    return Weight(name, f"model.layers.{{layer}}.{hf_name}.weight", axes, init)
+def _in_layer(name: str, hf_name: str, axes: tuple[str, ...]) -> Weight:
+    return Weight(name, f"model.layers.{{layer}}.{hf_name}.weight", axes)
 
 
 LAYER_WEIGHTS = (
-    _in_layer("attention_norm.scale", "input_layernorm", ("embed",), "ones"),
+    _in_layer("attention_norm.scale", "input_layernorm", ("embed",)),
     _in_layer("attention.wq", "self_attn.q_proj", ("heads", "embed")),
     _in_layer("attention.wk", "self_attn.k_proj", ("kv_heads", "embed")),
     _in_layer("attention.wv", "self_attn.v_proj", ("kv_heads", "embed")),
     _in_layer("attention.wo", "self_attn.o_proj", ("embed", "heads")),
-    _in_layer("mlp_norm.scale", "post_attention_layernorm", ("embed",), "ones"),
+    _in_layer("mlp_norm.scale", "post_attention_layernorm", ("embed",)),
     _in_layer("mlp.w_gate", "mlp.gate_proj", ("mlp", "embed")),
     _in_layer("mlp.w_up", "mlp.up_proj", ("mlp", "embed")),
     _in_layer("mlp.w_down", "mlp.down_proj", ("embed", "mlp")),
 )
-EMBEDDING = Weight("embedding", "model.embed_tokens.weight", ("vocab", "embed"), "normal")
-FINAL_NORM = Weight("final_norm.scale", "model.norm.weight", ("embed",), "ones")
-LM_HEAD = Weight("lm_head", "lm_head.weight", ("vocab", "embed"), "normal")
-
-INIT_STD = 0.02  # of "normal" weights, as `initializer_range` in Hugging Face configs
+EMBEDDING = Weight("embedding", "model.embed_tokens.weight", ("vocab", "embed"))
+FINAL_NORM = Weight("final_norm.scale", "model.norm.weight", ("embed",))
+LM_HEAD = Weight("lm_head", "lm_head.weight", ("vocab", "embed"))
 
 
 def non_layer_weights(config: LlamaConfig) -> tuple[Weight, ...]:
