@@ -25,7 +25,7 @@ from llama_jax.engine.sizing import (
 )
 from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.model import Llama
-from llama_jax.model.llama import check_model_class
+from llama_jax.ring.steps import check_model_class
 from sharding.mesh import make_mesh, mesh_shape
 from sharding.partition import split_layers
 

@@ -14,7 +14,6 @@ from llama_jax.client.blocking import BlockingClient
 from llama_jax.client.client import OnProgress
 from llama_jax.client.host import StartHost
 from llama_jax.client.text import Piece, read_text
-from llama_jax.config.huggingface import generation_defaults
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import GenerationFailed
 from llama_jax.engine.interface import FinishReason
@@ -46,8 +45,10 @@ class Session:
         on_progress: OnProgress | None,
     ) -> None:
         """Starts an engine and returns when it can generate; see `LLM` for what may go wrong."""
-        with closing(open_checkpoint(options.path)):  # for its checks: no engine needs to fail them
-            self.defaults = generation_defaults(options.path)
+        with closing(
+            open_checkpoint(options.path)
+        ) as reader:  # for its checks: no engine needs to fail them
+            self.defaults = reader.declared.generation_defaults()
             self.tokenizer = Tokenizer(options.path)
         self.options = options
         shown = None

@@ -259,7 +259,8 @@ def test_nothing_is_compiled_after_the_start(subject: Subject) -> None:
     ("options", "says"),
     [
         ({"mesh": "2x3"}, "3 tensor-parallel ranks do not divide"),
-        ({"mesh": "2by2"}, "A mesh is written"),
+        ({"mesh": "2by2"}, "2by2"),
+        ({"max_num_seqs": "4"}, "max_num_seqs"),
         ({"max_model_len": 10**6}, "max_model_len"),
     ],
 )

