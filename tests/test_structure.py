@@ -44,6 +44,7 @@ WITHOUT_JAX = (
     "llama_jax.engine.options",
     "llama_jax.engine.pages",
     "llama_jax.engine.scheduler",
+    "llama_jax.engine.sizing",
     "llama_jax.ring.sizes",
     "llama_jax.weights.table",
 )

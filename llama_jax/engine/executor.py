@@ -1,8 +1,8 @@
-"""The device side of the engine: runs ticks, knows nothing of requests.
+"""The device side of the engine: it runs ticks, and knows nothing about requests.
 
-Its contract: slots are a flat range `[0, num_slots)`; a tick takes one packed packet in and brings
-one result out, that of the packet that entered P - 1 ticks before. Everything the host keeps of a
-packet, such as sampling parameters, it must give back here in the tick in which it leaves.
+Its contract: slots are a flat range `[0, num_slots)`. A tick takes one packed packet, and returns
+one result, that of the packet that entered P - 1 ticks earlier. The host keeps the sampling
+parameters of a packet, and passes them in the tick in which the packet leaves.
 """
 
 import threading
@@ -38,12 +38,12 @@ COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 class TickResult(NamedTuple):
-    """What a tick brought, still on its way from the device.
+    """The result of a tick, which may still be on its way from the device.
 
     Attributes:
-      tokens: `[segments]` int32.
-      logits: `[segments, V']` float32; it is copied to the host only if somebody reads it.
-      bucket: of the program that ran.
+      tokens: `[segments]` int32, the sampled tokens.
+      logits: `[segments, V']` float32, copied to the host only when read.
+      bucket: the bucket of the program that ran.
     """
 
     tokens: jax.Array
@@ -54,14 +54,17 @@ class TickResult(NamedTuple):
 class Executor:
     """Owns the weights, the state and the compiled programs of one mesh.
 
-    Everything it is made of is there to be read, under the names of its arguments.
-
-    Args:
-      config, mesh, sizes: what to build.
+    Args (each is also an attribute, except `fill`):
+      config: the model.
+      mesh: the devices.
+      sizes: the sizes of the ring.
       params: the weights on the mesh.
-      dtype: of activations and cache.
-      fill: what the cache starts out with; tests use NaN.
-      model_class: whose layers run and whose sampler chooses.
+      dtype: the dtype of activations and cache.
+      fill: the initial value of the cache; tests use NaN.
+      model_class: the class whose layers run and whose sampler chooses tokens.
+
+    Attributes:
+      call_seconds: host time spent in calls of the compiled programs.
     """
 
     def __init__(
@@ -76,9 +79,9 @@ class Executor:
     ):
         self.config, self.mesh, self.sizes = config, mesh, sizes
         self.dtype, self.model_class = dtype, model_class
-        self.call_seconds = 0.0  # host time spent in the jit calls themselves
-        # Several unfinished programs with collectives starve XLA:CPU's threads and hang it; where
-        # JAX had started before the engine, a call may return before its program has ended.
+        self.call_seconds = 0.0
+        # Several unfinished programs with collectives starve XLA:CPU's threads and hang it. If JAX
+        # was initialized before `configure_jax`, a call may return before its program has ended.
         self._one_at_a_time = mesh.devices.flat[0].platform == "cpu"
         self.params = params
         self._state: State = init_state(state_shapes(config, mesh, sizes, dtype), sizes, fill)
@@ -92,17 +95,17 @@ class Executor:
 
     @property
     def state(self) -> State:
-        """What is on the device now."""
+        """The state on the devices."""
         return self._state
 
     def run(self, bucket: Bucket, packed: np.ndarray, controls: np.ndarray | None) -> TickResult:
         """Dispatches one tick.
 
         Args:
-          bucket: large enough for every packet in flight, this one included.
+          bucket: a bucket large enough for every packet in flight, including this one.
           packed: the packet that enters, from `encode_packet`.
-          controls: sampling parameters of the packet that leaves, from `encode_controls` for the
-            segments of this bucket; None where it is all greedy.
+          controls: the sampling parameters of the packet that leaves, from `encode_controls` for
+            the segments of this bucket; None if every segment is greedy.
         """
         start = time.perf_counter()
         state, output = self._steps[bucket](self.params, self._state, packed)
@@ -120,7 +123,7 @@ class Executor:
         return TickResult(tokens, output.logits, bucket)
 
     def lowered(self, bucket: Bucket) -> jax.stages.Lowered:
-        """The program of a bucket before it is compiled, to be read: `.compile().as_text()`.
+        """Lowers the program of a bucket for inspection: `.compile().as_text()`.
 
         Nothing runs, and the compiled programs of the ticks are not touched.
         """
@@ -130,7 +133,7 @@ class Executor:
         return step.lower(self.params, state, packed)
 
     def warm_up(self, progress: Callable[[int, int, str], None]) -> None:
-        """Compiles every program by running it on an empty packet, which changes nothing."""
+        """Compiles every program by running it on an empty packet, which changes no state."""
         buckets = self.sizes.buckets()
         tables = np.zeros((self.sizes.num_slots, self.sizes.pages_per_sequence), np.int32)
         for done, bucket in enumerate(buckets):
@@ -142,7 +145,7 @@ class Executor:
 
 
 class CompileCounter:
-    """Counts compilations of this thread from now on; other threads may not be the engine's."""
+    """Counts the compilations of the thread that creates it; other threads may be the user's."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -1,4 +1,7 @@
-"""The values that an engine hands out. Plain Python: no JAX, and nothing of the wire format."""
+"""The values that an engine returns: outputs, progress, facts and statistics. Imports no JAX.
+
+They are plain Python. `messages` puts them on the wire.
+"""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -9,8 +12,11 @@ FinishReason = Literal["stop", "length", "error"]
 class Output(NamedTuple):
     """One token of one request, or its end.
 
-    token is None where the end brings none. An EOS or stop token is sent, with finish reason
-    "stop"; it is for the parent not to show it. `error` says why where the reason is "error".
+    Attributes:
+      request_id: the request.
+      token: the token, including the EOS or stop token that ends a request; None with "error".
+      finish_reason: why the request ended, on its last output; else None.
+      error: one sentence, if the finish reason is "error".
     """
 
     request_id: int
@@ -21,7 +27,7 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the start has come: `done` of `total` units of `phase`."""
+    """The progress of a start: `done` of `total` units of `phase`."""
 
     phase: Literal["starting", "loading", "compiling"]
     done: float
@@ -40,7 +46,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """One device of the mesh and the bytes that lie on it."""
+    """One device of the mesh: its place, its layers, and the bytes on it."""
 
     name: str
     stage: int
@@ -52,7 +58,7 @@ class DeviceInfo:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What the engine turned out to be, known once it is ready."""
+    """Facts about an engine, fixed when it is ready. Bytes and pages are per device."""
 
     model: str
     mesh: str
@@ -71,7 +77,13 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class Stats:
-    """Counters since the start (names without unit are counts) and gauges of this moment."""
+    """Counters since the engine was ready, and current gauges (`num_*` and `pages_*`).
+
+    `stage_ticks` counts ticks × stages, and `stage_ticks_busy` those in which the stage held a
+    packet with tokens. `token_slots` counts the tokens that the programs had room for, over all
+    stages, and `token_slots_used` those that were tokens. `host_seconds` is the part of
+    `tick_seconds` outside the device programs.
+    """
 
     num_running: int = 0
     num_waiting: int = 0

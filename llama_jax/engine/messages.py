@@ -1,8 +1,8 @@
-"""What the engine process and its parent say to each other: msgpack over a Unix socket.
+"""The wire protocol between an engine and its client: msgpack over a Unix socket.
 
-Parent to engine: `Add`, `Abort`, `Shutdown`. Engine to parent: `Starting` while it starts, then
-`Report` and `Ready`, then `Outputs` and more `Report`s; `Fatal` ends the conversation at any time.
-Imports no JAX.
+Client to engine: `Add`, `Abort`, `Shutdown`. Engine to client: `Starting` while it starts, then
+`Report` and `Ready`, then `Outputs` and more `Report`s. `Fatal` may end it at any time. Imports no
+JAX.
 """
 
 import msgspec
@@ -12,7 +12,7 @@ from llama_jax.engine.interface import EngineInfo, Output, Progress, Stats
 
 
 class Add(msgspec.Struct, tag=True, frozen=True):
-    """A request. The engine answers with one `Output` a token, the last with a finish reason."""
+    """A request. The engine answers with an `Output` per token, the last with a finish reason."""
 
     request_id: int
     prompt: list[int]
@@ -20,29 +20,29 @@ class Add(msgspec.Struct, tag=True, frozen=True):
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
-    """Forget a request: its pages are free at once, and no further output comes."""
+    """Drops a request: its pages are free at once, and no further output comes."""
 
     request_id: int
 
 
 class Shutdown(msgspec.Struct, tag=True, frozen=True):
-    """End the process."""
+    """Ends the engine."""
 
 
 class Starting(msgspec.Struct, tag=True, frozen=True):
-    """The start has come this far."""
+    """Reports the progress of the start."""
 
     progress: Progress
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
-    """The engine can generate."""
+    """Reports that the engine can generate."""
 
     info: EngineInfo
 
 
 class Fatal(msgspec.Struct, tag=True, frozen=True):
-    """The engine cannot start or go on; `message` is one sentence for the user."""
+    """Reports that the engine cannot start or go on; `message` is one sentence for the user."""
 
     message: str
 
@@ -54,7 +54,7 @@ class Outputs(msgspec.Struct, tag=True, frozen=True):
 
 
 class Report(msgspec.Struct, tag=True, frozen=True):
-    """The engine's counters and gauges; at least one a second, unless a tick takes longer."""
+    """The engine's statistics, at least once a second unless a tick takes longer."""
 
     stats: Stats
 

@@ -23,7 +23,7 @@ from llama_jax.engine.interface import EngineInfo, Stats
 from llama_jax.engine.options import OPTIONS, EngineOptions, lists_options
 from llama_jax.llm.completion import Completion
 from llama_jax.llm.notebook.html import llm_html
-from llama_jax.llm.prompts import EncodedPrompt, encode_chat, encode_prompt, is_prompt
+from llama_jax.llm.prompts import EncodedPrompt, encode_conversation, encode_prompt, is_prompt
 from llama_jax.llm.session import Session
 from llama_jax.llm.text_stream import TextStream
 from llama_jax.text.tokenizer import Tokenizer
@@ -153,6 +153,11 @@ class LLM:
         return self._session.engine.client.stats
 
     @property
+    def pid(self) -> int:
+        """The id of the process that the engine runs in."""
+        return self._session.engine.client.pid
+
+    @property
     def engine(self) -> "Engine":
         """The live engine, if `in_process`: `.loop` (the tick loop), `.loop.scheduler`,
         `.loop.executor`.
@@ -214,7 +219,7 @@ class LLM:
           fails while it runs has an `error` in its completion; the others go on.
 
         Raises:
-          RequestError: a request can never be answered; none was started.
+          RequestError, TokenizerError: a request can never be answered; none was started.
           EngineDead: the engine has ended, or ends before the answer.
         """
         if is_prompt(prompts):
@@ -256,8 +261,8 @@ class LLM:
           TokenizerError: there is no chat template, or it rejects the messages.
         """
         if isinstance(next(iter(messages), None), Mapping):
-            return self._complete([encode_chat(self.tokenizer, messages)], params, False)[0]
-        encoded = [encode_chat(self.tokenizer, conversation) for conversation in messages]
+            return self._complete([encode_conversation(self.tokenizer, messages)], params, False)[0]
+        encoded = [encode_conversation(self.tokenizer, conversation) for conversation in messages]
         return self._complete(encoded, params, progress)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TextStream:
@@ -267,7 +272,7 @@ class LLM:
         notebook cell, which then shows it. Leaving the loop early ends the request.
 
         Raises:
-          RequestError: the request can never be answered.
+          RequestError, TokenizerError: the request can never be answered.
           EngineDead: the engine has ended.
         """
         return self._stream(encode_prompt(self.tokenizer, prompt), params)
@@ -276,7 +281,7 @@ class LLM:
         self, messages: Sequence[Message], params: SamplingParams | None = None
     ) -> TextStream:
         """Streams the assistant's next message; otherwise like `stream`."""
-        return self._stream(encode_chat(self.tokenizer, messages), params)
+        return self._stream(encode_conversation(self.tokenizer, messages), params)
 
     def close(self) -> None:
         """Ends the engine. Calls in other threads raise `EngineDead`. May be repeated."""
@@ -323,7 +328,8 @@ class LLM:
         if len(params) != len(prompts):
             raise RequestError(
                 f"There are {len(prompts)} prompts but {len(params)} params: give one for each "
-                "prompt, or one for all."
+                "prompt, or one for all.",
+                "params",
             )
         return self._session.complete(prompts, params, progress)
 
@@ -341,5 +347,6 @@ def _check_names(options: Mapping[str, Any], *others: str) -> None:
 def _check_class(model_class: "type[Llama] | None", in_process: bool) -> None:
     if model_class is not None and not in_process:
         raise RequestError(
-            f"{model_class.__name__} can only run in this process: add in_process=True."
+            f"{model_class.__name__} can only run in this process: add in_process=True.",
+            "model_class",
         )

@@ -16,8 +16,8 @@ from llama_jax.checkpoint.load import choose_dtype
 from llama_jax.config import LlamaConfig, Quantization, RopeScaling
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.core import Engine
+from llama_jax.engine.device_memory import choose_mesh_sizes
 from llama_jax.engine.options import EngineOptions
-from llama_jax.engine.sizing import choose_sizes
 from llama_jax.model import Llama
 from llama_jax.quantization import FORMATS
 from llama_jax.weights.table import checkpoint_tensors
@@ -155,7 +155,9 @@ def _differ(one: np.ndarray, other: np.ndarray) -> bool:
 
 def test_the_longest_context_limits_the_engine():
     def longest(config):
-        return choose_sizes(EngineOptions(path=""), config, make_mesh("1x1"), np.dtype("f4"))[1]
+        return choose_mesh_sizes(EngineOptions(path=""), config, make_mesh("1x1"), np.dtype("f4"))[
+            1
+        ]
 
     assert longest(BASE) == BASE.max_position_embeddings
     shorter = ELSEWHERE["max_position_embeddings"]

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.checkpoint import open_checkpoint
 from llama_jax.checkpoint.load import load_params
 from llama_jax.config import LlamaConfig, Quantization
-from llama_jax.engine.sizing import bytes_by_device, weight_bytes
+from llama_jax.engine.device_memory import bytes_by_device, weight_bytes
 from llama_jax.model import Llama
 from llama_jax.quantization import FORMATS, Int4
 from llama_jax.weights.placement import ShardingError, param_shapes, param_specs, placements

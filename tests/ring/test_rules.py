@@ -270,7 +270,7 @@ def add(scheduler, request_id, length, max_tokens=8):
 
 
 def test_chunks_enter_in_consecutive_ticks():
-    scheduler = Scheduler(small_sizes(chunk_buckets=(0, 4)), 4, 99)
+    scheduler = Scheduler(small_sizes(chunk_buckets=(0, 4)), 4)
     add(scheduler, 0, 18)
     lengths = [[tile.length for tile in scheduler.schedule().tiles] for _ in range(6)]
     assert lengths == [[4], [4], [4], [4], [2], []]
@@ -282,7 +282,7 @@ def test_a_burst_spreads_over_the_microbatches(fair, monkeypatch):
     """Rule 5, and what happens where a sequence takes any free row."""
     if not fair:
         monkeypatch.setattr(Scheduler, "share", lambda self: 8)
-    scheduler = Scheduler(small_sizes(chunk_buckets=(0, 32)), 4, 99)
+    scheduler = Scheduler(small_sizes(chunk_buckets=(0, 32)), 4)
     for request_id in range(8):
         add(scheduler, request_id, 3)
     for _ in range(8):

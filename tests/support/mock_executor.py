@@ -1,9 +1,9 @@
-"""A device that a hand can compute, with the memory of the real one: pages, slots and a ring.
+"""A device whose tokens can be computed by hand, with pages, slots and a ring like the real one.
 
-It reads packets as `llama_jax.ring.packet` documents them, keeps tokens where keys and values would
-be, and answers each segment by a hash of what it *finds in the pages* of its sequence. So a page
-that is lost, shared or read too early changes tokens, as it would on the device, and `generate`
-says what they should have been.
+It decodes packets as `llama_jax.ring.packet` documents them, keeps tokens in place of keys and
+values, and answers each segment with a hash of what it *finds in the pages* of its sequence. So a
+page that is lost, shared or read too early changes tokens, as on the device. `generate` gives the
+correct tokens.
 """
 
 import zlib
@@ -16,13 +16,13 @@ from llama_jax.engine.executor import TickResult
 from llama_jax.ring.sizes import Bucket, RingSizes
 
 VOCAB_SIZE = 50
-POISON = VOCAB_SIZE  # after this token, in a prompt, comes nothing that is a number
+POISON = VOCAB_SIZE  # a prompt with this token yields NaN
 GARBAGE = -7
 
 
 @dataclass
 class Run:
-    """A segment as the device sees it. tokens: of a tile; None for a row."""
+    """A segment as the device sees it. `tokens` are those of a tile; None for a row."""
 
     slot: int
     position: int
@@ -34,7 +34,7 @@ class Run:
 def read_packet(
     sizes: RingSizes, bucket: Bucket, packed: np.ndarray
 ) -> tuple[list[Run], list[Run]]:
-    """Rows and tiles of a packet, in plain Python; segments of length 0 included."""
+    """Decodes the rows and tiles of a packet, including segments of length 0."""
     words = packed.tolist()
     width = 3 + sizes.pages_per_sequence
     num_tiles = bucket.chunk // sizes.tile
@@ -50,7 +50,7 @@ def read_packet(
 
 
 def next_token(history: list[int], seed: int | None = None) -> int:
-    """What follows these tokens; drawn where there is a seed."""
+    """The next token: the greedy one, or a random one if there is a seed."""
     if POISON in history:
         return -1
     found = zlib.crc32(np.array(history, np.int32).tobytes())
@@ -60,7 +60,7 @@ def next_token(history: list[int], seed: int | None = None) -> int:
 
 
 def generate(prompt: list[int], max_length: int, stop_ids=frozenset(), seed=None):
-    """The answer to a request, one token at a time, and why it ends."""
+    """The answer to a request, computed sequentially, and its finish reason."""
     tokens = list(prompt)
     while len(tokens) < max_length:
         token = next_token(tokens, seed)
@@ -77,10 +77,10 @@ def _draw(found: int, seed_words: np.ndarray, index: int) -> int:
 
 
 class MockExecutor:
-    """Stands for `llama_jax.engine.executor.Executor`.
+    """Stands in for `llama_jax.engine.executor.Executor`.
 
     Attributes:
-      buckets: of each tick so far.
+      buckets: the bucket of each tick so far.
     """
 
     def __init__(self, sizes: RingSizes, num_stages: int):

@@ -15,10 +15,10 @@ import transformers
 from llama_jax.checkpoint import open_checkpoint
 from llama_jax.checkpoint.load import choose_dtype, load_params
 from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.device_memory import choose_mesh_sizes
 from llama_jax.engine.executor import Executor
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.scheduler import Scheduler
-from llama_jax.engine.sizing import choose_sizes
 from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.ring.kv_cache import page_bytes
 from llama_jax.ring.steps import init_state, state_shapes
@@ -149,9 +149,9 @@ def make_loop(
         memory = num_pages * page_bytes(config, device_mesh, page_size, dtype)
         options["kv_cache_memory"] = memory
     chosen = EngineOptions(path=str(path), mesh=mesh, **options)
-    sizes, _ = choose_sizes(chosen, config, device_mesh, dtype)
+    sizes, _ = choose_mesh_sizes(chosen, config, device_mesh, dtype)
     executor = Executor(config, device_mesh, sizes, params, dtype, fill)
-    scheduler = Scheduler(sizes, device_mesh.shape["stage"], chosen.max_queue)
+    scheduler = Scheduler(sizes, device_mesh.shape["stage"])
     return TickLoop(scheduler, executor, results_late)
 
 
@@ -160,7 +160,7 @@ def restart(loop: TickLoop, results_late: int = 0) -> TickLoop:
     executor, sizes = loop.executor, loop.sizes
     shapes = state_shapes(executor.config, executor.mesh, sizes, np.dtype(np.float32))
     executor._state = init_state(shapes, sizes, float("nan"))
-    return TickLoop(Scheduler(sizes, loop.num_stages, 256), executor, results_late)
+    return TickLoop(Scheduler(sizes, loop.num_stages), executor, results_late)
 
 
 def drive(

@@ -1,4 +1,4 @@
-"""A scheduler driven by hand: the ring behind it, a host that reads late, and what must hold."""
+"""A scheduler driven by hand, with a ring, a host that reads late, and checks of invariants."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -9,8 +9,6 @@ from llama_jax.engine.scheduler import Packet, Scheduler
 from llama_jax.ring.packet import encode_packet
 from llama_jax.ring.sizes import RingSizes
 from tests.support.mock_executor import MockExecutor, generate
-
-LARGEST_QUEUE = 100
 
 
 def make_sizes(*, num_pages, page_size=4, max_rows=2, stages=2, tile=4, tiles=1, max_len=40):
@@ -27,7 +25,7 @@ def make_sizes(*, num_pages, page_size=4, max_rows=2, stages=2, tile=4, tiles=1,
 
 @dataclass
 class Request:
-    """One request of a trace. arrival, abort: ticks; abort None: never."""
+    """One request of a trace. `arrival` and `abort` are ticks; it is never aborted if None."""
 
     prompt: list[int]
     max_tokens: int
@@ -46,21 +44,21 @@ class Request:
 
 @dataclass
 class Trial:
-    """A scheduler, the ring behind it, and a host that reads results late.
+    """A scheduler, a ring, and a host that reads results late.
 
-    late: for each tick in turn, how many results may be left unread.
+    Attributes:
+      late: how many results may stay unread, for each tick in turn.
     """
 
     sizes: RingSizes
     stages: int
     late: list[int] = field(default_factory=lambda: [0])
-    max_queue: int = LARGEST_QUEUE
     tick: int = 0
     tokens: dict[int, list[int]] = field(default_factory=dict)
     ended: dict[int, tuple[str, int]] = field(default_factory=dict)  # reason, tick
 
     def __post_init__(self):
-        self.scheduler = Scheduler(self.sizes, self.stages, self.max_queue)
+        self.scheduler = Scheduler(self.sizes, self.stages)
         self.executor = MockExecutor(self.sizes, self.stages)
         self.ring = deque([Packet()] * self.stages, maxlen=self.stages)
         self.unread: deque = deque()
@@ -129,7 +127,7 @@ class Trial:
                 self.ended[output.request_id] = (output.finish_reason, self.tick)
 
     def drain(self, max_ticks: int = 10_000) -> None:
-        """Goes on until nothing is left to do."""
+        """Runs until nothing is left to do."""
         for _ in range(max_ticks):
             if not (self.scheduler.has_work or any(self.ring)):
                 break
@@ -147,13 +145,13 @@ class Trial:
 
     @property
     def half_sent(self):
-        """(sequence, epoch) of the prompts of which a part is sent."""
+        """(sequence, epoch) of the prompt that is partly sent, if there is one."""
         return [(s, s.epoch) for s in [self.scheduler.prefilling] if s and s.next_position]
 
-    # --- what must hold ----------------------------------------------------------------------
+    # --- invariants --------------------------------------------------------------------------
 
     def check_memory(self) -> None:
-        """No page or slot owned twice, none leaked, tables as the pages are."""
+        """No page or slot has two owners or leaks, and the page tables match the pages."""
         scheduler = self.scheduler
         owned = [page for s in self.live for page in s.pages]
         assert len(set(owned)) == len(owned), "a page is owned twice"
@@ -175,7 +173,7 @@ class Trial:
         assert len(packet.rows) <= sizes.max_rows
         assert len(packet.tiles) * sizes.tile <= sizes.max_chunk
         assert all(0 < s.length <= sizes.tile for s in packet.tiles)
-        owner: dict[int, int] = {}  # page -> request that this packet reads or writes it for
+        owner: dict[int, int] = {}  # page -> the request that this packet uses it for
         for segment in chain(packet.rows, packet.tiles):
             s = segment.sequence
             end = segment.position + segment.length
@@ -185,17 +183,17 @@ class Trial:
             key = (s.arrival, segment.epoch)
             assert segment.position == self.sent.get(key, 0), "tokens are left out or sent again"
             self.sent[key] = end
-            assert segment.epoch == s.epoch, "preempted by the packet that it is in"
-            assert end < s.max_length, "sent, though its length limit has been asked for"
+            assert segment.epoch == s.epoch, "preempted by its own packet"
+            assert end < s.max_length, "sent beyond its length limit"
             assert segment.ends == (segment.tokens is None or end == s.prefill_until)
             assert s.slot is not None or s.fully_sent
         rows = [row.sequence for row in packet.rows]
         assert len(set(rows)) == len(rows)
 
     def check_consecutive(self, packet: Packet, half_sent, free_before: int, room: int) -> None:
-        """The next chunk of a prompt is in the next packet, if there are pages for it.
+        """The next chunk of a prompt enters in the next tick, if there are pages for it.
 
-        Only the last one may wait, for a packet whose microbatch has a row for it.
+        Only the last chunk may wait, until a microbatch has a row for it.
         """
         sizes = self.sizes
         taken = sum(row.position % sizes.page_size == 0 for row in packet.rows)
@@ -209,8 +207,8 @@ class Trial:
             assert no_pages or no_row, "a gap between two chunks"
 
     def share(self) -> int:
-        """Rows of a microbatch below which a prompt may join it: ceil(live sequences / P), where
-        those count as live that slots and pages let in now, one after the other."""
+        """The rows of a microbatch below which a prompt may join: ceil(live sequences / P). A
+        waiting sequence counts as live if slots and pages suffice for it now, in order."""
         sizes, free = self.sizes, self.scheduler.pool.num_free
 
         def missing(s) -> int:
@@ -226,6 +224,6 @@ class Trial:
         return min(-(-live // self.stages), sizes.max_rows)
 
     def joined(self, packet: Packet, microbatch) -> int:
-        """Rows of a microbatch as this packet found them and added to them."""
+        """The rows of a microbatch, including those that this packet finished sending."""
         sent_off = {s.sequence for s in packet.rows + packet.tiles if s.sequence.slot is None}
         return len(microbatch) + len(sent_off)
