@@ -1,7 +1,7 @@
-"""A model of transformers with every named value in reach: the reference for `interpret`.
+"""All named activations of a transformers model: the reference for `interpret`.
 
-The values come from PyTorch's hooks and from an attention of our own in the place of theirs, in the
-names and shapes of `activation_shapes`.
+They come from PyTorch hooks and from our own attention function, with the names and shapes of
+`activation_shapes`.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 def hooked(
     model: transformers.LlamaForCausalLM, tokens: np.ndarray, changes: Mapping[str, Change] = {}
 ) -> dict[str, torch.Tensor]:
-    """Runs tokens [B, T]; name → value, each after the change that `changes` has for it."""
+    """Runs tokens [B, T] and returns name -> activation, changed where `changes` says so."""
     found: dict[str, torch.Tensor] = {}
 
     def touch(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -88,7 +88,7 @@ def _hook_layer(layer, place: str, touch: Callable, hook: Callable, pre_hook: Ca
 
 
 def assert_close(ours, theirs, tolerance: float = 1e-4) -> None:
-    """To a share of the largest value of what is compared."""
+    """Asserts equality to `tolerance` times the largest value."""
     ours = np.asarray(ours)
     theirs = theirs.detach().numpy() if isinstance(theirs, torch.Tensor) else np.asarray(theirs)
     assert ours.shape == theirs.shape
