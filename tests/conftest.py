@@ -1,9 +1,13 @@
 """Sets up JAX, PyTorch and Hypothesis for all tests and for the engines that they start."""
 
+import ctypes
+import gc
 import os
 import signal
+import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # JAX and OpenMP read these when they are imported, also in the engines that tests start.
@@ -28,3 +32,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("quick", deadline=None, max_examples=20)
 settings.register_profile("full", deadline=None, max_examples=100)
 settings.load_profile("quick")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_programs():
+    """Frees a module's compiled programs at its end: all of them would take gigabytes."""
+    yield
+    if jax := sys.modules.get("jax"):
+        jax.clear_caches()
+        gc.collect()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)  # glibc does not give so many small pieces back
