@@ -1,10 +1,9 @@
-"""Audit of the compiled Llama-3-70B program for 8 x H100, without a GPU: `make audit`.
+"""Audits the compiled Llama-3-70B programs for 8 x H100, without a GPU: `make audit`.
 
-XLA's GPU compiler runs for a described target (`h100.textproto`), so what is audited is the program
-that the machine would run: bytes of arguments and temporaries for one device, collectives, and
-copies as large as one layer's K. Bytes per device are summed from the shards' shapes. Nothing is
-timed. With `--quantize` the matrices of the layers are in that format. Needs jax[cuda12]; with the
-CPU plugin alone there is no GPU compiler.
+XLA's GPU compiler compiles for a described target (`h100.textproto`), so these are the programs
+that the machine would run. The audit checks the bytes of arguments and temporaries per device, the
+collectives, and the copies as large as one layer's K. Weights and cache per device are summed from
+the shapes of the shards. Nothing is timed. Needs jax[cuda12], which contains the GPU compiler.
 """
 
 import argparse
@@ -56,7 +55,7 @@ COLLECTIVES = ("all-reduce", "collective-permute", "all-gather")
 
 
 def target_mesh() -> Mesh:
-    """The 4 x 2 mesh over eight devices that are only described."""
+    """The 4 x 2 mesh over eight described devices, which need not exist."""
     topology = topologies.get_topology_desc(
         platform="cuda",
         topology_name="h100",
@@ -87,7 +86,7 @@ def shard_bytes(array: jax.ShapeDtypeStruct) -> int:
 
 
 def weight_bytes(config: LlamaConfig, params: Params) -> dict[str, int]:
-    """Bytes of weights on each device, and how many of them are padding."""
+    """Bytes of weights per device, and how many of them are padding."""
     total = sum(map(shard_bytes, jax.tree.leaves(params)))
     devices = NUM_STAGES * NUM_RANKS
     tables = [table for table in (params.embedding, params.lm_head) if table is not None]
@@ -106,7 +105,7 @@ def weight_bytes(config: LlamaConfig, params: Params) -> dict[str, int]:
 def audit_program(
     config: LlamaConfig, mesh: Mesh, sizes: RingSizes, bucket: Bucket, params: Params
 ) -> dict[str, Any]:
-    """Compiles one program and reads it."""
+    """Compiles one program and reports its memory, collectives and copies."""
     if bucket.chunk:
         step = prefill_step(config, mesh, sizes, bucket.rows, bucket.chunk)
     else:
@@ -144,7 +143,7 @@ def audit_program(
 def audit_sampling(
     config: LlamaConfig, mesh: Mesh, sizes: RingSizes, bucket: Bucket
 ) -> dict[str, int]:
-    """Compiles the second program of a tick, which runs where a row is not greedy."""
+    """Compiles the second program of a tick, which runs if a row is not greedy."""
     n, devices = sizes.num_segments(bucket), NUM_STAGES * NUM_RANKS
 
     def array(shape: tuple[int, ...], dtype: Any, spec: P = REPLICATED) -> jax.ShapeDtypeStruct:
@@ -160,10 +159,10 @@ def audit_sampling(
 
 
 def main() -> int:
-    """Prints the audit and writes it; the exit status is 1 where a line does not hold."""
+    """Prints and writes the audit; returns the exit status, 1 if a check fails."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quantize", choices=FORMATS)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--quantize", choices=FORMATS, help="format of the layers' matrices")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
     config, mesh = LlamaConfig.llama3_70b(), target_mesh()
     weights, file = "bfloat16", "audit_70b_8xh100"
@@ -205,13 +204,13 @@ def main() -> int:
         "sampling": sampling,
         "holds": total <= MAX_TOTAL and all(row["holds"] for row in programs),
     }  # fmt: skip
-    print(f"{'bytes on each of the 8 devices':<32}")
+    print(f"{'bytes per device':<32}")
     for name, count in result["bytes_per_device"].items():
         print(f"  {name:<28} {count / 1e9:>8.3f} GB")
     output = args.output or RESULTS / f"{file}.json"
     output.parent.mkdir(exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n")
-    print("every line holds" if result["holds"] else "NOT every line holds")
+    print("all checks passed" if result["holds"] else "a check FAILED")
     return 0 if result["holds"] else 1
 
 

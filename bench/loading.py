@@ -1,11 +1,10 @@
-"""How much memory loading takes: `python -m bench.loading`.
+"""Measures how much memory loading takes: `python -m bench.loading`.
 
-A process starts JAX and makes the mesh, notes its anonymous memory (what the kernel cannot drop,
-unlike the page cache behind mapped files), loads a checkpoint of 124 M random parameters, and
-reports what was added, at the peak and at the end, against the bytes of the weights in the dtype
-loaded. The target is at most 1.1 at the peak. Every case is a process of its own; checkpoints are
-written by others, and the peak is sampled every millisecond by another, which no lock of the
-interpreter can hold up.
+A process starts JAX, makes the mesh, and notes its anonymous memory, which excludes the page cache.
+It then loads a checkpoint of 124 M random parameters. The result is the added memory, at the peak
+and at the end, relative to the bytes of the loaded weights. The target is at most 1.1 at the peak.
+Each case runs in its own process. Other processes write the checkpoints and sample the peak every
+millisecond, so the interpreter's lock cannot delay a sample.
 """
 
 import argparse
@@ -28,7 +27,7 @@ MESHES = ("1x1", "4x2")
 
 
 def write(directory: Path, dtype: str) -> None:
-    """Writes a random checkpoint in both layouts under `directory`."""
+    """Writes a random checkpoint in both layouts to subfolders of `directory`."""
     import torch
     from safetensors.torch import save_file
 
@@ -63,7 +62,7 @@ def write(directory: Path, dtype: str) -> None:
 
 
 def load(path: Path, mesh_shape: str, dtype: str) -> dict[str, float]:
-    """Loads a checkpoint and says what that added to this process, in bytes and seconds."""
+    """Loads a checkpoint and returns the memory and time that this took, in bytes and seconds."""
     import jax
 
     from llama_jax.checkpoint import open_checkpoint
@@ -71,7 +70,7 @@ def load(path: Path, mesh_shape: str, dtype: str) -> dict[str, float]:
     from sharding.mesh import make_mesh
 
     mesh = make_mesh(mesh_shape)
-    jax.block_until_ready(jax.numpy.zeros(1) + 1)  # whatever starts lazily
+    jax.block_until_ready(jax.numpy.zeros(1) + 1)  # start everything that JAX starts lazily
     before = memory()
     with sampled_peak() as peak:
         start = time.perf_counter()
@@ -90,18 +89,18 @@ def load(path: Path, mesh_shape: str, dtype: str) -> dict[str, float]:
 
 
 def memory(process: int | str = "self") -> int:
-    """Resident bytes of a process that are no page cache: its own and those it may share."""
+    """Returns the resident bytes of a process, private and shared, without page cache."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return sum(int(x.split()[1]) for x in lines if x.startswith(("RssAnon", "RssShmem"))) * 1024
 
 
 @contextlib.contextmanager
 def sampled_peak():
-    """A list whose only element, once the block has run, is the most memory seen meanwhile."""
+    """Yields a list whose only element, after the block, is the peak memory during the block."""
     peak: list[int] = []
     command = [sys.executable, __file__, "--watch", str(os.getpid())]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as watcher:
-        watcher.stdout.readline()  # it has begun
+        watcher.stdout.readline()  # sampling has begun
         try:
             yield peak
         finally:
@@ -109,7 +108,7 @@ def sampled_peak():
 
 
 def watch(process: int) -> None:
-    """Prints a line when it begins and the peak of `memory` when its standard input ends."""
+    """Prints a line at the start, and the peak of `memory` at the end of standard input."""
     print(flush=True)
     peak = 0
     while not select.select([sys.stdin], [], [], 0.001)[0]:
@@ -118,7 +117,7 @@ def watch(process: int) -> None:
 
 
 def in_process(*arguments: str) -> str:
-    """Runs this file in a process of its own and returns the last line that it prints."""
+    """Runs this file in a new process and returns the last line that it prints."""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -130,7 +129,7 @@ def in_process(*arguments: str) -> str:
 
 
 def main() -> int:
-    """Measures every case, prints the table and writes the JSON; 1 if a case misses the target."""
+    """Measures all cases and stores the result; the exit status is 1 if a target is missed."""
     from rich.console import Console
     from rich.table import Table
 

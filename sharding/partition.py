@@ -15,6 +15,11 @@ def partition_spec(axes: Sequence[str], rules: Rules, stacked: bool = False) -> 
     return P(*((STAGE,) if stacked else ()), *(rules[axis] for axis in axes))
 
 
+def positions_per_stage(num_layers: int, num_stages: int) -> int:
+    """Layer positions of each stage, padding layers included."""
+    return -(-num_layers // num_stages)
+
+
 def split_layers(num_layers: int, num_stages: int) -> tuple[tuple[int | None, ...], ...]:
     """Assigns layers to stages: the layer at each position of each stage, None for padding.
 
@@ -22,7 +27,7 @@ def split_layers(num_layers: int, num_stages: int) -> tuple[tuple[int | None, ..
     divide evenly, the first stages get one more: 22 layers on 4 stages give 6, 6, 5 and 5.
     """
     fewest, extra = divmod(num_layers, num_stages)
-    positions = fewest + (extra > 0)
+    positions = positions_per_stage(num_layers, num_stages)
     stages, first = [], 0
     for stage in range(num_stages):
         count = fewest + (stage < extra)

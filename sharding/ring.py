@@ -76,7 +76,7 @@ def ring_tick(
     stage = lax.axis_index(STAGE)
 
     def row(metadata: PyTree, packet: jax.Array) -> PyTree:
-        return jax.tree.map(lambda m: lax.dynamic_index_in_dim(m, packet, 0, False), metadata)
+        return jax.tree.map(lambda m: lax.dynamic_index_in_dim(m, packet, keepdims=False), metadata)
 
     with jax.named_scope("stage_enter"):
         metadata = jax.tree.map(

@@ -116,10 +116,6 @@ class MetaReader:
             _copy(source, (run, *rest), out[done : done + len(run)])
             done += len(run)
 
-    def map(self, name: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray | None:
-        """See `CheckpointReader.map`; a source is only read from."""
-        return None
-
     def close(self) -> None:
         """See `CheckpointReader.close`; a file is unmapped when its last view is gone."""
         self._sources.clear()

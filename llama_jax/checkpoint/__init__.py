@@ -1,4 +1,4 @@
-"""Checkpoints on disk: which layout a directory holds, and a reader for it. Imports no JAX."""
+"""Checkpoints on disk, and readers for their layouts. Only `load` imports JAX."""
 
 from pathlib import Path
 
@@ -16,14 +16,14 @@ __all__ = ["CheckpointError", "CheckpointReader", "TensorInfo", "open_checkpoint
 
 
 def open_checkpoint(path: str | Path) -> HuggingFaceReader | OrbaxReader:
-    """Opens a checkpoint directory, in Hugging Face layout or this project's Orbax layout.
+    """Opens a checkpoint directory in Hugging Face layout or in this project's Orbax layout.
 
-    Everything is checked (config, files and their lengths, names and shapes of all tensors), and
-    no tensor is read, but for a tied `lm_head.weight`, which is compared, and small ones that say
-    how GPTQ has quantised.
+    Checks the config, the files and their lengths, and the names and shapes of all tensors. Tensors
+    are not read, except for a stored `lm_head.weight` with tied embeddings, which is compared with
+    the embedding table, and the small ones that GPTQ needs to check (`g_idx` and `bias`).
 
     Raises:
-      ConfigError, CheckpointError: one sentence that says what is wrong, where, and what to do.
+      ConfigError, CheckpointError: the checkpoint is incomplete, damaged or not supported.
     """
     path = Path(path)
     check_directory(path)
@@ -31,7 +31,7 @@ def open_checkpoint(path: str | Path) -> HuggingFaceReader | OrbaxReader:
         check_files(path, read_manifest(path))
     elif (path / JOURNAL).is_file() or (path / WEIGHTS).is_dir():
         raise CheckpointError(
-            f"{path} is a conversion that did not finish (no {MANIFEST}): run the same command "
-            "again with --resume, or delete it."
+            f"{path} holds an unfinished conversion (no {MANIFEST}): run the same command again "
+            "with --resume, or delete it."
         )
     return OrbaxReader(path) if (path / WEIGHTS).is_dir() else HuggingFaceReader(path)

@@ -1,14 +1,14 @@
-"""Puts a checkpoint's weights on their devices, each shard's bytes straight to its own.
+"""Puts a checkpoint's weights on their devices.
 
-No process ever holds the model twice: for each device a reader maps the slice that it needs, or,
-where the files do not hold it as it is wanted, fills one buffer, casting where the dtype changes.
-On CPU, JAX takes the map or the buffer as the device's memory; elsewhere it is copied to the device
-and goes back to the system. Several threads do this at once: NumPy copies and casts without the
-interpreter's lock.
+No process ever holds the model twice. For each shard the reader fills one buffer, casting if the
+dtype changes. JAX on CPU takes the buffer as the device's memory; on other platforms the buffer is
+copied to the device and then freed. Several threads load shards at once: reading files, copying and
+casting all release the interpreter's lock.
 """
 
 import contextlib
 import math
+import mmap
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llama_jax.checkpoint import CheckpointReader, pages
+from llama_jax.checkpoint import CheckpointReader
 from llama_jax.config import LlamaConfig
 from llama_jax.weights.placement import (
     Params,
@@ -30,20 +30,20 @@ from llama_jax.weights.placement import (
 from sharding.errors import UserError
 from sharding.mesh import mesh_shape
 
-DTYPES = ("auto", "float32", "bfloat16")
-MOST_THREADS = 16  # each holds one shard beside what lies on the devices already
+LOAD_DTYPES = ("auto", "float32", "bfloat16")
+MAX_THREADS = 16  # each holds one shard beyond what is on the devices already
 
 
 def choose_dtype(dtype: str, config: LlamaConfig, platform: str) -> np.dtype:
-    """What `--dtype` means: "auto" is float32 on CPU, elsewhere what the checkpoint holds.
+    """Resolves `--dtype`: "auto" is float32 on CPU and the checkpoint's dtype elsewhere.
 
-    A checkpoint in float16 is bfloat16 then: activations could leave the range of float16.
+    A float16 checkpoint is loaded as bfloat16, because activations can exceed float16's range.
 
     Raises:
-      ValueError: an unknown name.
+      UserError: `dtype` is not one of `LOAD_DTYPES`.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    if dtype not in LOAD_DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(LOAD_DTYPES)}, got {dtype!r}.")
     if dtype == "auto":
         # bfloat16 is about three times slower than float32 on CPU.
         dtype = "float32" if platform == "cpu" or config.dtype == "float32" else "bfloat16"
@@ -56,17 +56,17 @@ def load_params(
     dtype: np.dtype,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Params:
-    """Reads every weight onto the mesh; each process what its own devices hold.
+    """Loads every weight onto the mesh; each process reads the shards of its own devices.
 
     Args:
       reader: an open checkpoint.
-      mesh: where to.
-      dtype: of the activations, and of all weights that are not quantised.
-      progress: called with the arrays done and their total.
+      mesh: the devices.
+      dtype: of the activations and of all weights that are not quantized.
+      progress: called with the number of arrays loaded and their total.
 
     Raises:
-      ShardingError: the model cannot be split over this mesh; nothing has been read then.
-      CheckpointError: the bytes of a tensor cannot be read; no more is read then.
+      ShardingError: the model cannot be split over this mesh; nothing has been read.
+      CheckpointError: a tensor cannot be read; reading stops.
     """
     places, structure = jax.tree.flatten(placements(reader.config, *mesh_shape(mesh)))
     shapes = jax.tree.leaves(param_shapes(reader.config, mesh, dtype))
@@ -82,26 +82,26 @@ def load_params(
                 ]
             )
         for shape, shards in zip(shapes, reading, strict=True):
-            held = [shard.result() for shard in shards]
+            loaded = [shard.result() for shard in shards]
             arrays.append(
-                jax.make_array_from_single_device_arrays(shape.shape, shape.sharding, held)
+                jax.make_array_from_single_device_arrays(shape.shape, shape.sharding, loaded)
             )
             progress(len(arrays), len(shapes))
     return jax.tree.unflatten(structure, arrays)
 
 
 def load_whole(reader: CheckpointReader, dtype: np.dtype) -> Params:
-    """Reads every weight onto the default device, layers not stacked.
+    """Loads every weight onto the default device, without stacking layers.
 
     Args:
       reader: an open checkpoint.
-      dtype: of the activations, and of all weights that are not quantised.
+      dtype: of the activations and of all weights that are not quantized.
 
     Raises:
-      CheckpointError: the bytes of a tensor cannot be read; no more is read then.
+      CheckpointError: a tensor cannot be read; reading stops.
     """
     places, structure = jax.tree.flatten(unsharded_placements(reader.config))
-    # Of this thread: each has its own.
+    # The default device is thread-local, so the threads below must be given this thread's.
     default = jax.config.jax_default_device  # type: ignore[attr-defined]
 
     def whole(place: Placement) -> jax.Array:
@@ -113,12 +113,12 @@ def load_whole(reader: CheckpointReader, dtype: np.dtype) -> Params:
 
 
 def load_array(reader: CheckpointReader, place: Placement, dtype: np.dtype) -> jax.Array:
-    """Reads one array onto the default device, whole.
+    """Loads one whole array onto the default device.
 
     Args:
       reader: an open checkpoint.
       place: from `unsharded_placements`.
-      dtype: of the activations, and of the array if it is not quantised.
+      dtype: of the activations, and of the array if it is not quantized.
 
     Raises:
       CheckpointError: its bytes cannot be read.
@@ -128,8 +128,8 @@ def load_array(reader: CheckpointReader, place: Placement, dtype: np.dtype) -> j
 
 @contextlib.contextmanager
 def _threads() -> Iterator[ThreadPoolExecutor]:
-    """Threads that read. What none has begun when the block ends, by an error, none will."""
-    pool = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
+    """A pool of reading threads. If the block raises, reads that have not begun are canceled."""
+    pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
     try:
         yield pool
     finally:
@@ -143,7 +143,7 @@ def _load(
     dtype: np.dtype,
     device: jax.Device | None = None,
 ) -> jax.Array:
-    """The part of an array that a device holds, there; it has arrived when this returns."""
+    """Loads one shard onto its device, and waits until it has arrived."""
     shard = _read(reader, place, index, place.dtype(dtype))
     return jax.block_until_ready(jax.device_put(shard, device))
 
@@ -151,30 +151,31 @@ def _load(
 def _read(
     reader: CheckpointReader, place: Placement, index: tuple[slice, ...], dtype: np.dtype
 ) -> np.ndarray:
-    """The part of an array that one device holds: zeros where it is padding."""
+    """Reads the shard of an array that one device holds; padding is zeros."""
     bounds = [part.indices(size)[:2] for part, size in zip(index, place.shape, strict=True)]
-    shape = tuple(stop - start for start, stop in bounds)
-    name = place.tensor.hf_name
+    shard = _zeros(tuple(stop - start for start, stop in bounds), dtype)
+    inside, name = shard, place.tensor.hf_name
     if place.layers is not None:
         (stage, _), *bounds = bounds  # a device belongs to one stage
         if place.layers[stage] is None:
-            return _zeros(shape, dtype)
-        name = name.format(layer=place.layers[stage])
-    held = tuple(
+            return shard
+        inside, name = shard[0], name.format(layer=place.layers[stage])
+    stored = tuple(
         slice(start, min(stop, size))
         for (start, stop), size in zip(bounds, place.tensor.shape, strict=True)
     )
-    sizes = tuple(part.stop - part.start for part in held)
-    if math.prod(sizes) == math.prod(shape):  # nothing is padding
-        mapped = reader.map(name, held, dtype)
-        if mapped is not None:
-            return mapped.reshape(shape)
-    shard = _zeros(shape, dtype)
+    sizes = [part.stop - part.start for part in stored]
     if all(size > 0 for size in sizes):
-        inside = shard if place.layers is None else shard[0]
-        reader.read_into(name, held, inside[tuple(slice(0, size) for size in sizes)])
+        reader.read_into(name, stored, inside[tuple(slice(0, size) for size in sizes)])
     return shard
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    return pages.zeros(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+    """Zeros in memory pages of their own.
+
+    JAX on CPU uses page-aligned memory in place, whereas it copies what NumPy allocates. The pages
+    return to the system with the last array on them; malloc would keep some.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, np.uint8).view(dtype).reshape(shape)

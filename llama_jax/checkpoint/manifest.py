@@ -1,9 +1,8 @@
-"""The manifest of a checkpoint that `python -m convert` wrote: what it is made of, to the byte.
+"""The manifest of a checkpoint that `python -m convert` wrote: every file's length and checksum.
 
-It is written last, and in one step, so a directory that has one is whole, or has been damaged since
-and can be found out: every file's length when it is opened, every checksum by `convert verify`.
-Beside its files it tells where the weights came from and, where they were quantised on the way,
-what that cost.
+It is written last, and atomically, so a directory with a manifest was once complete. Later damage
+can be detected: lengths are checked when a checkpoint is opened, checksums by `convert verify`. The
+manifest also identifies the source of the weights and records the error of quantization.
 """
 
 import hashlib
@@ -17,8 +16,8 @@ from typing import Any
 from llama_jax.checkpoint.reader import CheckpointError, refuse
 
 MANIFEST = "llama_jax.json"
-JOURNAL = "llama_jax.journal"  # of a conversion on its way (`convert.journal`)
-PART = ".part"  # ends the name of a file until it is whole
+JOURNAL = "llama_jax.journal"  # of an unfinished conversion (`convert.journal`)
+PART = ".part"  # suffix of a file that is not complete yet
 FORMAT = "llama_jax checkpoint"
 VERSION = 2
 
@@ -33,14 +32,14 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is told of a checkpoint.
+    """The contents of a manifest.
 
     Attributes:
       layout: "orbax" or "huggingface".
-      plan: identifies the source and what was done with it (`convert.journal.identify`).
-      files: every file but this one, by its path from the directory.
-      quantization_error: by kind of matrix, the root of the mean square of what quantisation
-        changed, relative to that of the weights; empty where nothing was quantised on the way.
+      plan: identifies the source and the options of the conversion (`convert.journal.identify`).
+      files: relative path → record, for every file except the manifest.
+      quantization_error: kind of matrix → root mean square of the quantization error, relative to
+        that of the weights; empty if the conversion did not quantize.
     """
 
     layout: str
@@ -50,7 +49,7 @@ class Manifest:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Declares the checkpoint in `path` whole, in one step that a crash cannot cut in two."""
+    """Writes the manifest atomically, which marks the checkpoint in `path` as complete."""
     content = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
     part = path / f"{MANIFEST}{PART}"
     with part.open("w", encoding="utf-8") as file:
@@ -65,7 +64,7 @@ def read_manifest(path: Path) -> Manifest:
     """Reads a checkpoint's manifest.
 
     Raises:
-      CheckpointError: it cannot be read, is of another format or version, or names files outside
+      CheckpointError: it cannot be read, has another format or version, or names files outside
         the directory.
     """
     file = path / MANIFEST
@@ -76,7 +75,7 @@ def read_manifest(path: Path) -> Manifest:
         raise CheckpointError(f"{file} cannot be read: convert the checkpoint again.") from None
     if known != (FORMAT, VERSION):
         raise CheckpointError(
-            f"{file} declares format {known[0]!r} version {known[1]!r}, and this program reads "
+            f"{file} has format {known[0]!r} version {known[1]!r}, but this program reads "
             f"{FORMAT!r} version {VERSION}: convert the checkpoint again."
         )
     try:
@@ -97,18 +96,18 @@ def _record(bytes: int, sha256: str) -> FileRecord:
 
 
 def checksum(path: Path) -> str:
-    """A file's SHA-256, in hexadecimal."""
+    """Returns the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_files(path: Path, manifest: Manifest) -> None:
-    """That every file is there, and those of weights with their length; nothing is read.
+    """Checks that every file exists and that weight files have their length; reads nothing.
 
-    The small files beside the weights may have been edited since; their checksums tell.
+    The small files beside the weights may have been edited; `convert verify` tells.
 
     Raises:
-      CheckpointError: one sentence that names every file that is missing or of another length.
+      CheckpointError: names every file that is missing or has another length.
     """
     problems = []
     for name, record in manifest.files.items():
@@ -120,11 +119,11 @@ def check_files(path: Path, manifest: Manifest) -> None:
         of_weights = "/" in name or name.endswith(".safetensors")
         if of_weights and size != record.bytes:
             problems.append(f"{name} has {size:,} bytes instead of {record.bytes:,}")
-    refuse(f"{path} is not whole, copy or convert it again", problems)
+    refuse(f"{path} is incomplete, copy or convert it again", problems)
 
 
 def sync(path: Path) -> None:
-    """Makes the bytes of a file, or the names in a directory, survive a power cut."""
+    """Flushes a file, or the entries of a directory, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

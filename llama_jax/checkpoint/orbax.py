@@ -1,17 +1,16 @@
-"""This project's own checkpoint layout, an Orbax checkpoint: how it lies on disk, and its reader.
+"""This project's own checkpoint layout, which Orbax can open too, and its reader.
 
     DIR/config.json, generation_config.json, tokenizer files   as Hugging Face has them
     DIR/weights/state/NAME/zarr.json, c/0/0, c/1/0, ...        one Zarr array for each tensor
     DIR/weights/...                                            Orbax's description of the tree
     DIR/llama_jax.json                                         the manifest, written last
 
-The Orbax tree is flat: Hugging Face name → array, one for each weight and layer, neither stacked
-nor fused, so that it serves any mesh. The arrays are plain Zarr (version 3,
-https://zarr-specs.readthedocs.io/en/latest/v3/core/index.html): not compressed and cut into runs of
-rows, so a file holds nothing but rows of the matrix, one after another. A matrix whose columns are
-split over the tensor-parallel ranks is also cut by columns, in as many pieces as `convert` chose:
-any mesh reads it, and where there are as many ranks, each finds its part as a run of bytes. Orbax
-opens such a checkpoint; here a slice costs its own bytes and often no memory beside them.
+The Orbax tree is flat: Hugging Face name → array, one per weight and layer, neither stacked nor
+fused, so that it suits any mesh. The arrays are Zarr, version 3
+(https://zarr-specs.readthedocs.io/en/latest/v3/core/index.html), uncompressed. Each is cut into
+chunks of whole rows, so that a file holds rows of the matrix one after another. A matrix whose
+columns are split over the tensor-parallel ranks is also cut by columns (`convert.orbax_layout`):
+any mesh can read it, and with as many ranks as pieces each rank's part is a run of bytes.
 """
 
 import itertools
@@ -24,7 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llama_jax.checkpoint.file_array import FileArray
-from llama_jax.checkpoint.pages import map_runs
 from llama_jax.checkpoint.reader import (
     CheckpointError,
     TensorInfo,
@@ -35,14 +33,14 @@ from llama_jax.checkpoint.reader import (
 from llama_jax.config.huggingface import read_checkpoint_config
 
 WEIGHTS = "weights"
-STATE = "state"  # the name under which Orbax puts an unnamed tree
+STATE = "state"  # Orbax's name for an unnamed tree
 ARRAY = "zarr.json"
 
 
 def array_metadata(
     shape: tuple[int, ...], chunk_shape: tuple[int, ...], dtype: str
 ) -> dict[str, Any]:
-    """The zarr.json of an array that is cut into chunks; the last of an axis may be padded."""
+    """Returns the zarr.json of a chunked array; the last chunk of an axis may be padded."""
     endian = {} if numpy_dtype(dtype).itemsize == 1 else {"configuration": {"endian": "little"}}
     return {
         "zarr_format": 3,
@@ -60,21 +58,18 @@ def array_metadata(
 
 
 def chunk_file(name: str, *place: int) -> str:
-    """The path, from the checkpoint's directory, of the chunk at this place of an array's grid."""
+    """Returns the path, in the checkpoint, of the chunk at this place of an array's grid."""
     return f"{WEIGHTS}/{STATE}/{name}/c/{'/'.join(map(str, place))}"
 
 
 class OrbaxReader:
-    """A `CheckpointReader`.
-
-    The manifest is not read here: `open_checkpoint` has held it against the files.
-    """
+    """A `CheckpointReader`. It does not read the manifest; `open_checkpoint` checks that."""
 
     def __init__(self, path: Path):
-        """Opens the directory; tensors are checked, not read.
+        """Opens the directory and checks the tensors' descriptions, without reading the tensors.
 
         Raises:
-          ConfigError, CheckpointError: if anything in it is missing or wrong.
+          ConfigError, CheckpointError: anything is missing or wrong.
         """
         self.path = path
         self.declared = read_checkpoint_config(path)
@@ -86,32 +81,17 @@ class OrbaxReader:
         self.config = with_stored_dtype(config, self.tensors)
 
     def read_into(self, name: str, index: tuple[slice, ...], out: np.ndarray) -> None:
-        """See `CheckpointReader.read_into`."""
+        """Fills `out` with a slice, chunk by chunk."""
         for part in self._arrays[name].chunks(index):
             part.chunk.read_into(part.inside, out[part.at])
 
-    def map(self, name: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray | None:
-        """See `CheckpointReader.map`; `convert` renames whole files in and changes none."""
-        if dtype != numpy_dtype(self.tensors[name].dtype):
-            return None
-        runs = []
-        for part in self._arrays[name].chunks(index):
-            width = tuple(slice(0, size) for size in part.chunk.shape[1:])
-            if not part.inside[1:] == part.at[1:] == width:
-                return None  # its rows are not whole rows of chunks, one after another
-            runs.append(part.chunk.run(part.inside[0]))
-        pages = map_runs(runs)
-        if pages is None:
-            return None
-        return pages.view(dtype).reshape([part.stop - part.start for part in index])
-
     def close(self) -> None:
-        """See `CheckpointReader.close`; no file stays open between reads."""
+        """Ends the use of the reader; no file is open between reads."""
         self._arrays.clear()
 
 
-class _Part(NamedTuple):
-    """What a chunk holds of a slice: where in the chunk, and where in the slice."""
+class _Overlap(NamedTuple):
+    """The overlap of a slice with a chunk: its index in the chunk and its index in the slice."""
 
     chunk: FileArray
     inside: tuple[slice, ...]
@@ -119,7 +99,7 @@ class _Part(NamedTuple):
 
 
 class _Array:
-    """One array, as its zarr.json describes it."""
+    """One array as described by its zarr.json."""
 
     def __init__(self, path: Path, file: Path):
         self._path, self._name = path, file.parent.name
@@ -134,14 +114,14 @@ class _Array:
         whole = len(sizes) == len(shape) and all(type(n) is int and n > 0 for n in (*shape, *sizes))
         if not plain or not whole:
             raise CheckpointError(
-                f"{file} describes an array that is not cut into plain chunks, as `python -m "
-                "convert` writes them: convert the checkpoint again."
+                f"{file} does not describe an array in uncompressed chunks, as `python -m convert` "
+                "writes it: convert the checkpoint again."
             )
         self.info = TensorInfo(shape, dtype)
         self._check_last_chunk()
 
-    def chunks(self, index: tuple[slice, ...]) -> Iterator[_Part]:
-        """The chunks that hold a slice, row by row of their grid."""
+    def chunks(self, index: tuple[slice, ...]) -> Iterator[_Overlap]:
+        """Yields the overlaps of a slice with the chunks that hold it."""
         grid = [
             range(part.start // size, -(-part.stop // size))
             for part, size in zip(index, self._chunk_shape, strict=True)
@@ -152,26 +132,26 @@ class _Array:
                 for part, number, size in zip(index, place, self._chunk_shape, strict=True)
             ]
             inside, at = zip(*cuts, strict=True)
-            yield _Part(self._chunk(place), inside, at)
+            yield _Overlap(self._chunk(place), inside, at)
 
     def _chunk(self, place: tuple[int, ...]) -> FileArray:
         file = self._path / chunk_file(self._name, *place)
         return FileArray(file, 0, self._chunk_shape, numpy_dtype(self.info.dtype))
 
     def _check_last_chunk(self) -> None:
-        """That the files are cut as zarr.json says: else the last lies elsewhere, or is larger."""
+        """Checks the size of the last chunk; with another chunk shape it would be elsewhere."""
         shape = zip(self.info.shape, self._chunk_shape, strict=True)
         last = self._chunk(tuple((size - 1) // of_chunk for size, of_chunk in shape))
         size = math.prod(last.shape) * last.dtype.itemsize
         if not last.path.is_file() or last.path.stat().st_size != size:
             raise CheckpointError(
-                f"{last.path} is not there with the {size:,} bytes that {ARRAY} announces: convert "
-                "the checkpoint again."
+                f"{last.path} does not exist with the {size:,} bytes that its {ARRAY} describes: "
+                "convert the checkpoint again."
             )
 
 
 def _cut(part: slice, number: int, size: int) -> tuple[slice, slice]:
-    """What a slice and a chunk share along an axis: where in the chunk, and where in the slice."""
+    """The overlap of a slice and a chunk along an axis: in the chunk, and in the slice."""
     zero = number * size
     start, stop = max(part.start, zero), min(part.stop, zero + size)
     return slice(start - zero, stop - zero), slice(start - part.start, stop - part.start)

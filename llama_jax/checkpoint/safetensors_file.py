@@ -1,18 +1,19 @@
-"""One safetensors file, mapped into memory.
+"""One safetensors file.
 
-The format is small enough to read directly (https://github.com/huggingface/safetensors#format): 8
-bytes of header length, a JSON header that gives each tensor's dtype, shape and place, and the
-tensors' bytes, without gaps. A map of one's own gives slices of bfloat16 tensors without a copy, in
-page cache that the system may drop, and lets errors say what is wrong with the file.
+The `safetensors` library opens the file, checks its header and describes its tensors. It does not
+read them here: its NumPy slices do not support FP8, hold the interpreter's lock, and are copies,
+whereas a loader needs the bytes in a buffer that it already has. The library does not say where a
+tensor lies in the file either, but guarantees that tensors follow one another without gaps
+(https://github.com/huggingface/safetensors#format).
 """
 
-import json
+import functools
 import math
-import mmap
+import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from llama_jax.checkpoint.file_array import FileArray
 from llama_jax.checkpoint.reader import CheckpointError, TensorInfo, numpy_dtype
@@ -26,112 +27,69 @@ _DTYPES = {
     "U8": "uint8",
     "I32": "int32",
 }
-_MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 _LFS_POINTER = b"version https://git-lfs"
 
 
 class SafetensorsFile:
-    """Attributes:
+    """An open file; no handle is kept.
 
-    path: the file.
-    tensors: name → shape and dtype, in the order of the file; one of a dtype that is not
-      supported keeps the file's name for it ("F8_E5M2") and cannot be read.
+    Attributes:
+      path: of the file.
+      tensors: name → shape and dtype, in the order of the file. A dtype that is not supported has
+        the file's name for it ("F8_E5M2"), and its tensor cannot be read.
     """
 
     def __init__(self, path: Path):
-        """Maps the file and checks that its header and its length agree.
+        """Checks that the header and the length of the file agree.
 
         Raises:
-          CheckpointError: if they do not.
+          CheckpointError: they do not, or the file cannot be read.
         """
         self.path = path
         try:
             with path.open("rb") as file:
-                self._start, header = _read_header(file.read, path)
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                start = file.read(len(_LFS_POINTER))
+            if start == _LFS_POINTER:
+                raise CheckpointError(
+                    f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its "
+                    "directory."
+                )
+            with safe_open(path, framework="numpy") as opened:
+                slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
+                described = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{path} is truncated or corrupt ({error}): copy it again."
+            ) from None
         self.tensors: dict[str, TensorInfo] = {}
-        self._begin: dict[str, int] = {}
-        extents = []
-        for name, entry in header.items():
-            if name != "__metadata__":
-                self.tensors[name], extent = _parse_entry(path, name, entry)
-                self._begin[name] = extent[0]
-                extents.append(extent)
-        self.tensors = dict(sorted(self.tensors.items(), key=lambda item: self._begin[item[0]]))
-        self._check_length(sorted(extents))
+        self._arrays: dict[str, FileArray] = {}
+        offset = 8 + int.from_bytes(start[:8], "little")  # the header follows its own length
+        for name, (dtype, shape) in described.items():
+            self.tensors[name] = TensorInfo(shape, _DTYPES.get(dtype, dtype))
+            if dtype in _DTYPES:
+                self._arrays[name] = FileArray(path, offset, shape, numpy_dtype(_DTYPES[dtype]))
+            offset += math.prod(shape) * _bits(dtype) // 8
 
     def read_into(self, name: str, index: tuple[slice, ...], out: np.ndarray) -> None:
-        """Fills `out` with a slice of a tensor; see `FileArray.read_into`."""
-        info = self.tensors[name]
-        start = self._start + self._begin[name]
-        FileArray(self.path, start, info.shape, numpy_dtype(info.dtype)).read_into(index, out)
+        """Fills `out` with a slice of a tensor, as `FileArray.read_into` does."""
+        self._arrays[name].read_into(index, out)
 
-    def array(self, name: str) -> np.ndarray:
-        """The whole tensor, a read-only view of the mapped file: nothing is read before use."""
-        info = self.tensors[name]
-        start = self._start + self._begin[name]
-        return np.ndarray(info.shape, numpy_dtype(info.dtype), buffer=self._map, offset=start)
+    def mapped(self, name: str) -> np.ndarray:
+        """The whole tensor, memory-mapped and read-only; nothing is read until it is used."""
+        array = self._arrays[name]
+        size = math.prod(array.shape) * array.dtype.itemsize
+        data = self._map[array.offset : array.offset + size]
+        return data.view(array.dtype).reshape(array.shape)
 
-    def _check_length(self, extents: list[tuple[int, int]]) -> None:
-        end = 0
-        for begin, next_end in extents:
-            if begin != end:
-                raise CheckpointError(
-                    f"{self.path} has a corrupt header: its tensors overlap or leave gaps at byte "
-                    f"{min(begin, end)}."
-                )
-            end = next_end
-        held = len(self._map) - self._start
-        if held != end:
-            problem = "truncated" if held < end else "longer than it should be"
-            raise CheckpointError(
-                f"{self.path} is {problem}: its header announces {end:,} bytes of tensors and it "
-                f"holds {held:,}; copy it again."
-            )
+    @functools.cached_property
+    def _map(self) -> np.ndarray:
+        """The file, mapped once: every map takes a file descriptor."""
+        return np.asarray(np.memmap(self.path, np.uint8, "r"))
 
 
-def _read_header(read: Any, path: Path) -> tuple[int, dict[str, Any]]:
-    """Where the tensors' bytes start, and the header."""
-    first = read(8)
-    if first == _LFS_POINTER[:8]:
-        raise CheckpointError(
-            f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its directory."
-        )
-    length = int.from_bytes(first, "little")
-    if len(first) < 8 or length > _MAX_HEADER:
-        raise CheckpointError(f"{path} is not a safetensors file, or was cut off at its start.")
-    text = read(length)
-    if len(text) < length:
-        raise CheckpointError(f"{path} is truncated: it ends inside its header; copy it again.")
-    try:
-        header = json.loads(text, object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} has a corrupt header: {error}.") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path} has a corrupt header: not a JSON object.")
-    return 8 + length, header
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} appears twice")
-    return result
-
-
-def _parse_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
-    try:
-        shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-        dtype = _DTYPES.get(entry["dtype"], entry["dtype"])
-        size = math.prod(shape) * numpy_dtype(dtype).itemsize if entry["dtype"] in _DTYPES else None
-        if not whole or end < begin or size not in (None, end - begin):
-            raise ValueError
-    except (TypeError, KeyError, ValueError):
-        raise CheckpointError(
-            f"{path} has a corrupt header: the entry of {name} contradicts itself."
-        ) from None
-    return TensorInfo(shape, dtype), (begin, end)
+def _bits(dtype: str) -> int:
+    """Bits per element, which the file's name for a dtype gives: "BF16", "F8_E4M3", "I64"."""
+    digits = re.search(r"\d+", dtype)
+    return int(digits[0]) if digits else 8  # BOOL

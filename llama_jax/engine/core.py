@@ -20,7 +20,7 @@ from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.sizing import GPU_MEMORY_SHARE, check_options, choose_results_late
 from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.model import Llama
-from llama_jax.model.llama import check_model_class
+from llama_jax.ring.steps import check_model_class
 from sharding.mesh import make_mesh, mesh_shape
 from sharding.partition import split_layers
 

@@ -1,8 +1,8 @@
-"""The ring with its activations in view: ticks that also return what each stage computed.
+"""A tick that also returns activations, for interpretability.
 
-A program of its own, beside the one that serves. The layers, the cache and the ring are the same;
-`nnx.capture` collects what the modules tap (`llama_jax.model.tap`), and every position of a chunk
-gets its logits.
+This is a separate program from the one that serves requests. The layers, the cache and the ring are
+the same, but `nnx.capture` collects the values that the modules tap (`llama_jax.model.tap`), and
+every position of a chunk gets logits.
 """
 
 from collections.abc import Callable
@@ -19,40 +19,32 @@ from llama_jax.model import DecoderLayer
 from llama_jax.model.attention import ScoreMod, Tap, paged_weights
 from llama_jax.model.tap import captured_by_name
 from llama_jax.ring.kv_cache import KVCache
+from llama_jax.ring.stage import PagedAttend, Program, make_layer, run_layers
 from llama_jax.ring.steps import LOGITS_SPEC, on_mesh, state_specs
-from llama_jax.ring.tick import (
-    PagedAttend,
-    Program,
-    State,
-    advance_ring,
-    final_norm,
-    local_logits,
-    make_layer,
-    run_layers,
-)
+from llama_jax.ring.tick import State, advance_ring, final_norm, local_logits
 from llama_jax.weights.placement import Params, param_shapes, param_specs
 from sharding.axes import MODEL, STAGE
 from sharding.collectives import psum, rank
 from sharding.mesh import mesh_shape
 
-WEIGHTS = "attention.weights"  # inside a layer
+WEIGHTS = "attention.weights"  # the name, in a layer, of the softmax weights
 
 
 class LayerActivation(NamedTuple):
-    """What to return of a layer: its position in its stage, and a name inside it."""
+    """Names an activation: the position of its layer in the stage, and its name in the layer."""
 
     position: int
     name: str
 
 
 class Observation(NamedTuple):
-    """What a tick shows; C tokens of a chunk, P stages.
+    """The results of an observed tick, for chunks of C tokens on P stages.
 
     Attributes:
-      logits: `[C, V']` float32, of the packet that left the last stage, at every position.
-      final_norm: `[C, D]`, of the same.
-      entered: `[P, C, D]`, the activations that each stage began with.
-      layers: `[P, C, ...]` for each `LayerActivation`, of the packet that was with each stage.
+      logits: `[C, V']` float32, at every position of the packet that left the last stage.
+      final_norm: `[C, D]`, the output of the final norm for the same packet.
+      entered: `[P, C, D]`, the input of each stage.
+      layers: `[P, C, ...]` for each requested activation, of the packet at each stage.
     """
 
     logits: Any
@@ -68,12 +60,12 @@ ObservedStep = Callable[[Params, State, Any], tuple[State, Observation]]
 def observed_step(
     program: Program, mesh: Mesh, activations: tuple[LayerActivation, ...]
 ) -> ObservedStep:
-    """The jitted tick that shows what it computes; donates the state.
+    """The jitted tick that also returns activations. Donates the state.
 
     Args:
-      program: its bucket has a chunk and no decode rows.
-      mesh: where it runs.
-      activations: what of the layers to return; each must be tapped by the layers of the model.
+      program: with a chunk and no decode rows.
+      mesh: the mesh.
+      activations: those of the layers to return; the layers must tap each of them.
     """
     specs = state_specs(program.config, mesh)
     layers = {each: _spec(program, mesh, each.name) for each in activations}
@@ -91,7 +83,7 @@ def _observed_tick(
     packed: jax.Array,
 ) -> tuple[State, Observation]:
     attend_class = (
-        _ShowingAttend if any(each.name == WEIGHTS for each in activations) else PagedAttend
+        _TappedPagedAttend if any(each.name == WEIGHTS for each in activations) else PagedAttend
     )
 
     def run_stage(x: jax.Array, metadata: jax.Array, cache: KVCache) -> tuple[jax.Array, Any]:
@@ -107,6 +99,7 @@ def _observed_tick(
                 found[LayerActivation(position, name)] = value
             return x
 
+        # The ring passes on all that a stage returns with its activations, not just the cache.
         entered = x
         x, cache = run_layers(program, params.layers, x, metadata, cache, attend_class, call)
         return x, (cache, entered[None], {each: found[each][None] for each in activations})
@@ -122,8 +115,8 @@ def _observed_tick(
     return State(ring, state.tokens, cache), Observation(scores, normed, entered, layers)
 
 
-class _ShowingAttend(PagedAttend):
-    """As its base, and shows the caller the weights, which paged attention never holds at once."""
+class _TappedPagedAttend(PagedAttend):
+    """`PagedAttend` that also computes and taps the softmax weights."""
 
     def __call__(
         self, q: jax.Array, k: jax.Array, v: jax.Array, *, score_mod: ScoreMod, tap: Tap
@@ -136,13 +129,15 @@ class _ShowingAttend(PagedAttend):
                 score_mod, rank(MODEL) * q.shape[2],
             ),
         )  # fmt: skip
-        tap("weights", weights.astype(v.dtype))  # as `causal_attention`
+        tap("weights", weights.astype(v.dtype))  # the dtype of `causal_attention`'s
         return out
 
 
 def _spec(program: Program, mesh: Mesh, name: str) -> P:
-    """How a value of a layer, `[P, C, ...]`, lies on the mesh: an axis that is shorter on a rank
-    than in the whole layer is split over the ranks."""
+    """The spec of an activation of a layer, `[P, C, ...]`.
+
+    An axis is split over the ranks if it is shorter on one rank than in the whole layer.
+    """
     weights = param_shapes(program.config, mesh, jnp.dtype(jnp.float32)).layers[0]
     whole = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), weights)
     local = jax.tree.map(
@@ -153,7 +148,7 @@ def _spec(program: Program, mesh: Mesh, name: str) -> P:
 
 
 def _shape(program: Program, weights: dict[str, Any], name: str) -> tuple[int, ...]:
-    """The shape of a value in a layer with these weights, for two tokens."""
+    """The shape of an activation in a layer with these weights, for two tokens."""
 
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, *, score_mod: ScoreMod, tap: Tap

@@ -1,8 +1,7 @@
-"""Reading Hugging Face checkpoints, and refusing what is not a whole one."""
+"""Reading checkpoints in Hugging Face layout, and rejecting incomplete or damaged ones."""
 
 import json
 import random
-import re
 import shutil
 import struct
 
@@ -13,8 +12,9 @@ import safetensors.torch
 import torch
 
 from llama_jax.checkpoint import CheckpointError, open_checkpoint
-from llama_jax.config import ConfigError, LlamaConfig
+from llama_jax.config import LlamaConfig
 from llama_jax.weights.table import checkpoint_tensors
+from tests.support.conversions import change_weights, refusal
 from tests.support.tiny_checkpoint import bits, place_tensors, read, write_checkpoint
 
 INDEX = "model.safetensors.index.json"
@@ -45,22 +45,6 @@ def sharded_copy(tmp_path, sharded):
     return shutil.copytree(sharded, tmp_path / "copy")
 
 
-def refusal(path) -> str:
-    """The message with which opening fails: one sentence on one line."""
-    with pytest.raises((CheckpointError, ConfigError)) as caught:
-        open_checkpoint(path)
-    message = str(caught.value)
-    assert message.endswith(".") and "\n" not in message
-    return message
-
-
-def change_weights(path, change):
-    file = path / "model.safetensors"
-    weights = safetensors.torch.load(file.read_bytes())  # load_file would map what we overwrite
-    change(weights)
-    safetensors.torch.save_file(weights, file)
-
-
 def change_json(file, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
@@ -84,16 +68,7 @@ def test_reads_every_tensor_bit_for_bit(tmp_path, dtype, tied, shard_size):
         assert bits(array) == bits(tensor)
 
 
-def test_a_view_is_no_copy(single):
-    reader = open_checkpoint(single)
-    view = reader.view("lm_head.weight")
-    expected = view.copy()
-    reader.close()
-    np.testing.assert_array_equal(view, expected)
-    assert not view.flags.owndata and not view.flags.writeable
-
-
-def test_tensors_at_odd_offsets_are_read(copy):
+def test_tensors_at_odd_offsets(copy):
     """Other writers do not pad their headers, so tensors may start at any byte."""
     expected = safetensors.torch.load((copy / "model.safetensors").read_bytes())
     place_tensors(copy / "model.safetensors", 1)
@@ -102,6 +77,19 @@ def test_tensors_at_odd_offsets_are_read(copy):
         array = read(reader, name)
         assert bits(array) == bits(tensor)
         assert (array.astype(np.float32) == tensor.float().numpy()).all()
+
+
+def test_tensors_after_unsupported_dtypes(copy):
+    """Their sizes determine where the next tensors lie."""
+    name = "model.layers.{}.self_attn.rotary_emb.inv_freq"  # ignored, whatever its dtype
+    expected = safetensors.torch.load((copy / "model.safetensors").read_bytes())
+    for dtype in (torch.bool, torch.int16, torch.int64, torch.float8_e5m2, torch.complex64):
+        buffers = {name.format(layer): torch.zeros(3, dtype=dtype) for layer in range(2)}
+        safetensors.torch.save_file(expected | buffers, copy / "model.safetensors")
+        reader = open_checkpoint(copy)
+        assert {n: bits(read(reader, n)) for n in reader.tensors} == {
+            n: bits(tensor) for n, tensor in expected.items()
+        }
 
 
 def test_the_dtype_is_that_of_the_weights_not_of_the_config(copy):
@@ -113,22 +101,22 @@ def test_the_dtype_is_that_of_the_weights_not_of_the_config(copy):
     assert read(reader, "lm_head.weight").dtype == ml_dtypes.bfloat16
 
 
-def test_rotary_buffers_of_old_versions_are_passed_over(copy):
+def test_rotary_buffers_of_old_versions_are_ignored(copy):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     change_weights(copy, lambda w: w.update({name: torch.ones(8)}))
     assert name not in open_checkpoint(copy).tensors
 
 
-def test_a_tied_head_is_passed_over_if_it_is_the_embedding(tmp_path):
+def test_a_tied_head_is_ignored_if_it_equals_the_embedding(tmp_path):
     write_checkpoint(tmp_path, tie_word_embeddings=True)
     table = "model.embed_tokens.weight"
     change_weights(tmp_path, lambda w: w.update({"lm_head.weight": w[table].clone()}))
     assert "lm_head.weight" not in open_checkpoint(tmp_path).tensors
     change_weights(tmp_path, lambda w: w["lm_head.weight"][95, 31].add_(1))
-    assert "lm_head.weight differs from model.embed_tokens.weight" in refusal(tmp_path)
+    assert "tie_word_embeddings" in refusal(open_checkpoint, tmp_path)
 
 
-def test_missing_surplus_misshapen_and_unreadable_tensors_are_named_together(copy):
+def test_all_wrong_tensors_are_named_at_once(copy):
     def change(weights):
         del weights["model.layers.1.mlp.up_proj.weight"]
         weights["model.layers.3.mlp.up_proj.weight"] = torch.zeros(48, 32)
@@ -136,44 +124,40 @@ def test_missing_surplus_misshapen_and_unreadable_tensors_are_named_together(cop
         weights["lm_head.weight"] = torch.zeros(96, 32, dtype=torch.int8)
 
     change_weights(copy, change)
-    message = refusal(copy)
-    for problem in (
-        "model.layers.1.mlp.up_proj.weight is missing",
-        "model.layers.3.mlp.up_proj.weight belongs to no weight",
-        "model.norm.weight has shape [33] instead of [32]",
+    message = refusal(open_checkpoint, copy)
+    for token in (
+        "model.layers.1.mlp.up_proj.weight",
+        "model.layers.3.mlp.up_proj.weight",
+        "model.norm.weight has shape [33]",
         "lm_head.weight is stored as int8",
     ):
-        assert problem in message
+        assert token in message
 
 
 def test_every_missing_tensor_is_named(copy):
     change_json(copy / "config.json", num_hidden_layers=9)
-    assert refusal(copy).count("is missing") == 6 * 9
+    message = refusal(open_checkpoint, copy)
+    assert all(message.count(f"model.layers.{layer}.") == 9 for layer in range(3, 9))
 
 
-@pytest.mark.parametrize(
-    ("name", "what"),
-    [
-        ("nowhere", "There is no directory"),
-        ("meta-llama/Meta-Llama-3-8B-Instruct", "nothing is downloaded here"),
-    ],
-)
-def test_a_missing_path(monkeypatch, tmp_path, name, what):
+@pytest.mark.parametrize("name", ["nowhere", "meta-llama/Meta-Llama-3-8B-Instruct"])
+def test_a_missing_path(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
-    assert what in refusal(name) and name in refusal(name)
+    message = refusal(open_checkpoint, name)
+    assert name in message and (f"hf download {name}" in message) == ("/" in name)
 
 
 def test_a_file_instead_of_a_directory(single):
-    assert "is a file" in refusal(single / "model.safetensors")
+    assert "model.safetensors" in refusal(open_checkpoint, single / "model.safetensors")
 
 
 def test_directories_without_config_or_weights(copy):
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-    assert "convert it to safetensors" in refusal(copy)
+    assert "pytorch_model.bin" in refusal(open_checkpoint, copy)
     (copy / "pytorch_model.bin").unlink()
-    assert "holds no weights" in refusal(copy)
+    assert "model.safetensors" in refusal(open_checkpoint, copy)
     (copy / "config.json").unlink()
-    assert "holds no config.json" in refusal(copy)
+    assert "config.json" in refusal(open_checkpoint, copy)
 
 
 def test_every_truncation_is_noticed(copy):
@@ -182,12 +166,12 @@ def test_every_truncation_is_noticed(copy):
     header = struct.unpack("<Q", data[:8])[0]
     for length in (0, 5, 8, 100, 8 + header, 8 + header + 100, len(data) - 1):
         file.write_bytes(data[:length])
-        assert re.search("truncated|cut off|cannot be read", refusal(copy)), length
+        assert str(file) in refusal(open_checkpoint, copy), length
     file.write_bytes(data + b"\0")
-    assert "longer than it should be" in refusal(copy)
+    assert str(file) in refusal(open_checkpoint, copy)
 
 
-def test_a_damaged_header_is_an_error_or_harmless(copy):
+def test_a_damaged_header_is_rejected_or_harmless(copy):
     """Any byte may be wrong: opening may succeed (a letter of the metadata) but never crash."""
     file = copy / "model.safetensors"
     data = file.read_bytes()
@@ -206,33 +190,34 @@ def test_a_damaged_header_is_an_error_or_harmless(copy):
 
 
 @pytest.mark.parametrize(
-    ("entries", "what"),
+    "entries",
     [
-        ('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}', "contradicts itself"),
-        ('{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}', "contradicts itself"),
-        ('{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}', "leave gaps"),
-        ('{"a": 3}', "contradicts itself"),
-        ('{"a": 3, "a": 4}', "appears twice"),
-        ("[]", "not a JSON object"),
-        ("[" * 100_000, "corrupt header"),
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+        '{"a": {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}}',
+        '{"a": 3}',
+        "[]",
+        "[" * 100_000,
     ],
 )
-def test_headers_that_cannot_be_true(copy, entries, what):
+def test_impossible_headers(copy, entries):
     text = entries.encode()
-    (copy / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
-    assert what in refusal(copy)
+    file = copy / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+    assert str(file) in refusal(open_checkpoint, copy)
 
 
-def test_a_git_lfs_pointer_is_recognised(copy):
+def test_a_git_lfs_pointer(copy):
     (copy / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid\n")
-    assert "git lfs pull" in refusal(copy)
+    assert "git lfs pull" in refusal(open_checkpoint, copy)
 
 
 def test_an_index_of_missing_files(sharded_copy):
     gone = sorted(sharded_copy.glob("*.safetensors"))[:2]
     for file in gone:
         file.unlink()
-    message = refusal(sharded_copy)
+    message = refusal(open_checkpoint, sharded_copy)
     assert all(file.name in message for file in gone)
 
 
@@ -240,16 +225,15 @@ def test_an_index_of_missing_files(sharded_copy):
 def test_an_index_that_leaves_the_directory(sharded_copy, name):
     weight_map = json.loads((sharded_copy / INDEX).read_text())["weight_map"]
     change_json(sharded_copy / INDEX, weight_map=weight_map | {"lm_head.weight": name})
-    message = refusal(sharded_copy)
-    assert "outside its directory" in message and name in message
+    assert name in refusal(open_checkpoint, sharded_copy)
 
 
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}']
 )
-def test_an_index_that_is_none(sharded_copy, text):
+def test_a_file_that_is_not_an_index(sharded_copy, text):
     (sharded_copy / INDEX).write_text(text)
-    assert "is not an index" in refusal(sharded_copy)
+    assert INDEX in refusal(open_checkpoint, sharded_copy)
 
 
 def test_an_index_that_contradicts_the_files(sharded_copy):
@@ -258,16 +242,17 @@ def test_an_index_that_contradicts_the_files(sharded_copy):
     weights = safetensors.torch.load_file(first)
     name = sorted(weights)[0]
     safetensors.torch.save_file(safetensors.torch.load_file(second) | {name: weights[name]}, second)
-    message = refusal(sharded_copy)
-    assert f"{second.name} also holds {name}" in message
+    message = refusal(open_checkpoint, sharded_copy)
+    assert second.name in message and name in message
     del weights[name]
     safetensors.torch.save_file(weights, first)
-    assert f"{name} is not in {first.name}" in refusal(sharded_copy)
+    message = refusal(open_checkpoint, sharded_copy)
+    assert first.name in message and name in message
 
 
 def test_a_single_file_beside_an_index_of_others_is_ambiguous(sharded_copy, single):
     shutil.copy(single / "model.safetensors", sharded_copy)
-    assert "holds both" in refusal(sharded_copy)
+    assert "model.safetensors " in refusal(open_checkpoint, sharded_copy)
 
 
 def test_an_index_of_a_single_file_is_followed(copy):

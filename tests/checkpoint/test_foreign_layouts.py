@@ -1,7 +1,7 @@
-"""Checkpoints that other tools have quantised are read as they are meant, bit for bit.
+"""Checkpoints quantized by other tools are translated exactly, bit for bit.
 
-The writers in `foreign_writer` pack integers one by one; what is read is unpacked again by the
-formats' own `dequantize`, and must be (q - zero) · scale in float32.
+The writers in `foreign_writer` pack integers one by one. The result is unpacked by the formats' own
+`dequantize` and must be (q - zero) · scale in float32.
 """
 
 import json
@@ -36,7 +36,7 @@ from tests.support.tiny_checkpoint import bits, place_tensors, read
 
 ACTIVATIONS = (".input_scale", ".k_scale", ".v_scale")
 
-# Name: what config.json says, how matrices are written, and as what they are read.
+# Name → quantization_config, writer of a matrix, and the format that it is translated to.
 CASES = {
     "compressed-tensors fp8": (
         compressed_tensors("float-quantized"),
@@ -89,14 +89,14 @@ CASES = {
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
-    """A checkpoint's path, the matrices that it means, and as what they are read."""
+    """A checkpoint's path, its exact matrices, and the format that they are translated to."""
     config, matrix, format = CASES[request.param]
     path = tmp_path_factory.mktemp("foreign")
     return path, writer.write_foreign(path, config, matrix), format
 
 
 def dequantized(reader) -> dict[str, np.ndarray]:
-    """Every quantised matrix that a reader gives, by name."""
+    """All dequantized matrices of a reader, by name."""
     config = reader.config
     matrices = {}
     for weight in LAYER_WEIGHTS:
@@ -117,7 +117,7 @@ def assert_meant(reader, meant):
         np.testing.assert_array_equal(matrix, meant[name], err_msg=name)
 
 
-def test_matrices_are_what_is_meant(case):
+def test_matrices_are_exact(case):
     path, meant, format = case
     reader = open_checkpoint(path)
     assert reader.config == LlamaConfig.from_pretrained(path)
@@ -137,11 +137,11 @@ def test_tensors_are_exactly_those_of_the_config(case):
 
 
 def test_any_slice_is_that_of_the_whole(case, monkeypatch):
-    """With tiles so small that slices have several along each axis, and end inside them."""
+    """Tiles are so small that a slice spans several along each axis and ends inside them."""
     reader = open_checkpoint(case[0])
     names = [name for name in reader.tensors if ".layers.1." in name]
     whole = {name: read(reader, name) for name in names}
-    monkeypatch.setattr(translation, "_TILE", 7)
+    monkeypatch.setattr(translation, "TILE", 7)
     rng = np.random.default_rng(1)
     for name in names:
         assert bits(read(reader, name)) == bits(whole[name])
@@ -159,7 +159,7 @@ def test_tensors_may_start_at_any_byte(case, tmp_path):
     assert_meant(open_checkpoint(tmp_path), meant)
 
 
-def test_modelopt_may_say_it_in_a_file_of_its_own(tmp_path):
+def test_modelopt_with_a_separate_quantization_config(tmp_path):
     meant = writer.write_foreign(tmp_path, None, CASES["modelopt"][1])
     quantization = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
     content = {"producer": {"name": "modelopt"}, "quantization": quantization}
@@ -170,12 +170,12 @@ def test_modelopt_may_say_it_in_a_file_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_our_own_layouts(tmp_path, format):
-    """As `convert` writes them: the parts as they are, in the order of their declaration."""
+    """As `convert` writes them: all arrays of a format as they are."""
     quantization = Quantization(format=format, group_size=16)
     kind = FORMATS[format]
 
     def matrix(rng, num_out, num_in):
-        # The groups that this project stores, which any mesh can split between two KV heads.
+        # This project's groups never cross from one KV head's columns into the next.
         group = int(np.gcd(quantization.group_size, num_in // 2))
         parts = kind.quantize(rng.normal(size=(num_out, num_in)).astype(np.float32), group)
         suffixes = (".weight", ".weight_scale", ".weight_zero")
@@ -201,15 +201,15 @@ def as_torch(array):
 
 
 @pytest.mark.parametrize(
-    ("name", "pieces"),
+    ("name", "shapes"),
     [
         ("gptq", {".qweight": (512, 4096)}),
         ("awq", {".qweight": (4096, 512)}),
     ],
 )
-def test_memory_is_bounded(name, pieces):
-    """A matrix of 8 MiB, whose numbers one by one would be 16 MiB and more."""
-    arrays = {suffix: np.zeros(shape, np.int32) for suffix, shape in pieces.items()}
+def test_memory_is_bounded(name, shapes):
+    """A matrix of 8 MiB; unpacked to one byte per value it would take 16 MiB or more."""
+    arrays = {suffix: np.zeros(shape, np.int32) for suffix, shape in shapes.items()}
     part = partial(LAYOUTS[name].values, arrays)
     tensor = Translated(TensorInfo((4096, 2048), "uint8"), part)
     out = np.empty((4096, 2048), np.uint8)
@@ -221,8 +221,8 @@ def test_memory_is_bounded(name, pieces):
 
 
 @pytest.mark.parametrize("name", ["modelopt", "compressed-tensors int8", "gptq", "awq"])
-def test_the_model_runs_from_it(tmp_path, name):
-    """Logits of transformers with the matrices that are meant."""
+def test_the_model_runs(tmp_path, name):
+    """The logits are those of transformers with the exact matrices."""
     config, matrix, _ = CASES[name]
     meant = writer.write_foreign(tmp_path, config, matrix, dtype="float32")
     transformers_config = transformers.LlamaConfig.from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Loading by several threads, and by several processes, each its own part."""
+"""Loading by several threads, and by several processes that each load their own part."""
 
 import collections
 import json
@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 
 from llama_jax.checkpoint import CheckpointError, load
-from llama_jax.checkpoint.load import load_params
+from llama_jax.checkpoint.load import load_params, load_whole
 from llama_jax.model import Llama
 from sharding.mesh import make_mesh
 from tests.checkpoint.test_load import UNEVEN, Spy
@@ -25,7 +25,7 @@ from tests.support.tiny_checkpoint import write_checkpoint
 
 FLOAT32 = np.dtype("float32")
 THREADS = 4
-PATIENCE = 60  # seconds, after which a test fails that would otherwise hang
+TIMEOUT = 60  # seconds after which a test fails that would otherwise hang
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def path(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def given_up(monkeypatch):
-    """An event: reading has been given up, and what had not begun will not begin."""
+def canceled(monkeypatch):
+    """An event that is set once reading has been canceled: no other read will begin."""
     event = threading.Event()
 
     class Pool(ThreadPoolExecutor):
@@ -51,22 +51,22 @@ def given_up(monkeypatch):
 
 
 def is_first(name, index) -> bool:
-    """Whether it is the shard for which the caller waits before all others."""
+    """Whether this is the shard that the caller waits for first."""
     return name == "model.embed_tokens.weight" and index[0].start == 0
 
 
-class Held(Spy):
-    """A reader that does something for the first shard; the rest wait until reading is given up."""
+class Stalled(Spy):
+    """A reader that calls `first` for the first shard; the other reads wait for the cancelation."""
 
-    def __init__(self, path, first, given_up):
+    def __init__(self, path, first, canceled):
         super().__init__(path)
-        self.first, self.given_up = first, given_up
+        self.first, self.canceled = first, canceled
 
     def read_into(self, name, index, out):
         super().read_into(name, index, out)
         if is_first(name, index):
             self.first(name)
-        assert self.given_up.wait(PATIENCE)
+        assert self.canceled.wait(TIMEOUT)
 
 
 def test_as_many_threads_read_as_there_are_cores(path):
@@ -76,12 +76,12 @@ def test_as_many_threads_read_as_there_are_cores(path):
         def read_into(self, name, index, out):
             super().read_into(name, index, out)
             if next(turns, False):
-                together.wait(PATIENCE)  # raises if the others never come
+                together.wait(TIMEOUT)  # raises if the others never come
 
     load_params(Meeting(path), make_mesh("4x2"), FLOAT32)
 
 
-def test_arrays_are_told_in_order_although_the_first_takes_longest(path):
+def test_progress_is_in_order_although_the_first_array_takes_longest(path):
     last = threading.Event()
 
     class Slow(Spy):
@@ -90,7 +90,7 @@ def test_arrays_are_told_in_order_although_the_first_takes_longest(path):
             if name == "lm_head.weight":
                 last.set()
             if is_first(name, index):
-                assert last.wait(PATIENCE)
+                assert last.wait(TIMEOUT)
 
     done = []
     params = load_params(Slow(path), make_mesh("4x2"), FLOAT32, lambda *step: done.append(step))
@@ -98,7 +98,7 @@ def test_arrays_are_told_in_order_although_the_first_takes_longest(path):
     assert np.asarray(params.embedding)[:83].any(axis=1).all()
 
 
-def test_whole_weights_go_to_the_default_device_of_the_caller(path):
+def test_whole_weights_go_to_the_callers_default_device(path):
     device = jax.devices()[3]
     with jax.default_device(device):
         chosen = Llama.from_pretrained(path)
@@ -111,28 +111,23 @@ def refuse(name):
     raise CheckpointError(f"{name} cannot be read.")
 
 
-def test_an_error_ends_the_reading(path, given_up):
-    spy = Held(path, refuse, given_up)
-    with pytest.raises(CheckpointError, match="cannot be read"):
+def test_an_error_cancels_reading(path, canceled):
+    spy = Stalled(path, refuse, canceled)
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens"):
         load_params(spy, make_mesh("4x2"), FLOAT32)
     assert spy.asked.total() <= 2 * THREADS
 
 
-def test_an_error_ends_the_reading_of_whole_weights(path, given_up, monkeypatch):
-    spies = []
-    monkeypatch.setattr(Spy, "close", lambda self: None, raising=False)
-    monkeypatch.setattr(
-        "llama_jax.model.llama.open_checkpoint",
-        lambda path: spies.append(Held(path, refuse, given_up)) or spies[-1],
-    )
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        Llama.from_pretrained(path)
-    assert spies[0].asked.total() <= 2 * THREADS
+def test_an_error_cancels_the_reading_of_whole_weights(path, canceled):
+    spy = Stalled(path, refuse, canceled)
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens"):
+        load_whole(spy, FLOAT32)
+    assert spy.asked.total() <= 2 * THREADS
 
 
-def test_ctrl_c_ends_the_reading(path, given_up):
+def test_ctrl_c_cancels_reading(path, canceled):
     main = threading.main_thread().ident
-    spy = Held(path, lambda name: signal.pthread_kill(main, signal.SIGINT), given_up)
+    spy = Stalled(path, lambda name: signal.pthread_kill(main, signal.SIGINT), canceled)
     with pytest.raises(KeyboardInterrupt):
         load_params(spy, make_mesh("4x2"), FLOAT32)
     assert spy.asked.total() <= 2 * THREADS

@@ -3,12 +3,13 @@
 import dataclasses
 import itertools
 import json
-import subprocess
-import sys
+from collections import Counter
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from bench.hlo import count_ops
 from llama_jax.checkpoint import CheckpointError
@@ -261,36 +262,37 @@ def test_options_that_do_not_work(engine, path, changes, error, named):
     assert not steps, "it began to load"
 
 
-SECOND_START = """
-import collections, json, sys
-import jax
-hits = collections.Counter()
-jax.monitoring.register_event_listener(lambda event, **_: hits.update([event]))
-from llama_jax.engine.core import Engine
-from llama_jax.engine.options import EngineOptions
-Engine(EngineOptions(path=sys.argv[1], max_num_seqs=1, max_chunk=64))
-print(json.dumps({
-    "directory": jax.config.jax_compilation_cache_dir,
-    "hits": hits["/jax/compilation_cache/cache_hits"],
-    "misses": hits["/jax/compilation_cache/cache_misses"],
-}))
-"""
+@pytest.fixture
+def no_cache_directory():
+    """Makes the engine choose its own directory for compiled programs."""
+    directory = jax.config.jax_compilation_cache_dir
+    for value in (None, directory):
+        jax.config.update("jax_compilation_cache_dir", value)
+        reset_cache()
+        if value is None:
+            yield
 
 
-def test_the_second_start_compiles_nothing(tmp_path, monkeypatch):
+def test_the_second_start_compiles_nothing(tmp_path, monkeypatch, no_cache_directory):
     """However fast a program compiled; by default JAX caches only those that took a second."""
-    path = tmp_path / "checkpoint"
-    write_checkpoint(path, num_hidden_layers=1)
+    write_checkpoint(tmp_path / "checkpoint", num_hidden_layers=1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    events = Counter()
 
-    def start() -> dict:
-        command = [sys.executable, "-c", SECOND_START, str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return json.loads(done.stdout.splitlines()[-1])
+    def listen(event, **_):
+        events[event.rpartition("/")[2]] += 1
 
-    first, second = start(), start()
+    def start() -> tuple[int, int]:
+        events.clear()
+        Engine(EngineOptions(path=str(tmp_path / "checkpoint"), max_num_seqs=1, max_chunk=64))
+        return events["cache_hits"], events["cache_misses"]
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        (_, first_misses), (hits, misses) = start(), start()
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
     assert list((tmp_path / "llama-jax" / "xla").iterdir())
-    assert first["directory"] is None  # the setting is restored
-    assert first["misses"] >= 4  # two steps, and the sampler for each
-    assert second["misses"] == 0 and second["hits"] >= first["misses"]
+    assert jax.config.jax_compilation_cache_dir is None  # the setting is restored
+    assert first_misses >= 4  # two steps, and the sampler for each
+    assert misses == 0 and hits >= first_misses

@@ -1,9 +1,8 @@
-"""Matrices that other tools have quantised, read as those of `llama_jax.quantization`.
+"""Matrices quantized by other tools, translated to the formats of `llama_jax.quantization`.
 
-Each layout is a class that says which tensors a matrix is stored as, and computes any slice of the
-arrays that it has here from the mapped tensors, when it is asked for. Integers, zero points and
-scales are the tool's own, so that the matrix meant is (q - zero) · scale of the stored scale, in
-float32, without rounding to a shorter dtype in between.
+A layout describes the tensors in which a tool stores a matrix, and computes any slice of the
+translated arrays from the memory-mapped tensors. Integers, zero points and scales are kept exactly,
+so the matrix is (q - zero) · scale, in float32, without rounding in between.
 """
 
 from llama_jax.checkpoint.foreign.awq import Awq

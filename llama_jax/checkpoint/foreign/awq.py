@@ -1,10 +1,10 @@
-"""4-bit AWQ, of the version "gemm".
+"""4-bit AWQ, version "gemm".
 
 From https://github.com/casper-hansen/AutoAWQ, modules/linear/gemm.py and utils/packing_utils.py:
-words of eight nibbles, each of neighbouring output channels in the order 0 2 4 6 1 3 5 7, lowest
-first. `qweight` is [in, out / 8], `qzeros` [groups, out / 8], and `scales` [groups, out].
+each word holds eight nibbles of adjacent output channels, in the order 0 2 4 6 1 3 5 7 from the
+lowest nibble. `qweight` is [in, out / 8], `qzeros` [groups, out / 8], and `scales` [groups, out].
 
-A row of the matrix is spread over all of `qweight`: a slice of few rows costs a page in each place.
+A row of the matrix is spread over all of `qweight`, so a slice of a few rows touches every page.
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ import numpy as np
 from llama_jax.checkpoint.foreign.layout import (
     PER_WORD,
     Arrays,
+    ForeignTensor,
     Index,
-    Piece,
     as_bytes,
     covering,
     nibbles,
@@ -29,30 +29,30 @@ _LOWER = np.uint32(0x0F0F0F0F)  # the lower nibble of each byte
 
 @dataclass(frozen=True)
 class Awq:
-    """A `Layout`, read as `Int4`."""
+    """A `Layout` that is translated to `Int4`."""
 
     passed_over: ClassVar[tuple[str, ...]] = ()
 
-    def pieces(self, shape: tuple[int, int], group: int) -> tuple[Piece, ...]:
-        """See `Layout.pieces`."""
+    def tensors(self, shape: tuple[int, int], group: int) -> tuple[ForeignTensor, ...]:
+        """The stored tensors of a matrix."""
         num_out, num_in = shape
         groups = -(-num_in // group)
         return (
-            Piece(".qweight", ((num_in, num_out // PER_WORD),), ("int32",)),
-            Piece(".qzeros", ((groups, num_out // PER_WORD),), ("int32",)),
-            Piece(".scales", ((groups, num_out),), DTYPES),
+            ForeignTensor(".qweight", ((num_in, num_out // PER_WORD),), ("int32",)),
+            ForeignTensor(".qzeros", ((groups, num_out // PER_WORD),), ("int32",)),
+            ForeignTensor(".scales", ((groups, num_out),), DTYPES),
         )
 
     def check(self, arrays: Arrays, group: int) -> None:
-        """See `Layout.check`."""
+        """AWQ has no contents to check."""
 
     def values(self, arrays: Arrays, index: Index) -> np.ndarray:
         """A slice of [out, in / 2]."""
         rows, columns = index
-        held, inside = covering(rows, PER_WORD)
-        words = arrays[".qweight"][2 * columns.start : 2 * columns.stop, held].view(np.uint32)
-        # Nibbles of two input columns make a byte. Those in the lower halves of a word's bytes, and
-        # then those in the upper halves, are put together four at once, which is much faster.
+        of_rows, inside = covering(rows, PER_WORD)
+        words = arrays[".qweight"][2 * columns.start : 2 * columns.stop, of_rows].view(np.uint32)
+        # The nibbles of two input columns make a byte. Combining the lower nibbles of all four
+        # bytes of a word at once, and then the upper ones, is much faster than one by one.
         even, odd = words[0::2], words[1::2]
         lower = (even & _LOWER) | (odd & _LOWER) << 4
         upper = (even >> 4 & _LOWER) | (odd & ~_LOWER)
@@ -69,8 +69,8 @@ class Awq:
     def zero(self, arrays: Arrays, index: Index) -> np.ndarray:
         """A slice of [out, groups]."""
         rows, groups = index
-        held, inside = covering(rows, PER_WORD)
-        words = arrays[".qzeros"][groups, held]
+        of_rows, inside = covering(rows, PER_WORD)
+        words = arrays[".qzeros"][groups, of_rows]
         zero = np.empty((*words.shape, PER_WORD), np.uint8)
         zero[..., _ORDER] = nibbles(words).reshape(zero.shape)
         return zero.reshape(len(words), -1)[:, inside].T

@@ -1,17 +1,17 @@
 """4-bit GPTQ.
 
 From https://github.com/ModelCloud/GPTQModel and https://github.com/AutoGPTQ/AutoGPTQ
-(nn_modules/qlinear): words of eight nibbles, the first one lowest. `qweight` [in / 8, out] has
-words of neighbouring input columns, so that the words of its transpose have the bytes of `Int4`;
-`qzeros` [groups, out / 8] has words of neighbouring output channels; `scales` is [groups, out].
-`g_idx` [in] gives each column's group, which must be its place divided by the group's size.
+(nn_modules/qlinear): each word holds eight nibbles, the first one lowest. `qweight` [in / 8, out]
+has words of adjacent input columns, so the words of its transpose have the bytes of `Int4`;
+`qzeros` [groups, out / 8] has words of adjacent output channels; `scales` is [groups, out]. `g_idx`
+[in] is the group of each column, and must be the column divided by the group size.
 
-A row of the matrix is spread over all of `qweight`: a slice of few rows costs a page in each place.
+A row of the matrix is spread over all of `qweight`, so a slice of a few rows touches every page.
 
-The first version of the format stores zero points less one. Where a nibble is 15 then, tools part:
-AutoGPTQ wraps it to a zero point of 0, others make it 16, and GPTQModel carries into the neighbour
-(utils/model.py, convert_gptq_v1_to_v2_format). Such a tensor is refused; symmetric quantisation,
-whose zero points are all 8, never has one.
+Version 1 of the format stores zero points minus one. Tools disagree about a stored 15: AutoGPTQ
+wraps it to a zero point of 0, others read 16, and GPTQModel carries into the next nibble
+(utils/model.py, convert_gptq_v1_to_v2_format). Such a tensor is rejected; symmetric quantization,
+whose zero points are all 8, never produces one.
 """
 
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ from llama_jax.checkpoint.foreign.layout import (
     PER_WORD,
     Arrays,
     ContentError,
+    ForeignTensor,
     Index,
-    Piece,
     as_bytes,
     covering,
     nibbles,
@@ -34,37 +34,37 @@ from llama_jax.config.llama_config import DTYPES
 
 @dataclass(frozen=True)
 class Gptq:
-    """A `Layout`, read as `Int4`.
+    """A `Layout` that is translated to `Int4`.
 
     Attributes:
-      subtracted: from every zero point before it was stored: 1, or 0 in the second version.
-      ordered: whether columns were quantised in an order of their own ("desc_act"), so that
-        `g_idx` must be there.
+      subtracted: the amount subtracted from each stored zero point: 1, or 0 in version 2.
+      ordered: whether the matrix was quantized in act-order (`desc_act`), so that `g_idx` is
+        required.
     """
 
     subtracted: int
     ordered: bool = False
     passed_over: ClassVar[tuple[str, ...]] = ()
 
-    def pieces(self, shape: tuple[int, int], group: int) -> tuple[Piece, ...]:
-        """See `Layout.pieces`."""
+    def tensors(self, shape: tuple[int, int], group: int) -> tuple[ForeignTensor, ...]:
+        """The stored tensors of a matrix."""
         num_out, num_in = shape
         groups = -(-num_in // group)
         return (
-            Piece(".qweight", ((num_in // PER_WORD, num_out),), ("int32",)),
-            Piece(".qzeros", ((groups, num_out // PER_WORD),), ("int32",)),
-            Piece(".scales", ((groups, num_out),), DTYPES),
-            Piece(".g_idx", ((num_in,),), ("int32",), required=self.ordered),
-            Piece(".bias", ((num_out,),), DTYPES, required=False),
+            ForeignTensor(".qweight", ((num_in // PER_WORD, num_out),), ("int32",)),
+            ForeignTensor(".qzeros", ((groups, num_out // PER_WORD),), ("int32",)),
+            ForeignTensor(".scales", ((groups, num_out),), DTYPES),
+            ForeignTensor(".g_idx", ((num_in,),), ("int32",), required=self.ordered),
+            ForeignTensor(".bias", ((num_out,),), DTYPES, required=False),
         )
 
     def check(self, arrays: Arrays, group: int) -> None:
-        """See `Layout.check`; old versions of AutoGPTQ stored a bias of zeros."""
+        """Rejects act-order groups and biases; old versions of AutoGPTQ stored a bias of zeros."""
         order = arrays.get(".g_idx")
         if order is not None and (order != np.arange(len(order)) // group).any():
-            raise ContentError("has a g_idx other than that of desc_act false")
+            raise ContentError("has a g_idx of act-order, which is not supported")
         if ".bias" in arrays and arrays[".bias"].astype(np.float32).any():
-            raise ContentError("has a bias, which Llama models have not")
+            raise ContentError("has a bias, which Llama models do not have")
 
     def values(self, arrays: Arrays, index: Index) -> np.ndarray:
         """A slice of [out, in / 2]."""

@@ -1,12 +1,11 @@
-"""What a layout of another tool says of itself, and what several of them need."""
+"""The interface of another tool's layout, and helpers that several layouts share."""
 
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-# Beside the weights, tools store how they quantise activations and the KV cache; neither is
-# quantised here.
+# Tools also store how they quantize activations and the KV cache; neither is quantized here.
 OF_ACTIVATIONS = (
     ".input_scale",
     ".input_scale_ub",
@@ -21,14 +20,14 @@ Arrays = Mapping[str, np.ndarray]
 Index = tuple[slice, ...]
 
 
-class Piece(NamedTuple):
-    """A tensor that a tool stores for a matrix.
+class ForeignTensor(NamedTuple):
+    """A tensor that a tool stores as part of a matrix.
 
     Attributes:
-      suffix: what follows the name of the module.
-      shapes: any of which it may have.
-      dtypes: likewise.
-      required: whether it must be there.
+      suffix: of its name, after the name of the module.
+      shapes: all shapes that it may have.
+      dtypes: all dtypes that it may have.
+      required: whether it must be present.
     """
 
     suffix: str
@@ -38,33 +37,33 @@ class Piece(NamedTuple):
 
 
 class ContentError(ValueError):
-    """Numbers that cannot be translated; the message says which and what to do."""
+    """Stored values that cannot be translated; the message completes a sentence."""
 
 
 class Layout(Protocol):
     """How a tool stores a matrix [out, in].
 
-    Beside what is here it has a method for each field of the format that it is read as, by the name
-    of the field. From the arrays of the pieces (by suffix) and an index into the field such a
-    method gives that slice; fields with groups have those of the tool.
+    It also has one method per field of the format that it is translated to, with the field's name.
+    The method takes the stored arrays by suffix and an index, and returns that slice of the field.
+    Fields with groups have the groups of the tool.
     """
 
     @property
     def passed_over(self) -> tuple[str, ...]:
-        """Ends of the names of tensors that may be there and do not matter."""
+        """Suffixes of tensors that are ignored if present."""
         ...
 
-    def pieces(self, shape: tuple[int, int], group: int) -> tuple[Piece, ...]:
-        """The tensors of a matrix whose scales each serve `group` input columns."""
+    def tensors(self, shape: tuple[int, int], group: int) -> tuple[ForeignTensor, ...]:
+        """The stored tensors of a matrix [out, in] with one scale per `group` input columns."""
         ...
 
     def check(self, arrays: Arrays, group: int) -> None:
-        """Looks at small tensors that must have certain contents; raises ContentError."""
+        """Checks the contents of small tensors; raises ContentError."""
         ...
 
 
 def covering(part: slice, size: int) -> tuple[slice, slice]:
-    """The pieces of `size` elements that a slice lies in, and where it lies in these."""
+    """The blocks of `size` elements that cover a slice, and the slice's place within them."""
     first, last = part.start // size, -(-part.stop // size)
     return slice(first, last), slice(part.start - first * size, part.stop - first * size)
 

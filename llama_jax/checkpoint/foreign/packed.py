@@ -1,11 +1,10 @@
-"""4 bits in groups as compressed-tensors packs them ("pack-quantized").
+"""4-bit groups of compressed-tensors ("pack-quantized").
 
-From https://github.com/neuralmagic/compressed-tensors, compressors/pack_quantized: signed numbers,
--8 to 7, are stored as nibbles that are greater by 8, eight in a word, the first one lowest.
-`weight_packed` [out, in / 8] has words of neighbouring input columns, `weight_zero_point`
-[out / 8, groups] those of neighbouring output channels; the 8 cancels between the two, and where
-there are no zero points, because the scheme is symmetric, it is the zero point. `weight_scale` is
-[out, groups].
+From https://github.com/neuralmagic/compressed-tensors, compressors/pack_quantized: signed values
+from -8 to 7 are stored plus 8, as nibbles, eight in a word, the first one lowest. `weight_packed`
+[out, in / 8] has words of adjacent input columns, `weight_zero_point` [out / 8, groups] has words
+of adjacent output channels. The offset of 8 cancels between the two; in a symmetric scheme, which
+has no zero points, it is the zero point. `weight_scale` is [out, groups].
 """
 
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from llama_jax.checkpoint.foreign.layout import (
     OF_ACTIVATIONS,
     PER_WORD,
     Arrays,
+    ForeignTensor,
     Index,
-    Piece,
     covering,
     nibbles,
 )
@@ -29,31 +28,33 @@ _OFFSET = 8
 
 @dataclass(frozen=True)
 class Packed:
-    """A `Layout`, read as `Int4`.
+    """A `Layout` that is translated to `Int4`.
 
     Attributes:
-      symmetric: whether there are no zero points.
+      symmetric: whether the scheme has no zero points.
     """
 
     symmetric: bool
     passed_over: ClassVar[tuple[str, ...]] = (*OF_ACTIVATIONS, ".weight_shape")
 
-    def pieces(self, shape: tuple[int, int], group: int) -> tuple[Piece, ...]:
-        """See `Layout.pieces`."""
+    def tensors(self, shape: tuple[int, int], group: int) -> tuple[ForeignTensor, ...]:
+        """The stored tensors of a matrix."""
         num_out, num_in = shape
         groups = -(-num_in // group)
-        zeros = Piece(".weight_zero_point", ((-(-num_out // PER_WORD), groups),), ("int32",))
+        zeros = ForeignTensor(
+            ".weight_zero_point", ((-(-num_out // PER_WORD), groups),), ("int32",)
+        )
         return (
-            Piece(".weight_packed", ((num_out, num_in // PER_WORD),), ("int32",)),
-            Piece(".weight_scale", ((num_out, groups),), DTYPES),
+            ForeignTensor(".weight_packed", ((num_out, num_in // PER_WORD),), ("int32",)),
+            ForeignTensor(".weight_scale", ((num_out, groups),), DTYPES),
             *(() if self.symmetric else (zeros,)),
         )
 
     def check(self, arrays: Arrays, group: int) -> None:
-        """See `Layout.check`."""
+        """The layout has no contents to check."""
 
     def values(self, arrays: Arrays, index: Index) -> np.ndarray:
-        """A slice of [out, in / 2]: its bytes are those of the words."""
+        """A slice of [out, in / 2], which has the bytes of the words."""
         return arrays[".weight_packed"].view(np.uint8)[index]
 
     def scale(self, arrays: Arrays, index: Index) -> np.ndarray:

@@ -1,15 +1,14 @@
-"""8-bit values with one scale for each output channel, or one for the whole matrix.
+"""8-bit values with one scale per output channel or one for the whole matrix.
 
-The form of compressed-tensors "float-quantized" and "int-quantized"
-(https://github.com/neuralmagic/compressed-tensors, compressors/naive_quantized), of its forerunner
-AutoFP8 (https://github.com/neuralmagic/AutoFP8), of fbgemm_fp8
-(https://huggingface.co/docs/transformers/quantization/fbgemm_fp8) and of modelopt's FP8
-(https://nvidia.github.io/Model-Optimizer/deployment/3_unified_hf.html): `weight` [out, in] beside
-`weight_scale`, by which a value is to be multiplied.
+Used by compressed-tensors "float-quantized" and "int-quantized"
+(https://github.com/neuralmagic/compressed-tensors, compressors/naive_quantized), of its predecessor
+AutoFP8 (https://github.com/neuralmagic/AutoFP8), fbgemm_fp8
+(https://huggingface.co/docs/transformers/quantization/fbgemm_fp8) and modelopt's FP8
+(https://nvidia.github.io/Model-Optimizer/deployment/3_unified_hf.html): `weight` [out, in] is
+multiplied by `weight_scale`.
 
-Those tools quantise the activations as well, by scales stored beside the weights or found at run
-time. Here activations are not quantised, so that answers are nearer to the original model's than
-the tool's own.
+These tools also quantize activations, by stored scales or by scales found at run time. This project
+does not, so its results are closer to the original model's than the tool's own.
 """
 
 from dataclasses import dataclass
@@ -17,13 +16,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from llama_jax.checkpoint.foreign.layout import OF_ACTIVATIONS, Arrays, Index, Piece
+from llama_jax.checkpoint.foreign.layout import OF_ACTIVATIONS, Arrays, ForeignTensor, Index
 from llama_jax.config.llama_config import DTYPES
 
 
 @dataclass(frozen=True)
 class ScaledRows:
-    """A `Layout`, read as `Int8` or `Fp8`.
+    """A `Layout` that is translated to `Int8` or `Fp8`.
 
     Attributes:
       dtype: of the values.
@@ -32,13 +31,16 @@ class ScaledRows:
     dtype: str
     passed_over: ClassVar[tuple[str, ...]] = OF_ACTIVATIONS
 
-    def pieces(self, shape: tuple[int, int], group: int) -> tuple[Piece, ...]:
-        """See `Layout.pieces`."""
+    def tensors(self, shape: tuple[int, int], group: int) -> tuple[ForeignTensor, ...]:
+        """The stored tensors of a matrix."""
         scales = ((shape[0], 1), shape[:1], (1,), ())
-        return (Piece(".weight", (shape,), (self.dtype,)), Piece(".weight_scale", scales, DTYPES))
+        return (
+            ForeignTensor(".weight", (shape,), (self.dtype,)),
+            ForeignTensor(".weight_scale", scales, DTYPES),
+        )
 
     def check(self, arrays: Arrays, group: int) -> None:
-        """See `Layout.check`."""
+        """The layout has no contents to check."""
 
     def values(self, arrays: Arrays, index: Index) -> np.ndarray:
         """A slice of [out, in]."""
