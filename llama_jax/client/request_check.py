@@ -43,7 +43,7 @@ def check_request(prompt: list[int], params: SamplingParams, info: EngineInfo) -
     for token in params.stop_token_ids:
         if not 0 <= token < info.vocab_size:
             raise RequestError(
-                f"stop_token_ids contains {token}, which is not in the vocabulary "
+                f"stop_token_ids contains {token}, which is outside the vocabulary "
                 f"(0 to {info.vocab_size - 1}).",
                 "stop_token_ids",
             )
@@ -59,7 +59,7 @@ def _check_prompt(prompt: list[int], info: EngineInfo) -> None:
     for token in (min(prompt), max(prompt)):
         if not 0 <= token < info.vocab_size:
             raise RequestError(
-                f"Token id {token} of the prompt is not in the vocabulary "
+                f"Token id {token} of the prompt is outside the vocabulary "
                 f"(0 to {info.vocab_size - 1}).",
                 "prompt",
             )

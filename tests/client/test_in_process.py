@@ -5,6 +5,7 @@ What it shares with an engine process is tested there. Here the engine has no de
 
 import asyncio
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -199,8 +200,11 @@ def test_an_interpreter_that_exits_during_a_start_ends_the_engine(
     class SlowStart(FakeEngine):
         def __init__(self, options: EngineOptions, progress: Callable[[Progress], None]) -> None:
             may_build.set()
-            while True:
+            deadline = time.monotonic() + 20
+            while time.monotonic() < deadline:
                 progress(Progress("loading", 0, 1))
+                time.sleep(0.001)
+            raise TimeoutError("the engine was not ended")
 
     def exit_now() -> None:
         may_build.wait(20)
@@ -208,8 +212,9 @@ def test_an_interpreter_that_exits_during_a_start_ends_the_engine(
 
     exiting = threading.Thread(target=exit_now)
     exiting.start()
-    with pytest.raises(EngineStartError):
+    with pytest.raises(EngineStartError) as caught:
         start(build=SlowStart)
+    assert caught.value.__cause__ is None  # it was killed
     exiting.join()
 
 
