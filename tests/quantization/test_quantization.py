@@ -289,5 +289,5 @@ def test_int4_quantises_by_hand():
 
 @pytest.mark.parametrize(("columns", "group"), [(48, 32), (30, 15)])
 def test_columns_that_int4_cannot_group_are_refused(columns, group):
-    with pytest.raises(ValueError, match=f"the {columns} columns of a matrix must divide"):
+    with pytest.raises(ValueError, match=f"{columns} columns"):
         Int4.parts((8, columns), group)
