@@ -161,7 +161,7 @@ def _modelopt(given: dict[str, Any]) -> _Parsed:
     return "fp8", Quantization(format="fp8")
 
 
-# Settings of GPTQ and AWQ for calibration and kernels, which the stored weights do not depend on.
+# Settings of GPTQ and AWQ for calibration and kernels, which do not change how weights are stored.
 _CALIBRATION = """
     act_group_aware auto_gc backend batch_size block_name_to_quantize cache_block_outputs
     damp_auto_increment damp_percent dataset disable_exllama do_fuse exllama_config

@@ -285,7 +285,7 @@ def check_tokens(tokens: Any, vocab_size: int) -> None:
             f"tokens must be integers of shape [B, T], got {values.dtype} of shape {values.shape}."
         )
     if not values.size:
-        raise ValueError(f"There must be at least one token, got shape {values.shape}.")
+        raise ValueError(f"tokens must hold at least one, got shape {values.shape}.")
     if not (0 <= values.min() and values.max() < vocab_size):
         raise ValueError(
             f"Token ids must be in [0, {vocab_size}), got {values.min()} to {values.max()}."

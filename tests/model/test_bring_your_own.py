@@ -23,6 +23,7 @@ from llama_jax.model.llama import linear
 from llama_jax.model.sampling import greedy, sample
 from sharding.axes import AXES
 from sharding.collectives import rank
+from sharding.errors import UserError
 from tests.model.test_attention import LENGTHS, Pool
 from tests.support.hooked import assert_close, hooked
 from tests.support.reference import make_model, save_model
@@ -329,7 +330,7 @@ class Other(Llama):
 
 @pytest.mark.parametrize(("model_class", "name"), [(Loud, "__call__"), (Other, "unembed")])
 def test_overrides_that_a_mesh_would_skip_are_refused(path, model_class, name):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(UserError, match=name):
         ShardedLlama.from_pretrained(path, model_class=model_class)
     with pytest.raises(EngineStartError, match=name):
         LLM(path, in_process=True, model_class=model_class, **SMALL)
