@@ -1,4 +1,4 @@
-"""How far the work has come: on a terminal a bar that moves, elsewhere plain lines."""
+"""Shows progress: a moving bar on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Callable
@@ -15,14 +15,16 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-_SHARE = 0.1  # of the total: after so much more a line is due
-_OFTEN, _SELDOM = 2.0, 30.0  # seconds between lines: never fewer, never more
+_SHARE = 0.1  # of the total, after which a new line is printed
+_MIN_INTERVAL, _MAX_INTERVAL = 2.0, 30.0  # seconds between lines
 _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 class Display:
-    """Shows phases that follow one another, each counted in bytes. Used as a context manager;
-    call it with the phase, how many of its bytes are done, and their total."""
+    """Shows the progress of one phase after another, in bytes.
+
+    Use it as a context manager, and call it with the phase, the bytes done, and their total.
+    """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._bars: Progress | None = None
@@ -56,7 +58,7 @@ class Display:
             self._bars.stop()
 
     def __call__(self, phase: str, done: int, total: int) -> None:
-        """Shows how far a phase has come."""
+        """Shows the progress of a phase."""
         self._show(phase, done, total)
 
 
@@ -67,7 +69,7 @@ class _MovingBars:
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         if phase not in self._tasks:
-            # What is done already was done by an earlier run and does not count for the rate.
+            # Bytes done by an earlier run do not count for the rate.
             self._tasks[phase] = self._bars.add_task(phase, total=total, completed=done)
         self._bars.update(self._tasks[phase], completed=done, total=total)
 
@@ -77,7 +79,7 @@ class _PlainLines:
         self._console = console
         self._clock = clock
         self._phase = ""
-        self._start = self._last = (0.0, 0)  # when, and how much was done
+        self._start = self._last = (0.0, 0)  # time and bytes done
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         now = self._clock()
@@ -94,8 +96,8 @@ class _PlainLines:
         when, then = self._last
         if done == total:
             return then < total
-        enough = done - then >= _SHARE * total or now - when >= _SELDOM
-        return enough and now - when >= _OFTEN
+        enough = done - then >= _SHARE * total or now - when >= _MAX_INTERVAL
+        return enough and now - when >= _MIN_INTERVAL
 
     def _line(self, now: float, done: int, total: int) -> str:
         text = f"{self._phase}: {bytes_text(done)} of {bytes_text(total)}"
@@ -109,7 +111,7 @@ class _PlainLines:
 
 
 def bytes_text(number: float) -> str:
-    """Bytes with a unit of 1000, as disks and checkpoints are sold: "1.5 GB"."""
+    """Formats bytes with a decimal unit: "1.5 GB"."""
     power = 0
     while number >= 1000 ** (power + 1) and power < len(_BYTE_UNITS) - 1:
         power += 1
@@ -117,7 +119,7 @@ def bytes_text(number: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """A time: "45 s", "12:05 min", "3:07:20 h"."""
+    """Formats a duration: "45 s", "12:05 min", "3:07:20 h"."""
     minutes, rest = divmod(round(seconds), 60)
     if not minutes:
         return f"{rest} s"
