@@ -1,4 +1,4 @@
-"""Quantised checkpoints in the project's own layout, and the model that they stand for."""
+"""Quantized checkpoints in the project's own layout."""
 
 import json
 import math
@@ -17,7 +17,7 @@ SUFFIXES = ("", "_scale", "_zero")
 def save_quantized(
     model: transformers.LlamaForCausalLM, path: Path, name: str, group_size: int = 128
 ) -> Path:
-    """Writes a checkpoint of this format; the model has the dequantised weights from then on."""
+    """Writes a quantized checkpoint, and gives the model its dequantized weights."""
     weights = {key: weight.numpy() for key, weight in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]
@@ -37,7 +37,7 @@ def save_quantized(
 def quantize(
     weights: dict[str, np.ndarray], num_kv_heads: int, name: str, group_size: int
 ) -> dict[str, np.ndarray | Quantized]:
-    """The weights, matrices of the layers quantised, in groups that fall to one KV head each."""
+    """Quantizes the matrices of the layers, in groups that never span two KV heads."""
     quantized: dict[str, np.ndarray | Quantized] = dict(weights)
     for key, weight in weights.items():
         if weight.ndim == 2 and ".layers." in key:
@@ -47,7 +47,7 @@ def quantize(
 
 
 def save_weights(weights: dict[str, np.ndarray | Quantized], path: Path) -> None:
-    """Writes model.safetensors; a quantised matrix as an array and those that belong to it."""
+    """Writes model.safetensors, a quantized matrix as its values, scales and zero points."""
     tensors = {}
     for key, weight in weights.items():
         parts = weight if isinstance(weight, tuple) else (weight,)
@@ -57,7 +57,7 @@ def save_weights(weights: dict[str, np.ndarray | Quantized], path: Path) -> None
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
-    """The same bytes; PyTorch has a dtype of its own for e4m3."""
+    """The same bytes as a tensor; NumPy and PyTorch have different dtypes for e4m3."""
     array = np.ascontiguousarray(array)
     if array.dtype.name == "float8_e4m3fn":
         return torch.from_numpy(array.view(np.uint8)).view(torch.float8_e4m3fn)
