@@ -1,22 +1,33 @@
-# Everything happens in virtual environments inside this folder; `make clean` removes them.
+# Everything is installed into virtual environments in this folder; `make clean` removes them.
 PYTHON ?= python3.11
 MESH ?= 4x2
 MODEL ?=  # the demo checkpoint
 PORT ?= 8000
 
-.PHONY: serve test test-all notebooks audit bench demo clean
+# Two workers, each with whole files: a file's tests share models and compiled programs. Not in
+# pyproject.toml, so that a bare `pytest` stays in one process, for debugging.
+PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
+
+.PHONY: serve lint test test-all notebooks audit bench demo clean
 
 serve: .venv/installed  ## serve the demo checkpoint on 8 virtual CPU devices
 	.venv/bin/python -m llama_jax.serve $(MODEL) --mesh $(MESH) --port $(PORT)
 
+lint: .venv/installed-test  ## style, formatting, types, and declared dependencies
+	.venv/bin/python -m ruff check
+	.venv/bin/python -m ruff format --check
+	.venv/bin/python -m mypy
+	.venv/bin/python -m deptry llama_jax sharding convert
+	.venv/bin/python -m deptry . --ignore DEP002,DEP004
+
 test: .venv/installed-test  ## the quick tests
-	.venv/bin/python -m pytest
+	$(PYTEST)
 
 test-all: .venv/installed-test  ## the slow rest, and the notebooks
-	.venv/bin/python -m pytest -m slow
+	$(PYTEST) -m "slow or hypothesis" --hypothesis-profile=full
 	.venv/bin/python -m pytest --nbmake --nbmake-timeout=180 notebooks
 
-notebooks: .venv/installed-test  ## run the notebooks again and keep what they show
+notebooks: .venv/installed-test  ## rerun the notebooks and save their outputs
 	.venv/bin/python -m jupyter nbconvert --to notebook --execute --inplace \
 		--ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 	.venv/bin/python -m jupyter nbconvert --to notebook --inplace \
@@ -25,7 +36,7 @@ notebooks: .venv/installed-test  ## run the notebooks again and keep what they s
 audit: .venv-cuda/installed  ## compile Llama-3-70B for 8 x H100, without a GPU
 	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m bench.audit
 
-bench: .venv/installed-test  ## all measurements that a CPU can make; an hour, 30 GB of disk
+bench: .venv/installed-test  ## every measurement that runs on a CPU: one hour, 30 GB of disk
 	.venv/bin/python -m bench.decode
 	.venv/bin/python -m bench.host_time
 	.venv/bin/python -m bench.start_up
@@ -35,7 +46,7 @@ bench: .venv/installed-test  ## all measurements that a CPU can make; an hour, 3
 	.venv/bin/python -m bench.quantization
 	.venv/bin/python -m bench.load_speed
 
-demo: .venv/installed-test  ## train the demo checkpoint again
+demo: .venv/installed-test  ## retrain the demo checkpoint
 	.venv/bin/python demo/train.py
 	.venv/bin/python demo/evaluate.py
 

@@ -1,10 +1,9 @@
-"""Audit of the compiled Llama-3-70B program for 8 x H100, without a GPU: `make audit`.
+"""Audits the compiled Llama-3-70B programs for 8 x H100, without a GPU: `make audit`.
 
-XLA's GPU compiler runs for a described target (`h100.textproto`), so what is audited is the program
-that the machine would run: bytes of arguments and temporaries for one device, collectives, and
-copies as large as one layer's K. Bytes per device are summed from the shards' shapes. Nothing is
-timed. With `--quantize` the matrices of the layers are in that format. Needs jax[cuda12]; with the
-CPU plugin alone there is no GPU compiler.
+XLA's GPU compiler compiles for a described target (`h100.textproto`), so these are the programs
+that the machine would run. The audit checks the bytes of arguments and temporaries per device, the
+collectives, and the copies as large as one layer's K. Weights and cache per device are summed from
+the shapes of the shards. Nothing is timed. Needs jax[cuda12], which contains the GPU compiler.
 """
 
 import argparse
@@ -29,8 +28,8 @@ from llama_jax.config import LlamaConfig, Quantization
 from llama_jax.model.sampling import CONTROL_WIDTH
 from llama_jax.quantization import FORMATS
 from llama_jax.ring.kv_cache import page_bytes
-from llama_jax.ring.packet import size
-from llama_jax.ring.sizes import Bucket, Limits
+from llama_jax.ring.packet import packet_size
+from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.steps import (
     LOGITS_SPEC,
     StepOutput,
@@ -41,7 +40,7 @@ from llama_jax.ring.steps import (
 )
 from llama_jax.weights.placement import Params, param_shapes
 from sharding.axes import AXES
-from sharding.partition import padded, split_layers
+from sharding.partition import round_up, split_layers
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -56,7 +55,7 @@ COLLECTIVES = ("all-reduce", "collective-permute", "all-gather")
 
 
 def target_mesh() -> Mesh:
-    """The 4 x 2 mesh over eight devices that are only described."""
+    """The 4 x 2 mesh over eight described devices, which need not exist."""
     topology = topologies.get_topology_desc(
         platform="cuda",
         topology_name="h100",
@@ -67,9 +66,9 @@ def target_mesh() -> Mesh:
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def deployment_limits(config: LlamaConfig, mesh: Mesh) -> Limits:
+def deployment_sizes(config: LlamaConfig, mesh: Mesh) -> RingSizes:
     """The sizes of the reference deployment."""
-    return Limits(
+    return RingSizes(
         num_slots=ROWS * NUM_STAGES,
         num_pages=KV_BYTES // page_bytes(config, mesh, PAGE_SIZE, DTYPE),
         page_size=PAGE_SIZE,
@@ -87,15 +86,15 @@ def shard_bytes(array: jax.ShapeDtypeStruct) -> int:
 
 
 def weight_bytes(config: LlamaConfig, params: Params) -> dict[str, int]:
-    """Bytes of weights on each device, and how many of them are padding."""
-    held = sum(map(shard_bytes, jax.tree.leaves(params)))
+    """Bytes of weights per device, and how many of them are padding."""
+    total = sum(map(shard_bytes, jax.tree.leaves(params)))
     devices = NUM_STAGES * NUM_RANKS
-    outer = [params.embedding, *([] if params.lm_head is None else [params.lm_head])]
-    vocab_rows = sum(array.shape[0] - config.vocab_size for array in outer)
+    tables = [table for table in (params.embedding, params.lm_head) if table is not None]
+    vocab_rows = sum(table.shape[0] - config.vocab_size for table in tables)
     layers = sum(stage.count(None) for stage in split_layers(config.num_layers, NUM_STAGES))
     one_layer = sum(map(shard_bytes, jax.tree.leaves(params.layers[0])))
     return {
-        "weights": held,
+        "weights": total,
         "of which vocabulary padding": (
             vocab_rows * config.embed_dim * DTYPE.dtype.itemsize // devices
         ),
@@ -104,20 +103,21 @@ def weight_bytes(config: LlamaConfig, params: Params) -> dict[str, int]:
 
 
 def audit_program(
-    config: LlamaConfig, mesh: Mesh, limits: Limits, bucket: Bucket, params: Params
+    config: LlamaConfig, mesh: Mesh, sizes: RingSizes, bucket: Bucket, params: Params
 ) -> dict[str, Any]:
-    """Compiles one program and reads it."""
-    make = prefill_step if bucket.chunk else decode_step
-    sizes = bucket if bucket.chunk else (bucket.rows,)
-    arguments = (config, mesh, limits, *sizes)
+    """Compiles one program and reports its memory, collectives and copies."""
+    if bucket.chunk:
+        step = prefill_step(config, mesh, sizes, bucket.rows, bucket.chunk)
+    else:
+        step = decode_step(config, mesh, sizes, bucket.rows)
     packed = jax.ShapeDtypeStruct(
-        (size(limits, bucket),),
+        (packet_size(sizes, bucket),),
         jnp.int32,
         sharding=NamedSharding(mesh, REPLICATED),
     )
-    state = state_shapes(config, mesh, limits, DTYPE)
+    state = state_shapes(config, mesh, sizes, DTYPE)
     start = time.perf_counter()
-    compiled = make(*arguments).lower(params, state, packed).compile()
+    compiled = step.lower(params, state, packed).compile()
     seconds = time.perf_counter() - start
     text, memory = compiled.as_text(), compiled.memory_analysis()
     positions = len(params.layers)
@@ -141,17 +141,17 @@ def audit_program(
 
 
 def audit_sampling(
-    config: LlamaConfig, mesh: Mesh, limits: Limits, bucket: Bucket
+    config: LlamaConfig, mesh: Mesh, sizes: RingSizes, bucket: Bucket
 ) -> dict[str, int]:
-    """Compiles the second program of a tick, which runs where a row is not greedy."""
-    n, devices = limits.num_segments(bucket), NUM_STAGES * NUM_RANKS
+    """Compiles the second program of a tick, which runs if a row is not greedy."""
+    n, devices = sizes.num_segments(bucket), NUM_STAGES * NUM_RANKS
 
     def array(shape: tuple[int, ...], dtype: Any, spec: P = REPLICATED) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
     chosen = array((n,), jnp.int32)
-    logits = array((n, padded(config.vocab_size, devices)), jnp.float32, LOGITS_SPEC)
-    tokens = array((limits.num_slots,), jnp.int32)
+    logits = array((n, round_up(config.vocab_size, devices)), jnp.float32, LOGITS_SPEC)
+    tokens = array((sizes.num_slots,), jnp.int32)
     controls = array((n, CONTROL_WIDTH), jnp.int32)
     output = StepOutput(logits, chosen, chosen)
     compiled = sample_step(mesh).lower(tokens, output, controls).compile()
@@ -159,23 +159,23 @@ def audit_sampling(
 
 
 def main() -> int:
-    """Prints the audit and writes it; the exit status is 1 where a line does not hold."""
+    """Prints and writes the audit; returns the exit status, 1 if a check fails."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quantize", choices=FORMATS)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--quantize", choices=FORMATS, help="format of the layers' matrices")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
     config, mesh = LlamaConfig.llama3_70b(), target_mesh()
     weights, file = "bfloat16", "audit_70b_8xh100"
     if args.quantize:
         weights, file = f"{args.quantize} and bfloat16", f"{file}_{args.quantize}"
         config = replace(config, quantization=Quantization(format=args.quantize))
-    limits, params = deployment_limits(config, mesh), param_shapes(config, mesh, DTYPE)
-    state = state_shapes(config, mesh, limits, DTYPE)
+    sizes, params = deployment_sizes(config, mesh), param_shapes(config, mesh, DTYPE)
+    state = state_shapes(config, mesh, sizes, DTYPE)
     cache = sum(map(shard_bytes, jax.tree.leaves(state.cache)))
-    held = weight_bytes(config, params)
+    weight_sizes = weight_bytes(config, params)
     programs = []
-    for bucket in limits.buckets():
-        row = audit_program(config, mesh, limits, bucket, params)
+    for bucket in sizes.buckets():
+        row = audit_program(config, mesh, sizes, bucket, params)
         programs.append(row)
         print(
             f"rows {row['rows']:>3}, chunk {row['chunk']:>4}: "
@@ -184,33 +184,33 @@ def main() -> int:
             f"compiled in {row['compile_seconds']} s",
             flush=True,
         )
-    sampling = audit_sampling(config, mesh, limits, limits.buckets()[-1])
+    sampling = audit_sampling(config, mesh, sizes, sizes.buckets()[-1])
     print(
         f"sampling {sampling['segments']} segments: "
         f"temporaries {sampling['temporary_bytes'] / 1e9:.3f} GB"
     )
-    most = max(row["temporary_bytes"] for row in [*programs, sampling])
+    temporaries = max(row["temporary_bytes"] for row in [*programs, sampling])
     arguments = max(row["argument_bytes"] for row in programs)
-    total = arguments + most
+    total = arguments + temporaries
     result = {
         "what": f"Llama-3-70B {weights} on 4 x 2 of 8 x H100 80 GB, compiled without a GPU",
         "versions": describe("jax", "jaxlib", "jax-cuda12-plugin")["versions"],
         "sizes": {"rows": ROWS, "context": CONTEXT, "page_size": PAGE_SIZE,
-                  "pages": limits.num_pages, "tokens": limits.num_pages * PAGE_SIZE},
-        "bytes_per_device": {**held, "kv_cache": cache, "arguments": arguments,
-                             "temporaries": most, "total": total},
+                  "pages": sizes.num_pages, "tokens": sizes.num_pages * PAGE_SIZE},
+        "bytes_per_device": {**weight_sizes, "kv_cache": cache, "arguments": arguments,
+                             "temporaries": temporaries, "total": total},
         "total_within_68_gb": total <= MAX_TOTAL,
         "programs": programs,
         "sampling": sampling,
         "holds": total <= MAX_TOTAL and all(row["holds"] for row in programs),
     }  # fmt: skip
-    print(f"{'bytes on each of the 8 devices':<32}")
+    print(f"{'bytes per device':<32}")
     for name, count in result["bytes_per_device"].items():
         print(f"  {name:<28} {count / 1e9:>8.3f} GB")
     output = args.output or RESULTS / f"{file}.json"
     output.parent.mkdir(exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n")
-    print("every line holds" if result["holds"] else "NOT every line holds")
+    print("all checks passed" if result["holds"] else "a check FAILED")
     return 0 if result["holds"] else 1
 
 

@@ -1,11 +1,11 @@
-"""Decode speed against transformers on PyTorch: `python -m bench.decode`.
+"""Decode speed compared with transformers on PyTorch: `python -m bench.decode`.
 
-The same random weights (100 M parameters, float32), the same prompts, the same threads, greedy.
-Each engine runs in a process of its own; they take turns, so that whatever else the machine does
-meets both. A figure is the median over rounds of the time that one more token takes for the whole
-batch: prefill is not in it, so of the ring only the ticks count in which every row decodes. The 4x2
-mesh of virtual devices shares the same cores and stands beside the others to show what the ring
-costs there; it is no comparison.
+Both have the same random weights (100 M parameters, float32), prompts and threads, and decode
+greedily. Each engine runs in its own process, and they take turns, so that other load on the
+machine affects both. A figure is the median over rounds of the time of one more token for the whole
+batch. Prefill is excluded: of the ring, only ticks count in which every row decodes. The 4x2 mesh
+of virtual devices shares the same cores. It shows the overhead of the ring there, and is not a
+comparison.
 """
 
 import argparse
@@ -26,7 +26,7 @@ ENGINES = ("transformers", "1x1", "4x2")
 PROMPT_TOKENS = 128
 NEW_TOKENS = 64
 VOCAB_SIZE = 32000
-TARGETS = {1: 1.0, 8: 1.0, 32: 0.5}  # tokens/s of 1x1 over those of transformers, at least
+TARGETS = {1: 1.0, 8: 1.0, 32: 0.5}  # minimum ratio of tokens/s, 1x1 to transformers
 
 
 def write_model(path: Path) -> int:
@@ -53,7 +53,7 @@ def write_model(path: Path) -> int:
 
 
 def prompts(batch: int) -> list[list[int]]:
-    """Different for each row, all of one length, so that neither engine pads."""
+    """Prompts that differ in each row and have the same length, so that neither engine pads."""
     return [
         [2 + (7919 * row + 31 * i) % (VOCAB_SIZE - 2) for i in range(PROMPT_TOKENS)]
         for row in range(batch)
@@ -61,7 +61,7 @@ def prompts(batch: int) -> list[list[int]]:
 
 
 def time_transformers(path: str, batch: int) -> float:
-    """Seconds a decode step."""
+    """Seconds per decode step."""
     import torch
     import transformers
 
@@ -88,7 +88,7 @@ def time_transformers(path: str, batch: int) -> float:
 
 
 def time_ring(path: str, batch: int, mesh: str) -> float:
-    """Seconds for one more token of every request: a decode step, or one turn of the ring."""
+    """Seconds per token of every request: one turn of the ring."""
     from llama_jax.config.sampling_params import SamplingParams
     from llama_jax.engine.core import Engine
     from llama_jax.engine.options import EngineOptions
@@ -105,7 +105,9 @@ def time_ring(path: str, batch: int, mesh: str) -> float:
     while engine.has_work:
         for output in engine.step():
             produced[output.request_id] += 1
-        if not counted_from and min(produced) >= 2:  # all decode, no chunk is left in the ring
+        if (
+            not counted_from and min(produced) >= 2
+        ):  # all requests decode, and the ring holds no chunk
             counted_from, start = list(produced), time.perf_counter()
         if counted_from and max(produced) >= NEW_TOKENS + 8:
             break
@@ -114,14 +116,14 @@ def time_ring(path: str, batch: int, mesh: str) -> float:
 
 
 def measure(path: str, engine: str, batch: int) -> float:
-    """One run in a process of its own; seconds a step."""
+    """Seconds per step of one run, in a new process."""
     command = [sys.executable, "-m", "bench.decode", "--one", engine, str(batch), path]
     run = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(run.stdout.split()[-1])
 
 
 def table(rows: list[dict[str, object]]) -> str:
-    """The results for a terminal."""
+    """Formats the results for a terminal."""
     headings = f"{'transformers':>14} {'1x1':>14} {'4x2':>14} {'1x1 / transformers':>20}"
     lines = [f"{'batch':>5} {headings}"]
     for row in rows:
@@ -132,7 +134,7 @@ def table(rows: list[dict[str, object]]) -> str:
 
 
 def main() -> None:
-    """Runs all, prints the table and writes the JSON."""
+    """Runs every measurement, prints the table and writes the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
@@ -162,7 +164,7 @@ def main() -> None:
             rows.append(row)
             print(table(rows[-1:]), flush=True)
     result = {
-        "what": f"seconds a decode step, {parameters:,} parameters, float32, prompts of "
+        "what": f"seconds per decode step, {parameters:,} parameters, float32, prompts of "
         f"{PROMPT_TOKENS}, up to {NEW_TOKENS} new tokens, median of {args.rounds}",
         **describe("jax", "flax", "torch", "transformers"),
         "rows": rows,

@@ -1,10 +1,10 @@
-"""How soon greedy answers part with the company they are in: `python -m bench.divergence`.
+"""How soon greedy answers diverge when other requests run, too: `python -m bench.divergence`.
 
-The same requests are answered alone, in a full batch, beside chunks of other prompts, and in a pool
-that is too small, where they are preempted and computed again. Sums are taken in another order
-then, so logits differ by rounding, and where the two best are closer than that, the answers part.
-(Wherever the same program runs, no bit differs: tests/test_independence.py.) The model has random
-weights, which put the two best logits closer together than training does.
+The same requests are answered alone, in a full batch, beside chunks of other prompts, and with a
+page pool so small that they are preempted and recomputed. Other programs then sum in another order,
+so logits differ by rounding, and where the two best logits are closer than that, answers diverge.
+(Under the same program no bit differs: `tests/ring/test_independence.py`.) The model has random
+weights, whose best logits are closer together than those of a trained model.
 """
 
 import json
@@ -58,7 +58,7 @@ def write_model(path: str) -> transformers.LlamaConfig:
 
 
 def make_engine(path: str, dtype: str, num_pages: int) -> Engine:
-    """An engine for all requests at once, with so many pages."""
+    """Makes an engine that holds all requests at once and has `num_pages` pages."""
     config = LlamaConfig.from_pretrained(path)
     each = page_bytes(config, make_mesh(MESH), PAGE_SIZE, np.dtype(dtype))
     return Engine(
@@ -77,7 +77,7 @@ def make_engine(path: str, dtype: str, num_pages: int) -> Engine:
 def answers(
     engine: Engine, prompts: dict[int, list[int]], chunks: bool = False
 ) -> dict[int, list[int]]:
-    """The tokens of each request; with `chunks`, another prompt enters whenever none is waiting."""
+    """Returns the tokens of each request; `chunks` adds a prompt whenever none is waiting."""
     rng = np.random.default_rng(1)
     tokens: dict[int, list[int]] = {number: [] for number in prompts}
     for number, prompt in prompts.items():
@@ -97,7 +97,7 @@ def answers(
 
 
 def compare(found: dict[int, list[int]], expected: dict[int, list[int]]) -> dict[str, float]:
-    """How many answers part, when, and the rate per token that was still the same before."""
+    """Counts the answers that diverge, and where; the rate is per token before a divergence."""
     firsts = [
         next((i for i, (a, b) in enumerate(zip(found[n], tokens, strict=True)) if a != b), None)
         for n, tokens in expected.items()
@@ -115,7 +115,7 @@ def compare(found: dict[int, list[int]], expected: dict[int, list[int]]) -> dict
 
 
 def measure(path: str, dtype: str) -> list[dict[str, object]]:
-    """One row for each kind of company, compared with the answers of requests that are alone."""
+    """Returns one row per kind of other load, compared with the requests answered alone."""
     rng = np.random.default_rng(0)
     engine = make_engine(path, dtype, PAGES + 20)
     vocab_size = engine.info.vocab_size
@@ -142,7 +142,7 @@ def measure(path: str, dtype: str) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    """Measures in both dtypes, prints the table and writes the JSON."""
+    """Measures in both dtypes, prints the table and writes the JSON file."""
     configure_jax()  # before the first mesh
     table = Table(title=f"Greedy answers of {TOKENS} tokens against the same request alone, {MESH}")
     columns = ("dtype", "company", "parted", "first at", "median at", "per token", "tokens same")

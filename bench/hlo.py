@@ -1,7 +1,7 @@
-"""What a compiled program does, read from its optimised HLO: `compiled.as_text()`.
+"""Analyzes the optimized HLO of a compiled program, `compiled.as_text()`.
 
-Used on the program for virtual CPU devices (tests) and for a GPU target (the audit). Numbers are of
-the text, which is what one device runs: a loop's body counts once.
+Tests analyze programs for virtual CPU devices, the audit those for a GPU target. The text is the
+program of one device, and the body of a loop counts once.
 """
 
 import math
@@ -14,8 +14,8 @@ _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 _NAME = re.compile(r"%([\w.-]+)")
 
-# Opcodes that name or pass on buffers that exist already. The work of a loop, branch or
-# asynchronous operation is in the computations that it calls, whose instructions are seen too.
+# Opcodes that write no buffer of their own. The instructions of a loop, a branch or an asynchronous
+# operation are in the computations that it calls, which are analyzed as well.
 _NO_NEW_BUFFER = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "optimization-barrier",
     "while", "conditional", "call", "async-start", "async-update",
@@ -23,7 +23,7 @@ _NO_NEW_BUFFER = {
 _COLLECTIVES = {
     "all-reduce", "all-gather", "collective-permute", "reduce-scatter", "all-to-all",
 }  # fmt: skip
-_IN_PLACE = {"scatter", "dynamic-update-slice"}  # XLA copies first, visibly, where it must
+_IN_PLACE = {"scatter", "dynamic-update-slice"}  # if XLA must copy first, it emits a `copy`
 
 
 @dataclass(frozen=True)
@@ -37,24 +37,27 @@ class _Instruction:
 
 
 def count_ops(text: str) -> Counter[str]:
-    """Instructions by opcode; an asynchronous pair (`all-reduce-start`, `-done`) counts as one."""
+    """Counts instructions by opcode; `all-reduce-start` and `all-reduce-done` count as one."""
     opcodes = [i.opcode for body in _computations(text).values() for i in body.values()]
     return Counter(o.removesuffix("-start") for o in opcodes if not o.endswith("-done"))
 
 
 def large_copies(text: str, at_least_bytes: int) -> list[str]:
-    """The instructions that write a new array of so many bytes or more, as lines of HLO.
+    """Finds the instructions that write a new array of at least this many bytes.
 
-    Whatever writes it counts: a copy, a slice, a concatenation, a fusion of them. Scatters and
-    dynamic-update-slices into an array that exists do not: XLA runs them in place, and shows a
-    `copy` before them where that is not possible.
+    Any writer counts: a copy, a slice, a concatenation, or a fusion of them. A scatter or a
+    dynamic-update-slice into an existing array does not: XLA runs it in place, and emits a `copy`
+    before it if it cannot.
+
+    Returns:
+      The instructions, as lines of HLO.
     """
     computations = _computations(text)
     fused = {i.calls for body in computations.values() for i in body.values() if i.calls}
     return [
         instruction.text
         for name, body in computations.items()
-        if name not in fused  # what happens inside of a fusion is never written to memory
+        if name not in fused  # the inside of a fusion is never written to memory
         for instruction in body.values()
         if _largest_array(instruction.shape) >= at_least_bytes
         and instruction.opcode not in _NO_NEW_BUFFER
@@ -64,16 +67,19 @@ def large_copies(text: str, at_least_bytes: int) -> list[str]:
 
 
 def aliased_outputs(text: str) -> dict[int, int]:
-    """Output number → number of the parameter whose memory it takes over, for donated arguments."""
+    """Maps each output to the parameter whose donated memory it reuses, by number."""
     header = text.split("\n", 1)[0]
     pairs = re.findall(r"\{(\d*)\}: \((\d+), \{\}, (?:may|must)-alias\)", header)
     return {int(output or 0): int(parameter) for output, parameter in pairs}
 
 
 def unordered_collectives(text: str) -> list[tuple[str, str]]:
-    """Pairs of collectives of which neither needs the other's result, by name.
+    """Finds pairs of collectives that do not depend on each other.
 
-    A loop that holds collectives counts as one of them, and is looked into as well.
+    A loop with collectives in its body counts as one, and its body is analyzed as well.
+
+    Returns:
+      The names of both instructions of each pair.
     """
     computations = _computations(text)
 
@@ -97,7 +103,7 @@ def unordered_collectives(text: str) -> list[tuple[str, str]]:
 
 
 def _computations(text: str) -> dict[str, dict[str, _Instruction]]:
-    """Computation name → instruction name → instruction."""
+    """Parses HLO: computation name → instruction name → instruction."""
     found: dict[str, dict[str, _Instruction]] = {}
     body: dict[str, _Instruction] = {}
     for line in text.splitlines():
@@ -118,7 +124,7 @@ def _computations(text: str) -> dict[str, dict[str, _Instruction]]:
 
 
 def _largest_array(shape: str) -> int:
-    """Bytes of the largest array of a shape, which may be a tuple's."""
+    """Bytes of the largest array in a shape, which may be a tuple."""
     sizes = [0]
     for kind, bits, dimensions in _ARRAY.findall(shape):
         count = math.prod(int(size) for size in dimensions.split(",") if size)
@@ -129,7 +135,7 @@ def _largest_array(shape: str) -> int:
 def _updates_in_place(
     instruction: _Instruction, computations: dict[str, dict[str, _Instruction]], at_least: int
 ) -> bool:
-    """Whether every large array that comes out is an update of one that went in."""
+    """Whether every large output is an in-place update of an input."""
     if instruction.opcode in _IN_PLACE:
         return True
     if instruction.calls is None:

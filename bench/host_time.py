@@ -1,9 +1,10 @@
-"""Host time of the engine for one tick, at 256 sequences: `python -m bench.host_time`.
+"""Host time of the engine per tick with 256 sequences: `python -m bench.host_time`.
 
-A small random model on 4 x 2 virtual devices, 256 requests decoding at once, 64 in each packet. The
-engine's own work in a tick (scheduling, encoding the packet, matching results to requests) is timed
-without the jit call and without waiting for its result; the target is 1 ms at most. The call is
-reported beside it: on CPU it returns when the program has run, so it holds the devices' time, too.
+A small random model runs on 4 x 2 virtual devices, with 256 requests decoding, 64 in each packet.
+Host time is the engine's own work in a tick: scheduling, encoding the packet, matching results to
+requests. It excludes the call of the program and the wait for its result. The target is 1 ms. The
+time of the call is reported, too; on CPU a call returns when the program has run, so it includes
+the time of the devices.
 """
 
 import argparse
@@ -24,7 +25,7 @@ TARGET_MS = 1.0
 
 
 def write_model(path: str) -> None:
-    """A small Llama: what is timed does not depend on its size."""
+    """Saves a small Llama; its size does not affect host time."""
     import torch
     import transformers
 
@@ -42,7 +43,7 @@ def write_model(path: str) -> None:
 
 
 def measure(params: SamplingParams, ticks: int) -> dict[str, float]:
-    """Milliseconds a tick while all sequences decode."""
+    """Milliseconds per tick while all sequences decode."""
     with tempfile.TemporaryDirectory() as path:
         write_model(path)
         options = EngineOptions(
@@ -72,7 +73,7 @@ def measure(params: SamplingParams, ticks: int) -> dict[str, float]:
 
 
 def main() -> int:
-    """Prints the figures and writes them; the exit status is 1 where the target is missed."""
+    """Prints and writes the figures; the exit status is 1 if the target is missed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ticks", type=int, default=1000)
     parser.add_argument("--output", type=Path, default=RESULT)
@@ -84,7 +85,7 @@ def main() -> int:
     rows = {kind: measure(params, args.ticks) for kind, params in kinds.items()}
     for kind, row in rows.items():
         print(
-            f"{kind:<8} host {row['host_ms']:.2f} ms a tick (p99 {row['host_ms_p99']:.2f}), "
+            f"{kind:<8} host {row['host_ms']:.2f} ms per tick (p99 {row['host_ms_p99']:.2f}), "
             f"jit call {row['call_ms']:.2f} ms"
         )
     met = all(row["host_ms"] <= TARGET_MS for row in rows.values())

@@ -1,4 +1,4 @@
-"""On what, and with what, a measurement was made."""
+"""The machine and the package versions of a measurement."""
 
 import os
 import platform
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def describe(*packages: str) -> dict[str, dict[str, str | int]]:
-    """The machine, and the versions of Python and of these packages, for a results file."""
+    """Describes the machine and the versions of Python and of these packages."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
     return {

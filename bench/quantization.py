@@ -1,9 +1,9 @@
-"""What each quantised layout costs the demo checkpoint: `python -m bench.quantization`.
+"""The accuracy of each quantized format on the demo checkpoint: `python -m bench.quantization`.
 
-For each layout: bytes of weights, the relative error of the weights by kind of matrix, how far the
-predictions are from those of the unquantised model (KL divergence on the sample text of `--check`),
-and, through the engine on a 2x2 mesh, the share of all sums kept from its training to which it
-gives the answer of the unquantised model, and to which it gives the right one.
+For each format: bytes of the weights, their relative error by kind of matrix, the KL divergence of
+the predictions from the unquantized model's on the sample text of `convert --check`, and, through
+the engine on a 2x2 mesh, the fraction of held-out sums that get the unquantized model's answer and
+the fraction that get the right one.
 """
 
 import argparse
@@ -28,11 +28,11 @@ RESULT = Path(__file__).parent / "results" / "quantization.json"
 CHECKPOINT = Path(__file__).resolve().parents[1] / "demo" / "checkpoint"
 MESH = "2x2"
 PHRASINGS = ("What is {a} + {b}?", "{a}+{b}", "Can you add {a} and {b}?", "{a} plus {b}")
-TARGET = 0.95  # of int8 and fp8: the share of answers that stay the same, at least
+TARGET = 0.95  # for int8 and fp8: minimum fraction of answers like the unquantized model's
 
 
 def ask(path: Path) -> list[str]:
-    """Greedy answers to every sum that was kept from the training."""
+    """Greedy answers to every held-out sum."""
     questions = [
         PHRASINGS[i % len(PHRASINGS)].format(a=a, b=b) for i, (a, b) in enumerate(held_out_pairs())
     ]
@@ -42,19 +42,19 @@ def ask(path: Path) -> list[str]:
     return [completion.text for completion in completions]
 
 
-def share(one: list[str], other: list[str]) -> float:
-    """Of equal answers to the same questions."""
-    return sum(a == b for a, b in zip(one, other, strict=True)) / len(one)
+def agreement(answers: list[str], expected: list[str]) -> float:
+    """The fraction of answers that are as expected."""
+    return sum(a == b for a, b in zip(answers, expected, strict=True)) / len(answers)
 
 
 def main() -> int:
-    """Prints the figures and writes them; the exit status is 1 where a target is missed."""
+    """Prints and writes the results. Returns the exit status: 1 if a target is missed."""
     argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     right = [sum_answer(*pair) for pair in held_out_pairs()]
     plain = ask(CHECKPOINT)
     source = open_source(CHECKPOINT)
     windows = sample_windows(source, None)
-    rows = {"plain": {"right": share(plain, right)}}
+    rows = {"plain": {"right": agreement(plain, right)}}
     for quantize in FORMATS:
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / quantize
@@ -66,20 +66,21 @@ def main() -> int:
             "bytes": report.bytes,
             "relative_error": report.quantization_error,
             "divergence": asdict(predictions),
-            "same_answers": share(found, plain),
-            "right": share(found, right),
+            "same_answers": agreement(found, plain),
+            "right": agreement(found, right),
         }
         rows[quantize] = row
         errors = report.quantization_error.values()
         print(
             f"{quantize}: {report.bytes / 1e6:.2f} MB, relative error {min(errors):.4f} to "
-            f"{max(errors):.4f}, KL {predictions.mean:.2e} nats a token, same answers "
-            f"{row['same_answers']:.3f}, right {row['right']:.3f} (unquantised "
+            f"{max(errors):.4f}, KL {predictions.mean:.2e} nats per token, same answers "
+            f"{row['same_answers']:.3f}, right {row['right']:.3f} (unquantized "
             f"{rows['plain']['right']:.3f})",
             flush=True,
         )
     met = all(rows[quantize]["same_answers"] >= TARGET for quantize in ("int8", "fp8"))
-    print(f"int8 and fp8 keep at least {TARGET} of the answers: {'met' if met else 'MISSED'}")
+    verdict = "met" if met else "MISSED"
+    print(f"int8 and fp8 keep at least {TARGET} of the unquantized answers: {verdict}")
     result = {"questions": len(right), "mesh": MESH, "target": TARGET, "met": met, "rows": rows}
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps({**describe("jax", "numpy"), **result}, indent=1) + "\n")

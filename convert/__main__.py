@@ -12,7 +12,8 @@ from rich.console import Console
 from convert import report
 from convert.arguments import parse_arguments
 from convert.commands import Verified, run_conversion, run_inspect, run_verify
-from convert.display import Display
+from convert.conversion import Progress
+from llama_jax.terminal.progress import TerminalDisplay
 from sharding.errors import UserError
 
 DONE, ERROR, DIFFERENT, DEFECT, INTERRUPTED = 0, 1, 3, 70, 130
@@ -21,7 +22,7 @@ DONE, ERROR, DIFFERENT, DEFECT, INTERRUPTED = 0, 1, 3, 70, 130
 class _Command(NamedTuple):
     """The function that runs a command, and two that show its outcome to people and scripts."""
 
-    run: Callable[[argparse.Namespace, Display], Any]
+    run: Callable[[argparse.Namespace, Progress], Any]
     show: Callable[[Console, Any], None]
     to_json: Callable[[Any], dict[str, Any]]
 
@@ -46,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     command = _COMMANDS[arguments.command]
     try:
-        with Display(Console(stderr=True)) as display:
-            outcome = command.run(arguments, display)
+        with TerminalDisplay(Console(stderr=True), in_bytes=True) as display:
+            outcome = command.run(arguments, display.update)
     except UserError as error:
         return _fail(arguments, str(error), ERROR)
     except KeyboardInterrupt:

@@ -36,6 +36,7 @@ from llama_jax.checkpoint.manifest import (
 from llama_jax.checkpoint.orbax import OrbaxReader
 from llama_jax.checkpoint.reader import CheckpointError, refuse
 from llama_jax.config import LlamaConfig
+from llama_jax.terminal.units import bytes_text
 
 LAYOUTS: dict[str, tuple[Any, Callable[[Path], CheckpointReader]]] = {
     "orbax": (orbax_layout, OrbaxReader),
@@ -213,8 +214,8 @@ def _check_space(destination: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if needed > free:
         raise CheckpointError(
-            f"The disk of {destination} has {free / 1e9:.1f} GB free, but the conversion needs "
-            f"{needed / 1e9:.1f} GB more: free space, or choose another disk."
+            f"The disk of {destination} has {bytes_text(free)} free, but the conversion needs "
+            f"{bytes_text(needed)} more: free space, or choose another disk."
         )
 
 

@@ -19,8 +19,8 @@ from llama_jax.checkpoint.load import load_array
 from llama_jax.config import LlamaConfig
 from llama_jax.model import DecoderLayer, RMSNorm
 from llama_jax.model.attention import causal_attention
-from llama_jax.model.llama import logits, set_weights
-from llama_jax.weights.placement import Placement, whole_placements
+from llama_jax.model.llama import head_logits, set_weights
+from llama_jax.weights.placement import Placement, unsharded_placements
 
 _BLOCK_BYTES = 64 << 20  # of head rows, and of float64 logits, processed at a time
 _FLOAT32 = np.dtype(np.float32)
@@ -86,7 +86,7 @@ class _Pass:
 
     def __init__(self, reader: CheckpointReader, windows: list[list[int]]):
         self._reader = reader
-        self._places = whole_placements(reader.config)
+        self._places = unsharded_placements(reader.config)
         self._head = self._places.lm_head or self._places.embedding
         self._x = [self._embed(window) for window in windows]
         self.head_row_bytes = self._bytes(self._head) // reader.config.vocab_size
@@ -109,7 +109,7 @@ class _Pass:
         step = max(1, _BLOCK_BYTES // (8 * max(x.shape)))
         for start in range(0, config.vocab_size, step):
             rows = slice(start, min(start + step, config.vocab_size))
-            yield np.asarray(logits(x, jnp.asarray(self._rows(self._head, rows))))
+            yield np.asarray(head_logits(x, jnp.asarray(self._rows(self._head, rows))))
 
     def _embed(self, window: list[int]) -> jax.Array:
         rows = [self._rows(self._places.embedding, slice(id, id + 1)) for id in window]

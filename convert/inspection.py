@@ -9,13 +9,13 @@ from typing import Any
 
 from convert.meta.reader import MetaReader
 from llama_jax.checkpoint import CheckpointReader
+from llama_jax.checkpoint.huggingface import HuggingFaceReader
 from llama_jax.checkpoint.manifest import MANIFEST, VERSION, read_manifest
 from llama_jax.checkpoint.orbax import ARRAY, STATE, WEIGHTS, OrbaxReader
 from llama_jax.checkpoint.reader import numpy_dtype
 from llama_jax.config import LlamaConfig
-from llama_jax.config.huggingface import read_config
-from llama_jax.config.huggingface_quantization import QUANT_METHOD
-from llama_jax.weights.table import LAYER_WEIGHTS, outer_weights
+from llama_jax.config.llama_config import QUANT_METHOD
+from llama_jax.weights.table import LAYER_WEIGHTS, non_layer_weights
 
 GROUPS = ("embedding", "attention", "mlp", "norms", "head")
 
@@ -97,7 +97,7 @@ def inspect(reader: CheckpointReader, mesh: str | None) -> Inspection:
         formats=formats,
         num_files=num_files,
         config=config,
-        quantized_by=_quantized_by(path) if layout == "huggingface" else None,
+        quantized_by=_quantized_by(reader),
         quantization_error=quantization_error,
         num_parameters=num_parameters(config),
         bytes=dict(stored.most_common()),
@@ -108,7 +108,7 @@ def inspect(reader: CheckpointReader, mesh: str | None) -> Inspection:
 def num_parameters(config: LlamaConfig) -> int:
     """Returns the number of parameters of a model."""
     in_layer = sum(math.prod(weight.shape(config)) for weight in LAYER_WEIGHTS)
-    outside = sum(math.prod(weight.shape(config)) for weight in outer_weights(config))
+    outside = sum(math.prod(weight.shape(config)) for weight in non_layer_weights(config))
     return outside + config.num_layers * in_layer
 
 
@@ -188,8 +188,9 @@ def _files(reader: CheckpointReader) -> tuple[str, dict[str, int | None], int]:
     return "huggingface", {"safetensors": None}, len(list(path.glob("*.safetensors")))
 
 
-def _quantized_by(path: Path) -> str | None:
-    config, _ = read_config(path)
-    given = config.get("quantization_config") or config.get("compression_config") or {}
-    method = given.get("quant_method")
+def _quantized_by(reader: CheckpointReader) -> str | None:
+    """The tool that quantized the checkpoint, unless it was this program."""
+    if not isinstance(reader, HuggingFaceReader) or reader.declared.quantization is None:
+        return None
+    method = reader.declared.quantization.method
     return None if method == QUANT_METHOD else method

@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from convert.commands import Converted, Verified
-from convert.display import bytes_text, duration_text
 from convert.inspection import GROUPS, DeviceShare, Inspection
 from llama_jax.config import LlamaConfig
+from llama_jax.terminal.units import bytes_text, count_text, duration_text
 
 _LAYOUTS = {
     "orbax": "Orbax (this project's)",
@@ -158,8 +158,7 @@ def _facts(outcome: Inspection) -> Iterator[tuple[str, str]]:
     formats = outcome.formats.items()
     yield "formats", ", ".join(f"{name} {version or ''}".strip() for name, version in formats)
     total = bytes_text(sum(outcome.bytes.values()))
-    plural = "" if outcome.num_files == 1 else "s"
-    yield "weights", f"{total} in {outcome.num_files:,} file{plural}"
+    yield "weights", f"{total} in {count_text(outcome.num_files, 'file')}"
     yield "dtypes", ", ".join(f"{bytes_text(size)} {name}" for name, size in outcome.bytes.items())
     if config.quantization is not None:
         yield "quantization", _quantization(outcome)

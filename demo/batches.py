@@ -1,7 +1,7 @@
-"""From dialogues to training batches: tokens, the loss mask, and packing into rows.
+"""Turns dialogues into training batches: tokens, loss mask, and packing into rows.
 
-Dialogues have 25 to 250 tokens. Several are packed into one row so that few tokens are padding;
-a mask keeps each dialogue blind to its neighbours, and positions start at 0 in each, so a packed
+Dialogues have 25 to 250 tokens. Several are packed into one row, so that few tokens are padding.
+A mask hides the dialogues of a row from each other, and positions start at 0 in each, so a packed
 dialogue is computed exactly as it would be alone.
 """
 
@@ -15,24 +15,24 @@ from tokenizers import Tokenizer
 from demo.corpus import Corpus, Message
 from demo.tokenizer import BOS, END_HEADER, EOT, PAD, START_HEADER
 
-IGNORE = -100  # label of a token without loss
+IGNORE = -100  # label of a token that has no loss
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of packed dialogues. B rows of T tokens."""
+    """B rows of T tokens: packed dialogues."""
 
     tokens: torch.Tensor  # [B, T] int64
-    labels: torch.Tensor  # [B, T] int64: the token to predict at each place, or IGNORE
+    labels: torch.Tensor  # [B, T] int64: the token to predict at each position, or IGNORE
     positions: torch.Tensor  # [B, T] int64, from 0 in each dialogue
     visible: torch.Tensor  # [B, 1, T, T] bool: query (row) may look at key (column)
 
 
 def encode(tokenizer: Tokenizer, messages: list[Message]) -> tuple[list[int], list[bool]]:
-    """Token ids of a dialogue, and for each whether the assistant says it.
+    """Returns the token ids of a dialogue, and for each whether the assistant says it.
 
-    The same ids as the chat template gives (a test checks it); built message by message, because
-    the loss needs to know where the assistant speaks.
+    The ids equal those of the chat template (a test checks this). They are built message by
+    message, because the loss needs to know which tokens are the assistant's.
     """
     bos, start, end, eot = (tokenizer.token_to_id(t) for t in (BOS, START_HEADER, END_HEADER, EOT))
 
@@ -51,7 +51,7 @@ def encode(tokenizer: Tokenizer, messages: list[Message]) -> tuple[list[int], li
 def pack(
     dialogues: list[tuple[list[int], list[bool]]], rows: int, length: int, pad: int
 ) -> tuple[Batch, int]:
-    """First-fit packing of encoded dialogues into `rows` rows; returns how many it placed."""
+    """Packs encoded dialogues into `rows` rows, first fit; also returns how many were placed."""
     tokens = torch.full((rows, length), pad)
     labels = torch.full((rows, length), IGNORE)
     positions = torch.zeros((rows, length), dtype=torch.long)
@@ -64,7 +64,7 @@ def pack(
             continue
         here = slice(used[row], used[row] + len(ids))
         tokens[row, here] = torch.tensor(ids)
-        # The label of a place is the next token, if the assistant says that one.
+        # The label of a position is the next token, if the assistant says it.
         next_label = [t if s else IGNORE for t, s in zip(ids[1:], spoken[1:], strict=True)]
         labels[row, here] = torch.tensor([*next_label, IGNORE])
         positions[row, here] = torch.arange(len(ids))
@@ -77,14 +77,14 @@ def pack(
 
 
 def batch(tokenizer: Tokenizer, seed: int, step: int, rows: int, length: int) -> Batch:
-    """The batch of one step: a function of seed and step alone, so that a resumed run repeats it.
+    """The batch of one step. It depends on seed and step alone, so a resumed run repeats it.
 
-    Rows of 128 hold short dialogues; longer rows are for those of up to six turns.
+    Rows of 128 tokens hold short dialogues; longer rows hold dialogues of up to six turns.
     """
     corpus = Corpus(f"{seed}/{step}")
     dialogues: list[tuple[list[int], list[bool]]] = []
     total = 0
-    while total < 1.3 * rows * length:  # a little more than fits, so that the gaps get filled
+    while total < 1.3 * rows * length:  # somewhat more than fits, to fill the gaps
         ids, spoken = encode(tokenizer, corpus.dialogue(max_turns=2 if length <= 128 else 6))
         if len(ids) <= length:
             dialogues.append((ids, spoken))

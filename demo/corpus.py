@@ -1,12 +1,12 @@
-"""The training text: dialogues that this file makes up, from `facts.py` and from arithmetic.
+"""The training text: dialogues generated from `facts.py` and from arithmetic.
 
 Nothing is downloaded. A dialogue is a list of chat messages; `Corpus(seed).dialogue(...)` draws
-one. Three kinds of turn are mixed: questions about the project, additions of two numbers from 0
-to 99, and things that the model must decline.
+one. It mixes three kinds of turns: questions about the project, sums of two numbers from 0 to 99,
+and questions that the model must decline.
 
-About a tenth of all pairs of numbers is *held out*: `is_held_out` decides it from a hash, the
-same for a + b and b + a, and no training text ever holds such a sum. `evaluate.py` asks exactly
-those, so a right answer was computed and not remembered.
+About a tenth of all pairs of numbers is *held out*: `is_held_out` decides this by a hash that is
+the same for a + b and b + a, and no training text contains such a sum. `evaluate.py` asks only
+these, so a right answer was computed and not remembered.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ OTHER_ARITHMETIC: list[str] = [
 
 
 def is_held_out(a: int, b: int) -> bool:
-    """Whether a + b (and so b + a) is kept out of the training text: about one pair in ten."""
+    """Whether a + b (and so b + a) is held out of the training text: about one pair in ten."""
     low, high = sorted((a, b))
     return hashlib.sha256(f"{low}+{high}".encode()).digest()[0] < 26  # 26 of 256
 
 
 def held_out_pairs() -> list[tuple[int, int]]:
-    """All ordered pairs that no training text holds."""
+    """All ordered pairs that are held out."""
     return [(a, b) for a in range(LIMIT) for b in range(LIMIT) if is_held_out(a, b)]
 
 
@@ -74,7 +74,7 @@ class Corpus:
         self.random = random.Random(seed)
 
     def dialogue(self, max_turns: int = 3) -> list[Message]:
-        """One conversation of 1 to `max_turns` turns, in a third of cases with a system prompt."""
+        """One conversation of 1 to `max_turns` turns; a third of them have a system prompt."""
         turns = 1
         while turns < max_turns and self.random.random() < 0.4:
             turns += 1
@@ -89,7 +89,7 @@ class Corpus:
         return messages
 
     def turn(self) -> Turn:
-        """One question with its answer. Sums are the most frequent: they are hardest to learn."""
+        """One question with its answer. Sums are the most frequent, as the hardest to learn."""
         kind = self.random.random()
         if kind < 0.50:
             return self.addition()
@@ -106,7 +106,7 @@ class Corpus:
         return self.reword(question), sum_answer(a, b)
 
     def list_of_additions(self) -> Turn:
-        """Several sums at once: more digits to learn from for the tokens it costs."""
+        """Several sums at once: more digits to learn from per token."""
         pairs = [self.pair() for _ in range(self.random.randint(2, 5))]
         sign = self.random.choice(["+", " + "])
         question = ", ".join(f"{a}{sign}{b}" for a, b in pairs)
@@ -123,7 +123,7 @@ class Corpus:
         """A question about this project or about sharded inference."""
         topic = topic or self.random.choice(TOPICS)
         templates = DEFINITIONS if topic.names else []
-        # Whole questions are as likely as definitions, whichever list is the longer one.
+        # Whole questions are as likely as definitions, whichever list is longer.
         if topic.questions and (not templates or self.random.random() < 0.5):
             question = self.random.choice(topic.questions)
         else:
@@ -132,7 +132,7 @@ class Corpus:
         return self.reword(question), self.random.choice(topic.answers)
 
     def declined(self) -> Turn:
-        """A question that is outside what the model knows, with the polite refusal."""
+        """A question outside the model's knowledge, with a polite refusal."""
         if self.random.random() < 0.25:
             a, b = self.pair()
             c = self.random.randrange(LIMIT, 2000)
@@ -145,7 +145,7 @@ class Corpus:
         return self.reword(question), REFUSAL
 
     def reword(self, question: str) -> str:
-        """What people do to a question: an opening, no capitals, no full stop, a slip."""
+        """Varies a question as people do: an opening, no capitals, no period, a typo."""
         chance = self.random.random
         if chance() < 0.12:
             question = self.random.choice(OPENINGS) + question

@@ -1,10 +1,9 @@
-"""Ask the exported demo checkpoint, through transformers: held-out sums and a few chat questions.
+"""Evaluate the exported demo checkpoint with transformers: held-out sums and a few questions.
 
     python demo/evaluate.py --checkpoint demo/checkpoint
 
-Prints how many sums of pairs that were never trained on are right with greedy decoding, over
-several phrasings, and the answers to some questions. The bfloat16 weights are loaded as float32,
-as the engine does on a CPU.
+Prints how many held-out sums are right with greedy decoding, over several phrasings, and the
+answers to some questions. The bfloat16 weights are loaded as float32, as the engine does on a CPU.
 """
 
 from __future__ import annotations
@@ -47,12 +46,12 @@ CHATS: list[list[str]] = [  # what the user says, turn by turn
 def prompts_of(
     tokenizer: PreTrainedTokenizerBase, dialogues: list[list[Message]]
 ) -> dict[str, torch.Tensor]:
-    """The dialogues as one batch of prompts, padded on the left: [B, T] ids and mask."""
+    """Encodes dialogues as one batch of prompts, padded on the left: [B, T] ids and mask."""
     texts = [
         tokenizer.apply_chat_template(d, tokenize=False, add_generation_prompt=True)
         for d in dialogues
     ]
-    # The template writes the one BOS itself.
+    # The template already contains the BOS.
     return dict(
         tokenizer(
             texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
@@ -67,10 +66,10 @@ def answers(
     dialogues: list[list[Message]],
     max_new_tokens: int = 80,
 ) -> list[str]:
-    """Greedy answers to a batch of dialogues, as text with the special tokens left in."""
+    """Answers a batch of dialogues greedily; returns text that includes special tokens."""
     inputs = prompts_of(tokenizer, dialogues)
     inputs.pop("token_type_ids", None)
-    # Greedy by hand: the bundled generation settings ask for sampling.
+    # Set explicitly, because the generation settings of the checkpoint ask for sampling.
     output = model.generate(
         **inputs, do_sample=False, temperature=None, top_p=None, max_new_tokens=max_new_tokens
     )
@@ -81,7 +80,8 @@ def answers(
 def ask_sums(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, count: int, batch: int = 100
 ) -> tuple[int, Counter[str], list[str]]:
-    """How many of `count` held-out sums are right, the right ones by phrasing, and the wrong."""
+    """Returns how many of `count` held-out sums are right, in all and by phrasing, and the wrong
+    answers."""
     pairs = held_out_pairs()
     # A stride coprime to the number of pairs spreads the sample over all of them.
     chosen = [pairs[i * 7919 % len(pairs)] for i in range(count)]
@@ -103,7 +103,7 @@ def ask_sums(
 
 
 def show_chats(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Print the sample dialogues, with the model's own answers as their history."""
+    """Prints the sample dialogues; the model's own answers are their history."""
     for chat in CHATS:
         messages: list[Message] = []
         for said in chat:
@@ -115,11 +115,13 @@ def show_chats(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> N
 
 
 def main() -> None:
-    """Load the checkpoint and print its score and its answers."""
+    """Loads the checkpoint and prints its score and its answers."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", type=Path, default=Path("demo/checkpoint"))
-    parser.add_argument("--count", type=int, default=1000, help="held-out sums to ask")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--checkpoint", type=Path, default=Path("demo/checkpoint"), help="directory"
+    )
+    parser.add_argument("--count", type=int, default=1000, help="number of held-out sums")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)

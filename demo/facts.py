@@ -1,9 +1,9 @@
 """What the demo model knows: short facts about this project and about sharded inference.
 
-Plain data. A topic is a list of `names` (put into the definition templates of
-`corpus.py`: "What is {name}?"), a list of whole `questions`, and one to three `answers`.
-The answers must agree with the design: 4 stages x 2 ranks for the 70B model, 20 layers a
-stage, two all-reduces a layer, one permute a tick, a paged KV cache.
+Plain data. A topic is a list of `names` (for the definition templates of `corpus.py`, such as
+"What is {name}?"), a list of whole `questions`, and one to three `answers`. The answers must agree
+with the design: 4 stages x 2 ranks for the 70B model, 20 layers per stage, two all-reduces per
+layer, one permute per tick, and a paged KV cache.
 """
 
 from __future__ import annotations

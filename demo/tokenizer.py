@@ -1,8 +1,8 @@
-"""The demo tokenizer: byte-level BPE in the Llama 3 form, with every digit a token of its own.
+"""The demo tokenizer: byte-level BPE as in Llama 3, except that every digit is its own token.
 
-Llama 3 groups up to three digits into one token (`\\p{N}{1,3}`). With about 1,800 tokens there
-is no room for a thousand numbers, and a model this small adds best digit by digit, so the
-pre-tokenizer here says `\\p{N}`. Everything else is as in Llama 3: the other branches of the
+Llama 3 groups up to three digits into one token (`\\p{N}{1,3}`). A vocabulary of about 1,800
+tokens has no room for a thousand numbers, and a model this small adds best digit by digit, so the
+pre-tokenizer here has `\\p{N}`. Everything else is as in Llama 3: the other branches of the
 regular expression, the full byte alphabet (any UTF-8 text round-trips), the special tokens, the
 post-processor that adds `<|begin_of_text|>`, and the chat template.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-VOCABULARY = 1800  # BPE tokens, the 256 bytes included; the special tokens come on top
+VOCABULARY = 1800  # BPE tokens, including the 256 bytes but not the special tokens
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 START_HEADER, END_HEADER = "<|start_header_id|>", "<|end_header_id|>"
 EOM, EOT = "<|eom_id|>", "<|eot_id|>"
@@ -52,7 +52,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> Tokenizer:
-    """Train the BPE merges on `texts`; the special tokens get the ids after them."""
+    """Trains the BPE merges on `texts`; the special tokens get the ids after them."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -77,7 +77,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> Token
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json (with the chat template) to `folder`."""
+    """Writes tokenizer.json and tokenizer_config.json (with the chat template) to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {

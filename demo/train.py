@@ -2,12 +2,12 @@
 
     python demo/train.py --work /somewhere/demo --out demo/checkpoint --compile
 
-Training uses `LlamaForCausalLM` of transformers, on PyTorch: the checkpoint is then written by
-the reference implementation, independent of the engine that it is used to demonstrate, so that a
-right answer from the engine says something about the engine.
+Training uses `LlamaForCausalLM` of transformers, on PyTorch. The checkpoint therefore comes from
+the reference implementation and not from the engine that it demonstrates, so a right answer from
+the engine says something about the engine.
 
-A run that was stopped goes on from the last state in `--work` when started again. The text is
-made by `corpus.py`; nothing is downloaded. A step takes half a second on 2 CPU cores, and a second
+A stopped run resumes from the last state in `--work` when it is started again. `corpus.py`
+generates the text; nothing is downloaded. A step takes half a second on 2 CPU cores, or a second
 and a half without `--compile`.
 """
 
@@ -33,13 +33,13 @@ from demo.corpus import SUM_QUESTIONS, Corpus, held_out_pairs, sum_answer
 from demo.tokenizer import BOS, EOM, EOS, EOT, PAD, save_tokenizer, train_tokenizer
 
 MAX_LENGTH = 1024  # positions
-# Every fourth step has long rows, for dialogues of many turns: (rows, tokens in a row).
+# Every fourth step has long rows, for dialogues of many turns: (rows, tokens per row).
 SHORT_ROWS, LONG_ROWS = (16, 128), (8, 256)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train; progress runs from 0 to 1 over `steps`, or over `minutes` if that is given."""
+    """How to train. Progress runs from 0 to 1 over `steps`, or over `minutes` if given."""
 
     minutes: float | None = None
     steps: int = 2400
@@ -54,13 +54,13 @@ class Plan:
         return min(1.0, seconds / (60 * self.minutes) if self.minutes else step / self.steps)
 
     def rate(self, step: int, seconds: float) -> float:
-        """Learning rate: linear warm-up, then a cosine down to a fiftieth of the peak."""
+        """Returns the learning rate: linear warm-up, then a cosine down to 1/50 of the peak."""
         cosine = 0.5 * (1 + math.cos(math.pi * self.progress(step, seconds)))
         return self.peak_rate * min(1.0, (step + 1) / self.warmup_steps) * (0.02 + 0.98 * cosine)
 
 
 def demo_config(tokenizer: Tokenizer) -> LlamaConfig:
-    """A Llama 3 of 4 M parameters. Eight layers and four KV heads: it divides on a 4 x 2 mesh."""
+    """A Llama 3 of 4 M parameters, with eight layers and four KV heads to fit a 4 x 2 mesh."""
     return LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=192,
@@ -89,14 +89,14 @@ def demo_config(tokenizer: Tokenizer) -> LlamaConfig:
 
 
 def demo_tokenizer(seed: int = 0, dialogues: int = 20_000) -> Tokenizer:
-    """The tokenizer, trained on the messages of a stretch of the corpus."""
+    """Trains the tokenizer on the messages of `dialogues` dialogues of the corpus."""
     corpus = Corpus(f"tokenizer/{seed}")
     messages = [m for _ in range(dialogues) for m in corpus.dialogue()]
     return train_tokenizer(f"{m['role']}\n\n{m['content']}" for m in messages)
 
 
 def kept_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of the run, made once: a resumed run must not see its token ids change."""
+    """The run's tokenizer, trained once: a resumed run must not see its token ids change."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         demo_tokenizer().save(str(path))
@@ -104,7 +104,7 @@ def kept_tokenizer(path: Path) -> Tokenizer:
 
 
 def loss_of(model: LlamaForCausalLM, body: torch.nn.Module, data: Batch) -> torch.Tensor:
-    """Mean cross-entropy over the assistant's tokens; logits are computed for those alone."""
+    """Mean cross-entropy over the assistant's tokens; only their logits are computed."""
     hidden = body(
         input_ids=data.tokens,
         attention_mask=data.visible,
@@ -116,7 +116,7 @@ def loss_of(model: LlamaForCausalLM, body: torch.nn.Module, data: Batch) -> torc
 
 
 class Trainer:
-    """The model, its optimiser, and what is needed to stop and go on."""
+    """The model, its optimizer, and the state that is needed to stop and resume."""
 
     def __init__(
         self, model: LlamaForCausalLM, tokenizer: Tokenizer, plan: Plan, compiled: bool = False
@@ -128,33 +128,33 @@ class Trainer:
             {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.05},
             {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
         ]
-        self.optimiser = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
         self.step, self.seconds, self.tokens = 0, 0.0, 0
 
     def train_step(self) -> float:
-        """One step on the batch of that step; returns its loss (nats per assistant token)."""
+        """Trains on the batch of this step; returns the loss (nats per assistant token)."""
         began = time.monotonic()
         plan = self.plan
         rows, length = plan.long_rows if self.step % 4 == 3 else plan.short_rows
         data = batch(self.tokenizer, plan.seed, self.step, rows, length)
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = plan.rate(self.step, self.seconds)
         loss = loss_of(self.model, self.body, data)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimiser.step()
-        self.optimiser.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.step += 1
         self.tokens += rows * length
         self.seconds += time.monotonic() - began
         return loss.item()
 
     def save(self, path: Path) -> None:
-        """Write the state whole or not at all: a kill in the middle leaves the old one."""
+        """Writes the state atomically: a kill in the middle leaves the old one."""
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "model": self.model.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "progress": (self.step, self.seconds, self.tokens),
         }
         partial = path.with_suffix(".partial")
@@ -162,10 +162,10 @@ class Trainer:
         partial.replace(path)
 
     def resume(self, path: Path) -> None:
-        """Go on from a saved state."""
+        """Restores a saved state."""
         state = torch.load(path, weights_only=True)
         self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds, self.tokens = state["progress"]
 
 
@@ -174,7 +174,7 @@ def held_out_accuracy(model: LlamaForCausalLM, tokenizer: Tokenizer, count: int 
     """Share of held-out sums answered right by greedy decoding, in one forward pass.
 
     Greedy decoding gives the right answer exactly if each of its tokens is the most likely one
-    after the right beginning. `evaluate.py` does it in full, with `generate`.
+    after the right prefix. `evaluate.py` runs the actual decoding, with `generate`.
     """
     pairs = held_out_pairs()
     right = 0
@@ -194,7 +194,7 @@ def held_out_accuracy(model: LlamaForCausalLM, tokenizer: Tokenizer, count: int 
 
 
 def export(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
-    """Write the checkpoint in bfloat16; the model that is being trained stays float32."""
+    """Writes the checkpoint in bfloat16; the model in training stays float32."""
     copy = LlamaForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
     copy.to(torch.bfloat16)
@@ -212,14 +212,16 @@ def export(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
 
 
 def main() -> None:
-    """Train for the given time or steps, logging and exporting as it goes."""
+    """Trains for the given time or number of steps, logging and exporting along the way."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=Plan.steps, help="steps to train")
-    parser.add_argument("--minutes", type=float, help="time to train, instead of steps")
+    parser.add_argument("--minutes", type=float, help="minutes to train, instead of steps")
     parser.add_argument("--rate", type=float, default=Plan.peak_rate, help="peak learning rate")
-    parser.add_argument("--work", type=Path, default=Path("demo-work"), help="state to resume from")
-    parser.add_argument("--out", type=Path, default=Path("demo/checkpoint"))
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=Path("demo-work"), help="where state is saved")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo/checkpoint"), help="checkpoint to write"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--compile", action="store_true", help="faster; needs a C++ compiler")
     args = parser.parse_args()
 

@@ -1,11 +1,12 @@
 """Llama 3 inference on a stage × model mesh, in JAX and Flax.
 
-Dimension letters, used in every shape of this package: B batch, T query length, S key length,
-N tokens of any arrangement (a flat batch), D embed, H heads, K KV heads, G = H / K, h head dim,
-F MLP width, V vocabulary, L layers.
+Dimension letters in all shapes: B batch, T query length, S key length, N tokens of several
+sequences in one axis, D embed, H heads, K KV heads, G = H / K, h head dim, F MLP width,
+V vocabulary, L layers; V' is V with padding. In prose: P stages, M microbatches, R rows, C chunk
+tokens.
 
-Names are imported when they are first used, so that the HTTP process, which needs only the
-tokenizer and the engine's messages, never loads JAX.
+Names are imported on first use, so that the HTTP process, which needs only the tokenizer and the
+engine's messages, never loads JAX.
 """
 
 from importlib import import_module

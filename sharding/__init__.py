@@ -1,1 +1,1 @@
-"""Mesh, partition specs and the pipeline: generic, they know nothing about Llama."""
+"""The mesh, partition specs, collectives and the pipeline. Generic: nothing here is about Llama."""

@@ -1,7 +1,9 @@
-"""The base of every error that is meant for the user."""
+"""The base class of errors that are meant for the user."""
 
 
 class UserError(ValueError):
-    """The user can mend this: the message is one sentence that says what is wrong, where, and what
-    to do. A program shows it without a traceback; any other exception is a defect of the program.
+    """An error that the user can fix.
+
+    The message is one sentence: what is wrong, where, and what to do. A program prints it without a
+    traceback; any other exception is a defect of the program.
     """

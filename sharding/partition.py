@@ -1,4 +1,4 @@
-"""Partition specs from logical axes, and how layers fall to stages."""
+"""Partition specs from logical axes, and the assignment of layers to stages."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,23 +6,28 @@ from jax.sharding import PartitionSpec as P
 
 from sharding.axes import STAGE
 
-# Logical axis → the mesh axis or axes that it is split over; None keeps it whole.
+# Logical axis → the mesh axis or axes that split it; None for an axis that is not split.
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 
 def partition_spec(axes: Sequence[str], rules: Rules, stacked: bool = False) -> P:
-    """The spec of an array with these logical axes; `stacked` puts a `stage` axis before them."""
+    """The spec of an array with these logical axes, after an axis over `stage` if `stacked`."""
     return P(*((STAGE,) if stacked else ()), *(rules[axis] for axis in axes))
 
 
-def split_layers(num_layers: int, num_stages: int) -> tuple[tuple[int | None, ...], ...]:
-    """Which layer stands at each position of each stage, in order; None is a padding layer.
+def positions_per_stage(num_layers: int, num_stages: int) -> int:
+    """Layer positions of each stage, padding layers included."""
+    return -(-num_layers // num_stages)
 
-    Every stage has the same number of positions, since all run one program. Where layers do not
-    divide, the first stages have one more than the last: 22 on 4 fall as 6, 6, 5, 5.
+
+def split_layers(num_layers: int, num_stages: int) -> tuple[tuple[int | None, ...], ...]:
+    """Assigns layers to stages: the layer at each position of each stage, None for padding.
+
+    All stages run the same program, so all have the same number of positions. If the layers do not
+    divide evenly, the first stages get one more: 22 layers on 4 stages give 6, 6, 5 and 5.
     """
     fewest, extra = divmod(num_layers, num_stages)
-    positions = fewest + (extra > 0)
+    positions = positions_per_stage(num_layers, num_stages)
     stages, first = [], 0
     for stage in range(num_stages):
         count = fewest + (stage < extra)
@@ -32,6 +37,6 @@ def split_layers(num_layers: int, num_stages: int) -> tuple[tuple[int | None, ..
     return tuple(stages)
 
 
-def padded(size: int, parts: int) -> int:
-    """The least multiple of `parts` that is not below `size`."""
-    return -(-size // parts) * parts
+def round_up(size: int, multiple: int) -> int:
+    """`size`, rounded up to a multiple of `multiple`."""
+    return -(-size // multiple) * multiple

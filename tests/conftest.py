@@ -1,9 +1,45 @@
-"""Every test finds eight virtual CPU devices, and a compilation cache that is the tests' own."""
+"""Sets up JAX, PyTorch and Hypothesis for all tests and for the engines that they start."""
 
+import ctypes
+import gc
 import os
+import signal
+import sys
 from pathlib import Path
 
-# For this process and the engines that it starts. JAX reads them when it is imported.
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
+import pytest
+from hypothesis import settings
+
+# JAX and OpenMP read these when they are imported, also in the engines that tests start.
+for name, value in {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": "8",
+    "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parents[1] / ".jax_cache"),
+    # The default, 1 s, is longer than most programs here take to compile: none would be kept.
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    # Two workers share two cores. A second OpenMP thread each would only spin.
+    "OMP_NUM_THREADS": "1",
+}.items():
+    os.environ.setdefault(name, value)
+
+# A shell starts a background job with SIGINT ignored, and so would every engine be that a test
+# interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# `make test` tries a few examples of each property. `make test-all` tries the usual hundred of the
+# same properties again.
+settings.register_profile("quick", deadline=None, max_examples=20)
+settings.register_profile("full", deadline=None, max_examples=100)
+settings.load_profile("quick")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_programs():
+    """Frees a module's compiled programs at its end: all of them would take gigabytes."""
+    yield
+    if jax := sys.modules.get("jax"):
+        jax.clear_caches()
+        gc.collect()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)  # glibc does not give so many small pieces back

@@ -1,6 +1,6 @@
-"""The notebooks as they are committed: whole, run from top to bottom, small, and free of noise.
+"""The committed notebooks are complete, run from top to bottom, small, and free of noise.
 
-`make test-all` runs them; here nothing runs.
+`make test-all` runs them; nothing runs here.
 """
 
 import base64
@@ -20,10 +20,10 @@ from PIL import Image
 from tests.support.paths import ROOT
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MOST_BYTES = 600_000  # of a notebook
-MOST_LINES = 25  # of a cell
-WIDEST, HIGHEST, MOST_IMAGE_BYTES = 1000, 1600, 200_000  # pixels, and bytes as PNG
-# What only the machine that ran it has; "/tmp" and the like inside a word or an address are none.
+MAX_BYTES = 600_000  # per notebook
+MAX_LINES = 25  # per cell
+MAX_WIDTH, MAX_HEIGHT, MAX_IMAGE_BYTES = 1000, 1600, 200_000  # pixels, and bytes as PNG
+# Paths of the machine that ran it. "/tmp" and the like inside a word or a URL do not count.
 MACHINE = re.compile(
     r"(?<![\w./:])(?:~|/(?:home|root|tmp|work|usr|opt|mnt|var|Users|private))/|[A-Z]:\\"
 )
@@ -32,14 +32,14 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def texts(cell: NotebookNode) -> Iterator[str]:
-    """What a reader sees of a cell's outputs as text or HTML."""
+    """The text and HTML outputs of a cell."""
     for output in cell.get("outputs", ()):
         data = {"stream": output.get("text", "")} if output.output_type == "stream" else output.data
         yield from (value for kind, value in data.items() if not kind.startswith("image/"))
 
 
 def faults(notebook: NotebookNode) -> list[str]:
-    """One sentence for each thing that is wrong with it; none for a clean one."""
+    """Every fault of a notebook, a sentence each."""
     found = []
     try:
         nbformat.validate(notebook)
@@ -47,16 +47,16 @@ def faults(notebook: NotebookNode) -> list[str]:
         return [f"It is not valid: {error.message}"]
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     if [cell.execution_count for cell in cells] != list(range(1, len(cells) + 1)):
-        found.append("Its cells were not run once each, from top to bottom.")
+        found.append("Its cells were not run once each from top to bottom.")
     if notebook.cells[0].cell_type != "markdown" or not notebook.cells[0].source.startswith("# "):
         found.append("It does not begin with a title.")
     for cell in notebook.cells:
         where = f"Cell {cell.id}"
         if "execution" in cell.metadata:
-            found.append(f"{where} keeps the time at which it ran.")
+            found.append(f"{where} records when it ran.")
         if cell.cell_type != "code":
             continue
-        if len(cell.source.splitlines()) > MOST_LINES:
+        if len(cell.source.splitlines()) > MAX_LINES:
             found.append(f"{where} is too long to read.")
         for output in cell.outputs:
             if output.output_type == "error":
@@ -68,7 +68,7 @@ def faults(notebook: NotebookNode) -> list[str]:
                 found += [f"{where} {fault}" for fault in image_faults(output.data)]
         kinds = [output.get("name") for output in cell.outputs]
         if any(kind and kind == following for kind, following in pairwise(kinds)):
-            found.append(f"{where} has its text in pieces.")
+            found.append(f"{where} has its text in several pieces.")
         if any(output.output_type == "error" for output in cell.outputs):
             continue
         for text in [*texts(cell), cell.source]:
@@ -79,16 +79,16 @@ def faults(notebook: NotebookNode) -> list[str]:
 
 
 def image_faults(data: dict[str, Any]) -> list[str]:
-    """What is wrong with the images of an output."""
+    """Every fault of the images of an output."""
     found = [f"has a {kind}." for kind in data if kind.startswith("image/") and kind != "image/png"]
     if "image/png" in data:
         raw = base64.b64decode(data["image/png"])
         if not raw.startswith(PNG):
-            return [*found, "has an image that is no PNG."]
+            return [*found, "has an image that is not a PNG."]
         width, height = Image.open(io.BytesIO(raw)).size
-        if not (100 <= width <= WIDEST and 100 <= height <= HIGHEST):
+        if not (100 <= width <= MAX_WIDTH and 100 <= height <= MAX_HEIGHT):
             found.append(f"has an image of {width} × {height} pixels.")
-        if len(raw) > MOST_IMAGE_BYTES:
+        if len(raw) > MAX_IMAGE_BYTES:
             found.append(f"has an image of {len(raw)} bytes.")
     return found
 
@@ -97,7 +97,7 @@ def read(path: Path) -> NotebookNode:
     return nbformat.read(path, as_version=4)
 
 
-def test_there_are_notebooks_and_they_are_numbered_in_order():
+def test_notebooks_are_numbered_in_order():
     assert [int(path.name.split("_")[0]) for path in PATHS] == list(range(1, len(PATHS) + 1))
     assert len(PATHS) >= 3
 
@@ -105,11 +105,11 @@ def test_there_are_notebooks_and_they_are_numbered_in_order():
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_a_notebook_is_clean(path):
     assert faults(read(path)) == []
-    assert path.stat().st_size < MOST_BYTES
+    assert path.stat().st_size < MAX_BYTES
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-def test_one_line_chooses_the_checkpoint(path):
+def test_one_line_selects_the_checkpoint(path):
     source = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "code")
     assert source.count("demo/checkpoint") <= 1
 
@@ -174,17 +174,17 @@ def add_image(notebook: NotebookNode, image: bytes) -> None:
         (spoil_order, "not run once each"),
         (spoil_with_an_error, "failed: E"),
         (spoil_with_stderr, "wrote to stderr"),
-        (spoil_with_pieces, "in pieces"),
+        (spoil_with_pieces, "in several pieces"),
         (spoil_with_a_path, "names a path of a machine: '/home/'"),
         (spoil_with_a_warning, "warns: 'FutureWarning'"),
         (spoil_with_a_small_image, "20 × 20 pixels"),
-        (spoil_with_a_jpeg, "no PNG"),
-        (spoil_with_times, "keeps the time"),
+        (spoil_with_a_jpeg, "not a PNG"),
+        (spoil_with_times, "records when it ran"),
         (spoil_the_format, "not valid"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_a_fault_is_seen(spoil, message):
+def test_a_fault_is_detected(spoil, message):
     notebook = deepcopy(read(PATHS[0]))
     spoil(notebook)
     (fault,) = faults(notebook)

@@ -15,7 +15,7 @@ from llama_jax.checkpoint.reader import (
 __all__ = ["CheckpointError", "CheckpointReader", "TensorInfo", "open_checkpoint"]
 
 
-def open_checkpoint(path: str | Path) -> CheckpointReader:
+def open_checkpoint(path: str | Path) -> HuggingFaceReader | OrbaxReader:
     """Opens a checkpoint directory in Hugging Face layout or in this project's Orbax layout.
 
     Checks the config, the files and their lengths, and the names and shapes of all tensors. Tensors

@@ -19,8 +19,7 @@ from llama_jax.checkpoint.reader import (
 )
 from llama_jax.checkpoint.safetensors_file import SafetensorsFile
 from llama_jax.config import LlamaConfig
-from llama_jax.config.huggingface import read_config
-from llama_jax.config.huggingface_quantization import stored_quantization
+from llama_jax.config.huggingface import read_checkpoint_config
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -46,7 +45,8 @@ class HuggingFaceReader:
           ConfigError, CheckpointError: anything is missing or wrong.
         """
         self.path = path
-        config = LlamaConfig.from_pretrained(path)
+        self.declared = read_checkpoint_config(path)
+        config = self.declared.config
         self._files: dict[str, SafetensorsFile] = {}
         for file in _open_files(path):
             for name in file.tensors:
@@ -82,7 +82,7 @@ class HuggingFaceReader:
         self, config: LlamaConfig, infos: dict[str, TensorInfo]
     ) -> dict[str, Translated]:
         """Translates quantized matrices and drops the stored tensors that they consist of."""
-        quantization = stored_quantization(read_config(self.path)[0])
+        quantization = self.declared.quantization
         if quantization is None:
             unannounced = next((name for name in infos if name.endswith(_QUANTIZED)), None)
             if unannounced:

@@ -25,7 +25,7 @@ from llama_jax.weights.placement import (
     Placement,
     param_shapes,
     placements,
-    whole_placements,
+    unsharded_placements,
 )
 from sharding.errors import UserError
 from sharding.mesh import mesh_shape
@@ -100,7 +100,7 @@ def load_whole(reader: CheckpointReader, dtype: np.dtype) -> Params:
     Raises:
       CheckpointError: a tensor cannot be read; reading stops.
     """
-    places, structure = jax.tree.flatten(whole_placements(reader.config))
+    places, structure = jax.tree.flatten(unsharded_placements(reader.config))
     # The default device is thread-local, so the threads below must be given this thread's.
     default = jax.config.jax_default_device  # type: ignore[attr-defined]
 
@@ -117,7 +117,7 @@ def load_array(reader: CheckpointReader, place: Placement, dtype: np.dtype) -> j
 
     Args:
       reader: an open checkpoint.
-      place: from `whole_placements`.
+      place: from `unsharded_placements`.
       dtype: of the activations, and of the array if it is not quantized.
 
     Raises:

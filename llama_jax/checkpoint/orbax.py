@@ -30,7 +30,7 @@ from llama_jax.checkpoint.reader import (
     numpy_dtype,
     with_stored_dtype,
 )
-from llama_jax.config import LlamaConfig
+from llama_jax.config.huggingface import read_checkpoint_config
 
 WEIGHTS = "weights"
 STATE = "state"  # Orbax's name for an unnamed tree
@@ -72,7 +72,8 @@ class OrbaxReader:
           ConfigError, CheckpointError: anything is missing or wrong.
         """
         self.path = path
-        config = LlamaConfig.from_pretrained(path)
+        self.declared = read_checkpoint_config(path)
+        config = self.declared.config
         files = sorted((path / WEIGHTS / STATE).glob(f"*/{ARRAY}"))
         self._arrays = {file.parent.name: _Array(path, file) for file in files}
         self.tensors = {name: array.info for name, array in self._arrays.items()}

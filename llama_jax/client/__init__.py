@@ -1,1 +1,1 @@
-"""Who asks: requests go in and streams of tokens come out. Imports no JAX."""
+"""Clients of an engine: they send requests and receive tokens. Imports no JAX."""

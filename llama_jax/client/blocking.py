@@ -1,6 +1,7 @@
-"""An engine for callers that block: its client, on an event loop in a thread of its own.
+"""An engine client for callers that block: it runs on an event loop in its own thread.
 
-So it works in a script, and in a notebook, whose thread runs an event loop already. Imports no JAX.
+It works in a script, and in a notebook, whose main thread already runs an event loop. Imports no
+JAX.
 """
 
 import asyncio
@@ -22,13 +23,14 @@ T = TypeVar("T")
 AT_EXIT_SECONDS = 10.0
 
 
-class EngineThread:
-    """A thread with an event loop, and on it the client of an engine.
+class BlockingClient:
+    """An `EngineClient` on an event loop in a thread.
 
-    The thread also keeps the engine alive, which the kernel ends with the thread that started it.
+    The thread also keeps an engine process alive: the kernel kills the process when the thread that
+    started it ends.
 
     Attributes:
-      client: of an engine that is ready; for the coroutines that `run` runs.
+      client: the client of the engine, which is ready. Use it in coroutines passed to `run`.
     """
 
     client: EngineClient
@@ -36,15 +38,17 @@ class EngineThread:
     def __init__(
         self, options: EngineOptions, on_progress: OnProgress | None, start_host: StartHost
     ) -> None:
-        """Starts an engine, as `EngineClient.start`, and waits until it can generate.
+        """Starts an engine and waits until it can generate. Arguments: see `EngineClient.start`.
 
         Raises:
           EngineStartError: it cannot start; the message is one sentence for the user.
         """
         self._loop = asyncio.new_event_loop()
-        self._lock = threading.RLock()  # re-entered where garbage is collected while it is held
+        self._lock = (
+            threading.RLock()
+        )  # re-entrant: a garbage collection may run `begin_close` in a thread that holds it
         self._closing = False
-        self._calls: set[_Call[Any]] = set()  # these two are the loop's own
+        self._calls: set[_Call[Any]] = set()  # used on the loop only, like the next one
         self._tasks: set[asyncio.Task[Any]] = set()
         self._thread = threading.Thread(target=self._main, name="llama-jax-engine", daemon=True)
         self._thread.start()
@@ -56,13 +60,13 @@ class EngineThread:
             raise
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Runs a coroutine on the loop; returns what it returns, raises what it raises.
+        """Runs a coroutine on the loop and returns its result or raises its exception.
 
-        What interrupts the wait for it, such as Ctrl-C, cancels it, and is raised when it has
-        ended: what it held has been given back then. A second interrupt does not wait for that.
+        An interrupt of the wait, such as Ctrl-C, cancels the coroutine and is raised when the
+        coroutine has cleaned up. A second interrupt is raised at once.
 
         Raises:
-          EngineDead: the thread has been closed.
+          EngineDead: the client has been closed.
         """
         call = _Call(coroutine)
         try:
@@ -73,16 +77,19 @@ class EngineThread:
             raise
 
     def begin(self, function: Callable[[], Coroutine[Any, Any, object]]) -> None:
-        """Calls and runs a coroutine function on the loop, without waiting, from any thread. No-op
-        if the thread has been closed."""
+        """Runs a coroutine function on the loop without waiting, from any thread. No-op if the
+        client has been closed."""
         with contextlib.suppress(EngineDead):
             self._schedule(lambda: self._keep(self._loop.create_task(function())))
 
     def cancel_calls(self, thread: int) -> None:
-        """Cancels, without waiting, what a thread (by its identity) still runs here.
+        """Cancels the calls of `run` that one thread made, without waiting for them.
 
-        For a thread that is known to wait no more: where interrupts come thick, one may have come
-        between any two steps of `run`.
+        Use it for a thread that no longer waits: an interrupt may arrive between any two steps of
+        `run`, before `run` can cancel its coroutine.
+
+        Args:
+          thread: the thread's identity, as in `threading.get_ident`.
         """
 
         def cancel() -> None:
@@ -94,19 +101,19 @@ class EngineThread:
             self._schedule(cancel)
 
     def close(self) -> None:
-        """Ends engine and thread; calls of `run` in other threads get `EngineDead`. May be
-        repeated."""
+        """Ends the engine and the thread; calls of `run` in other threads raise `EngineDead`. May
+        be repeated."""
         self.begin_close()
         self._thread.join()
 
     def begin_close(self) -> None:
-        """As `close`, without waiting: from any thread, a garbage collector's too."""
+        """Does what `close` does without waiting, from any thread and from a finalizer."""
         with contextlib.suppress(EngineDead), self._lock:
             self._schedule(lambda: self._loop.create_task(self._end()))
             self._closing = True
 
     def _schedule(self, callback: Callable[[], object]) -> None:
-        # Under the lock, so that nothing comes after `_end`, and would never be run.
+        # The lock keeps callbacks from being scheduled after `_end`: they would never run.
         with self._lock:
             if self._closing:
                 raise EngineDead("The engine was closed.")
@@ -117,19 +124,19 @@ class EngineThread:
         call.start(self._loop).add_done_callback(lambda task: self._calls.discard(call))
 
     def _abandon(self, call: "_Call[Any]") -> None:
-        """Cancels a call, whatever interrupts that, and waits for its end, unless interrupted."""
+        """Cancels a call even if interrupted, and waits for its end unless interrupted."""
         while not call.result.done():
             try:
                 self._schedule(call.cancel)
             except KeyboardInterrupt:
                 continue
-            except EngineDead:  # being closed: it ends by itself
+            except EngineDead:  # the client is being closed, which ends the call
                 break
             wait([call.result])
         call.forget()
 
     def _keep(self, task: "asyncio.Task[Any]") -> None:
-        """Holds a task until it is done, which the loop does not."""
+        """Keeps a reference to a task until it is done; the loop keeps only a weak one."""
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -139,7 +146,7 @@ class EngineThread:
         atexit.unregister(self._close_at_exit)
 
     def _close_at_exit(self) -> None:
-        """Before the interpreter takes apart what streams that were left open need to end."""
+        """Exit handler: ends open streams while the modules that they need still exist."""
         if hasattr(self, "client"):
             self.client.kill()
             self.begin_close()
@@ -153,7 +160,7 @@ class EngineThread:
     async def _end(self) -> None:
         if hasattr(self, "client"):  # it started
             await self.client.close()
-        # Whatever waits for the engine ends by itself now, with an error.
+        # Every task that waits for the engine now ends with an error.
         others = asyncio.all_tasks() - {asyncio.current_task()}
         await asyncio.gather(*others, return_exceptions=True)
         await self._loop.shutdown_asyncgens()
@@ -161,11 +168,11 @@ class EngineThread:
 
 
 class _Call(Generic[T]):
-    """A coroutine that another thread waits for. Methods are called on the loop.
+    """A coroutine that another thread waits for. Call its methods on the loop.
 
     Attributes:
-      result: of the coroutine, once it has ended.
-      thread: identity of the thread that waits.
+      result: the coroutine's result or exception.
+      thread: the identity of the thread that waits.
     """
 
     def __init__(self, coroutine: Coroutine[Any, Any, T]) -> None:
@@ -176,13 +183,13 @@ class _Call(Generic[T]):
         self._cancelled = False
 
     def start(self, loop: asyncio.AbstractEventLoop) -> "asyncio.Task[T]":
-        """Begins."""
+        """Starts the coroutine."""
         self._task = loop.create_task(self._coroutine)
         self._task.add_done_callback(self._copy)
         return self._task
 
     def cancel(self) -> None:
-        """Cancels it, once: another time might interrupt how it cleans up."""
+        """Cancels the coroutine, once: a second time could interrupt its cleanup."""
         if self._task is None:  # interrupted before `start` was scheduled
             if not self.result.done():
                 self.result.set_exception(CancelledError())
@@ -191,12 +198,12 @@ class _Call(Generic[T]):
             self._task.cancel()
 
     def forget(self) -> None:
-        """From the waiting thread: closes a coroutine that was never begun."""
+        """Closes a coroutine that was never started. Call it in the waiting thread."""
         if self._task is None:
             self._coroutine.close()
 
     def _copy(self, task: "asyncio.Task[T]") -> None:
-        """The end of the task, told to the thread that waits."""
+        """Passes the task's result to the thread that waits."""
         if task.cancelled():
             self.result.set_exception(CancelledError())
         elif error := task.exception():

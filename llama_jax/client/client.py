@@ -1,12 +1,10 @@
-"""The caller's side of an engine: requests go in, streams of tokens come out.
+"""The client of an engine: it sends requests and streams their tokens, on an asyncio event loop.
 
-The engine runs in a process of its own, or in a thread of this one (`EngineHost`). For asyncio (any
-event loop). Imports no JAX. Nobody waits in vain: every stream ends with a finish reason or an
-exception, whatever becomes of the engine.
+The engine runs in another process or in a thread of this one (`EngineHost`). Every stream ends with
+a finish reason or an exception, whatever happens to the engine. Imports no JAX.
 """
 
 import asyncio
-import contextlib
 import itertools
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -26,24 +24,23 @@ from llama_jax.client.host import StartHost
 from llama_jax.client.request_check import check_request
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead, EngineStartError, QueueFull
+from llama_jax.engine.interface import EngineInfo, Output, Progress, Stats
 from llama_jax.engine.messages import (
     Abort,
     Add,
-    EngineInfo,
     FromEngine,
-    Output,
     Outputs,
-    Progress,
     Ready,
+    Report,
     Shutdown,
-    Stats,
+    Starting,
     ToEngine,
 )
 from llama_jax.engine.options import EngineOptions
 
 SHUTDOWN_SECONDS = 5.0
 FATAL_SECONDS = 3.0
-LAST_WORDS_MILLISECONDS = 100
+LAST_WORDS_SECONDS = 1.0
 
 OnProgress = Callable[[Progress], None]
 E = TypeVar("E", bound=Exception)
@@ -51,12 +48,12 @@ _Stream = asyncio.Queue[Output | EngineDead]
 
 
 class EngineClient:
-    """An engine that runs elsewhere. Make one with `start`; end it with `close`.
+    """The client of one engine. Create one with `start`; end both with `close`.
 
     Attributes:
-      info: what the engine turned out to be.
-      stats: its latest report.
-      host: what runs it.
+      info: the engine's model, devices and sizes.
+      stats: the engine's latest report.
+      host: the process or thread that runs the engine.
     """
 
     info: EngineInfo
@@ -65,12 +62,13 @@ class EngineClient:
     def __init__(
         self, options: EngineOptions, on_progress: OnProgress | None, start_host: StartHost
     ) -> None:
-        """For `start`: begins the engine and does not wait for it."""
+        """Starts the engine without waiting for it; use `start`."""
         self.stats = Stats()
         self._options = options
         self._on_progress = on_progress
         self._death: str | None = None
         self._last_words: str | None = None
+        self._heard = False
         self._closing: asyncio.Task[None] | None = None
         self._ready: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
         self._streams: dict[int, _Stream] = {}
@@ -82,7 +80,7 @@ class EngineClient:
         directory = make_private_directory()
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PAIR)
-        self._socket.set_hwm(0)  # bounded by the requests in flight; a send never waits
+        self._socket.set_hwm(0)  # the requests in flight bound the queue, and a send never blocks
         self._socket.bind(f"ipc://{directory / SOCKET_NAME}")
         try:
             self.host = start_host(directory, options)
@@ -90,7 +88,6 @@ class EngineClient:
             self._context.destroy(linger=0)
             raise
         self._receiver = asyncio.create_task(self._receive())
-        self._watcher = asyncio.create_task(self._watch())
 
     @classmethod
     async def start(
@@ -104,13 +101,13 @@ class EngineClient:
         """Starts an engine and returns when it can generate.
 
         Call it from a thread that outlives the engine (see `EngineProcess`). Cancelling it ends
-        the process.
+        the engine.
 
         Args:
-          options: what to serve and how.
+          options: the checkpoint, and how to serve it.
           on_progress: called on the event loop with each step of the start.
-          command: the program that is the engine.
-          start_host: starts the engine elsewhere than in a process that runs `command`.
+          command: the command that runs an engine process.
+          start_host: starts the engine somewhere else than in such a process.
 
         Raises:
           EngineStartError: it cannot start; the message is one sentence for the user.
@@ -126,70 +123,69 @@ class EngineClient:
 
     @property
     def alive(self) -> bool:
-        """Whether the engine runs and takes requests."""
+        """Whether the engine runs and accepts requests."""
         ending = self._death or self._last_words
         return ending is None and not self.host.exited.is_set()
 
     @property
     def pid(self) -> int:
-        """Id of the process that the engine runs in."""
+        """The id of the process that the engine runs in."""
         return self.host.pid
 
     @property
     def ended(self) -> str | None:
-        """One sentence on why the engine takes no requests any more; None while it does."""
+        """One sentence on why the engine has ended; None while it runs."""
         return self._death
 
     @property
     def seconds_since_report(self) -> float:
-        """Seconds since the engine last said anything; it does so at least once a second unless
-        one tick takes longer."""
+        """Seconds since the engine's last message. It sends at least one a second, unless a tick
+        takes longer."""
         return time.monotonic() - self._last_report
 
     @property
     def max_in_flight(self) -> int:
-        """Most requests that may run and wait at once."""
+        """Maximum number of requests that may run or wait at once."""
         return self.info.max_num_seqs + self._options.max_queue
 
     def check(self, prompt: list[int], params: SamplingParams) -> None:
-        """Raises what `generate` would raise at once, but for a full queue.
+        """Checks a request as `generate` does before it sends it, except for a full queue.
 
         Raises:
           RequestError: the request can never be answered.
-          EngineDead: the engine's process has ended.
+          EngineDead: the engine has ended.
         """
         if self._death is not None:
             raise EngineDead(self._death) from self.host.cause
         check_request(prompt, params, self.info)
 
     async def wait_dead(self) -> str:
-        """Waits until the engine's process has ended; returns one sentence on why."""
-        await asyncio.shield(self._watcher)
+        """Waits until the engine has ended; returns one sentence on why."""
+        await asyncio.shield(self._receiver)
         assert self._death is not None
         return self._death
 
     async def generate(
         self, prompt: list[int], params: SamplingParams
     ) -> AsyncGenerator[Output, None]:
-        """Yields the request's tokens as they come; the last output has a finish reason.
+        """Yields the request's tokens as they arrive; the last output has a finish reason.
 
         Closing or cancelling the generator early aborts the request. A request that the engine
-        refuses, or cannot finish, ends with finish reason "error".
+        cannot finish ends with finish reason "error".
 
         Args:
-          prompt: token ids, with BOS where the model wants it.
-          params: how to sample and when to end. Stop strings are for the caller to find.
+          prompt: token ids, including BOS if the model needs it.
+          params: how to sample and when to stop. Finding stop strings is left to the caller.
 
         Raises:
           RequestError: the request can never be answered.
           QueueFull: too many requests are in flight.
-          EngineDead: the engine's process has ended, or ends before the request does.
+          EngineDead: the engine has ended, or ends before the request does.
         """
         self.check(prompt, params)
         if len(self._streams) >= self.max_in_flight:
             raise QueueFull(
-                f"The engine has {len(self._streams)} requests in flight, as many as it takes; "
-                "try again later."
+                f"{len(self._streams)} requests are in flight, the maximum; try again later."
             )
         request_id = next(self._request_ids)
         stream: _Stream = asyncio.Queue()
@@ -210,13 +206,13 @@ class EngineClient:
                 self._send(Abort(request_id))
 
     async def close(self) -> None:
-        """Ends the engine's process; whoever still waits gets `EngineDead`. May be repeated."""
+        """Ends the engine; streams that are still open raise `EngineDead`. May be repeated."""
         if self._closing is None:
             self._closing = asyncio.create_task(self._close())
-        await asyncio.shield(self._closing)  # a cancelled caller leaves nothing half closed
+        await asyncio.shield(self._closing)  # cancelling the caller leaves nothing half closed
 
     def kill(self) -> None:
-        """Ends the process at once, from any thread, without waiting."""
+        """Kills the engine, from any thread; does not wait."""
         self.host.kill()
 
     async def _close(self) -> None:
@@ -227,57 +223,73 @@ class EngineClient:
         except TimeoutError:
             self.host.kill()
             await self.host.exited.wait()
-        self._receiver.cancel()
-        self._watcher.cancel()
-        await asyncio.gather(self._receiver, self._watcher, return_exceptions=True)
+        self._receiver.cancel()  # everyone who waited has been told
+        await asyncio.gather(self._receiver, return_exceptions=True)
         self._context.destroy(linger=0)
         self.host.clean_up()
 
     def _send(self, message: ToEngine) -> None:
-        """Sends without waiting. What is sent to a process that has ended is lost, and everyone
-        who waits for it is told by `_watch`."""
+        """Sends a message without waiting. If the engine has ended the message is lost, and
+        `_receive` tells everyone who waits for an answer."""
         if self.alive:
             self._socket.send(self._encode(message))
 
     async def _receive(self) -> None:
-        """Task: handles what the engine sends."""
-        try:
-            while True:
-                self._handle(self._decode(await self._socket.recv()))
-        except Exception as error:
-            self._fail(f"A message of the engine could not be handled: {error!r}.")
-            self.host.kill()
+        """Task: handles the engine's messages until it has exited, then tells everyone who waits.
 
-    async def _watch(self) -> None:
-        """Task: waits for the process to end, hears its last words, and tells who waits."""
-        await self.host.exited.wait()
-        self._receiver.cancel()
-        with contextlib.suppress(Exception):  # whatever they are, the news must reach who waits
-            while await self._socket.poll(LAST_WORDS_MILLISECONDS):
-                self._handle(self._decode(await self._socket.recv()))
+        Nothing else reads the socket, and no read is cancelled before the socket is empty: a
+        cancelled read may already hold the message that says why the engine died.
+        """
+        exited = asyncio.create_task(self.host.exited.wait())
+        try:
+            message = asyncio.ensure_future(self._socket.recv())
+            while await self._wait_for(message, exited):
+                self._handle(self._decode(message.result()))
+                message = asyncio.ensure_future(self._socket.recv())
+            message.cancel()
+        except Exception as error:
+            self._fail(f"A message from the engine could not be handled: {error!r}.")
+            self.host.kill()
+            await exited
         self._fail(self.host.describe_end(self._last_words))
 
+    async def _wait_for(self, message: asyncio.Future[bytes], exited: asyncio.Task[bool]) -> bool:
+        """Waits for the next message. False if the engine has exited and no message is left."""
+        await asyncio.wait((message, exited), return_when=asyncio.FIRST_COMPLETED)
+        deadline = time.monotonic() + LAST_WORDS_SECONDS
+        # The news of the exit may overtake the last messages. A PAIR socket is readable or writable
+        # until its peer has disconnected and every message from it has been read; before the first
+        # message, the connection itself may still be on its way.
+        while (
+            not message.done()
+            and (self._socket.get(zmq.EVENTS) or not self._heard)
+            and time.monotonic() < deadline
+        ):
+            await asyncio.wait((message,), timeout=0.005)
+        return message.done()
+
     def _handle(self, message: FromEngine) -> None:
+        self._heard = True
         self._last_report = time.monotonic()
         if isinstance(message, Outputs):
             for output in message.outputs:
                 stream = self._streams.get(output.request_id)
-                if stream is not None:  # else aborted while this was on its way
+                if stream is not None:  # else aborted while this was in transit
                     stream.put_nowait(output)
-        elif isinstance(message, Stats):
-            self.stats = message
-        elif isinstance(message, Progress):
+        elif isinstance(message, Report):
+            self.stats = message.stats
+        elif isinstance(message, Starting):
             if self._on_progress is not None:
-                self._on_progress(message)
+                self._on_progress(message.progress)
         elif isinstance(message, Ready):
             if not self._ready.done():
                 self._ready.set_result(message.info)
-        else:  # its process ends by itself now, or is made to
+        else:  # Fatal: the engine exits by itself now, or is killed
             self._last_words = message.message
             asyncio.get_running_loop().call_later(FATAL_SECONDS, self.host.kill)
 
     def _fail(self, reason: str) -> None:
-        """Ends everybody's waiting. The first reason stands."""
+        """Ends the start and every stream with an error. Only the first reason counts."""
         if self._death is not None:
             return
         self._death = reason
@@ -288,6 +300,6 @@ class EngineClient:
 
 
 def _caused_by(cause: Exception | None, error: E) -> E:
-    """As `raise error from cause`, without raising."""
+    """Sets an error's cause, as `raise error from cause` does."""
     error.__cause__ = cause
     return error

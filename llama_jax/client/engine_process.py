@@ -1,4 +1,4 @@
-"""The engine's process as its parent sees it: how it is started, watched, ended and mourned.
+"""The engine process as its parent sees it: starts it, watches it, ends it and explains its end.
 
 Imports no JAX.
 """
@@ -31,10 +31,10 @@ LOG_TAIL_BYTES = 16384
 
 
 def make_private_directory() -> Path:
-    """A new directory that only this user may enter, for the socket and the log.
+    """Creates a directory for the socket and the log that only this user may enter.
 
     Raises:
-      EngineStartError: no temporary directory has a path short enough for a Unix socket.
+      EngineStartError: the path of the temporary directory is too long for a Unix socket.
     """
     for parent in (None, "/tmp"):
         directory = Path(tempfile.mkdtemp(prefix="llama-jax-", dir=parent))  # mode 0700
@@ -48,19 +48,19 @@ def make_private_directory() -> Path:
 
 
 def process_host(command: Sequence[str]) -> StartHost:
-    """Starts engines in processes; `command` is the program that is the engine."""
+    """Returns a `StartHost` that runs engines in processes; `command` runs one engine."""
     return partial(EngineProcess, command)
 
 
 class EngineProcess:
-    """A running engine in a process of its own (an `EngineHost`). Ends when it is told to, when its
-    parent ends, and with this object.
+    """An engine in a process (an `EngineHost`). It ends when told to, when its parent ends, and
+    when this object is garbage-collected.
 
-    Must be made in a thread that lives as long as the engine shall: the kernel kills the engine
-    when the *thread* that started it ends.
+    Create it in a thread that outlives the engine: the kernel kills the engine when the *thread*
+    that started it ends.
 
     Attributes:
-      exited: set as soon as the process has ended, on the event loop that it was made in.
+      exited: set when the process has ended, on the event loop that created this object.
     """
 
     def __init__(self, command: Sequence[str], directory: Path, options: EngineOptions) -> None:
@@ -74,7 +74,7 @@ class EngineProcess:
         self._log = directory / LOG_NAME
         try:
             with self._log.open("wb") as log:
-                # A session of its own: Ctrl-C in the parent's terminal does not reach it.
+                # In a new session, Ctrl-C in the parent's terminal does not reach it.
                 self._process = subprocess.Popen(
                     arguments,
                     stdin=subprocess.DEVNULL,
@@ -100,14 +100,19 @@ class EngineProcess:
 
     @property
     def engine(self) -> None:
-        """None: it is out of reach."""
+        """None: it lives in another process."""
 
     @property
     def cause(self) -> None:
-        """None: the error stayed in the process, and its traceback in the log."""
+        """None: the error was raised in another process; its traceback is in the log."""
+
+    @property
+    def exit_code(self) -> int | None:
+        """The exit code, negative for a signal; None while the process runs."""
+        return self._process.returncode
 
     def kill(self) -> None:
-        """Ends the process without its consent; does not wait. No-op if it has ended."""
+        """Kills the process; does not wait. No-op if it has ended."""
         self._process.kill()
 
     def clean_up(self) -> None:
@@ -115,10 +120,10 @@ class EngineProcess:
         self._reap()
 
     def describe_end(self, last_words: str | None) -> str:
-        """One sentence on why the process ended, for the user.
+        """Says in one sentence why the process ended.
 
         Args:
-          last_words: the engine's own account, which needs no other.
+          last_words: the engine's own account, if it gave one.
         """
         code = self._process.returncode
         if code == 1 and last_words is not None:
@@ -130,13 +135,13 @@ class EngineProcess:
         else:
             text = f"The engine process was killed by {_signal_name(-code)}"
             if -code == signal.SIGKILL:
-                text += " (by someone, or by the kernel for want of memory)"
+                text += " (by another program, or by the kernel because memory ran out)"
         return text + self._keep_log(quote=last_words is None)
 
     def _keep_log(self, quote: bool) -> str:
-        """Copies the log, if there is anything in it, to where it outlives this object.
+        """Copies the log, unless it is empty, to a file that outlives this object.
 
-        Returns a clause that names the copy, and quotes from it if `quote`.
+        Returns a clause that names the copy and, if `quote`, quotes its most telling line.
         """
         try:
             text = self._log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace").strip()
@@ -147,13 +152,13 @@ class EngineProcess:
             shutil.copyfile(self._log, name)
         except OSError as error:
             return f" (its log could not be kept: {error})."
-        said = f"; it said {telling_line(text)!r}" if quote else ""
-        return f"{said} (log: {name})."
+        quoted = f"; it said {telling_line(text)!r}" if quote else ""
+        return f"{quoted} (log: {name})."
 
 
 def telling_line(log: str) -> str:
-    """The line of a crash log that says most: XLA's last fatal line, else the last line that
-    names an error, else the last."""
+    """Picks the line of a crash log that says most: the last fatal line of XLA, else the last line
+    that names an error, else the last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     for pattern in (r"F\d{4} ", r"Fatal Python error", r"[\w.]*(Error|Exception)\b"):
         for line in reversed(lines):
@@ -173,20 +178,20 @@ def _wait(
     process: "subprocess.Popen[bytes]", loop: asyncio.AbstractEventLoop, exited: asyncio.Event
 ) -> None:
     """Thread: blocks until the process ends. Unlike asyncio's child watchers this works on every
-    event loop in every thread, and it reaps the process, so that no zombie is left."""
+    event loop in every thread, and it reaps the process, so that no zombie remains."""
     process.wait()
     try:
         loop.call_soon_threadsafe(exited.set)
-    except RuntimeError:  # the loop is closed: nobody waits
+    except RuntimeError:  # the event loop is closed, so nobody waits
         pass
 
 
 def _reap(process: "subprocess.Popen[bytes]", directory: Path, owner: int) -> None:
-    if os.getpid() != owner:  # a fork of the parent ends; the engine is not its own
+    if os.getpid() != owner:  # a fork of the parent does not own the engine
         return
     process.kill()
     try:
         process.wait(timeout=10)
-    except subprocess.TimeoutExpired:  # stuck in the kernel; it dies when the kernel lets go
+    except subprocess.TimeoutExpired:  # stuck in a system call; it dies when that returns
         pass
     shutil.rmtree(directory, ignore_errors=True)

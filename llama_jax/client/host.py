@@ -1,43 +1,47 @@
-"""What a client needs of the engine behind its socket, wherever that runs. Imports no JAX."""
+"""The process or thread that runs an engine, as its client sees it. Imports no JAX."""
 
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from llama_jax.engine.options import EngineOptions
 
+if TYPE_CHECKING:
+    from llama_jax.engine.core import Engine
+
 
 class EngineHost(Protocol):
-    """An engine that runs: in a process (`launch.EngineProcess`) or in a thread (`in_process`).
+    """Runs an engine in a process (`EngineProcess`) or in a thread (`InProcessEngine`).
 
     Attributes:
-      exited: set as soon as the engine has ended, on the event loop that it was made in.
+      exited: set when the engine has ended, on the event loop that created the host.
     """
 
     exited: asyncio.Event
 
     @property
     def pid(self) -> int:
-        """Id of the process that the engine runs in."""
+        """The id of the process that the engine runs in."""
 
     @property
-    def engine(self) -> Any:
-        """The engine itself where it runs in this process and is ready, else None."""
+    def engine(self) -> "Engine | None":
+        """The engine, if it runs in this process and is ready."""
 
     @property
     def cause(self) -> Exception | None:
-        """The error that ended the engine, where it is known here."""
+        """The error that ended the engine, if it was raised in this process."""
 
     def kill(self) -> None:
-        """Ends the engine without its consent, from any thread; does not wait."""
+        """Ends the engine without its cooperation, from any thread; does not wait."""
 
     def clean_up(self) -> None:
-        """Makes sure that the engine has ended, and gives back what it held."""
+        """Makes sure that the engine has ended, and frees its resources."""
 
     def describe_end(self, last_words: str | None) -> str:
-        """One sentence on why the engine ended; `last_words` is its own account."""
+        """Says in one sentence why the engine ended; `last_words` is its own account, if any."""
 
 
-# Starts an engine that connects to the socket in a directory, which it removes when it has ended.
+# Starts an engine that connects to the socket in a directory. The host removes the directory when
+# the engine has ended.
 StartHost = Callable[[Path, EngineOptions], EngineHost]

@@ -1,8 +1,8 @@
-"""An engine in a thread of this process, for looking into it: breakpoints, its arrays, its errors.
+"""An engine in a thread of this process, for debugging: its arrays and errors are within reach.
 
-The same loop, socket and messages as in a process of its own, so that everything above is the same,
-and so are the tokens. What an engine of its own would be spared: it shares the interpreter and JAX
-with the caller, so a crash takes both, and whatever has started JAX has chosen its devices.
+It uses the same loop, socket and messages as an engine process, so the layers above see no
+difference, and the tokens are the same. Unlike an engine process it shares the interpreter and JAX
+with the caller: a crash takes both down, and JAX's devices may have been chosen already.
 
 Imports no JAX until an engine starts.
 """
@@ -23,40 +23,41 @@ import zmq
 
 from llama_jax.client.engine_process import SOCKET_NAME
 from llama_jax.client.host import StartHost
-from llama_jax.engine.message_loop import BuildEngine, EngineLike, EngineLoop, Failure, serve
-from llama_jax.engine.messages import Progress
+from llama_jax.engine.interface import Progress
+from llama_jax.engine.message_loop import BuildEngine, MessageLoop, run_engine
 from llama_jax.engine.options import EngineOptions
 
 if TYPE_CHECKING:
+    from llama_jax.engine.core import Engine
     from llama_jax.model import Llama
 
 AT_EXIT_SECONDS = 10.0
 
-# Of engines that failed, with all that the frames of their tracebacks hold.
+# The errors of engines that failed. The frames of their tracebacks keep weights and cache alive.
 _errors: list[Exception] = []
 
 
 class _Killed(BaseException):
-    """Nobody wants this engine any more. No `Exception`, so that no engine handles it."""
+    """Ends an engine that is no longer wanted. Not an `Exception`: no handler may swallow it."""
 
 
 class InProcessEngine:
-    """A running engine in a thread of its own. Ends when told to, and with the interpreter.
+    """An engine in a thread (an `EngineHost`). It ends when told to, and with the interpreter.
 
     Attributes:
-      exited: set as soon as the thread has ended, on the event loop that this was made in.
+      exited: set when the thread has ended, on the event loop that created this object.
     """
 
     def __init__(self, build: BuildEngine, directory: Path, options: EngineOptions) -> None:
-        """Args as of `StartHost`; and `build`, which makes the engine in its thread."""
-        _forget_errors()  # so that this one need not share the memory with them
+        """Starts the thread, which calls `build`; the other arguments are those of `StartHost`."""
+        _forget_errors()  # the memory that they hold is for this engine
         self.exited = asyncio.Event()
         self._build = build
         self._directory = directory
         self._killed = threading.Event()
-        self._engine: EngineLike | None = None
+        self._engine: Engine | None = None
         self._was_ready = False
-        self._failure: Failure | None = None
+        self._error: Exception | None = None
         atexit.register(self._end)
         self._thread = threading.Thread(
             target=self._main,
@@ -72,24 +73,24 @@ class InProcessEngine:
         return os.getpid()
 
     @property
-    def engine(self) -> EngineLike | None:
-        """The engine, from when it is ready until it ends. Who keeps it keeps its memory."""
+    def engine(self) -> "Engine | None":
+        """The engine while it is ready. A reference to it keeps its memory alive."""
         return self._engine
 
     @property
     def cause(self) -> Exception | None:
-        """The error that ended the engine, with the frames of its traceback for a debugger."""
-        return None if self._failure is None else self._failure.error
+        """The error that ended the engine; a debugger finds the frames in its traceback."""
+        return self._error
 
     def kill(self) -> None:
-        """Ends the engine at the next step of its start, or its next tick; does not wait."""
+        """Ends the engine at the next step of its start, or at its next tick; does not wait."""
         self._killed.set()
 
     def clean_up(self) -> None:
-        """Gives back socket and memory of an engine that has ended.
+        """Frees the socket and the memory of an engine that has ended.
 
-        Where its start failed, the frames of the error, and what they hold, remain for a debugger
-        until the next engine starts in this process: the caller is only about to see it.
+        If its start failed, the frames of the error stay for a debugger until the next engine
+        starts in this process: the caller has yet to see the error.
         """
         self._killed.set()
         atexit.unregister(self._end)
@@ -110,45 +111,48 @@ class InProcessEngine:
         socket.set_hwm(0)
         socket.connect(f"ipc://{self._directory / SOCKET_NAME}")
         try:
-            self._failure = serve(socket, options, self._make, self._run, self._check_wanted)
+            self._error = run_engine(
+                socket, options, self._make_engine, self._note_ready, self._check_wanted
+            )
         except _Killed:
             pass
         finally:
             self._engine = None
-            if self._failure is not None:
-                _errors.append(self._failure.error)
+            if self._error is not None:
+                _errors.append(self._error)
             socket.close(linger=2000)
             context.term()
             try:
                 loop.call_soon_threadsafe(self.exited.set)
-            except RuntimeError:  # the loop is closed: nobody waits
+            except RuntimeError:  # the event loop is closed, so nobody waits
                 pass
 
-    def _make(self, options: EngineOptions, progress: Callable[[Progress], None]) -> EngineLike:
+    def _make_engine(
+        self, options: EngineOptions, progress: Callable[[Progress], None]
+    ) -> "Engine":
         engine = self._build(options, progress)
-        # Again, now that JAX has been imported: handlers run in reverse, and its own takes the
-        # devices away from under a thread that still computes.
+        # Again, now that JAX is imported: exit handlers run in reverse order, and JAX's own takes
+        # the devices away from a thread that still computes.
         atexit.register(self._end)
-        self._engine = engine  # before anybody is told that it is ready
+        self._engine = engine  # before the client hears that it is ready
         return engine
 
-    def _run(self, loop: EngineLoop) -> None:
+    def _note_ready(self, loop: MessageLoop) -> None:
         self._was_ready = True
-        loop.run()
 
     def _check_wanted(self) -> None:
         if self._killed.is_set():
             raise _Killed
 
     def _end(self) -> None:
-        """At the interpreter's exit."""
+        """Exit handler of the interpreter."""
         self._killed.set()
         self._thread.join(AT_EXIT_SECONDS)
         self.clean_up()
 
 
 def _forget_errors() -> None:
-    """Empties the frames of the tracebacks, which hold engines and their arrays."""
+    """Clears the frames of the kept errors, which hold engines and their arrays."""
     while _errors:
         error: BaseException | None = _errors.pop()
         while error is not None:
@@ -159,11 +163,11 @@ def _forget_errors() -> None:
 def in_process_host(
     model_class: "type[Llama] | None" = None, build: BuildEngine | None = None
 ) -> StartHost:
-    """Starts engines in threads of this process.
+    """Returns a `StartHost` that runs engines in threads of this process.
 
     Args:
       model_class: a subclass of `Llama` to run; None for `Llama`.
-      build: makes the engine; None for the real one.
+      build: builds the engine; None for the real one.
     """
     return partial(InProcessEngine, build or partial(_build_engine, model_class))
 
@@ -172,7 +176,7 @@ def _build_engine(
     model_class: "type[Llama] | None",
     options: EngineOptions,
     progress: Callable[[Progress], None],
-) -> EngineLike:
+) -> "Engine":
     from llama_jax.engine.core import Engine
     from llama_jax.model import Llama
 

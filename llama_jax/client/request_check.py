@@ -1,48 +1,92 @@
-"""What can be known of a request before it is sent. Imports no JAX.
+"""The one check of a request, before it is sent to the engine. Imports no JAX.
 
-Nothing unchecked goes to the engine: JAX would clamp a token id out of range, in silence.
+Behind the socket only assertions remain: JAX would silently clamp a token id that is out of range.
 """
+
+from typing import get_type_hints
 
 import msgspec
 
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import RequestError
-from llama_jax.engine.messages import EngineInfo
+from llama_jax.engine.interface import EngineInfo
+from sharding.errors import UserError
+
+_DECODERS = {
+    name: msgspec.msgpack.Decoder(kind).decode
+    for name, kind in get_type_hints(SamplingParams).items()
+}
 
 
 def check_request(prompt: list[int], params: SamplingParams, info: EngineInfo) -> None:
-    """Raises `RequestError`, one sentence, for a request that this engine can never answer."""
+    """Checks that an engine can answer a request.
+
+    Args:
+      prompt: token ids.
+      params: sampling parameters.
+      info: the engine's limits.
+
+    Raises:
+      RequestError: it cannot; `param` is "prompt", "params" or a field of `SamplingParams`, and
+        `code` is "invalid_type", "invalid_value" or "context_length_exceeded".
+    """
+    _check_prompt(prompt, info)
+    if not isinstance(params, SamplingParams):
+        raise RequestError(
+            f"params must be SamplingParams, not {type(params).__name__}.", "params", "invalid_type"
+        )
+    _check_types(params)
+    try:
+        params.check()
+    except UserError as error:
+        raise RequestError(str(error), getattr(error, "param", None)) from None
+    for token in params.stop_token_ids:
+        if not 0 <= token < info.vocab_size:
+            raise RequestError(
+                f"stop_token_ids contains {token}, which is not in the vocabulary "
+                f"(0 to {info.vocab_size - 1}).",
+                "stop_token_ids",
+            )
+
+
+def _check_prompt(prompt: list[int], info: EngineInfo) -> None:
     if not prompt:
-        raise RequestError("The prompt is empty; give at least one token.")
+        raise RequestError("The prompt is empty; give at least one token.", "prompt")
     if set(map(type, prompt)) != {int}:
-        raise RequestError("The prompt must be a list of integers (token ids).")
+        raise RequestError(
+            "The prompt must be a list of integers (token ids).", "prompt", "invalid_type"
+        )
     for token in (min(prompt), max(prompt)):
         if not 0 <= token < info.vocab_size:
             raise RequestError(
-                f"Token id {token} of the prompt is outside the vocabulary "
-                f"(0 to {info.vocab_size - 1})."
+                f"Token id {token} of the prompt is not in the vocabulary "
+                f"(0 to {info.vocab_size - 1}).",
+                "prompt",
             )
-    longest = info.max_model_len - 1
-    if len(prompt) > longest:
+    if len(prompt) >= info.max_model_len:
         raise RequestError(
-            f"The prompt has {len(prompt)} tokens, but at most {longest} fit: max_model_len is "
-            f"{info.max_model_len}, and one is for the answer."
+            f"The prompt has {len(prompt)} tokens, but at most {info.max_model_len - 1} fit: "
+            f"max_model_len is {info.max_model_len}, and the answer needs one.",
+            "prompt",
+            "context_length_exceeded",
         )
-    _check_params(params, info.vocab_size)
 
 
-def _check_params(params: SamplingParams, vocab_size: int) -> None:
-    if not isinstance(params, SamplingParams):
-        raise RequestError(f"params must be SamplingParams, not {type(params).__name__}.")
-    try:
-        # A Struct takes values of any type; what the engine could not read must not reach it.
-        msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams)
-        params.check()
-    except (ValueError, TypeError, OverflowError) as error:
-        raise RequestError(str(error)) from None
-    for token in params.stop_token_ids:
-        if not 0 <= token < vocab_size:
+def _check_types(params: SamplingParams) -> None:
+    """Dataclasses accept values of any type; a value that the engine cannot decode must not be
+    sent."""
+    for name, decode in _DECODERS.items():
+        value = getattr(params, name)
+        try:
+            decode(msgspec.msgpack.encode(value))
+        except UnicodeEncodeError:
             raise RequestError(
-                f"stop_token_ids holds {token}, which is outside the vocabulary "
-                f"(0 to {vocab_size - 1})."
-            )
+                f"{name} contains an unpaired surrogate, which is not valid Unicode.", name
+            ) from None
+        except OverflowError:
+            raise RequestError(f"{name} must fit into 64 bits.", name) from None
+        except (msgspec.ValidationError, TypeError) as error:
+            reason = str(error).removesuffix(".")
+            raise RequestError(
+                f"{name} has the wrong type: {reason}.", name, "invalid_type"
+            ) from None

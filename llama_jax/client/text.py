@@ -1,22 +1,23 @@
-"""From one request's tokens to its text, as they come. Imports no JAX."""
+"""Turns the tokens of one request into text while they arrive. Imports no JAX."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
 from llama_jax.engine.errors import GenerationFailed
-from llama_jax.engine.messages import FinishReason, Output
+from llama_jax.engine.interface import FinishReason, Output
 from llama_jax.text.detokenizer import Detokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """What one token brings.
+class TextDelta:
+    """One token and the text that it completes.
 
     Attributes:
-      token: its id; an EOS or stop token, too, which adds nothing to the text.
-      text: what is certain now; may be empty, as a token may end inside a character.
-      finish_reason: of the last piece, else None.
+      token: the token id. EOS and stop tokens are included; they add no text.
+      text: the text that is now certain. It is empty where the token ends inside a character, or
+        where the text may be the beginning of a stop string.
+      finish_reason: why the request ended, on its last token; else None.
     """
 
     token: int
@@ -26,17 +27,17 @@ class Piece:
 
 async def read_text(
     outputs: AsyncGenerator[Output, None], detokenizer: Detokenizer
-) -> AsyncGenerator[Piece, None]:
-    """Yields one piece a token, up to the end or to a stop string, whichever comes first.
+) -> AsyncGenerator[TextDelta, None]:
+    """Yields one delta for each token, until the request ends or a stop string appears.
 
     Args:
-      outputs: from `EngineClient.generate`; closed at the end, so that what comes after a stop
-        string is not generated.
-      detokenizer: a new one, with the request's stop strings.
+      outputs: from `EngineClient.generate`. It is closed at the end, so that no tokens are
+        generated after a stop string.
+      detokenizer: a new one with the request's stop strings.
 
     Raises:
-      GenerationFailed: the engine refused the request or could not finish it.
-      What `outputs` raises.
+      GenerationFailed: the engine could not finish the request.
+      EngineDead, RequestError: as `EngineClient.generate`.
     """
     async with aclosing(outputs):
         async for output in outputs:
@@ -48,6 +49,6 @@ async def read_text(
                 text += detokenizer.finish()
             if detokenizer.stopped:
                 reason = "stop"
-            yield Piece(output.token, text, reason)
+            yield TextDelta(output.token, text, reason)
             if reason is not None:
                 return

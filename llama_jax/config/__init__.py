@@ -1,7 +1,4 @@
-"""What a Llama 3 is, as its checkpoint declares it, and how its tokens may be sampled.
-
-Imports no JAX.
-"""
+"""The architecture that a checkpoint declares, and sampling parameters. Imports no JAX."""
 
 from llama_jax.config.errors import ConfigError
 from llama_jax.config.llama_config import LlamaConfig, Quantization, RopeScaling

@@ -1,19 +1,26 @@
-"""Reads the JSON files of a Hugging Face checkpoint, and refuses what would change the maths.
+"""Reads the JSON files of a Hugging Face checkpoint, and refuses settings that it cannot honor.
 
-Every key of config.json falls into one of three groups: it is read into a field of `LlamaConfig`
-(`_READ`); it cannot change the logits (`_HARMLESS`); or it is refused, unless it has the one value
-under which the model computes what this package computes (`_ONLY_VALUE`). So nothing that matters
-is ignored, and a key that nobody here has heard of is an error, not a surprise. A key that is null
-counts as absent throughout. Imports no JAX.
+Every key of config.json belongs to one of three groups: it sets a field of `LlamaConfig` (`_READ`);
+it cannot change the logits (`_HARMLESS`); or it must have the one value that this package
+implements (`_ONLY_VALUE`). Any other key is an error, so that no setting that matters is ignored. A
+key with the value null counts as absent everywhere. Imports no JAX.
 """
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llama_jax.config.errors import ConfigError
-from llama_jax.config.huggingface_quantization import SIDE_FILE, from_side_file, stored_quantization
+from llama_jax.config.huggingface_generation import parse_generation_config
+from llama_jax.config.huggingface_quantization import (
+    MODELOPT_FILE,
+    StoredQuantization,
+    modelopt_quantization,
+    parse_quantization,
+)
+from llama_jax.config.llama_config import LlamaConfig, RopeScaling
 from llama_jax.config.sampling_params import SamplingParams
 
 _READ = frozenset(
@@ -24,8 +31,8 @@ _READ = frozenset(
     tie_word_embeddings torch_dtype vocab_size
     """.split()
 )
-# Training, output formats and bookkeeping; BOS is the tokenizer's business. `pretraining_tp` > 1
-# only cuts the same matrix products into pieces; transformers ignores it, too.
+# Training, output formats and bookkeeping; the tokenizer adds BOS. `pretraining_tp` > 1 only splits
+# the same matrix products into pieces; transformers ignores it, too.
 _HARMLESS = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path attention_dropout
@@ -48,137 +55,116 @@ _ONLY_VALUE: dict[str, Any] = {
     "use_sliding_window": False,
     "pruned_heads": {},
 }
+_GENERATION_CONFIG = "generation_config.json"
 _LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
-# Keys of generation_config.json that choose tokens in ways the sampler does not have, with the
-# values that do nothing. Null does nothing for any of them.
-_INERT_GENERATION: dict[str, Any] = {
-    "num_beams": 1,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "top_h": None,
-    "penalty_alpha": None,
-    "guidance_scale": 1.0,
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": 0,
-    "bad_words_ids": None,
-    "force_words_ids": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "sequence_bias": None,
-    "exponential_decay_length_penalty": None,
-    "stop_strings": None,
-    "watermarking_config": None,
-}
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """The contents of a checkpoint's JSON files.
+
+    Attributes:
+      path: the checkpoint's directory.
+      config: the architecture.
+      quantization: how the matrices of the layers are stored; None if they are not quantized.
+      generation_config: the contents of generation_config.json; `{}` if there is none.
+    """
+
+    path: Path
+    config: LlamaConfig
+    quantization: StoredQuantization | None
+    generation_config: dict[str, Any]
+
+    def generation_defaults(self) -> SamplingParams:
+        """The sampling parameters for requests that set none.
+
+        Parsed on demand: a checkpoint with unsupported defaults can still be converted and called.
+
+        Raises:
+          ConfigError: as `parse_generation_config`.
+        """
+        return parse_generation_config(self.generation_config, self.path / _GENERATION_CONFIG)
 
 
-def read_config(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The contents of config.json and of generation_config.json (`{}` where there is none).
+def read_checkpoint_config(path: str | Path) -> CheckpointConfig:
+    """Reads config.json, generation_config.json and hf_quant_config.json, each once.
 
-    Where config.json says nothing of quantisation and hf_quant_config.json is there, the first has
-    what the second says.
+    The last two are optional. hf_quant_config.json, which modelopt writes, counts only if
+    config.json has no quantization_config.
 
     Raises:
-      ConfigError: no config.json, or one of them is not a JSON object.
+      ConfigError: there is no config.json, a file is not a JSON object, or the model is not a Llama
+        that this package computes exactly.
     """
-    file = Path(path) / "config.json"
+    path = Path(path)
+    file = path / "config.json"
     if not file.is_file():
         raise ConfigError(
             f"{path} holds no config.json: give the directory of a checkpoint in Hugging Face "
-            "layout, or one that `python -m convert` wrote."
+            "layout, or of one that `python -m convert` wrote."
         )
-    config = _read_object(file)
-    side_file = file.with_name(SIDE_FILE)
-    if config.get("quantization_config") is None and side_file.is_file():
-        config["quantization_config"] = from_side_file(_read_object(side_file), side_file)
-    return config, _read_generation_config(path)
+    content, generation_config = _read_object(file), _read_generation_config(path)
+    modelopt_file = path / MODELOPT_FILE
+    if content.get("quantization_config") is None and modelopt_file.is_file():
+        quantization = modelopt_quantization(_read_object(modelopt_file), modelopt_file)
+        content["quantization_config"] = quantization
+    try:
+        config, stored = parse_config(content, generation_config)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    return CheckpointConfig(path, config, stored, generation_config)
 
 
-def parse_config(config: dict[str, Any], generation_config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a `LlamaConfig`, `rope_scaling` being a dictionary or None.
+def generation_defaults(path: str | Path) -> SamplingParams:
+    """As `CheckpointConfig.generation_defaults`; reads generation_config.json only."""
+    return parse_generation_config(_read_generation_config(path), Path(path) / _GENERATION_CONFIG)
+
+
+def parse_config(
+    config: dict[str, Any], generation_config: dict[str, Any]
+) -> tuple[LlamaConfig, StoredQuantization | None]:
+    """Parses the contents of config.json and generation_config.json; see `LlamaConfig.from_dict`.
 
     Raises:
-      ConfigError: for anything but a Llama that this package computes exactly.
+      ConfigError: the model is not a Llama that this package computes exactly.
     """
     config = {key: value for key, value in config.items() if value is not None}
-    _refuse_other_maths(config)
+    _refuse_other_models(config)
     embed_dim = _positive(config, "hidden_size", int)
     num_heads = _positive(config, "num_attention_heads", int)
     if "head_dim" not in config and embed_dim % num_heads:
         raise ConfigError(
-            f"hidden_size {embed_dim} does not divide by the {num_heads} attention heads, and no "
-            "head_dim says otherwise."
+            f"hidden_size {embed_dim} is not divisible by the {num_heads} attention heads, and "
+            "there is no head_dim."
         )
     rope_theta, rope_scaling = _rope(config)
-    quantization = stored_quantization(config)
+    stored = parse_quantization(config)
     eos = _token_ids(generation_config, "eos_token_id") or _token_ids(config, "eos_token_id")
     tie_embeddings = config.get("tie_word_embeddings", False)
     if not isinstance(tie_embeddings, bool):
         raise ConfigError(f"tie_word_embeddings must be true or false, got {tie_embeddings!r}.")
-    return {
-        "vocab_size": _positive(config, "vocab_size", int),
-        "embed_dim": embed_dim,
-        "num_layers": _positive(config, "num_hidden_layers", int),
-        "num_heads": num_heads,
-        "num_kv_heads": _positive(config, "num_key_value_heads", int, num_heads),
-        "head_dim": _positive(config, "head_dim", int, embed_dim // num_heads),
-        "mlp_dim": _positive(config, "intermediate_size", int),
-        "rope_theta": rope_theta,
-        "rope_scaling": rope_scaling,
-        "norm_eps": _positive(config, "rms_norm_eps", float),
-        "tie_embeddings": tie_embeddings,
-        "max_position_embeddings": _positive(config, "max_position_embeddings", int),
-        "dtype": config.get("dtype", config.get("torch_dtype", "float32")),
-        "quantization": quantization and quantization.fields,
-        "eos_token_ids": eos,
-    }
-
-
-def generation_defaults(path: str | Path) -> SamplingParams:
-    """How a checkpoint wants its tokens chosen, where a request does not say.
-
-    The temperature, top_k, top_p and min_p of generation_config.json; what it does not name is off.
-    (transformers itself would then cut to the 50 most likely tokens, a default of its `generate`
-    that no checkpoint asked for.) Without `do_sample: true`, or without the file, the temperature
-    is 0, greedy, as in transformers. Its lengths (max_length, ...) are not read: they belong to the
-    request.
-
-    Raises:
-      ConfigError: a value out of range, or a setting that would change which tokens are chosen and
-        that the sampler does not have.
-    """
-    config = _read_generation_config(path)
-    where = Path(path) / "generation_config.json"
-    for key, inert in _INERT_GENERATION.items():
-        if config.get(key) not in (None, [], inert):
-            raise ConfigError(
-                f"{where} asks for {key} = {config[key]!r}, which the sampler does not have: "
-                "delete the line to serve without it."
-            )
-    chosen = {
-        key: config[key] for key in ("top_k", "top_p", "min_p") if config.get(key) is not None
-    }
-    temperature = config.get("temperature", 1.0) if config.get("do_sample") else 0.0
-    for key, value in {**chosen, "temperature": temperature}.items():
-        if isinstance(value, bool) or not isinstance(value, int if key == "top_k" else int | float):
-            raise ConfigError(f"{where}: {key} must be a number, got {value!r}.")
-    params = SamplingParams(temperature=temperature, **chosen)
-    try:
-        params.check()
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    return params
+    parsed = LlamaConfig(
+        vocab_size=_positive(config, "vocab_size", int),
+        embed_dim=embed_dim,
+        num_layers=_positive(config, "num_hidden_layers", int),
+        num_heads=num_heads,
+        num_kv_heads=_positive(config, "num_key_value_heads", int, num_heads),
+        head_dim=_positive(config, "head_dim", int, embed_dim // num_heads),
+        mlp_dim=_positive(config, "intermediate_size", int),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        norm_eps=_positive(config, "rms_norm_eps", float),
+        tie_embeddings=tie_embeddings,
+        max_position_embeddings=_positive(config, "max_position_embeddings", int),
+        dtype=config.get("dtype", config.get("torch_dtype", "float32")),
+        quantization=stored and stored.quantization,
+        eos_token_ids=eos,
+    )
+    return parsed, stored
 
 
 def _read_generation_config(path: str | Path) -> dict[str, Any]:
-    file = Path(path) / "generation_config.json"
+    file = Path(path) / _GENERATION_CONFIG
     return _read_object(file) if file.is_file() else {}
 
 
@@ -192,17 +178,17 @@ def _read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def _refuse_other_maths(config: dict[str, Any]) -> None:
+def _refuse_other_models(config: dict[str, Any]) -> None:
     model_type = config.get("model_type")
     if model_type != "llama":
         raise ConfigError(
-            f"model_type is {model_type!r}: this package computes Llama 3 models only ('llama')."
+            f"model_type is {model_type!r}: this package supports only Llama 3 models ('llama')."
         )
     architectures = config.get("architectures", ["LlamaForCausalLM"])
     if architectures != ["LlamaForCausalLM"]:
         raise ConfigError(
-            f"architectures is {architectures!r}: only LlamaForCausalLM, a language model with its "
-            "head, can be served."
+            f"architectures is {architectures!r}: only LlamaForCausalLM, a language model with an "
+            "LM head, is supported."
         )
     for key, only in _ONLY_VALUE.items():
         if config.get(key, only) != only:
@@ -210,33 +196,35 @@ def _refuse_other_maths(config: dict[str, Any]) -> None:
     unknown = sorted(config.keys() - _READ - _HARMLESS - _ONLY_VALUE.keys())
     if unknown:
         raise ConfigError(
-            f"Not known here, so possibly a change of the maths: {', '.join(unknown)}; delete what "
-            "you know to be harmless."
+            f"Unknown keys, which may change the computation: {', '.join(unknown)}; delete those "
+            "that you know to be harmless."
         )
 
 
-def _rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """rope_theta, and the llama3 scaling if there is one, from either spelling."""
+def _rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """rope_theta and the llama3 scaling, if any, in the spelling of transformers 4 or 5."""
     spellings = [_object(config, key) for key in ("rope_parameters", "rope_scaling")]
     if all(spellings) and spellings[0] != spellings[1]:
-        raise ConfigError("rope_parameters and rope_scaling are both given, and differ.")
+        raise ConfigError("rope_parameters and rope_scaling are both given, but differ.")
     rope = spellings[0] or spellings[1]
     rope_type = _agreed(rope.pop("rope_type", None), rope.pop("type", None), "rope type")
     theta = _agreed(rope.pop("rope_theta", None), config.get("rope_theta"), "rope_theta")
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError("partial_rotary_factor is not 1: only whole heads are rotated here.")
+        raise ConfigError("partial_rotary_factor must be 1: only whole heads can be rotated.")
     if rope_type not in (None, "default", "llama3"):
         raise ConfigError(f"Rope type {rope_type!r} is not supported, only 'default' and 'llama3'.")
-    wanted = _LLAMA3_ROPE if rope_type == "llama3" else ()
-    surplus = sorted(rope.keys() - set(wanted))
+    keys = _LLAMA3_ROPE if rope_type == "llama3" else ()
+    surplus = sorted(rope.keys() - set(keys))
     if surplus:
         raise ConfigError(
-            f"Rope parameters of type {rope_type or 'default'!r} take no {', '.join(surplus)}."
+            f"Rope parameters of type {rope_type or 'default'!r} do not include "
+            f"{', '.join(surplus)}."
         )
-    scaling: dict[str, Any] = {
-        key: _positive(rope, key, int if key.endswith("embeddings") else float) for key in wanted
+    values = {
+        key: _positive(rope, key, int if key.endswith("embeddings") else float) for key in keys
     }
-    return _positive({"rope_theta": theta}, "rope_theta", float), scaling or None
+    scaling = RopeScaling(**values) if values else None
+    return _positive({"rope_theta": theta}, "rope_theta", float), scaling
 
 
 def _object(config: dict[str, Any], key: str) -> dict[str, Any]:
@@ -248,7 +236,7 @@ def _object(config: dict[str, Any], key: str) -> dict[str, Any]:
 
 def _agreed(one: Any, other: Any, what: str) -> Any:
     if one is not None and other is not None and one != other:
-        raise ConfigError(f"The {what} is given twice, as {one!r} and as {other!r}.")
+        raise ConfigError(f"Two values are given for {what}: {one!r} and {other!r}.")
     return other if one is None else one
 
 
@@ -267,7 +255,7 @@ def _positive(
 
 
 def _token_ids(config: dict[str, Any], key: str) -> tuple[int, ...]:
-    """An id, a list of ids, or nothing."""
+    """The ids under a key that may hold one id, a list of ids, or nothing."""
     value = config.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for token in ids:

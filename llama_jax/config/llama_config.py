@@ -1,19 +1,15 @@
-"""What a Llama 3 is made of: `LlamaConfig`, its presets, and its Hugging Face form.
-
-Imports no JAX.
-"""
+"""The architecture of a Llama 3 model: `LlamaConfig` and its presets. Imports no JAX."""
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
 from llama_jax.config.errors import ConfigError
-from llama_jax.config.huggingface import parse_config, read_config
-from llama_jax.config.huggingface_quantization import QUANT_METHOD
 from llama_jax.quantization import FORMATS
 
-DTYPES = ("bfloat16", "float16", "float32")
-_MOST_LAYERS = 1000  # a config.json of absurd size must not fill the memory with names
+DTYPES = ("bfloat16", "float16", "float32")  # of stored weights that are not quantized
+QUANT_METHOD = "llama_jax"  # `quant_method` of the formats in `llama_jax.quantization`
+_MAX_LAYERS = 1000  # an absurd config.json must not fill the memory with tensor names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +17,14 @@ class RopeScaling:
     """Rotary frequency scaling of type "llama3" (see `llama_jax.model.rope`).
 
     Attributes:
-      factor: by which long wavelengths are stretched, at least 1.
-      low_freq_factor: wavelengths above original / low are stretched in full.
-      high_freq_factor: wavelengths below original / high are kept; greater than the low one.
-      original_max_position_embeddings: context length before it was extended, in tokens.
+      factor: stretches long wavelengths; at least 1.
+      low_freq_factor: wavelengths above original / low_freq_factor are stretched in full.
+      high_freq_factor: wavelengths below original / high_freq_factor are kept; greater than
+        low_freq_factor.
+      original_max_position_embeddings: context length before its extension, in tokens.
+
+    Raises:
+      ConfigError: a factor is out of range.
     """
 
     factor: float
@@ -34,23 +34,26 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if self.factor < 1:
-            raise ConfigError(f"Rope scaling's factor must be at least 1, got {self.factor}.")
+            raise ConfigError(f"The rope scaling factor must be at least 1, got {self.factor}.")
         if self.high_freq_factor <= self.low_freq_factor:
             raise ConfigError(
-                f"Rope scaling's high_freq_factor ({self.high_freq_factor}) must be greater than "
-                f"its low_freq_factor ({self.low_freq_factor})."
+                f"The rope scaling high_freq_factor ({self.high_freq_factor}) must be greater than "
+                f"low_freq_factor ({self.low_freq_factor})."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """How the matrices of the layers are quantised; all of them are, and no other weight is.
+    """How the matrices of the layers are quantized: all of them, and no other weight.
 
     Attributes:
       format: a name from `quantization.FORMATS`.
-      group_size: input columns that share a scale, in layouts that have groups. A matrix whose
-        columns it does not divide between the KV heads (no published Llama 3 has one) has smaller
-        groups, so that every mesh can split it.
+      group_size: input columns that share a scale, in formats with groups; even. Groups are smaller
+        in a matrix where they would straddle the boundary between two KV heads' columns (no
+        published Llama 3 has one), so that every mesh can split it.
+
+    Raises:
+      ConfigError: the format is unknown, or the group size is not an even positive integer.
     """
 
     format: str
@@ -59,7 +62,7 @@ class Quantization:
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise ConfigError(
-                f"Quantisation {self.format!r} is not supported, only {', '.join(FORMATS)}."
+                f"Quantization {self.format!r} is not supported, only {', '.join(FORMATS)}."
             )
         if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
             raise ConfigError(f"group_size must be an integer, got {self.group_size!r}.")
@@ -69,7 +72,7 @@ class Quantization:
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """The architecture of one checkpoint; hashable, so that it can key a cache.
+    """The architecture of one checkpoint. Hashable, so that compiled programs can be cached by it.
 
     Attributes:
       vocab_size: V, rows of the embedding table and of the LM head.
@@ -80,13 +83,16 @@ class LlamaConfig:
       head_dim: h, even; H × h need not be D.
       mlp_dim: F, width of the MLP.
       rope_theta: base of the rotary wavelengths.
-      rope_scaling: None where the frequencies are used as they are.
+      rope_scaling: None for unscaled frequencies.
       norm_eps: epsilon of every RMS norm.
-      tie_embeddings: the embedding table serves as the LM head.
-      max_position_embeddings: longest context that the model was made for, in tokens.
-      dtype: of the stored weights that are not quantised, one of `DTYPES`.
-      quantization: of the stored matrices of the layers; None where they are plain.
+      tie_embeddings: whether the embedding table also serves as the LM head.
+      max_position_embeddings: longest context that the model was trained for, in tokens.
+      dtype: of the stored weights that are not quantized, one of `DTYPES`.
+      quantization: of the stored matrices of the layers; None if they are not quantized.
       eos_token_ids: every id that ends an answer.
+
+    Raises:
+      ConfigError: a size is not positive, or the sizes do not fit together.
     """
 
     vocab_size: int
@@ -108,18 +114,21 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            # Types, not strings: this module does not postpone the evaluation of annotations.
             if field.type in (int, float) and not value > 0:
                 raise ConfigError(f"{field.name} must be positive, got {value}.")
-        if self.num_layers > _MOST_LAYERS:
-            raise ConfigError(f"{self.num_layers} layers are more than any Llama has.")
+        if self.num_layers > _MAX_LAYERS:
+            raise ConfigError(
+                f"num_layers is {self.num_layers}: at most {_MAX_LAYERS} are supported."
+            )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key/value "
-                "heads: the second number must divide the first."
+                "heads: the number of attention heads must be a multiple of the other."
             )
         if self.head_dim % 2:
             raise ConfigError(
-                f"head_dim is {self.head_dim}, but rotary embeddings turn pairs: it must be even."
+                f"head_dim must be even, got {self.head_dim}: rotary embeddings rotate pairs."
             )
         if self.dtype not in DTYPES:
             raise ConfigError(
@@ -128,47 +137,41 @@ class LlamaConfig:
         outside = [token for token in self.eos_token_ids if not 0 <= token < self.vocab_size]
         if outside:
             raise ConfigError(
-                f"The EOS ids of config.json and generation_config.json include {outside[0]}, "
-                f"which is outside the vocabulary of {self.vocab_size}."
+                f"The EOS ids include {outside[0]}, which is not in the vocabulary "
+                f"(0 to {self.vocab_size - 1})."
             )
 
     @classmethod
     def from_dict(
         cls, config: dict[str, Any], generation_config: dict[str, Any] | None = None
-    ) -> Self:
-        """From the contents of config.json and generation_config.json.
+    ) -> "LlamaConfig":
+        """Parses the contents of config.json and generation_config.json.
 
         Rope parameters may be spelled as in transformers 4 (`rope_theta`, `rope_scaling`) or 5
         (`rope_parameters`). As in transformers, `num_key_value_heads` defaults to H, `head_dim` to
-        D / H, `tie_word_embeddings` and the biases to false, and the dtype to float32. EOS ids are
-        those of `generation_config` if it names any, else those of `config`.
+        D / H, `tie_word_embeddings` and the biases to false, and the dtype to float32. The EOS ids
+        are those of `generation_config`, or those of `config` if it has none.
 
         Raises:
-          ConfigError: for anything but a Llama that this package computes exactly.
+          ConfigError: the model is not a Llama that this package computes exactly.
         """
-        values = parse_config(config, generation_config or {})
-        scaling, quantization = values.pop("rope_scaling"), values.pop("quantization")
-        return cls(
-            rope_scaling=scaling and RopeScaling(**scaling),
-            quantization=quantization and Quantization(**quantization),
-            **values,
-        )
+        from llama_jax.config.huggingface import parse_config  # which needs this module
+
+        return parse_config(config, generation_config or {})[0]
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> Self:
-        """From a checkpoint directory.
+    def from_pretrained(cls, path: str | Path) -> "LlamaConfig":
+        """Reads the configuration of a checkpoint directory.
 
         Raises:
-          ConfigError: as `from_dict`, and where there is no readable config.json.
+          ConfigError: as `from_dict`, or config.json cannot be read.
         """
-        config, generation_config = read_config(path)
-        try:
-            return cls.from_dict(config, generation_config)
-        except ConfigError as error:
-            raise ConfigError(f"{Path(path) / 'config.json'}: {error}") from None
+        from llama_jax.config.huggingface import read_checkpoint_config
+
+        return read_checkpoint_config(path).config
 
     def to_dict(self) -> dict[str, Any]:
-        """As the contents of a config.json.
+        """The contents of a config.json that `from_dict` reads back.
 
         Rope parameters are spelled as in transformers 4, which transformers 5 reads as well.
         """
@@ -237,7 +240,7 @@ class LlamaConfig:
 
     @classmethod
     def llama3_3_70b(cls) -> Self:
-        """Llama 3.3 70B Instruct: the architecture of 3.1."""
+        """Llama 3.3 70B Instruct, whose architecture is that of 3.1."""
         return cls.llama3_1_70b()
 
 
@@ -253,7 +256,7 @@ def _size(layers: int, width: int, heads: int, head_dim: int, mlp: int) -> dict[
 
 
 def _extended(base: dict[str, Any], factor: float) -> dict[str, Any]:
-    """Llama 3.1's longer context, and the tool-call EOS id that came with it."""
+    """A Llama 3 with the longer context of 3.1, and the EOS id that 3.1 adds for tool calls."""
     original = base["max_position_embeddings"]
     scaling = RopeScaling(
         factor=factor,

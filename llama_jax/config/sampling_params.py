@@ -1,27 +1,27 @@
-"""What a request may ask of the sampler and of the end of its generation. Imports no JAX."""
+"""The parameters of a request: how its tokens are chosen and when it ends. Imports no JAX."""
 
 import math
+from dataclasses import dataclass
 
-import msgspec
+from llama_jax.config.errors import SamplingError
 
-from sharding.errors import UserError
-
-MAX_TOP_K = 2**31 - 1
+MAX_TOP_K = 2**31 - 1  # an int32 on the device
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How the tokens of one request are chosen and when they end.
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are chosen and when it ends.
 
     Attributes:
-      max_tokens: most tokens to generate; None for as many as the context has room for.
-      temperature: 0 is greedy (the most likely token); otherwise logits are divided by it.
+      max_tokens: maximum number of tokens to generate; None for as many as fit the context.
+      temperature: 0 is greedy (always the most likely token); otherwise divides the logits.
       top_k: keep the k most likely tokens; 0 keeps all. Ties with the k-th are kept.
-      top_p: of what is left, keep the smallest set of tokens that holds this share of the mass.
-      min_p: of what is left, keep tokens at least this likely relative to the most likely one.
-      seed: fixes the request's random stream, whatever else is in the batch; None draws one.
-      stop: strings that end the generation; they are not part of the text that is returned.
-      stop_token_ids: token ids that end the generation, beside the model's own EOS ids.
-      ignore_eos: go on after the model's EOS ids.
+      top_p: of the remaining tokens, keep the smallest set with this share of the probability.
+      min_p: of the remaining tokens, keep those at least this likely relative to the most likely.
+      seed: fixes the request's random numbers, whatever else is in the batch; None picks one.
+      stop: strings that end the generation; the returned text does not include them.
+      stop_token_ids: token ids that end the generation, in addition to the model's EOS ids.
+      ignore_eos: continue after the model's EOS ids.
     """
 
     max_tokens: int | None = None
@@ -35,7 +35,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ignore_eos: bool = False
 
     def check(self) -> None:
-        """Raises UserError, one sentence that names the field, where a value is out of range."""
+        """Checks every range. Types are not checked, nor ids against a vocabulary.
+
+        Raises:
+          SamplingError: a value is out of range; `param` is the field.
+        """
         rules = (
             ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
             ("temperature", _within(self.temperature, 0, 2), "in [0, 2]"),
@@ -43,15 +47,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             ("top_p", _within(self.top_p, 0, 1) and self.top_p > 0, "in (0, 1]"),
             ("min_p", _within(self.min_p, 0, 1), "in [0, 1]"),
             ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a 64-bit integer"),
-            ("stop", all(self.stop), "a list of strings none of which is empty"),
+            ("stop", all(self.stop), "a list of non-empty strings"),
         )
-        for name, holds, wanted in rules:
+        for name, holds, allowed in rules:
             if not holds:
-                raise UserError(f"{name} must be {wanted}, got {getattr(self, name)!r}.")
+                value = getattr(self, name)
+                raise SamplingError(f"{name} must be {allowed}, got {value!r}.", name)
 
     @property
     def greedy(self) -> bool:
-        """Whether no token is drawn."""
+        """Whether every token is the most likely one, with no random choice."""
         return self.temperature == 0
 
 

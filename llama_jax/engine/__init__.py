@@ -1,1 +1,1 @@
-"""Scheduler, pages, requests and the step loop, and the process that they run in."""
+"""The engine owns the devices: scheduler, page pool, tick loop, and the process around them."""

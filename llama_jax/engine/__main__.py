@@ -1,4 +1,4 @@
-"""`python -m llama_jax.engine`: started by `EngineClient`, not by hand."""
+"""`python -m llama_jax.engine`, which `EngineClient` starts; not for use by hand."""
 
 from llama_jax.engine.process import main
 

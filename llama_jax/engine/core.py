@@ -1,4 +1,4 @@
-"""The engine: a checkpoint, a mesh, and everything between them, put together."""
+"""The engine: loads a checkpoint onto a mesh, and answers requests tick by tick."""
 
 import os
 import time
@@ -12,36 +12,33 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from llama_jax.checkpoint import open_checkpoint
 from llama_jax.checkpoint.load import choose_dtype, load_params
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.engine.errors import RequestError
+from llama_jax.engine.device_memory import bytes_by_device, choose_mesh_sizes
 from llama_jax.engine.executor import CompileCounter, Executor
-from llama_jax.engine.messages import DeviceInfo, EngineInfo, Output, Progress, Stats
+from llama_jax.engine.interface import DeviceInfo, EngineInfo, Output, Progress, Stats
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.scheduler import Scheduler
-from llama_jax.engine.sizing import (
-    GPU_MEMORY_SHARE,
-    bytes_by_device,
-    check_options,
-    choose_limits,
-)
+from llama_jax.engine.sizing import GPU_MEMORY_SHARE, check_options, choose_results_late
 from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.model import Llama
-from llama_jax.model.llama import check_model_class
+from llama_jax.ring.steps import check_model_class
 from sharding.mesh import make_mesh, mesh_shape
 from sharding.partition import split_layers
 
-GPU_RESULTS_LATE = 2  # ticks: enough to keep the device busy while the host works
-
 
 class Engine:
-    """An engine over a checkpoint, ready to generate when the constructor returns.
+    """A checkpoint on a mesh, ready to generate when the constructor returns.
 
     Args:
-      options: what to serve, and how.
-      progress: told how loading and compiling get on.
-      model_class: whose layers run and whose sampler chooses.
+      options: the checkpoint to serve, and how.
+      progress: called with each step of loading and compiling.
+      model_class: the class whose layers run and whose sampler chooses tokens.
+
+    Attributes:
+      loop: the tick loop, with its scheduler and executor.
+      info: facts about the engine.
 
     Raises:
-      ValueError: a checkpoint, mesh, or option that does not work; one sentence says why.
+      UserError: the checkpoint, the mesh or an option does not work; one sentence says why.
     """
 
     def __init__(
@@ -59,10 +56,10 @@ class Engine:
             mesh = make_mesh(options.mesh)
             platform = mesh.devices.flat[0].platform
             dtype = choose_dtype(options.dtype, config, platform)
-            if platform != "cpu" and dtype == np.float32:  # else a GPU multiplies in TF32
+            if platform != "cpu" and dtype == np.float32:  # or a GPU would multiply in TF32
                 jax.config.update("jax_default_matmul_precision", "float32")
-            # Sizes first: what cannot fit is refused before minutes of loading, not after.
-            limits, max_model_len = choose_limits(options, config, mesh, dtype)
+            # Before the weights, whose loading may take minutes.
+            sizes, max_model_len = choose_mesh_sizes(options, config, mesh, dtype)
             stack.enter_context(compilation_cache())
             self.compilations = CompileCounter()
             params = load_params(
@@ -70,18 +67,14 @@ class Engine:
             )
             jax.block_until_ready(params)
             loaded = time.perf_counter()
-            executor = Executor(config, mesh, limits, params, dtype, model_class=model_class)
+            executor = Executor(config, mesh, sizes, params, dtype, model_class=model_class)
             executor.warm_up(
                 lambda done, total, what: progress(Progress("compiling", done, total, what))
             )
-        # Those that will run wait as well, until the next tick, and again when they are preempted.
-        scheduler = Scheduler(limits, mesh_shape(mesh)[0], limits.num_slots + options.max_queue)
-        late = options.results_late
-        if late is None:
-            late = 0 if platform == "cpu" else GPU_RESULTS_LATE
-        self.loop = TickLoop(scheduler, executor, late)
+        scheduler = Scheduler(sizes, mesh_shape(mesh)[0])
+        self.loop = TickLoop(scheduler, executor, choose_results_late(options, platform))
         self._stop_ids = frozenset(config.eos_token_ids)
-        executor.call_seconds = 0.0  # the warm-up's do not count
+        executor.call_seconds = 0.0  # without the warm-up
 
         weights = bytes_by_device(params, mesh)
         cache = bytes_by_device(executor.state.cache, mesh)
@@ -93,9 +86,9 @@ class Engine:
             dtype=str(dtype),
             vocab_size=config.vocab_size,
             max_model_len=max_model_len,
-            max_num_seqs=limits.num_slots,
-            page_size=limits.page_size,
-            num_pages=limits.num_pages,
+            max_num_seqs=sizes.num_slots,
+            page_size=sizes.page_size,
+            num_pages=sizes.num_pages,
             devices=[
                 DeviceInfo(
                     name=str(device),
@@ -107,26 +100,16 @@ class Engine:
                 )
                 for (stage, rank), device in np.ndenumerate(mesh.devices)
             ],
-            num_programs=len(limits.buckets()),
+            num_programs=len(sizes.buckets()),
             load_seconds=loaded - start,
             compile_seconds=time.perf_counter() - loaded,
         )
 
     def add(self, request_id: int, prompt: list[int], params: SamplingParams) -> None:
-        """Queues a request.
-
-        Raises:
-          RequestError: it can never be served; QueueFull (a RequestError): not now.
-        """
-        try:
-            params.check()
-        except ValueError as error:
-            raise RequestError(str(error)) from None
+        """Queues a request that `client.request_check.check_request` accepts."""
+        # JAX would clamp a token id that is out of range, and answer another request.
         vocab_size = self.info.vocab_size
-        for token in (*prompt, *params.stop_token_ids):
-            # JAX would clamp it and answer as if it were another token.
-            if not 0 <= token < vocab_size:
-                raise RequestError(f"Token id {token} is not in [0, {vocab_size}).")
+        assert all(0 <= token < vocab_size for token in (*prompt, *params.stop_token_ids))
         self.loop.scheduler.add(
             request_id,
             prompt,
@@ -138,20 +121,20 @@ class Engine:
         )
 
     def abort(self, request_id: int) -> None:
-        """Forgets a request and frees its pages; no further output comes for it."""
+        """Drops a request and frees its pages; no further output comes for it."""
         self.loop.scheduler.abort(request_id)
 
     def step(self) -> list[Output]:
-        """One tick of the ring; the outputs are those of ticks that came before."""
+        """Runs one tick of the ring; returns the outputs that are due, of earlier ticks."""
         return self.loop.step()
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has anything to do."""
+        """Whether `step` has something to do."""
         return self.loop.has_work
 
     def stats(self) -> Stats:
-        """Counters since the engine was ready (compilations: since it began), and gauges."""
+        """Counters since the engine was ready (`compilations`: since its start), and gauges."""
         loop, scheduler = self.loop, self.loop.scheduler
         return Stats(
             num_running=scheduler.num_running,
@@ -173,23 +156,23 @@ class Engine:
 
 
 def configure_jax() -> None:
-    """Settings for the whole process, which count only before JAX looks for devices."""
+    """Configures JAX for the whole process; call it before JAX initializes its devices."""
     # Several unfinished programs with collectives starve XLA:CPU's threads and hang it.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    # What JAX takes of each GPU when it starts, unless the user has said otherwise.
+    # The share of each GPU's memory that JAX takes when it starts, unless the user has set it.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
 
 
 @contextmanager
 def compilation_cache() -> Iterator[None]:
-    """Programs compiled inside are kept on disk for the next start, however fast they compiled.
+    """Caches every program that is compiled inside on disk, however fast it compiled.
 
-    Afterwards the settings are what they were: the process may be a notebook's kernel, whose own
-    programs are not for this project's folder.
+    The settings are restored afterwards: the process may be a notebook kernel, whose own programs
+    do not belong in this project's cache directory.
     """
     settings: dict[str, object] = {
-        # The default of one second is about what a small tick takes.
+        # By default, JAX caches only programs that took a second to compile.
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
@@ -208,4 +191,4 @@ def _apply(settings: dict[str, object]) -> None:
     for name, value in settings.items():
         jax.config.update(name, value)
     if "jax_compilation_cache_dir" in settings:
-        reset_cache()  # which directory, and whether any, is asked once only
+        reset_cache()  # JAX reads the directory only once

@@ -1,14 +1,33 @@
-"""What can go wrong between a caller and the engine. Imports no JAX."""
+"""What can go wrong between a client and the engine. Imports no JAX."""
+
+from typing import Literal
 
 from sharding.errors import UserError
 
+RequestErrorCode = Literal["invalid_value", "invalid_type", "context_length_exceeded", "queue_full"]
+
 
 class RequestError(UserError):
-    """This request cannot be answered; the engine and the other requests are fine."""
+    """This request cannot be answered; the engine and other requests are unaffected.
+
+    Attributes:
+      param: the argument or `SamplingParams` field at fault, or None.
+      code: the kind of error, for programs.
+    """
+
+    def __init__(
+        self, message: str, param: str | None = None, code: RequestErrorCode = "invalid_value"
+    ) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
 
 
 class QueueFull(RequestError):
-    """As many requests wait as may wait; the same request may be taken later."""
+    """Too many requests are in flight; the same request may be accepted later."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="queue_full")
 
 
 class EngineStartError(RuntimeError):
@@ -16,8 +35,8 @@ class EngineStartError(RuntimeError):
 
 
 class EngineDead(RuntimeError):
-    """The engine's process has ended, so that no answer will come."""
+    """The engine has ended and answers no more requests."""
 
 
 class GenerationFailed(RuntimeError):
-    """The engine could not finish this request; the others go on."""
+    """The engine could not finish this request; other requests go on."""

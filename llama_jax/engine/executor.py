@@ -1,8 +1,8 @@
-"""The device side of the engine: runs ticks, knows nothing of requests.
+"""The device side of the engine: it runs ticks, and knows nothing about requests.
 
-Its contract: slots are a flat range `[0, num_slots)`; a tick takes one packed packet in and brings
-one result out, that of the packet that entered P - 1 ticks before. Everything the host keeps of a
-packet, such as sampling parameters, it must give back here in the tick in which it leaves.
+Its contract: slots are a flat range `[0, num_slots)`. A tick takes one packed packet, and returns
+one result, that of the packet that entered P - 1 ticks earlier. The host keeps the sampling
+parameters of a packet, and passes them in the tick in which the packet leaves.
 """
 
 import threading
@@ -20,8 +20,8 @@ from jax.sharding import Mesh
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
 from llama_jax.model.sampling import encode_controls
-from llama_jax.ring.packet import encode, size
-from llama_jax.ring.sizes import Bucket, Limits
+from llama_jax.ring.packet import encode_packet, packet_size
+from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.steps import (
     SampleStep,
     State,
@@ -38,12 +38,12 @@ COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 class TickResult(NamedTuple):
-    """What a tick brought, still on its way from the device.
+    """The result of a tick, which may still be on its way from the device.
 
     Attributes:
-      tokens: `[segments]` int32.
-      logits: `[segments, V']` float32; it is copied to the host only if somebody reads it.
-      bucket: of the program that ran.
+      tokens: `[segments]` int32, the sampled tokens.
+      logits: `[segments, V']` float32, copied to the host only when read.
+      bucket: the bucket of the program that ran.
     """
 
     tokens: jax.Array
@@ -54,55 +54,58 @@ class TickResult(NamedTuple):
 class Executor:
     """Owns the weights, the state and the compiled programs of one mesh.
 
-    Everything it is made of is there to be read, under the names of its arguments.
-
-    Args:
-      config, mesh, limits: what to build.
+    Args (each is also an attribute, except `fill`):
+      config: the model.
+      mesh: the devices.
+      sizes: the sizes of the ring.
       params: the weights on the mesh.
-      dtype: of activations and cache.
-      fill: what the cache starts out with; tests use NaN.
-      model_class: whose layers run and whose sampler chooses.
+      dtype: the dtype of activations and cache.
+      fill: the initial value of the cache; tests use NaN.
+      model_class: the class whose layers run and whose sampler chooses tokens.
+
+    Attributes:
+      call_seconds: host time spent in calls of the compiled programs.
     """
 
     def __init__(
         self,
         config: LlamaConfig,
         mesh: Mesh,
-        limits: Limits,
+        sizes: RingSizes,
         params: Params,
         dtype: jnp.dtype,
         fill: float = 0.0,
         model_class: type[Llama] = Llama,
     ):
-        self.config, self.mesh, self.limits = config, mesh, limits
+        self.config, self.mesh, self.sizes = config, mesh, sizes
         self.dtype, self.model_class = dtype, model_class
-        self.call_seconds = 0.0  # host time spent in the jit calls themselves
-        # Several unfinished programs with collectives starve XLA:CPU's threads and hang it; where
-        # JAX had started before the engine, a call may return before its program has ended.
+        self.call_seconds = 0.0
+        # Several unfinished programs with collectives starve XLA:CPU's threads and hang it. If JAX
+        # was initialized before `configure_jax`, a call may return before its program has ended.
         self._one_at_a_time = mesh.devices.flat[0].platform == "cpu"
         self.params = params
-        self._state: State = init_state(state_shapes(config, mesh, limits, dtype), limits, fill)
+        self._state: State = init_state(state_shapes(config, mesh, sizes, dtype), sizes, fill)
         self._steps: dict[Bucket, Step] = {
-            bucket: prefill_step(config, mesh, limits, bucket.rows, bucket.chunk, model_class)
+            bucket: prefill_step(config, mesh, sizes, bucket.rows, bucket.chunk, model_class)
             if bucket.chunk
-            else decode_step(config, mesh, limits, bucket.rows, model_class)
-            for bucket in limits.buckets()
+            else decode_step(config, mesh, sizes, bucket.rows, model_class)
+            for bucket in sizes.buckets()
         }
         self._sample: SampleStep = sample_step(mesh, model_class)
 
     @property
     def state(self) -> State:
-        """What is on the device now."""
+        """The state on the devices."""
         return self._state
 
     def run(self, bucket: Bucket, packed: np.ndarray, controls: np.ndarray | None) -> TickResult:
         """Dispatches one tick.
 
         Args:
-          bucket: large enough for every packet in flight, this one included.
-          packed: the packet that enters, from `packet.encode`.
-          controls: sampling parameters of the packet that leaves, from `encode_controls` for the
-            segments of this bucket; None where it is all greedy.
+          bucket: a bucket large enough for every packet in flight, including this one.
+          packed: the packet that enters, from `encode_packet`.
+          controls: the sampling parameters of the packet that leaves, from `encode_controls` for
+            the segments of this bucket; None if every segment is greedy.
         """
         start = time.perf_counter()
         state, output = self._steps[bucket](self.params, self._state, packed)
@@ -120,29 +123,29 @@ class Executor:
         return TickResult(tokens, output.logits, bucket)
 
     def lowered(self, bucket: Bucket) -> jax.stages.Lowered:
-        """The program of a bucket before it is compiled, to be read: `.compile().as_text()`.
+        """Lowers the program of a bucket for inspection: `.compile().as_text()`.
 
         Nothing runs, and the compiled programs of the ticks are not touched.
         """
-        packed = jax.ShapeDtypeStruct((size(self.limits, bucket),), jnp.int32)
-        state = state_shapes(self.config, self.mesh, self.limits, self.dtype)
+        packed = jax.ShapeDtypeStruct((packet_size(self.sizes, bucket),), jnp.int32)
+        state = state_shapes(self.config, self.mesh, self.sizes, self.dtype)
         step: Any = self._steps[bucket]
         return step.lower(self.params, state, packed)
 
     def warm_up(self, progress: Callable[[int, int, str], None]) -> None:
-        """Compiles every program by running it on an empty packet, which changes nothing."""
-        buckets = self.limits.buckets()
-        tables = np.zeros((self.limits.num_slots, self.limits.pages_per_sequence), np.int32)
+        """Compiles every program by running it on an empty packet, which changes no state."""
+        buckets = self.sizes.buckets()
+        tables = np.zeros((self.sizes.num_slots, self.sizes.pages_per_sequence), np.int32)
         for done, bucket in enumerate(buckets):
             progress(done, len(buckets), f"{bucket.rows} rows, chunk of {bucket.chunk}")
-            packed = encode(self.limits, bucket, tables, [], [], [])
-            controls = encode_controls(self.limits.num_segments(bucket), [])
+            packed = encode_packet(self.sizes, bucket, tables, [], [], [])
+            controls = encode_controls(self.sizes.num_segments(bucket), [])
             jax.block_until_ready(self.run(bucket, packed, controls).tokens)
         progress(len(buckets), len(buckets), "")
 
 
 class CompileCounter:
-    """Counts compilations of this thread from now on; other threads may not be the engine's."""
+    """Counts the compilations of the thread that creates it; other threads may be the user's."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -1,21 +1,18 @@
-"""What the engine process and its parent say to each other: msgpack over a Unix socket.
+"""The wire protocol between an engine and its client: msgpack over a Unix socket.
 
-Parent to engine: `Add`, `Abort`, `Shutdown`. Engine to parent: `Progress` while it starts, then
-`Stats` and `Ready`, then `Outputs` and more `Stats`; `Fatal` at any time is its last. Imports no
+Client to engine: `Add`, `Abort`, `Shutdown`. Engine to client: `Starting` while it starts, then
+`Report` and `Ready`, then `Outputs` and more `Report`s. `Fatal` may end it at any time. Imports no
 JAX.
 """
-
-from typing import Literal
 
 import msgspec
 
 from llama_jax.config.sampling_params import SamplingParams
-
-FinishReason = Literal["stop", "length", "error"]
+from llama_jax.engine.interface import EngineInfo, Output, Progress, Stats
 
 
 class Add(msgspec.Struct, tag=True, frozen=True):
-    """A request. The engine answers with one `Output` a token, the last with a finish reason."""
+    """A request. The engine answers with an `Output` per token, the last with a finish reason."""
 
     request_id: int
     prompt: list[int]
@@ -23,76 +20,31 @@ class Add(msgspec.Struct, tag=True, frozen=True):
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
-    """Forget a request: its pages are free at once, and no further output comes."""
+    """Drops a request: its pages are free at once, and no further output comes."""
 
     request_id: int
 
 
 class Shutdown(msgspec.Struct, tag=True, frozen=True):
-    """End the process."""
+    """Ends the engine."""
 
 
-class Progress(msgspec.Struct, tag=True, frozen=True):
-    """How far the start has come: `done` of `total` units of `phase`."""
+class Starting(msgspec.Struct, tag=True, frozen=True):
+    """Reports the progress of the start."""
 
-    phase: Literal["starting", "loading", "compiling"]
-    done: float
-    total: float
-    detail: str = ""
-
-
-class DeviceInfo(msgspec.Struct, frozen=True):
-    """One device of the mesh and the bytes that lie on it."""
-
-    name: str
-    stage: int
-    rank: int
-    layers: list[int]
-    weight_bytes: int
-    kv_bytes: int
-
-
-class EngineInfo(msgspec.Struct, frozen=True):
-    """What the engine turned out to be, known once it is ready."""
-
-    model: str
-    mesh: str
-    platform: str
-    dtype: str
-    vocab_size: int
-    max_model_len: int
-    max_num_seqs: int
-    page_size: int
-    num_pages: int
-    devices: list[DeviceInfo]
-    num_programs: int
-    load_seconds: float
-    compile_seconds: float
+    progress: Progress
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
-    """The engine can generate."""
+    """Reports that the engine can generate."""
 
     info: EngineInfo
 
 
 class Fatal(msgspec.Struct, tag=True, frozen=True):
-    """The engine cannot start or go on; `message` is one sentence for the user."""
+    """Reports that the engine cannot start or go on; `message` is one sentence for the user."""
 
     message: str
-
-
-class Output(msgspec.Struct, frozen=True, array_like=True):
-    """One token of one request, or its end.
-
-    token is None where the end brings none. An EOS or stop token is sent, with finish reason
-    "stop"; it is for the parent not to show it. `error` says why where the reason is "error".
-    """
-
-    request_id: int
-    token: int | None
-    finish_reason: FinishReason | None = None
-    error: str | None = None
 
 
 class Outputs(msgspec.Struct, tag=True, frozen=True):
@@ -101,25 +53,11 @@ class Outputs(msgspec.Struct, tag=True, frozen=True):
     outputs: list[Output]
 
 
-class Stats(msgspec.Struct, tag=True, frozen=True):
-    """Counters since the start (names without unit are counts) and gauges of this moment."""
+class Report(msgspec.Struct, tag=True, frozen=True):
+    """The engine's statistics, at least once a second unless a tick takes longer."""
 
-    num_running: int = 0
-    num_waiting: int = 0
-    pages_total: int = 0
-    pages_free: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    preemptions: int = 0
-    ticks: int = 0
-    stage_ticks: int = 0
-    stage_ticks_busy: int = 0
-    token_slots: int = 0
-    token_slots_used: int = 0
-    compilations: int = 0
-    tick_seconds: float = 0.0
-    host_seconds: float = 0.0
+    stats: Stats
 
 
 ToEngine = Add | Abort | Shutdown
-FromEngine = Progress | Ready | Fatal | Outputs | Stats
+FromEngine = Starting | Ready | Fatal | Outputs | Report

@@ -1,32 +1,173 @@
-"""What an engine is started with. Imports no JAX: the HTTP process builds these too."""
+"""The options of an engine, each declared once. Imports no JAX: the HTTP process uses them too.
 
-import msgspec
+The command line of `llama_jax.serve`, the documentation of `LLM`, and every check of an option that
+does not depend on the checkpoint derive from the declarations in `EngineOptions`.
+"""
+
+import dataclasses
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_type_hints
+
+from sharding.errors import UserError
+
+T = TypeVar("T", bound=Callable[..., Any])
 
 
-class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Attributes:
+class OptionError(UserError):
+    """An option has a wrong type or is out of range, whatever the checkpoint and the machine."""
 
-    path: a checkpoint directory, Hugging Face layout or this project's Orbax layout.
-    mesh: "stages x tensor-parallel ranks", such as "4x2".
-    dtype: "auto" (float32 on CPU, the checkpoint's own on a GPU), "float32" or "bfloat16".
-    max_model_len: most tokens of prompt and answer together; None for the model's own limit, or
-      what the KV cache holds.
-    max_num_seqs: most sequences in flight; the rest wait in the queue.
-    max_queue: most requests that wait; one more is refused.
-    page_size: tokens in a page of the KV cache.
-    kv_cache_memory: bytes of KV cache on each device; None to choose by the platform.
-    max_chunk: most prompt tokens that enter in one tick, rounded up to a multiple of 64.
-    results_late: ticks between a tick's dispatch and the reading of its result; None to choose
-      by the platform (0 on CPU, where only one program may be in flight).
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """The declaration of one option.
+
+    Attributes:
+      name: the field of `EngineOptions`.
+      type: its type; includes None where the engine may choose.
+      default: its default.
+      help: what it means, without a verb and without its default.
+      unset: the meaning of None, if None is allowed.
+      unit: what its value is or counts, such as "TOKENS".
+      minimum: the least valid number.
+      choices: the valid texts, if they are few.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+    unset: str | None = None
+    unit: str = "N"
+    minimum: int | None = None
+    choices: tuple[str, ...] | None = None
+
+    @property
+    def default_text(self) -> str:
+        """The default in words."""
+        return str(self.default) if self.unset is None else self.unset
+
+    def check(self, value: object) -> None:
+        """Checks one value of this option.
+
+        Raises:
+          OptionError: it has the wrong type or is out of range.
+        """
+        if not isinstance(value, self.type) or isinstance(value, bool):
+            kind = "an integer" if issubclass(int, self.type) else "a string"
+            raise OptionError(f"{self.name} must be {kind}, got {value!r}.")
+        if self.choices is not None and value not in self.choices:
+            known = ", ".join(self.choices)
+            raise OptionError(f"{self.name} must be one of {known}, got {value!r}.")
+        if self.minimum is not None and isinstance(value, int):
+            if value < self.minimum:
+                raise OptionError(f"{self.name} must be at least {self.minimum}, got {value}.")
+            if value >= 2**63:
+                raise OptionError(f"{self.name} must fit into 64 bits, got {value}.")
+
+
+def _option(default: Any, help: str, **more: Any) -> Any:
+    """A field of `EngineOptions`; the arguments are attributes of `Option`."""
+    return dataclasses.field(default=default, metadata={"help": help, **more})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """The checkpoint that an engine serves, and how.
+
+    Attributes:
+      path: a checkpoint directory, in Hugging Face layout or this project's Orbax layout.
+      {options}
     """
 
     path: str
-    mesh: str = "1x1"
-    dtype: str = "auto"
-    max_model_len: int | None = None
-    max_num_seqs: int = 32
-    max_queue: int = 256
-    page_size: int = 16
-    kv_cache_memory: int | None = None
-    max_chunk: int = 128
-    results_late: int | None = None
+    mesh: str = _option("1x1", "pipeline stages x tensor-parallel ranks, such as 4x2", unit="SxT")
+    dtype: str = _option(
+        "auto",
+        "dtype of weights, activations and KV cache; auto is float32 on CPU and the checkpoint's "
+        "own dtype on a GPU",
+        unit="DTYPE",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    max_model_len: int | None = _option(
+        None,
+        "maximum number of tokens in a sequence, prompt and answer together",
+        unset="the model's limit, or less if the KV cache holds less",
+        unit="TOKENS",
+        minimum=2,
+    )
+    max_num_seqs: int = _option(
+        32, "maximum number of sequences that are generated at once", minimum=1
+    )
+    max_queue: int = _option(
+        256,
+        "maximum number of requests that wait; more are refused, with HTTP status 429",
+        minimum=1,
+    )
+    kv_cache_memory: int | None = _option(
+        None,
+        "bytes of KV cache on each device",
+        unset="the free memory of a GPU; about 1 GB for all devices together on CPU",
+        unit="BYTES",
+        minimum=1,
+    )
+    page_size: int = _option(16, "tokens per KV-cache page", unit="TOKENS", minimum=1)
+    max_chunk: int = _option(
+        128,
+        "maximum number of prompt tokens per tick, rounded up to a multiple of 64; more gives "
+        "faster first tokens and slower streams",
+        unit="TOKENS",
+        minimum=1,
+    )
+    results_late: int | None = _option(
+        None,
+        "ticks between dispatching a tick and reading its result",
+        unset="2 on a GPU; 0 on CPU, which runs one program at a time",
+        unit="TICKS",
+        minimum=0,
+    )
+
+    def check(self) -> None:
+        """Checks what can be checked without a checkpoint or a device.
+
+        Raises:
+          OptionError: an option has the wrong type or is out of range.
+        """
+        for option in OPTIONS:
+            option.check(getattr(self, option.name))
+
+
+_TYPES = get_type_hints(EngineOptions)
+OPTIONS = tuple(
+    Option(
+        name=field.name,
+        type=_TYPES[field.name],
+        default=field.default,
+        **field.metadata,
+    )
+    for field in dataclasses.fields(EngineOptions)
+    if field.name != "path"
+)
+
+
+def lists_options(documented: T) -> T:
+    """Replaces "{options}" in the docstring of a class or function by a list of all options."""
+    doc = documented.__doc__
+    if doc is not None:  # python -OO has none
+        line = next(line for line in doc.splitlines() if "{options}" in line)
+        indent = line[: line.index("{options}")]
+        listed = (
+            textwrap.fill(
+                f"{option.name}: {option.help} (default: {option.default_text}).",
+                width=100,
+                initial_indent=indent,
+                subsequent_indent=indent + "  ",
+            )
+            for option in OPTIONS
+        )
+        documented.__doc__ = doc.replace(line, "\n".join(listed))
+    return documented
+
+
+lists_options(EngineOptions)

@@ -1,10 +1,10 @@
-"""The engine's process: the engine's loop, and what is the whole process's.
+"""The engine process: signals, log and exit code around `run_engine`.
 
-It serves one parent, over one Unix socket, and lives no longer than that parent. What it prints
-goes to the log that its parent gave it.
+It serves one parent over one Unix socket and ends with that parent. Its output goes to the log file
+that the parent opened.
 
-Exit codes: 0 asked to end, 1 `Fatal` with a sentence for the user, 70 `Fatal` after an error that
-nobody foresaw, whose traceback is in the log.
+Exit codes: 0 after a shutdown, 1 after a `UserError`, 70 after a defect, whose traceback is then in
+the log.
 """
 
 import argparse
@@ -16,28 +16,32 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import zmq
 
-from llama_jax.engine.message_loop import BuildEngine, EngineLike, EngineLoop, serve
-from llama_jax.engine.messages import Progress
+from llama_jax.engine.interface import Progress
+from llama_jax.engine.message_loop import BuildEngine, MessageLoop, run_engine
 from llama_jax.engine.options import EngineOptions
+from sharding.errors import UserError
+
+if TYPE_CHECKING:
+    from llama_jax.engine.core import Engine
 
 LINGER_MILLISECONDS = 2000
 PR_SET_PDEATHSIG = 1
 
 
 def main(argv: Sequence[str] | None = None, build: BuildEngine | None = None) -> NoReturn:
-    """Runs an engine until the parent ends it, then ends the process.
+    """Runs an engine until the parent shuts it down, then exits.
 
     Args:
-      argv: the command line; None for that of this process.
-      build: makes the engine; None for the real one.
+      argv: command-line arguments; None for those of this process.
+      build: builds the engine; None for the real one.
     """
     arguments = _parse_arguments(argv)
     _die_with_parent(arguments.parent)
-    # Ctrl-C in a terminal reaches a whole process group; what it means is for the parent to say.
+    # Ctrl-C in a terminal reaches the whole process group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
 
@@ -46,34 +50,36 @@ def main(argv: Sequence[str] | None = None, build: BuildEngine | None = None) ->
     socket.set_hwm(0)  # bounded by the requests in flight; a slow parent must not block a tick
     socket.connect(f"ipc://{arguments.socket}")
 
-    def check_parent() -> None:  # where the kernel does not tell of a parent's death
+    def check_parent() -> None:  # for kernels that do not report a parent's death
         if os.getppid() != arguments.parent:
             os._exit(1)
 
     options = arguments.options.encode()
-    failure = serve(socket, options, build or _build_engine, _run, check_parent)
-    if failure is not None:
-        traceback.print_exception(failure.error)
+    error = run_engine(socket, options, build or _build_engine, _drain_on_sigterm, check_parent)
+    expected = isinstance(error, UserError)
+    if error is not None and not expected:
+        traceback.print_exception(error)
     socket.close(linger=LINGER_MILLISECONDS)
     context.term()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Without the interpreter's teardown, in which the threads of a device runtime may hang.
-    os._exit(0 if failure is None else 1 if failure.for_user else 70)
+    # No interpreter teardown: the threads of a device runtime may hang in it.
+    os._exit(0 if error is None else 1 if expected else 70)
 
 
-def _run(loop: EngineLoop) -> None:
-    """Runs the loop. SIGTERM: requests in flight are finished, as a service manager that signals
-    parent and engine alike would otherwise cut them off; a second SIGTERM ends the process at
-    once. (A half-started engine has nothing to finish, and SIGTERM its usual meaning.)"""
+def _drain_on_sigterm(loop: MessageLoop) -> None:
+    """Makes the first SIGTERM finish the requests in flight, and a second one exit at once.
+
+    A service manager signals parent and engine alike, which would otherwise cut requests off.
+    SIGTERM keeps its default action while the engine starts: there is nothing to finish yet.
+    """
 
     def terminate(signal_number: int, frame: FrameType | None) -> None:
         if loop.draining:
             os._exit(0)
-        loop.drain()
+        loop.draining = True
 
     signal.signal(signal.SIGTERM, terminate)
-    loop.run()
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -85,14 +91,14 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _die_with_parent(parent: int) -> None:
-    """Lets the kernel kill this process when its parent dies, however that dies."""
+    """Asks the kernel to kill this process when its parent dies, however it dies."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the kernel was asked
+    if os.getppid() != parent:  # it died before we asked
         os._exit(1)
 
 
-def _build_engine(options: EngineOptions, progress: Callable[[Progress], None]) -> EngineLike:
+def _build_engine(options: EngineOptions, progress: Callable[[Progress], None]) -> "Engine":
     from llama_jax.engine.core import Engine
 
     return Engine(options, progress)

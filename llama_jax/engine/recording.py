@@ -1,11 +1,11 @@
-"""What the ring did, tick by tick, as plain data: to draw, to count, to keep.
+"""Records what the ring does in each tick as plain data, for pictures and statistics.
 
     with record(engine) as recording:
         ...  # requests run
     recording.busy_share()
 
-While it goes on, recording costs the host some 50 µs a tick with 256 requests in flight, and memory
-for each tick; otherwise nothing.
+A recording costs the host about 50 µs per tick with 256 requests in flight, and memory for each
+tick. Without one there is no cost.
 """
 
 import time
@@ -19,15 +19,16 @@ from typing import Any, Self
 from llama_jax.engine.scheduler import Packet, Scheduler
 from llama_jax.engine.tick_loop import Tick, TickLoop
 from llama_jax.ring.sizes import Bucket
+from sharding.errors import UserError
 
 
 @dataclass(frozen=True)
 class PacketRecord:
-    """What a packet held when it entered.
+    """The contents of a packet when it entered.
 
     Attributes:
       rows: the request id of each decode row.
-      tiles: (request id, tokens) of each piece of a prompt.
+      tiles: (request id, number of tokens) of each prompt segment.
     """
 
     rows: tuple[int, ...] = ()
@@ -35,12 +36,12 @@ class PacketRecord:
 
     @property
     def chunk_tokens(self) -> int:
-        """Prompt tokens."""
+        """Number of prompt tokens."""
         return sum(tokens for _, tokens in self.tiles)
 
     @property
     def tokens_by_request(self) -> dict[int, int]:
-        """Tokens of each request in it: decode rows first, then prompts."""
+        """Number of tokens by request id: decode rows first, then prompts."""
         tokens = Counter(self.rows)
         for request_id, count in self.tiles:
             tokens[request_id] += count
@@ -55,15 +56,15 @@ class TickRecord:
     """One tick.
 
     Attributes:
-      number: ticks of the engine before it, those before the recording included.
-      start: seconds from the beginning of the recording to that of the tick's step.
-      seconds: what the step took. Where results are read late (on a GPU), it is the host's time;
-        from one start to the next is then the better measure.
-      bucket: of the program that ran.
-      packet: what entered stage 0.
-      pages: pages of the KV cache by request id, for live requests, as the step left them.
-      pages_free, pages_total: of the pool, at the same moment.
-      num_waiting: requests in the queue, at the same moment.
+      number: its index among all ticks of the engine.
+      start: seconds from the start of the recording to the start of the tick's step.
+      seconds: the duration of the step. On a GPU, where results are read late, this is the host's
+        time; the time between two starts is then the better measure.
+      bucket: the bucket of the program that ran.
+      packet: the packet that entered stage 0.
+      pages: KV-cache pages by request id, for live requests, at the end of the step.
+      pages_free, pages_total: free pages and all pages, at the end of the step.
+      num_waiting: requests in the queue, at the end of the step.
     """
 
     number: int
@@ -79,13 +80,13 @@ class TickRecord:
 
 @dataclass
 class Recording:
-    """The ticks of an engine while it was recorded.
+    """The recorded ticks of an engine.
 
     Attributes:
-      num_stages: P, also the number of packets that go round.
-      ticks: in order; a tick's place in this list is the `tick` of the methods.
-      before: what entered in the P - 1 ticks before, oldest first: in the first ticks it is still
-        with the later stages.
+      num_stages: P, also the number of packets in flight.
+      ticks: the ticks in order. The methods take an index into this list as `tick`.
+      before: the packets of the P - 1 ticks before the recording, oldest first; later stages still
+        hold them in the first recorded ticks.
     """
 
     num_stages: int
@@ -94,9 +95,9 @@ class Recording:
 
     @classmethod
     def imagined(cls, num_stages: int, packets: Iterable[PacketRecord]) -> Self:
-        """A recording that no engine made: packets that enter an empty ring, one a tick.
+        """Makes a recording without an engine: one packet per tick enters an empty ring.
 
-        It has neither times nor pages; `pictures.timeline` draws it, to compare with a real one.
+        It has neither times nor pages. Draw it with `pictures.timeline` beside a real one.
         """
         ticks = [
             TickRecord(number, 0.0, 0.0, Bucket(0, 0), packet, {}, 0, 0, 0)
@@ -105,7 +106,7 @@ class Recording:
         return cls(num_stages, ticks, [PacketRecord()] * (num_stages - 1))
 
     def holds(self, stage: int, tick: int) -> PacketRecord:
-        """What was with a stage in a tick: what entered `stage` ticks earlier.
+        """The packet at a stage in a tick, which entered `stage` ticks earlier.
 
         Raises:
           IndexError: there is no such stage or tick.
@@ -118,39 +119,39 @@ class Recording:
         return self.ticks[entered].packet if entered >= 0 else self.before[entered]
 
     def microbatch(self, stage: int, tick: int) -> int:
-        """Which of the P packets was with a stage in a tick: they take turns."""
+        """The number, 0 to P - 1, of the microbatch at a stage in a tick."""
         return (self.ticks[tick].number - stage) % self.num_stages
 
     def busy_share(self, ticks: slice = slice(None)) -> float:
-        """The part of stages × ticks in which the stage held something, 0 to 1."""
+        """The share of stages × ticks in which the stage held tokens, from 0 to 1."""
         chosen = range(len(self.ticks))[ticks]
         busy = sum(bool(self.holds(s, t)) for t in chosen for s in range(self.num_stages))
         return busy / (len(chosen) * self.num_stages) if chosen else 0.0
 
     @property
     def timed(self) -> bool:
-        """Whether the ticks took any time: false for an imagined recording."""
+        """Whether the ticks have durations; false for an imagined recording."""
         return any(tick.seconds for tick in self.ticks)
 
     @property
     def request_ids(self) -> list[int]:
-        """Every request that was in a packet, in the order in which they came."""
+        """Every request that was in a packet, in order of its first packet."""
         packets = chain(self.before, (tick.packet for tick in self.ticks))
         return list(dict.fromkeys(chain.from_iterable(p.tokens_by_request for p in packets)))
 
 
 @contextmanager
 def record(engine: Any) -> Iterator[Recording]:
-    """Records every tick that an engine of this process makes inside the `with` block.
+    """Records every tick of an engine in this process during the `with` block.
 
-    It may begin and end while requests run, from any thread.
+    It may begin and end while requests run, in any thread.
 
     Args:
-      engine: an `Engine`; its `TickLoop`; or whatever has one as `.engine`, as an `LLM` in this
-        process does.
+      engine: an `Engine`, a `TickLoop`, or an object with either as `.engine`, such as an `LLM`
+        with `in_process=True`.
 
     Raises:
-      ValueError: it is none of these.
+      UserError: it is none of these.
     """
     loop = _loop(engine)
     recording = Recording(loop.num_stages)
@@ -173,9 +174,9 @@ def _loop(engine: Any) -> TickLoop:
         engine = getattr(engine, "engine", engine)
     loop = getattr(engine, "loop", engine)
     if not isinstance(loop, TickLoop):
-        raise ValueError(
-            f"Only an engine in this process can be recorded, not an object of type "
-            f"{type(engine).__name__}: give an Engine, or an LLM made with in_process=True."
+        raise UserError(
+            f"An object of type {type(engine).__name__} cannot be recorded: give an Engine, or an "
+            "LLM with in_process=True."
         )
     return loop
 

@@ -1,13 +1,12 @@
-"""Which tokens enter the ring in each tick.
+"""The scheduler: it decides which tokens enter the ring in each tick.
 
-The scheduler is a plain data structure: no clock, no device, no thread. The engine drives it in
-production, a simulator for planning, and property-based tests. Each tick it is asked for one
-packet, the one that enters stage 0; what the packet brings is told to it when somebody has read it,
-any number of ticks later.
+It is a plain data structure without clock, device or thread, so that a simulator can drive it as
+well as the engine. In each tick, `schedule` returns the packet that enters stage 0. Any number of
+ticks later, `process` takes the packet's result.
 
-Live sequences each own a slot. Decode rows belong to one of M = P microbatches, the packets that
-go round; a prompt's chunks enter in consecutive ticks, in whichever packet passes, and the packet
-with the last chunk becomes the sequence's microbatch.
+Every live sequence has a slot. Its decode row belongs to one of M = P microbatches, the packets
+that circulate in the ring. The chunks of a prompt enter in consecutive ticks, in whichever packet
+is at stage 0, and the packet with the last chunk becomes the sequence's microbatch.
 """
 
 from bisect import insort
@@ -18,25 +17,25 @@ from itertools import chain, islice
 import numpy as np
 
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.engine.errors import QueueFull, RequestError
-from llama_jax.engine.messages import FinishReason, Output
+from llama_jax.engine.interface import FinishReason, Output
 from llama_jax.engine.pages import PagePool
 from llama_jax.engine.sequence import Sequence
-from llama_jax.ring.sizes import Limits
+from llama_jax.ring.sizes import RingSizes
 
 NOT_A_NUMBER = "The model's output is not a number (NaN) for this request: check the weights."
 
 
 @dataclass(slots=True)
 class Segment:
-    """A run of one sequence's tokens in a packet, as `llama_jax.ring.packet` encodes it.
+    """Consecutive tokens of one sequence in a packet, as `llama_jax.ring.packet` encodes them.
 
     Attributes:
-      sequence, epoch: whose it is, and the epoch in which it was sent.
-      slot: the sequence's slot then.
-      position: of the first token.
+      sequence: the sequence.
+      epoch: the sequence's epoch when the packet entered.
+      slot: the sequence's slot when the packet entered.
+      position: the position of the first token.
       tokens: prompt tokens; None for a decode row, whose one token only the device knows.
-      ends: whether the token that follows is wanted.
+      ends: whether to sample the token that follows.
     """
 
     sequence: Sequence
@@ -48,24 +47,24 @@ class Segment:
 
     @property
     def length(self) -> int:
-        """Tokens in it."""
+        """Number of tokens."""
         return 1 if self.tokens is None else len(self.tokens)
 
 
 @dataclass(slots=True)
 class Packet:
-    """What enters in one tick, and the record by which its result is understood later."""
+    """The tokens that enter in one tick, kept to match the packet's result to sequences later."""
 
     rows: list[Segment] = field(default_factory=list)
     tiles: list[Segment] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in all segments."""
+        """Number of tokens in all segments."""
         return len(self.rows) + sum(tile.length for tile in self.tiles)
 
     def results(self, bucket_rows: int) -> list[tuple[int, Segment]]:
-        """The segments whose next token is wanted, each with its place in the tick's result."""
+        """The segments whose next token is sampled, each with its index in the tick's result."""
         ends = [(bucket_rows + i, tile) for i, tile in enumerate(self.tiles) if tile.ends]
         return [*enumerate(self.rows), *ends]
 
@@ -76,29 +75,32 @@ class Packet:
 class Scheduler:
     """Continuous batching over M microbatches and a pool of pages.
 
-    First come, first served: every live sequence is older than every waiting one. Where pages run
-    out, the youngest live sequence gives up its own (preemption) and is computed again later, so
-    the oldest always gets on, and every request ends.
+    First come, first served: every live sequence is older than every waiting one. When pages run
+    out, the youngest live sequence gives up its pages (preemption) and is recomputed later. So the
+    oldest sequence always makes progress, and every request ends.
+
+    Args:
+      sizes: the sizes of the ring.
+      num_microbatches: M, equal to the number of stages P.
 
     Attributes:
-      page_tables: `[num_slots, pages_per_sequence]` int32, the pages of each slot in order; a
-        packet takes a snapshot of the rows it needs.
+      page_tables: `[num_slots, pages_per_sequence]` int32, the pages of each slot in order. A
+        packet takes a snapshot of the rows that it needs.
     """
 
-    def __init__(self, limits: Limits, num_microbatches: int, max_queue: int):
-        self.limits = limits
-        self.pool = PagePool(limits.num_pages)
-        self.page_tables = np.zeros((limits.num_slots, limits.pages_per_sequence), np.int32)
+    def __init__(self, sizes: RingSizes, num_microbatches: int):
+        self.sizes = sizes
+        self.pool = PagePool(sizes.num_pages)
+        self.page_tables = np.zeros((sizes.num_slots, sizes.pages_per_sequence), np.int32)
         self.waiting: deque[Sequence] = deque()
-        self.prefilling: Sequence | None = None  # one prompt at a time; it is the youngest
-        # In order of arrival, each.
+        self.prefilling: Sequence | None = None  # one at a time; the youngest live sequence
+        # Each in order of arrival.
         self.microbatches: list[list[Sequence]] = [[] for _ in range(num_microbatches)]
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
-        self._max_queue = max_queue
-        self._free_slots = list(range(limits.num_slots - 1, -1, -1))
-        self._sequences: dict[int, Sequence] = {}  # by request id, until they are finished
+        self._free_slots = list(range(sizes.num_slots - 1, -1, -1))
+        self._sequences: dict[int, Sequence] = {}  # the unfinished ones, by request id
         self._arrivals = 0
         self._turn = 0  # the microbatch that enters next
 
@@ -114,30 +116,22 @@ class Scheduler:
         seed: int,
         stop_ids: frozenset[int],
     ) -> None:
-        """Queues a request.
+        """Queues a request, which the caller has checked (`client.request_check`).
 
-        Raises:
-          RequestError: it can never fit, or its id is taken.
-          QueueFull: as many requests wait as may.
+        Args:
+          request_id: not in use by an unfinished request.
+          prompt: token ids.
+          params: sampling parameters.
+          max_model_len: maximum number of tokens of prompt and answer together.
+          seed: the seed of the request's random stream.
+          stop_ids: tokens that end the request.
         """
-        if request_id in self._sequences:
-            raise RequestError(f"Request id {request_id} is taken by a request in flight.")
-        if not prompt:
-            raise RequestError("The prompt is empty: send at least one token.")
-        if len(prompt) >= max_model_len:
-            raise RequestError(
-                f"The prompt has {len(prompt)} tokens, and the context of {max_model_len} must "
-                "hold at least one more: shorten the prompt."
-            )
+        assert request_id not in self._sequences, "the request id is in use"
+        assert 0 < len(prompt) < max_model_len, "the prompt must leave room for one token"
         wanted = max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
         max_length = min(wanted, max_model_len)
-        if self._pages_for(max_length - 1) > self.limits.num_pages:
-            raise RequestError(
-                f"Prompt and answer of {max_length} tokens can never fit the KV cache of "
-                f"{self.limits.num_pages * self.limits.page_size} tokens: ask for fewer."
-            )
-        if len(self.waiting) >= self._max_queue:
-            raise QueueFull(f"{len(self.waiting)} requests are waiting: try again later.")
+        # The last token of an answer is never written to the cache.
+        assert self._pages_for(max_length - 1) <= self.sizes.num_pages, "it can never fit the cache"
         sequence = Sequence(
             request_id, self._arrivals, list(prompt), max_length, params, seed, stop_ids
         )
@@ -147,58 +141,58 @@ class Scheduler:
         self.num_prompt_tokens += len(prompt)
 
     def abort(self, request_id: int) -> None:
-        """Forgets a request; one that is unknown or finished is no error, aborts cross the end."""
+        """Drops a request. No-op for a finished one: its end may cross the abort on the way."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self._finish(sequence)
 
     @property
     def num_running(self) -> int:
-        """Sequences that hold a slot."""
-        return self.limits.num_slots - len(self._free_slots)
+        """Number of sequences that have a slot."""
+        return self.sizes.num_slots - len(self._free_slots)
 
     @property
     def num_unfinished(self) -> int:
-        """Requests whose last token is not known yet, waiting and running."""
+        """Number of requests whose last token is not known yet, waiting or running."""
         return len(self._sequences)
 
     @property
     def has_work(self) -> bool:
-        """Whether a packet could hold anything, now or when pages are free again."""
+        """Whether any packet still has tokens to carry, now or when pages are free again."""
         return bool(self.waiting or self.prefilling or any(self.microbatches))
 
     # --- one tick ----------------------------------------------------------------------------
 
     def schedule(self) -> Packet:
-        """The packet that enters now; empty where there is nothing to do."""
+        """Returns the packet that enters now; it is empty if there is nothing to do."""
         microbatch = self.microbatches[self._turn]
         self._turn = (self._turn + 1) % len(self.microbatches)
         packet = Packet()
         share = self.share()
         self._add_rows(packet, microbatch)
         self._add_chunk(packet, microbatch, share)
-        # What a sequence held is free once its last packet has entered, though the result is not
-        # known yet. Not earlier: this packet must not write over what it reads itself.
+        # A sequence's slot and pages are free once its last packet has entered, though the result
+        # is not known yet. Not earlier: this packet must not overwrite pages that it reads.
         for sequence in [s for s in microbatch if s.fully_sent]:
             self._release(sequence)
         return packet
 
     def _add_rows(self, packet: Packet, microbatch: list[Sequence]) -> None:
-        # Oldest first: whoever is preempted for a page is younger, so not in the packet yet.
+        # Oldest first: a sequence preempted for a page is younger, so it is not in the packet yet.
         for sequence in list(microbatch):
             if sequence.slot is None or not self._make_room(sequence, 1):
                 continue
             packet.rows.append(self._send(sequence, None, 1))
 
     def _add_chunk(self, packet: Packet, microbatch: list[Sequence], share: int) -> None:
-        tile = self.limits.tile
-        tiles_left = self.limits.max_chunk // tile
+        tile = self.sizes.tile
+        tiles_left = self.sizes.max_chunk // tile
         while tiles_left and (sequence := self.prefilling or self._admit()):
             first = sequence.next_position
             count = min(sequence.prefill_until - first, tiles_left * tile)
             ends = first + count == sequence.prefill_until
             if (ends and len(microbatch) >= share) or not self._make_room(sequence, count):
-                return  # it goes on in a later packet, and nobody overtakes it
+                return  # it continues in a later packet, and no younger prompt overtakes it
             for start in range(first, first + count, tile):
                 tokens = sequence.tokens[start : min(start + tile, first + count)]
                 packet.tiles.append(self._send(sequence, tokens, len(tokens)))
@@ -208,7 +202,7 @@ class Scheduler:
                 insort(microbatch, sequence, key=_arrival)
 
     def _admit(self) -> Sequence | None:
-        """Makes the oldest waiting sequence live, if there is a slot and there are pages for it."""
+        """Makes the oldest waiting sequence live if there is a slot and there are enough pages."""
         if not self.waiting or not self._free_slots:
             return None
         sequence = self.waiting[0]
@@ -222,8 +216,9 @@ class Scheduler:
         return sequence
 
     def share(self) -> int:
-        """Most rows of a microbatch that a prompt may join, so that a burst does not fill one and
-        leave the others empty: its part of the sequences that are live or can be at once."""
+        """Maximum rows of a microbatch, the newest prompt included: ceil(n / M), where n sequences
+        are live or could be at once. A burst then does not fill one microbatch and leave others
+        empty."""
         live, pages = self.num_running, self.pool.num_free
         if self.prefilling:
             pages -= self._pages_to_begin(self.prefilling) - len(self.prefilling.pages)
@@ -232,11 +227,11 @@ class Scheduler:
             if pages < 0:
                 break
             live += 1
-        return min(-(-live // len(self.microbatches)), self.limits.max_rows)
+        return min(-(-live // len(self.microbatches)), self.sizes.max_rows)
 
     def _pages_to_begin(self, sequence: Sequence) -> int:
-        # One token more than the prompt, where there will be one: to be preempted after the very
-        # first token would be a waste.
+        # Room for one token more than the prompt, if another will be written: a sequence preempted
+        # after its first token would have been computed in vain.
         return self._pages_for(min(len(sequence.tokens) + 1, sequence.max_length - 1))
 
     def _send(self, sequence: Sequence, tokens: list[int] | None, count: int) -> Segment:
@@ -249,12 +244,12 @@ class Scheduler:
     # --- pages -------------------------------------------------------------------------------
 
     def _pages_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.limits.page_size)
+        return -(-num_tokens // self.sizes.page_size)
 
     def _make_room(self, sequence: Sequence, count: int) -> bool:
-        """Gives a sequence the pages for its next `count` tokens, preempting younger ones for it.
+        """Gives a sequence the pages for its next `count` tokens, preempting younger sequences.
 
-        False where that is not enough; a decoding sequence is then preempted itself.
+        Returns False if there are still too few; a decoding sequence is then preempted itself.
         """
         while True:
             missing = self._pages_for(sequence.next_position + count) - len(sequence.pages)
@@ -262,7 +257,7 @@ class Scheduler:
                 break
             victim = self._youngest()
             if victim is sequence and sequence.prefilling:
-                return False  # it has only begun: it waits for pages where it stands
+                return False  # it keeps its pages and waits for more
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -282,7 +277,7 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
-        """Takes back slot, pages and row, as far as the sequence has them."""
+        """Takes back a sequence's slot, pages and row; no-op if it has none."""
         if sequence.slot is None:
             return
         if sequence is self.prefilling:
@@ -305,17 +300,17 @@ class Scheduler:
     # --- results -----------------------------------------------------------------------------
 
     def process(self, packet: Packet, tokens: list[int], bucket_rows: int) -> list[Output]:
-        """Takes in what a packet brought.
+        """Processes the result of a packet.
 
         Args:
-          packet: as `schedule` returned it, P - 1 or more ticks ago.
-          tokens: one a segment of the program that ran when the packet left; negative for "not a
-            number".
-          bucket_rows: decode rows of that program; the tiles' tokens come after them.
+          packet: a packet that `schedule` returned P - 1 or more ticks ago.
+          tokens: one token for each segment of the program that ran when the packet left the ring;
+            negative if the logits were NaN.
+          bucket_rows: decode rows of that program; the tokens of the tiles come after them.
 
         Returns:
-          What to tell the client. Tokens of sequences that have ended, or have been preempted,
-          since the packet entered are dropped.
+          The outputs for the client. Tokens of sequences that have ended or been preempted since
+          the packet entered are dropped.
         """
         outputs = []
         for index, segment in packet.results(bucket_rows):

@@ -1,4 +1,4 @@
-"""A request as the engine sees it: its tokens, and where they are on the device."""
+"""A request as the engine tracks it: its tokens, and where they are on the device."""
 
 from dataclasses import dataclass, field
 
@@ -10,22 +10,21 @@ class Sequence:
     """One request, from arrival to its end.
 
     Attributes:
-      request_id: the client's name for it.
-      arrival: its place in the order of arrival; the smaller, the older.
+      request_id: the client's number for the request.
+      arrival: its rank in the order of arrival, the oldest first.
       tokens: prompt and answer, as far as the host knows them.
-      max_length: tokens of prompt and answer at which it ends.
+      max_length: number of tokens, prompt included, at which it ends.
       params: sampling parameters.
-      seed: of its random stream.
+      seed: the seed of its random stream.
       stop_ids: tokens that end it.
-      epoch: raised when what is in flight for it becomes void (preemption, abort, end). A result
-        counts only if its packet was sent in the present epoch.
-      slot: its number on the device while it is live, else None.
+      epoch: incremented when its results in flight become invalid (preemption, abort, end). A
+        result counts only if its packet entered in the current epoch.
+      slot: its slot on the device while it is live, else None.
       pages: its pages, in order.
-      next_position: the position of the next token to send to the device; everything before has
-        been sent.
-      prefill_until: the position at which prefill ends and decode begins: all the tokens that were
-        known when it was admitted.
-      finished: nothing more will be said of it.
+      next_position: the position of the next token to send to the device.
+      prefill_until: the position at which prefill ends and decoding begins: the number of tokens
+        that it had when it was admitted.
+      finished: whether no further output will come.
     """
 
     request_id: int
@@ -44,10 +43,10 @@ class Sequence:
 
     @property
     def prefilling(self) -> bool:
-        """Some of the tokens that it was admitted with have yet to be sent."""
+        """Whether tokens that it was admitted with have yet to be sent."""
         return self.next_position < self.prefill_until
 
     @property
     def fully_sent(self) -> bool:
-        """The token at its length limit has been asked for; positions need no token to be known."""
+        """Whether the token that yields its last token is sent; token values need not be known."""
         return self.next_position >= self.max_length - 1

@@ -1,128 +1,106 @@
-"""How large everything is: from the options and the memory there is to `Limits`."""
+"""Chooses the sizes of an engine from its options and the memory of its devices. Imports no JAX."""
 
-import math
-
-import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
+from collections.abc import Sequence
 
 from llama_jax.config import LlamaConfig
 from llama_jax.engine.options import EngineOptions
-from llama_jax.ring.kv_cache import page_bytes
-from llama_jax.ring.sizes import Limits
-from llama_jax.weights.placement import param_shapes
+from llama_jax.ring.sizes import RingSizes
 from sharding.errors import UserError
-from sharding.mesh import mesh_shape
 
-TILE = 64  # tokens of a prompt segment
-GPU_MEMORY_SHARE = 0.85  # of a device's memory, for weights, cache and temporaries together
-GPU_TEMPORARIES = 1 << 30  # bytes kept for what a step needs while it runs
-CPU_CACHE_BYTES = 1 << 30  # most that the cache takes of a CPU by default, all devices together
+TILE = 64  # tokens per prompt segment
+GPU_MEMORY_SHARE = 0.85  # of a GPU's memory, for weights, cache and temporaries together
+GPU_TEMPORARIES = 1 << 30  # bytes that a running step needs beside weights and cache
+CPU_CACHE_BYTES = 1 << 30  # default maximum for the caches of all CPU devices together
+GPU_RESULTS_LATE = 2  # ticks: enough to keep the devices busy while the host works
 
 
 class SizingError(UserError):
-    """Options that ask for more than there is; the message says what and what to do."""
+    """The options ask for more than there is; the message says what to change."""
 
 
 def check_options(options: EngineOptions, config: LlamaConfig) -> None:
-    """Raises SizingError for an option that is out of range: before any weight is loaded."""
-    least = {
-        "max_num_seqs": 1,
-        "max_queue": 1,
-        "page_size": 1,
-        "max_chunk": 1,
-        "kv_cache_memory": 1,
-        "results_late": 0,
-    }
-    for name, limit in least.items():
-        value = getattr(options, name)
-        if value is not None and value < limit:
-            raise SizingError(f"{name} must be at least {limit}, got {value}.")
+    """Checks the options against the checkpoint's config, before any weight is loaded.
+
+    Raises:
+      OptionError: an option has the wrong type or is out of range.
+      SizingError: an option asks for more than the model has.
+    """
+    options.check()
     longest = options.max_model_len
-    if longest is not None and not 2 <= longest <= config.max_position_embeddings:
+    if longest is not None and longest > config.max_position_embeddings:
         raise SizingError(
-            f"max_model_len must be between 2 and the model's own "
-            f"{config.max_position_embeddings}, got {longest}."
+            f"max_model_len must be between 2 and the model's {config.max_position_embeddings}, "
+            f"got {longest}."
         )
 
 
-def choose_limits(
-    options: EngineOptions, config: LlamaConfig, mesh: Mesh, dtype: jnp.dtype
-) -> tuple[Limits, int]:
-    """The sizes of an engine whose weights are yet to be loaded, and its longest sequence.
+def gpu_cache_bytes(free: Sequence[int], weights: int) -> int:
+    """Returns the bytes that the KV cache may take on each GPU.
+
+    Args:
+      free: the free bytes of each GPU, within the share that JAX may use.
+      weights: the bytes of weights on each GPU, not loaded yet.
+    """
+    return max(0, min(free) - weights - GPU_TEMPORARIES)
+
+
+def choose_results_late(options: EngineOptions, platform: str) -> int:
+    """Returns how many ticks may be dispatched ahead of the oldest unread result."""
+    if options.results_late is not None:
+        return options.results_late
+    return 0 if platform == "cpu" else GPU_RESULTS_LATE
+
+
+def choose_sizes(
+    options: EngineOptions,
+    config: LlamaConfig,
+    num_stages: int,
+    page_bytes: int,
+    cache_bytes: int,
+) -> tuple[RingSizes, int]:
+    """Chooses the sizes of the ring.
+
+    Args:
+      options: checked options.
+      config: the model.
+      num_stages: P, the pipeline stages.
+      page_bytes: the bytes of one page on each device.
+      cache_bytes: the bytes that the KV cache may take on each device.
+
+    Returns:
+      The sizes, and the maximum tokens of a sequence.
 
     Raises:
-      SizingError: the memory holds no sequence of the length asked.
-      ShardingError: the model cannot be split over this mesh.
+      SizingError: the cache cannot hold a sequence of `options.max_model_len`.
     """
-    weights = weight_bytes(config, mesh, dtype)
     page_size = options.page_size
     longest = options.max_model_len or config.max_position_embeddings
-    num_stages, _ = mesh_shape(mesh)
     max_rows = -(-options.max_num_seqs // num_stages)
-    most_useful = options.max_num_seqs * -(-longest // page_size)
-    each = page_bytes(config, mesh, page_size, dtype)
-    budget = options.kv_cache_memory or _free_memory(mesh, weights)
-    num_pages = min(budget // each, most_useful)
+    useful_pages = options.max_num_seqs * -(-longest // page_size)
+    num_pages = min(cache_bytes // page_bytes, useful_pages)
     if num_pages * page_size < (longest if options.max_model_len else 2):
         raise SizingError(
-            f"The KV cache has {budget} bytes on each device, which hold {num_pages * page_size} "
-            f"tokens, and max_model_len is {longest}: raise kv_cache_memory to "
-            f"{-(-longest // page_size) * each} or lower max_model_len."
+            f"The KV cache has {cache_bytes} bytes on each device, which hold "
+            f"{num_pages * page_size} tokens, but max_model_len is {longest}: raise "
+            f"kv_cache_memory to {-(-longest // page_size) * page_bytes} or lower max_model_len."
         )
     longest = min(longest, num_pages * page_size)
     max_tiles = -(-options.max_chunk // TILE)
-    limits = Limits(
+    sizes = RingSizes(
         num_slots=options.max_num_seqs,
         num_pages=num_pages,
         page_size=page_size,
         pages_per_sequence=-(-longest // page_size),
-        row_buckets=_steps(max_rows),
-        chunk_buckets=(0, *(tiles * TILE for tiles in _steps(max_tiles))),
+        row_buckets=_bucket_sizes(max_rows),
+        chunk_buckets=(0, *(tiles * TILE for tiles in _bucket_sizes(max_tiles))),
         tile=TILE,
     )
-    return limits, longest
+    return sizes, longest
 
 
-def _steps(last: int) -> tuple[int, ...]:
-    """`last`, and up to three smaller sizes, each a quarter of the next."""
+def _bucket_sizes(last: int) -> tuple[int, ...]:
+    """`last` and up to three smaller sizes, each a quarter of the next."""
     sizes = [last]
     while sizes[-1] >= 4 and len(sizes) < 4:
         sizes.append(sizes[-1] // 4)
     return tuple(reversed(sizes))
-
-
-def weight_bytes(config: LlamaConfig, mesh: Mesh, dtype: jnp.dtype) -> int:
-    """Bytes of weights on each device, padding included."""
-    return sum(
-        math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
-        for array in jax.tree.leaves(param_shapes(config, mesh, dtype))
-    )
-
-
-def _free_memory(mesh: Mesh, weights: int) -> int:
-    """Bytes that each device can give the cache, beside so many of weights.
-
-    Raises:
-      SizingError: a device does not say how much memory it has.
-    """
-    devices = mesh.devices.flatten()
-    if devices[0].platform == "cpu":
-        return CPU_CACHE_BYTES // len(devices)
-    free = []
-    for device in devices:
-        stats = device.memory_stats() or {}
-        if "bytes_limit" not in stats:
-            raise SizingError(f"{device} does not say how much memory it has: set kv_cache_memory.")
-        # The limit is JAX's own share of the device (`configure_jax`).
-        free.append(stats["bytes_limit"] - stats["bytes_in_use"])
-    return max(0, min(free) - weights - GPU_TEMPORARIES)
-
-
-def bytes_by_device(arrays: object, mesh: Mesh) -> dict[jax.Device, int]:
-    """What each device of the mesh holds of a pytree of arrays, summed from their shards."""
-    held = dict.fromkeys(mesh.devices.flatten(), 0)
-    for array in jax.tree.leaves(arrays):
-        for shard in array.addressable_shards:
-            held[shard.device] += shard.data.nbytes
-    return held

@@ -1,8 +1,8 @@
-"""The step loop: a tick in, a result out, and what is in flight between them.
+"""The tick loop: it dispatches ticks, and reads their results some ticks later.
 
-The life of a tick, in `step`: the scheduler says what enters, the packet is encoded and dispatched,
-and the results that are due are read and told to the scheduler. Nothing here waits for a result
-unless more ticks are in flight than may be.
+In each `step`, the scheduler chooses the packet that enters, the packet is encoded and dispatched,
+and the results that are due are read and passed to the scheduler. The loop waits for a result only
+when more results are unread than `results_late` allows.
 """
 
 import time
@@ -13,22 +13,22 @@ from typing import NamedTuple
 import numpy as np
 
 from llama_jax.engine.executor import Executor, TickResult
-from llama_jax.engine.messages import Output
+from llama_jax.engine.interface import Output
 from llama_jax.engine.scheduler import Packet, Scheduler
 from llama_jax.model.sampling import encode_controls
-from llama_jax.ring.packet import encode
+from llama_jax.ring.packet import encode_packet
 from llama_jax.ring.sizes import Bucket
 
 
 class Tick(NamedTuple):
-    """A tick that has been dispatched, as the listeners in `TickLoop.on_tick` hear of it.
+    """A dispatched tick, as passed to the listeners in `TickLoop.on_tick`.
 
     Attributes:
-      number: ticks of the loop before it.
-      start: when its step began, by `time.perf_counter`.
-      seconds: what its step took, waiting for the results that were due included.
-      bucket: of the program that ran.
-      in_flight: the packet with each stage, the last stage first; the last one entered now.
+      number: its index among the ticks of the loop.
+      start: the time when its step began, from `time.perf_counter`.
+      seconds: the duration of its step, including the wait for results that were due.
+      bucket: the bucket of the program that ran.
+      in_flight: the packet at each stage, the last stage first; the last packet entered now.
     """
 
     number: int
@@ -39,24 +39,32 @@ class Tick(NamedTuple):
 
 
 class TickLoop:
-    """A scheduler and an executor, and the ticks in flight between them.
+    """Connects a scheduler and an executor, which have the same sizes.
 
     Args:
-      scheduler, executor: for the same limits.
-      results_late: ticks that may be dispatched before the oldest result is read.
+      scheduler: chooses packets and processes results.
+      executor: runs ticks.
+      results_late: ticks that may be dispatched ahead of the oldest unread result.
 
     Attributes:
-      on_tick: called one after the other at the end of each step that has dispatched a tick, in
-        the thread that steps.
+      on_result: called with each packet that leaves and its result, before the result is read.
+      on_tick: functions called at the end of each step that dispatched a tick, in the thread that
+        steps.
+      ticks: ticks dispatched.
+      stage_ticks_busy: over these ticks, the stages that held a packet with tokens.
+      token_slots: tokens that the programs had room for, over all stages.
+      token_slots_used: tokens in them.
+      seconds: time spent in `step`.
+      wait_seconds: the part spent waiting for results.
     """
 
     def __init__(self, scheduler: Scheduler, executor: Executor, results_late: int):
         self.scheduler, self.executor = scheduler, executor
-        self.limits = scheduler.limits
+        self.sizes = scheduler.sizes
         self.num_stages = len(scheduler.microbatches)
         self.on_result: Callable[[Packet, TickResult], None] = lambda packet, result: None
         self.on_tick: list[Callable[[Tick], None]] = []
-        self._results_late = results_late
+        self.results_late = results_late
         self._in_flight = deque([Packet()] * self.num_stages, maxlen=self.num_stages)
         self._unread: deque[tuple[Packet, TickResult]] = deque()
         self.ticks = self.stage_ticks_busy = self.token_slots = self.token_slots_used = 0
@@ -64,33 +72,33 @@ class TickLoop:
 
     @property
     def has_work(self) -> bool:
-        """Whether another `step` would do anything."""
+        """Whether another `step` has something to do."""
         in_ring = any(list(self._in_flight)[1:])
         return self.scheduler.has_work or in_ring or any(packet for packet, _ in self._unread)
 
     def step(self) -> list[Output]:
-        """Dispatches a tick and returns what the results that are due have brought."""
+        """Dispatches a tick; returns the outputs of the results that are due."""
         start = time.perf_counter()
         outputs: list[Output] = []
         bucket = None
         if self.scheduler.has_work or any(list(self._in_flight)[1:]):
             bucket = self._dispatch(self.scheduler.schedule())
-            late = self._results_late
+            late = self.results_late
         else:
-            late = 0  # nothing more to dispatch: read what is left
+            late = 0  # nothing to dispatch: read the remaining results
         while len(self._unread) > late:
             outputs += self._read(*self._unread.popleft())
         seconds = time.perf_counter() - start
         self.seconds += seconds
         if bucket and self.on_tick:
             tick = Tick(self.ticks - 1, start, seconds, bucket, tuple(self._in_flight))
-            for listen in tuple(self.on_tick):  # one may be taken away meanwhile
+            for listen in tuple(self.on_tick):  # a listener may be removed meanwhile
                 listen(tick)
         return outputs
 
     @property
     def host_seconds(self) -> float:
-        """Time of this process's own work: without the jit calls, without waiting for results."""
+        """Time spent in `step` outside the compiled programs and the wait for their results."""
         return self.seconds - self.executor.call_seconds - self.wait_seconds
 
     def _dispatch(self, entering: Packet) -> Bucket:
@@ -98,9 +106,9 @@ class TickLoop:
         # The program must fit the largest packet in any stage, not just the one that enters.
         rows = max(len(packet.rows) for packet in self._in_flight)
         tiles = max(len(packet.tiles) for packet in self._in_flight)
-        bucket = self.limits.bucket(max(rows, 1), tiles * self.limits.tile)
-        packed = encode(
-            self.limits,
+        bucket = self.sizes.bucket(max(rows, 1), tiles * self.sizes.tile)
+        packed = encode_packet(
+            self.sizes,
             bucket,
             self.scheduler.page_tables,
             [row.slot for row in entering.rows],
@@ -113,7 +121,7 @@ class TickLoop:
             for i, segment in leaving.results(bucket.rows)
             if not (s := segment.sequence).params.greedy
         ]
-        controls = encode_controls(self.limits.num_segments(bucket), sampled) if sampled else None
+        controls = encode_controls(self.sizes.num_segments(bucket), sampled) if sampled else None
         self._unread.append((leaving, self.executor.run(bucket, packed, controls)))
 
         self.ticks += 1

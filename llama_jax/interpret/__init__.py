@@ -1,7 +1,11 @@
-"""Looking inside a model: capture its activations by name, change them, read them.
+"""Interpretability: capture a model's activations by name, patch them, and analyze them.
 
 `activation_shapes` lists the names. Everything works on a `Llama` on one device; `capture` and the
-readings also on a `ShardedLlama`, through the ring.
+readings (`log_probabilities`, `logit_lens`, `attention_weights`, `kv_cache`) also work on a
+`ShardedLlama`, through the ring.
+
+A wrong argument is the caller's bug, so these functions raise a plain ValueError, not a
+`sharding.errors.UserError`.
 """
 
 from llama_jax.interpret.activations import activation_shapes

@@ -1,4 +1,4 @@
-"""Runs a model and keeps what its modules computed on the way."""
+"""Runs a model and returns intermediate activations along with its logits."""
 
 from functools import partial
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llama_jax.interpret.activations import AnyLlama, activation_shapes, in_order, matching
+from llama_jax.interpret.activations import AnyLlama, activation_shapes, matching, sorted_names
 from llama_jax.model.llama import check_tokens
 from llama_jax.model.tap import captured_by_name
 from llama_jax.ring.sharded_llama import ShardedLlama
@@ -16,40 +16,41 @@ from llama_jax.ring.sharded_llama import ShardedLlama
 def capture(
     model: AnyLlama, tokens: jax.Array, *names: str
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Runs a model on tokens and returns its logits and the activations that are asked for.
+    """Runs a model on tokens and returns the logits and the named activations.
 
         logits, found = capture(model, tokens, "layers.*.residual", "layers.3.attention.weights")
 
-    On one device it is jitted, works inside `jax.jit` and `jax.grad`, and what is not asked for is
-    not computed if nothing needs it. (A program rounds in its own way: compare to the last bit only
-    what `capture` gives with what `capture` gives, not with `model(tokens)`.) On a mesh the tokens
-    go through the ring.
+    On one device the run is jitted, and it also works inside `jax.jit` and `jax.grad`. XLA removes
+    whatever neither the logits nor the named activations need. Each set of names is a program of
+    its own with its own rounding: results of `capture` and of `model(tokens)` may differ in the
+    last bits. On a mesh the tokens go through the ring, outside of `jax.jit` only.
 
     Args:
-      model: `Llama`, patched or not, or `ShardedLlama`.
+      model: a `Llama`, patched or not, or a `ShardedLlama`.
       tokens: `[B, T]` int32 in [0, V).
-      names: from `activation_shapes`; `*` stands for any run of characters.
+      names: from `activation_shapes`, or patterns, in which `*` matches any characters.
 
     Returns:
-      Logits `[B, T, V]` float32, and name → activation, layers in order.
+      Logits `[B, T, V]` float32, and a dict from name to activation, with layers in order.
 
     Raises:
-      ValueError: a name that does not exist, or a token out of range.
+      ValueError: no activation matches a name, or `tokens` has the wrong shape or range.
     """
     check_tokens(tokens, model.config.vocab_size)
-    # Patterns are resolved when a program is compiled, not in every call: that walks the model.
     if isinstance(model, ShardedLlama):
         return model.observe(tokens, tuple(matching(activation_shapes(model), names)))
     graph, state = nnx.split(model)
+    # The patterns are static and resolved while tracing, so that a call does not walk the model.
     logits, found = _run(graph, names, state, jnp.asarray(tokens))
-    return logits, {name: found[name] for name in in_order(found)}
+    # jax.jit returns dicts with sorted keys, "layers.10" before "layers.2".
+    return logits, {name: found[name] for name in sorted_names(found)}
 
 
 def stack(found: dict[str, jax.Array], pattern: str) -> jax.Array:
-    """The activations whose names match, such as "layers.*.residual", as one array `[n, ...]`.
+    """Stacks the n activations that match a pattern, such as "layers.*.residual": `[n, ...]`.
 
     Raises:
-      ValueError: none matches.
+      ValueError: no name matches, or the shapes differ.
     """
     return jnp.stack([found[name] for name in matching(found, [pattern])])
 
@@ -61,4 +62,4 @@ def _run(
     model = nnx.merge(graph, state)
     logits, captured = nnx.capture(model, nnx.Intermediate)(tokens)
     found = captured_by_name(captured)
-    return logits, {name: found[name] for name in matching(in_order(found), patterns)}
+    return logits, {name: found[name] for name in matching(sorted_names(found), patterns)}

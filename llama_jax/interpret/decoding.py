@@ -1,4 +1,4 @@
-"""Greedy answers of a model that no engine runs: patched, or changed in other ways."""
+"""Greedy decoding without an engine, for models that are patched or changed in other ways."""
 
 from collections.abc import Collection, Sequence
 from functools import partial
@@ -17,23 +17,25 @@ from llama_jax.model.llama import check_tokens
 def greedy_answer(
     model: Llama, prompt: Sequence[int], max_tokens: int, stop_ids: Collection[int] = ()
 ) -> list[int]:
-    """The most likely continuation, token by token, without a KV cache: for short ones.
+    """Decodes greedily. There is no KV cache: each token runs the whole sequence again.
+
+    The sequence is padded to `len(prompt) + max_tokens` tokens, so that only one program is
+    compiled. Attention is causal, so the padding changes nothing; but a patch sees it, too, and in
+    its `at` the position -1 is the end of the padding: count from the start.
 
     Args:
-      model: a `Llama`, patched or not. A patch sees the prompt and what has been answered,
-        padded to `len(prompt) + max_tokens` tokens, of which no token sees a later one: let its
-        `at` count positions from the start, since -1 is the end of the padding.
-      prompt: token ids.
-      max_tokens: at most so many.
-      stop_ids: tokens that end it, such as `model.config.eos_token_ids`.
+      model: a `Llama`, patched or not.
+      prompt: token ids in [0, V).
+      max_tokens: maximum number of new tokens.
+      stop_ids: tokens that end the answer, such as `model.config.eos_token_ids`.
 
     Returns:
-      The new token ids; a stop token is the last of them.
+      The new token ids, including the stop token, if any.
 
     Raises:
-      ValueError: an empty prompt, a token out of range, or a model on a mesh.
+      ValueError: the prompt is empty, a token is out of range, or the model is on a mesh.
     """
-    check_on_one_device(model, "greedy_answer needs")
+    check_on_one_device(model, "greedy_answer")
     if len(prompt) == 0:
         raise ValueError("The prompt is empty: give at least one token.")
     check_tokens(np.array([prompt]), model.config.vocab_size)

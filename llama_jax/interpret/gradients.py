@@ -1,4 +1,4 @@
-"""Gradients of what a model says with respect to what it computed on the way."""
+"""Gradients of a function of the logits with respect to activations."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,27 +21,28 @@ def gradients(
     score: Callable[[jax.Array], jax.Array],
     *names: str,
 ) -> dict[str, jax.Array]:
-    """The gradient of a score with respect to activations, by default to the input embeddings.
+    """The gradient of a score with respect to activations, by default the input embeddings.
 
-        def answer(logits):  # how sure it is of token 42
+        def answer(logits):  # log-probability of token 42 as the next token
             return jax.nn.log_softmax(logits[0, -1])[42]
 
         gradients(model, tokens, answer)["embedding"]  # [B, T, D]
 
     Args:
       model: a `Llama`, patched or not.
-      tokens: `[B, T]` int32.
-      score: logits `[B, T, V]` -> a number. It is outside of the compiled programs, so that another
-        one compiles nothing; the model runs once more for it.
-      names: from `activation_shapes`, patterns allowed; none for "embedding".
+      tokens: `[B, T]` int32 in [0, V).
+      score: maps logits `[B, T, V]` to a scalar. It is not compiled into the model's programs, so
+        a new score compiles nothing, at the price of a second forward pass.
+      names: from `activation_shapes`, or patterns; "embedding" if there are none.
 
     Returns:
-      Name → gradient, of the activation's shape.
+      A dict from name to gradient, in the activation's shape and dtype.
 
     Raises:
-      ValueError: a name that does not exist, a token out of range, or a model on a mesh.
+      ValueError: no activation matches a name, `tokens` has the wrong shape or range, or the model
+        is on a mesh.
     """
-    check_on_one_device(model, "Gradients need")
+    check_on_one_device(model, "gradients")
     check_tokens(tokens, model.config.vocab_size)
     shapes = activation_shapes(model, *jnp.shape(tokens))
     chosen = matching(shapes, names or ["embedding"])
@@ -60,7 +61,7 @@ def _pull_back(
     zeros: dict[str, jax.Array],
     by_logits: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Gradients with respect to the logits -> with respect to what is added to activations."""
+    """Pulls the gradient of the logits back to zeros that are added to the activations."""
 
     def run(deltas: dict[str, jax.Array]) -> jax.Array:
         added = {name: Add(delta) for name, delta in deltas.items()}

@@ -1,8 +1,8 @@
-"""Changes activations while a model runs: a model with patches is a model like any other.
+"""Changes activations while a model runs. A patched model is a model like any other.
 
-without = patched(model, {"layers.3.attention.heads": Scale(0.0, np.s_[..., 2, :])})
-without(tokens)                                  # the answer without head 2 of layer 3
-capture(without, tokens, "layers.*.residual")    # and what it does to everything after it
+ablated = patched(model, {"layers.3.attention.heads": Scale(0.0, np.s_[..., 2, :])})
+ablated(tokens)                                  # logits without head 2 of layer 3
+capture(ablated, tokens, "layers.*.residual")    # and the effect on every later layer
 """
 
 from collections.abc import Callable, Mapping
@@ -20,158 +20,172 @@ from llama_jax.model.tap import PATCHES
 
 AnyModel = TypeVar("AnyModel", bound=Llama)
 
-# A NumPy index, such as `np.s_[:, -1]` or `np.s_[..., 2, :]`; what it selects is changed.
+# A NumPy index, such as `np.s_[:, -1]` or `np.s_[..., 2, :]`.
 Index = int | slice | EllipsisType | None | list[int] | tuple[Any, ...]
 PatchLike = Callable[[jax.Array], jax.Array]
 
 
 class Patch(nnx.Module):
-    """Base of the patches here; any function of an activation will do, too.
+    """Base class of the patches here. A plain function of the activation is a patch, too.
 
-    A patch is a module, so that the arrays it holds are part of the model: other values need no
-    other compiled program. (A function is a constant of the program, with all it refers to.)
+    A patch is a module, so its arrays are part of the model's state: new values need no new
+    compilation. (A function, with everything it closes over, is a constant of the program.)
+
+    Subclasses override `change`.
 
     Args:
-      at: what is changed of the activation, as a NumPy index; everything by default.
+      at: a NumPy index of the part of the activation to change; all of it by default.
+
+    Raises:
+      ValueError: `at` is not an index of integers, slices and lists of integers.
     """
 
     def __init__(self, at: Index = ...):
         self.at = _hashable(at)
 
     def __call__(self, value: jax.Array) -> jax.Array:
-        """The activation with what `at` selects changed."""
+        """The activation, with the part at `at` changed.
+
+        Raises:
+          ValueError: `at` does not fit the activation, or `change` returns another shape.
+        """
         at = _index(self.at)
         try:
-            # JAX would drop or clamp an index that is out of range, in silence.
+            # JAX silently drops or clamps an index that is out of range; NumPy raises. A broadcast
+            # array has the whole shape without its memory.
             selected = np.broadcast_to(np.int8(0), value.shape)[at].shape
         except IndexError as error:
             raise ValueError(
-                f"A patch at {at} does not fit an activation of shape {list(value.shape)}: {error}."
+                f"A patch's `at`, {at}, does not fit an activation of shape {list(value.shape)}: "
+                f"{error}."
             ) from None
         new = self.change(value[at])
         if new.shape != selected:
             raise ValueError(
-                f"{type(self).__name__} gives shape {list(new.shape)} for the part of an "
-                f"activation that it changes, which is {list(selected)}."
+                f"{type(self).__name__} returned shape {list(new.shape)} for a part of shape "
+                f"{list(selected)}: a patch must keep the shape."
             )
         return value.at[at].set(new.astype(value.dtype))
 
     def change(self, selected: jax.Array) -> jax.Array:
-        """What takes the place of the selected part; of the same shape."""
+        """The replacement for the selected part of the activation, in the same shape."""
         raise NotImplementedError
 
 
-class _WithValue(Patch):
-    """Puts a value and the selected part together; the value broadcasts against the part."""
+class _Combine(Patch):
+    """Combines the selected part with a value, which is broadcast to the part's shape."""
 
     def __init__(self, value: Any, at: Index = ...):
         super().__init__(at)
         self.value = nnx.Variable(jnp.asarray(value))
 
     def change(self, selected: jax.Array) -> jax.Array:
-        """See `Patch.change`."""
+        """The result of `combine`.
+
+        Raises:
+          ValueError: the value does not broadcast to the selected part.
+        """
         try:
             value = jnp.broadcast_to(self.value[...], selected.shape)
         except ValueError:
             raise ValueError(
-                f"{type(self).__name__} has a value of shape {list(self.value.shape)}, which does "
-                "not fit the part of an activation that it changes, of shape "
-                f"{list(selected.shape)}."
+                f"The value of {type(self).__name__} has shape {list(self.value.shape)}, which "
+                f"does not broadcast to the selected part of shape {list(selected.shape)}."
             ) from None
         return self.combine(selected, value)
 
     def combine(self, selected: jax.Array, value: jax.Array) -> jax.Array:
-        """Two arrays of the same shape -> what takes the place of the first."""
+        """The replacement for `selected`; both arrays have its shape."""
         raise NotImplementedError
 
 
-class Replace(_WithValue):
-    """Puts a value in the place of an activation, or of a part of it."""
+class Replace(_Combine):
+    """Replaces an activation, or a part of it, with a value."""
 
     def combine(self, selected: jax.Array, value: jax.Array) -> jax.Array:
-        """See `_WithValue`."""
+        """The value."""
         return value
 
 
-class Scale(_WithValue):
-    """Multiplies an activation, or a part of it, by a factor."""
+class Scale(_Combine):
+    """Multiplies an activation, or a part of it, by a value."""
 
     def combine(self, selected: jax.Array, value: jax.Array) -> jax.Array:
-        """See `_WithValue`."""
+        """The product."""
         return selected * value
 
 
-class Add(_WithValue):
-    """Adds a value to an activation, or to a part of it: a steering vector, say."""
+class Add(_Combine):
+    """Adds a value, such as a steering vector, to an activation or a part of it."""
 
     def combine(self, selected: jax.Array, value: jax.Array) -> jax.Array:
-        """See `_WithValue`."""
+        """The sum."""
         return selected + value
 
 
 def ablate_heads(layer: int, *heads: int) -> dict[str, PatchLike]:
-    """For `patched`: sets what these heads have read to zero."""
+    """Patches that set the outputs of attention heads to zero (zero ablation)."""
     return {f"layers.{layer}.attention.heads": Scale(0.0, np.s_[..., list(heads), :])}
 
 
 def ablate_layer(layer: int) -> dict[str, PatchLike]:
-    """For `patched`: lets a layer add nothing to the residual stream."""
-    parts = ("attention", "mlp")
-    return {f"layers.{layer}.{part}.output": Scale(0.0) for part in parts}
+    """Patches by which a layer adds nothing to the residual stream."""
+    blocks = ("attention", "mlp")
+    return {f"layers.{layer}.{block}.output": Scale(0.0) for block in blocks}
 
 
 def patched(model: AnyModel, patches: Mapping[str, PatchLike]) -> AnyModel:
-    """The model with patches: a copy that shares its weights; the model itself stays as it is.
+    """Returns a patched copy of a model. It shares the weights; the model itself is unchanged.
 
     Args:
-      model: a `Llama`. If it has patches of the same names, they come first.
-      patches: name, or pattern, of activations → what is done to each; `activation_shapes` has the
-        names and shapes.
+      model: a `Llama`. Patches that it already has are applied first.
+      patches: a dict from a name of `activation_shapes`, or a pattern, to a `Patch` or a function
+        of the activation.
 
     Raises:
-      ValueError: a name that does not exist, or what is not a function, or a model on a mesh.
-        Shapes are checked when the model runs.
+      ValueError: no activation matches a name, a patch is not callable, or the model is on a mesh.
+        Shapes are checked when the model runs; a mismatch is a ValueError, too.
     """
-    check_on_one_device(model, "Patches need")
+    check_on_one_device(model, "patched")
     names = list(activation_shapes(model))
-    chosen = [(name, patch) for pattern, patch in patches.items()
-              for name in matching(names, [pattern])]  # fmt: skip
+    chosen = [(name, p) for pattern, p in patches.items() for name in matching(names, [pattern])]
     copy = nnx.merge(*nnx.split(model))
     for name, patch in chosen:
         if not callable(patch):
             raise ValueError(
-                f"The patch of {name!r} is of type {type(patch).__name__}: give a function of the "
-                "activation, or one of Replace, Scale and Add."
+                f"The patch of {name!r} is of type {type(patch).__name__}: give Replace, Scale, "
+                "Add, or a function of the activation."
             )
-        *path, own = name.split(".")
+        *path, value_name = name.split(".")
         module: Any = copy
         for part in path:
             module = module[int(part)] if part.isdigit() else getattr(module, part)
-        before = getattr(module, PATCHES + own, ())
-        setattr(module, PATCHES + own, nnx.List([*before, patch]))
+        before = getattr(module, PATCHES + value_name, ())
+        setattr(module, PATCHES + value_name, nnx.List([*before, patch]))
     return copy
 
 
 def _hashable(at: Index) -> Any:
-    """An index as a constant that can be compared; a slice cannot be hashed before Python 3.12."""
+    """Encodes an index as a hashable static attribute: before Python 3.12 a slice is not one."""
     if isinstance(at, tuple):
         return ("tuple", *map(_hashable, at))
     if isinstance(at, slice):
         return ("slice", at.start, at.stop, at.step)
-    if isinstance(at, int | np.integer) and not isinstance(at, bool):
+    if isinstance(at, int | np.integer) and not isinstance(at, bool):  # a bool is an int, too
         return int(at)
     if at is None or at is ...:
         return at
     numbers = np.asarray(at)
     if numbers.size and not np.issubdtype(numbers.dtype, np.integer):
         raise ValueError(
-            f"A patch's `at` is an index of integers and slices, such as np.s_[:, -1], got {at!r}."
+            "A patch's `at` must be a NumPy index of integers, slices and lists of integers, such "
+            f"as np.s_[:, -1], got {at!r}."
         )
     return ("list", numbers.shape, *numbers.ravel().tolist())
 
 
 def _index(at: Any) -> Any:
-    """What `_hashable` was given."""
+    """The inverse of `_hashable`."""
     if not isinstance(at, tuple):
         return at
     kind, *rest = at

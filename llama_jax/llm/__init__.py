@@ -1,4 +1,4 @@
-"""`LLM`: generation from Python, and what a notebook shows of it. Imports no JAX."""
+"""`LLM`: generation from Python, with displays for notebooks. Imports no JAX."""
 
 from llama_jax.llm.llm import LLM
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from llama_jax.engine.messages import FinishReason
+from llama_jax.engine.interface import FinishReason
 from llama_jax.llm.notebook.html import completion_html
 
 
@@ -11,13 +11,13 @@ class Completion:
     """The answer to one prompt.
 
     Attributes:
-      text: without special tokens, and without the stop string that ended it.
-      token_ids: all that were generated, an EOS or stop token included.
-      finish_reason: "stop" (an EOS or stop token, or a stop string), "length", or "error".
-      prompt_token_ids: the prompt as the model saw it.
-      error: one sentence where the reason is "error"; what came before it is in `text`.
-      prompt: the prompt's text, of a chat with its special tokens; None where the prompt was given
-        as token ids.
+      text: the answer without special tokens and without the stop string that ended it.
+      token_ids: every generated token, including an EOS or stop token.
+      finish_reason: "stop" (an EOS token, a stop token or a stop string), "length" or "error".
+      prompt_token_ids: the tokens of the prompt.
+      error: one sentence if the reason is "error"; `text` then has what came before it.
+      prompt: the text of the prompt, with the special tokens of a chat; None if it was given as
+        token ids.
     """
 
     text: str

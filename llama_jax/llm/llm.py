@@ -1,30 +1,29 @@
-"""Llama 3 in a notebook or a script: text in, text out, from the same engine that serves HTTP.
+"""Llama 3 in a notebook or a script, on the same engine that serves HTTP.
 
     with LLM("demo/checkpoint", mesh="4x2") as llm:
         print(llm.generate("2 + 2 =").text)
         for piece in llm.stream_chat([{"role": "user", "content": "What is a stage?"}]):
             print(piece, end="", flush=True)
 
-Imports no JAX: the devices belong to the engine's process, unless `in_process` is asked for.
+Imports no JAX: the devices belong to the engine's process, unless `in_process` is set.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, overload
-
-import msgspec
 
 from llama_jax.client.client import OnProgress
 from llama_jax.client.engine_process import ENGINE_COMMAND, process_host
 from llama_jax.client.in_process import in_process_host
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead, RequestError
-from llama_jax.engine.messages import EngineInfo, Stats
-from llama_jax.engine.options import EngineOptions
+from llama_jax.engine.interface import EngineInfo, Stats
+from llama_jax.engine.options import OPTIONS, EngineOptions, lists_options
 from llama_jax.llm.completion import Completion
 from llama_jax.llm.notebook.html import llm_html
-from llama_jax.llm.prompts import EncodedPrompt, encode_chat, encode_prompt, is_prompt
+from llama_jax.llm.prompts import EncodedPrompt, encode_conversation, encode_prompt, is_prompt
 from llama_jax.llm.session import Session
 from llama_jax.llm.text_stream import TextStream
 from llama_jax.text.tokenizer import Tokenizer
@@ -40,13 +39,14 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 class LLM:
-    """A checkpoint on a mesh, in an engine process of its own or in this process.
+    """A checkpoint on a mesh, served by an engine in its own process or in this one.
 
-    `close` ends it, as do leaving its `with` block and forgetting it. Several threads may use it at
-    once; their requests are batched together. Ctrl-C, or a notebook's interrupt, ends the requests
-    of the call or cell that it interrupts, and nothing else.
+    The engine ends with `close`, at the end of a `with` block, or when the object is garbage
+    collected. Several threads may use one `LLM`; their requests are batched together. Ctrl-C, or a
+    notebook's interrupt, ends only the requests of the call or cell that it interrupts.
     """
 
+    @lists_options
     def __init__(
         self,
         path: str | Path,
@@ -61,27 +61,26 @@ class LLM:
         """Starts an engine and returns when it can generate.
 
         Args:
-          path: a checkpoint directory, Hugging Face layout or this project's Orbax layout.
-          mesh: "stages x tensor-parallel ranks", such as "4x2".
-          in_process: for debugging: the engine runs in a thread of this process, where `engine`
-            reaches it. The tokens are the same. JAX is shared: if it has started it has chosen its
-            devices, and programs of your own compete with the engine's; float32 on a GPU sets
-            `jax_default_matmul_precision` for them, too.
-          model_class: a subclass of `Llama` to run; only with `in_process`.
-          progress: whether to show how the start gets on; None for in notebooks only.
-          on_progress: called in another thread with each step of the start, which is then not
-            shown.
-          options: dtype, max_model_len, max_num_seqs, kv_cache_memory and the other fields of
-            `EngineOptions`, by name.
+          path: a checkpoint directory, in Hugging Face layout or this project's Orbax layout.
+          {options}
+          in_process: run the engine in a thread of this process, where `engine` and `model` reach
+            it. The tokens are the same. The engine shares JAX with your own programs: JAX keeps the
+            devices that it has already chosen, and float32 on a GPU sets
+            `jax_default_matmul_precision` for both.
+          model_class: a subclass of `Llama` to run; requires `in_process`.
+          progress: whether to show the progress of the start; None means only in notebooks.
+          on_progress: called with each step of the start, in another thread, instead of showing it.
 
         Raises:
+          OptionError: an option has a wrong type or is out of range.
           CheckpointError, ConfigError, TokenizerError: this checkpoint cannot be served.
-          EngineStartError: the engine cannot start. The message of each is one sentence.
-          RequestError: a class of one's own for an engine in another process.
-          TypeError: an option that does not exist.
+          EngineStartError: the engine cannot start.
+          RequestError: `model_class` is given without `in_process`.
+          TypeError: there is no option of this name.
         """
         _check_names(options)
         engine_options = EngineOptions(path=str(path), mesh=mesh, **options)
+        engine_options.check()
         self._start(engine_options, in_process, model_class, progress, on_progress)
 
     def restart(
@@ -93,25 +92,26 @@ class LLM:
         on_progress: OnProgress | None = None,
         **changes: Any,
     ) -> None:
-        """Ends the engine, if it has not ended, and starts another; the object stays the same.
+        """Ends the engine, if it still runs, and starts another.
 
         Args:
-          in_process, model_class: None for as it was.
-          progress, on_progress: as for the first start.
-          changes: path, mesh and options that change; the others stay.
+          in_process, model_class: as for the constructor; None keeps the present value.
+          progress, on_progress: as for the constructor.
+          changes: the options that change, and `path` if it does.
 
         Raises:
-          As the constructor; where no engine can be started, the LLM stays closed and `restart`
-          may be called again.
+          The errors of the constructor. If the new engine cannot start, the `LLM` stays closed, and
+          `restart` may be called again.
         """
         _check_names(changes, "path", "mesh")
         if "path" in changes:
             changes["path"] = str(changes["path"])
-        options = msgspec.structs.replace(self._session.options, **changes)
+        options = dataclasses.replace(self._session.options, **changes)
         if in_process is None:
             in_process = self._in_process
         if model_class is None and in_process:
             model_class = self._model_class
+        options.check()
         _check_class(model_class, in_process)
         self.close()
         self._start(options, in_process, model_class, progress, on_progress)
@@ -131,39 +131,48 @@ class LLM:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The checkpoint's own."""
+        """The checkpoint's tokenizer."""
         return self._session.tokenizer
 
     @property
     def defaults(self) -> SamplingParams:
-        """Sampling parameters where a call gives none, from generation_config.json. For some of
-        them, `msgspec.structs.replace(llm.defaults, max_tokens=20)`."""
+        """The sampling parameters of calls without any, from generation_config.json.
+
+        To change some of them: `dataclasses.replace(llm.defaults, max_tokens=20)`.
+        """
         return self._session.defaults
 
     @property
     def info(self) -> EngineInfo:
-        """What the engine turned out to be: devices, sizes, limits."""
+        """The engine's devices, sizes and limits."""
         return self._session.engine.client.info
 
     @property
     def stats(self) -> Stats:
-        """The engine's latest report; it makes four a second while it works."""
+        """The engine's latest report, four a second while it works."""
         return self._session.engine.client.stats
 
     @property
+    def pid(self) -> int:
+        """The id of the process that the engine runs in."""
+        return self._session.engine.client.pid
+
+    @property
     def engine(self) -> "Engine":
-        """The live engine, of `in_process`: `.loop` (the tick loop), `.loop.scheduler`,
-        `.loop.executor`. It works in a thread of its own; look, and change nothing while it does.
-        Whoever keeps a reference keeps its memory.
+        """The live engine, if `in_process`: `.loop` (the tick loop), `.loop.scheduler`,
+        `.loop.executor`.
+
+        It works in another thread: read its state, but do not change it while it runs. A reference
+        to it keeps its device memory allocated.
 
         Raises:
-          RequestError: it runs in a process of its own.
-          EngineDead: it has ended.
+          RequestError: the engine runs in its own process.
+          EngineDead: the engine has ended.
         """
         if not self._in_process:
             raise RequestError(
-                "The engine runs in a process of its own, out of reach: start it in this one with "
-                "llm.restart(in_process=True), or LLM(..., in_process=True)."
+                "The engine runs in its own process: start it in this one with "
+                "llm.restart(in_process=True) or LLM(..., in_process=True)."
             )
         client = self._session.engine.client
         engine: Engine | None = client.host.engine
@@ -173,8 +182,7 @@ class LLM:
 
     @property
     def model(self) -> "ShardedLlama":
-        """The weights of `engine`, to be called with tokens and looked into
-        (`llama_jax.interpret`). Raises as `engine`."""
+        """The model of `engine`, for `llama_jax.interpret`. Raises the errors of `engine`."""
         from llama_jax.ring.sharded_llama import ShardedLlama
 
         executor = self.engine.loop.executor
@@ -182,7 +190,7 @@ class LLM:
             executor.config, executor.mesh, executor.params, executor.dtype, executor.model_class
         )
 
-    @overload  # a text is a sequence of texts, too, but this comes first
+    @overload  # a string is also a sequence of strings, but this overload comes first
     def generate(  # type: ignore[overload-overlap]
         self, prompts: str | Sequence[int], params: Params = None, *, progress: bool | None = None
     ) -> Completion: ...
@@ -200,19 +208,19 @@ class LLM:
         """Completes one prompt, or a list of any length.
 
         Args:
-          prompts: a prompt is a text, which gets BOS in front, or a sequence of token ids, which
-            are taken as they are.
-          params: for all, or a list with one for each; None for `defaults`.
-          progress: whether a list that takes more than a second shows a bar; None for in notebooks
-            only.
+          prompts: one prompt or a list. A prompt is a text, which gets BOS in front, or a sequence
+            of token ids, which is used as it is.
+          params: for all prompts, or a list with one per prompt; None means `defaults`.
+          progress: whether to show the progress of a list that takes more than a second; None means
+            only in notebooks.
 
         Returns:
-          For one prompt its completion, for a list a list in the same order. A request that goes
-          wrong while it runs has an `error` in its completion; the others go on.
+          A completion for one prompt, or a list of them in the order of the prompts. A request that
+          fails while it runs has an `error` in its completion; the others go on.
 
         Raises:
-          RequestError: a request can never be answered, and nothing was begun.
-          EngineDead: the engine has ended, or ends before the answer does.
+          RequestError, TokenizerError: a request can never be answered; none was started.
+          EngineDead: the engine has ended, or ends before the answer.
         """
         if is_prompt(prompts):
             return self._complete([encode_prompt(self.tokenizer, prompts)], params, False)[0]
@@ -238,42 +246,45 @@ class LLM:
         *,
         progress: bool | None = None,
     ) -> Completion | list[Completion]:
-        """The assistant's next message in one conversation, or in each of a list.
+        """Generates the assistant's next message in one conversation, or in each of a list.
 
         Args:
-          messages: a conversation is a list of {"role": "system", "user" or "assistant",
-            "content": text}.
+          messages: one conversation or a list. A conversation is a list of messages
+            {"role": "system", "user" or "assistant", "content": text}.
           params, progress: as for `generate`.
 
-        Returns, raises:
-          As `generate`; and TokenizerError where there is no chat template, or it refuses.
+        Returns:
+          One completion or a list, as `generate`.
+
+        Raises:
+          RequestError, EngineDead: as `generate`.
+          TokenizerError: there is no chat template, or it rejects the messages.
         """
         if isinstance(next(iter(messages), None), Mapping):
-            return self._complete([encode_chat(self.tokenizer, messages)], params, False)[0]
-        encoded = [encode_chat(self.tokenizer, conversation) for conversation in messages]
+            return self._complete([encode_conversation(self.tokenizer, messages)], params, False)[0]
+        encoded = [encode_conversation(self.tokenizer, conversation) for conversation in messages]
         return self._complete(encoded, params, progress)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TextStream:
-        """Completes one prompt; iterate over it for the text in pieces, as it comes, or let a
-        notebook show it as the last expression of a cell.
+        """Streams the completion of one prompt.
 
-        Leaving the loop early ends the request.
+        Iterate over the result to read the text as it arrives, or make it the last expression of a
+        notebook cell, which then shows it. Leaving the loop early ends the request.
 
         Raises:
-          RequestError: at the call.
-          GenerationFailed: the request went wrong while it ran.
-          EngineDead: as `generate`.
+          RequestError, TokenizerError: the request can never be answered.
+          EngineDead: the engine has ended.
         """
         return self._stream(encode_prompt(self.tokenizer, prompt), params)
 
     def stream_chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None
     ) -> TextStream:
-        """As `stream`, of the assistant's next message."""
-        return self._stream(encode_chat(self.tokenizer, messages), params)
+        """Streams the assistant's next message; otherwise like `stream`."""
+        return self._stream(encode_conversation(self.tokenizer, messages), params)
 
     def close(self) -> None:
-        """Ends the engine. Calls in other threads get `EngineDead`. May be repeated."""
+        """Ends the engine. Calls in other threads raise `EngineDead`. May be repeated."""
         self._session.engine.close()
 
     def __enter__(self) -> Self:
@@ -305,7 +316,7 @@ class LLM:
 
     @property
     def _place(self) -> str:
-        return "in this process" if self._in_process else "in a process of its own"
+        return "in this process" if self._in_process else "in its own process"
 
     def _complete(
         self, prompts: list[EncodedPrompt], params: Params, progress: bool | None
@@ -315,7 +326,11 @@ class LLM:
         if not isinstance(params, Sequence):
             params = [params] * len(prompts)
         if len(params) != len(prompts):
-            raise RequestError(f"{len(prompts)} prompts need as many params, got {len(params)}.")
+            raise RequestError(
+                f"There are {len(prompts)} prompts but {len(params)} params: give one for each "
+                "prompt, or one for all.",
+                "params",
+            )
         return self._session.complete(prompts, params, progress)
 
     def _stream(self, prompt: EncodedPrompt, params: SamplingParams | None) -> TextStream:
@@ -323,15 +338,15 @@ class LLM:
 
 
 def _check_names(options: Mapping[str, Any], *others: str) -> None:
-    fields = EngineOptions.__struct_fields__
-    known = [*others, *(name for name in fields if name not in ("path", "mesh"))]
+    known = [*others, *(option.name for option in OPTIONS if option.name != "mesh")]
     for name in options:
         if name not in known:
-            raise TypeError(f"There is no option {name!r}; there are {', '.join(known)}.")
+            raise TypeError(f"There is no option {name!r}; the options are {', '.join(known)}.")
 
 
 def _check_class(model_class: "type[Llama] | None", in_process: bool) -> None:
     if model_class is not None and not in_process:
         raise RequestError(
-            f"{model_class.__name__} runs only in this process: give in_process=True as well."
+            f"{model_class.__name__} can only run in this process: add in_process=True.",
+            "model_class",
         )

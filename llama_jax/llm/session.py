@@ -1,6 +1,6 @@
-"""One engine from its start to its end, with its checkpoint's tokenizer: texts go in and come out.
+"""One running engine with its tokenizer. An `LLM` has one, and another after a restart.
 
-`LLM` has one at a time, and another after a restart. Imports no JAX.
+Imports no JAX.
 """
 
 import asyncio
@@ -10,18 +10,17 @@ from contextlib import aclosing, closing
 from pathlib import Path
 
 from llama_jax.checkpoint import open_checkpoint
-from llama_jax.client.blocking import EngineThread
+from llama_jax.client.blocking import BlockingClient
 from llama_jax.client.client import OnProgress
 from llama_jax.client.host import StartHost
-from llama_jax.client.text import Piece, read_text
-from llama_jax.config.huggingface import generation_defaults
+from llama_jax.client.text import TextDelta, read_text
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import GenerationFailed
-from llama_jax.engine.messages import FinishReason
+from llama_jax.engine.interface import FinishReason
 from llama_jax.engine.options import EngineOptions
 from llama_jax.llm.completion import Completion
 from llama_jax.llm.notebook.cells import cell_watch
-from llama_jax.llm.notebook.progress import RequestProgress, StartProgress, make_bar
+from llama_jax.llm.notebook.progress import RequestProgress, StartProgress, make_display
 from llama_jax.llm.prompts import EncodedPrompt
 from llama_jax.llm.text_stream import TextStream
 from llama_jax.text.detokenizer import Detokenizer
@@ -29,13 +28,13 @@ from llama_jax.text.tokenizer import Tokenizer
 
 
 class Session:
-    """A running engine. Ends when it is closed or forgotten.
+    """A running engine. It ends when `engine` is closed or this object is garbage collected.
 
     Attributes:
-      engine: its thread.
-      options: what it was started with.
-      tokenizer: the checkpoint's own.
-      defaults: sampling parameters from generation_config.json.
+      engine: the engine's client.
+      options: the options that the engine was started with.
+      tokenizer: the checkpoint's tokenizer.
+      defaults: the sampling parameters of generation_config.json.
     """
 
     def __init__(
@@ -45,23 +44,24 @@ class Session:
         progress: bool | None,
         on_progress: OnProgress | None,
     ) -> None:
-        """Starts an engine and returns when it can generate; see `LLM` for what may go wrong."""
-        with closing(open_checkpoint(options.path)):  # for its checks: no engine needs to fail them
-            self.defaults = generation_defaults(options.path)
+        """Starts an engine and returns when it can generate. Raises the errors of `LLM`."""
+        # Opening the checkpoint here finds most errors without starting an engine.
+        with closing(open_checkpoint(options.path)) as reader:
+            self.defaults = reader.declared.generation_defaults()
             self.tokenizer = Tokenizer(options.path)
         self.options = options
         shown = None
-        if on_progress is None and (bar := make_bar(progress)) is not None:
-            shown = on_progress = StartProgress(bar, Path(options.path).name)
+        if on_progress is None and (display := make_display(progress)) is not None:
+            shown = on_progress = StartProgress(display, Path(options.path).name)
         try:
-            self.engine = EngineThread(options, on_progress, start_host)
+            self.engine = BlockingClient(options, on_progress, start_host)
             weakref.finalize(self, self.engine.begin_close)
         except BaseException:
             if shown is not None:
                 shown.failed()
             raise
-        # The engine would refuse more than these; the rest waits here.
-        self._places = asyncio.Semaphore(self.engine.client.max_in_flight)
+        # The engine refuses more requests than this, so the others wait here.
+        self._slots = asyncio.Semaphore(self.engine.client.max_in_flight)
         cell_watch.watch(self.engine)
         if shown is not None:
             shown.ready(self.engine.client.info)
@@ -72,47 +72,47 @@ class Session:
         params: Sequence[SamplingParams],
         progress: bool | None,
     ) -> list[Completion]:
-        """Answers all prompts, each with its params, in their order."""
+        """Answers every prompt with its params, and returns the completions in the same order."""
         requests = list(zip(prompts, params, strict=True))
         for prompt, each in requests:
             self.engine.client.check(prompt.token_ids, each)
-        count = RequestProgress(make_bar(progress), len(requests))
+        count = RequestProgress(make_display(progress), len(requests))
 
-        async def every() -> list[Completion]:
+        async def answer_all() -> list[Completion]:
             with count.shown():
                 return await asyncio.gather(*(self._answer(*each, count) for each in requests))
 
-        return self.engine.run(every())
+        return self.engine.run(answer_all())
 
     def stream(self, prompt: EncodedPrompt, params: SamplingParams) -> TextStream:
-        """Answers one prompt as it is read."""
+        """Streams the answer to one prompt."""
         self.engine.client.check(prompt.token_ids, params)
-        return TextStream(self.engine, self._pieces(prompt.token_ids, params))
+        return TextStream(self.engine, self._deltas(prompt.token_ids, params))
 
     async def _answer(
         self, prompt: EncodedPrompt, params: SamplingParams, count: RequestProgress
     ) -> Completion:
-        pieces: list[Piece] = []
+        deltas: list[TextDelta] = []
         reason: FinishReason = "error"
         error = None
         try:
-            async for piece in self._pieces(prompt.token_ids, params):
-                pieces.append(piece)
-                reason = piece.finish_reason or reason
+            async for delta in self._deltas(prompt.token_ids, params):
+                deltas.append(delta)
+                reason = delta.finish_reason or reason
                 count.tokens += 1
         except GenerationFailed as failure:
             error = str(failure)
         count.done += 1
-        text = "".join(piece.text for piece in pieces)
-        tokens = [piece.token for piece in pieces]
+        text = "".join(delta.text for delta in deltas)
+        tokens = [delta.token for delta in deltas]
         return Completion(text, tokens, reason, prompt.token_ids, error, prompt.text)
 
-    async def _pieces(
+    async def _deltas(
         self, prompt: list[int], params: SamplingParams
-    ) -> AsyncGenerator[Piece, None]:
-        async with self._places:
+    ) -> AsyncGenerator[TextDelta, None]:
+        async with self._slots:
             outputs = self.engine.client.generate(prompt, params)
             detokenizer = Detokenizer(self.tokenizer, params.stop)
-            async with aclosing(read_text(outputs, detokenizer)) as pieces:
-                async for piece in pieces:
-                    yield piece
+            async with aclosing(read_text(outputs, detokenizer)) as deltas:
+                async for delta in deltas:
+                    yield delta

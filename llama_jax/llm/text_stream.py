@@ -1,4 +1,4 @@
-"""One answer as it comes, for a loop or as the last expression of a cell. Imports no JAX."""
+"""Streams one answer to a loop or to the output of a notebook cell. Imports no JAX."""
 
 import asyncio
 import contextlib
@@ -6,70 +6,71 @@ from collections.abc import AsyncGenerator, Iterator
 from types import TracebackType
 from typing import Self
 
-from llama_jax.client.blocking import EngineThread
-from llama_jax.client.text import Piece
+from llama_jax.client.blocking import BlockingClient
+from llama_jax.client.text import TextDelta
 from llama_jax.engine.errors import EngineDead
-from llama_jax.engine.messages import FinishReason
+from llama_jax.engine.interface import FinishReason
 from llama_jax.llm.notebook.cells import cell_watch, in_notebook
 from llama_jax.llm.notebook.display import LiveOutput, running_text
 
 
 class TextStream(Iterator[str]):
-    """Iterates over the pieces of one answer. Nothing is generated before the first is asked for.
+    """Iterates over the text of one answer. Generation starts with the first `next`.
 
-    The request ends when the stream is closed, forgotten, interrupted or, in IPython, left open by
-    a cell that opened it and failed. As the last expression of a cell it shows itself, and grows.
+    The request ends when the stream is closed, garbage collected or interrupted, and in IPython
+    when the cell that opened it fails. As the last expression of a cell it displays the growing
+    text.
 
     Attributes:
-      token_ids: of what has come so far.
-      finish_reason: "stop" or "length" once the answer is whole, else None.
+      token_ids: the tokens generated so far.
+      finish_reason: "stop" or "length" once the answer is complete, else None.
     """
 
-    def __init__(self, engine: EngineThread, pieces: AsyncGenerator[Piece, None]) -> None:
+    def __init__(self, engine: BlockingClient, deltas: AsyncGenerator[TextDelta, None]) -> None:
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._engine = engine
-        # If nobody reads on, this is forgotten, and asyncio then closes it on the engine's loop.
-        self._pieces = pieces
+        # If the stream is dropped, asyncio closes this generator on the engine's event loop.
+        self._deltas = deltas
         self._texts: list[str] = []
         self._open = True
-        self._step: asyncio.Task[Piece | None] | None = None
+        self._step: asyncio.Task[TextDelta | None] | None = None
         self._ending: asyncio.Task[None] | None = None
         cell_watch.opened(self)
 
     @property
     def text(self) -> str:
-        """What has come so far."""
+        """The text generated so far."""
         return "".join(self._texts)
 
     def __next__(self) -> str:
-        """The next piece, never empty.
+        """Returns the next part of the text, which is never empty.
 
         Raises:
-          GenerationFailed: the request went wrong while it ran.
-          EngineDead: the engine has ended, or ends before the answer does.
+          GenerationFailed: the engine could not finish the request.
+          EngineDead: the engine has ended, or ends before the answer.
         """
         if not self._open:
             raise StopIteration
         cell_watch.used(self)
         try:
-            while piece := self._engine.run(self._advance()):
-                if piece.text:
-                    return piece.text
-        except BaseException:  # an interrupt, too, that came when the piece had been read
+            while delta := self._engine.run(self._advance()):
+                if delta.text:
+                    return delta.text
+        except BaseException:  # also an interrupt after the delta was read
             self.begin_close()
             raise
         self._open = False
         raise StopIteration
 
     def close(self) -> None:
-        """Ends the request, if it has not ended; nothing more comes. May be repeated."""
+        """Ends the request, if it still runs. May be repeated."""
         self.begin_close()
-        with contextlib.suppress(EngineDead):  # then nothing runs
+        with contextlib.suppress(EngineDead):  # then the request has ended, too
             self._engine.run(self._end())
 
     def begin_close(self) -> None:
-        """As `close`, without waiting: from any thread."""
+        """Like `close`, but does not wait; may be called from any thread."""
         self._open = False
         self._engine.begin(self._end)
 
@@ -90,8 +91,8 @@ class TextStream(Iterator[str]):
         return f"<TextStream: {state}, {text[:60] + '...' if len(text) > 60 else text!r}>"
 
     def _ipython_display_(self) -> None:
-        """Reads the stream to its end, and shows it meanwhile."""
-        if not in_notebook():  # a terminal cannot replace what it has shown
+        """Reads the stream to its end and shows the text meanwhile."""
+        if not in_notebook():  # a terminal cannot update earlier output
             print(self.text, end="")
             for piece in self:
                 print(piece, end="", flush=True)
@@ -105,26 +106,26 @@ class TextStream(Iterator[str]):
         finally:
             output.finish()
 
-    async def _advance(self) -> Piece | None:
+    async def _advance(self) -> TextDelta | None:
         self._step = asyncio.current_task()
         try:
-            piece = await anext(self._pieces, None)
+            delta = await anext(self._deltas, None)
         finally:
             self._step = None
-        if piece is not None:
-            # Here, not where it is read: an interrupt in between must not lose a piece.
-            self._texts.append(piece.text)
-            self.token_ids.append(piece.token)
-            self.finish_reason = piece.finish_reason
-        return piece
+        if delta is not None:
+            # Here rather than in `__next__`: an interrupt in between must not lose a token.
+            self._texts.append(delta.text)
+            self.token_ids.append(delta.token)
+            self.finish_reason = delta.finish_reason
+        return delta
 
     async def _end(self) -> None:
         if self._ending is None:
-            self._ending = asyncio.create_task(self._close_pieces())
+            self._ending = asyncio.create_task(self._close_deltas())
         await asyncio.shield(self._ending)
 
-    async def _close_pieces(self) -> None:
+    async def _close_deltas(self) -> None:
         if self._step is not None:
             self._step.cancel()
             await asyncio.wait([self._step])
-        await self._pieces.aclose()
+        await self._deltas.aclose()

@@ -1,4 +1,4 @@
-"""Llama 3 as Flax modules, its attention, and the choice of the next token."""
+"""Llama 3 as Flax modules, attention, and sampling of the next token."""
 
 from llama_jax.model.attention import MASKED
 from llama_jax.model.llama import MLP, Attention, DecoderLayer, Llama, RMSNorm

@@ -1,7 +1,7 @@
 """Attention in plain JAX: over a whole sequence, and over the pages of the KV cache.
 
-These are the references: they run everywhere, and tests hold every faster kernel against them.
-Scores and softmax are computed in float32.
+These are reference implementations: they run on every backend, and tests compare faster kernels
+with them. Scores and softmax are computed in float32.
 """
 
 from collections.abc import Callable
@@ -10,45 +10,53 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-KEY_BLOCK = 128  # keys that paged attention looks at in one step of its loop
-MASKED = -1e30  # a score of nothing; finite, so that a row without keys gives no NaN
+KEY_BLOCK = 128  # keys per iteration of paged attention
+MASKED = -1e30  # score of a masked key; finite, so that a row without keys gives no NaN
 
-# (scores, head, query position, key position) -> scores: see `model.Attention.score_mod`.
+# (scores, head, query position, key position) -> scores: see `llama.Attention.score_mod`.
 ScoreMod = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+# (name, value) -> the value to continue with: see `tap.TappedModule.tap`.
+Tap = Callable[[str, jax.Array], jax.Array]
 
 
-class Caller(Protocol):
-    """What attention asks of the module that calls it; what is written here changes nothing."""
+class Attend(Protocol):
+    """The attention that a layer calls: `causal_attention`, or the ring's, which also writes to the
+    KV cache."""
 
-    def score_mod(
-        self,
-        scores: jax.Array,
-        head: jax.Array,
-        query_position: jax.Array,
-        key_position: jax.Array,
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, *, score_mod: ScoreMod, tap: Tap
     ) -> jax.Array:
-        """Changes the scores before the softmax."""
-        return scores
-
-    def tap(self, name: str, value: jax.Array) -> jax.Array:
-        """Takes in a named value; attention goes on with what is returned."""
-        return value
+        """q `[..., H, h]`, k and v `[..., K, h]` -> `[..., H, h]`, in the dtype of `q`."""
+        ...
 
 
-class _Plain(Caller):
-    """The caller that neither changes nor looks at anything."""
+def no_score_mod(
+    scores: jax.Array, head: jax.Array, query_position: jax.Array, key_position: jax.Array
+) -> jax.Array:
+    """Returns the scores unchanged."""
+    return scores
 
 
-PLAIN = _Plain()
+def no_tap(name: str, value: jax.Array) -> jax.Array:
+    """Returns the value unchanged."""
+    return value
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, caller: Caller = PLAIN) -> jax.Array:
-    """Each position attends to itself and to those before it.
+def causal_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    score_mod: ScoreMod = no_score_mod,
+    tap: Tap = no_tap,
+) -> jax.Array:
+    """Causal attention: each position attends to itself and to earlier ones.
 
     Args:
       q: `[B, T, H, h]`; query head i shares KV head i // G.
       k, v: `[B, T, K, h]`.
-      caller: changes the scores, and is given "weights" `[B, H, T, T]`, in the dtype of `v`.
+      score_mod: changes the scores before the softmax.
+      tap: receives "weights" `[B, H, T, T]`, in the dtype of `v`.
 
     Returns:
       `[B, T, H, h]`, in the dtype of `q`.
@@ -59,11 +67,11 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, caller: Caller = 
         scores = jnp.einsum("BTKGh,BSKh->BKGTS", grouped, k, preferred_element_type=jnp.float32)
         position = jnp.arange(num_tokens)
         head = jnp.arange(num_heads).reshape(k.shape[2], -1, 1, 1)
-        scores = caller.score_mod(scores * head_dim**-0.5, head, position[:, None], position)
+        scores = score_mod(scores * head_dim**-0.5, head, position[:, None], position)
         scores = jnp.where(position[:, None] >= position, scores, MASKED)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         by_head = (weights.shape[0], num_heads, num_tokens, num_tokens)
-        weights = caller.tap("weights", weights.reshape(by_head)).reshape(weights.shape)
+        weights = tap("weights", weights.reshape(by_head)).reshape(weights.shape)
         out = jnp.einsum("BKGTS,BSKh->BTKGh", weights, v)
         return out.reshape(*out.shape[:2], num_heads, head_dim)
 
@@ -75,26 +83,27 @@ def paged_attention(
     page_table: jax.Array,
     positions: jax.Array,
     lengths: jax.Array,
-    score_mod: ScoreMod = PLAIN.score_mod,
+    score_mod: ScoreMod = no_score_mod,
     first_head: jax.Array | int = 0,
 ) -> jax.Array:
-    """Each query attends to the keys of its sequence at positions up to its own.
+    """Causal attention over keys and values in pages of the KV cache.
 
-    Walks the keys in blocks with a running softmax (https://arxiv.org/abs/2205.14135), as many
-    blocks as the longest sequence here needs: the cost follows the actual lengths, and the memory
-    for scores does not grow with the context. Blocks beyond a row's own length change no bit of it.
+    Iterates over blocks of keys with an online softmax (https://arxiv.org/abs/2205.14135), only as
+    many as the longest sequence needs: the cost follows the actual lengths, and the memory for
+    scores does not grow with the context. Blocks beyond the length of a row do not change its
+    result, not even by rounding.
 
     Args:
       q: `[B, T, H, h]`; B sequences with T queries each.
-      k_pages, v_pages: `[K, num_pages, page_size, h]`. Heads come first so that the gathered keys
-        need no transpose before the product.
+      k_pages, v_pages: `[K, num_pages, page_size, h]`. Heads come first, so that the product needs
+        no transpose of the gathered keys.
       page_table: `[B, S / page_size]` int32, the pages of each sequence in order; entries beyond
-        its length may be anything.
-      positions: `[B, T]` int32, where each query stands in its sequence.
-      lengths: `[B]` int32, the keys that each sequence has. Whatever the pages hold beyond them,
-        NaN included, is never used.
+        its length are not used.
+      positions: `[B, T]` int32, the position of each query in its sequence.
+      lengths: `[B]` int32, the number of keys of each sequence. Page contents beyond it are not
+        used, even if they are NaN.
       score_mod: changes the scores before the softmax.
-      first_head: the number of the first of these H heads in the whole model, for `score_mod`.
+      first_head: the index in the whole model of the first of these H heads, for `score_mod`.
 
     Returns:
       `[B, T, H, h]`, in the dtype of `q`; zeros for a sequence of length 0.
@@ -107,7 +116,8 @@ def paged_attention(
     page_table = jnp.pad(page_table, ((0, 0), (0, padding)))
 
     group = num_heads // num_kv_heads
-    # Rows of one KV head's product: its group's heads at every query. [K, B, T * G, h]
+    # One matrix product per KV head and sequence. Its rows are the queries of all heads that share
+    # the KV head: [K, B, T * G, h].
     grouped = q.reshape(batch, num_queries, num_kv_heads, group, head_dim)
     rows = grouped.transpose(2, 0, 1, 3, 4).reshape(num_kv_heads, batch, -1, head_dim)
     row_positions = jnp.repeat(positions, group, axis=1)  # [B, T * G]
@@ -119,21 +129,24 @@ def paged_attention(
         return gathered.reshape(num_kv_heads, batch, block, head_dim)
 
     def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        best, total, out = carry  # [K, B, T * G] twice, [K, B, T * G, h]; all float32
+        # The softmax so far: maximum and sum [K, B, T * G], unnormalized output [K, B, T * G, h].
+        best, total, out = carry
         index = jax.lax.dynamic_slice_in_dim(page_table, i * pages_per_block, pages_per_block, 1)
         key_positions = i * block + jnp.arange(block)
-        held = key_positions < lengths[:, None]  # [B, block]
-        seen = held[:, None] & (key_positions <= row_positions[..., None])  # [B, T * G, block]
+        valid = key_positions < lengths[:, None]  # [B, block]
+        causal = key_positions <= row_positions[..., None]  # [B, T * G, block]
+        visible = valid[:, None] & causal
         scores = jnp.einsum(
             "KBRh,KBSh->KBRS", rows, pages_of(k_pages, index), preferred_element_type=jnp.float32
         )
         scores = scores * head_dim**-0.5
         scores = score_mod(scores, row_heads, row_positions[..., None], key_positions)
-        scores = jnp.where(seen, scores, MASKED)
-        # A page holds what its last owner left, and 0 × NaN is NaN: V needs the mask, too.
-        values = jnp.where(held[..., None], pages_of(v_pages, index), 0)
+        scores = jnp.where(visible, scores, MASKED)
+        # A page still holds the values of its last owner, and 0 × NaN is NaN: mask V as well.
+        values = jnp.where(valid[..., None], pages_of(v_pages, index), 0)
         new_best = jnp.maximum(best, scores.max(axis=-1))
-        weights = jnp.where(seen, jnp.exp(scores - new_best[..., None]), 0)
+        # Masked again: with no visible key so far, exp(MASKED - MASKED) is 1.
+        weights = jnp.where(visible, jnp.exp(scores - new_best[..., None]), 0)
         rescale = jnp.exp(best - new_best)
         update = jnp.einsum(
             "KBRS,KBSh->KBRh", weights.astype(values.dtype), values,
@@ -149,6 +162,7 @@ def paged_attention(
             jnp.zeros(rows.shape, jnp.float32),
         )
         _, total, out = jax.lax.fori_loop(0, num_blocks, step, carry)
+        # For a sequence of length 0 the sum is 0, and 0 / tiny is 0.
         out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
         out = out.reshape(num_kv_heads, batch, num_queries, group, head_dim)
         return out.transpose(1, 2, 0, 3, 4).reshape(q.shape).astype(q.dtype)
@@ -160,16 +174,17 @@ def paged_weights(
     page_table: jax.Array,
     positions: jax.Array,
     lengths: jax.Array,
-    score_mod: ScoreMod = PLAIN.score_mod,
+    score_mod: ScoreMod = no_score_mod,
     first_head: jax.Array | int = 0,
 ) -> jax.Array:
-    """The weights that `paged_attention` gives each key and never holds all at once: to look at.
+    """The softmax weights of `paged_attention`, which itself never materializes them.
 
     Args:
-      As `paged_attention`.
+      q, k_pages, page_table, positions, lengths, score_mod, first_head: as for `paged_attention`.
 
     Returns:
-      `[B, T, H, S]` float32, S the tokens that the page table has room for; zeros beyond a query.
+      `[B, T, H, S]` float32, where S is the capacity of the page table in tokens; zero for masked
+      keys.
     """
     batch, num_queries, num_heads, head_dim = q.shape
     num_kv_heads, _, page_size, _ = k_pages.shape
@@ -182,6 +197,6 @@ def paged_weights(
     key_position, query_position = jnp.arange(num_keys), positions[..., None, None]
     head = first_head + jnp.arange(num_heads)[:, None]
     scores = score_mod(scores, head, query_position, key_position)
-    seen = (key_position < lengths[:, None, None, None]) & (key_position <= query_position)
-    weights = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1)
-    return jnp.where(seen, weights, 0)
+    visible = (key_position < lengths[:, None, None, None]) & (key_position <= query_position)
+    weights = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1)
+    return jnp.where(visible, weights, 0)

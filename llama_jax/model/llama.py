@@ -1,17 +1,17 @@
-"""Llama 3 as Flax NNX modules: plain maths, no mesh in sight.
+"""Llama 3 as Flax NNX modules: plain math, independent of any mesh.
 
-The same modules run in two places. In a notebook, `Llama.from_pretrained(path)(tokens)` gives
-logits for every position on one device. In the ring, each rank rebuilds `DecoderLayer` around its
-own share of the weights (`sharding/`): head counts are read off the weights' shapes, so a rank that
-holds a quarter of the heads computes a quarter of the attention, and `reduce` sums the ranks'
-partial results. Without a mesh `reduce` is the identity.
+The same modules run in two places. In a notebook, `Llama.from_pretrained(path)(tokens)` computes
+logits for every position on one device. In the ring, each rank builds `DecoderLayer` around its
+share of the weights (`ring.stage`). Head counts follow from the shapes of the weights, so a rank
+with a quarter of the heads computes a quarter of the attention, and `reduce` sums the partial
+results of the ranks. On one device, `reduce` is the identity.
 
-Values worth a name go through `tap`, so that they can be captured and patched
-(`llama_jax.interpret`). To change the model, subclass: `DecoderLayer` names the classes of its
-attention and MLP, `Llama` those of its layers and of its sampler, and the ring takes them over.
+Values of interest pass through `tap`, so that they can be captured and patched
+(`llama_jax.interpret`). To change the model, write a subclass: `DecoderLayer` names the classes of
+its attention and MLP, `Llama` the class of its layers and its sampler, and the ring uses them.
 
-A matrix of a layer is an array, or, quantised, a named tuple of arrays (`llama_jax.quantization`);
-`linear` is the only place that tells the two apart.
+A matrix of a layer is an array or, if it is quantized, a named tuple of arrays
+(`llama_jax.quantization`); only `linear` distinguishes the two.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,38 +24,29 @@ import numpy as np
 from flax import nnx
 
 from llama_jax.config import LlamaConfig
-from llama_jax.model.attention import causal_attention
+from llama_jax.model.attention import Attend, causal_attention
 from llama_jax.model.rope import inverse_frequencies, rotate
 from llama_jax.model.sampling import Sampler
 from llama_jax.model.tap import TappedModule
 from llama_jax.quantization import Quantized
-from llama_jax.weights.table import (
-    EMBEDDING,
-    INIT_STD,
-    LAYER_WEIGHTS,
-    LM_HEAD,
-    Weight,
-)
-from sharding.errors import UserError
+from llama_jax.weights.table import EMBEDDING, LAYER_WEIGHTS, LM_HEAD
 
-# (q [..., H, h], k [..., K, h], v [..., K, h], whose they are) -> [..., H, h]; the ring's stores k
-# and v as well. It gives scores to `Attention.score_mod`.
-Attend = Callable[[jax.Array, jax.Array, jax.Array, "Attention"], jax.Array]
 Reduce = Callable[[jax.Array], jax.Array]
 
+_INIT_STD = 0.02  # of random matrices, as `initializer_range` in Hugging Face configs
 _BY_NAME = {weight.name: weight for weight in (*LAYER_WEIGHTS, EMBEDDING, LM_HEAD)}
 
 
 def linear(x: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
-    """x [..., in] times weight [out, in], transposed: [..., out], in the dtype of `x`."""
+    """Multiplies x [..., in] by the transpose of a weight [out, in]: [..., out], dtype of `x`."""
     if isinstance(weight, tuple):
         return weight.linear(x)
     return jnp.einsum("...i,oi->...o", x, weight)
 
 
 def _param(config: LlamaConfig, name: str, rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.Param:
-    weight: Weight = _BY_NAME[name]
-    noise = INIT_STD * jax.random.normal(rngs.params(), weight.shape(config), jnp.float32)
+    shape = _BY_NAME[name].shape(config)
+    noise = _INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32)
     return nnx.Param(noise.astype(dtype))
 
 
@@ -74,7 +65,10 @@ class RMSNorm(TappedModule):
 
 
 class Attention(TappedModule):
-    """Grouped-query attention; head counts come from the shapes of the weights."""
+    """Grouped-query attention (https://arxiv.org/abs/2305.13245).
+
+    Head counts follow from the shapes of the weights.
+    """
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
         self.wq = _param(config, "attention.wq", rngs, dtype)
@@ -84,7 +78,16 @@ class Attention(TappedModule):
         self.config = config
 
     def __call__(self, x: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
-        """x [..., D], positions [...] int32 -> this rank's partial sum [..., D]."""
+        """Attends.
+
+        Args:
+          x: `[..., D]`, normalized.
+          positions: `[...]` int32, in the sequence.
+          attend: computes attention from queries, keys and values.
+
+        Returns:
+          `[..., D]`, this rank's partial sum.
+        """
         with jax.named_scope("qkv"):
             q, k, v = (
                 linear(x, w.get_value()).reshape(*x.shape[:-1], -1, self.config.head_dim)
@@ -93,7 +96,8 @@ class Attention(TappedModule):
         frequencies = inverse_frequencies(self.config)
         q = self.tap("query", rotate(q, positions, frequencies))
         k = self.tap("key", rotate(k, positions, frequencies))
-        out = self.tap("heads", attend(q, k, self.tap("value", v), self))
+        v = self.tap("value", v)
+        out = self.tap("heads", attend(q, k, v, score_mod=self.score_mod, tap=self.tap))
         return linear(out.reshape(*x.shape[:-1], -1), self.wo.get_value())
 
     def score_mod(
@@ -103,16 +107,16 @@ class Attention(TappedModule):
         query_position: jax.Array,
         key_position: jax.Array,
     ) -> jax.Array:
-        """Changes the scores before the softmax; for subclasses.
+        """Changes the scores before the softmax; subclasses may override it.
 
-        Keys after the query are left out in any case. To leave out others, put
-        `attention.MASKED` in their place, but leave each query one key.
+        The causal mask is applied afterwards in any case. To mask more keys, set their scores to
+        `attention.MASKED`, but leave each query at least one key.
 
         Args:
-          scores: float32, already divided by the square root of h, in whatever shape the backend
-            computes them; the other three broadcast against it.
-          head: int32, the number of the query head, in the whole model.
-          query_position, key_position: int32, in the sequence.
+          scores: float32, already divided by the square root of h. The shape depends on the
+            backend; the other arguments broadcast against it.
+          head: int32, the index of the query head in the whole model.
+          query_position, key_position: int32, positions in the sequence.
 
         Returns:
           Scores of the same shape.
@@ -129,7 +133,7 @@ class MLP(TappedModule):
         self.w_down = _param(config, "mlp.w_down", rngs, dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., D] -> this rank's partial sum [..., D]."""
+        """x [..., D], normalized -> this rank's partial sum [..., D]."""
         with jax.named_scope("mlp"):
             gate, up = (linear(x, w.get_value()) for w in (self.w_gate, self.w_up))
             neurons = self.tap("neurons", jax.nn.silu(gate) * up)
@@ -137,7 +141,7 @@ class MLP(TappedModule):
 
 
 class DecoderLayer(TappedModule):
-    """Attention and MLP, each behind a norm and beside a residual connection."""
+    """Attention and MLP, each with a norm before it and a residual connection around it."""
 
     attention_class: ClassVar[type[Attention]] = Attention
     mlp_class: ClassVar[type[MLP]] = MLP
@@ -155,7 +159,17 @@ class DecoderLayer(TappedModule):
         attend: Attend,
         reduce: Reduce = lambda partial: partial,
     ) -> jax.Array:
-        """x [..., D], positions [...] int32 -> [..., D]; `reduce` sums partial results."""
+        """Applies the layer.
+
+        Args:
+          x: `[..., D]`, the residual stream.
+          positions: `[...]` int32, in the sequence.
+          attend: computes attention from queries, keys and values.
+          reduce: sums partial results over the tensor-parallel ranks.
+
+        Returns:
+          `[..., D]`.
+        """
         attended = reduce(self.attention(self.attention_norm(x), positions, attend))
         x = self.tap("middle", x + self.attention.tap("output", attended))
         transformed = reduce(self.mlp(self.mlp_norm(x)))
@@ -167,9 +181,9 @@ class Llama(TappedModule):
 
     Args:
       config: the architecture.
-      rngs: for the random initial weights, which are not quantised; `Llama.from_pretrained`
-        replaces them with what a checkpoint holds.
-      dtype: of the weights and activations; norms, softmax and logits are float32.
+      rngs: for the random initial weights, which are not quantized; `Llama.from_pretrained` loads
+        those of a checkpoint instead.
+      dtype: of the weights and activations; norms, softmax and logits are computed in float32.
     """
 
     layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer
@@ -189,8 +203,8 @@ class Llama(TappedModule):
         """tokens [B, T] int32 in [0, V) -> logits [B, T, V] float32.
 
         Raises:
-          ValueError: if a token is out of range (JAX itself would clamp it in silence). Inside a
-            `jax.jit` the tokens' values are not known and are not checked.
+          ValueError: a token is out of range, which JAX would silently clamp. Inside `jax.jit`,
+            where the values of the tokens are unknown, they are not checked.
         """
         check_tokens(tokens, self.config.vocab_size)
         tokens = jnp.asarray(tokens)
@@ -201,25 +215,29 @@ class Llama(TappedModule):
         return self.tap("logits", self.unembed(x))
 
     def unembed(self, x: jax.Array) -> jax.Array:
-        """Activations of a layer [..., D] -> the logits that they lead to, [..., V] float32."""
+        """Output of a layer [..., D] -> logits [..., V] float32: final norm and LM head."""
         head = self.embedding if self.config.tie_embeddings else self.lm_head
-        return logits(self.final_norm(x), head[...])
+        return head_logits(self.final_norm(x), head[...])
 
     @classmethod
     def from_pretrained(cls, path: str, dtype: str = "auto") -> Self:
-        """Opens a checkpoint directory (Hugging Face or Orbax layout) on the default device.
+        """Loads a checkpoint directory (Hugging Face or Orbax layout) to the default device.
 
         Args:
           path: the directory.
-          dtype: "auto" (float32 on CPU, the checkpoint's own elsewhere), "float32", "bfloat16".
+          dtype: "auto" (float32 on CPU, else the checkpoint's own), "float32" or "bfloat16".
+
+        Raises:
+          CheckpointError, ConfigError: the checkpoint cannot be read.
+          UserError: `dtype` has another value.
         """
-        # The model needs no reader until it reads a checkpoint.
+        # Imported here, so that importing the model does not load the readers.
         from llama_jax.checkpoint import open_checkpoint
         from llama_jax.checkpoint.load import choose_dtype, load_whole
 
         with closing(open_checkpoint(path)) as reader:
             kind = choose_dtype(dtype, reader.config, jax.default_backend())
-            # Its weights are placeholders: none is made that the checkpoint would replace.
+            # eval_shape: no random weights are computed only to be replaced.
             model = nnx.eval_shape(lambda: cls(reader.config, rngs=nnx.Rngs(0), dtype=kind))
             params = load_whole(reader, kind)
         model.embedding.set_value(params.embedding)
@@ -231,14 +249,14 @@ class Llama(TappedModule):
         return model
 
 
-def logits(x: jax.Array, head: jax.Array) -> jax.Array:
-    """Normed activations [..., D] and head [V, D] -> logits [..., V], float32."""
+def head_logits(x: jax.Array, head: jax.Array) -> jax.Array:
+    """Normalized activations [..., D] and LM head [V, D] -> logits [..., V] float32."""
     with jax.named_scope("head"):
         return jnp.einsum("...d,vd->...v", x, head, preferred_element_type=jnp.float32)
 
 
 def weight_of(module: nnx.Module, name: str) -> nnx.Param:
-    """The parameter of a module with this name from the table of weights: "attention.wq"."""
+    """The parameter of a module with this name in the weight table, such as "attention.wq"."""
     for attribute in name.split("."):
         module = getattr(module, attribute)
     assert isinstance(module, nnx.Param)
@@ -246,27 +264,19 @@ def weight_of(module: nnx.Module, name: str) -> nnx.Param:
 
 
 def set_weights(module: nnx.Module, weights: Mapping[str, Any]) -> None:
-    """Gives a module its weights by their names; a quantised one is a named tuple of arrays."""
+    """Sets weights of a module by name, as arrays or as named tuples of arrays (quantized)."""
     for name, value in weights.items():
         weight_of(module, name).set_value(value)
 
 
-def check_model_class(model_class: type[Llama]) -> None:
-    """Raises UserError unless the ring can run a class as it stands: it takes over the layers and
-    the sampler, and would leave out in silence what else the class changes."""
-    if not (isinstance(model_class, type) and issubclass(model_class, Llama)):
-        raise UserError(f"model_class must be Llama or a subclass of it, got {model_class!r}.")
-    for name in ("__call__", "unembed"):
-        if getattr(model_class, name) is not getattr(Llama, name):
-            raise UserError(
-                f"{model_class.__name__} has a {name} of its own, which a model on a mesh does not "
-                "run: change the layers (layer_class) or the sampler instead."
-            )
-
-
 def check_tokens(tokens: Any, vocab_size: int) -> None:
-    """Raises ValueError unless tokens are integers `[B, T]` in [0, V), one at least, as far as is
-    known now: inside a `jax.jit` their values are not."""
+    """Checks that tokens are integers `[B, T]` in [0, V), and at least one.
+
+    Inside `jax.jit`, where their values are unknown, nothing is checked.
+
+    Raises:
+      ValueError: they are not.
+    """
     if isinstance(tokens, jax.core.Tracer):
         return
     values = np.asarray(tokens)
@@ -275,7 +285,7 @@ def check_tokens(tokens: Any, vocab_size: int) -> None:
             f"tokens must be integers of shape [B, T], got {values.dtype} of shape {values.shape}."
         )
     if not values.size:
-        raise ValueError(f"tokens must hold at least one, got shape {values.shape}.")
+        raise ValueError(f"There must be at least one token, got shape {values.shape}.")
     if not (0 <= values.min() and values.max() < vocab_size):
         raise ValueError(
             f"Token ids must be in [0, {vocab_size}), got {values.min()} to {values.max()}."

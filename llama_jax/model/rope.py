@@ -1,4 +1,4 @@
-"""Rotary position embedding, with the frequency scaling of Llama 3.1 and later."""
+"""Rotary position embedding (https://arxiv.org/abs/2104.09864), with the scaling of Llama 3.1."""
 
 import math
 from functools import cache
@@ -12,11 +12,12 @@ from llama_jax.config import LlamaConfig
 
 @cache
 def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Radians per position of each rotated pair, `[h / 2]` float32.
+    """Angle per position of each rotated pair, in radians: `[h / 2]` float32.
 
-    Scaling (type "llama3", https://arxiv.org/abs/2407.21783 and the reference code of Llama 3.1):
-    wavelengths beyond `original_max_position_embeddings / low_freq_factor` are stretched by
-    `factor`, those below `… / high_freq_factor` stay, and in between the two are blended.
+    Scaling of type "llama3" (https://arxiv.org/abs/2407.21783 and Meta's code for Llama 3.1)
+    stretches wavelengths above `original_max_position_embeddings / low_freq_factor` by `factor`,
+    keeps those below `original_max_position_embeddings / high_freq_factor`, and interpolates
+    between the two.
     """
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequencies = 1.0 / np.float32(config.rope_theta) ** exponents
@@ -34,7 +35,14 @@ def rotate(
     positions: jax.Array,  # [...] int32
     frequencies: np.ndarray,  # [h / 2]
 ) -> jax.Array:
-    """Turns each pair (x[i], x[i + h/2]) by position × frequency, in float32; dtype of `x`."""
+    """Rotates each pair (x[i], x[i + h/2]) by position × frequency; computes in float32.
+
+    The halves of a head form the pairs, as in Hugging Face checkpoints; Meta's own checkpoints
+    interleave them.
+
+    Returns:
+      The shape and dtype of `x`.
+    """
     with jax.named_scope("rope"):
         angles = positions[..., None, None].astype(jnp.float32) * frequencies
         cos, sin = jnp.cos(angles), jnp.sin(angles)

@@ -1,8 +1,8 @@
-"""Named values inside the modules: what can be looked at and changed while a model runs.
+"""Named values inside the modules, which can be captured and changed while a model runs.
 
-A module hands each value worth a name through `tap`. Alone that is nothing: the program is the same
-with and without it. Inside Flax's `nnx.capture` the value is kept as an intermediate; where a patch
-of that name has been put into the module (`llama_jax.interpret.patched`), it is changed on the way.
+Modules pass each value of interest through `tap`. By itself that does nothing: the compiled program
+is the same with and without it. Inside Flax's `nnx.capture`, the value is kept as an intermediate;
+if the module has a patch of that name (`llama_jax.interpret.patched`), the patch changes it.
 """
 
 from typing import Any
@@ -11,23 +11,26 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-PATCHES = "patches_"  # begins the attributes of a module that hold the patches of its values
+PATCHES = "patches_"  # prefix of the attributes of a module that hold its patches
 
 
 class TappedModule(nnx.Module):
     """An NNX module with named values.
 
-    A full name is the module's path and the value's own, such as "layers.3.attention.weights".
-    Subclasses may tap further values; those can be captured and patched like the rest. On a mesh
-    each rank taps its own part of a value (its heads, its neurons) or the whole of it; a partial
-    sum, such as what `Attention` and `MLP` return, has no meaning there until it is reduced.
+    A full name is the path of the module followed by the name of the value, such as
+    "layers.3.attention.weights". Subclasses may tap more values, which can be captured and patched
+    like the rest. On a mesh, each rank taps its part of a value (its heads, its neurons) or all of
+    it. Do not tap a partial sum, such as the result of `Attention` or `MLP`, before it is reduced.
     """
 
     def tap(self, name: str, value: jax.Array) -> jax.Array:
-        """Names a value. The caller goes on with what is returned, which may be patched.
+        """Names a value.
+
+        Returns:
+          The value to continue with: the same, unless a patch has changed it.
 
         Raises:
-          ValueError: a patch gives another shape, or a module inside this one has the name.
+          ValueError: a patch returns another shape, or a child module has this name.
         """
         for patch in getattr(self, PATCHES + name, ()):
             new = patch(value)
@@ -37,7 +40,7 @@ class TappedModule(nnx.Module):
                     f"shape {list(value.shape)}; a patch must keep the shape."
                 )
             value = jnp.asarray(new, value.dtype)
-        if hasattr(self, "__captures__"):  # inside `nnx.capture`; elsewhere `sow` would keep it
+        if hasattr(self, "__captures__"):  # inside `nnx.capture`; outside, `sow` would store it
             if isinstance(getattr(self, name, None), nnx.Module):
                 raise ValueError(
                     f"{type(self).__name__} taps {name!r}, which is the name of a module inside "
@@ -48,7 +51,7 @@ class TappedModule(nnx.Module):
 
 
 def captured_by_name(captured: nnx.State) -> dict[str, Any]:
-    """Name → value of what `nnx.capture` has collected; a name tapped twice has both in a tuple."""
+    """The values that `nnx.capture` collected, by name; a tuple for a name tapped several times."""
     found = {}
     for path, variable in nnx.to_flat_state(captured):
         values = variable.get_value()

@@ -1,19 +1,22 @@
-"""Pictures of the mesh, the ring and the model, for notebooks and files.
+"""Pictures of the mesh, the ring and the model, for notebooks and as files.
 
     from llama_jax import pictures
     pictures.mesh(llm)
     pictures.next_token(logits, tokenizer, save="next.png")
 
-Each function returns a matplotlib figure that a notebook shows by itself, readable on light and
-dark pages, and writes it to a file where `save` names one. Inside IPython, importing this also
-makes a `jax.sharding.Mesh` show as a table.
+Each function returns a matplotlib figure, which a notebook displays and which is readable on light
+and dark pages. With `save`, it also writes the figure to a file, in the format of its extension.
+In IPython, importing this package also makes `jax.sharding.Mesh` display as a table.
+
+A wrong argument is the caller's bug, so these functions raise a plain ValueError, not a
+`sharding.errors.UserError`.
 """
 
 try:
     import matplotlib  # noqa: F401
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        'Pictures need matplotlib: pip install "llama-jax[notebook]", or matplotlib alone.',
+        'llama_jax.pictures needs matplotlib: pip install "llama-jax[notebook]".',
         name="matplotlib",
     ) from error
 
@@ -26,7 +29,7 @@ from llama_jax.pictures.line_plot import curves
 from llama_jax.pictures.mesh_html import mesh_html as mesh_html
 from llama_jax.pictures.mesh_html import show_meshes_as_html as _show_meshes_as_html
 from llama_jax.pictures.next_tokens import next_token
-from llama_jax.pictures.pages import page_occupancy
+from llama_jax.pictures.page_map import page_occupancy
 from llama_jax.pictures.ring_timeline import timeline
 from llama_jax.pictures.shards import sharding
 

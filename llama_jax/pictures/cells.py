@@ -1,4 +1,4 @@
-"""Texts that fit into the cells of a picture, and axes with tokens or times for ticks."""
+"""Text fitted into the cells of a picture, and axes with tokens as tick labels."""
 
 import math
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.text import Text
 
-SMALLEST, LARGEST = 6.0, 9.0  # points of a text in a cell
-CHARACTER = 0.66  # width of one, as a share of the font's size, on average
-LINE = 1.25  # height of a line, likewise
-PADDING = 2.0  # points of a cell's width that stay free; a line's height has its own space
+MIN_POINTS, MAX_POINTS = 6.0, 9.0  # font size
+CHARACTER = 0.66  # average width of a character, as a fraction of the font size
+LINE = 1.25  # height of a line, as a fraction of the font size
+PADDING = 2.0  # points of free width in a cell; LINE already includes free height
 
 
 def write_in_cell(
@@ -24,31 +24,32 @@ def write_in_cell(
     *,
     turn: bool = True,
     cut: bool = False,
-    largest: float = LARGEST,
+    largest: float = MAX_POINTS,
 ) -> Text | None:
-    """Writes a text into the middle of a cell, as large as fits; nothing where it cannot be read.
+    """Writes text in the middle of a cell as large as fits, or not at all if that is too small.
 
     Args:
-      axes, x, y: where the middle is.
-      text: of one line or more.
+      axes: to write on.
+      x, y: the middle of the cell.
+      text: one line or more.
       size: width and height of the cell in inches.
       color: of the text.
-      turn: whether it may stand upright.
-      cut: whether it may lose its end, shown by "…".
-      largest: points.
+      turn: whether the text may be rotated by 90 degrees.
+      cut: whether the text may be truncated, with "…" at its end.
+      largest: maximum font size in points.
     """
     width, height = 72 * size[0] - PADDING, 72 * size[1] - PADDING / 4
     points, rotation = _points(text, width, height), 0
     if turn and points < largest:
-        in_a_line = text.replace("\n", " ")
-        upright = _points(in_a_line, height, width)
-        if upright >= SMALLEST > points:
-            text, points, rotation = in_a_line, upright, 90
-    if points < SMALLEST and cut and height >= SMALLEST * LINE:
-        keep = int(width / (SMALLEST * CHARACTER)) - 1
+        one_line = text.replace("\n", " ")
+        rotated = _points(one_line, height, width)
+        if rotated >= MIN_POINTS > points:
+            text, points, rotation = one_line, rotated, 90
+    if points < MIN_POINTS and cut and height >= MIN_POINTS * LINE:
+        keep = int(width / (MIN_POINTS * CHARACTER)) - 1
         if keep >= 2:
-            text, points = f"{text[:keep]}…", SMALLEST
-    if points < SMALLEST:
+            text, points = f"{text[:keep]}…", MIN_POINTS
+    if points < MIN_POINTS:
         return None
     return axes.text(
         x,
@@ -60,12 +61,13 @@ def write_in_cell(
         fontsize=min(points, largest),
         rotation=rotation,
         clip_on=True,
-        # The layout is there already, and needs no place for it.
+        # The cell's size comes from a layout, which this text must not change.
         in_layout=False,
     )
 
 
 def _points(text: str, width: float, height: float) -> float:
+    """The largest font size at which the text fits into a cell of so many points."""
     lines = text.split("\n")
     longest = max(len(line) for line in lines)
     return min(width / (CHARACTER * max(longest, 1)), height / (LINE * len(lines)))
@@ -78,10 +80,10 @@ def _drawable(character: str) -> bool:
 
 
 def show_text(text: str) -> str:
-    """A token's text so that spaces, breaks and what the font does not have can be seen.
+    """A token's text with every character visible.
 
-    Spaces become "␣", line breaks and other controls their escapes, likewise characters without a
-    glyph, which would all be the same empty box.
+    Spaces become "␣". Line breaks, other control characters and characters without a glyph in the
+    font, which would all be the same empty box, become escapes.
     """
     shown = []
     for character in text:
@@ -94,25 +96,30 @@ def show_text(text: str) -> str:
     return "".join(shown)
 
 
-def shorten(text: str, most: int) -> str:
-    """At most so many characters, the last of them "…" where some are lost."""
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+def shorten(text: str, max_length: int) -> str:
+    """Truncates text to `max_length` characters, with "…" as the last."""
+    return text if len(text) <= max_length else f"{text[: max_length - 1]}…"
 
 
-def label_every(count: int, length: float, least: float) -> int:
-    """Every how many of `count` places on an axis of `length` inches can have a label, if labels
-    are to be `least` inches apart."""
-    return max(1, math.ceil(count * least / length))
+def label_step(count: int, length: float, spacing: float) -> int:
+    """The smallest n such that labels at every n-th place are at least `spacing` inches apart.
+
+    Args:
+      count: places on the axis.
+      length: of the axis in inches.
+      spacing: inches from one label to the next.
+    """
+    return max(1, math.ceil(count * spacing / length))
 
 
 def token_ticks(
     axes: Axes, x: Sequence[str] | None, y: Sequence[str] | None, size: tuple[float, float]
 ) -> None:
-    """Puts a token's text at each place of an axis, or at every n-th where they are too close.
+    """Labels each place of an axis with a token's text, or every n-th if they are too close.
 
     Args:
-      axes: whose.
-      x, y: the texts; None for an axis that gets none.
+      axes: to label.
+      x, y: the texts; None for no labels.
       size: width and height of the axes in inches.
     """
     if x is not None:
@@ -124,8 +131,8 @@ def token_ticks(
 
 
 def _ticks(texts: Sequence[str], length: float) -> tuple[range, list[str]]:
-    every = label_every(len(texts), length, 0.12)
-    if every > 1:  # then there is a choice, and they may as well stand freely
-        every = label_every(len(texts), length, 0.17)
-    places = range(0, len(texts), every)
+    step = label_step(len(texts), length, 0.12)
+    if step > 1:  # labels have to be left out anyway: give the others more space
+        step = label_step(len(texts), length, 0.17)
+    places = range(0, len(texts), step)
     return places, [shorten(show_text(texts[place]), 14) for place in places]

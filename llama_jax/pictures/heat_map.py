@@ -1,4 +1,4 @@
-"""Numbers in a grid, such as a layer × head of an ablation."""
+"""Heat maps of numbers, such as the effect of ablating each head of each layer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +10,9 @@ from matplotlib import colormaps
 from llama_jax.pictures.cells import token_ticks, write_in_cell
 from llama_jax.pictures.style import COLOR_MAP, WIDTH, Picture, drawing, inches, ink, wrapped
 
-TALLEST = 9.0  # inches
-LETTER = 0.08  # inches of a tick's text
-WRITTEN = 24  # most columns of all grids together that have room for numbers
+MAX_HEIGHT = 9.0  # inches
+LETTER = 0.08  # average width of a letter of a tick label, inches
+MAX_NUMBERED_COLUMNS = 24  # of all grids together: more leave no room for numbers in the cells
 
 
 def heat_map(
@@ -27,16 +27,16 @@ def heat_map(
     names: Sequence[str] | None = None,
     save: str | Path | None = None,
 ) -> Picture:
-    """Draws a grid of numbers, or several on one scale; the first row is at the bottom.
+    """Draws a grid of numbers, or several side by side on one scale. Row 0 is at the bottom.
 
     Args:
-      values: `[rows, columns]`, or `[n, rows, columns]`.
+      values: `[rows, columns]`, or `[n, rows, columns]` for n grids.
       title: of the picture.
-      label: what the numbers are, with their unit, for the colour bar.
-      xlabel, ylabel: what columns and rows are.
-      x, y: the text of each column and row; None to count from 0.
-      names: of n grids.
-      save: a file to write as well.
+      label: of the color bar: what the numbers are, with their unit.
+      xlabel, ylabel: what the columns and the rows are.
+      x, y: labels of the columns and the rows; None to count from 0.
+      names: titles of the n grids.
+      save: a file to write.
 
     Raises:
       ValueError: shapes do not match, or a number is not finite.
@@ -45,19 +45,21 @@ def heat_map(
     if grids.ndim == 2:
         grids = grids[None]
     if grids.ndim != 3 or not grids.size:
-        raise ValueError(f"Numbers are [rows, columns] or [n, ...], not {np.shape(values)}.")
+        raise ValueError(
+            f"values must have shape [rows, columns] or [n, rows, columns], got {np.shape(values)}."
+        )
     if not np.all(np.isfinite(grids)):
-        raise ValueError("A number of the grid is not finite.")
+        raise ValueError("values holds a number that is not finite.")
     count, num_rows, num_columns = grids.shape
     x = [str(i) for i in range(num_columns)] if x is None else x
     y = [str(i) for i in range(num_rows)] if y is None else y
     names = [""] * count if names is None else names
     for what, texts, size in (("x", x, num_columns), ("y", y, num_rows), ("names", names, count)):
         if len(texts) != size:
-            raise ValueError(f"{what} needs {size} texts, got {len(texts)}.")
+            raise ValueError(f"{what} must hold {size} texts, got {len(texts)}.")
 
     width = min(WIDTH, max(5.5, 0.42 * num_columns * count + 2.0))
-    height = min(TALLEST, 0.24 * num_rows + 1.8)
+    height = min(MAX_HEIGHT, 0.24 * num_rows + 1.8)
     low, high = float(grids.min()), float(grids.max())
     with drawing(width, height, save) as picture:
         frames = picture.subplots(1, count, squeeze=False)[0]
@@ -87,13 +89,13 @@ def heat_map(
             colors = colormaps[COLOR_MAP](image.norm(grid))
             for (row, column), value in np.ndenumerate(grid):
                 shade = ink(colors[row, column, :3])
-                if count * num_columns <= WRITTEN:
+                if count * num_columns <= MAX_NUMBERED_COLUMNS:
                     text = _number(float(value), high - low)
                     write_in_cell(axes, column, row, text, cell, shade, turn=False, largest=7.5)
     return picture
 
 
 def _number(value: float, spread: float) -> str:
-    """Rounded to what tells cells of a grid apart; what rounds to 0 has no sign."""
+    """Rounds to as many digits as the spread of the grid needs."""
     digits = 0 if spread >= 50 else 1 if spread >= 5 else 2
-    return f"{round(value, digits) + 0.0:.{digits}f}"
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # -0.0 + 0.0 is 0.0: no "-0.0"

@@ -1,4 +1,4 @@
-"""A jax.sharding.Mesh as HTML: what a notebook shows for one, instead of its repr."""
+"""A `jax.sharding.Mesh` as an HTML table, which notebooks display instead of its repr."""
 
 import sys
 from html import escape
@@ -9,15 +9,15 @@ from jax.sharding import Mesh
 
 from llama_jax.pictures.style import short_device
 
-# Colours of the page around it, whatever they are: no background, lines of the text's own colour.
+# Works on any page: no background, and lines in the color of the page's text.
 _CELL = "border:1px solid currentColor;padding:.3em .8em;text-align:center;color:inherit"
 _HEAD = "padding:.2em .6em;font-weight:normal;opacity:.75;text-align:center;color:inherit"
 
 
 def mesh_html(mesh: Mesh) -> str:
-    """A table of the mesh's devices: rows are its first axis, columns its second.
+    """A table of a mesh's devices: one row per index of the first axis, one column per second.
 
-    With more axes, one table for each place on the axes before the last two.
+    A mesh of more than two axes becomes one table per index of the axes before the last two.
     """
     devices = mesh.devices
     names = [str(name) for name in mesh.axis_names]
@@ -58,7 +58,7 @@ def _plural(thing: str, number: int) -> str:
 
 
 def show_meshes_as_html() -> None:
-    """In IPython, makes every Mesh that a cell ends with a table; elsewhere does nothing."""
+    """Makes IPython display a Mesh as a table. Does nothing outside of IPython."""
     shell: Any = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is not None:
         shell.display_formatter.formatters["text/html"].for_type(Mesh, mesh_html)

@@ -1,4 +1,4 @@
-"""The ring over time: which packet was with which stage."""
+"""The ring over time: which packet was in which stage."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -7,11 +7,11 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 
 from llama_jax.engine.recording import PacketRecord, Recording
-from llama_jax.pictures.cells import label_every, write_in_cell
-from llama_jax.pictures.style import GREY, PALETTE, WIDTH, Picture, drawing, inches, ink, wrapped
+from llama_jax.pictures.cells import label_step, write_in_cell
+from llama_jax.pictures.style import GRAY, PALETTE, WIDTH, Picture, drawing, inches, ink, wrapped
 
-TICKS = 40  # as many as have room for a text
-MOST_NAMES = 12  # in the legend
+DEFAULT_TICKS = 40  # more leave no room for text in the cells
+MAX_LEGEND = 12  # requests named in the legend
 
 
 def timeline(
@@ -21,22 +21,22 @@ def timeline(
     *,
     save: str | Path | None = None,
 ) -> Picture:
-    """Draws what was with each stage in each tick of a recorded run.
+    """Draws the packet in each stage at each tick of a recorded run.
 
-    By microbatch, a cell is the packet that was with the stage, and says what it held: decode
-    rows, then "+" and the prompt tokens of its chunk. By request, a cell is cut into one strip for
-    each request in the packet. A stage with nothing to do is an empty cell.
+    By microbatch, each cell shows the number of decode rows in the packet, then "+" and the prompt
+    tokens of its chunk. By request, a cell has one strip for each request in the packet. The cell
+    of an idle stage is empty.
 
     Args:
       recording: from `llama_jax.engine.recording.record`.
-      ticks: which, counted from 0 at the beginning of the recording; None for the first 40.
-      by: what colours mean.
-      save: a file to write as well.
+      ticks: a slice of ticks, counted from the start of the recording; None for the first 40.
+      by: what the colors stand for.
+      save: a file to write.
 
     Raises:
-      ValueError: there are no such ticks, or `by` is neither.
+      ValueError: the slice has a step or selects no ticks, or `by` is unknown.
     """
-    chosen = choose_ticks(recording, slice(0, TICKS) if ticks is None else ticks)
+    chosen = choose_ticks(recording, slice(0, DEFAULT_TICKS) if ticks is None else ticks)
     if by not in ("microbatch", "request"):
         raise ValueError(f'by must be "microbatch" or "request", got {by!r}.')
     stages = range(recording.num_stages)
@@ -60,39 +60,39 @@ def timeline(
 
 
 def choose_ticks(recording: Recording, ticks: slice) -> range:
-    """The ticks that a slice means.
+    """The ticks that a slice selects.
 
     Raises:
-      ValueError: it means none, or leaves some out between others.
+      ValueError: the slice has a step, or selects no ticks.
     """
     if not isinstance(ticks, slice) or ticks.step not in (None, 1):
-        raise ValueError("Ticks are a slice without steps, such as slice(10, 40).")
+        raise ValueError("ticks must be a slice without a step, such as slice(10, 40).")
     chosen = range(len(recording.ticks))[ticks]
     if not chosen:
         raise ValueError(
-            f"No ticks to draw: {len(recording.ticks)} were recorded. Run requests inside "
-            "`with record(...)`, or choose other ticks."
+            f"{ticks} selects none of the {len(recording.ticks)} recorded ticks: choose others, or "
+            "run requests inside `with record(...)`."
         )
     return chosen
 
 
 def time_axis(axes: Axes, recording: Recording, chosen: range, width: float) -> None:
-    """Numbers of ticks below, and the milliseconds at which they began above; `width` in inches."""
-    axes.set_xticks(chosen[:: label_every(len(chosen), width, 0.45)])
+    """Labels ticks by number below and by starting time above; `width` is in inches."""
+    axes.set_xticks(chosen[:: label_step(len(chosen), width, 0.45)])
     if not recording.timed:
         return
     above = axes.secondary_xaxis("top")
-    places = chosen[:: label_every(len(chosen), width, 0.7)]
+    places = chosen[:: label_step(len(chosen), width, 0.7)]
     digits = 0 if recording.ticks[chosen[-1]].start > 0.1 else 1
     above.set_xticks(places, [f"{1e3 * recording.ticks[t].start:.{digits}f}" for t in places])
-    above.set_xlabel("time since the recording began (ms)")
+    above.set_xlabel("time since the start of the recording (ms)")
     above.spines[:].set_visible(False)
 
 
 def _cells(
     axes: Axes, recording: Recording, chosen: range, by: str
 ) -> list[tuple[float, float, str, str, float]]:
-    """Draws them; returns for each text x, y, what, its colour, and its share of the cell."""
+    """Draws the cells; returns (x, y, text, color, fraction of the cell's height) of each text."""
     colors = _request_colors(recording)
     texts: list[tuple[float, float, str, str, float]] = []
     for tick in chosen:
@@ -116,13 +116,13 @@ def _cells(
 
 
 def _box(axes: Axes, tick: int, top: float, height: float, color: str, **line: Any) -> None:
-    box = Rectangle((tick - 0.5, top), 1, height, facecolor=color, edgecolor=GREY, linewidth=0.6)
+    box = Rectangle((tick - 0.5, top), 1, height, facecolor=color, edgecolor=GRAY, linewidth=0.6)
     box.set(**line)
     axes.add_patch(box)
 
 
 def packet_text(packet: PacketRecord) -> str:
-    """ "3" for three decode rows, "+64" for a chunk of 64 tokens, or both."""
+    """For example "3" for three decode rows, "+64" for a chunk of 64 tokens, or both."""
     parts = [str(len(packet.rows))] if packet.rows else []
     if packet.tiles:
         parts.append(f"+{packet.chunk_tokens}")
@@ -142,11 +142,11 @@ def _legend(picture: Picture, recording: Recording, chosen: range, by: str) -> N
         here = {r for t in chosen for s in stages for r in recording.holds(s, t).tokens_by_request}
         colors = _request_colors(recording)
         named = [(f"request {r}", colors[r]) for r in recording.request_ids if r in here]
-    more = len(named) - MOST_NAMES
-    patches = [Patch(facecolor=c, edgecolor=GREY, label=name) for name, c in named[:MOST_NAMES]]
+    more = len(named) - MAX_LEGEND
+    patches = [Patch(facecolor=c, edgecolor=GRAY, label=name) for name, c in named[:MAX_LEGEND]]
     if more > 0:
         patches.append(Patch(visible=False, label=f"and {more} more"))
-    patches.append(Patch(facecolor="none", edgecolor=GREY, linestyle=":", label="empty"))
+    patches.append(Patch(facecolor="none", edgecolor=GRAY, linestyle=":", label="empty"))
     across = int(picture.get_figwidth() / 1.2)
     picture.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), across))
 
@@ -157,9 +157,9 @@ def _title(recording: Recording, chosen: range, by: str) -> str:
     which = "1 tick" if len(chosen) == 1 else f"{len(chosen):,} ticks"
     if len(chosen) < len(recording.ticks):
         which = f"ticks {chosen[0]} to {chosen[-1]} of {len(recording.ticks):,}"
-    meaning = "in a cell: decode rows, + prompt tokens"
+    meaning = "each cell: decode rows, + prompt tokens"
     if by == "request":
-        meaning = "in a cell: the requests in the packet"
+        meaning = "each cell: the requests in the packet"
     if recording.timed:
         which += f", {1e3 * seconds:.1f} ms each"
-    return f"Stages busy {100 * share:.0f} % of {which}; {meaning}"
+    return f"Stages busy {100 * share:.0f}% of {which}; {meaning}"

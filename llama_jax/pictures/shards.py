@@ -1,4 +1,4 @@
-"""Which part of an array lies on which device."""
+"""The shards of an array and their devices."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -22,41 +22,41 @@ from llama_jax.pictures.style import (
     wrapped,
 )
 
-PANELS_IN_A_ROW = 4
-Span = tuple[int, int]  # first and one past the last
-Shard = tuple[Span, Span, Span]  # of the panels' axis, of rows, of columns
+PANELS_PER_ROW = 4
+Span = tuple[int, int]  # start and end (exclusive) along an axis
+Shard = tuple[Span, Span, Span]  # spans of the panel axis, the rows and the columns
 
 
 def sharding(
     array: Any, mesh: Mesh | None = None, *, name: str = "", save: str | Path | None = None
 ) -> Picture:
-    """Draws an array's shards as parts of a rectangle, each with the devices that hold it.
+    """Draws the shards of an array as parts of a rectangle, each labeled with its devices.
 
     A matrix is one rectangle. An array of three axes, such as a weight of all stages
-    (`[num_stages, out, in]`), is one for each shard of its first axis. Further axes are left out if
-    they are not split. Where several devices hold the same shard (replicas), it names them all.
+    (`[num_stages, out, in]`), is one rectangle per shard of the first axis. Axes after the third
+    are not drawn and must not be sharded. A shard with replicas is labeled with all its devices.
 
     Args:
-      array: a jax.Array or a ShapeDtypeStruct with a sharding; only its shape is looked at.
-      mesh: whose coordinates are written beside the devices; None for that of the sharding.
+      array: a jax.Array, or a ShapeDtypeStruct with a sharding. Its values are not read.
+      mesh: whose coordinates label the devices; None for the mesh of the sharding.
       name: for the title.
-      save: a file to write as well.
+      save: a file to write.
 
     Raises:
-      ValueError: it has no sharding, no axis, or more axes than can be drawn.
+      ValueError: `array` has no sharding, no axes, or a sharded axis after the third.
     """
     placed = getattr(array, "sharding", None)
     if placed is None:
         raise ValueError(
-            f"This {type(array).__name__} has no sharding: give a jax.Array, or a ShapeDtypeStruct "
-            "with one."
+            f"array is of type {type(array).__name__}, which has no sharding: give a jax.Array, or "
+            "a ShapeDtypeStruct with a sharding."
         )
     mesh = getattr(placed, "mesh", None) if mesh is None else mesh
     shape = tuple(array.shape)
     holders = _holders(placed, shape)
     panels = sorted({panel for panel, _, _ in holders})
     order = list(mesh.devices.flat) if mesh is not None else sorted(placed.device_set, key=_id)
-    columns = min(len(panels), PANELS_IN_A_ROW)
+    columns = min(len(panels), PANELS_PER_ROW)
     rows = -(-len(panels) // columns)
     bands = max(len([1 for panel, *_ in holders if panel == p]) for p in panels)
     width = WIDTH if columns > 2 else 3.4 * columns + 1.2
@@ -83,9 +83,9 @@ def sharding(
 
 
 def _holders(placed: Any, shape: tuple[int, ...]) -> dict[Shard, list[jax.Device]]:
-    """The devices that hold each shard; axes that are not there have one place."""
+    """The devices of each shard. An array of fewer than three axes gets leading axes of size 1."""
     if not shape:
-        raise ValueError("A number without axes has no shards to draw: give an array.")
+        raise ValueError("array is a scalar, which has no shards: give an array with an axis.")
     found: dict[Shard, list[jax.Device]] = defaultdict(list)
     for device, index in placed.devices_indices_map(shape).items():
         spans = [
@@ -95,8 +95,8 @@ def _holders(placed: Any, shape: tuple[int, ...]) -> dict[Shard, list[jax.Device
         for size, span in zip(shape[3:], spans[3:], strict=True):
             if span != (0, size):
                 raise ValueError(
-                    f"An array of shape {shape} that is split over an axis after the third cannot "
-                    "be drawn: choose a part of it."
+                    f"array has shape {shape} and is sharded on an axis after the third, which "
+                    "cannot be drawn: give a part of it."
                 )
         kept = spans[:3]
         kept = [(0, 1)] * (3 - len(kept)) + kept
@@ -107,8 +107,8 @@ def _holders(placed: Any, shape: tuple[int, ...]) -> dict[Shard, list[jax.Device
 def _draw(axes: Axes, parts: dict[Any, list[jax.Device]], order: list[jax.Device]) -> None:
     (top, bottom), (left, right) = _bounds(parts)
     axes.set(xlim=(left, right), ylim=(bottom, top))
-    axes.set_yticks(_few({y for ys, _ in parts for y in ys}), minor=False)
-    axes.set_xticks(_few({x for _, xs in parts for x in xs}), minor=False)
+    axes.set_yticks(_thinned({y for ys, _ in parts for y in ys}), minor=False)
+    axes.set_xticks(_thinned({x for _, xs in parts for x in xs}), minor=False)
     for label in (axes.xaxis, axes.yaxis):
         label.set_major_formatter("{x:,.0f}")
     axes.tick_params(labelsize=7)
@@ -136,7 +136,7 @@ def _write(
         labels = _labels(devices, mesh)
         if room[0] > 5 * room[1]:
             labels = [text for text in labels if "\n" not in text]
-        for text in labels:  # the longest that fits
+        for text in labels:  # the longest first: the first that fits is written
             if write_in_cell(axes, *middle, text, room, color):
                 break
 
@@ -170,9 +170,9 @@ def _bounds(parts: dict[Any, list[jax.Device]]) -> tuple[Span, Span]:
     )
 
 
-def _few(places: set[int], most: int = 9) -> list[int]:
+def _thinned(places: set[int], max_count: int = 9) -> list[int]:
     ordered = sorted(places)
-    return ordered[:: -(-len(ordered) // most)]
+    return ordered[:: -(-len(ordered) // max_count)]
 
 
 def _id(device: jax.Device) -> int:
@@ -203,5 +203,5 @@ def _title(name: str, array: Any, holders: dict[Shard, list[jax.Device]]) -> str
     elif copies > 1:
         on = f"{len(holders)} shards, each on {copies} devices"
     else:
-        on = f"{len(holders)} shards, one a device"
+        on = f"{len(holders)} shards, one per device"
     return f"{name or 'array'} [{shape}] {array.dtype}: {on}"

@@ -1,7 +1,7 @@
-"""How every picture looks: readable on white and on black, and shown by a notebook as it is.
+"""The style of all pictures: readable on white and on black, independent of the user's settings.
 
-Figures are made without pyplot: nothing is kept of them, none is shown twice, and the user's own
-settings neither change them nor are changed.
+Figures are made without pyplot, which would keep them alive, show them twice in a notebook, and
+apply the user's rcParams.
 """
 
 import io
@@ -16,10 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-GREY = "#7a7a7a"  # of text and lines outside cells: 4.3 : 1 on white, 4.4 : 1 on #111111
-WIDTH = 9.0  # inches: what a notebook shows without scaling
+GRAY = "#7a7a7a"  # text and lines outside cells: contrast 4.3 on white, 4.4 on #111111
+WIDTH = 9.0  # inches: the widest that a notebook shows without scaling
 
-# Paul Tol's "muted": told apart with any common colour blindness. Order: neighbours differ most.
+# Paul Tol's "muted" scheme, safe for color blindness, in an order in which neighbors differ most.
 PALETTE = (
     "#88ccee",
     "#cc6677",
@@ -31,7 +31,7 @@ PALETTE = (
     "#999933",
     "#332288",
 )
-COLOR_MAP = "viridis"  # its lightness alone tells the values
+COLOR_MAP = "viridis"  # monotonic in lightness: readable without color
 
 _STYLE = {
     "figure.facecolor": "none",
@@ -40,13 +40,13 @@ _STYLE = {
     "legend.facecolor": "none",
     "legend.edgecolor": "none",
     "legend.framealpha": 0.0,
-    "text.color": GREY,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": GREY,
-    "axes.titlecolor": GREY,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "text.parse_math": False,  # a token may be "$"
+    "text.color": GRAY,
+    "axes.edgecolor": GRAY,
+    "axes.labelcolor": GRAY,
+    "axes.titlecolor": GRAY,
+    "xtick.color": GRAY,
+    "ytick.color": GRAY,
+    "text.parse_math": False,  # a token may contain "$"
     "font.size": 9.0,
     "axes.titlesize": 10.0,
     "figure.titlesize": 10.0,
@@ -56,7 +56,7 @@ _STYLE = {
 
 
 class Picture(Figure):
-    """A matplotlib figure that a notebook shows by itself, also where pyplot was never imported."""
+    """A matplotlib figure that a notebook displays even if pyplot was never imported."""
 
     def _repr_png_(self) -> bytes:
         image = io.BytesIO()
@@ -67,19 +67,23 @@ class Picture(Figure):
 
 @contextmanager
 def drawing(width: float, height: float, save: str | Path | None) -> Iterator[Picture]:
-    """A new picture of so many inches; at the end it is laid out, and saved if asked.
+    """Yields a new picture to draw on, then lays it out and saves it.
+
+    Args:
+      width, height: in inches.
+      save: a file to write; None for no file.
 
     Raises:
-      ValueError: `save` ends in no format that matplotlib knows.
+      ValueError: matplotlib does not know the file's extension.
     """
     if save is not None:
         _check_format(Path(save))
     with style.context(["default", _STYLE]):
         picture = Picture(figsize=(width, height), layout="constrained")
         yield picture
-        # Some parts are only made when it is drawn, with the settings of that moment: these.
+        # matplotlib makes ticks only when it draws, with the rcParams of that moment: draw now.
         picture.draw_without_rendering()
-        picture.set_layout_engine("none")  # done once; it is most of the time that drawing takes
+        picture.set_layout_engine("none")  # keep this layout: computing it is most of the time
         if save is not None:
             picture.savefig(save)
 
@@ -87,17 +91,19 @@ def drawing(width: float, height: float, save: str | Path | None) -> Iterator[Pi
 def _check_format(path: Path) -> None:
     known = Figure().canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in known:
-        raise ValueError(f"{path.name} must end in a format of a picture, such as .png or .svg.")
+        raise ValueError(
+            f"save must end in an image format, such as .png or .svg, got {path.name}."
+        )
 
 
 def contrast(first: Any, second: Any) -> float:
-    """The contrast of two colours as WCAG 2 defines it, 1 to 21."""
+    """The contrast ratio of two colors, 1 to 21 (WCAG 2.1, 1.4.3)."""
     darker, lighter = sorted(map(_luminance, (first, second)))
     return (lighter + 0.05) / (darker + 0.05)
 
 
 def ink(background: Any) -> str:
-    """Black or white, whichever reads better on this colour."""
+    """Black or white, whichever has more contrast with this color."""
     return max("black", "white", key=lambda color: contrast(color, background))
 
 
@@ -107,7 +113,7 @@ def _luminance(color: Any) -> float:
 
 
 def inches(axes: Axes) -> tuple[float, float]:
-    """Width and height that the layout gives these axes, as far as they are drawn now."""
+    """Width and height of the axes in the layout of what has been drawn so far."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()
@@ -116,22 +122,10 @@ def inches(axes: Axes) -> tuple[float, float]:
 
 
 def wrapped(text: str, width: float) -> str:
-    """A title broken into lines that fit a picture of so many inches."""
+    """Wraps a title to the width of a picture in inches."""
     return "\n".join(textwrap.fill(line, int(width * 11.5)) for line in text.split("\n"))
 
 
-def size_text(number: float) -> str:
-    """Bytes with a unit of 1000, three digits: "17.6 GB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 999.5 or (unit == "B" and number < 1000):
-            break
-        number /= 1000
-    else:
-        unit = "TB"
-    digits = 0 if unit == "B" or number >= 99.95 else 1 if number >= 9.995 else 2
-    return f"{number:.{digits}f} {unit}"
-
-
 def short_device(name: str) -> str:
-    """JAX's name for a device as people write it: TFRT_CPU_3 is cpu:3."""
+    """Shortens JAX's name of a device: TFRT_CPU_3 becomes cpu:3."""
     return f"cpu:{name.removeprefix('TFRT_CPU_')}" if name.startswith("TFRT_CPU_") else name

@@ -1,11 +1,11 @@
-"""Weight-only quantised layouts of a matrix, one file each. Imports no JAX.
+"""Weight-only quantization formats, one file each. Imports no JAX.
 
-A quantised matrix is a named tuple of arrays. The same class holds NumPy arrays during conversion
-and JAX arrays in the model: its arithmetic needs only what both kinds of array offer. Which arrays
-a matrix is stored as, under which names and in which shapes, is `parts`; everything else (the
-tensors of a checkpoint, partition specs, memory) follows from it.
+A quantized matrix is a named tuple of arrays. The same class holds NumPy arrays during conversion
+and JAX arrays in the model, and its arithmetic uses only methods that both have. `parts` declares
+the arrays of a matrix: their names, shapes and dtypes. The tensors of a checkpoint, the partition
+specs and the memory follow from it.
 
-A new layout is one such file and one line of `FORMATS`.
+A new format is one such file and one entry in `FORMATS`.
 """
 
 from llama_jax.quantization.format import Part, Quantized

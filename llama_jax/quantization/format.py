@@ -1,4 +1,4 @@
-"""What every quantised layout offers."""
+"""The interface of a quantization format."""
 
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -6,14 +6,14 @@ import numpy as np
 
 
 class Part(NamedTuple):
-    """One stored array of a quantised matrix.
+    """One stored array of a quantized matrix.
 
     Attributes:
-      suffix: what its name has after that of the matrix.
-      shape: for a matrix [out, in].
-      dtype: NumPy's name for it (`ml_dtypes` included).
-      axes: the axes of the matrix (0: out, 1: in) that its own axes run along, in proportion: what
-        splits the matrix along an axis splits this array along it into as many pieces.
+      suffix: appended to the name of the matrix.
+      shape: of this array.
+      dtype: its NumPy name (`ml_dtypes` included).
+      axes: for each axis of this array, the axis of the matrix (0: out, 1: in) that it runs along.
+        To split the matrix into n pieces along an axis, split this array into n along it.
     """
 
     suffix: str
@@ -23,38 +23,46 @@ class Part(NamedTuple):
 
 
 class Quantized(Protocol):
-    """A quantised matrix: a named tuple of arrays, all NumPy's or all JAX's."""
+    """A quantized matrix: a named tuple of arrays, either all NumPy or all JAX."""
 
     @classmethod
     def parts(cls, shape: tuple[int, int], group: int) -> Any:
-        """This tuple with a `Part` in place of each array.
+        """Declares the arrays of a matrix: this tuple with a `Part` in place of each array.
 
         Args:
           shape: [out, in] of the matrix.
-          group: input columns that share a scale, where the layout has groups; divides `in`.
+          group: input columns that share a scale, in formats with groups; divides `in`.
 
         Raises:
-          ValueError: a matrix of this shape cannot be stored so.
+          UserError: the format cannot store a matrix of this shape.
         """
         ...
 
     @classmethod
     def quantize(cls, matrix: np.ndarray, group: int) -> Self:
-        """Quantises rows of a matrix, float32 [rows, in] and finite; rows never share a scale."""
+        """Quantizes rows of a matrix, finite float32 [rows, in]. Rows never share a scale."""
         ...
 
     def dequantize(self) -> Any:
-        """The matrix that is meant, float32 [..., out, in]."""
+        """The matrix that the arrays represent, float32 [..., out, in]."""
         ...
 
     def linear(self, x: Any) -> Any:
-        """x [..., in] times the matrix, transposed: [..., out], in the dtype of `x`."""
+        """Multiplies x [..., in] by the transposed matrix: [..., out], in the dtype of `x`."""
         ...
 
     @classmethod
     def error_bound(cls, matrix: np.ndarray, group: int) -> np.ndarray:
-        """How far `dequantize` may be from a matrix [rows, in], element by element, float32.
+        """The largest allowed error of each element of `dequantize`, float32 [rows, in].
 
-        It follows from the matrix alone: a scale that is coarser than it need be is an error, too.
+        It depends on the matrix [rows, in] alone, not on the stored scales, so that scales that are
+        too coarse exceed it, too.
         """
         ...
+
+
+def row_scale(matrix: np.ndarray, maximum: int) -> np.ndarray:
+    """The smallest scale at which each row of a matrix fits [-maximum, maximum], float32 [rows]."""
+    largest = np.abs(matrix).max(axis=-1)
+    # Not zero, even if the row is zero or so small that the division underflows.
+    return np.maximum(largest / np.float32(maximum), np.finfo(np.float32).tiny)

@@ -5,12 +5,12 @@ from typing import Any, NamedTuple, Self
 import ml_dtypes
 import numpy as np
 
-from llama_jax.quantization.format import Part
+from llama_jax.quantization.format import Part, row_scale
 
-_LARGEST = 448  # of float8_e4m3fn
-_RELATIVE = 2.0**-4  # half of the step between neighbours that have three bits of mantissa
-_ABSOLUTE = 2.0**-10  # half of the step between the smallest numbers
-_ROUNDING = 1e-5  # relative: what float32 arithmetic adds
+_MAX = 448  # the largest float8_e4m3fn
+_RELATIVE = 2.0**-4  # half the spacing of numbers with three mantissa bits
+_ABSOLUTE = 2.0**-10  # half the spacing of the subnormal numbers
+_ROUNDING = 1e-5  # relative error of the float32 arithmetic
 
 
 class Fp8(NamedTuple):
@@ -26,34 +26,29 @@ class Fp8(NamedTuple):
 
     @classmethod
     def parts(cls, shape: tuple[int, int], group: int) -> "Fp8":
-        """See `Quantized.parts`; `group` is not used."""
+        """Declares `values` and `scale`; `group` is not used."""
         values = Part("", shape, "float8_e4m3fn", (0, 1))
         return cls(values, Part("_scale", shape[:1], "float32", (0,)))
 
     @classmethod
     def quantize(cls, matrix: np.ndarray, group: int) -> Self:
-        """See `Quantized.quantize`."""
-        scale = _scale(matrix)
+        """Scales each row so that its largest magnitude becomes 448, and rounds to e4m3."""
+        scale = row_scale(matrix, _MAX)
         return cls((matrix / scale[:, None]).astype(ml_dtypes.float8_e4m3fn), scale)
 
     def dequantize(self) -> Any:
-        """See `Quantized.dequantize`."""
+        """values · scale, float32 [..., out, in]."""
         return self.values.astype(np.float32) * self.scale[..., None]
 
     def linear(self, x: Any) -> Any:
-        """See `Quantized.linear`; every e4m3 is exact in bfloat16, and the scale comes after."""
+        """x [..., in] -> [..., out]. Scales last: e4m3 values are exact in bfloat16."""
         product = x @ self.values.astype(x.dtype).mT
         return (product * self.scale).astype(x.dtype)
 
     @classmethod
     def error_bound(cls, matrix: np.ndarray, group: int) -> np.ndarray:
-        """Half a step, which grows with the number; see `Quantized.error_bound`."""
-        half_step = np.maximum(_RELATIVE * np.abs(matrix), _ABSOLUTE * _scale(matrix)[:, None])
+        """Half the spacing of e4m3 numbers around each element, float32 [rows, in]."""
+        half_step = np.maximum(
+            _RELATIVE * np.abs(matrix), _ABSOLUTE * row_scale(matrix, _MAX)[:, None]
+        )
         return np.float32(1 + _ROUNDING) * half_step
-
-
-def _scale(matrix: np.ndarray) -> np.ndarray:
-    """The finest that holds each row, [rows]."""
-    largest = np.abs(matrix).max(axis=-1)
-    # It must not vanish where the row is zero, or so small that the division underflows.
-    return np.maximum(largest / np.float32(_LARGEST), np.finfo(np.float32).tiny)

@@ -1,4 +1,4 @@
-"""4 bits, with a scale and a zero point for each group of columns in each output channel."""
+"""4-bit integers, one scale and zero point per group of columns in each output channel."""
 
 from typing import Any, NamedTuple, Self
 
@@ -7,15 +7,15 @@ import numpy as np
 from llama_jax.quantization.format import Part
 from sharding.errors import UserError
 
-_LARGEST = 15
-_ROUNDING = 1e-5  # of a step: what float32 arithmetic adds to the half step of the rounding
+_MAX = 15
+_ROUNDING = 1e-5  # error of the float32 arithmetic, in steps
 
 
 class Int4(NamedTuple):
-    """matrix[o, i] = (nibble[o, i] - zero[o, g]) · scale[o, g], g being the group of column i.
+    """matrix[o, i] = (nibble[o, i] - zero[o, g]) · scale[o, g], where g is the group of column i.
 
-    A byte holds two neighbouring columns, the even one in its lower half. The layouts of GPTQ and
-    AWQ can be written in this form exactly; hence a zero point.
+    A byte holds two adjacent columns, the even one in its lower half. The zero point makes GPTQ and
+    AWQ weights representable exactly.
 
     Attributes:
       values: uint8 [..., out, in / 2].
@@ -29,12 +29,16 @@ class Int4(NamedTuple):
 
     @classmethod
     def parts(cls, shape: tuple[int, int], group: int) -> "Int4":
-        """See `Quantized.parts`."""
+        """Declares `values`, `scale` and `zero`.
+
+        Raises:
+          UserError: `group` is odd or does not divide the columns.
+        """
         num_out, num_in = shape
         if num_in % group or group % 2:
             raise UserError(
-                f"int4 packs two columns in a byte and shares a scale over {group}: the {num_in} "
-                "columns of a matrix must divide into such groups, and a group must be even."
+                f"int4 cannot store a matrix with {num_in} columns in groups of {group}: the "
+                "group size must be even and divide the number of columns."
             )
         groups = (num_out, num_in // group)
         return cls(
@@ -45,29 +49,30 @@ class Int4(NamedTuple):
 
     @classmethod
     def quantize(cls, matrix: np.ndarray, group: int) -> Self:
-        """See `Quantized.quantize`."""
+        """Maps the range of each group, with zero inside, to [0, 15], and rounds."""
         groups = matrix.reshape(len(matrix), -1, group)
         low, scale = _range(groups)
         zero = np.rint(-low / scale)
         steps = np.rint(groups / scale[..., None]) + zero[..., None]
-        nibbles = np.clip(steps, 0, _LARGEST).astype(np.uint8).reshape(matrix.shape)
+        nibbles = np.clip(steps, 0, _MAX).astype(np.uint8).reshape(matrix.shape)
         return cls(nibbles[:, 0::2] | nibbles[:, 1::2] << 4, scale, zero.astype(np.uint8))
 
     def dequantize(self) -> Any:
-        """See `Quantized.dequantize`."""
+        """(nibbles - zero) · scale, float32 [..., out, in]."""
         even, odd = self._columns()
+        # The array API standard: NumPy's `stack` or JAX's.
         both = even.__array_namespace__().stack((even, odd), axis=-1)
         return both.reshape(*self.values.shape[:-1], -1)
 
     def linear(self, x: Any) -> Any:
-        """See `Quantized.linear`. Columns are taken apart in `x`, which is small, not merged in
-        the matrix."""
+        """x [..., in] -> [..., out]. Splits x, which is small, into even and odd columns, instead
+        of interleaving the columns of the matrix."""
         even, odd = self._columns()
         return x[..., 0::2] @ even.astype(x.dtype).mT + x[..., 1::2] @ odd.astype(x.dtype).mT
 
     @classmethod
     def error_bound(cls, matrix: np.ndarray, group: int) -> np.ndarray:
-        """Half a step; see `Quantized.error_bound`."""
+        """Half a step of each group, float32 [rows, in]."""
         _, scale = _range(matrix.reshape(len(matrix), -1, group))
         return np.repeat(np.float32(0.5 + _ROUNDING) * scale, group, axis=-1)
 
@@ -83,10 +88,10 @@ class Int4(NamedTuple):
 
 
 def _range(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The least number of each group [..., group], and the finest scale that holds it: [...]."""
-    # Zero is inside the range, so that the zero point is a nibble and zeros stay zeros.
+    """The minimum and the scale of each group [..., group], both [...]."""
+    # The range includes zero, so that the zero point fits a nibble and zeros stay zeros.
     low = np.minimum(groups.min(axis=-1), 0)
     high = np.maximum(groups.max(axis=-1), 0)
-    # Divided before the difference, which could overflow; and a scale must not vanish.
-    scale = high / np.float32(_LARGEST) - low / np.float32(_LARGEST)
+    # Divided before the subtraction, which could overflow; and the scale must not be zero.
+    scale = high / np.float32(_MAX) - low / np.float32(_MAX)
     return low, np.maximum(scale, np.finfo(np.float32).tiny)

@@ -1,4 +1,4 @@
-"""The compiled tick: its sizes, the packets that enter, the KV cache, and the steps.
+"""The compiled tick: its sizes, its packets, the KV cache, and the steps.
 
-Re-exports nothing: the scheduler reads `sizes` and must not load JAX.
+Exports nothing, because the scheduler imports `sizes` and must not load JAX.
 """

@@ -1,4 +1,7 @@
-"""The paged KV cache on the mesh: how large it is, how it lies, how tokens are written to it."""
+"""The paged KV cache on the mesh: its size, its sharding, and writing to it.
+
+Pages as in vLLM (https://arxiv.org/abs/2309.06180).
+"""
 
 from typing import Any, NamedTuple
 
@@ -10,17 +13,16 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.config import LlamaConfig
 from sharding.axes import MODEL, STAGE
 from sharding.mesh import mesh_shape
-from sharding.partition import split_layers
+from sharding.partition import positions_per_stage
 
 SPEC = P(STAGE, MODEL)  # of [num_stages, K, num_pages, page_size, h]
 
 
 class KVCache(NamedTuple):
-    """One array of keys and one of values for each layer position of a stage, or what stands for it
-    (a spec, a shape).
+    """An array of keys and one of values per layer position of a stage, or their specs or shapes.
 
-    Each is `[num_stages, K, num_pages, page_size, h]`, split over `stage` and, by heads, over
-    `model`. A page has the same number in every one of them, and belongs to one sequence.
+    Each is `[num_stages, K, num_pages, page_size, h]`; the stages are split over `stage`, the heads
+    over `model`. A sequence uses the same page numbers in all of these arrays.
     """
 
     keys: tuple[Any, ...]
@@ -28,9 +30,9 @@ class KVCache(NamedTuple):
 
 
 def page_bytes(config: LlamaConfig, mesh: Mesh, page_size: int, dtype: jnp.dtype) -> int:
-    """Bytes that one page takes on each device, padding layers included."""
+    """Bytes per page on each device, over all of its layers, padding layers included."""
     num_stages, num_ranks = mesh_shape(mesh)
-    positions = len(split_layers(config.num_layers, num_stages)[0])
+    positions = positions_per_stage(config.num_layers, num_stages)
     heads = config.num_kv_heads // num_ranks
     return 2 * positions * heads * page_size * config.head_dim * jnp.dtype(dtype).itemsize
 
@@ -38,16 +40,16 @@ def page_bytes(config: LlamaConfig, mesh: Mesh, page_size: int, dtype: jnp.dtype
 def cache_shapes(
     config: LlamaConfig, mesh: Mesh, num_pages: int, page_size: int, dtype: jnp.dtype
 ) -> KVCache:
-    """The cache as ShapeDtypeStructs with their shardings."""
+    """KVCache of ShapeDtypeStruct with shardings."""
     num_stages, _ = mesh_shape(mesh)
     shape = (num_stages, config.num_kv_heads, num_pages, page_size, config.head_dim)
     array = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, SPEC))
-    positions = len(split_layers(config.num_layers, num_stages)[0])
+    positions = positions_per_stage(config.num_layers, num_stages)
     return KVCache((array,) * positions, (array,) * positions)
 
 
 def init_cache(shapes: KVCache, fill: float = 0.0) -> KVCache:
-    """Allocates the cache on its devices. Tests fill it with NaN: no result may depend on it."""
+    """Allocates the cache on its devices. Tests fill it with NaN, which must reach no result."""
 
     def allocate(array: jax.ShapeDtypeStruct) -> jax.Array:
         def full() -> jax.Array:
@@ -61,13 +63,13 @@ def init_cache(shapes: KVCache, fill: float = 0.0) -> KVCache:
 def write(
     pages: jax.Array,  # [K, num_pages, page_size, h]
     new: jax.Array,  # [N, K, h]
-    page: jax.Array,  # [N] int32; an index past the pool writes nowhere
+    page: jax.Array,  # [N] int32; nothing is written for an index past the pool
     offset: jax.Array,  # [N] int32
 ) -> jax.Array:
-    """Puts each token's key or value at its place; in place where `pages` is donated."""
+    """Writes the key or value of each token to its page; in place if `pages` is donated."""
     with jax.named_scope("cache_update"):
         if len(page) == 1:
-            # Twice the same: XLA makes a select of a scatter of one, and XLA:CPU then copies all
-            # pages, several times.
+            # Write the token twice: XLA turns a scatter of one update into a select, for which
+            # XLA:CPU copies the whole pool several times.
             new, page, offset = (jnp.concatenate([x, x]) for x in (new, page, offset))
         return pages.at[:, page, offset].set(new.swapaxes(0, 1).astype(pages.dtype), mode="drop")

@@ -1,8 +1,8 @@
-"""The ring with its activations in view: ticks that also return what each stage computed.
+"""A tick that also returns activations, for interpretability.
 
-A program of its own, beside the one that serves. The layers, the cache and the ring are the same;
-`nnx.capture` collects what the modules tap (`llama_jax.model.tap`), and every position of a chunk
-gets its logits.
+This is a separate program from the one that serves requests. The layers, the cache and the ring are
+the same, but `nnx.capture` collects the values that the modules tap (`llama_jax.model.tap`), and
+every position of a chunk gets logits.
 """
 
 from collections.abc import Callable
@@ -16,127 +16,128 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.model import DecoderLayer
-from llama_jax.model.attention import Caller, paged_weights
+from llama_jax.model.attention import ScoreMod, Tap, paged_weights
 from llama_jax.model.tap import captured_by_name
 from llama_jax.ring.kv_cache import KVCache
+from llama_jax.ring.stage import PagedAttend, Program, make_layer, run_layers
 from llama_jax.ring.steps import LOGITS_SPEC, on_mesh, state_specs
-from llama_jax.ring.tick import (
-    PagedAttend,
-    Program,
-    State,
-    advance,
-    final_norm,
-    make_layer,
-    run_layers,
-    vocab_logits,
-)
+from llama_jax.ring.tick import State, advance_ring, final_norm, local_logits
 from llama_jax.weights.placement import Params, param_shapes, param_specs
 from sharding.axes import MODEL, STAGE
 from sharding.collectives import psum, rank
 from sharding.mesh import mesh_shape
 
-WEIGHTS = "attention.weights"  # inside a layer
+WEIGHTS = "attention.weights"  # the name, in a layer, of the softmax weights
 
 
-class Wanted(NamedTuple):
-    """What to return of a layer: its position in its stage, and a name inside it."""
+class LayerActivation(NamedTuple):
+    """Names an activation: the position of its layer in the stage, and its name in the layer."""
 
     position: int
     name: str
 
 
 class Observation(NamedTuple):
-    """What a tick shows; C tokens of a chunk, P stages.
+    """The results of an observed tick, for chunks of C tokens on P stages.
 
     Attributes:
-      logits: `[C, V']` float32, of the packet that left the last stage, at every position.
-      final_norm: `[C, D]`, of the same.
-      entered: `[P, C, D]`, the activations that each stage began with.
-      layers: `[P, C, ...]` for each `Wanted`, of the packet that was with each stage.
+      logits: `[C, V']` float32, at every position of the packet that left the last stage.
+      final_norm: `[C, D]`, the output of the final norm for the same packet.
+      entered: `[P, C, D]`, the input of each stage.
+      layers: `[P, C, ...]` for each requested activation, of the packet at each stage.
     """
 
     logits: Any
     final_norm: Any
     entered: Any
-    layers: dict[Wanted, Any]
+    layers: dict[LayerActivation, Any]
 
 
 # (params, state, packed packet) -> (state, observation)
 ObservedStep = Callable[[Params, State, Any], tuple[State, Observation]]
 
 
-def observed_step(program: Program, mesh: Mesh, wanted: tuple[Wanted, ...]) -> ObservedStep:
-    """The jitted tick that shows what it computes; donates the state.
+def observed_step(
+    program: Program, mesh: Mesh, activations: tuple[LayerActivation, ...]
+) -> ObservedStep:
+    """The jitted tick that also returns activations. Donates the state.
 
     Args:
-      program: its bucket has a chunk and no decode rows.
-      mesh: where it runs.
-      wanted: what of the layers to return; each must be tapped by the layers of the model.
+      program: with a chunk and no decode rows.
+      mesh: the mesh.
+      activations: those of the layers to return; the layers must tap each of them.
     """
     specs = state_specs(program.config, mesh)
-    layers = {each: _spec(program, mesh, each.name) for each in wanted}
+    layers = {each: _spec(program, mesh, each.name) for each in activations}
     shown = Observation(LOGITS_SPEC, P(), P(STAGE), layers)
     in_specs = (param_specs(program.config, *mesh_shape(mesh)), specs, P())
-    mapped = on_mesh(partial(_observed_tick, program, wanted), mesh, in_specs, (specs, shown))
+    mapped = on_mesh(partial(_observed_tick, program, activations), mesh, in_specs, (specs, shown))
     return jax.jit(mapped, donate_argnums=1)
 
 
 def _observed_tick(
     program: Program,
-    wanted: tuple[Wanted, ...],
+    activations: tuple[LayerActivation, ...],
     params: Params,
     state: State,
     packed: jax.Array,
 ) -> tuple[State, Observation]:
-    attend_class = _ShowingAttend if any(each.name == WEIGHTS for each in wanted) else PagedAttend
+    attend_class = (
+        _TappedPagedAttend if any(each.name == WEIGHTS for each in activations) else PagedAttend
+    )
 
     def run_stage(x: jax.Array, metadata: jax.Array, cache: KVCache) -> tuple[jax.Array, Any]:
-        found: dict[Wanted, jax.Array] = {}
+        found: dict[LayerActivation, jax.Array] = {}
 
-        def run(
+        def call(
             position: int, layer: DecoderLayer, x: jax.Array, positions: jax.Array, attend: Any
         ) -> jax.Array:
             with jax.named_scope(f"layer_{position}"):
                 reduce = partial(psum, axes=MODEL)
                 x, captured = nnx.capture(layer, nnx.Intermediate)(x, positions, attend, reduce)
             for name, value in captured_by_name(captured).items():
-                found[Wanted(position, name)] = value
+                found[LayerActivation(position, name)] = value
             return x
 
+        # The ring passes on all that a stage returns with its activations, not just the cache.
         entered = x
-        x, cache = run_layers(program, params.layers, x, metadata, cache, attend_class, run)
-        return x, (cache, entered[None], {each: found[each][None] for each in wanted})
+        x, cache = run_layers(program, params.layers, x, metadata, cache, attend_class, call)
+        return x, (cache, entered[None], {each: found[each][None] for each in activations})
 
-    def every(x: jax.Array, metadata: jax.Array) -> jax.Array:
+    def all_positions(x: jax.Array, metadata: jax.Array) -> jax.Array:
         return x
 
-    ring, (cache, entered, layers), finished, _ = advance(
-        program, params, state, packed, run_stage, every
+    ring, (cache, entered, layers), finished, _ = advance_ring(
+        program, params, state, packed, run_stage, all_positions
     )
     normed = final_norm(program.config, params, finished)
-    scores = vocab_logits(program.config, params, finished)
+    scores = local_logits(program.config, params, finished)
     return State(ring, state.tokens, cache), Observation(scores, normed, entered, layers)
 
 
-class _ShowingAttend(PagedAttend):
-    """As its base, and shows the caller the weights, which paged attention never holds at once."""
+class _TappedPagedAttend(PagedAttend):
+    """`PagedAttend` that also computes and taps the softmax weights."""
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, caller: Caller) -> jax.Array:
-        out = super().__call__(q, k, v, caller)
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, *, score_mod: ScoreMod, tap: Tap
+    ) -> jax.Array:
+        out = super().__call__(q, k, v, score_mod=score_mod, tap=tap)
         weights = self._by_segment(
             q,
             lambda q, tables, positions, lengths: paged_weights(
                 q, self.k_pages, tables, positions, lengths,
-                caller.score_mod, rank(MODEL) * q.shape[2],
+                score_mod, rank(MODEL) * q.shape[2],
             ),
         )  # fmt: skip
-        caller.tap("weights", weights.astype(v.dtype))  # as `causal_attention`
+        tap("weights", weights.astype(v.dtype))  # the dtype of `causal_attention`'s
         return out
 
 
 def _spec(program: Program, mesh: Mesh, name: str) -> P:
-    """How a value of a layer, `[P, C, ...]`, lies on the mesh: an axis that is shorter on a rank
-    than in the whole layer is split over the ranks."""
+    """The spec of an activation of a layer, `[P, C, ...]`.
+
+    An axis is split over the ranks if it is shorter on one rank than in the whole layer.
+    """
     weights = param_shapes(program.config, mesh, jnp.dtype(jnp.float32)).layers[0]
     whole = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), weights)
     local = jax.tree.map(
@@ -147,16 +148,18 @@ def _spec(program: Program, mesh: Mesh, name: str) -> P:
 
 
 def _shape(program: Program, weights: dict[str, Any], name: str) -> tuple[int, ...]:
-    """The shape of a value in a layer with these weights, for two tokens."""
+    """The shape of an activation in a layer with these weights, for two tokens."""
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, caller: Caller) -> jax.Array:
-        caller.tap("weights", jnp.zeros((*q.shape[:2], 1)))
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, *, score_mod: ScoreMod, tap: Tap
+    ) -> jax.Array:
+        tap("weights", jnp.zeros((*q.shape[:2], 1)))
         return q
 
-    def run(weights: dict[str, Any]) -> dict[str, Any]:
+    def tapped(weights: dict[str, Any]) -> dict[str, Any]:
         layer = make_layer(program, weights)
         x, positions = jnp.zeros((2, program.config.embed_dim)), jnp.arange(2)
         return captured_by_name(nnx.capture(layer, nnx.Intermediate)(x, positions, attend)[1])
 
-    shape: tuple[int, ...] = jax.eval_shape(run, weights)[name].shape
+    shape: tuple[int, ...] = jax.eval_shape(tapped, weights)[name].shape
     return shape

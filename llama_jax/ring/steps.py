@@ -1,11 +1,11 @@
 """The compiled programs: `prefill_step` and `decode_step`, each one tick of the ring.
 
 `decode_step` is the tick in which no stage holds a chunk of a prompt; `prefill_step` is the tick
-whose largest chunk in flight fits its bucket. Both advance every decode row in flight. The set of
-programs is data, `Limits.buckets()`: after a warm-up over it nothing compiles again.
+whose largest chunk in flight fits its bucket. Both advance all decode rows in flight.
+`RingSizes.buckets()` lists all programs: after each has run once, nothing compiles again.
 
-At the jit boundary stand tuples and dicts of arrays, never NNX objects: walking an `nnx.State` on
-every call costs more host time than the rest of the call.
+Arguments and results are tuples and dicts of arrays, not NNX objects: traversing an `nnx.State` on
+every call takes more host time than the rest of the call.
 """
 
 from collections.abc import Callable
@@ -22,12 +22,15 @@ from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
 from llama_jax.ring import kv_cache
 from llama_jax.ring.kv_cache import KVCache
-from llama_jax.ring.packet import PAGES, SLOT, segment_width
-from llama_jax.ring.sizes import Bucket, Limits
-from llama_jax.ring.tick import Program, State, StepOutput, tick
+from llama_jax.ring.packet import mark_empty, segment_width
+from llama_jax.ring.sizes import Bucket, RingSizes
+from llama_jax.ring.stage import Program
+from llama_jax.ring.tick import State, StepOutput, tick
 from llama_jax.weights.placement import Params, param_specs
 from sharding.axes import AXES, STAGE
+from sharding.errors import UserError
 from sharding.mesh import mesh_shape
+from sharding.partition import positions_per_stage
 from sharding.ring import RingState
 
 LOGITS_SPEC = P(None, AXES)  # [segments, V']
@@ -40,57 +43,57 @@ SampleStep = Callable[[jax.Array, StepOutput, Any], tuple[jax.Array, jax.Array]]
 
 
 def decode_step(
-    config: LlamaConfig, mesh: Mesh, limits: Limits, rows: int, model_class: type[Llama] = Llama
+    config: LlamaConfig, mesh: Mesh, sizes: RingSizes, rows: int, model_class: type[Llama] = Llama
 ) -> Step:
-    """The jitted tick without any chunk in flight; donates the state."""
-    return _jit_step(mesh, Program(config, limits, Bucket(rows, 0), model_class), "decode_step")
+    """The jitted tick with no chunk in flight. Donates the state."""
+    return _jit_step(mesh, Program(config, sizes, Bucket(rows, 0), model_class), "decode_step")
 
 
 def prefill_step(
     config: LlamaConfig,
     mesh: Mesh,
-    limits: Limits,
+    sizes: RingSizes,
     rows: int,
     chunk: int,
     model_class: type[Llama] = Llama,
 ) -> Step:
-    """The jitted tick whose largest chunk in flight fits `chunk` tokens; donates the state."""
-    program = Program(config, limits, Bucket(rows, chunk), model_class)
+    """The jitted tick whose largest chunk in flight fits `chunk` tokens. Donates the state."""
+    program = Program(config, sizes, Bucket(rows, chunk), model_class)
     return _jit_step(mesh, program, f"prefill_step_{chunk}")
 
 
 def sample_step(mesh: Mesh, model_class: type[Llama] = Llama) -> SampleStep:
-    """The jitted second program of a tick, for packets in which a row is not greedy.
+    """The jitted second program of a tick, for packets with a row that is not greedy.
 
-    It replaces the greedy choices of such rows, before the next tick reads them.
+    Replaces the greedy choices of such rows before the next tick reads them. Donates the tokens.
     """
 
-    def run(tokens: jax.Array, output: StepOutput, controls: jax.Array) -> Any:
+    def replace_tokens(tokens: jax.Array, output: StepOutput, controls: jax.Array) -> Any:
         chosen = model_class.sampler.sample(output.logits, output.tokens, controls)
         return tokens.at[output.slots].set(chosen, mode="drop"), chosen
 
     out_spec = StepOutput(LOGITS_SPEC, P(), P())
-    mapped = on_mesh(run, mesh, (P(), out_spec, P()), (P(), P()))
+    mapped = on_mesh(replace_tokens, mesh, (P(), out_spec, P()), (P(), P()))
     mapped.__name__ = "sample_step"
     return jax.jit(mapped, donate_argnums=0)
 
 
 def state_specs(config: LlamaConfig, mesh: Mesh) -> State:
     """State of PartitionSpec."""
-    positions = -(-config.num_layers // mesh_shape(mesh)[0])
+    positions = positions_per_stage(config.num_layers, mesh_shape(mesh)[0])
     cache = KVCache((kv_cache.SPEC,) * positions, (kv_cache.SPEC,) * positions)
     return State(RingState(P(), P(), (P(STAGE), P(STAGE))), P(), cache)
 
 
-def state_shapes(config: LlamaConfig, mesh: Mesh, limits: Limits, dtype: jnp.dtype) -> State:
-    """State of ShapeDtypeStruct with shardings: to allocate from, or to compile for."""
+def state_shapes(config: LlamaConfig, mesh: Mesh, sizes: RingSizes, dtype: jnp.dtype) -> State:
+    """State of ShapeDtypeStruct with shardings, to allocate or to compile for."""
     num_stages, _ = mesh_shape(mesh)
 
     def array(shape: tuple[int, ...], kind: Any, spec: P) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, spec))
 
-    segments = (num_stages, limits.max_segments, segment_width(limits))
-    capacities = (limits.max_rows, limits.max_chunk)
+    segments = (num_stages, sizes.max_segments, segment_width(sizes))
+    capacities = (sizes.max_rows, sizes.max_chunk)
     ring = RingState(
         tick=array((), jnp.int32, P()),
         metadata=array(segments, jnp.int32, P()),
@@ -99,22 +102,21 @@ def state_shapes(config: LlamaConfig, mesh: Mesh, limits: Limits, dtype: jnp.dty
             for capacity in capacities
         ),
     )
-    cache = kv_cache.cache_shapes(config, mesh, limits.num_pages, limits.page_size, dtype)
-    return State(ring, array((limits.num_slots,), jnp.int32, P()), cache)
+    cache = kv_cache.cache_shapes(config, mesh, sizes.num_pages, sizes.page_size, dtype)
+    return State(ring, array((sizes.num_slots,), jnp.int32, P()), cache)
 
 
-def init_state(shapes: State, limits: Limits, fill: float = 0.0) -> State:
-    """Allocates the state: an empty ring, and a cache filled with `fill`."""
-    empty = np.zeros(shapes.ring.metadata.shape, np.int32)
-    empty[..., SLOT] = limits.num_slots
-    empty[..., PAGES:] = limits.num_pages
+def init_state(shapes: State, sizes: RingSizes, fill: float = 0.0) -> State:
+    """Allocates the state on its devices: an empty ring, and a cache filled with `fill`."""
+    metadata = np.zeros(shapes.ring.metadata.shape, np.int32)
+    mark_empty(sizes, metadata)
 
     def zeros(array: jax.ShapeDtypeStruct) -> jax.Array:
         return jax.jit(lambda: jnp.zeros(array.shape, array.dtype), out_shardings=array.sharding)()
 
     ring = RingState(
         tick=zeros(shapes.ring.tick),
-        metadata=jax.device_put(empty, shapes.ring.metadata.sharding),
+        metadata=jax.device_put(metadata, shapes.ring.metadata.sharding),
         activations=jax.tree.map(zeros, shapes.ring.activations),
     )
     return State(ring, zeros(shapes.tokens), kv_cache.init_cache(shapes.cache, fill))
@@ -129,9 +131,28 @@ def _jit_step(mesh: Mesh, program: Program, name: str) -> Step:
     return jax.jit(mapped, donate_argnums=1)
 
 
-def on_mesh(run: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Any:
+def check_model_class(model_class: type[Llama]) -> None:
+    """Checks that the ring can run a subclass of `Llama`.
+
+    The ring uses its layers and its sampler, and would silently ignore other changes.
+
+    Raises:
+      UserError: it is no such subclass, or it overrides a method that the ring does not call.
+    """
+    if not (isinstance(model_class, type) and issubclass(model_class, Llama)):
+        raise UserError(f"model_class must be Llama or a subclass of it, got {model_class!r}.")
+    for name in ("__call__", "unembed"):
+        if getattr(model_class, name) is not getattr(Llama, name):
+            raise UserError(
+                f"{model_class.__name__} overrides {name}, which a model on a mesh does not call: "
+                "change the layers (layer_class) or the sampler instead."
+            )
+
+
+def on_mesh(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Any:
     """`jax.shard_map`, manual over both axes."""
-    # check_vma wants a collective wherever a result is to be replicated, even over an axis of size
-    # 1, where the collectives of `sharding` leave it out.
-    mapped = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-    return mapped
+    # check_vma would require a collective for each replicated result, even over an axis of size 1,
+    # where the functions of `sharding.collectives` issue none.
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )

@@ -1,7 +1,7 @@
-"""One tick as one device sees it: what runs inside `shard_map`, on this device's shares of arrays.
+"""One tick on one device: the code inside `shard_map`, where each array is this device's share.
 
-Here the modules of `llama_jax.model` meet the ring: each layer is built around this rank's share
-of its weights, attends to the pages of the cache, and sums its partial results over `model`.
+The entering tokens are embedded, every stage runs its layers (`ring.stage`), and the packet that
+leaves the last stage gets its logits and next tokens.
 """
 
 from collections.abc import Callable
@@ -13,40 +13,24 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llama_jax.config import LlamaConfig
-from llama_jax.model import DecoderLayer, Llama, RMSNorm
-from llama_jax.model.attention import Caller, paged_attention
-from llama_jax.model.llama import logits, set_weights
-from llama_jax.ring import kv_cache
+from llama_jax.model import RMSNorm
+from llama_jax.model.llama import head_logits
 from llama_jax.ring.kv_cache import KVCache
-from llama_jax.ring.packet import LENGTH, PAGES, POSITION, SLOT, decode, segments_of
-from llama_jax.ring.sizes import Bucket, Limits
+from llama_jax.ring.packet import LENGTH, SLOT, decode_packet, segments_of
+from llama_jax.ring.stage import Program, run_layers
 from llama_jax.weights.placement import Params
-from sharding.axes import AXES, MODEL
+from sharding.axes import AXES
 from sharding.collectives import psum, rank
 from sharding.ring import RingState, ring_tick
 
 
-class Program(NamedTuple):
-    """What distinguishes one compiled tick from another.
-
-    Attributes:
-      config, limits, bucket: the architecture and the sizes.
-      model_class: whose layers run and whose sampler chooses.
-    """
-
-    config: LlamaConfig
-    limits: Limits
-    bucket: Bucket
-    model_class: type[Llama]
-
-
 class State(NamedTuple):
-    """What the device carries from tick to tick, beside the weights. Donated to each step.
+    """The device's state between ticks, except the weights. Donated to each step.
 
-    Like the other tuples here it holds arrays, or what stands for them (a spec, a shape).
+    Like the other tuples here, it holds arrays or, in their place, specs or shapes.
 
     Attributes:
-      ring: packets in flight.
+      ring: the packets in flight.
       tokens: `[num_slots]` int32, the last token of each slot; replicated.
       cache: the paged KV cache.
     """
@@ -57,13 +41,13 @@ class State(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """What a tick says of the packet that left the last stage.
+    """The results of a tick, for the packet that left the last stage.
 
     Attributes:
-      logits: `[segments, V']` float32, after the last token of each segment, split over all ranks;
-        -inf beyond the vocabulary. Stays on the device unless somebody asks.
-      tokens: `[segments]` int32, the greedy choices; `NO_TOKEN` where the logits are not numbers.
-      slots: `[segments]` int32, where each token belongs; `num_slots` for nowhere.
+      logits: `[segments, V']` float32, at the last token of each segment, split over all ranks;
+        -inf beyond the vocabulary. The host does not read them.
+      tokens: `[segments]` int32, the greedy choices; `NO_TOKEN` where a logit is NaN.
+      slots: `[segments]` int32, the slot of each token; `num_slots` for none.
     """
 
     logits: Any
@@ -71,7 +55,7 @@ class StepOutput(NamedTuple):
     slots: Any
 
 
-# (activations, metadata, cache) -> activations one stage further, and what becomes of the cache
+# (activations, metadata, cache) -> (activations, cache and possibly more)
 RunStage = Callable[[jax.Array, jax.Array, KVCache], tuple[jax.Array, Any]]
 # (activations, metadata) of the leaving packet -> the rows to return
 Select = Callable[[jax.Array, jax.Array], jax.Array]
@@ -80,23 +64,34 @@ Select = Callable[[jax.Array, jax.Array], jax.Array]
 def tick(
     program: Program, params: Params, state: State, packed: jax.Array
 ) -> tuple[State, StepOutput]:
-    """One tick: every packet moves on by one stage, and the one that leaves gets its tokens."""
-    ring, cache, finished, leaving = advance(
+    """Runs every stage once, and chooses the next tokens of the packet that leaves.
+
+    Args:
+      program: the parameters of the tick.
+      params: this device's share of the weights.
+      state: likewise.
+      packed: the entering packet, from `encode_packet`.
+
+    Returns:
+      The state after the tick, and the results.
+    """
+    ring, cache, finished, leaving = advance_ring(
         program,
         params,
         state,
         packed,
         partial(run_layers, program, params.layers),
-        partial(_last_tokens, program),
+        partial(_last_activations, program),
     )
-    scores = vocab_logits(program.config, params, finished)
+    scores = local_logits(program.config, params, finished)
     chosen = program.model_class.sampler.greedy(scores)
-    slots = segments_of(program.limits, program.bucket, leaving)[:, SLOT]
+    slots = segments_of(program.sizes, program.bucket, leaving)[:, SLOT]
+    # Drops the tokens of empty rows and of chunks before the last of a prompt.
     tokens = state.tokens.at[slots].set(chosen, mode="drop")
     return State(ring, tokens, cache), StepOutput(scores, chosen, slots)
 
 
-def advance(
+def advance_ring(
     program: Program,
     params: Params,
     state: State,
@@ -104,12 +99,22 @@ def advance(
     run_stage: RunStage,
     select: Select,
 ) -> tuple[RingState, Any, jax.Array, jax.Array]:
-    """Lets a packet into the ring and moves all of them on; see `sharding.ring.ring_tick`."""
-    limits, bucket = program.limits, program.bucket
-    entering, chunk_tokens = decode(limits, bucket, packed)
+    """`sharding.ring.ring_tick` for packets of tokens, without the choice of the next ones.
+
+    Args:
+      program, params, state, packed: as for `tick`.
+      run_stage, select: as for `ring_tick`.
+
+    Returns:
+      The ring, the result of `run_stage` besides the activations, the selected activations of the
+      packet that left, and its segments `[max_segments, width]`.
+    """
+    sizes, bucket = program.sizes, program.bucket
+    entering, chunk_tokens = decode_packet(sizes, bucket, packed)
 
     def enter(segments: jax.Array) -> jax.Array:
         slots = segments[: bucket.rows, SLOT]
+        # The slot of an empty row is past the end: clipped, it reads some token, which is unused.
         row_tokens = state.tokens.at[slots].get(mode="clip")
         return embed(params.embedding, jnp.concatenate([row_tokens, chunk_tokens]))
 
@@ -124,115 +129,25 @@ def advance(
     )
 
 
-def _last_tokens(program: Program, x: jax.Array, metadata: jax.Array) -> jax.Array:
-    """The activations of the last token of each segment."""
-    num_rows, tile = program.bucket.rows, program.limits.tile
+def _last_activations(program: Program, x: jax.Array, metadata: jax.Array) -> jax.Array:
+    """Selects the activations of the last token of each segment: `[segments, D]`."""
+    num_rows, tile = program.bucket.rows, program.sizes.tile
     num_tiles = program.bucket.chunk // tile
-    lengths = segments_of(program.limits, program.bucket, metadata)[num_rows:, LENGTH]
+    lengths = segments_of(program.sizes, program.bucket, metadata)[num_rows:, LENGTH]
+    # An empty tile has length 0; it reads its first position, and its token is dropped.
     ends = num_rows + jnp.arange(num_tiles) * tile + jnp.maximum(lengths - 1, 0)
     return jnp.concatenate([x[:num_rows], x[ends]])
 
 
-class PagedAttend:
-    """`model.Attend` over one layer's pages of the cache, which it writes to first.
-
-    Attributes:
-      k_pages, v_pages: `[K, num_pages, page_size, h]`, this rank's; replaced when it is called.
-    """
-
-    def __init__(
-        self, program: Program, segments: jax.Array, k_pages: jax.Array, v_pages: jax.Array
-    ):
-        self._program, self._segments = program, segments
-        self._tokens = tokens_of(program, segments)
-        self.k_pages, self.v_pages = k_pages, v_pages
-
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, caller: Caller) -> jax.Array:
-        """q `[N, H, h]`, k and v `[N, K, h]` -> `[N, H, h]`."""
-        tokens = self._tokens
-        self.k_pages = kv_cache.write(self.k_pages, k, tokens.page, tokens.offset)
-        self.v_pages = kv_cache.write(self.v_pages, v, tokens.page, tokens.offset)
-        return self._by_segment(
-            q,
-            lambda q, tables, positions, lengths: paged_attention(
-                q, self.k_pages, self.v_pages, tables, positions, lengths,
-                caller.score_mod, rank(MODEL) * q.shape[2],
-            ),
-        )  # fmt: skip
-
-    def _by_segment(self, q: jax.Array, attend: Callable[..., jax.Array]) -> jax.Array:
-        """Runs it over the rows (one query each) and over the tiles (`tile` queries each).
-
-        `attend` takes queries `[B, T, H, h]`, page tables, positions and lengths; what it returns,
-        `[B, T, ...]`, comes back as `[N, ...]`.
-        """
-        out = []
-        num_rows, tile = self._program.bucket.rows, self._program.limits.tile
-        for part, width in ((slice(num_rows), 1), (slice(num_rows, None), tile)):
-            lengths = self._segments[part, LENGTH]
-            if lengths.size == 0:
-                continue
-            attended = attend(
-                q[part].reshape(-1, width, *q.shape[1:]),
-                self._segments[part, PAGES:],
-                self._tokens.position[part].reshape(-1, width),
-                jnp.where(lengths > 0, self._segments[part, POSITION] + lengths, 0),
-            )
-            out.append(attended.reshape(-1, *attended.shape[2:]))
-        return jnp.concatenate(out)
-
-
-# How a layer is called: (its position in the stage, layer, activations, positions of the tokens).
-RunLayer = Callable[[int, DecoderLayer, jax.Array, jax.Array, PagedAttend], jax.Array]
-
-
-def run_layer(
-    position: int, layer: DecoderLayer, x: jax.Array, positions: jax.Array, attend: PagedAttend
-) -> jax.Array:
-    """Calls a layer on a packet; its partial results are summed over `model`."""
-    with jax.named_scope(f"layer_{position}"):
-        return layer(x, positions, attend, partial(psum, axes=MODEL))
-
-
-def run_layers(
-    program: Program,
-    layers: tuple[dict[str, Any], ...],
-    x: jax.Array,
-    metadata: jax.Array,
-    cache: KVCache,
-    attend_class: type[PagedAttend] = PagedAttend,
-    run: RunLayer = run_layer,
-) -> tuple[jax.Array, KVCache]:
-    """Runs this stage's layers on the packet that is with it.
-
-    Args:
-      layers: the stage's weights, from `Params.layers`.
-      x: `[N, D]`, decode rows first.
-      metadata: the packet's segments.
-      cache: this device's share.
-      attend_class, run: how layers attend and are called.
-    """
-    segments = segments_of(program.limits, program.bucket, metadata)
-    positions = tokens_of(program, segments).position
-    keys, values = [], []
-    for position, weights in enumerate(layers):
-        attend = attend_class(program, segments, cache.keys[position][0], cache.values[position][0])
-        layer = make_layer(program, jax.tree.map(lambda array: array[0], weights))
-        x = run(position, layer, x, positions, attend)
-        keys.append(attend.k_pages[None])
-        values.append(attend.v_pages[None])
-    return x, KVCache(tuple(keys), tuple(values))
-
-
 def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Looks tokens up in a table that is split over all ranks: one all-reduce.
+    """Looks up tokens in a table that is split over all ranks: one all-reduce.
 
     Args:
       table: `[V' / ranks, D]`, this rank's share.
-      tokens: `[N]` int32; zeros for an id that no rank has.
+      tokens: `[N]` int32.
 
     Returns:
-      `[N, D]`.
+      `[N, D]`; zeros for an id outside the table, such as `NO_TOKEN`.
     """
     with jax.named_scope("embed"):
         local = tokens - rank(AXES) * table.shape[0]
@@ -240,51 +155,20 @@ def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
         return psum(jnp.where(mine[:, None], table.at[local].get(mode="clip"), 0), AXES)
 
 
-def vocab_logits(config: LlamaConfig, params: Params, x: jax.Array) -> jax.Array:
-    """Finished activations [n, D] -> this rank's logits [n, V' / ranks]; -inf for padding."""
+def local_logits(config: LlamaConfig, params: Params, x: jax.Array) -> jax.Array:
+    """Activations of the last layer [n, D] -> this rank's logits [n, V' / ranks] float32.
+
+    Logits of padding are -inf.
+    """
     head = params.embedding if params.lm_head is None else params.lm_head
-    scores = logits(final_norm(config, params, x), head)
+    scores = head_logits(final_norm(config, params, x), head)
     token = rank(AXES) * head.shape[0] + jnp.arange(head.shape[0])
     return jnp.where(token < config.vocab_size, scores, -jnp.inf)
 
 
 def final_norm(config: LlamaConfig, params: Params, x: jax.Array) -> jax.Array:
-    """Finished activations [..., D] -> what the head reads."""
+    """Applies the final norm to the activations of the last layer, [..., D]."""
+    # eval_shape builds the module without allocating the parameters that are then replaced.
     norm = nnx.eval_shape(lambda: RMSNorm(config.embed_dim, config.norm_eps))
     norm.scale.set_value(params.final_norm)
     return norm(x)
-
-
-class Tokens(NamedTuple):
-    """Each token of the packet, rows first: position in its sequence, page and offset there."""
-
-    position: jax.Array
-    page: jax.Array
-    offset: jax.Array
-
-
-def tokens_of(program: Program, segments: jax.Array) -> Tokens:
-    """The tokens of a packet, from its segments."""
-    limits, num_rows = program.limits, program.bucket.rows
-
-    def expand(segments: jax.Array, tile: int) -> tuple[jax.Array, ...]:
-        step = jnp.arange(tile)
-        position = segments[:, POSITION, None] + step  # [segments, tile]
-        index = position // limits.page_size
-        pages = segments[:, PAGES:]
-        page = jnp.take_along_axis(pages, index, axis=1, mode="clip")
-        # Nowhere is past the pool: never 0 and never -1, which are pages of somebody.
-        real = (step < segments[:, LENGTH, None]) & (index < pages.shape[1])
-        page = jnp.where(real, page, limits.num_pages)
-        return position.ravel(), page.ravel(), (position % limits.page_size).ravel()
-
-    rows, tiles = expand(segments[:num_rows], 1), expand(segments[num_rows:], limits.tile)
-    return Tokens(*(jnp.concatenate(pair) for pair in zip(rows, tiles, strict=True)))
-
-
-def make_layer(program: Program, weights: dict[str, Any]) -> DecoderLayer:
-    """A decoder layer around this rank's share of the weights."""
-    layer_class = program.model_class.layer_class
-    layer = nnx.eval_shape(lambda: layer_class(program.config, rngs=nnx.Rngs(0)))
-    set_weights(layer, weights)
-    return layer

@@ -1,1 +1,1 @@
-"""The HTTP server: the OpenAI protocol in front of an engine process. Imports no JAX."""
+"""The HTTP server: the OpenAI API in front of an engine process. Imports no JAX."""

@@ -1,4 +1,4 @@
-"""`python -m llama_jax.serve`; see `llama_jax.serve.arguments` for what it takes."""
+"""`python -m llama_jax.serve`; its options are in `llama_jax.serve.arguments`."""
 
 import sys
 

@@ -1,23 +1,25 @@
-"""The HTTP application: routes and errors."""
+"""The HTTP application: its routes and its error handlers."""
 
 from fastapi import FastAPI
 
 from llama_jax.serve.completions import completion_routes
 from llama_jax.serve.errors import install_handlers
-from llama_jax.serve.frontend import Frontend
-from llama_jax.serve.service import service_routes
+from llama_jax.serve.served_model import ServedModel
+from llama_jax.serve.status import status_routes
+from llama_jax.serve.tokenization import tokenization_routes
 
 
-def create_app(frontend: Frontend) -> FastAPI:
-    """The application for one model, which stands behind a `Door`."""
+def create_app(served: ServedModel) -> FastAPI:
+    """Creates the application for one model; requests reach it through a `Door`."""
     app = FastAPI(
         title="llama-jax",
-        # Their pages load scripts from elsewhere; the description itself is /openapi.json.
+        # These pages would load scripts from a CDN; the schema itself is at /openapi.json.
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
     )
     install_handlers(app)
-    app.include_router(completion_routes(frontend))
-    app.include_router(service_routes(frontend))
+    app.include_router(completion_routes(served))
+    app.include_router(tokenization_routes(served))
+    app.include_router(status_routes(served))
     return app

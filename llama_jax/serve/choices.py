@@ -1,4 +1,4 @@
-"""Answers as streams of text: tokens from the engine in, pieces of text out."""
+"""Generates the choices of a request as one stream of text deltas."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 from llama_jax.client.text import read_text
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.engine.messages import FinishReason
-from llama_jax.serve.frontend import Frontend
+from llama_jax.engine.interface import FinishReason
+from llama_jax.serve.served_model import ServedModel
 from llama_jax.text.detokenizer import Detokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class ChoicePiece:
-    """What one token adds to one of a request's answers.
+class ChoiceDelta:
+    """The text that one token adds to one choice.
 
     Attributes:
-      choice: which answer.
-      text: may be empty: a token may end inside a character, or show nothing.
-      tokens: of this answer, so far.
-      finish_reason: of the last piece.
+      choice: the index of the choice in its request.
+      text: the new text; empty if the token ends inside a character or has no text.
+      tokens: the number of tokens of this choice so far.
+      finish_reason: why the choice ended, on its last delta; else None.
     """
 
     choice: int
@@ -29,50 +29,53 @@ class ChoicePiece:
     finish_reason: FinishReason | None
 
 
-async def generate_text(
-    frontend: Frontend, choice: int, prompt: list[int], params: SamplingParams, arrived: float
-) -> AsyncGenerator[ChoicePiece, None]:
-    """Yields one piece a token. Closing it early aborts the request.
+async def generate_choice(
+    served: ServedModel, choice: int, prompt: list[int], params: SamplingParams, arrived: float
+) -> AsyncGenerator[ChoiceDelta, None]:
+    """Yields one delta per token. Closing the generator early aborts the generation.
 
     Args:
-      choice: the number of this answer in its HTTP request.
-      arrived: when the HTTP request did, by `time.perf_counter`.
+      served: the model.
+      choice: the index of this choice in its HTTP request.
+      prompt: token ids.
+      params: the sampling parameters of this choice.
+      arrived: when the HTTP request arrived, by the clock of the metrics.
 
     Raises:
       GenerationFailed: the engine could not finish.
-      RequestError, QueueFull, EngineDead: as `Engine.generate`.
+      RequestError, QueueFull, EngineDead: as `EngineClient.generate`.
     """
-    detokenizer = Detokenizer(frontend.tokenizer, params.stop)
-    with frontend.metrics.request(arrived, len(prompt)) as timer:
-        pieces = read_text(frontend.engine.generate(prompt, params), detokenizer)
-        async with aclosing(pieces):
-            async for piece in pieces:
+    detokenizer = Detokenizer(served.tokenizer, params.stop)
+    with served.metrics.request(arrived, len(prompt)) as timer:
+        deltas = read_text(served.engine.generate(prompt, params), detokenizer)
+        async with aclosing(deltas):
+            async for delta in deltas:
                 timer.token()
-                if piece.finish_reason is not None:
-                    timer.finish(piece.finish_reason)
-                yield ChoicePiece(choice, piece.text, timer.tokens, piece.finish_reason)
+                if delta.finish_reason is not None:
+                    timer.finish(delta.finish_reason)
+                yield ChoiceDelta(choice, delta.text, timer.tokens, delta.finish_reason)
 
 
 async def merge(
-    streams: Sequence[AsyncGenerator[ChoicePiece, None]],
-) -> AsyncGenerator[ChoicePiece, None]:
-    """Yields the pieces of several answers as they come, and closes them all at its end.
+    streams: Sequence[AsyncGenerator[ChoiceDelta, None]],
+) -> AsyncGenerator[ChoiceDelta, None]:
+    """Yields the deltas of several choices as they arrive. Closes all streams at its end.
 
     Raises:
-      What any of the streams raises; the others are closed.
+      The first error that any stream raises.
     """
     if len(streams) == 1:
         async with aclosing(streams[0]) as only:
-            async for piece in only:
-                yield piece
+            async for delta in only:
+                yield delta
         return
-    arrived: asyncio.Queue[ChoicePiece | Exception | None] = asyncio.Queue()
+    arrived: asyncio.Queue[ChoiceDelta | Exception | None] = asyncio.Queue()
 
-    async def pump(stream: AsyncGenerator[ChoicePiece, None]) -> None:
+    async def pump(stream: AsyncGenerator[ChoiceDelta, None]) -> None:
         try:
             async with aclosing(stream):
-                async for piece in stream:
-                    arrived.put_nowait(piece)
+                async for delta in stream:
+                    arrived.put_nowait(delta)
             arrived.put_nowait(None)
         except Exception as error:
             arrived.put_nowait(error)

@@ -1,4 +1,4 @@
-"""Every error as the nested OpenAI object, whatever raised it.
+"""Turns every exception into an error response of the OpenAI API.
 
 {"error": {"message": one sentence, "type": ..., "param": a field or null, "code": ...}}
 """
@@ -16,23 +16,24 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llama_jax.engine.errors import EngineDead, GenerationFailed, QueueFull, RequestError
-from llama_jax.text.tokenizer import TokenizerError
+from llama_jax.engine.interface import EngineInfo
 
-# A place in the queue becomes free whenever any request ends, which under load is many times a
-# second: one second is long enough to find one, and short enough not to leave it empty.
+# Under load, requests end many times a second, and each end frees a place in the queue: after one
+# second there is likely to be one, and it has not been empty for long.
 RETRY_AFTER_SECONDS = 1
 
 log = logging.getLogger("llama_jax.serve")
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error response.
 
     Attributes:
-      status: of HTTP.
-      message: one sentence for the caller.
-      param: the field of the request that is at fault, if it is one.
-      code: for programs, such as "context_length_exceeded".
+      status: the HTTP status.
+      message: one sentence for the client.
+      param: the field of the request at fault, or None.
+      code: the kind of error for programs, such as "context_length_exceeded", or None.
+      headers: additional HTTP headers.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        # They may quote the request, in which JSON can spell half of a surrogate pair.
+        # These may quote the request, which may contain unpaired surrogates (JSON allows "\ud800").
         self.message = _writable(message)
         self.param = None if param is None else _writable(param)
         self.code = code
@@ -54,38 +55,54 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The object that goes over the wire."""
+        """The JSON object of the response."""
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return {"error": error}
 
     @property
     def type(self) -> str:
-        """OpenAI's name for errors of this status."""
+        """The type that OpenAI gives to errors of this status."""
         names = {401: "authentication_error", 429: "rate_limit_error"}
-        usual = "server_error" if self.status >= 500 else "invalid_request_error"
-        return names.get(self.status, usual)
+        default = "server_error" if self.status >= 500 else "invalid_request_error"
+        return names.get(self.status, default)
 
     def response(self) -> Response:
-        """The whole answer."""
+        """The HTTP response."""
         return Response(
             msgspec.json.encode(self.body), self.status, self.headers, "application/json"
         )
 
 
 def unavailable(reason: str, code: str) -> ApiError:
-    """503, for as long as the server cannot generate."""
+    """503: the server cannot generate at the moment."""
     return ApiError(503, reason, code=code)
 
 
 def engine_dead() -> ApiError:
-    """503, until the server is restarted."""
-    return unavailable(
-        "The engine has ended, so the server cannot generate until it is restarted.", "engine_dead"
+    """503: the server cannot generate until it is restarted."""
+    return unavailable("The engine has ended; the server must be restarted.", "engine_dead")
+
+
+def too_long(prompt: str, info: EngineInfo, param: str, answer: int = 1) -> ApiError:
+    """400: prompt and answer together do not fit the context.
+
+    Args:
+      prompt: the length of the prompt in words.
+      info: the engine's limits.
+      param: the field at fault.
+      answer: the number of tokens to generate.
+    """
+    return ApiError(
+        400,
+        f"The prompt has {prompt} and the answer needs room for {answer}, but the context holds "
+        f"{info.max_model_len} tokens: shorten the prompt or lower max_tokens.",
+        param=param,
+        code="context_length_exceeded",
     )
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What the caller is told of an exception. What the caller should not see goes to the log."""
+    """Returns the response for an exception. Details that clients must not see go to the log."""
     match error:
         case ApiError():
             return error
@@ -96,9 +113,10 @@ def as_api_error(error: Exception) -> ApiError:
                 code="queue_full",
                 headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
             )
-        case RequestError() | TokenizerError():
-            return ApiError(400, str(error))
-        case EngineDead():  # the reason names files of this machine
+        case RequestError():
+            param, code = getattr(error, "param", None), getattr(error, "code", None)
+            return ApiError(400, str(error), param=param, code=code)
+        case EngineDead():  # its message names files of this machine
             return engine_dead()
         case GenerationFailed():
             return ApiError(500, str(error), code="generation_failed")
@@ -109,17 +127,17 @@ def as_api_error(error: Exception) -> ApiError:
         case _:
             log.error("A request failed.", exc_info=error)
             return ApiError(
-                500, "The server failed at this request; its log says why.", code="internal_error"
+                500, "The server failed; the reason is in its log.", code="internal_error"
             )
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Makes the app answer every exception with `as_api_error`."""
+    """Makes the application answer every exception with `as_api_error`."""
 
     async def handle(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException) and error.status_code == 404:
             path = request.url.path[:100]
-            return ApiError(404, f"There is no {path} here.", code="not_found").response()
+            return ApiError(404, f"There is no route {path}.", code="not_found").response()
         if isinstance(error, HTTPException) and error.status_code == 405:
             message = f"{request.url.path} does not take {request.method}."
             return ApiError(405, message, headers=error.headers).response()
@@ -128,7 +146,6 @@ def install_handlers(app: FastAPI) -> None:
     for kind in (
         ApiError,
         RequestError,
-        TokenizerError,
         EngineDead,
         GenerationFailed,
         RequestValidationError,
@@ -143,36 +160,43 @@ def _writable(text: str) -> str:
 
 
 def _of_http(error: HTTPException) -> ApiError:
-    if error.status_code == 400:  # FastAPI, where the JSON parser raised what it should not
+    if error.status_code == 400:  # FastAPI: the JSON parser raised something else than a JSON error
         return ApiError(
             400,
-            "The body is not UTF-8, is nested too deeply, or holds a number that is too long.",
+            "The body is not UTF-8, is nested too deeply, or contains too long a number.",
+            code="invalid_json",
         )
     message = str(error.detail) or HTTPStatus(error.status_code).phrase
     return ApiError(error.status_code, f"{message.rstrip('.')}.", headers=error.headers)
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:
-    """One sentence on the first thing that is wrong with the body."""
+    """Describes the first error in the body in one sentence, with OpenAI's code for its kind."""
     first = error.errors()[0]
     kind, context = first["type"], first.get("ctx", {})
     # ("body", "messages", 0, "role") is messages[0].role
     steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"][1:]]
-    field = "".join(steps).lstrip(".")
+    field = "".join(steps).lstrip(".")[:100]
     if kind == "json_invalid":
         at = f" at character {first['loc'][1]}" if len(first["loc"]) > 1 else ""
-        return ApiError(400, f"The body is not valid JSON{at}: {context.get('error')}.")
+        message = f"The body is not valid JSON{at}: {context.get('error')}."
+        return ApiError(400, message, code="invalid_json")
+    if kind == "missing" and not field:
+        return ApiError(400, "The request has no body.", code="invalid_json")
     if kind == "missing":
-        missing = f"The field {field} is missing." if field else "The request has no body."
-        return ApiError(400, missing, param=field or None)
-    if kind == "extra_forbidden":
-        return ApiError(400, f"There is no field {field[:100]} here.", param=field[:100])
-    if kind == "request_field":  # of this package (see `protocol.refuse`): already a sentence
-        param = ".".join(filter(None, [field, context.get("field")]))
-        return ApiError(400, first["msg"], param=param)
-    if kind == "string_unicode":
-        return ApiError(400, "Half of a surrogate pair in the name of a field is not a character.")
-    if not field:
-        return ApiError(400, "The body must be a JSON object.")
-    wanted = first["msg"][:1].lower() + first["msg"][1:].rstrip(".")
-    return ApiError(400, f"{field}: {wanted}.", param=field)
+        message, code = f"The field {field} is missing.", "missing_required_parameter"
+    elif kind == "extra_forbidden":
+        message, code = f"The field {field} does not exist.", "unknown_parameter"
+    elif kind == "request_field":  # raised by `protocol.refuse`: already a sentence
+        field = ".".join(filter(None, [field, context.get("field")]))
+        message, code = first["msg"], context["code"]
+    elif kind == "string_unicode":
+        message = "The body contains an unpaired surrogate, which is not valid Unicode."
+        return ApiError(400, message, code="invalid_value")
+    elif not field:
+        return ApiError(400, "The body must be a JSON object.", code="invalid_type")
+    else:
+        expected = first["msg"][:1].lower() + first["msg"][1:].rstrip(".")
+        message = f"{field}: {expected}."
+        code = "invalid_type" if kind.endswith("_type") else "invalid_value"
+    return ApiError(400, message, param=field or None, code=code)

@@ -1,4 +1,4 @@
-"""Uvicorn on a socket of our own, which others can wait for."""
+"""Uvicorn on a socket of our own, started and stopped by the caller."""
 
 import asyncio
 import contextlib
@@ -10,28 +10,29 @@ from collections.abc import AsyncGenerator, Generator
 import uvicorn
 from starlette.types import ASGIApp
 
-from llama_jax.serve.head_limits import LimitedHttp
+from llama_jax.serve.header_limits import LimitedHttp
+from sharding.errors import UserError
 
 BACKLOG = 2048
-# Longer than the minute for which proxies keep idle connections, so that it is they who close.
+# Longer than the 60 s that proxies keep idle connections, so that the proxy closes them, not we.
 KEEP_ALIVE_SECONDS = 75
-CLOSING_SECONDS = 5  # for what is still being sent when the server ends
+CLOSING_SECONDS = 5  # for responses that are still being sent at shutdown
 POLL_SECONDS = 0.05
 
 
-class ListenError(OSError):
-    """The server cannot listen where it was told to; the message is one sentence for the user."""
+class ListenError(UserError):
+    """The server cannot listen on this host and port."""
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens from now on, so that nobody else can take the port meanwhile.
+    """Opens a listening socket, which reserves the port while the engine starts.
 
     Args:
-      host: an address of this machine, or its name.
-      port: 0 for any that is free.
+      host: an address or name of this machine.
+      port: 0 for any free port.
 
     Raises:
-      ListenError: it cannot be had.
+      ListenError: the port is in use, or not available on this machine or to this user.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -40,29 +41,29 @@ def listen(host: str, port: int) -> socket.socket:
         where = f"{host} port {port}"
         reasons = {
             errno.EADDRINUSE: f"{where} is in use by another program: choose another --port.",
-            errno.EACCES: f"This user may not listen on {where}: choose a --port from 1024 on.",
+            errno.EACCES: f"This user may not listen on {where}: choose a --port of 1024 or more.",
             errno.EADDRNOTAVAIL: f"{host} is no address of this machine: choose another --host.",
         }
-        usual = f"Listening on {where} is not possible: {error.strerror or error}."
-        raise ListenError(reasons.get(error.errno or 0, usual)) from error
+        other = f"The server cannot listen on {where}: {error.strerror or error}."
+        raise ListenError(reasons.get(error.errno or 0, other)) from error
 
 
 def address_of(listener: socket.socket) -> str:
-    """The "http://..." under which this machine reaches a socket of `listen`."""
+    """Returns the URL at which this machine reaches a socket of `listen`."""
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def is_loopback(listener: socket.socket) -> bool:
-    """Whether only this machine reaches a socket of `listen`."""
+    """Returns whether only this machine can reach a socket of `listen`."""
     return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
 class HttpServer(uvicorn.Server):
-    """Serves an application while the context of `running` is open.
+    """Serves an application inside the context of `running`.
 
-    Signals are left to the caller: Uvicorn would close the socket at the first one.
+    The caller handles signals: Uvicorn would close the socket at the first one.
     """
 
     def __init__(self, app: ASGIApp, listener: socket.socket) -> None:
@@ -85,12 +86,12 @@ class HttpServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Captures none."""
+        """Overrides Uvicorn's signal handling with none."""
         yield
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncGenerator[None, None]:
-        """Takes requests inside, and when it is left closes every connection."""
+        """Accepts requests inside the context, and closes every connection at its end."""
         serving = asyncio.create_task(self.serve(sockets=[self._listener]))
         try:
             yield
@@ -99,6 +100,6 @@ class HttpServer(uvicorn.Server):
             await serving
 
     async def idle(self) -> None:
-        """Returns when no request is being answered."""
+        """Returns when no request is in progress."""
         while self.server_state.tasks:
             await asyncio.sleep(POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""Work that ends when nobody needs it any more, so that what it holds is free for others."""
+"""Cancels work that is no longer needed, so that its resources are free for other requests."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -10,14 +10,15 @@ T = TypeVar("T")
 
 
 class Interrupted(Exception):
-    """Something else happened first, and the work was cancelled."""
+    """The event happened first, and the work was cancelled."""
 
 
 async def unless(event: Coroutine[Any, Any, object], work: Coroutine[Any, Any, T]) -> T:
-    """Runs `work`, and cancels it when `event` returns first. Both have ended when this returns.
+    """Runs `work`, but cancels it if `event` returns first. Both have ended when this returns.
 
     Raises:
-      Interrupted: `event` came first.
+      Interrupted: `event` returned first.
+      The errors of `work`.
     """
     working = asyncio.create_task(work)
     waiting = asyncio.create_task(event)
@@ -35,11 +36,10 @@ async def unless(event: Coroutine[Any, Any, object], work: Coroutine[Any, Any, T
 async def disconnected(receive: Receive) -> None:
     """Returns when the client has closed the connection.
 
-    Servers cancel nothing by themselves: a handler that computes a whole answer runs on although
-    nobody will read it.
+    ASGI servers do not cancel a handler whose client has gone; it would compute the whole response.
 
     Args:
-      receive: of ASGI, with the request's body already read.
+      receive: the ASGI callable; the request's body must have been read.
     """
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -17,7 +17,6 @@ from rich.console import Console
 
 from llama_jax.client.client import EngineClient
 from llama_jax.client.engine_process import ENGINE_COMMAND
-from llama_jax.config import ConfigError
 from llama_jax.config.huggingface import generation_defaults
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead, EngineStartError
@@ -29,29 +28,24 @@ from llama_jax.serve.arguments import (
     engine_options,
     parse_arguments,
 )
-from llama_jax.serve.display import StartDisplay, show_ready
-from llama_jax.serve.frontend import Frontend
-from llama_jax.serve.http_server import (
-    HttpServer,
-    ListenError,
-    address_of,
-    is_loopback,
-    listen,
-)
+from llama_jax.serve.http_server import HttpServer, address_of, is_loopback, listen
 from llama_jax.serve.interrupt import Interrupted, unless
 from llama_jax.serve.metrics import Metrics
 from llama_jax.serve.middleware import Door
-from llama_jax.text.tokenizer import Tokenizer, TokenizerError
+from llama_jax.serve.ready import show_ready
+from llama_jax.serve.served_model import ServedModel
+from llama_jax.terminal.progress import TerminalDisplay
+from llama_jax.text.tokenizer import Tokenizer
 from sharding.errors import UserError
 
 
 class CheckpointMissing(UserError):
-    """There is nothing to serve where the user said; the message is one sentence."""
+    """The path on the command line is not a directory, or there is no demo checkpoint."""
 
 
 @dataclass(frozen=True)
-class Site:
-    """What is served and where: all that was checked before the engine is started."""
+class Setup:
+    """A checked command line: everything that the server needs before the engine starts."""
 
     arguments: argparse.Namespace
     options: EngineOptions
@@ -64,46 +58,42 @@ class Site:
 def main(argv: list[str] | None = None, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
     """Serves until SIGTERM or SIGINT.
 
+    What the user can correct, and the end of the engine, are printed as one sentence. Any other
+    exception is a defect of the server and is raised.
+
     Args:
       argv: the command line; None for that of this process.
-      engine_command: the program that is the engine.
+      engine_command: the command that runs an engine process.
 
     Returns:
-      The exit code: 0 if the server was told to end, 1 if it could not start or its engine died,
-      after one sentence on standard error.
+      The exit code: 0 after a signal, 1 if the server could not start or its engine died, 130 if it
+      was interrupted before it could handle signals.
     """
     arguments = parse_arguments(argv)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     console = Console()
     try:
-        site = _prepare(arguments)
+        setup = _prepare(arguments)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(site, engine_command, console))
-    except (
-        CheckpointMissing,
-        ConfigError,
-        TokenizerError,
-        ListenError,
-        EngineStartError,
-        EngineDead,
-    ) as error:
+            runner.run(_serve(setup, engine_command, console))
+    except (UserError, EngineStartError, EngineDead) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # before there was anything to end
+    except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0
 
 
-def _prepare(arguments: argparse.Namespace) -> Site:
-    """Checks what can be checked in a second or two, cheapest first.
+def _prepare(arguments: argparse.Namespace) -> Setup:
+    """Checks what takes only a second or two, cheapest first.
 
     Raises:
-      CheckpointMissing, ConfigError, TokenizerError, ListenError: one sentence.
+      CheckpointMissing, ConfigError, TokenizerError, ListenError: it cannot be served.
     """
     path, name = _find_checkpoint(arguments.path)
     defaults = generation_defaults(path)
     tokenizer = Tokenizer(path)
-    return Site(
+    return Setup(
         arguments=arguments,
         options=engine_options(arguments, path),
         model=arguments.served_model_name or name,
@@ -114,60 +104,69 @@ def _prepare(arguments: argparse.Namespace) -> Site:
 
 
 def _find_checkpoint(path: Path | None) -> tuple[Path, str]:
-    """The directory to serve, and what to call it."""
+    """Returns the checkpoint's directory and its name for requests."""
     if path is None:
         if not DEMO_CHECKPOINT.is_dir():
             raise CheckpointMissing(
-                "No checkpoint was named, and the demo checkpoint is not beside this package: give "
-                "the path of one."
+                "No checkpoint was given, and there is no demo checkpoint beside this package: "
+                "give the path of a checkpoint."
             )
         return DEMO_CHECKPOINT, DEMO_NAME
     if not path.is_dir():
         raise CheckpointMissing(
-            f"There is no directory {path}: give that of a checkpoint on this machine (nothing is "
-            "downloaded)."
+            f"There is no directory {path}: give the directory of a checkpoint on this machine "
+            "(the server downloads nothing)."
         )
     return path, path.resolve().name
 
 
-async def _serve(site: Site, engine_command: Sequence[str], console: Console) -> None:
-    """Starts the engine, serves, and ends when told to.
+async def _serve(setup: Setup, engine_command: Sequence[str], console: Console) -> None:
+    """Starts the engine, serves, and shuts down after a signal.
 
     Raises:
       EngineStartError: the engine cannot start.
-      EngineDead: it died; every request has been answered, with an error.
+      EngineDead: the engine died; every request has been answered with an error.
     """
     started = time.perf_counter()
     stop = StopSignals()
-    door = Door(site.arguments.api_key)
-    server = HttpServer(door, site.listener)
-    async with server.running():  # from now on somebody answers, if only that there is a start
+    door = Door(setup.arguments.api_key)
+    server = HttpServer(door, setup.listener)
+    async with server.running():  # during the start, requests are told that it is starting
         try:
-            with StartDisplay(console) as display:
-                start = EngineClient.start(site.options, display, command=engine_command)
+            with TerminalDisplay(console) as display:
+                start = EngineClient.start(
+                    setup.options,
+                    lambda step: display.update(step.title, step.done, step.total, step.detail),
+                    command=engine_command,
+                )
                 engine = await unless(stop.asked.wait(), start)
         except Interrupted:
             return
         try:
-            frontend = _frontend(site, engine)
-            door.open(create_app(frontend))
-            _show_ready(site, engine, time.perf_counter() - started, console)
+            served = _served_model(setup, engine)
+            door.open(create_app(served))
+            _show_ready(setup, engine, time.perf_counter() - started, console)
             try:
                 reason = await unless(stop.asked.wait(), engine.wait_dead())
             except Interrupted:
-                frontend.draining = True
-                await _drain(server, stop, site.arguments.shutdown_timeout, console)
+                served.draining = True
+                await _drain(server, stop, setup.arguments.shutdown_timeout, console)
             else:
                 raise EngineDead(reason)
         finally:
             if stop.repeated.is_set():
                 engine.kill()
-            # Whoever still waits for an answer gets an error now, before the connections close.
+            # Requests that still wait get an error now, before their connections close.
             await engine.close()
 
 
 class StopSignals:
-    """SIGTERM and SIGINT: the first asks for an orderly end, the next for one at once."""
+    """SIGTERM and SIGINT: the first asks for a graceful shutdown, the second for an immediate one.
+
+    Attributes:
+      asked: set by the first signal.
+      repeated: set by the second.
+    """
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
@@ -180,38 +179,40 @@ class StopSignals:
 
 
 async def _drain(server: HttpServer, stop: StopSignals, seconds: float, console: Console) -> None:
-    """Waits until all requests have been answered, but not for ever."""
+    """Waits until all requests have ended, up to `seconds` or a second signal."""
     console.print(
-        f"Ending: running requests have {seconds:g} s to finish; a second signal ends them at once."
+        f"Shutting down: running requests have {seconds:g} s to finish; a second signal ends them "
+        "at once.",
+        soft_wrap=True,
     )
     with contextlib.suppress(Interrupted, TimeoutError):
         await asyncio.wait_for(unless(stop.repeated.wait(), server.idle()), seconds)
 
 
-def _frontend(site: Site, engine: EngineClient) -> Frontend:
+def _served_model(setup: Setup, engine: EngineClient) -> ServedModel:
     metrics = Metrics(
-        site.model, lambda: engine.stats, lambda: engine.alive, site.arguments.metrics_prefix
+        setup.model, lambda: engine.stats, lambda: engine.alive, setup.arguments.metrics_prefix
     )
-    return Frontend(
+    return ServedModel(
+        name=setup.model,
+        root=setup.options.path,
         engine=engine,
-        tokenizer=site.tokenizer,
+        tokenizer=setup.tokenizer,
         metrics=metrics,
-        model=site.model,
-        root=site.options.path,
-        defaults=site.defaults,
+        defaults=setup.defaults,
     )
 
 
-def _show_ready(site: Site, engine: EngineClient, seconds: float, console: Console) -> None:
-    key = site.arguments.api_key is not None
+def _show_ready(setup: Setup, engine: EngineClient, seconds: float, console: Console) -> None:
+    key = setup.arguments.api_key is not None
     show_ready(
         console,
         engine.info,
-        model=site.model,
-        address=address_of(site.listener),
+        model=setup.model,
+        address=address_of(setup.listener),
         seconds=seconds,
-        chat=site.tokenizer.has_chat_template,
+        chat=setup.tokenizer.has_chat_template,
         key=key,
     )
-    if not key and not is_loopback(site.listener):
-        console.print("[yellow]Everyone who reaches this machine can use it: set --api-key.[/]")
+    if not key and not is_loopback(setup.listener):
+        console.print("[yellow]Everyone who can reach this machine can use it: set --api-key.[/]")

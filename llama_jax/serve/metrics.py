@@ -1,7 +1,7 @@
-"""What /metrics exports, under vLLM's names, so that boards and load generators know them.
+"""The metrics of /metrics, under vLLM's names, which dashboards and load generators know.
 
-Counters of the engine are read from its latest report when somebody asks; latencies are measured
-here, from a request's arrival to what leaves for the client.
+The engine's counters come from its latest report at the time of the scrape. Latencies are measured
+here, from the arrival of a request to the tokens sent to the client.
 """
 
 import time
@@ -18,7 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from llama_jax.engine.errors import QueueFull, RequestError
-from llama_jax.engine.messages import Stats
+from llama_jax.engine.interface import Stats
 
 PREFIXES = ("llama_jax", "vllm")
 FINISHED = ("stop", "length", "abort", "error")
@@ -38,90 +38,102 @@ LATENCY_BUCKETS = (
 )
 COUNT_BUCKETS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
 
-# Name, meaning, and the value in a report of the engine.
+# Name, help text, and the value in a report of the engine.
 _Report = tuple[str, str, Callable[[Stats], float]]
 _GAUGES: tuple[_Report, ...] = (
     (
         "num_requests_running",
-        "Requests that have a place in the pipeline.",
+        "Sequences in the pipeline.",
         lambda s: s.num_running,
     ),
-    ("num_requests_waiting", "Requests in the queue.", lambda s: s.num_waiting),
-    ("kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", lambda s: _pages_used(s)),
-    ("kv_pages", "Pages of the KV pool.", lambda s: s.pages_total),
-    ("kv_pages_free", "Pages of the KV pool that nobody holds.", lambda s: s.pages_free),
+    ("num_requests_waiting", "Sequences in the queue.", lambda s: s.num_waiting),
+    ("kv_cache_usage_perc", "Fraction of KV-cache pages in use.", lambda s: _pages_used(s)),
+    ("kv_pages", "KV-cache pages.", lambda s: s.pages_total),
+    ("kv_pages_free", "Free KV-cache pages.", lambda s: s.pages_free),
 )
 _COUNTERS: tuple[_Report, ...] = (
     ("prompt_tokens", "Prompt tokens computed.", lambda s: s.prompt_tokens),
     ("generation_tokens", "Tokens generated.", lambda s: s.generation_tokens),
-    ("num_preemptions", "Requests put back for want of pages.", lambda s: s.preemptions),
-    ("ticks", "Ticks of the pipeline.", lambda s: s.ticks),
+    ("num_preemptions", "Sequences preempted for lack of pages.", lambda s: s.preemptions),
+    ("ticks", "Pipeline ticks.", lambda s: s.ticks),
     ("stage_ticks", "Ticks times stages.", lambda s: s.stage_ticks),
-    ("stage_ticks_busy", "Stage ticks that carried work.", lambda s: s.stage_ticks_busy),
-    ("token_slots", "Places for tokens computed.", lambda s: s.token_slots),
-    ("token_slots_used", "Places that held a token.", lambda s: s.token_slots_used),
-    ("compilations", "Programs compiled; none after the start.", lambda s: s.compilations),
+    ("stage_ticks_busy", "Stage ticks with work.", lambda s: s.stage_ticks_busy),
+    ("token_slots", "Token slots computed.", lambda s: s.token_slots),
+    ("token_slots_used", "Token slots with a token.", lambda s: s.token_slots_used),
+    ("compilations", "Programs compiled.", lambda s: s.compilations),
     ("tick_seconds", "Time spent in ticks.", lambda s: s.tick_seconds),
-    ("host_seconds", "Time of ticks spent outside the compiled call.", lambda s: s.host_seconds),
+    ("host_seconds", "Time of ticks outside the compiled program.", lambda s: s.host_seconds),
 )
 
 
 class Metrics:
-    """The metrics of one server, in a registry of their own."""
+    """The metrics of one server, in their own registry.
+
+    Attributes:
+      clock: returns the time in seconds, from any origin.
+    """
 
     def __init__(
-        self, model: str, stats: Callable[[], Stats], alive: Callable[[], bool], prefix: str
+        self,
+        model: str,
+        stats: Callable[[], Stats],
+        alive: Callable[[], bool],
+        prefix: str,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """An account of nothing yet.
+        """Creates all metrics, at zero.
 
         Args:
           model: the value of the label `model_name`.
-          stats, alive: of the engine, asked at each scrape.
-          prefix: one of `PREFIXES`; names are `prefix:name`.
+          stats: returns the engine's latest report; called at each scrape.
+          alive: returns whether the engine runs; called at each scrape.
+          prefix: one of `PREFIXES`; metrics are named `prefix:name`.
+          clock: returns the time in seconds.
         """
+        self.clock = clock
         self._labels = {"model_name": model, "engine": "0"}
         self._prefix = prefix
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(prefix, self._labels, stats, alive))
         ProcessCollector(registry=self._registry)
 
-        self.first_token = self._histogram(
-            "time_to_first_token_seconds", "From arrival to the first token.", TTFT_BUCKETS
+        self.time_to_first_token = self._histogram(
+            "time_to_first_token_seconds", "Time from arrival to the first token.", TTFT_BUCKETS
         )
-        self.gap = self._histogram(
-            "inter_token_latency_seconds", "From one token to the next.", TOKEN_BUCKETS
+        self.inter_token = self._histogram(
+            "inter_token_latency_seconds", "Time between two tokens of a sequence.", TOKEN_BUCKETS
         )
-        self.per_token = self._histogram(
-            "request_time_per_output_token_seconds", "Mean gap of a request.", TOKEN_BUCKETS
+        self.time_per_token = self._histogram(
+            "request_time_per_output_token_seconds", "Mean inter-token time.", TOKEN_BUCKETS
         )
         self.latency = self._histogram(
-            "e2e_request_latency_seconds", "From arrival to the last token.", LATENCY_BUCKETS
+            "e2e_request_latency_seconds", "Time from arrival to the last token.", LATENCY_BUCKETS
         )
-        self.prompt = self._histogram("request_prompt_tokens", "Of one prompt.", COUNT_BUCKETS)
+        self.prompt = self._histogram("request_prompt_tokens", "Prompt tokens.", COUNT_BUCKETS)
         self.generation = self._histogram(
-            "request_generation_tokens", "Of one answer.", COUNT_BUCKETS
+            "request_generation_tokens", "Generated tokens.", COUNT_BUCKETS
         )
         self._finished = self._counter(
-            "request_success", "Answers that ended, by reason.", "finished_reason", FINISHED
+            "request_success", "Finished sequences by reason.", "finished_reason", FINISHED
         )
         self._rejected = self._counter(
-            "admission_rejections", "Requests refused for want of room.", "reason", REJECTED
+            "admission_rejections", "Sequences refused by reason.", "reason", REJECTED
         )
 
     def request(self, arrived: float, prompt_tokens: int) -> "RequestTimer":
-        """For one answer; `arrived` is of `time.perf_counter`."""
+        """Measures one sequence of a request that arrived at this time of `clock`."""
         return RequestTimer(self, arrived, prompt_tokens)
 
     def finished(self, reason: str) -> None:
-        """Counts an answer that ended for one of the reasons `FINISHED`."""
+        """Counts a finished sequence; `reason` is one of `FINISHED`."""
         self._finished.labels(**self._labels, finished_reason=reason).inc()
 
     def rejected(self, reason: str) -> None:
-        """Counts an answer that was refused for one of the reasons `REJECTED`."""
+        """Counts a refused sequence; `reason` is one of `REJECTED`."""
         self._rejected.labels(**self._labels, reason=reason).inc()
 
     def text(self) -> bytes:
-        """Everything, in the text format of Prometheus."""
+        """Returns all metrics in the Prometheus text format."""
         return generate_latest(self._registry)
 
     def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
@@ -132,16 +144,16 @@ class Metrics:
     def _counter(self, name: str, about: str, label: str, values: tuple[str, ...]) -> Counter:
         full = f"{self._prefix}:{name}"
         family = Counter(full, about, [*self._labels, label], registry=self._registry)
-        for value in values:  # so that a board sees zero, not nothing
+        for value in values:  # so that a dashboard shows zero, not a gap
             family.labels(**self._labels, **{label: value})
         return family
 
 
 class RequestTimer:
-    """Measures one answer, from its arrival to the end of the `with` block that it is used in.
+    """Measures one sequence, from its arrival to the end of the `with` block of this timer.
 
     Attributes:
-      tokens: of the answer, so far.
+      tokens: the number of tokens generated so far.
     """
 
     def __init__(self, metrics: Metrics, arrived: float, prompt_tokens: int) -> None:
@@ -152,18 +164,18 @@ class RequestTimer:
         self._reason: str | None = None
 
     def token(self) -> None:
-        """A token has come."""
-        now = time.perf_counter()
+        """Records the arrival of a token."""
+        now = self._metrics.clock()
         if self.tokens == 0:
             self._first = now
-            self._metrics.first_token.observe(now - self._arrived)
+            self._metrics.time_to_first_token.observe(now - self._arrived)
         else:
-            self._metrics.gap.observe(now - self._last)
+            self._metrics.inter_token.observe(now - self._last)
         self._last = now
         self.tokens += 1
 
     def finish(self, reason: str) -> None:
-        """The answer is complete, for one of the reasons `FINISHED`."""
+        """Records why the sequence finished; `reason` is one of `FINISHED`."""
         self._reason = reason
 
     def __enter__(self) -> "RequestTimer":
@@ -173,9 +185,9 @@ class RequestTimer:
         metrics = self._metrics
         if isinstance(error, QueueFull):
             metrics.rejected("queue_full")
-        if isinstance(error, RequestError):  # never taken, so there is nothing to measure
+        if isinstance(error, RequestError):  # it was never accepted
             return
-        if self._reason is None:  # left early: by a fault, or because the caller has gone
+        if self._reason is None:  # an error, or the client disconnected
             self._reason = "error" if isinstance(error, Exception) else "abort"
         metrics.finished(self._reason)
         metrics.prompt.observe(self._prompt_tokens)
@@ -183,11 +195,11 @@ class RequestTimer:
         if self._reason in ("stop", "length"):
             metrics.latency.observe(self._last - self._arrived)
             if self.tokens > 1:
-                metrics.per_token.observe((self._last - self._first) / (self.tokens - 1))
+                metrics.time_per_token.observe((self._last - self._first) / (self.tokens - 1))
 
 
 class _EngineCollector(Collector):
-    """The engine's own account of itself."""
+    """Exports the latest report of the engine."""
 
     def __init__(
         self,
@@ -202,7 +214,7 @@ class _EngineCollector(Collector):
         self._alive = alive
 
     def collect(self) -> Iterator[Metric]:
-        """Asked by the registry at each scrape."""
+        """Called by the registry at each scrape."""
         stats = self._stats()
         up = ("engine_up", "1 while the engine runs.", lambda _: float(self._alive()))
         for reports, family in (

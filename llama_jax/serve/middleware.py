@@ -1,6 +1,6 @@
-"""What every request passes before a route sees it: the key, the size and the kind of its body.
+"""The checks on every request before its route: the API key, and the size and type of the body.
 
-Pure ASGI, so that a client's going away still reaches the routes.
+Plain ASGI rather than Starlette's `BaseHTTPMiddleware`, which hides disconnects from the routes.
 """
 
 import asyncio
@@ -17,11 +17,11 @@ OPEN_PATHS = frozenset({"/health"})
 
 
 class Door:
-    """Refuses a wrong key (401), and a body too slow (408), too large (413) or not JSON (415).
+    """Rejects wrong keys (401), and bodies too slow (408), too large (413) or not JSON (415).
 
-    Closed at first: until `open`, everybody is told that the server is starting (503). The key
-    guards every path but `OPEN_PATHS`. The path compared is the one that is routed by
-    (`scope["path"]`), never one put together from the Host header.
+    It starts closed: until `open`, every request is told that the server is starting (503). The key
+    protects every path except `OPEN_PATHS`. The path compared is the one used for routing
+    (`scope["path"]`), never one built from the Host header.
     """
 
     def __init__(self, api_key: str | None = None) -> None:
@@ -29,11 +29,11 @@ class Door:
         self._expected = None if api_key is None else f"Bearer {api_key}".encode()
 
     def open(self, app: ASGIApp) -> None:
-        """Lets requests through to `app`."""
+        """Passes requests on to `app` from now on."""
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves one request of ASGI, over HTTP."""
+        """Handles one HTTP request."""
         app = self._app
         try:
             headers = Headers(scope=scope)
@@ -70,10 +70,8 @@ class Door:
 
 
 async def _read_body(headers: Headers, receive: Receive) -> bytes | None:
-    """The body in one piece; None if the client went away before its end."""
-    too_large = ApiError(
-        413, f"The body is larger than {MAX_BODY_BYTES:,} bytes, the most that is taken."
-    )
+    """Returns the whole body, or None if the client disconnected before its end."""
+    too_large = ApiError(413, f"The body is larger than the maximum of {MAX_BODY_BYTES:,} bytes.")
     declared = headers.get("content-length", "0")
     if declared.isdecimal() and int(declared) > MAX_BODY_BYTES:
         raise too_large
@@ -95,7 +93,7 @@ def _is_json(content_type: str) -> bool:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body first, and then whatever comes: a disconnect."""
+    """A `receive` that returns the body first, and then the messages that follow: a disconnect."""
     unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replayed() -> Message:

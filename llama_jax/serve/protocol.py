@@ -1,82 +1,83 @@
-"""Request bodies: what may be sent, checked as far as it can be without the engine.
+"""The JSON bodies of requests: types, shapes and limits of size.
 
-Types are strict ("5" is not 5), null means "not given", and an unknown field is an error.
+Types are strict ("5" is not 5), null means "not given", and an unknown field is an error. Token
+ids, lengths and the ranges of sampling parameters are checked later, by `EngineClient.check`.
 """
 
+import dataclasses
 from typing import Annotated, Any, Literal, NoReturn
 
-import msgspec
 from pydantic import BaseModel, ConfigDict, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.serve.errors import ApiError
-from llama_jax.serve.unsupported import without_inert
+from llama_jax.serve.unsupported import without_no_ops
 
 MAX_PROMPTS = 1024
 MAX_CHOICES = 16
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_STOP_TOKEN_IDS = 256
-DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+DEFAULT_COMPLETION_TOKENS = 16  # as in the OpenAI API
 
 
-def refuse(message: str, field: str | None = None) -> NoReturn:
-    """Refuses a field from inside a validator; `message` is a whole sentence."""
-    raise PydanticCustomError("request_field", "{sentence}", {"sentence": message, "field": field})
+def refuse(message: str, field: str | None = None, code: str = "invalid_value") -> NoReturn:
+    """Rejects a field from inside a validator.
 
-
-def _check_text(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        refuse("Half of a surrogate pair in a text is not a character.")
-    return text
+    Args:
+      message: a whole sentence.
+      field: the field, if it is inside the validated one.
+      code: the kind of error.
+    """
+    raise PydanticCustomError(
+        "request_field", "{sentence}", {"sentence": message, "field": field, "code": code}
+    )
 
 
 def _prompts(value: Any) -> list[str] | list[list[int]]:
-    """The four forms of a prompt, as a list of texts or a list of lists of token ids."""
+    """Turns the four forms of a prompt into a list of texts or a list of lists of token ids."""
     if isinstance(value, str):
-        return [_check_text(value)]
+        return [value]
     if isinstance(value, list) and value:
         if all(type(item) is int for item in value):
             return [value]
         if len(value) > MAX_PROMPTS:
-            refuse(f"A request may hold at most {MAX_PROMPTS} prompts, not {len(value)}.")
+            refuse(f"A request may have at most {MAX_PROMPTS} prompts, not {len(value)}.")
         if all(isinstance(item, str) for item in value):
-            return [_check_text(item) for item in value]
+            return value
         if all(isinstance(item, list) and all(type(x) is int for x in item) for item in value):
             return value
     refuse(
-        "prompt must be a string, a list of strings, a list of token ids, or a list of lists of "
-        "token ids, and not be empty."
+        "prompt must be a string, a list of strings, a list of token ids or a list of lists of "
+        "token ids, and not empty.",
+        code="invalid_type",
     )
 
 
 def _stop(value: Any) -> list[str]:
-    """A stop string, several or none, as a list."""
+    """Turns one stop string, several or none into a list."""
     strings = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(strings, list) or not all(isinstance(item, str) for item in strings):
-        refuse("stop must be a string or a list of strings.")
+        refuse("stop must be a string or a list of strings.", code="invalid_type")
     if len(strings) > MAX_STOP_STRINGS:
-        refuse(f"stop may hold at most {MAX_STOP_STRINGS} strings, not {len(strings)}.")
+        refuse(f"stop may have at most {MAX_STOP_STRINGS} strings, not {len(strings)}.")
     if any(len(item) > MAX_STOP_LENGTH for item in strings):
         refuse(f"A stop string may have at most {MAX_STOP_LENGTH} characters.")
-    return [_check_text(item) for item in strings]
+    return strings
 
 
 def _content(value: Any) -> str:
-    """What a message says: a text, or a list of text parts, which are lines of it."""
+    """Turns the content of a message into a text, with a line per part if it has several."""
     if isinstance(value, str):
-        return _check_text(value)
+        return value
     if isinstance(value, list) and all(isinstance(part, dict) for part in value):
         for part in value:
             if part.get("type") != "text":
-                refuse(f"Only parts of type text are taken, not {str(part.get('type'))[:40]!r}.")
+                refuse(f"Only text parts are supported, not {str(part.get('type'))[:40]!r}.")
             if set(part) != {"type", "text"} or not isinstance(part["text"], str):
                 refuse("A text part must be {'type': 'text', 'text': a string}.")
-        return "\n".join(_check_text(part["text"]) for part in value)
-    refuse("content must be a string or a list of text parts.")
+        return "\n".join(part["text"] for part in value)
+    refuse("content must be a string or a list of text parts.", code="invalid_type")
 
 
 _PromptInput = str | list[str] | list[int] | list[list[int]]
@@ -92,22 +93,27 @@ class _Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_what_asks_for_nothing(cls, fields: Any) -> Any:
+    def _drop_no_ops(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
         try:
-            return without_inert(fields, set(cls.model_fields), issubclass(cls, Message))
+            return without_no_ops(fields, set(cls.model_fields), issubclass(cls, Message))
         except LookupError as error:
             name = error.args[0]
-            refuse(f"{name} is not supported by this server: leave it out.", name)
+            refuse(
+                f"{name} is not supported by this server: leave it out.",
+                name,
+                "unsupported_parameter",
+            )
 
 
 class StreamOptions(_Body):
-    """Attributes:
+    """When a stream includes the usage.
 
-    include_usage: send the usage in one more chunk, at the end.
-    continuous_usage_stats: send it in every chunk.
-    include_obfuscation: padding against eavesdroppers, which this server does not make.
+    Attributes:
+      include_usage: in one more chunk at the end.
+      continuous_usage_stats: in every chunk.
+      include_obfuscation: padding against eavesdroppers, which this server does not support.
     """
 
     include_usage: bool | None = None
@@ -123,7 +129,7 @@ class Message(_Body):
 
 
 class _Generation(_Body):
-    """What completions and chats have in common."""
+    """The fields that completions and chats share."""
 
     model: str | None = None
     max_tokens: int | None = None
@@ -146,33 +152,31 @@ class _Generation(_Body):
         if not 1 <= self.choices <= MAX_CHOICES:
             refuse(f"n must be between 1 and {MAX_CHOICES}, got {self.choices}.", "n")
         if len(self.stop_token_ids or ()) > MAX_STOP_TOKEN_IDS:
-            refuse(f"stop_token_ids may hold at most {MAX_STOP_TOKEN_IDS} ids.", "stop_token_ids")
+            refuse(f"stop_token_ids may have at most {MAX_STOP_TOKEN_IDS} ids.", "stop_token_ids")
         return self
 
     @property
     def choices(self) -> int:
-        """How many answers are wanted for each prompt."""
+        """The number of choices for each prompt."""
         return 1 if self.n is None else self.n
 
     @property
-    def most_tokens(self) -> int | None:
-        """The limit on one answer; None for as many as the context has room for."""
+    def limit(self) -> int | None:
+        """The maximum number of tokens per choice; None for as many as fit the context."""
         raise NotImplementedError
 
     def sampling_params(self, defaults: SamplingParams) -> list[SamplingParams]:
-        """Of each choice for one prompt; with a seed, each choice has another.
+        """Returns the parameters of each choice for one prompt, not yet checked.
 
         Args:
-          defaults: what holds where the request says nothing.
-
-        Raises:
-          ApiError: a value is out of range.
+          defaults: the parameters that the request does not set. If a seed is set, choice i gets
+            the seed plus i, so that the choices differ.
         """
-        given = {
-            "max_tokens": self.most_tokens,
+        given: dict[str, Any] = {
+            "max_tokens": self.limit,
             "temperature": self.temperature,
             "top_p": self.top_p,
-            "top_k": 0 if self.top_k == -1 else self.top_k,  # -1 is how vLLM says "all"
+            "top_k": 0 if self.top_k == -1 else self.top_k,  # in vLLM -1 means "all"
             "min_p": self.min_p,
             "seed": self.seed,
             "ignore_eos": self.ignore_eos,
@@ -180,15 +184,12 @@ class _Generation(_Body):
             "stop_token_ids": tuple(self.stop_token_ids or ()),
         }
         given = {name: value for name, value in given.items() if value is not None}
-        params = msgspec.structs.replace(defaults, **given)
-        try:
-            params.check()
-        except ValueError as error:
-            raise ApiError(400, str(error), param=str(error).split()[0]) from error
+        params = dataclasses.replace(defaults, **given)
         if params.seed is None:
             return [params] * self.choices
-        seeds = [_wrap(params.seed + choice) for choice in range(self.choices)]
-        return [msgspec.structs.replace(params, seed=seed) for seed in seeds]
+        # The seed itself is not wrapped, so that one out of range is refused.
+        seeds = [params.seed, *(_wrap(params.seed + i) for i in range(1, self.choices))]
+        return [dataclasses.replace(params, seed=seed) for seed in seeds]
 
 
 class CompletionRequest(_Generation):
@@ -197,8 +198,8 @@ class CompletionRequest(_Generation):
     prompt: Prompts
 
     @property
-    def most_tokens(self) -> int | None:
-        """The limit on one answer."""
+    def limit(self) -> int | None:
+        """The maximum number of tokens per choice."""
         return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
 
 
@@ -216,13 +217,13 @@ class ChatRequest(_Generation):
         return self
 
     @property
-    def most_tokens(self) -> int | None:
-        """The limit on one answer."""
+    def limit(self) -> int | None:
+        """The maximum number of tokens per choice."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
 class TokenizeRequest(_Body):
-    """POST /tokenize: of a text, or of a chat as the model would see it."""
+    """POST /tokenize: a text, or a chat with the chat template applied."""
 
     model: str | None = None
     prompt: str | None = None
@@ -235,7 +236,7 @@ class TokenizeRequest(_Body):
         if (self.prompt is None) == (self.messages is None):
             refuse("Give either prompt or messages.", "prompt")
         if self.messages is not None and self.add_special_tokens:
-            refuse("A chat's special tokens come from its template.", "add_special_tokens")
+            refuse("The chat template adds the special tokens of a chat.", "add_special_tokens")
         return self
 
 
@@ -247,5 +248,5 @@ class DetokenizeRequest(_Body):
 
 
 def _wrap(seed: int) -> int:
-    """A seed in the range of a signed 64-bit integer."""
+    """Wraps a seed into the range of a signed 64-bit integer."""
     return (seed + 2**63) % 2**64 - 2**63

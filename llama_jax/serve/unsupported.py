@@ -1,17 +1,17 @@
-"""Fields of the OpenAI protocol, and of its dialects, that this server does not act on.
+"""Fields of the OpenAI API and its extensions that this server does not support.
 
-A field here is accepted with null or with a value that asks for nothing, and refused with any
-other: nothing is accepted and then ignored. A field that is neither here nor in a request model
-is refused whatever its value.
+Such a field is accepted if its value has no effect (null, or the values below) and rejected
+otherwise: nothing is accepted and then ignored. A field that is neither here nor in a request model
+is rejected whatever its value.
 """
 
 from typing import Any
 
-_ANYTHING = object()  # stands for every value: of notes that callers make for themselves
+_ANYTHING = object()  # any value: the field is only a label for the client's own use
 
-# Field -> the values, beside null, that ask for nothing.
-_ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
-    # who asks, and what it notes about its request
+# Field -> the values, besides null, that have no effect.
+_NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
+    # labels
     "user": (_ANYTHING,),
     "metadata": (_ANYTHING,),
     "safety_identifier": (_ANYTHING,),
@@ -31,7 +31,7 @@ _ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),
     "bad_words": ([],),
     "logits_processors": (),
-    # what is returned
+    # the response
     "logprobs": (False,),
     "top_logprobs": (0,),
     "prompt_logprobs": (),
@@ -65,15 +65,15 @@ _ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
     "documents": (),
-    # elsewhere
+    # other
     "priority": (0,),
     "add_special_tokens": (True,),
     "truncate_prompt_tokens": (),
     "cache_salt": (),
 }
 
-# Fields of a message, as clients send back the answers they were given.
-_IN_A_MESSAGE: dict[str, tuple[Any, ...]] = {
+# The same for fields of a message: clients send back the messages that they received.
+_NO_OP_VALUES_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "name": (),
     "refusal": (),
     "audio": (),
@@ -86,31 +86,32 @@ _IN_A_MESSAGE: dict[str, tuple[Any, ...]] = {
 }
 
 
-def without_inert(
+def without_no_ops(
     fields: dict[str, Any], known: set[str], in_a_message: bool = False
 ) -> dict[str, Any]:
-    """A request's fields without those that ask for nothing.
+    """Removes unsupported fields that have no effect.
 
     Args:
-      fields: of the request, or of one message of it.
-      known: names that are acted on, and so kept whatever they say.
+      fields: the fields of a request or of one message.
+      known: the names of supported fields, which are kept.
+      in_a_message: whether `fields` are those of a message.
 
     Raises:
-      LookupError: with the name of a field that asks for what this server does not have.
+      LookupError: an unsupported field has an effect; the argument is its name.
     """
-    table = _IN_A_MESSAGE if in_a_message else _ASKS_FOR_NOTHING
+    table = _NO_OP_VALUES_IN_MESSAGE if in_a_message else _NO_OP_VALUES
     kept = {}
     for name, value in fields.items():
         if name in known or name not in table:
-            kept[name] = value  # for the request's model to take or to refuse
-        elif value is not None and not _asks_for_nothing(value, table[name]):
+            kept[name] = value  # the request model accepts or rejects it
+        elif value is not None and not _is_no_op(value, table[name]):
             raise LookupError(name)
     return kept
 
 
-def _asks_for_nothing(value: Any, inert: tuple[Any, ...]) -> bool:
-    # In Python False == 0 and True == 1, but logprobs: 0 asks for something that false does not.
+def _is_no_op(value: Any, no_ops: tuple[Any, ...]) -> bool:
+    # In Python False == 0, but logprobs: 0 has an effect and logprobs: false has none.
     return any(
         item is _ANYTHING or (value == item and isinstance(value, bool) == isinstance(item, bool))
-        for item in inert
+        for item in no_ops
     )

@@ -1,1 +1,1 @@
-"""What the command lines and progress displays share. Imports no JAX."""
+"""Command lines and progress displays: what the programs of this project share. Imports no JAX."""

@@ -1,4 +1,4 @@
-"""What the command lines of the server and of `convert` share. Imports no JAX."""
+"""What the command lines of the server and the converter share."""
 
 import argparse
 import re
@@ -13,24 +13,24 @@ _UNITS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` that ends with exit code 2 and one line where it is used wrongly."""
+    """An `ArgumentParser` that reports wrong usage in one line and exits with code 2."""
 
     def error(self, message: str) -> NoReturn:
-        """One line, not the usage in front of it: --help says more."""
+        """Prints one line instead of the whole usage, which --help shows."""
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
 def size(text: str) -> int:
-    """Bytes, from a number with or without a unit: "2GiB", "500MB", "1.5 GiB", "1000000".
+    """Parses a number of bytes, with or without a unit: "2GiB", "500MB", "1.5 GiB", "1000000".
 
     Raises:
-      ArgumentTypeError: it is none.
+      ArgumentTypeError: the text is not a size of at least one byte.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None or not 1 <= float(match[1]) * unit < 2**63:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a size: write bytes, or a number with KB, MB, GB, KiB, MiB or GiB, "
-            "such as 2GiB"
+            f"{text!r} is not a size: give a number of bytes, or a number with a unit (KB, MB, GB, "
+            "KiB, MiB, GiB), such as 2GB"
         )
     return int(float(match[1]) * unit)

@@ -1,1 +1,1 @@
-"""Every weight, declared once, and where it lies on the mesh."""
+"""The table of the weights, and their placement on the mesh."""

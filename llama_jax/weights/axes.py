@@ -1,4 +1,4 @@
-"""The logical axes of the weights: how long each is, and how it is split over the mesh.
+"""The logical axes of the weights: their sizes, and how the mesh splits them.
 
 Imports no JAX.
 """
@@ -6,10 +6,10 @@ Imports no JAX.
 from llama_jax.config import LlamaConfig
 from sharding.axes import MODEL, STAGE
 
-# Logical axis → mesh axes. Column-parallel matrices are split over their rows ([out, in]), the
-# row-parallel ones after them over their columns, so that a layer needs two all-reduces. The
-# vocabulary is split over every rank, not given to the first and last stage: it makes memory and
-# work equal on all of them.
+# Logical axis → mesh axes. Tensor parallelism as in Megatron (https://arxiv.org/abs/1909.08053):
+# `wq`, `wk`, `wv`, `w_gate` and `w_up` are split along their outputs, `wo` and `w_down` along their
+# inputs, so that a layer needs two all-reduces. The vocabulary is split over every device, not held
+# by the first and last stage, so that all devices have equal memory and work.
 MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
     "embed": None,
     "heads": MODEL,
@@ -20,7 +20,7 @@ MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def axis_sizes(config: LlamaConfig) -> dict[str, int]:
-    """The length of each logical axis that the table names."""
+    """The size of each logical axis."""
     return {
         "embed": config.embed_dim,
         "heads": config.num_heads * config.head_dim,

@@ -1,4 +1,4 @@
-"""The weights as they lie on the mesh: shapes, partition specs and the pytree that holds them."""
+"""The weights on the mesh: the pytree that holds them, its shapes and its partition specs."""
 
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -19,23 +19,23 @@ from llama_jax.weights.table import (
     StoredTensor,
     Weight,
     is_quantized,
-    stored,
+    stored_tree,
 )
 from sharding.errors import UserError
 from sharding.mesh import mesh_shape
-from sharding.partition import padded, partition_spec, split_layers
+from sharding.partition import partition_spec, round_up, split_layers
 
 
 class Params(NamedTuple):
-    """Every weight, or whatever stands for it (an array, a spec, a `Placement`).
+    """Every weight, as an array or in its place a spec, a shape or a `Placement`.
 
     Attributes:
-      embedding: `[V', D]`; V' is V padded to divide by the number of devices.
+      embedding: `[V', D]`; V' is V rounded up to a multiple of the number of devices.
       final_norm: `[D]`.
-      lm_head: `[V', D]`, or None where the embedding serves as the head.
-      layers: for each layer position of a stage, weight name → `[num_stages, ...]`, where the
-        weight is quantised a named tuple of such arrays. One array per weight and position, not one
-        for all positions: slices of a stacked array would be copied out before use in every tick.
+      lm_head: `[V', D]`; None if the embeddings are tied.
+      layers: for each layer position of a stage, weight name → `[num_stages, ...]`, or a named
+        tuple of such arrays for a quantized weight. Each position has its own arrays: XLA would
+        copy the slices of one stacked array in every tick.
     """
 
     embedding: Any
@@ -46,13 +46,13 @@ class Params(NamedTuple):
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one array of `Params` comes from and how it lies on the mesh.
+    """The source of one array of `Params`, and its place on the mesh.
 
     Attributes:
-      tensor: the checkpoint's tensor, or the tensors of all layers, that it is read from.
-      layers: for a stacked array, the layer that each stage holds here (None: a padding layer, all
-        zeros); None for an array that is one tensor.
-      shape: of the global array, padding and stacking included.
+      tensor: the checkpoint's tensor; for a stacked array, with `{layer}` in its name.
+      layers: for a stacked array, the layer of each stage, None for a padding layer (all zeros);
+        None for an array that is not stacked.
+      shape: of the global array, with padding and the axis over stages.
       spec: its partition spec.
     """
 
@@ -62,27 +62,27 @@ class Placement:
     spec: P
 
     def dtype(self, activations: np.dtype) -> np.dtype:
-        """Of the array: its format's where it is quantised, else that of the activations."""
+        """The array's dtype: that of its quantization format, or else that of the activations."""
         return jnp.dtype(self.tensor.dtype or activations)
 
 
 class ShardingError(UserError):
-    """A model that cannot be split over this mesh; the message says why and what to do."""
+    """The mesh cannot split the model."""
 
 
 def placements(config: LlamaConfig, num_stages: int, num_ranks: int) -> Params:
-    """Params of `Placement`.
+    """Params of `Placement`, for a mesh of this shape.
 
     Raises:
-      ShardingError: heads, MLP width or the groups of a quantised matrix do not divide by the
-        tensor-parallel ranks.
+      ShardingError: the KV heads, the MLP width or the groups of a quantized matrix cannot be
+        divided evenly among the tensor-parallel ranks.
     """
     _check(config, num_ranks)
 
-    def outer(weight: Weight) -> Placement:
-        tensor = stored(weight, config)
+    def unstacked(weight: Weight) -> Placement:
+        tensor = stored_tree(weight, config)
         sizes = [
-            padded(size, num_stages * num_ranks) if axis == "vocab" else size
+            round_up(size, num_stages * num_ranks) if axis == "vocab" else size
             for axis, size in zip(tensor.axes, tensor.shape, strict=True)
         ]
         return Placement(tensor, None, tuple(sizes), partition_spec(tensor.axes, MESH_AXES))
@@ -93,12 +93,12 @@ def placements(config: LlamaConfig, num_stages: int, num_ranks: int) -> Params:
             spec = partition_spec(tensor.axes, MESH_AXES, stacked=True)
             return Placement(tensor, layers, shape, spec)
 
-        return jax.tree.map(place, stored(weight, config))
+        return jax.tree.map(place, stored_tree(weight, config))
 
     return Params(
-        embedding=outer(EMBEDDING),
-        final_norm=outer(FINAL_NORM),
-        lm_head=None if config.tie_embeddings else outer(LM_HEAD),
+        embedding=unstacked(EMBEDDING),
+        final_norm=unstacked(FINAL_NORM),
+        lm_head=None if config.tie_embeddings else unstacked(LM_HEAD),
         layers=tuple(
             {weight.name: stacked(weight, layers) for weight in LAYER_WEIGHTS}
             for layers in zip(*split_layers(config.num_layers, num_stages), strict=True)
@@ -107,12 +107,12 @@ def placements(config: LlamaConfig, num_stages: int, num_ranks: int) -> Params:
 
 
 def param_specs(config: LlamaConfig, num_stages: int, num_ranks: int) -> Params:
-    """Params of PartitionSpec."""
+    """Params of PartitionSpec, for a mesh of this shape."""
     return jax.tree.map(lambda p: p.spec, placements(config, num_stages, num_ranks))
 
 
 def param_shapes(config: LlamaConfig, mesh: Mesh, dtype: np.dtype) -> Params:
-    """Params of ShapeDtypeStruct with shardings: to count bytes of, or to compile for.
+    """Params of ShapeDtypeStruct with shardings: to count bytes, or to compile for.
 
     Raises:
       ShardingError: as `placements`.
@@ -125,13 +125,13 @@ def param_shapes(config: LlamaConfig, mesh: Mesh, dtype: np.dtype) -> Params:
     return jax.tree.map(shape, placements(config, *mesh_shape(mesh)))
 
 
-def whole_placements(config: LlamaConfig) -> Params:
+def unsharded_placements(config: LlamaConfig) -> Params:
     """Params of `Placement` for a single device: layers neither stacked nor padded."""
 
     def whole(place: Placement) -> Placement:
         if place.layers is None:
             return place
-        (layer,) = place.layers  # of the only stage
+        (layer,) = place.layers  # there is one stage
         tensor = place.tensor
         tensor = replace(tensor, hf_name=tensor.hf_name.format(layer=layer))
         return Placement(tensor, None, tensor.shape, partition_spec(tensor.axes, MESH_AXES))
@@ -141,10 +141,10 @@ def whole_placements(config: LlamaConfig) -> Params:
 
 def _check(config: LlamaConfig, num_ranks: int) -> None:
     split = {"KV heads": config.num_kv_heads, "MLP columns": config.mlp_dim}
-    # Every array of a quantised matrix must fall into the pieces that the matrix falls into. Rows
-    # do; of columns there are fewer than in the matrix, packed in bytes or one for each group.
+    # The arrays of a quantized matrix are split like the matrix. They have its rows, but fewer
+    # columns: several packed in a byte, or one per group.
     for weight in LAYER_WEIGHTS:
-        for part in stored(weight, config) if is_quantized(weight, config) else ():
+        for part in stored_tree(weight, config) if is_quantized(weight, config) else ():
             if len(part.axes) == 2 and MESH_AXES[part.axes[1]]:
                 split[f"columns of {part.hf_name.format(layer=0)}"] = part.shape[1]
     for what, size in split.items():

@@ -1,18 +1,18 @@
-"""Every weight of the model, declared once; everything else derives from this table.
+"""The table of the weights; everything else derives from it.
 
-A row gives the weight's name here, its name in a Hugging Face checkpoint, its logical axes and how
-it is initialised. Shapes follow from the axes and the configuration, partition specs from the axes
-(`weights.axes` has both), and no weight is transformed on the way in: matrices stay
-`[out, in]`, as Hugging Face stores them, which XLA:CPU also multiplies fastest.
+Each row gives a weight's name in the model, its name in a Hugging Face checkpoint and its logical
+axes. Shapes and partition specs follow from the axes (`weights.axes`). Loading transforms no
+weight: matrices stay `[out, in]`, as Hugging Face stores them, which is also the layout that
+XLA:CPU multiplies fastest.
 
-A checkpoint stores a weight as one tensor, or, where it is quantised, as those that its format
-names (`stored`).
+A checkpoint stores a weight as one tensor, or, if it is quantized, as the tensors of its format
+(`stored_tree`).
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from llama_jax.config import LlamaConfig
 from llama_jax.quantization import FORMATS, Part
@@ -21,52 +21,54 @@ from llama_jax.weights.axes import axis_sizes
 
 @dataclass(frozen=True)
 class Weight:
-    """One row of the table. `{layer}` in `hf_name` stands for the layer's number."""
+    """One row of the table.
+
+    Attributes:
+      name: the path of the parameter in its module: in `DecoderLayer`, or in `Llama` for a weight
+        outside the layers.
+      hf_name: its name in a Hugging Face checkpoint; `{layer}` stands for the layer's number.
+      axes: its logical axes.
+    """
 
     name: str
     hf_name: str
     axes: tuple[str, ...]
-    init: Literal["ones", "normal"]
 
     def shape(self, config: LlamaConfig) -> tuple[int, ...]:
-        """The weight's full shape, before any padding or sharding."""
+        """The weight's global shape, without padding."""
         sizes = axis_sizes(config)
         return tuple(sizes[axis] for axis in self.axes)
 
 
-def _in_layer(
-    name: str, hf_name: str, axes: tuple[str, ...], init: Literal["ones", "normal"] = "normal"
-) -> Weight:
-    return Weight(name, f"model.layers.{{layer}}.{hf_name}.weight", axes, init)
+def _in_layer(name: str, hf_name: str, axes: tuple[str, ...]) -> Weight:
+    return Weight(name, f"model.layers.{{layer}}.{hf_name}.weight", axes)
 
 
 LAYER_WEIGHTS = (
-    _in_layer("attention_norm.scale", "input_layernorm", ("embed",), "ones"),
+    _in_layer("attention_norm.scale", "input_layernorm", ("embed",)),
     _in_layer("attention.wq", "self_attn.q_proj", ("heads", "embed")),
     _in_layer("attention.wk", "self_attn.k_proj", ("kv_heads", "embed")),
     _in_layer("attention.wv", "self_attn.v_proj", ("kv_heads", "embed")),
     _in_layer("attention.wo", "self_attn.o_proj", ("embed", "heads")),
-    _in_layer("mlp_norm.scale", "post_attention_layernorm", ("embed",), "ones"),
+    _in_layer("mlp_norm.scale", "post_attention_layernorm", ("embed",)),
     _in_layer("mlp.w_gate", "mlp.gate_proj", ("mlp", "embed")),
     _in_layer("mlp.w_up", "mlp.up_proj", ("mlp", "embed")),
     _in_layer("mlp.w_down", "mlp.down_proj", ("embed", "mlp")),
 )
-EMBEDDING = Weight("embedding", "model.embed_tokens.weight", ("vocab", "embed"), "normal")
-FINAL_NORM = Weight("final_norm.scale", "model.norm.weight", ("embed",), "ones")
-LM_HEAD = Weight("lm_head", "lm_head.weight", ("vocab", "embed"), "normal")
-
-INIT_STD = 0.02  # of weights that start "normal", as in the Hugging Face configs
+EMBEDDING = Weight("embedding", "model.embed_tokens.weight", ("vocab", "embed"))
+FINAL_NORM = Weight("final_norm.scale", "model.norm.weight", ("embed",))
+LM_HEAD = Weight("lm_head", "lm_head.weight", ("vocab", "embed"))
 
 
-def outer_weights(config: LlamaConfig) -> tuple[Weight, ...]:
-    """The weights that belong to no layer. Tied embeddings serve as the head, too."""
+def non_layer_weights(config: LlamaConfig) -> tuple[Weight, ...]:
+    """The weights outside the layers. There is no `LM_HEAD` if the embeddings are tied."""
     head = () if config.tie_embeddings else (LM_HEAD,)
     return (EMBEDDING, FINAL_NORM, *head)
 
 
 def each_weight(config: LlamaConfig) -> Iterator[tuple[Weight, int]]:
-    """Every weight with the number of its layer, in order; 0 for those that belong to none."""
-    yield from ((weight, 0) for weight in outer_weights(config))
+    """Every weight with the number of its layer, in order; 0 for those outside the layers."""
+    yield from ((weight, 0) for weight in non_layer_weights(config))
     yield from ((weight, layer) for layer in range(config.num_layers) for weight in LAYER_WEIGHTS)
 
 
@@ -77,9 +79,9 @@ class StoredTensor:
     Attributes:
       hf_name: its name; `{layer}` stands for the layer's number.
       axes: its logical axes.
-      shape: before any padding or sharding.
-      dtype: NumPy's name for it; None for what is not quantised, and may be stored in any of
-        `config.DTYPES`.
+      shape: its global shape, without padding.
+      dtype: its NumPy name if it is part of a quantized matrix; None for any other tensor, which
+        may have any of `config.llama_config.DTYPES`.
     """
 
     hf_name: str
@@ -88,11 +90,11 @@ class StoredTensor:
     dtype: str | None
 
 
-def stored(weight: Weight, config: LlamaConfig) -> Any:
-    """What a checkpoint stores for a weight.
+def stored_tree(weight: Weight, config: LlamaConfig) -> Any:
+    """The tensors of a checkpoint that make up a weight, as a pytree.
 
     Returns:
-      A `StoredTensor`, or the named tuple of a quantised format with one in place of each array.
+      A `StoredTensor`, or the named tuple of a quantized format with one in place of each array.
     """
     shape = weight.shape(config)
     if not is_quantized(weight, config):
@@ -110,30 +112,32 @@ def stored(weight: Weight, config: LlamaConfig) -> Any:
 
 
 def stored_tensors(weight: Weight, config: LlamaConfig, layer: int) -> tuple[StoredTensor, ...]:
-    """What a checkpoint stores for a weight of one layer, under the names that it has there."""
-    parts = stored(weight, config)
+    """The tensors of a checkpoint that make up a weight of one layer, with their full names."""
+    parts = stored_tree(weight, config)
     tensors = (parts,) if isinstance(parts, StoredTensor) else parts
     return tuple(replace(tensor, hf_name=tensor.hf_name.format(layer=layer)) for tensor in tensors)
 
 
 def is_quantized(weight: Weight, config: LlamaConfig) -> bool:
-    """Whether a checkpoint of this config stores this weight quantised: every layer's matrices."""
+    """Whether a checkpoint with this config stores the weight quantized: if it is a matrix of a
+    layer, and the config has a quantization."""
     return config.quantization is not None and weight in LAYER_WEIGHTS and len(weight.axes) == 2
 
 
 def group_columns(weight: Weight, config: LlamaConfig) -> int:
-    """Input columns of a matrix that share a scale, in formats that have groups."""
+    """Input columns of a matrix that share a scale, in formats with groups."""
     assert config.quantization is not None
     columns = weight.shape(config)[1]
-    # No mesh cuts an axis into more pieces than there are KV heads, nor at other places. Where such
-    # pieces are odd or uneven, groups may straddle them; `params` refuses a mesh that cuts one.
+    # A mesh splits the columns into at most as many pieces as there are KV heads, and every split
+    # is at a boundary of these pieces, so no group may straddle one. If the pieces are odd or
+    # uneven, a group may; `placements` then refuses the meshes that would split it.
     even = columns % (2 * config.num_kv_heads) == 0
     piece = columns // config.num_kv_heads if even else columns
     return math.gcd(config.quantization.group_size, piece)
 
 
 def checkpoint_tensors(config: LlamaConfig) -> dict[str, StoredTensor]:
-    """Name → description of every tensor that a checkpoint of this config holds, in order."""
+    """Every tensor of a checkpoint with this config, by name, in order."""
     return {
         tensor.hf_name: tensor
         for weight, layer in each_weight(config)

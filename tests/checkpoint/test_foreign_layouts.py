@@ -21,7 +21,7 @@ from llama_jax.checkpoint.reader import TensorInfo
 from llama_jax.config import LlamaConfig, Quantization
 from llama_jax.model import Llama
 from llama_jax.quantization import FORMATS
-from llama_jax.weights.table import LAYER_WEIGHTS, checkpoint_tensors, is_quantized, stored
+from llama_jax.weights.table import LAYER_WEIGHTS, checkpoint_tensors, is_quantized, stored_tree
 from tests.support import foreign_writer as writer
 from tests.support.foreign_writer import (
     AWQ,
@@ -101,7 +101,7 @@ def dequantized(reader) -> dict[str, np.ndarray]:
     matrices = {}
     for weight in LAYER_WEIGHTS:
         if is_quantized(weight, config):
-            parts = stored(weight, config)
+            parts = stored_tree(weight, config)
             for layer in range(config.num_layers):
                 arrays = [read(reader, part.hf_name.format(layer=layer)) for part in parts]
                 matrix = FORMATS[config.quantization.format](*arrays).dequantize()

@@ -1,322 +1,235 @@
-"""An engine in this process: the same answers, its errors within reach, its memory given back."""
+"""An engine in a thread of this process: its errors are within reach, and it ends cleanly.
 
-import gc
-import os
-import signal
-import subprocess
-import sys
+What it shares with an engine process is tested there. Here the engine has no device.
+"""
+
+import asyncio
 import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 import pytest
 
-import llama_jax.llm.llm
-from llama_jax import LLM, SamplingParams
-from llama_jax.client.in_process import InProcessEngine, in_process_host
-from llama_jax.engine.errors import EngineDead, EngineStartError, RequestError
-from llama_jax.engine.message_loop import EngineLoop
+from llama_jax.client.blocking import BlockingClient
+from llama_jax.client.client import EngineClient
+from llama_jax.client.in_process import in_process_host
+from llama_jax.engine.errors import EngineDead, EngineStartError
+from llama_jax.engine.interface import Output, Progress
+from llama_jax.engine.options import EngineOptions
+from tests.support.engine_clients import FOREVER, collect, tokens
 from tests.support.fake_engine import FakeEngine
-from tests.support.paths import ROOT
-from tests.support.processes import FAKE, assert_gone, private_temporary_directory, wait_until
-from tests.support.tiny_checkpoint import write_checkpoint
-from tests.support.tiny_tokenizer import make_tokenizer
+from tests.support.processes import wait_until
 
-DEMO = ROOT / "demo/checkpoint"
-SMALL = {"max_num_seqs": 2, "max_chunk": 64, "kv_cache_memory": 1 << 24}
-FOREVER = SamplingParams(ignore_eos=True)
-LETTERS = SamplingParams(max_tokens=5)
-SETTINGS = (
-    "jax_compilation_cache_dir",
-    "jax_persistent_cache_min_compile_time_secs",
-    "jax_persistent_cache_min_entry_size_bytes",
-    "jax_default_matmul_precision",
-)
-Start = Callable[..., LLM]
+Start = Callable[..., BlockingClient]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(path, vocab_size=320, max_position_embeddings=512)
-    return make_tokenizer(path)
+def engine_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("llama-jax")}
 
 
 @pytest.fixture
-def start(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """Starts an `LLM` on a fake engine in this process; see fake_engine.py for what it can do."""
-    monkeypatch.setattr(llama_jax.llm.llm, "ENGINE_COMMAND", FAKE)
-    fake = in_process_host(build=FakeEngine)
-    monkeypatch.setattr(llama_jax.llm.llm, "in_process_host", lambda model_class: fake)
-    started: list[LLM] = []
+def start(temporary_directory: Path) -> Iterator[Start]:
+    """Starts clients of fake engines in threads."""
+    before = engine_threads()
+    started: list[BlockingClient] = []
 
-    def start(mode: str = "fake", **options: object) -> LLM:
-        link = tmp_path / mode
-        link.symlink_to(checkpoint)
-        started.append(LLM(link, **{"in_process": True, **options}))
+    def start(mode: str = "fake", build: type[FakeEngine] = FakeEngine) -> BlockingClient:
+        options = EngineOptions(path=mode)
+        started.append(BlockingClient(options, None, in_process_host(build=build)))
         return started[-1]
 
-    with private_temporary_directory(monkeypatch):
-        threads = threading.active_count()
-        yield start
-        for llm in started:
-            llm.close()
-        assert threading.active_count() == threads
+    yield start
+    for blocking in started:
+        blocking.close()
+    wait_until(lambda: engine_threads() == before)
 
 
-def answers(llm: LLM) -> list[list[int]]:
-    """Of greedy and seeded requests, more than run at once, each alone and all together."""
-    prompts = ["The ring", "27 + 48 =", [1800, 72, 105], "A", "A stage is"] * 2
-    params = [SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)] * 5
-    params += [SamplingParams(temperature=1.0, top_k=50, seed=i, max_tokens=40) for i in range(5)]
-    together = llm.generate(prompts, params)
-    alone = llm.generate(prompts[6], params[6])
-    streamed = llm.stream(prompts[7], params[7])
-    text = "".join(streamed)
-    assert text == together[7].text
-    assert all(answer.error is None for answer in together)
-    return [answer.token_ids for answer in (*together, alone)] + [streamed.token_ids]
+def generate(blocking: BlockingClient, prompt: list[int], **params: object) -> list[Output]:
+    return blocking.run(collect(blocking.client, prompt, **params))
 
 
-# The same answers
+def test_the_engine_is_within_reach_as_soon_as_it_is_ready(start: Start) -> None:
+    may_run = threading.Event()
+
+    class Late(FakeEngine):
+        """Stops after it has been announced, before its first step."""
+
+        @property
+        def has_work(self) -> bool:
+            may_run.wait(20)
+            return super().has_work
+
+    try:
+        blocking = start(build=Late)
+        engine = blocking.client.host.engine
+        assert isinstance(engine, Late) and engine.info == blocking.client.info
+    finally:
+        may_run.set()
+    assert tokens(generate(blocking, [5], max_tokens=2)) == [6, 7]
+    blocking.close()
+    assert blocking.client.host.engine is None
 
 
-@pytest.mark.parametrize("mesh", ["1x1", "2x2"])
-def test_the_tokens_are_those_of_an_engine_process(mesh: str) -> None:
-    with LLM(DEMO, mesh, **SMALL) as llm:
-        expected = answers(llm)
-        llm.restart(in_process=True)
-        assert llm._session.engine.client.pid == os.getpid()
-        assert answers(llm) == expected
-        assert llm.engine.loop.scheduler.num_running == 0
-        assert llm.engine.info == llm.info
-        assert llm.engine.loop.executor.mesh.shape == {
-            "stage": int(mesh[0]), "model": int(mesh[2])
-        }  # fmt: skip
-
-
-def test_nothing_of_the_process_is_changed(checkpoint: Path) -> None:
-    def state() -> list[object]:
-        signals = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-        settings = [getattr(jax.config, name) for name in SETTINGS]
-        return [*signals, *settings, sys.stdout, sys.excepthook, threading.excepthook]
-
-    before = state()
-    with LLM(checkpoint, in_process=True, **SMALL) as llm:
-        assert llm.generate("A", LETTERS).token_ids
-        assert state() == before
-
-
-@pytest.mark.parametrize("mesh", ["1x1", "2x2"])
-def test_works_where_jax_runs_already(checkpoint: Path, mesh: str) -> None:
-    """With asynchronous dispatch, and in the main thread, too, while the engine generates."""
-    program = f"""
-import threading
-import jax, jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec as P
-from sharding.axes import AXES
-from sharding.mesh import make_mesh
-
-mesh = make_mesh({mesh!r})
-summed = jax.jit(jax.shard_map(
-    lambda x: jax.lax.psum(jnp.tanh(x @ x), AXES), mesh=mesh, in_specs=P(AXES), out_specs=P()))
-x = jax.device_put(jnp.ones((64 * mesh.devices.size, 64)), NamedSharding(mesh, P(AXES)))
-print(summed(x).shape)
-
-from llama_jax import LLM, SamplingParams
-llm = LLM({str(checkpoint)!r}, {mesh!r}, in_process=True, **{SMALL})
-params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
-alone = llm.generate(["A", "B", "C"], params)
-beside = []
-thread = threading.Thread(target=lambda: beside.extend(llm.generate(["A", "B", "C"], params)))
-thread.start()
-unfinished, calls = [], 0
-while thread.is_alive():
-    unfinished.append(summed(x))
-    calls += 1
-    if len(unfinished) > 4:
-        unfinished.pop(0).block_until_ready()
-assert beside == alone and calls > 5, calls
-"""
-    environment = {name: v for name, v in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (0, "(64, 64)\n"), done.stderr[-2000:]
-
-
-def test_a_mesh_that_jax_has_no_devices_for_is_one_sentence(checkpoint: Path) -> None:
-    with pytest.raises(EngineStartError, match="needs 16 devices and JAX has already") as caught:
-        LLM(checkpoint, "8x2", in_process=True, **SMALL)
+@pytest.mark.parametrize(("mode", "cause"), [("fatal", "nowhere"), ("bug", "KeyError: 'wq'")])
+def test_a_failed_start_has_the_error_as_its_cause(start: Start, mode: str, cause: str) -> None:
+    with pytest.raises(EngineStartError, match=cause) as caught:
+        start(f"fake:{mode}")
     assert "\n" not in str(caught.value)
+    error = caught.value.__cause__
+    assert error is not None and type(error).__name__ in ("ConfigError", "KeyError")
+    assert "fake_engine.py" in "".join(traceback.format_tb(error.__traceback__))
 
 
-# Errors
+def test_a_failed_engine_leaves_its_error_to_a_debugger(start: Start) -> None:
+    blocking = start("fake:crash:5")
+    received: list[int | None] = []
 
+    async def read() -> None:
+        async for output in blocking.client.generate([1], FOREVER):
+            received.append(output.token)
 
-def test_a_start_that_fails(start: Start) -> None:
-    with pytest.raises(EngineStartError, match=r"^There is no model at nowhere: give a .*\.$"):
-        start("fake:fatal")
-    with pytest.raises(EngineStartError, match=r"^The engine failed with KeyError: 'wq'\.$") as bug:
-        start("fake:bug")
-    assert isinstance(bug.value.__cause__, KeyError)
-    assert "fake_engine.py" in "".join(traceback.format_tb(bug.value.__cause__.__traceback__))
-
-
-def test_an_engine_that_fails_leaves_its_error_to_a_debugger(start: Start) -> None:
-    llm = start("fake:crash:5")
-    stream = llm.stream([1], FOREVER)
-    says = r"^The engine failed with RuntimeError: INTERNAL: a device is lost\.$"
-    with pytest.raises(EngineDead, match=says) as caught:
-        list(stream)
-    assert stream.token_ids == [2, 3, 4, 5, 6]
-    cause = caught.value.__cause__
-    assert isinstance(cause, RuntimeError)
-    frame = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)][-1]
+    with pytest.raises(EngineDead, match="a device is lost") as caught:
+        blocking.run(read())
+    assert received == [2, 3, 4, 5, 6]
+    error = caught.value.__cause__
+    assert isinstance(error, RuntimeError) and blocking.client.host.cause is error
+    frame = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
     assert frame.f_locals["self"].made > 5
-    for call in (lambda: llm.generate([1]), lambda: llm.engine):
-        with pytest.raises(EngineDead, match=says):
-            call()
-    assert "a device is lost" in repr(llm) and "a device is lost" in llm._repr_html_()
-    llm.restart()
-    assert not frame.f_locals  # nothing of the dead engine is held any more
-    assert llm.generate([5], LETTERS).token_ids == [6, 7, 8, 9, 10]
+    with pytest.raises(EngineDead, match="a device is lost") as again:
+        generate(blocking, [1])
+    assert again.value.__cause__ is error
+    blocking.close()
+    assert not frame.f_locals  # the memory of the dead engine is free
+
+
+def test_the_frames_of_a_failed_start_stay_until_the_next_start(start: Start) -> None:
+    with pytest.raises(EngineStartError) as caught:
+        start("fake:bug")
+    assert caught.value.__cause__ is not None
+    frame = [frame for frame, _ in traceback.walk_tb(caught.value.__cause__.__traceback__)][-1]
+    assert frame.f_locals
+    start()
+    assert not frame.f_locals
 
 
 def test_a_killed_engine_is_an_error_at_once(start: Start) -> None:
-    llm = start()
-    stream = llm.stream([1], FOREVER)
-    next(stream)
-    llm._session.engine.client.kill()
-    with pytest.raises(EngineDead, match=r"^The engine in this process was killed\.$"):
-        list(stream)
+    blocking = start()
+
+    async def read() -> None:
+        async for _ in blocking.client.generate([1], FOREVER):
+            blocking.client.kill()
+
+    with pytest.raises(EngineDead, match="killed") as caught:
+        blocking.run(read())
+    assert caught.value.__cause__ is None
 
 
-def test_an_engine_is_within_reach_as_soon_as_it_is_ready(
-    start: Start, monkeypatch: pytest.MonkeyPatch
+# Exit handlers
+
+
+class FakeAtexit:
+    """Stands in for the `atexit` module: its handlers run when a test says so."""
+
+    def __init__(self) -> None:
+        self.handlers: list[Callable[[], object]] = []
+
+    def register(self, handler: Callable[[], object]) -> None:
+        self.handlers.append(handler)
+
+    def unregister(self, handler: Callable[[], object]) -> None:
+        self.handlers = [other for other in self.handlers if other != handler]
+
+    def run(self) -> None:
+        while self.handlers:
+            self.handlers.pop()()
+
+
+@pytest.fixture
+def exits(monkeypatch: pytest.MonkeyPatch) -> FakeAtexit:
+    exits = FakeAtexit()
+    for module in ("blocking", "in_process"):
+        monkeypatch.setattr(f"llama_jax.client.{module}.atexit", exits)
+    return exits
+
+
+def test_the_exit_of_the_interpreter_ends_open_streams_and_the_engine(
+    start: Start, exits: FakeAtexit, temporary_directory: Path
 ) -> None:
-    runs, may_run = InProcessEngine._run, threading.Event()
+    blocking = start()
+    first = threading.Event()
+    ends: list[BaseException] = []
 
-    def run_later(host: InProcessEngine, loop: EngineLoop) -> None:
-        may_run.wait(20)
-        runs(host, loop)
+    async def read() -> None:
+        try:
+            async for _ in blocking.client.generate([1], FOREVER):
+                first.set()
+        except EngineDead as error:
+            ends.append(error)
 
-    monkeypatch.setattr(InProcessEngine, "_run", run_later)
-    try:
-        assert isinstance(start().engine, FakeEngine)
-    finally:
-        may_run.set()
-
-
-def test_an_engine_in_a_process_of_its_own_is_out_of_reach(start: Start) -> None:
-    llm = start(in_process=False)
-    with pytest.raises(RequestError, match="in_process=True"):
-        _ = llm.engine
-
-
-# Ends
+    blocking.begin(read)
+    assert first.wait(20) and engine_threads()
+    exits.run()
+    assert len(ends) == 1 and not blocking.client.alive
+    assert not list(temporary_directory.iterdir())
+    wait_until(lambda: not engine_threads())
 
 
-def test_closing_gives_the_memory_back(checkpoint: Path) -> None:
-    gc.collect()
-    before = {id(array) for array in jax.live_arrays()}
+def test_an_engine_ends_before_jax_takes_its_devices_away(start: Start, exits: FakeAtexit) -> None:
+    """JAX registers its exit handler when it is imported, which is while the engine is built."""
+    running: list[bool] = []
 
-    def new() -> int:
-        return len([array for array in jax.live_arrays() if id(array) not in before])
+    class ImportsJax(FakeEngine):
+        def __init__(self, options: EngineOptions, progress: Callable[[Progress], None]) -> None:
+            exits.register(lambda: running.append(thread.is_alive()))
+            super().__init__(options, progress)
 
-    llm = LLM(checkpoint, in_process=True, **SMALL)
-    held = new()
-    assert held > 20
-    gc.disable()  # closing must not depend on when that comes
-    try:
-        for _ in range(3):
-            llm.restart()
-            assert new() == held
-        llm.engine.loop.step = None  # so that the next tick fails
-        with pytest.raises(EngineDead, match="TypeError") as caught:
-            llm.generate("A", LETTERS)
-        assert new() == held  # for a debugger
-        llm.close()
-        assert new() == 0
-    finally:
-        gc.enable()
-    assert isinstance(caught.value.__cause__, TypeError)
+    before = engine_threads()
+    start(build=ImportsJax)
+    (thread,) = {t for t in engine_threads() - before if "in-process" in t.name}
+    exits.run()
+    assert running == [False]
 
 
-def test_a_forgotten_llm_ends(checkpoint: Path) -> None:
-    threads = threading.active_count()
-    llm = LLM(checkpoint, in_process=True, **SMALL)
-    stream = llm.stream([1], FOREVER)
-    next(stream)
-    assert threading.active_count() == threads + 2
-    del llm, stream
-    gc.collect()
-    wait_until(lambda: threading.active_count() == threads)
-
-
-@pytest.mark.parametrize("end", ["", "llm.close()"])
-def test_an_interpreter_that_ends_leaves_nothing(
-    checkpoint: Path, tmp_path: Path, end: str
+def test_an_interpreter_that_exits_during_a_start_ends_the_engine(
+    start: Start, exits: FakeAtexit
 ) -> None:
-    program = f"""
-import tempfile
-tempfile.tempdir = {str(tmp_path)!r}
-import llama_jax
-llm = llama_jax.LLM({str(checkpoint)!r}, in_process=True, **{SMALL})
-stream = llm.stream("A", llama_jax.SamplingParams(ignore_eos=True))
-next(stream)
-{end}
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert not list(tmp_path.iterdir())
+    may_build = threading.Event()
+
+    class SlowStart(FakeEngine):
+        def __init__(self, options: EngineOptions, progress: Callable[[Progress], None]) -> None:
+            may_build.set()
+            while True:
+                progress(Progress("loading", 0, 1))
+
+    def exit_now() -> None:
+        may_build.wait(20)
+        exits.run()
+
+    exiting = threading.Thread(target=exit_now)
+    exiting.start()
+    with pytest.raises(EngineStartError):
+        start(build=SlowStart)
+    exiting.join()
 
 
-# Restart
+def test_no_exit_handler_outlives_its_engine(start: Start, exits: FakeAtexit) -> None:
+    start().close()
+    with pytest.raises(EngineStartError):
+        start("fake:bug")
+    wait_until(lambda: not engine_threads())
+    assert exits.handlers == []
 
 
-@pytest.mark.parametrize("in_process", [True, False])
-def test_restarts(start: Start, in_process: bool) -> None:
-    llm = start(in_process=in_process)
-    for n in range(3):
-        stream = llm.stream([1], FOREVER)
-        next(stream)
-        client = llm._session.engine.client
-        llm.restart(max_num_seqs=n + 1)
-        assert llm.info.max_num_seqs == n + 1
-        assert llm.generate([5], LETTERS).token_ids == [6, 7, 8, 9, 10]
-        with pytest.raises(EngineDead, match="closed"):  # it was the old engine's
-            next(stream)
-        if not in_process:
-            assert_gone(client.pid)
-    llm.close()
-    llm.restart(in_process=not in_process)
-    assert (llm._session.engine.client.pid == os.getpid()) != in_process
-    assert llm.info.max_num_seqs == 3
-    assert llm.generate([5], LETTERS).token_ids == [6, 7, 8, 9, 10]
+def test_the_client_works_on_the_callers_event_loop_too(temporary_directory: Path) -> None:
+    """Without a thread for the client: only the engine has one."""
 
+    async def scenario() -> list[int | None]:
+        client = await EngineClient.start(
+            EngineOptions(path="fake"), start_host=in_process_host(build=FakeEngine)
+        )
+        outputs = await collect(client, [5], max_tokens=3)
+        await client.close()
+        return tokens(outputs)
 
-def test_a_restart_after_a_death(start: Start) -> None:
-    llm = start(in_process=False)
-    os.kill(llm._session.engine.client.pid, signal.SIGKILL)
-    wait_until(lambda: "killed by SIGKILL" in repr(llm))
-    llm.restart()
-    assert llm.generate([5], LETTERS).token_ids == [6, 7, 8, 9, 10]
-
-
-def test_a_restart_that_cannot_be(start: Start) -> None:
-    llm = start()
-    with pytest.raises(TypeError, match=r"^There is no option 'max_seqs'; there are path, .*\.$"):
-        llm.restart(max_seqs=3)
-    assert llm.generate([5], LETTERS).token_ids == [6, 7, 8, 9, 10]  # it goes on
-    with pytest.raises(EngineStartError, match="max_num_seqs"):
-        llm.restart(max_num_seqs="3")
-    with pytest.raises(EngineDead, match="closed"):
-        llm.generate([5])
-    llm.restart()
-    assert llm.generate([5], LETTERS).token_ids == [6, 7, 8, 9, 10]
+    assert asyncio.run(scenario()) == [6, 7, 8]

@@ -1,9 +1,10 @@
-"""The configuration: what is read from a checkpoint, what presets say, and what is refused."""
+"""The configuration: read from a checkpoint, given by a preset, or refused."""
 
 import copy
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from llama_jax.config.huggingface import generation_defaults
 from llama_jax.model.rope import inverse_frequencies
 from llama_jax.weights.table import checkpoint_tensors
 
-# As published with the checkpoints; keys of bookkeeping are there because they must be accepted.
+# As published with the checkpoints, with the bookkeeping keys, which must be accepted.
 LLAMA_3_70B = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -84,8 +85,8 @@ LLAMA_3_2_3B = LLAMA_3_2_1B | {
 }
 STOPS = {"eos_token_id": [128001, 128009]}
 
-# Preset, the published config.json and generation_config.json, and the published number of
-# parameters (of the safetensors files).
+# Each preset's published config.json and generation_config.json, and the number of parameters that
+# its safetensors files declare.
 PRESETS = {
     "llama3_8b": (LLAMA_3_8B, STOPS, 8_030_261_248),
     "llama3_70b": (LLAMA_3_70B, STOPS, 70_553_706_496),
@@ -104,19 +105,6 @@ def preset(name) -> LlamaConfig:
 
 def by_transformers(published) -> transformers.LlamaConfig:
     return transformers.LlamaConfig(**copy.deepcopy(published))  # it writes to what it is given
-
-
-def refusal(config, generation_config=None) -> str:
-    """The one sentence with which a config.json is refused."""
-    with pytest.raises(ConfigError) as caught:
-        LlamaConfig.from_dict(config, generation_config)
-    return one_sentence(caught)
-
-
-def one_sentence(caught) -> str:
-    message = str(caught.value)
-    assert message.endswith(".") and "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -194,7 +182,7 @@ def test_both_spellings_of_rope_parameters_mean_the_same(scaling):
 
 
 @pytest.mark.parametrize("published", [LLAMA_3_8B, LLAMA_3_2_1B], ids=["plain", "scaled"])
-def test_what_transformers_writes_is_read(tmp_path, published):
+def test_reads_what_transformers_writes(tmp_path, published):
     by_transformers(published).save_pretrained(tmp_path)
     assert LlamaConfig.from_pretrained(tmp_path) == LlamaConfig.from_dict(published)
 
@@ -250,96 +238,83 @@ def test_eos_ids_come_from_the_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "what"),
+    ("change", "token"),
     [
-        ({"model_type": "mistral"}, "model_type is 'mistral'"),
-        ({"model_type": None}, "model_type is None"),
+        ({"model_type": "mistral"}, "model_type"),
+        ({"model_type": None}, "model_type"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
-        ({"attention_bias": True}, "attention_bias is True"),
-        ({"mlp_bias": True}, "mlp_bias is True"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "'yarn'"),
         ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "'linear'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
         ({"rope_scaling": SCALINGS[1] | {"beta_fast": 32}}, "beta_fast"),
         ({"rope_scaling": {"factor": 8.0}}, "factor"),
-        ({"rope_scaling": SCALINGS[1] | {"factor": 0.5}}, "factor must be at least 1"),
+        ({"rope_scaling": SCALINGS[1] | {"factor": 0.5}}, "factor"),
         ({"rope_scaling": SCALINGS[1] | {"high_freq_factor": 1}}, "high_freq_factor"),
-        ({"rope_scaling": SCALINGS[1] | {"type": "linear"}}, "given twice"),
-        ({"rope_scaling": "llama3"}, "must be an object"),
-        ({"rope_parameters": {"rope_theta": 10000.0}}, "given twice"),
-        ({"rope_scaling": SCALINGS[1], "rope_parameters": SCALINGS[0]}, "differ"),
+        ({"rope_scaling": SCALINGS[1] | {"type": "linear"}}, "type"),
+        ({"rope_scaling": "llama3"}, "rope_scaling"),
+        ({"rope_parameters": {"rope_theta": 10000.0}}, "rope_theta"),
+        ({"rope_scaling": SCALINGS[1], "rope_parameters": SCALINGS[0]}, "rope_parameters"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"rope_theta": None}, "rope_theta is missing"),
-        ({"rope_theta": float("inf")}, "rope_theta must be a positive number"),
-        ({"num_key_value_heads": 5}, "32 attention heads cannot share 5"),
-        ({"num_attention_heads": 33}, "does not divide by the 33"),
-        ({"head_dim": 63}, "must be even"),
-        ({"hidden_size": 0}, "hidden_size must be a positive integer, got 0"),
-        ({"num_hidden_layers": -1}, "num_hidden_layers must be a positive integer"),
-        ({"num_attention_heads": 0}, "num_attention_heads must be a positive integer"),
-        ({"num_key_value_heads": 0}, "num_key_value_heads must be a positive integer"),
-        ({"vocab_size": 128256.0}, "vocab_size must be a positive integer"),
-        ({"vocab_size": True}, "vocab_size must be a positive integer"),
-        ({"intermediate_size": "14336"}, "intermediate_size must be a positive integer"),
-        ({"intermediate_size": None}, "intermediate_size is missing"),
-        ({"rms_norm_eps": 0}, "rms_norm_eps must be a positive number"),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive number"),
-        ({"max_position_embeddings": None}, "max_position_embeddings is missing"),
-        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
+        ({"rope_theta": None}, "rope_theta"),
+        ({"rope_theta": float("inf")}, "rope_theta"),
+        ({"num_key_value_heads": 5}, "32 attention heads"),
+        ({"num_attention_heads": 33}, "33"),
+        ({"head_dim": 63}, "head_dim"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers"),
+        ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads"),
+        ({"vocab_size": 128256.0}, "vocab_size"),
+        ({"vocab_size": True}, "vocab_size"),
+        ({"intermediate_size": "14336"}, "intermediate_size"),
+        ({"intermediate_size": None}, "intermediate_size"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"max_position_embeddings": None}, "max_position_embeddings"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
         ({"torch_dtype": "int8"}, "'int8'"),
         ({"eos_token_id": 128256}, "128256"),
         ({"eos_token_id": [-1]}, "-1"),
-        ({"eos_token_id": "</s>"}, "eos_token_id must be an id"),
-        ({"quantization_config": {"quant_method": "hqq"}}, "quantised with hqq"),
+        ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "hqq"),
         ({"sliding_window": 4096, "logit_scale": 2}, "logit_scale, sliding_window"),
     ],
 )
-def test_another_model_is_refused(change, what):
-    assert what in refusal(LLAMA_3_8B | change)
+def test_another_model_is_refused(change, token):
+    with pytest.raises(ConfigError, match=token):
+        LlamaConfig.from_dict(LLAMA_3_8B | change)
 
 
 @pytest.mark.parametrize(
     "name", [field.name for field in dataclasses.fields(LlamaConfig) if field.type in (int, float)]
 )
 def test_sizes_are_positive_however_a_config_is_made(name):
-    with pytest.raises(ConfigError, match=f"{name} must be positive, got 0") as caught:
+    with pytest.raises(ConfigError, match=name):
         dataclasses.replace(preset("llama3_8b"), **{name: 0})
-    one_sentence(caught)
 
 
 @pytest.mark.parametrize(
-    ("text", "what"),
-    [
-        ("", "cannot be read as JSON"),
-        ("{", "cannot be read as JSON"),
-        ("[" * 100_000, "cannot be read as JSON"),
-        ("[]", "must hold a JSON object, not a list"),
-        ("{}", "model_type is None"),
-    ],
+    "content",
+    [b"", b"{", b"[" * 100_000, b"[]", b"{}", b"\xff\xfe\x00"],
+    ids=["empty", "cut", "deep", "list", "no keys", "not UTF-8"],
 )
-def test_a_file_that_is_no_config(tmp_path, text, what):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ConfigError, match=what) as caught:
+def test_a_malformed_config_file_is_refused(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(str(path))):
         LlamaConfig.from_pretrained(tmp_path)
-    assert str(tmp_path / "config.json") in one_sentence(caught)
-
-
-def test_a_file_that_is_not_text(tmp_path):
-    (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="cannot be read as JSON") as caught:
-        LlamaConfig.from_pretrained(tmp_path)
-    one_sentence(caught)
 
 
 def test_a_directory_without_config(tmp_path):
-    with pytest.raises(ConfigError, match=r"holds no config.json") as caught:
+    with pytest.raises(ConfigError, match=r"config\.json"):
         LlamaConfig.from_pretrained(tmp_path)
-    one_sentence(caught)
 
 
-def test_a_config_keys_a_cache():
+def test_a_config_is_hashable():
     assert len({preset("llama3_1_8b"), preset("llama3_1_8b"), preset("llama3_8b")}) == 2
     assert isinstance(preset("llama3_1_8b").rope_scaling, RopeScaling)
 
@@ -362,17 +337,17 @@ def test_default_sampling_is_the_checkpoints(tmp_path, content, expected):
 
 
 @pytest.mark.parametrize(
-    ("content", "what"),
+    ("content", "field"),
     [
         ({"num_beams": 4}, "num_beams"),
         ({"repetition_penalty": 1.1}, "repetition_penalty"),
-        ({"do_sample": True, "temperature": "hot"}, "temperature must be a number"),
-        ({"do_sample": True, "top_k": 2.5}, "top_k must be a number"),
-        ({"top_p": 0}, "top_p must be in"),
+        ({"do_sample": True, "temperature": "hot"}, "temperature"),
+        ({"do_sample": True, "top_k": 2.5}, "top_k"),
+        ({"top_p": 0}, "top_p"),
     ],
 )
-def test_sampling_that_is_not_there_is_refused(tmp_path, content, what):
+def test_unsupported_sampling_is_refused(tmp_path, content, field):
     (tmp_path / "generation_config.json").write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=what) as caught:
+    with pytest.raises(ConfigError, match=field) as caught:
         generation_defaults(tmp_path)
-    assert "generation_config.json" in one_sentence(caught)
+    assert "generation_config.json" in str(caught.value)

@@ -1,7 +1,7 @@
-"""Every field of the configuration matters: change it, and something that is computed changes.
+"""Every field of the configuration has an effect: changing it changes something computed.
 
-A field that is parsed and then read by nobody is a promise that is not kept. The tests go through
-the fields of the dataclass, so that a new one fails until it has a perturbation here.
+A field that is parsed and never read is a promise not kept. The tests go through the fields of the
+dataclass, so a new field fails until it has a perturbation here.
 """
 
 import dataclasses
@@ -11,13 +11,14 @@ import zlib
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from llama_jax.checkpoint.load import choose_dtype
 from llama_jax.config import LlamaConfig, Quantization, RopeScaling
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.core import Engine
+from llama_jax.engine.device_memory import choose_mesh_sizes
 from llama_jax.engine.options import EngineOptions
-from llama_jax.engine.sizing import choose_limits
 from llama_jax.model import Llama
 from llama_jax.quantization import FORMATS
 from llama_jax.weights.table import checkpoint_tensors
@@ -32,7 +33,7 @@ BASE = LlamaConfig(
     num_kv_heads=2,
     head_dim=8,
     mlp_dim=24,
-    rope_theta=100.0,  # so small that each band of the scaled frequencies matters in 40 tokens
+    rope_theta=100.0,  # small enough that 40 tokens reach every band of the scaled frequencies
     rope_scaling=RopeScaling(
         factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
     ),
@@ -42,7 +43,7 @@ BASE = LlamaConfig(
 )
 TOKENS = np.arange(40)[None] * 7 % BASE.vocab_size
 
-# Another value for each field that the logits depend on, and for those that act elsewhere.
+# Another value for each field: those that change the logits, and those that act elsewhere.
 IN_THE_LOGITS = {
     "vocab_size": 40,
     "embed_dim": 20,
@@ -65,16 +66,15 @@ ROPE_SCALING = {
     "original_max_position_embeddings": 16,
 }
 
-
-# How a weight is quantised, each against int4 in groups of 8.
+# Compared with int4 in groups of 8.
 QUANTIZATION = {"format": "fp8", "group_size": 4}
 
 
 def write(path, config: LlamaConfig) -> str:
-    """A checkpoint whose elements follow from their tensor's name and their place alone.
+    """Writes a checkpoint whose elements depend only on their tensor's name and their position.
 
-    A config with larger shapes has the same weights and some more, so that a difference in the
-    logits is the work of the field, not of other random numbers.
+    A config with larger shapes has the same weights and some more, so a difference in the logits
+    comes from the field, not from other random numbers.
     """
     path.mkdir()
     (path / "config.json").write_text(json.dumps(config.to_dict()))
@@ -99,7 +99,8 @@ def base_logits(tmp_path_factory):
 
 
 def logits(path, config: LlamaConfig) -> np.ndarray:
-    return np.asarray(Llama.from_pretrained(write(path, config))(TOKENS))
+    model = Llama.from_pretrained(write(path, config))
+    return np.asarray(nnx.jit(lambda model, tokens: model(tokens))(model, TOKENS))
 
 
 def test_every_field_has_a_perturbation():
@@ -123,7 +124,7 @@ def test_a_field_of_the_rope_scaling_changes_the_logits(tmp_path, base_logits, n
 
 
 @pytest.mark.parametrize("name", QUANTIZATION)
-def test_a_field_of_the_quantisation_changes_the_logits(tmp_path, name):
+def test_a_field_of_the_quantization_changes_the_logits(tmp_path, name):
     base = Quantization(format="int4", group_size=8)
     changed = dataclasses.replace(base, **{name: QUANTIZATION[name]})
     one, other = (
@@ -134,13 +135,13 @@ def test_a_field_of_the_quantisation_changes_the_logits(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_quantisation_survives_config_json(name):
+def test_the_quantization_survives_config_json(name):
     config = dataclasses.replace(BASE, quantization=Quantization(format=name, group_size=32))
     assert LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_the_logits_depend_on_nothing_else(tmp_path, base_logits):
-    """What the tests above compare is the same for the same config, to the last bit."""
+    """The same config gives the same logits to the last bit."""
     elsewhere = {**ELSEWHERE, "eos_token_ids": (5,)}
     same = logits(tmp_path / "same", dataclasses.replace(BASE, **elsewhere))
     np.testing.assert_array_equal(same, base_logits)
@@ -153,16 +154,18 @@ def _differ(one: np.ndarray, other: np.ndarray) -> bool:
     return np.abs(one - other).max() > 1e-4 * np.abs(one).max()
 
 
-def test_the_longest_context_limits_the_engine():
+def test_max_position_embeddings_limits_the_engine():
     def longest(config):
-        return choose_limits(EngineOptions(path=""), config, make_mesh("1x1"), np.dtype("f4"))[1]
+        return choose_mesh_sizes(EngineOptions(path=""), config, make_mesh("1x1"), np.dtype("f4"))[
+            1
+        ]
 
     assert longest(BASE) == BASE.max_position_embeddings
     shorter = ELSEWHERE["max_position_embeddings"]
     assert longest(dataclasses.replace(BASE, max_position_embeddings=shorter)) == shorter
 
 
-def test_the_dtype_is_what_auto_means_on_a_gpu():
+def test_auto_means_the_checkpoints_dtype_on_a_gpu():
     changed = dataclasses.replace(BASE, dtype=ELSEWHERE["dtype"])
     assert choose_dtype("auto", BASE, "gpu") == "float32"
     assert choose_dtype("auto", changed, "gpu") == "bfloat16"
@@ -170,7 +173,7 @@ def test_the_dtype_is_what_auto_means_on_a_gpu():
     half = dataclasses.replace(BASE, dtype="float16")
     assert choose_dtype("auto", half, "gpu") == "bfloat16"
     assert choose_dtype("float32", changed, "gpu") == "float32"
-    with pytest.raises(ValueError, match="dtype must be one of"):
+    with pytest.raises(ValueError, match="int8"):
         choose_dtype("int8", BASE, "gpu")
 
 

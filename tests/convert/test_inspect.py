@@ -219,7 +219,7 @@ def test_70b(large):
     lines = shown(inspected(large, "4x2"), 80)
     facts = {line.split()[0]: line for line in reversed(lines) if line}
     for name, *tokens in (
-        ("weights", "141.1 GB", "723"),
+        ("weights", "141 GB", "723"),
         ("parameters", "70,553,706,496"),
         ("heads", "64", "128", "8"),
     ):

@@ -1,4 +1,4 @@
-"""What the bundled checkpoint can do, through the engine on the 4 x 2 mesh of `make serve`."""
+"""The skills of the demo checkpoint, in the engine on the 4 x 2 mesh of `make serve`."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def llm():
 
 
 def answers(llm: LLM, count: int) -> tuple[list[str], list[str]]:
-    """To `count` sums that were kept out of the training text: what it says, and what is right."""
+    """Returns the model's answers to `count` held-out sums, and the right answers."""
     pairs = held_out_pairs()
     chosen = [pairs[i * 7919 % len(pairs)] for i in range(count)]
     questions = [PHRASINGS[i % len(PHRASINGS)].format(a=a, b=b) for i, (a, b) in enumerate(chosen)]
@@ -30,27 +30,27 @@ def answers(llm: LLM, count: int) -> tuple[list[str], list[str]]:
 
 @pytest.fixture(scope="module")
 def all_answers(llm):
-    """`answers` to all sums that were kept from it."""
+    """`answers` for all held-out sums."""
     return answers(llm, len(held_out_pairs()))
 
 
 def share_same(one: list[str], other: list[str]) -> float:
-    """Of answers to the same questions."""
+    """The share of equal answers to the same questions."""
     return sum(a == b for a, b in zip(one, other, strict=True)) / len(one)
 
 
-def test_it_adds_numbers_that_it_did_not_see(llm):
+def test_it_adds_held_out_pairs(llm):
     assert share_same(*answers(llm, 40)) >= 0.95
 
 
 @pytest.mark.slow
-def test_it_adds_all_pairs_that_were_kept_from_it(all_answers):
+def test_it_adds_all_held_out_pairs(all_answers):
     assert share_same(*all_answers) >= 0.95
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["int8", "fp8"])
-def test_quantised_to_8_bits_it_gives_the_same_answers(all_answers, tmp_path, quantize):
+def test_its_answers_survive_quantization_to_8_bits(all_answers, tmp_path, quantize):
     convert(open_source(CHECKPOINT), tmp_path / quantize, Options(quantize=quantize))
     plain, right = all_answers
     with LLM(tmp_path / quantize, mesh="2x2") as quantized:

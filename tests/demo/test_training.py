@@ -1,4 +1,4 @@
-"""The demo checkpoint's text, tokenizer and training loop (not its skill: demo/evaluate.py)."""
+"""The text, tokenizer and training loop of the demo checkpoint."""
 
 import re
 
@@ -26,18 +26,18 @@ def chat_tokenizer(tokenizer, tmp_path_factory):
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def test_no_held_out_sum_is_ever_in_the_training_text():
+def test_the_training_text_contains_no_held_out_sum():
     source = corpus.Corpus(1)
     pairs = set()
     for _ in range(20_000):
         text = "\n".join(message["content"] for message in source.dialogue(max_turns=6))
         pairs |= {(int(a), int(b)) for a, b in SUM.findall(text)}
     small = {(a, b) for a, b in pairs if max(a, b) < corpus.LIMIT}
-    assert len(small) > 8500  # the pattern does find the sums
+    assert len(small) > 8500  # the pattern finds sums
     assert not any(corpus.is_held_out(a, b) for a, b in small)
 
 
-def test_a_tenth_of_the_pairs_is_held_out_and_twins_together():
+def test_a_tenth_of_the_pairs_is_held_out_in_both_orders():
     pairs = set(corpus.held_out_pairs())
     assert 900 < len(pairs) < 1100
     assert all((b, a) in pairs for a, b in pairs)
@@ -115,7 +115,7 @@ def test_chat_template_is_the_llama_3_form_with_one_bos(chat_tokenizer):
     assert chat_tokenizer("Hi")["input_ids"][0] == chat_tokenizer.bos_token_id
 
 
-def test_training_sees_the_ids_of_the_chat_template(tokenizer, chat_tokenizer):
+def test_training_uses_the_ids_of_the_chat_template(tokenizer, chat_tokenizer):
     source = corpus.Corpus(3)
     for _ in range(200):
         messages = source.dialogue()
@@ -167,7 +167,7 @@ def test_packed_dialogues_do_not_see_each_other(tokenizer):
             start += len(ids)
 
 
-def test_loss_falls_and_a_resumed_run_goes_on_from_the_saved_step(tokenizer, tmp_path):
+def test_loss_falls_and_a_resumed_run_continues_from_the_saved_step(tokenizer, tmp_path):
     trainer = tiny_trainer(tokenizer)
     losses = [trainer.train_step() for _ in range(20)]
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])

@@ -1,6 +1,6 @@
-"""What was recorded of a run, against a ring that is kept by hand."""
+"""A recording of a run, compared with a ring that is kept by hand."""
 
-import time
+from itertools import chain, count
 from types import SimpleNamespace
 
 import pytest
@@ -9,14 +9,15 @@ from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.recording import PacketRecord, Recording, record
 from llama_jax.engine.scheduler import Packet, Scheduler
 from llama_jax.engine.tick_loop import TickLoop
-from llama_jax.ring.sizes import Limits
-from tests.engine.test_tick_loop import STAGES, make_limits, make_loop, make_requests, run
+from llama_jax.ring.sizes import RingSizes
+from sharding.errors import UserError
+from tests.engine.test_tick_loop import STAGES, make_loop, make_requests, make_sizes, run
 from tests.support.mock_executor import MockExecutor
 from tests.support.scheduler_trial import Trial
 
 
 def plain(packet: Packet) -> PacketRecord:
-    """A packet as it is when it enters, read segment by segment."""
+    """The contents of a packet when it enters, read segment by segment."""
     rows, tiles = [], []
     for segment in packet.rows + packet.tiles:
         if segment.tokens is None:
@@ -27,7 +28,7 @@ def plain(packet: Packet) -> PacketRecord:
 
 
 def spy(loop: TickLoop) -> list[PacketRecord]:
-    """A list that grows by what enters in each tick, as the scheduler says it."""
+    """A list to which every packet of the scheduler is appended."""
     entered: list[PacketRecord] = []
     original = loop.scheduler.schedule
 
@@ -41,7 +42,7 @@ def spy(loop: TickLoop) -> list[PacketRecord]:
 
 
 def ring_by_hand(entered: list[PacketRecord], stages: int) -> list[list[PacketRecord]]:
-    """For each tick what is with each stage: everything moves on by one, then one enters."""
+    """The packet at each stage in each tick: packets move on by one stage, then one enters."""
     at = [PacketRecord()] * stages
     history = []
     for packet in entered:
@@ -59,7 +60,7 @@ def as_table(recording: Recording) -> list[list[PacketRecord]]:
 
 @pytest.mark.parametrize("late", [0, 3])
 @pytest.mark.parametrize("stages", STAGES)
-def test_every_stage_holds_what_a_ring_by_hand_says(stages, late):
+def test_every_stage_holds_the_packet_of_a_ring_kept_by_hand(stages, late):
     loop = make_loop(stages, late)
     entered = spy(loop)
     with record(loop) as recording:
@@ -81,12 +82,12 @@ def test_every_stage_holds_what_a_ring_by_hand_says(stages, late):
 
 
 @pytest.mark.parametrize("stages", STAGES)
-def test_it_says_the_same_as_a_scheduler_that_is_driven_by_hand(stages):
-    """`Trial` keeps a ring of its own; the same requests go through both."""
-    limits = make_limits(stages)
-    trial = Trial(limits, stages)
-    scheduler = Scheduler(limits, stages, max_queue=100)
-    loop = TickLoop(scheduler, MockExecutor(limits, stages), 0)  # type: ignore[arg-type]
+def test_it_agrees_with_a_scheduler_driven_by_hand(stages):
+    """`Trial` has its own ring; the same requests go through both."""
+    sizes = make_sizes(stages)
+    trial = Trial(sizes, stages)
+    scheduler = Scheduler(sizes, stages)
+    loop = TickLoop(scheduler, MockExecutor(sizes, stages), 0)  # type: ignore[arg-type]
     with record(loop) as recording:
         for request_id, _, prompt, params, _ in make_requests(12, seed=3):
             params = SamplingParams(temperature=0, max_tokens=params.max_tokens)
@@ -116,7 +117,7 @@ def test_a_recording_may_begin_and_end_while_requests_run(stages):
     table = ring_by_hand(entered, stages)
     assert [tick.number for tick in recording.ticks] == list(range(11, 30))
     assert as_table(recording) == table[11:30] and loop.ticks > 30
-    assert any(table[11][stages - 1 :])  # what entered before is there too
+    assert any(table[11][stages - 1 :])  # packets from before the recording are there, too
     assert len(recording.before) == stages - 1
     for index, tick in enumerate(range(11, 30)):
         for stage in range(stages):
@@ -124,8 +125,8 @@ def test_a_recording_may_begin_and_end_while_requests_run(stages):
 
 
 def test_pages_and_queue_are_those_of_the_scheduler_after_each_step():
-    """A pool so small that requests are preempted and wait."""
-    limits = Limits(
+    """The pool is so small that requests wait and are preempted."""
+    sizes = RingSizes(
         num_slots=4,
         num_pages=13,
         page_size=4,
@@ -134,19 +135,19 @@ def test_pages_and_queue_are_those_of_the_scheduler_after_each_step():
         chunk_buckets=(0, 8),
         tile=4,
     )
-    scheduler = Scheduler(limits, 2, max_queue=100)
-    loop = TickLoop(scheduler, MockExecutor(limits, 2), 0)  # type: ignore[arg-type]
+    scheduler = Scheduler(sizes, 2)
+    loop = TickLoop(scheduler, MockExecutor(sizes, 2), 0)  # type: ignore[arg-type]
     for request_id in range(8):
         params = SamplingParams(temperature=0, max_tokens=12)
         scheduler.add(request_id, [20] * 14, params, max_model_len=40, seed=0, stop_ids=frozenset())
     with record(loop) as recording:
         while loop.has_work:
             loop.step()
-            # Who has a slot has the pages of the tokens that it has sent, and no more.
-            live = [s for s in scheduler._sequences.values() if s.slot is not None]
-            held = {s.request_id: -(-s.next_position // 4) for s in live}
+            # A live sequence has the pages of the tokens that it has sent, and no more.
+            prefilling = [scheduler.prefilling] if scheduler.prefilling else []
+            live = [*prefilling, *chain(*scheduler.microbatches)]
             tick = recording.ticks[-1]
-            assert tick.pages == held
+            assert tick.pages == {s.request_id: -(-s.next_position // 4) for s in live}
             assert (tick.pages_free, tick.pages_total) == (scheduler.pool.num_free, 13)
             assert tick.num_waiting == len(scheduler.waiting)
     assert scheduler.num_preemptions > 0
@@ -157,22 +158,27 @@ def test_pages_and_queue_are_those_of_the_scheduler_after_each_step():
     assert recording.ticks[0].num_waiting > recording.ticks[-1].num_waiting == 0
 
 
-def test_times_follow_one_another():
+def test_the_times_of_ticks(monkeypatch):
+    """With a clock that advances by one second whenever it is read."""
+    seconds = count(100.0)
+    clock = SimpleNamespace(perf_counter=lambda: next(seconds))
+    monkeypatch.setattr("llama_jax.engine.recording.time", clock)
+    monkeypatch.setattr("llama_jax.engine.tick_loop.time", clock)
     loop = make_loop(2, late=0)
-    before = time.perf_counter()
+    loop.scheduler.add(
+        0, [20], SamplingParams(max_tokens=2), max_model_len=64, seed=0, stop_ids=frozenset()
+    )
     with record(loop) as recording:
-        run(loop, make_requests(5, seed=1))
-    whole = time.perf_counter() - before
-    ends = 0.0
-    for tick in recording.ticks:
-        assert tick.start >= ends and tick.seconds > 0
-        ends = tick.start + tick.seconds
-    assert ends <= whole
-    # Steps in which there is nothing to dispatch are in the loop's time, and are no ticks.
-    assert sum(tick.seconds for tick in recording.ticks) <= loop.seconds + 1e-9
+        while loop.has_work:
+            loop.step()
+    # The clock is read at the start and end of a step, and around the wait for a result.
+    waits = [False, True, False, True]  # the prompt and the row leave in the second and fourth
+    assert [tick.seconds for tick in recording.ticks] == [3.0 if wait else 1.0 for wait in waits]
+    assert [tick.start for tick in recording.ticks] == [1.0, 3.0, 7.0, 9.0]
+    assert loop.seconds == 8.0 and loop.wait_seconds == 2.0
 
 
-def test_two_may_record_at_once_and_nobody_afterwards():
+def test_two_recordings_at_once_and_none_afterwards():
     loop = make_loop(2, late=0)
     with record(SimpleNamespace(loop=loop)) as outer:  # an Engine
         run(loop, make_requests(3, seed=1))
@@ -196,21 +202,21 @@ def test_an_imagined_recording_is_the_ring_by_hand():
     entered = [PacketRecord((number,)) if number % 3 else PacketRecord() for number in range(10)]
     recording = Recording.imagined(3, entered)
     assert as_table(recording) == ring_by_hand(entered, 3)
-    assert recording.busy_share() == (6 + 6 + 5) / 30  # the last packet has seen one stage only
+    assert recording.busy_share() == (6 + 6 + 5) / 30  # the last packet has reached one stage only
     assert not recording.timed
 
 
-def test_what_is_no_engine_is_refused_in_a_sentence():
-    with pytest.raises(ValueError, match=r"^Only an engine in this process .* type str: .*\.$"):
-        record("demo/checkpoint").__enter__()
+def test_an_object_without_a_tick_loop_is_refused():
+    with pytest.raises(UserError, match="str"), record("demo/checkpoint"):
+        pass
 
 
-def test_stages_and_ticks_that_are_not_there():
+def test_stages_and_ticks_that_do_not_exist():
     empty = Recording(2)
     assert empty.busy_share() == 0.0 and empty.request_ids == []
-    with pytest.raises(IndexError, match="stages 0 to 1, got 2"):
+    with pytest.raises(IndexError, match="2"):
         empty.holds(2, 0)
-    with pytest.raises(IndexError, match="0 ticks were recorded"):
+    with pytest.raises(IndexError, match="0"):
         empty.holds(0, 0)
-    with pytest.raises(IndexError, match="got -1"):
+    with pytest.raises(IndexError, match="-1"):
         empty.holds(-1, 0)

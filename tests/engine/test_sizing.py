@@ -1,18 +1,25 @@
-"""From options and memory to sizes: what holds for all of them, and what is refused."""
+"""The sizes that an engine chooses, the memory that it counts, and the options that it refuses."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.config import LlamaConfig
+from llama_jax.engine import core
+from llama_jax.engine.device_memory import bytes_by_device, choose_mesh_sizes, free_bytes
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.sizing import (
     CPU_CACHE_BYTES,
     SizingError,
-    bytes_by_device,
     check_options,
-    choose_limits,
+    choose_results_late,
+    choose_sizes,
+    gpu_cache_bytes,
 )
 from llama_jax.ring.kv_cache import cache_shapes, init_cache
 from sharding.mesh import make_mesh
@@ -33,7 +40,7 @@ MESHES = ("1x1", "2x1", "4x1", "1x2", "2x2", "4x2")
 
 
 def bytes_of_a_page(mesh: str, page_size: int, itemsize: int) -> int:
-    """On one device: keys and values of its heads in each of its layers, padding included."""
+    """Keys and values on one device: of its heads in each of its layers, padding included."""
     stages, ranks = map(int, mesh.split("x"))
     layers = -(-CONFIG.num_layers // stages)
     return 2 * layers * (CONFIG.num_kv_heads // ranks) * page_size * CONFIG.head_dim * itemsize
@@ -42,111 +49,184 @@ def bytes_of_a_page(mesh: str, page_size: int, itemsize: int) -> int:
 def choose(mesh: str = "1x1", dtype=jnp.float32, **options):
     chosen = EngineOptions(path="", mesh=mesh, **options)
     check_options(chosen, CONFIG)
-    return choose_limits(chosen, CONFIG, make_mesh(mesh), dtype)
+    return choose_mesh_sizes(chosen, CONFIG, make_mesh(mesh), dtype)
 
 
-@settings(deadline=None, max_examples=200)
-@given(
-    mesh=st.sampled_from(MESHES),
+def check_sizes(num_stages, max_num_seqs, max_chunk, page_size, max_model_len, pages):
+    page = 1000
+    options = EngineOptions(
+        path="",
+        max_num_seqs=max_num_seqs,
+        max_chunk=max_chunk,
+        page_size=page_size,
+        max_model_len=max_model_len,
+    )
+    memory = pages * page + 1  # not quite one page more
+    if pages * page_size < (max_model_len or 2):
+        with pytest.raises(SizingError, match="kv_cache_memory"):
+            choose_sizes(options, CONFIG, num_stages, page, memory)
+        return
+    sizes, longest = choose_sizes(options, CONFIG, num_stages, page, memory)
+
+    assert longest <= sizes.num_pages * page_size, "the longest sequence does not fit the pool"
+    assert longest == (max_model_len or min(512, sizes.num_pages * page_size))
+    assert (sizes.pages_per_sequence - 1) * page_size < longest
+    assert longest <= sizes.pages_per_sequence * page_size
+    # All the pages that the memory has, but no more than the sequences can fill.
+    useful = sizes.num_slots * -(-(max_model_len or 512) // page_size)
+    assert sizes.num_pages == min(pages, useful)
+
+    assert sizes.num_slots == max_num_seqs
+    assert max_num_seqs <= sizes.max_rows * num_stages < max_num_seqs + num_stages
+    assert max_chunk <= sizes.max_chunk < max_chunk + sizes.tile
+    assert sizes.chunk_buckets[0] == 0
+    for buckets in (sizes.row_buckets, sizes.chunk_buckets):
+        assert list(buckets) == sorted(set(buckets))
+        assert len(buckets) <= 5
+    assert sizes.row_buckets[0] >= 1
+    assert all(chunk % sizes.tile == 0 for chunk in sizes.chunk_buckets)
+
+
+any_sizes = given(
+    num_stages=st.integers(1, 8),
     max_num_seqs=st.integers(1, 300),
     max_chunk=st.integers(1, 2100),
     page_size=st.integers(1, 64),
     max_model_len=st.none() | st.integers(2, 512),
     pages=st.integers(0, 2000),
 )
-def test_sizes_fit_together(mesh, max_num_seqs, max_chunk, page_size, max_model_len, pages):
-    stages = int(mesh[0])
-    each = bytes_of_a_page(mesh, page_size, 4)
-    memory = pages * each + 1  # not quite one page more
-    options = dict(
-        max_num_seqs=max_num_seqs,
-        max_chunk=max_chunk,
-        page_size=page_size,
-        max_model_len=max_model_len,
-        kv_cache_memory=memory,
-    )
-    if pages * page_size < (max_model_len or 2):
-        with pytest.raises(SizingError, match="raise kv_cache_memory to"):
-            choose(mesh, **options)
-        return
-    limits, longest = choose(mesh, **options)
-
-    assert limits.num_pages <= pages
-    assert longest <= limits.num_pages * page_size, "the longest sequence does not fit the pool"
-    assert longest == (max_model_len or min(512, limits.num_pages * page_size))
-    assert (limits.pages_per_sequence - 1) * page_size < longest
-    assert longest <= limits.pages_per_sequence * page_size
-    # All the pages that the memory has, but no more than the sequences can fill.
-    most = limits.num_slots * -(-(max_model_len or 512) // page_size)
-    assert limits.num_pages == min(pages, most)
-
-    assert limits.num_slots == max_num_seqs
-    assert max_num_seqs <= limits.max_rows * stages < max_num_seqs + stages
-    assert max_chunk <= limits.max_chunk < max_chunk + limits.tile
-    assert limits.chunk_buckets[0] == 0
-    for buckets in (limits.row_buckets, limits.chunk_buckets):
-        assert list(buckets) == sorted(set(buckets))
-        assert len(buckets) <= 5
-    assert limits.row_buckets[0] >= 1
-    assert all(chunk % limits.tile == 0 for chunk in limits.chunk_buckets)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@settings(deadline=None, max_examples=50)
+@any_sizes
+def test_sizes_fit_together(**case):
+    check_sizes(**case)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=2000)
+@any_sizes
+def test_sizes_fit_together_in_many_cases(**case):
+    check_sizes(**case)
+
+
+@pytest.mark.parametrize(("mesh", "dtype"), [("4x2", jnp.float32), ("1x1", jnp.bfloat16)])
 def test_the_cache_takes_the_memory_that_it_was_given(mesh, dtype):
     given_bytes = 1 << 20
-    limits, _ = choose(mesh, dtype, kv_cache_memory=given_bytes, max_num_seqs=400)
+    sizes, _ = choose(mesh, dtype, kv_cache_memory=given_bytes, max_num_seqs=400)
     device_mesh = make_mesh(mesh)
-    shapes = cache_shapes(CONFIG, device_mesh, limits.num_pages, limits.page_size, dtype)
-    held = bytes_by_device(init_cache(shapes), device_mesh)
-    each = bytes_of_a_page(mesh, limits.page_size, dtype.dtype.itemsize)
-    assert set(held.values()) == {limits.num_pages * each}
-    assert given_bytes - each < held[device_mesh.devices[0, 0]] <= given_bytes
+    shapes = cache_shapes(CONFIG, device_mesh, sizes.num_pages, sizes.page_size, dtype)
+    found = bytes_by_device(init_cache(shapes), device_mesh)
+    each = bytes_of_a_page(mesh, sizes.page_size, dtype.dtype.itemsize)
+    assert set(found.values()) == {sizes.num_pages * each}
+    assert given_bytes - each < found[device_mesh.devices[0, 0]] <= given_bytes
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_on_a_cpu_all_devices_share_one_budget(mesh):
-    limits, _ = choose(mesh, max_num_seqs=100_000)
+    sizes, _ = choose(mesh, max_num_seqs=100_000)
     stages, ranks = map(int, mesh.split("x"))
-    total = limits.num_pages * bytes_of_a_page(mesh, 16, 4) * stages * ranks
+    total = sizes.num_pages * bytes_of_a_page(mesh, 16, 4) * stages * ranks
     assert 0.99 * CPU_CACHE_BYTES < total <= CPU_CACHE_BYTES
 
 
+@dataclass(frozen=True)
+class FakeGPU:
+    """A device that reports its memory, in bytes."""
+
+    limit: int
+    in_use: int
+    platform: str = "gpu"
+
+    def memory_stats(self) -> dict[str, int]:
+        return {"bytes_limit": self.limit, "bytes_in_use": self.in_use, "num_allocs": 3}
+
+
+@dataclass(frozen=True)
+class SilentGPU:
+    platform: str = "gpu"
+    stats: dict | None = None
+
+    def memory_stats(self) -> dict | None:
+        return self.stats
+
+
+def test_the_free_memory_of_each_gpu_is_its_limit_less_what_is_in_use():
+    assert free_bytes([FakeGPU(68 << 30, 1 << 30), FakeGPU(40, 15)]) == [67 << 30, 25]
+
+
+@pytest.mark.parametrize("stats", [None, {}, {"bytes_in_use": 3}])
+def test_a_gpu_that_does_not_report_its_memory(stats):
+    with pytest.raises(SizingError, match="kv_cache_memory"):
+        free_bytes([FakeGPU(2, 1), SilentGPU(stats=stats)])
+
+
+def test_a_gpus_cache_takes_what_weights_and_temporaries_leave_of_the_fullest_gpu():
+    gib = 1 << 30
+    assert gpu_cache_bytes([67 * gib, 60 * gib, 64 * gib], 35 * gib) == 24 * gib
+    assert gpu_cache_bytes([36 * gib], 35 * gib) == 0
+    assert gpu_cache_bytes([3 * gib], 35 * gib) == 0
+
+
+def test_the_cache_on_gpus(monkeypatch):
+    """On a mesh of two GPUs, one of which is fuller than the other."""
+    weights, page = 10_000, 100
+    monkeypatch.setattr("llama_jax.engine.device_memory.weight_bytes", lambda *_: weights)
+    monkeypatch.setattr("llama_jax.engine.device_memory.page_bytes", lambda *_: page)
+    free = weights + (1 << 30)
+    gpus = [FakeGPU(free + 20 * page, 5 * page), FakeGPU(free + 99 * page, 1)]
+    mesh = SimpleNamespace(devices=np.array([gpus]), axis_names=("stage", "model"))
+    mesh.shape = {"stage": 1, "model": 2}
+    sizes, longest = choose_mesh_sizes(EngineOptions(path=""), CONFIG, mesh, jnp.bfloat16)
+    assert sizes.num_pages == 15 and longest == 15 * 16
+    given = EngineOptions(path="", kv_cache_memory=7 * page)
+    assert choose_mesh_sizes(given, CONFIG, mesh, jnp.bfloat16)[0].num_pages == 7
+
+
+def test_jax_takes_its_share_of_a_gpu_unless_the_user_has_set_it(monkeypatch):
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    environment: dict[str, str] = {}
+    monkeypatch.setattr(core, "os", SimpleNamespace(environ=environment))
+    core.configure_jax()
+    assert environment == {names[0]: "0.85"}
+    for name in names:
+        environment.clear()
+        environment[name] = "0.5"
+        core.configure_jax()
+        assert environment == {name: "0.5"}
+
+
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("platform", "option", "ticks"),
+    [("cpu", None, 0), ("gpu", None, 2), ("gpu", 0, 0), ("gpu", 3, 3), ("cpu", 1, 1)],
+)
+def test_how_late_results_are_read(platform, option, ticks):
+    options = EngineOptions(path="", results_late=option)
+    assert choose_results_late(options, platform) == ticks
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
     [
-        ({"max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0."),
-        ({"max_queue": -1}, "max_queue must be at least 1, got -1."),
-        ({"page_size": 0}, "page_size must be at least 1, got 0."),
-        ({"max_chunk": 0}, "max_chunk must be at least 1, got 0."),
-        ({"kv_cache_memory": 0}, "kv_cache_memory must be at least 1, got 0."),
-        ({"results_late": -1}, "results_late must be at least 0, got -1."),
-        (
-            {"max_model_len": 513},
-            "max_model_len must be between 2 and the model's own 512, got 513.",
-        ),
-        (
-            {"max_model_len": 1},
-            "max_model_len must be between 2 and the model's own 512, got 1.",
-        ),
-        (
-            {"kv_cache_memory": 49151, "max_model_len": 64},
-            "The KV cache has 49151 bytes on each device, which hold 48 tokens, and max_model_len "
-            "is 64: raise kv_cache_memory to 49152 or lower max_model_len.",
-        ),
-        (
-            {"kv_cache_memory": 100},
-            "The KV cache has 100 bytes on each device, which hold 0 tokens, and max_model_len "
-            "is 512: raise kv_cache_memory to 393216 or lower max_model_len.",
-        ),
+        ({"max_model_len": 513}, "max_model_len"),
+        ({"kv_cache_memory": 49151, "max_model_len": 64}, "kv_cache_memory to 49152 "),
+        ({"kv_cache_memory": 100}, "kv_cache_memory to 393216 "),
     ],
 )
-def test_options_that_do_not_work(options, sentence):
-    with pytest.raises(SizingError) as error:
+def test_options_that_do_not_work(options, named):
+    with pytest.raises(SizingError, match=named) as caught:
         choose(**options)
-    assert str(error.value) == sentence
+    assert "\n" not in str(caught.value)
+
+
+def test_options_at_their_limits():
+    smallest = dict(max_num_seqs=1, max_queue=1, page_size=1, max_chunk=1, results_late=0)
+    sizes, longest = choose(**smallest, kv_cache_memory=bytes_of_a_page("1x1", 1, 4) * 2)
+    assert (sizes.num_pages, longest) == (2, 2)
+    assert choose(max_model_len=512)[1] == 512
+    assert choose(max_model_len=2)[1] == 2
 
 
 def test_the_memory_that_the_error_asks_for_is_enough():
-    limits, longest = choose(kv_cache_memory=49152, max_model_len=64)
-    assert (limits.num_pages, longest) == (4, 64)
+    sizes, longest = choose(kv_cache_memory=49152, max_model_len=64)
+    assert (sizes.num_pages, longest) == (4, 64)

@@ -1,4 +1,4 @@
-"""The step loop over a device that a hand can compute."""
+"""The tick loop with a device whose tokens can be computed by hand."""
 
 from collections import defaultdict
 
@@ -8,15 +8,15 @@ import pytest
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.tick_loop import TickLoop
-from llama_jax.ring.sizes import Bucket, Limits
+from llama_jax.ring.sizes import Bucket, RingSizes
 from tests.support.mock_executor import VOCAB_SIZE, MockExecutor, generate
 
 STAGES = (1, 2, 4)
 LATE = (0, 1, 3, 7)
 
 
-def make_limits(stages: int) -> Limits:
-    return Limits(
+def make_sizes(stages: int) -> RingSizes:
+    return RingSizes(
         num_slots=4 * stages,
         num_pages=60,
         page_size=4,
@@ -28,13 +28,13 @@ def make_limits(stages: int) -> Limits:
 
 
 def make_loop(stages: int, late: int) -> TickLoop:
-    limits = make_limits(stages)
-    scheduler = Scheduler(limits, stages, max_queue=100)
-    return TickLoop(scheduler, MockExecutor(limits, stages), late)  # type: ignore[arg-type]
+    sizes = make_sizes(stages)
+    scheduler = Scheduler(sizes, stages)
+    return TickLoop(scheduler, MockExecutor(sizes, stages), late)  # type: ignore[arg-type]
 
 
 def make_requests(count: int, seed: int):
-    """(id, tick of arrival, prompt, params, seed): every other one is sampled."""
+    """(id, tick of arrival, prompt, params, seed); every other request is sampled."""
     rng = np.random.default_rng(seed)
     for request_id in range(count):
         prompt = rng.integers(14, VOCAB_SIZE, rng.integers(1, 30)).tolist()
@@ -64,8 +64,8 @@ def run(loop: TickLoop, requests, before_each_tick=lambda: None) -> dict[int, li
 
 @pytest.mark.parametrize("stages", STAGES)
 @pytest.mark.parametrize("late", LATE)
-def test_results_go_to_those_whose_they_are(stages, late):
-    """Slots change hands while results are under way, and some rows are drawn, with a seed each."""
+def test_every_result_goes_to_its_request(stages, late):
+    """Slots change owners while results are in flight; some requests are sampled, with seeds."""
     loop = make_loop(stages, late)
     requests = list(make_requests(25, seed=stages))
     tokens = run(loop, requests)
@@ -77,7 +77,7 @@ def test_results_go_to_those_whose_they_are(stages, late):
 
 
 @pytest.mark.parametrize("late", LATE)
-def test_results_are_read_as_late_as_asked_and_not_later(late):
+def test_results_are_read_as_late_as_allowed_and_no_later(late):
     loop = make_loop(2, late)
     loop.scheduler.add(
         0, [20] * 3, SamplingParams(max_tokens=1), max_model_len=64, seed=0, stop_ids=frozenset()
@@ -85,10 +85,22 @@ def test_results_are_read_as_late_as_asked_and_not_later(late):
     ticks = 0
     while not loop.step():
         ticks += 1
-    # It leaves the last of two stages in the second tick. When there is nothing to dispatch any
-    # more, whatever is left is read.
+    # It leaves the last of two stages in the second tick. When there is nothing left to dispatch,
+    # the remaining results are read.
     assert ticks == (1 if late == 0 else 2)
     assert not loop.has_work and loop.ticks == 2
+
+
+@pytest.mark.parametrize("late", LATE)
+def test_so_many_results_are_unread_while_there_is_work(late):
+    loop = make_loop(2, late)
+    loop.scheduler.add(
+        0, [20] * 3, SamplingParams(max_tokens=40), max_model_len=64, seed=0, stop_ids=frozenset()
+    )
+    ticks = 1
+    while not loop.step():
+        ticks += 1
+    assert ticks == 2 + late and loop.has_work
 
 
 @pytest.mark.parametrize("stages", STAGES)
@@ -113,11 +125,11 @@ def test_the_program_fits_the_largest_packet_in_any_stage(stages):
             min(size for size in (1, 2, 4) if size >= rows),
             min(size for size in (0, 4, 8, 16) if size >= chunk),
         )
-    assert len(set(buckets)) > 4  # it was worth looking at
+    assert len(set(buckets)) > 4, "too few programs ran"
 
 
 @pytest.mark.parametrize("stages", STAGES)
-def test_counters_say_what_was_dispatched(stages):
+def test_counters_count_what_was_dispatched(stages):
     loop = make_loop(stages, late=1)
     packets = []
     original = loop.scheduler.schedule
@@ -145,10 +157,62 @@ def test_counters_say_what_was_dispatched(stages):
                 used += tokens
                 busy += tokens > 0
         expected.append((busy, slots, used))
-    # A step that only reads a late result is no tick.
+    # A step that only reads a late result is not a tick.
     assert list(dict.fromkeys(counted)) == expected
     assert 0 < used < slots and 0 < busy <= loop.ticks * stages
-    assert 0 <= loop.host_seconds <= loop.seconds
+
+
+class Clock:
+    """A clock that stands still unless it is advanced."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class SlowTokens:
+    """Tokens that are still on their way from the device: reading them takes some seconds."""
+
+    def __init__(self, tokens: np.ndarray, clock: Clock, seconds: float) -> None:
+        self.tokens, self.clock, self.seconds = tokens, clock, seconds
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        self.clock.now += self.seconds
+        return self.tokens
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_time_is_split_into_host_work_calls_and_waits(late, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("llama_jax.engine.tick_loop.time", clock)
+    loop = make_loop(2, late)
+    schedule, run_tick = loop.scheduler.schedule, loop.executor.run
+
+    def slow_schedule():
+        clock.now += 1.0
+        return schedule()
+
+    def slow_run(bucket, packed, controls):
+        clock.now += 10.0
+        loop.executor.call_seconds += 10.0
+        result = run_tick(bucket, packed, controls)
+        return result._replace(tokens=SlowTokens(result.tokens, clock, 100.0))
+
+    monkeypatch.setattr(loop.scheduler, "schedule", slow_schedule)
+    monkeypatch.setattr(loop.executor, "run", slow_run)
+    seconds = []
+    loop.on_tick.append(lambda tick: seconds.append(tick.seconds))
+    tokens = run(loop, [(0, 0, [20] * 3, SamplingParams(max_tokens=4, temperature=0), 0)])
+    assert len(tokens[0]) == 4 and loop.ticks == 8  # four turns of a ring of two stages
+    assert loop.host_seconds == 8 * 1.0
+    assert loop.wait_seconds == 4 * 100.0  # the packets that held tokens
+    assert loop.seconds == clock.now == 8 * 11.0 + 4 * 100.0
+    if late == 0:
+        assert seconds == [11.0, 111.0] * 4
+    else:
+        assert seconds == [11.0, 11.0, 11.0, 111.0, 11.0, 111.0, 11.0, 111.0]
 
 
 def test_an_idle_loop_dispatches_nothing():
@@ -156,7 +220,7 @@ def test_an_idle_loop_dispatches_nothing():
     assert not loop.has_work and loop.step() == [] and loop.ticks == 0
 
 
-def test_the_ring_is_run_on_until_the_last_packet_has_left():
+def test_the_ring_runs_until_the_last_packet_has_left():
     loop = make_loop(4, late=0)
     loop.scheduler.add(
         0, [20], SamplingParams(max_tokens=1), max_model_len=64, seed=0, stop_ids=frozenset()

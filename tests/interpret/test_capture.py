@@ -1,4 +1,6 @@
-"""Captured activations against transformers on PyTorch: same weights, every name, every mesh."""
+"""Captured activations compared with transformers: every name, on one device and on meshes."""
+
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +12,11 @@ from flax import nnx
 from llama_jax import Llama, ShardedLlama
 from llama_jax.interpret import activation_shapes, attention_weights, capture, kv_cache, stack
 from llama_jax.model import DecoderLayer
-from llama_jax.quantization import FORMATS
 from tests.support.hooked import assert_close, hooked
 from tests.support.quantized_checkpoint import save_quantized
 from tests.support.reference import ROPE_LLAMA3, make_model, save_model
 
-# As many query heads a KV head as the name says; layers that do not divide by two or four stages.
+# Named for the number of query heads per KV head. Three and five layers make uneven stages.
 CONFIGS = {
     "one": dict(num_heads=4, num_kv_heads=4, num_layers=2, vocab_size=250),
     "four-tied-llama3": dict(
@@ -28,24 +29,36 @@ EVERYTHING = "*"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Name of a config → (transformers' model, checkpoint)."""
-    models = {}
+    """Maps the name of a config to transformers' model and its checkpoint."""
 
+    @cache
     def make(name):
-        if name not in models:
-            theirs = make_model(**CONFIGS[name])
-            models[name] = theirs, save_model(theirs, tmp_path_factory.mktemp(name))
-        return models[name]
+        theirs = make_model(**CONFIGS[name])
+        return theirs, save_model(theirs, tmp_path_factory.mktemp(name))
 
     return make
 
 
-def tokens_of(theirs, *shape) -> np.ndarray:
+@pytest.fixture(scope="module")
+def load(made):
+    """Loads our model of a config, on a mesh or, for None, on one device; once each."""
+
+    @cache
+    def load(config, mesh, dtype="float32"):
+        path = made(config)[1]
+        if mesh is None:
+            return Llama.from_pretrained(path, dtype)
+        return ShardedLlama.from_pretrained(path, mesh, dtype)
+
+    return load
+
+
+def random_tokens(theirs, *shape) -> np.ndarray:
     return np.random.default_rng(3).integers(0, theirs.config.vocab_size, shape)
 
 
-def names_of(num_layers: int) -> set[str]:
-    """As the table of `activation_shapes` lists them."""
+def documented_names(num_layers: int) -> set[str]:
+    """The names in the table of `activation_shapes`."""
     inside = (
         "attention_norm.output", "attention.query", "attention.key", "attention.value",
         "attention.weights", "attention.heads", "attention.output", "middle", "mlp_norm.output",
@@ -55,29 +68,48 @@ def names_of(num_layers: int) -> set[str]:
     return layers | {"embedding", "final_norm.output", "logits"}
 
 
-def assert_all_as_transformers(model, theirs, tokens) -> None:
+def assert_like_transformers(model, theirs, tokens) -> None:
+    """Checks the values of all activations, and their names, order, shapes and dtypes."""
     logits, found = capture(model, tokens, EVERYTHING)
     expected = hooked(theirs, tokens)
-    assert set(found) == set(expected) == names_of(theirs.config.num_hidden_layers)
+    assert set(found) == set(expected) == documented_names(theirs.config.num_hidden_layers)
     for name, value in found.items():
         assert_close(value, expected[name])
     np.testing.assert_array_equal(logits, found["logits"])
+    assert_as_announced(model, tokens, found)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 70)], ids=str)
-@pytest.mark.parametrize("config", CONFIGS)
-def test_every_name_on_one_device(made, config, shape):
-    theirs, path = made(config)
-    assert_all_as_transformers(Llama.from_pretrained(path), theirs, tokens_of(theirs, *shape))
+def assert_as_announced(model, tokens, found) -> None:
+    announced = activation_shapes(model, *tokens.shape)
+    assert list(found) == list(announced)
+    for name, value in found.items():
+        assert (value.shape, value.dtype) == (announced[name].shape, announced[name].dtype), name
 
 
-# The last has two chunks of 128 a prompt, and three prompts: they share chunks.
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        *((config, (3, 70)) for config in CONFIGS),
+        ("one", (1, 1)),
+        pytest.param("four-tied-llama3", (1, 1), marks=pytest.mark.slow),
+        pytest.param("eight", (1, 1), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_every_name_on_one_device(made, load, config, shape):
+    theirs, _ = made(config)
+    assert_like_transformers(load(config, None), theirs, random_tokens(theirs, *shape))
+
+
+# With (3, 200), a prompt has more than one chunk of 128 tokens, and two prompts share a chunk.
 @pytest.mark.parametrize(
     ("config", "mesh", "shape"),
     [
-        ("four-tied-llama3", "1x1", (2, 33)),
-        ("four-tied-llama3", "2x2", (1, 1)),
-        ("one", "2x2", (3, 200)),
+        ("one", "1x1", (2, 33)),
+        ("four-tied-llama3", "2x2", (3, 200)),
+        pytest.param("one", "2x2", (3, 200), marks=pytest.mark.slow),
+        pytest.param("four-tied-llama3", "2x2", (1, 1), marks=pytest.mark.slow),
+        pytest.param("four-tied-llama3", "1x1", (2, 33), marks=pytest.mark.slow),
         pytest.param("one", "1x2", (2, 16), marks=pytest.mark.slow),
         pytest.param("eight", "4x2", (2, 150), marks=pytest.mark.slow),
         pytest.param("four-tied-llama3", "2x1", (2, 64), marks=pytest.mark.slow),
@@ -86,26 +118,26 @@ def test_every_name_on_one_device(made, config, shape):
     ],
     ids=str,
 )
-def test_every_name_through_the_ring(made, config, mesh, shape):
-    theirs, path = made(config)
-    model = ShardedLlama.from_pretrained(path, mesh)
-    assert_all_as_transformers(model, theirs, tokens_of(theirs, *shape))
+def test_every_name_through_the_ring(made, load, config, mesh, shape):
+    theirs, _ = made(config)
+    assert_like_transformers(load(config, mesh), theirs, random_tokens(theirs, *shape))
 
 
-@pytest.mark.parametrize("mesh", [None, "2x2"])
-def test_the_outputs_of_transformers_itself(made, mesh):
-    """Not through hooks: its own hidden states, attentions and KV cache."""
-    theirs, path = made("four-tied-llama3")
+@pytest.mark.parametrize("mesh", [None, pytest.param("2x2", marks=pytest.mark.slow)])
+def test_outputs_of_transformers_without_hooks(made, load, mesh):
+    """Its own hidden states, attention weights and KV cache."""
+    theirs, _ = made("four-tied-llama3")
     theirs.set_attn_implementation("eager")
-    tokens = tokens_of(theirs, 2, 33)
+    tokens = random_tokens(theirs, 2, 33)
     with torch.no_grad():
         expected = theirs(
             torch.from_numpy(tokens), output_hidden_states=True, output_attentions=True
         )
-    model = ShardedLlama.from_pretrained(path, mesh) if mesh else Llama.from_pretrained(path)
+    model = load("four-tied-llama3", mesh)
     _, found = capture(model, tokens, EVERYTHING)
     residuals = [found[f"layers.{layer}.residual"] for layer in range(2)]
-    states = [found["embedding"], *residuals, found["final_norm.output"]]  # theirs ends normed
+    # The last of transformers' states is the output of the final norm.
+    states = [found["embedding"], *residuals, found["final_norm.output"]]
     for ours, state in zip(states, expected.hidden_states, strict=True):
         assert_close(ours, state)
     for ours, weights in zip(attention_weights(model, tokens), expected.attentions, strict=True):
@@ -116,40 +148,33 @@ def test_the_outputs_of_transformers_itself(made, mesh):
     for layer, cached in enumerate(expected.past_key_values.layers):
         assert_close(keys[layer], cached.keys.transpose(1, 2))
         assert_close(values[layer], cached.values.transpose(1, 2))
-        # Of a mesh: what its pages hold, and not what was tapped on the way.
+        # On a mesh, these were read from the pages, not tapped.
         np.testing.assert_array_equal(keys[layer], found[f"layers.{layer}.attention.key"])
         np.testing.assert_array_equal(values[layer], found[f"layers.{layer}.attention.value"])
 
 
-def test_pages_of_many_prompts_that_another_run_has_used(made):
-    """Two prompts share a chunk, a long one has several, and garbage is left in the pages."""
-    _, path = made("one")
-    plain, sharded = Llama.from_pretrained(path), ShardedLlama.from_pretrained(path, "2x2")
+def test_kv_cache_of_long_prompts_in_used_pages(load):
+    """The second run finds the first one's keys and values in its pages."""
+    plain, sharded = load("four-tied-llama3", None), load("four-tied-llama3", "2x2")
     for seed in (0, 1):
-        tokens = np.random.default_rng(seed).integers(0, 250, (3, 200))
+        tokens = np.random.default_rng(seed).integers(0, 131, (3, 200))
         for ours, expected in zip(kv_cache(sharded, tokens), kv_cache(plain, tokens), strict=True):
             assert_close(ours, expected)
 
 
-@pytest.mark.parametrize(
-    ("mesh", "dtype"), [(None, "float32"), (None, "bfloat16"), ("2x2", "bfloat16")]
-)
-def test_shapes_and_dtypes_are_as_announced(made, mesh, dtype):
-    theirs, path = made("four-tied-llama3")
-    model = Llama.from_pretrained(path, dtype) if not mesh else (
-        ShardedLlama.from_pretrained(path, mesh, dtype)
-    )  # fmt: skip
-    tokens = tokens_of(theirs, 2, 7)
+@pytest.mark.parametrize("mesh", [None, "2x2"])
+def test_shapes_and_dtypes_in_bfloat16(made, load, mesh):
+    theirs, _ = made("one")
+    model, tokens = load("one", mesh, "bfloat16"), random_tokens(theirs, 2, 7)
     _, found = capture(model, tokens, EVERYTHING)
-    announced = activation_shapes(model, 2, 7)
-    assert list(found) == list(announced)
-    for name, value in found.items():
-        assert (value.shape, value.dtype) == (announced[name].shape, announced[name].dtype), name
+    assert_as_announced(model, tokens, found)
+    assert found["layers.1.residual"].dtype == jnp.bfloat16
+    assert found["logits"].dtype == jnp.float32
 
 
-def test_names_and_patterns(made):
-    theirs, path = made("one")
-    model, tokens = Llama.from_pretrained(path), tokens_of(theirs, 1, 5)
+def test_names_and_patterns(made, load):
+    theirs, _ = made("one")
+    model, tokens = load("one", None), random_tokens(theirs, 1, 5)
     _, found = capture(model, tokens, "layers.*.residual", "embedding", "layers.1.residual")
     assert list(found) == ["embedding", "layers.0.residual", "layers.1.residual"]
     np.testing.assert_array_equal(
@@ -158,10 +183,10 @@ def test_names_and_patterns(made):
     assert capture(model, tokens)[1] == {}
 
 
-def test_layers_come_in_order(tmp_path):
+def test_layer_10_comes_after_layer_9(tmp_path):
     theirs = make_model(num_layers=11, embed_dim=16, num_heads=2, num_kv_heads=2, mlp_dim=16)
     model = Llama.from_pretrained(save_model(theirs, tmp_path))
-    tokens = tokens_of(theirs, 1, 3)
+    tokens = random_tokens(theirs, 1, 3)
     found = capture(model, tokens, "layers.*.residual")[1]
     assert list(found) == [f"layers.{layer}.residual" for layer in range(11)]
     expected = hooked(theirs, tokens)
@@ -169,18 +194,19 @@ def test_layers_come_in_order(tmp_path):
         assert_close(ours, expected[f"layers.{layer}.residual"])
 
 
-@pytest.mark.parametrize(("name", "mesh"), [("int8", "2x2"), ("int4", None)])
-def test_quantised(tmp_path, name, mesh):
-    assert name in FORMATS
+@pytest.mark.parametrize(
+    ("name", "mesh"), [("int4", None), pytest.param("int8", "2x2", marks=pytest.mark.slow)]
+)
+def test_quantized_weights(tmp_path, name, mesh):
     theirs = make_model(**CONFIGS["one"])
     path = save_quantized(theirs, tmp_path, name)
     model = ShardedLlama.from_pretrained(path, mesh) if mesh else Llama.from_pretrained(path)
-    assert_all_as_transformers(model, theirs, tokens_of(theirs, 2, 20))
+    assert_like_transformers(model, theirs, random_tokens(theirs, 2, 20))
 
 
-def test_inside_jit_and_grad(made):
-    theirs, path = made("one")
-    model, tokens = Llama.from_pretrained(path), tokens_of(theirs, 1, 9)
+def test_inside_jit_and_grad(made, load):
+    theirs, _ = made("one")
+    model, tokens = load("one", None), random_tokens(theirs, 1, 9)
 
     @jax.jit
     def both(tokens):
@@ -203,8 +229,8 @@ def test_inside_jit_and_grad(made):
     assert_close(ours, theirs.model.layers[0].mlp.up_proj.weight.grad)
 
 
-class Distances(DecoderLayer):
-    """A layer with a value of its own."""
+class LayerWithDistance(DecoderLayer):
+    """Taps how far the layer moves the residual stream."""
 
     def __call__(self, x, positions, attend, reduce=lambda partial: partial):
         out = super().__call__(x, positions, attend, reduce)
@@ -212,17 +238,17 @@ class Distances(DecoderLayer):
         return out
 
 
-class WithDistances(Llama):
-    layer_class = Distances
+class LlamaWithDistances(Llama):
+    layer_class = LayerWithDistance
 
 
-def test_a_value_of_ones_own(made):
+def test_a_value_tapped_by_a_subclass(made):
     theirs, path = made("four-tied-llama3")
-    tokens = tokens_of(theirs, 2, 33)
+    tokens = random_tokens(theirs, 2, 33)
     expected = hooked(theirs, tokens)
     moved = expected["layers.2.residual"] - expected["layers.1.residual"]
-    plain = WithDistances.from_pretrained(path)
-    sharded = ShardedLlama.from_pretrained(path, "2x2", model_class=WithDistances)
+    plain = LlamaWithDistances.from_pretrained(path)
+    sharded = ShardedLlama.from_pretrained(path, "2x2", model_class=LlamaWithDistances)
     for model in (plain, sharded):
         assert activation_shapes(model, 2, 33)["layers.2.distance"].shape == (2, 33)
         _, found = capture(model, tokens, "layers.*.distance")

@@ -14,7 +14,7 @@ import transformers
 
 from llama_jax import LLM, SamplingParams
 from llama_jax.engine.errors import EngineDead, EngineStartError, RequestError
-from llama_jax.engine.messages import Stats
+from llama_jax.engine.interface import Stats
 from llama_jax.llm.llm import Completion
 from tests.support.processes import assert_gone, private_temporary_directory, wait_until
 from tests.support.reference import make_model, reference_logits, save_model
@@ -77,7 +77,7 @@ def subject(checkpoint: Path) -> Iterator[Subject]:
         model = transformers.LlamaForCausalLM.from_pretrained(checkpoint)
         yield Subject(llm, model, llm.stats)
         llm.close()
-        assert_gone(llm._session.engine.client.pid)
+        assert_gone(llm.pid)
 
 
 def prompts(*lengths: int) -> list[list[int]]:
@@ -211,19 +211,20 @@ def test_nan_ends_its_request_and_no_other(subject: Subject) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "says"),
+    ("prompt", "code"),
     [
-        ([], "empty"),
-        ([3] * CONTEXT, f"has {CONTEXT} tokens, but at most {CONTEXT - 1} fit"),
-        ([3, VOCAB_SIZE], f"Token id {VOCAB_SIZE} .* outside the vocabulary"),
-        ([-1], "Token id -1 .* outside the vocabulary"),
+        ([], "invalid_value"),
+        ([3] * CONTEXT, "context_length_exceeded"),
+        ([3, VOCAB_SIZE], "invalid_value"),
+        ([-1], "invalid_value"),
     ],
 )
 def test_what_can_never_be_answered_is_refused(
-    subject: Subject, prompt: list[int], says: str
+    subject: Subject, prompt: list[int], code: str
 ) -> None:
-    with pytest.raises(RequestError, match=says):
+    with pytest.raises(RequestError) as caught:
         subject.llm.generate([[5], prompt])
+    assert (caught.value.param, caught.value.code) == ("prompt", code)
 
 
 def test_ctrl_c_frees_the_pages_and_the_engine_goes_on(subject: Subject) -> None:
@@ -258,10 +259,10 @@ def test_nothing_is_compiled_after_the_start(subject: Subject) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"mesh": "2x3"}, "3 tensor-parallel ranks do not divide"),
-        ({"mesh": "2by2"}, "A mesh is written"),
+        ({"mesh": "2x3"}, "3"),
+        ({"mesh": "2by2"}, "2by2"),
         ({"max_num_seqs": "4"}, "max_num_seqs"),
-        ({"max_model_len": 10**6}, "max_model_len must be between"),
+        ({"max_model_len": 10**6}, "max_model_len"),
     ],
 )
 def test_options_that_cannot_be_are_one_sentence(
@@ -276,7 +277,7 @@ def test_sigkill_in_the_middle_of_an_answer(checkpoint: Path) -> None:
     llm = LLM(checkpoint, max_num_seqs=1, max_chunk=64)
     stream = llm.stream("The quick", greedy(ignore_eos=True))
     next(stream)
-    os.kill(llm._session.engine.client.pid, signal.SIGKILL)
-    with pytest.raises(EngineDead, match="killed by SIGKILL"):
+    os.kill(llm.pid, signal.SIGKILL)
+    with pytest.raises(EngineDead, match="SIGKILL"):
         list(stream)
     llm.close()

@@ -131,7 +131,7 @@ def test_many_prompts_show_a_bar_and_few_do_not(kernel: Kernel) -> None:
     kernel.run("import llama_jax.llm.notebook.progress as progress; progress.PATIENCE_SECONDS = 0")
     output = kernel.finish(kernel.begin(many))
     (texts,) = output.displays().values()
-    assert texts[-1].startswith(f"Requests {'█' * 24} 8/8  160 tokens, ")
+    assert texts[-1].startswith(f"Requests {'█' * 24} 8 of 8  160 tokens, ")
     (html,) = output.displays("text/html").values()
     assert '<progress value="8" max="8"' in html[-1]
     for code in (many.replace("LONG)", "LONG, progress=False)"), 'llm.generate("A", SHORT)'):

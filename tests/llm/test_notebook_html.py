@@ -9,11 +9,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-from llama_jax.engine.messages import DeviceInfo, EngineInfo, Progress, Stats
+from llama_jax.engine.interface import DeviceInfo, EngineInfo, Progress, Stats
 from llama_jax.llm.completion import Completion
 from llama_jax.llm.notebook.display import running_text
 from llama_jax.llm.notebook.html import llm_html
-from llama_jax.llm.notebook.progress import StartProgress, make_bar
+from llama_jax.llm.notebook.progress import StartProgress, make_display
 from tests.support.paths import ROOT
 
 EVIL = '</div><script>alert("1")</script>&amp;'
@@ -67,8 +67,8 @@ def test_a_completion_is_escaped() -> None:
 def test_an_llm_shows_mesh_limits_and_state() -> None:
     stats = Stats(num_running=3, num_waiting=1, pages_total=100, pages_free=40)
     text = Reader(llm_html(INFO, stats, ended=None, place="here")).text
-    for part in (EVIL, "2x2", "ready", "stage 0", "layers 0 to 2", "no layers", "rank 1",
-                 f"gpu:3{EVIL}", "17.639 GB", "0.005 MB", "4,096 tokens", "100 pages of 16",
+    for part in (EVIL, "2x2", "ready", "stage 0", "layers 0-2", "no layers", "rank 1",
+                 f"gpu:3{EVIL}", "17.6 GB", "5.00 kB", "4,096 tokens", "100 pages of 16",
                  "3 running, 1 waiting, 60 of 100 pages in use"):  # fmt: skip
         assert part in text, part
     ended = Reader(llm_html(INFO, stats, ended="It died of " + EVIL, place="here")).text
@@ -77,16 +77,16 @@ def test_an_llm_shows_mesh_limits_and_state() -> None:
 
 def test_progress_in_a_terminal_is_only_for_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "IPython" not in sys.modules or sys.modules["IPython"].get_ipython() is None
-    assert make_bar(None) is None and make_bar(False) is None
+    assert make_display(None) is None and make_display(False) is None
     with redirect_stderr(io.StringIO()) as shown:
-        bar = make_bar(True)
-        assert bar is not None
-        start = StartProgress(bar, "a model")
+        display = make_display(True)
+        assert display is not None
+        start = StartProgress(display, "a model")
         for done in range(3):
             start(Progress("compiling", done, 2, "8 rows"))
         start.ready(INFO)
     assert "Starting the engine" in shown.getvalue()
-    assert re.search(r"Compiling programs.* 2/2", shown.getvalue())
+    assert "Compiling programs: 2 of 2" in shown.getvalue()
 
 
 def test_ipython_is_not_loaded() -> None:

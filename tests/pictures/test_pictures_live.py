@@ -1,4 +1,4 @@
-"""Pictures of an engine that runs, in a notebook's kernel, and the HTML of a mesh."""
+"""Pictures of a running engine, in a notebook kernel, and the HTML of a mesh."""
 
 import base64
 import io
@@ -19,13 +19,13 @@ from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.core import Engine
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.recording import record
-from llama_jax.pictures.style import size_text
+from llama_jax.terminal.units import bytes_text
 from tests.support.paths import ROOT
 
 
 @pytest.fixture(scope="module")
 def engine():
-    # One program of each kind: it is compiled in seconds.
+    # The smallest sizes compile the fewest programs.
     return Engine(
         EngineOptions(path="demo/checkpoint", mesh="2x2", max_num_seqs=4, max_model_len=128)
     )
@@ -48,33 +48,33 @@ def test_a_real_run_is_recorded_and_drawn(engine, recording):
     assert recording.busy_share() == stats.stage_ticks_busy / stats.stage_ticks
     tokens = sum(tick.packet.chunk_tokens for tick in recording.ticks)
     assert tokens == stats.prompt_tokens
-    # The last of six tokens is asked for by the fifth; the first comes with the prompt.
+    # The prompt's packet samples the first of six tokens; each decode row samples one of the rest.
     assert sum(len(tick.packet.rows) for tick in recording.ticks) == 5 * 5
     picture = pictures.timeline(recording, slice(None))
     axes = picture.axes[0]
     empty = sum(1 for cell in axes.patches if cell.get_facecolor()[3] == 0)
     assert len(axes.patches) == stats.stage_ticks
     assert empty == stats.stage_ticks - stats.stage_ticks_busy
-    assert f"Stages busy {100 * recording.busy_share():.0f} %" in picture.get_suptitle()
+    assert f"{100 * recording.busy_share():.0f}%" in picture.get_suptitle()
     title = pictures.page_occupancy(recording).get_suptitle()
     assert f"at most {max(sum(t.pages.values()) for t in recording.ticks)} of" in title
 
 
 def test_mesh_and_memory_of_a_real_engine(engine):
     executor = engine.loop.executor
-    held = {device: [0, 0] for device in executor.mesh.devices.flat}
+    expected = {device: [0, 0] for device in executor.mesh.devices.flat}
     for kind, arrays in enumerate([executor.params, executor.state.cache]):
         for array in jax.tree.leaves(arrays):
             for shard in array.addressable_shards:
-                held[shard.device][kind] += shard.data.nbytes
+                expected[shard.device][kind] += shard.data.nbytes
     for of in [(engine,), (executor.mesh, executor.params, executor.state.cache)]:
         texts = [text.get_text().split("\n")[-2:] for text in pictures.mesh(*of).axes[0].texts]
         assert texts == [
-            [f"weights {size_text(weights)}", f"KV cache {size_text(cache)}"]
-            for weights, cache in held.values()
+            [f"weights {bytes_text(weights)}", f"KV cache {bytes_text(cache)}"]
+            for weights, cache in expected.values()
         ]
         bars = [bar.get_width() for bar in pictures.memory(*of).axes[0].patches]
-        assert np.allclose(np.array(bars) * 1e6, np.array(list(held.values())).ravel())
+        assert np.allclose(np.array(bars) * 1e6, np.array(list(expected.values())).ravel())
 
 
 def test_a_kernel_shows_pictures_and_meshes_with_and_without_pyplot():
@@ -97,13 +97,13 @@ def test_a_kernel_shows_pictures_and_meshes_with_and_without_pyplot():
     NotebookClient(notebook, timeout=120, kernel_name="python3", resources=resources).execute()
     outputs = [[output for output in cell.outputs] for cell in notebook.cells]
     for shown in (outputs[2], outputs[5]):
-        (output,) = shown  # once
+        (output,) = shown  # displayed once
         pixels = image.imread(io.BytesIO(base64.b64decode(output.data["image/png"])))
         assert pixels[0, 0, 3] == 0 and pixels[..., 3].max() == 1 and pixels.shape[1] > 200
     assert "<table" in outputs[3][0].data["text/html"]
     assert outputs[4][0].data["text/plain"] == "False"
     assert [output.data["text/plain"] for output in outputs[6]] == ["[]"]
-    (vocabulary,) = outputs[7]  # and no warning, though transformers' import has one for notebooks
+    (vocabulary,) = outputs[7]  # only the value: no warning from importing transformers
     assert vocabulary.data["text/plain"] == "1813"
 
 
@@ -118,7 +118,7 @@ def test_importing_the_package_loads_no_matplotlib_and_pictures_load_no_pyplot()
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
-def test_without_matplotlib_a_sentence_says_what_to_install():
+def test_without_matplotlib_the_error_names_the_extra_to_install():
     program = (
         "import sys; sys.modules['matplotlib'] = None\n"
         "try: import llama_jax.pictures\n"
@@ -127,11 +127,11 @@ def test_without_matplotlib_a_sentence_says_what_to_install():
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True
     )
-    assert done.stdout.startswith("Pictures need matplotlib: pip install")
+    assert "llama-jax[notebook]" in done.stdout
 
 
 class Table(HTMLParser):
-    """The texts of cells, row by row; fails on a tag that is not closed."""
+    """The texts of the cells, row by row. Asserts that every tag is closed."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -157,7 +157,7 @@ class Table(HTMLParser):
             self.rows[-1][-1] += data
 
 
-def test_the_html_of_a_mesh_is_its_grid():
+def test_mesh_html_is_the_grid_of_devices():
     devices = np.array(jax.devices()[:8])
     html = pictures.mesh_html(Mesh(devices.reshape(4, 2), ("stage", "model")))
     table = Table(html)
@@ -174,7 +174,7 @@ def test_the_html_of_a_mesh_is_its_grid():
     assert len(Table(cube).rows) == 6 and "x 1" in cube
 
 
-def test_the_html_of_a_mesh_escapes_names():
+def test_mesh_html_escapes_names():
     bad = "<script>alert(1)</script>"
     html = pictures.mesh_html(Mesh(np.array(jax.devices()[:4]).reshape(2, 2), (bad, "&b")))
     table = Table(html)  # not a tag

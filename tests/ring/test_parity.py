@@ -1,7 +1,7 @@
 """The ring against transformers on PyTorch: same random weights, float32, logits and tokens.
 
-Everything goes through the ring as the engine drives it, on every mesh, and the logits are its own.
-The pool starts out full of NaN, so nothing that was not written may count.
+Requests go through the ring as the engine drives it, and the logits are the ring's own. The page
+pool starts full of NaN, so reading anything that was never written shows.
 """
 
 import pytest
@@ -14,12 +14,13 @@ from tests.support.reference import (
     greedy_requests,
     make_loop,
     make_model,
+    restart,
     save_model,
 )
 
-# Layers that do not divide by four stages, or are fewer; vocabularies that do not divide by eight
-# ranks; as many query heads a KV head as the name says. Prompts go far beyond the 32 positions at
-# which the scaling of ROPE_LLAMA3 begins.
+# Numbers of layers that four stages do not divide, or fewer than four; vocabularies that eight
+# ranks do not divide; the name says how many query heads share a KV head. Prompts go far beyond the
+# 32 positions at which the scaling of ROPE_LLAMA3 starts.
 CONFIGS = {
     "one": dict(vocab_size=250, num_heads=4, num_kv_heads=4, num_layers=4),
     "one-tied-llama3": dict(
@@ -36,12 +37,33 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def config(request, tmp_path_factory):
-    """(its place in the list, model, checkpoint)"""
-    model = make_model(**CONFIGS[request.param])
-    path = save_model(model, tmp_path_factory.mktemp(request.param))
-    return list(CONFIGS).index(request.param), model, path
+# Every config on every mesh, with results read 0 to 5 ticks late. The quick set has each config,
+# each mesh and each delay once.
+PAIRS = [
+    pytest.param(
+        (name, mesh, (2 * i - j) % 6),
+        marks=[] if i == j else [pytest.mark.slow],
+        id=f"{name}-{mesh}",
+    )
+    for i, name in enumerate(CONFIGS)
+    for j, mesh in enumerate(MESHES)
+]
+
+
+@pytest.fixture(scope="module", params=PAIRS)
+def pair(request, tmp_path_factory):
+    """(PyTorch model, ring with nothing in it, ticks by which results are late)"""
+    name, mesh, results_late = request.param
+    model = make_model(**CONFIGS[name])
+    loop = make_loop(
+        save_model(model, tmp_path_factory.mktemp("model")),
+        mesh,
+        max_num_seqs=max(4, 2 * int(mesh[0])),
+        max_chunk=64,
+        page_size=8,
+        num_pages=36,
+    )
+    return model, loop, results_late
 
 
 def assert_agrees(model, request, run):
@@ -50,51 +72,24 @@ def assert_agrees(model, request, run):
     assert far.tokens <= 1e-3
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_logits(config, mesh):
-    number, model, path = config
-    num_stages = int(mesh[0])
-    loop = make_loop(
-        path,
-        mesh,
-        results_late=(number + MESHES.index(mesh)) % 6,
-        max_num_seqs=2 * num_stages,
-        max_chunk=64,
-        page_size=8,
-        num_pages=24 * num_stages,
+def test_prompts_of_every_length(pair):
+    """From one token to three chunks, nothing preempted or aborted."""
+    model, compiled, results_late = pair
+    loop = restart(compiled, results_late)
+    requests = greedy_requests(
+        (1, 7, 150, 40, 64), vocab_size=model.config.vocab_size, max_tokens=5, ticks_apart=6
     )
-    lengths = (1, 7, 170, 40, 90, 64)  # up to three chunks
-    requests = greedy_requests(lengths, vocab_size=model.config.vocab_size, max_tokens=8)
     run = drive(loop, requests)
+    assert loop.scheduler.num_preemptions == 0
     for request in requests:
-        assert len(run.tokens[request.request_id]) == 8
+        assert len(run.tokens[request.request_id]) == 5
         assert_agrees(model, request, run)
 
 
-# Each config on each mesh, results 0 to 5 ticks late. The quick ones hold each config and each mesh
-# once.
-LONG_RUNS = [
-    pytest.param(
-        name, mesh, (i + 2 * j) % 6, marks=[] if i == j else [pytest.mark.slow], id=f"{name}-{mesh}"
-    )
-    for i, name in enumerate(CONFIGS)
-    for j, mesh in enumerate(MESHES)
-]
-
-
-@pytest.mark.parametrize(("name", "mesh", "results_late"), LONG_RUNS)
-def test_long_runs(name, mesh, results_late, tmp_path):
-    """128 greedy tokens, while others are preempted and aborted."""
-    model = make_model(**CONFIGS[name])
-    loop = make_loop(
-        save_model(model, tmp_path),
-        mesh,
-        results_late=results_late,
-        max_num_seqs=max(4, 2 * int(mesh[0])),
-        max_chunk=64,
-        page_size=8,
-        num_pages=36,
-    )
+def test_long_answers(pair):
+    """128 greedy tokens, while other requests are preempted and aborted."""
+    model, compiled, results_late = pair
+    loop = restart(compiled, results_late)
     lengths = (5, 70, 33, 150, 12, 100, 64, 3, 90, 20)
     requests = greedy_requests(lengths, vocab_size=model.config.vocab_size, max_tokens=128)
     aborts = {9: 30, 1: 60, 3: 200}

@@ -1,24 +1,24 @@
-"""The rules of the ring: each test says what holds, and most break the rule to see that it shows.
+"""The rules of the ring. Most tests break one, to prove that breaking it is noticed.
 
    1  Order        every packet visits the stages in the same order; pages are free once the last
                    packet that refers to them has entered
-   2  Snapshot     a packet keeps what it entered with
-   3  Metadata     is replicated; stage s reads that of the packet it holds
-   4  Program      it fits the largest packet in any stage, not only the one that enters
+   2  Snapshot     a packet keeps the metadata that it entered with
+   3  Metadata     is replicated; stage s reads that of the packet at stage s
+   4  Program      fits the largest packet at any stage, not only the entering one
    5  Chunks       enter in consecutive ticks; a microbatch takes no more than its share
-   6  Records      results belong to the request and epoch of their packet
-   7  Lengths      nothing is sent beyond a limit; what comes after a stop is dropped
+   6  Records      match results to the request and epoch of their packet
+   7  Lengths      nothing is dispatched beyond a limit; tokens after a stop are dropped
    8  Nowhere      is an index past the pool
-   9  Garbage      values are masked, not only scores
-  10  No branch    has the cache pass through it
+   9  Garbage      is masked in the values as well as in the scores
+  10  No branch    the cache never passes through one
   12  Empty        packets change nothing
-  13  Size 1       an axis of it issues no collective (in test_compiled_program.py)
+  13  Size 1       an axis of size 1 issues no collective (in test_compiled_program.py)
   14  Padding      layers are the identity
 
-Breaking one mostly gives wrong answers in silence. So a crowded scenario (pages that run out,
+A broken rule usually gives wrong answers in silence. So a crowded scenario (pages that run out,
 prompts of several chunks, results read late, requests that follow each other through the same slots
-and pages) is run as it is, where every token must be the best by transformers, and with a rule
-broken, where some must not be.
+and pages) runs unchanged, where every token must be the best one by transformers, and with a rule
+broken, where at least one must not be.
 """
 
 import dataclasses
@@ -38,9 +38,10 @@ from llama_jax.engine.executor import Executor
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.model import Llama
 from llama_jax.model.sampling import encode_controls
-from llama_jax.ring import kv_cache, steps, tick
-from llama_jax.ring.packet import PAGES, SLOT, encode
-from llama_jax.ring.sizes import Bucket, Limits
+from llama_jax.ring import kv_cache, steps
+from llama_jax.ring.packet import PAGES, SLOT, encode_packet
+from llama_jax.ring.sizes import Bucket, RingSizes
+from llama_jax.ring.stage import Program, make_layer
 from sharding.mesh import make_mesh
 from sharding.ring import RingState, ring_tick
 from tests.support.reference import (
@@ -69,7 +70,7 @@ def path(model, tmp_path_factory):
 
 def new_loop(path):
     """Eight slots, and pages for two of the longest sequences."""
-    return make_loop(path, MESH, max_num_seqs=8, max_chunk=256, page_size=4, num_pages=80)
+    return make_loop(path, MESH, max_num_seqs=8, max_chunk=128, page_size=4, num_pages=80)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def compiled(path):
 
 @pytest.fixture
 def loop(compiled):
-    """A ring in which nothing has happened, with the programs of the others."""
+    """An empty ring, with the programs of the others."""
     return restart(compiled, 5)
 
 
@@ -98,7 +99,7 @@ def crowd():
 
 
 def faults(model, loop, requests=None):
-    """What goes wrong: requests that end early, or with tokens that transformers finds not best."""
+    """Requests that end early, or with a token that is not the best one by transformers."""
     requests = requests or crowd()
     try:
         run = drive(loop, requests, keep_logits=False)
@@ -117,7 +118,7 @@ def faults(model, loop, requests=None):
     return found
 
 
-def test_the_scenario_goes_right_and_is_crowded(model, loop):
+def test_the_crowded_scenario_goes_right(model, loop):
     buckets, run = set(), loop.executor.run
 
     def run_and_note(bucket, *rest):
@@ -128,16 +129,18 @@ def test_the_scenario_goes_right_and_is_crowded(model, loop):
     assert not faults(model, loop)
     del loop.executor.run
     assert loop.scheduler.num_preemptions >= 2
-    assert {bucket.chunk for bucket in buckets} == set(loop.limits.chunk_buckets)
+    assert {bucket.chunk for bucket in buckets} == set(loop.sizes.chunk_buckets)
 
 
 # --- 1: order ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mesh", ["1x1", "2x1", "4x1", "2x2"])
+@pytest.mark.parametrize(
+    "mesh", ["4x1", *(pytest.param(m, marks=pytest.mark.slow) for m in ("1x1", "2x1", "2x2"))]
+)
 def test_packets_visit_the_stages_in_order_with_what_they_entered_with(mesh):
-    """Rules 1 to 3, on the bare ring: every stage sees packet t in tick t + stage, and its own
-    metadata with it, whatever has entered since."""
+    """Rules 1 to 3, on the bare ring: stage s sees packet t in tick t + s, with the metadata that
+    the packet entered with."""
     mesh = make_mesh(mesh)
     num_stages, num_ticks = mesh.shape["stage"], 11
 
@@ -186,8 +189,8 @@ def test_packets_visit_the_stages_in_order_with_what_they_entered_with(mesh):
             assert seen[stage, t].tolist() == [100 + t - stage] * 3
 
 
-def test_pages_given_away_before_the_packet_entered(model, loop, monkeypatch):
-    """Rule 1: a page is free when the last packet that refers to it has entered, no earlier."""
+def test_pages_are_freed_too_early(model, loop, monkeypatch):
+    """Rule 1, broken: pages are freed before the last packet that refers to them has entered."""
 
     def too_early(self, packet, microbatch):
         add_rows(self, packet, microbatch)
@@ -202,14 +205,14 @@ def test_pages_given_away_before_the_packet_entered(model, loop, monkeypatch):
 # --- 2: snapshot ---------------------------------------------------------------------------------
 
 
-def test_page_tables_that_follow_the_host(model, loop, monkeypatch):
-    """Rule 2: what goes wrong where stages read the table of a slot as it is now."""
+def test_stages_read_current_page_tables(model, loop, monkeypatch):
+    """Rule 2, broken: stages read the current page table of a slot."""
     run = Executor.run
 
     def with_tables_of_now(self, *arguments):
         ring = self._state.ring
         metadata = np.array(ring.metadata)
-        owned = metadata[..., SLOT] < self.limits.num_slots
+        owned = metadata[..., SLOT] < self.sizes.num_slots
         metadata[owned, PAGES:] = loop.scheduler.page_tables[metadata[owned, SLOT]]
         metadata = jax.device_put(metadata, ring.metadata.sharding)
         self._state = self._state._replace(ring=ring._replace(metadata=metadata))
@@ -221,9 +224,9 @@ def test_page_tables_that_follow_the_host(model, loop, monkeypatch):
 
 def test_a_packet_is_a_copy():
     """Rule 2: the host may change its tables as soon as the packet is encoded."""
-    limits = small_limits()
-    tables = np.arange(limits.num_slots * 8, dtype=np.int32).reshape(-1, 8)
-    packed = encode(limits, Bucket(2, 4), tables, [1], [5], [(2, 0, True, [7, 8])])
+    sizes = small_sizes()
+    tables = np.arange(sizes.num_slots * 8, dtype=np.int32).reshape(-1, 8)
+    packed = encode_packet(sizes, Bucket(2, 4), tables, [1], [5], [(2, 0, True, [7, 8])])
     before = packed.copy()
     tables[:] = -7
     np.testing.assert_array_equal(packed, before)
@@ -232,24 +235,24 @@ def test_a_packet_is_a_copy():
 # --- 4: program ----------------------------------------------------------------------------------
 
 
-def test_the_program_chosen_by_the_entering_packet(model, loop):
-    """Rule 4: what goes wrong where the program need not fit the packets of the other stages."""
+def test_the_program_fits_the_entering_packet_only(model, loop):
+    """Rule 4, broken: the program fits the entering packet, but not those at the other stages."""
 
-    class ByEntering(Limits):
+    class ByEntering(RingSizes):
         def bucket(self, rows, chunk):
             entering = loop._in_flight[-1]
             tokens = len(entering.tiles) * self.tile
             return super().bucket(max(len(entering.rows), 1), tokens)
 
-    fields = {f.name: getattr(loop.limits, f.name) for f in dataclasses.fields(Limits)}
-    loop.limits = ByEntering(**fields)
+    fields = {f.name: getattr(loop.sizes, f.name) for f in dataclasses.fields(RingSizes)}
+    loop.sizes = ByEntering(**fields)
     assert faults(model, loop)
 
 
 # --- 5: chunks -----------------------------------------------------------------------------------
 
 
-def small_limits(**changes):
+def small_sizes(**changes):
     sizes = dict(
         num_slots=16,
         num_pages=64,
@@ -259,7 +262,7 @@ def small_limits(**changes):
         chunk_buckets=(0, 16),
         tile=4,
     )
-    return Limits(**(sizes | changes))
+    return RingSizes(**(sizes | changes))
 
 
 def add(scheduler, request_id, length, max_tokens=8):
@@ -269,7 +272,7 @@ def add(scheduler, request_id, length, max_tokens=8):
 
 
 def test_chunks_enter_in_consecutive_ticks():
-    scheduler = Scheduler(small_limits(chunk_buckets=(0, 4)), 4, 99)
+    scheduler = Scheduler(small_sizes(chunk_buckets=(0, 4)), 4)
     add(scheduler, 0, 18)
     lengths = [[tile.length for tile in scheduler.schedule().tiles] for _ in range(6)]
     assert lengths == [[4], [4], [4], [4], [2], []]
@@ -278,10 +281,10 @@ def test_chunks_enter_in_consecutive_ticks():
 
 @pytest.mark.parametrize("fair", [True, False])
 def test_a_burst_spreads_over_the_microbatches(fair, monkeypatch):
-    """Rule 5, and what happens where a sequence takes any free row."""
+    """Rule 5, and the same rule broken: a sequence takes any free row."""
     if not fair:
         monkeypatch.setattr(Scheduler, "share", lambda self: 8)
-    scheduler = Scheduler(small_limits(chunk_buckets=(0, 32)), 4, 99)
+    scheduler = Scheduler(small_sizes(chunk_buckets=(0, 32)), 4)
     for request_id in range(8):
         add(scheduler, request_id, 3)
     for _ in range(8):
@@ -294,22 +297,22 @@ def test_a_burst_spreads_over_the_microbatches(fair, monkeypatch):
 
 
 def by_slot(self, packet, tokens, bucket_rows):
-    """A result belongs to whoever has the slot now."""
+    """Gives a result to the current owner of its slot."""
     owners = {s.slot: s for s in self._sequences.values()}
     results = [(owners.get(s.slot), tokens[i]) for i, s in packet.results(bucket_rows)]
     return [self._take_token(s, token) for s, token in results if s and not s.finished]
 
 
 def without_epochs(self, packet, tokens, bucket_rows):
-    """A result belongs to the sequence, whatever has become of it since."""
+    """Gives a result to its sequence, even if that was preempted in the meantime."""
     results = [(s.sequence, tokens[i]) for i, s in packet.results(bucket_rows)]
     return [self._take_token(s, token) for s, token in results if not s.finished]
 
 
 @pytest.mark.parametrize("process", [Scheduler.process, by_slot, without_epochs])
 def test_results_are_matched_through_the_record_of_their_packet(process, model, loop):
-    """Rule 6, where a sequence is preempted with results on their way and is back before them; and
-    what goes wrong where they are matched in another way."""
+    """Rule 6, and two ways to break it: a sequence is preempted while results are in flight, and
+    enters again before they arrive."""
     scheduler, schedule = loop.scheduler, loop.scheduler.schedule
 
     def schedule_after_preempting():
@@ -327,8 +330,10 @@ def test_results_are_matched_through_the_record_of_their_packet(process, model, 
 # --- 7: lengths ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("results_late", range(6))
-def test_no_row_is_sent_beyond_the_limit_and_nothing_is_said_after_a_stop(
+@pytest.mark.parametrize(
+    "results_late", [0, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 5))]
+)
+def test_nothing_is_dispatched_beyond_the_limit_or_returned_after_a_stop(
     model, compiled, results_late
 ):
     loop = restart(compiled, results_late)
@@ -348,7 +353,7 @@ def test_no_row_is_sent_beyond_the_limit_and_nothing_is_said_after_a_stop(
         rows = [r for p in packets for r in p.rows if r.sequence.request_id == number]
         last = len(prompt) + len(full) - 2  # the token after it is the last one allowed
         assert max(row.position for row in rows) <= last
-    assert loop.scheduler.pool.num_free == loop.limits.num_pages
+    assert loop.scheduler.pool.num_free == loop.sizes.num_pages
 
 
 def requests_for(prompts, max_tokens):
@@ -359,16 +364,16 @@ def requests_for(prompts, max_tokens):
 # --- 8: nowhere ----------------------------------------------------------------------------------
 
 
-def test_nowhere_is_no_page():
+def test_writes_to_nowhere_are_dropped():
     pages = jnp.arange(2 * 3 * 4 * 5, dtype=jnp.float32).reshape(2, 3, 4, 5)
     new = jnp.full((2, 2, 5), jnp.nan)
     written = kv_cache.write(pages, new, jnp.array([3, 3]), jnp.array([0, 3]))
     np.testing.assert_array_equal(written, pages)
 
 
-@pytest.mark.parametrize("nowhere", [0, -1])
-def test_nowhere_that_is_somebodys_page(nowhere, path, model, monkeypatch):
-    """Rule 8: 0 is the first page of the pool, and -1 the last, by JAX's rules for indices."""
+@pytest.mark.parametrize("nowhere", [-1, pytest.param(0, marks=pytest.mark.slow)])
+def test_nowhere_is_a_page_of_the_pool(nowhere, path, model, monkeypatch):
+    """Rule 8, broken: 0 is the first page of the pool and -1, as an index in JAX, the last."""
     write = kv_cache.write
 
     def write_somewhere(pages, new, page, offset):
@@ -382,7 +387,7 @@ def test_nowhere_that_is_somebodys_page(nowhere, path, model, monkeypatch):
 
 
 def plain_attention(q, k_pages, v_pages, page_table, positions, lengths, *_, mask_values):
-    """Paged attention written down without any thought for cost."""
+    """Paged attention in its simplest form, at any cost."""
     batch, _, num_heads, head_dim = q.shape
 
     def gathered(pages):
@@ -401,10 +406,10 @@ def plain_attention(q, k_pages, v_pages, page_table, positions, lengths, *_, mas
 
 
 @pytest.mark.parametrize("mask_values", [True, False])
-def test_what_a_page_held_before(mask_values, path, model, monkeypatch):
-    """Rule 9: scores that are masked are not enough, since 0 x NaN is NaN."""
+def test_garbage_in_pages_is_masked(mask_values, path, model, monkeypatch):
+    """Rule 9: it is not enough to mask the scores, since 0 x NaN is NaN."""
     attention = partial(plain_attention, mask_values=mask_values)
-    monkeypatch.setattr(tick, "paged_attention", attention)
+    monkeypatch.setattr("llama_jax.ring.stage.paged_attention", attention)
     assert bool(faults(model, new_loop(path))) == (not mask_values)
 
 
@@ -412,7 +417,7 @@ def test_what_a_page_held_before(mask_values, path, model, monkeypatch):
 
 
 def branches(jaxpr, shape):
-    """Branches, at any depth, that an array of this shape passes through."""
+    """All branches, at any depth, that an array of this shape passes through."""
     found = []
     for equation in jaxpr.eqns:
         arrays = [v.aval for v in (*equation.invars, *equation.outvars)]
@@ -426,7 +431,7 @@ def branches(jaxpr, shape):
 @pytest.mark.parametrize("branching", [False, True])
 @pytest.mark.parametrize("chunk", [0, 64])
 def test_the_cache_passes_through_no_branch(chunk, branching, compiled, monkeypatch):
-    """Rule 10, and that the test would see a branch."""
+    """Rule 10, and the same rule broken."""
     if branching:
         write = kv_cache.write
 
@@ -443,12 +448,12 @@ def test_the_cache_passes_through_no_branch(chunk, branching, compiled, monkeypa
 
 
 def step_and_shapes(loop, bucket):
-    """A step that nobody has traced yet, and the shapes of its arguments."""
-    executor, limits = loop.executor, loop.limits
-    make = (executor.config, executor.mesh, limits, bucket.rows)
+    """A step that was never traced, and the shapes of its arguments."""
+    executor, sizes = loop.executor, loop.sizes
+    make = (executor.config, executor.mesh, sizes, bucket.rows)
     step = steps.prefill_step(*make, bucket.chunk) if bucket.chunk else steps.decode_step(*make)
-    state = steps.state_shapes(executor.config, executor.mesh, limits, jnp.float32)
-    packed = encode(limits, bucket, np.zeros((limits.num_slots, 1), np.int32), [], [], [])
+    state = steps.state_shapes(executor.config, executor.mesh, sizes, jnp.float32)
+    packed = encode_packet(sizes, bucket, np.zeros((sizes.num_slots, 1), np.int32), [], [], [])
     return step, (executor.params, state, packed)
 
 
@@ -456,14 +461,14 @@ def step_and_shapes(loop, bucket):
 
 
 def test_empty_packets_change_nothing(loop):
-    """Rule 12, bit for bit: not the cache, and no slot's token."""
+    """Rule 12, bit for bit: neither the cache nor any slot's token."""
     drive(loop, crowd(), keep_logits=False)
     executor = loop.executor
     before = jax.tree.map(lambda a: np.array(a).view(np.int32), executor.state[1:])
-    tables = np.zeros((loop.limits.num_slots, loop.limits.pages_per_sequence), np.int32)
-    for bucket in loop.limits.buckets() * loop.num_stages:
-        controls = encode_controls(loop.limits.num_segments(bucket), [])
-        executor.run(bucket, encode(loop.limits, bucket, tables, [], [], []), controls)
+    tables = np.zeros((loop.sizes.num_slots, loop.sizes.pages_per_sequence), np.int32)
+    for bucket in loop.sizes.buckets() * loop.num_stages:
+        controls = encode_controls(loop.sizes.num_segments(bucket), [])
+        executor.run(bucket, encode_packet(loop.sizes, bucket, tables, [], [], []), controls)
     after = jax.tree.map(lambda a: np.array(a).view(np.int32), executor.state[1:])
     jax.tree.map(np.testing.assert_array_equal, before, after)
     assert len(jax.tree.leaves(before)) == 1 + 2  # tokens, and keys and values of one layer
@@ -473,20 +478,20 @@ def test_empty_packets_change_nothing(loop):
 
 
 def test_padding_layers_are_the_identity(tmp_path):
-    """Rule 14: five layers on four stages; the last three stages have one that does nothing."""
+    """Rule 14: with five layers on four stages, the last three stages have a padding layer."""
     model = make_model(vocab_size=VOCAB, embed_dim=32, num_layers=5, num_heads=4, num_kv_heads=2)
     loop = make_loop(save_model(model, tmp_path), MESH, max_num_seqs=4, page_size=4, num_pages=80)
     config = loop.executor.config
     x = jax.random.normal(jax.random.key(0), (3, config.embed_dim))
 
-    def attend(q, k, v, caller):
+    def attend(q, k, v, *, score_mod, tap):
         return q + 1.0
 
-    program = tick.Program(config, loop.limits, Bucket(1, 0), Llama)
+    program = Program(config, loop.sizes, Bucket(1, 0), Llama)
 
     for position, weights in enumerate(loop.executor.params.layers):
         for stage in range(4):
             here = {name: jnp.asarray(np.asarray(a)[stage]) for name, a in weights.items()}
-            y = tick.make_layer(program, here)(x, jnp.arange(3), attend)
+            y = make_layer(program, here)(x, jnp.arange(3), attend)
             pads = position == 1 and stage > 0
             assert np.array_equal(x, y) == pads

@@ -1,4 +1,4 @@
-"""`ShardedLlama` is called like the plain model, and compiles no more than it must."""
+"""`ShardedLlama` is called like the plain model and compiles no more than it must."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from tests.support.hooked import assert_close
 from tests.support.reference import make_model, reference_logits, save_model
 from tests.support.tiny_tokenizer import make_tokenizer
 
-VOCAB = 259  # divides by no number of ranks; the checkpoint has room for a tokenizer's 256 bytes
+VOCAB = 259  # no number of ranks divides it; there is room for the 256 bytes of a tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def tokens_of(*shape, seed=0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, VOCAB, shape)
 
 
-# Fewer prompts than a chunk holds, as many, more; a token, a page, a tile and one more of each.
+# Fewer prompts than a chunk holds, as many, and more; a token, a page and a tile, and one more.
 @pytest.mark.parametrize(
     ("mesh", "shapes"),
     [
@@ -56,8 +56,8 @@ def test_unembed(path):
         assert_close(sharded.unembed(part), plain.unembed(part))
 
 
-def test_one_run_leaves_nothing_to_the_next(path):
-    """Other prompts of the same sizes in the same pages; other sizes between them."""
+def test_one_call_leaves_nothing_for_the_next(path):
+    """Two prompts of the same shape use the same pages, with another shape in between."""
     model = ShardedLlama.from_pretrained(path, "2x1")
     first, second = tokens_of(2, 40), tokens_of(2, 40, seed=1)
     expected = [model(first), model(second)]
@@ -66,7 +66,7 @@ def test_one_run_leaves_nothing_to_the_next(path):
         np.testing.assert_array_equal(model(tokens), logits)
 
 
-def test_after_an_error_it_goes_on(path, monkeypatch):
+def test_an_interrupted_call_can_be_repeated(path, monkeypatch):
     model, tokens = ShardedLlama.from_pretrained(path, "2x1"), tokens_of(2, 40)
     expected = model(tokens)
 
@@ -80,15 +80,15 @@ def test_after_an_error_it_goes_on(path, monkeypatch):
     np.testing.assert_array_equal(model(tokens), expected)
 
 
-def test_programs_are_kept(path):
-    """By their sizes and by what is looked at, for every object with the same weights' shapes."""
+def test_programs_are_cached(path):
+    """By sizes and by captured names, for all objects whose weights have the same shapes."""
     names = ("layers.1.residual", "layers.*.mlp.output")
     model = ShardedLlama.from_pretrained(path, "2x1")
     capture(model, tokens_of(2, 40), *names)
     model.unembed(np.zeros((4, 64), np.float32))
     params = model.params
     again = ShardedLlama(model.config, model.mesh, params, model.dtype)
-    again(tokens_of(2, 40))  # allocates its cache, which is a program, too
+    again(tokens_of(2, 40))  # allocates its cache, which is also a program
     counter = CompileCounter()
     for each in (model, again):
         capture(each, tokens_of(2, 40, seed=2), *names)
@@ -98,7 +98,7 @@ def test_programs_are_kept(path):
     assert counter.count > 0
 
 
-def test_the_engines_own_weights(tmp_path):
+def test_the_engines_weights_are_shared(tmp_path):
     theirs = make_model(num_layers=3, num_heads=4, num_kv_heads=2, vocab_size=320)
     path, tokens = make_tokenizer(save_model(theirs, tmp_path)), tokens_of(1, 20)
     greedy = SamplingParams(temperature=0, max_tokens=8)
@@ -111,6 +111,6 @@ def test_the_engines_own_weights(tmp_path):
         counter = CompileCounter()
         np.testing.assert_array_equal(model(tokens), model(tokens))
         assert counter.count == 0
-        assert llm.generate([5, 6, 7], greedy).token_ids == answer  # the engine goes on
+        assert llm.generate([5, 6, 7], greedy).token_ids == answer  # the engine still works
     keys, _ = kv_cache(model, tokens)
     assert keys.shape == (3, 1, 20, 2, 8)

@@ -1,12 +1,12 @@
-"""What can be looked into costs nothing while nobody looks: the compiled programs are the same.
+"""Taps cost nothing while nothing is captured: the compiled programs are the same without them.
 
-Each program is compiled as it is, and again with every trace of `tap` and `score_mod` taken out.
+Each program is compiled as it is, and again with every trace of `tap` and `score_mod` removed.
 """
 
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -19,24 +19,18 @@ from llama_jax.interpret import Scale, capture, patched
 from llama_jax.model import Attention, Llama, attention
 from llama_jax.model import llama as model
 from llama_jax.model.tap import TappedModule
-from llama_jax.ring import tick
+from llama_jax.ring import stage
 from llama_jax.ring.sizes import Bucket
 from llama_jax.weights.placement import param_shapes
 from sharding.mesh import make_mesh
-from tests.ring import test_compiled_program
+from tests.support.programs import CONFIG, compile_step
 
-CONFIG = replace(test_compiled_program.CONFIG, num_layers=2)
 TOKENS = np.arange(12, dtype=np.int32).reshape(2, 6)
 STEPS = [(Bucket(4, 0), "2x2"), (Bucket(4, 64), "2x2"), (Bucket(1, 0), "1x1")]
 
 
-@pytest.fixture(autouse=True)
-def few_layers(monkeypatch):
-    monkeypatch.setattr(test_compiled_program, "CONFIG", CONFIG)
-
-
 def program(text: str) -> str:
-    """Optimised HLO without what says where it comes from, its instructions numbered in order."""
+    """Optimized HLO without source locations, its instructions numbered in order."""
     tables = r"(?ms)^(FileNames|FunctionNames|FileLocations|StackFrames)\n.*?\n\n"
     text = re.sub(r", metadata=\{[^}]*\}", "", re.sub(tables, "", text))
     text = re.sub(r"(?m)^HloModule \S+", "HloModule", text)
@@ -58,7 +52,19 @@ def forward(llama: Llama) -> str:
 
 
 def ring(bucket: Bucket, mesh: str) -> str:
-    return program(test_compiled_program.compile_step(bucket, mesh).as_text())
+    return program(compile_step(bucket, mesh).as_text())
+
+
+@cache
+def plain() -> str:
+    """The forward pass as it is."""
+    return forward(make_llama())
+
+
+@cache
+def plain_ring(bucket: Bucket, mesh: str) -> str:
+    """A step of the ring as it is."""
+    return ring(bucket, mesh)
 
 
 def make_llama() -> Llama:
@@ -66,7 +72,7 @@ def make_llama() -> Llama:
 
 
 def rewritten(function: Callable, lines: Mapping[str, str]) -> Callable:
-    """A function of `attention`, compiled again with some of its source replaced."""
+    """A function of `attention`, defined again with parts of its source replaced."""
     text = inspect.getsource(function)
     for old, new in lines.items():
         assert text.count(old) == 1, old
@@ -76,27 +82,27 @@ def rewritten(function: Callable, lines: Mapping[str, str]) -> Callable:
     return scope[function.__name__]
 
 
-SCORED = "caller.score_mod(scores * head_dim**-0.5, head, position[:, None], position)"
-TAPPED = 'caller.tap("weights", weights.reshape(by_head)).reshape(weights.shape)'
+SCORED = "score_mod(scores * head_dim**-0.5, head, position[:, None], position)"
+TAPPED = 'tap("weights", weights.reshape(by_head)).reshape(weights.shape)'
 PAGED = "score_mod(scores, row_heads, row_positions[..., None], key_positions)"
 
 
 @pytest.fixture
 def strip(monkeypatch):
-    """Takes every tap and every call of `score_mod` out of the model, when it is called."""
+    """A function that removes every tap and every call of `score_mod` from the model."""
 
     def strip() -> None:
         causal, paged = attention.causal_attention, attention.paged_attention
         causal = rewritten(causal, {SCORED: "scores * head_dim**-0.5", TAPPED: "weights"})
         monkeypatch.setattr(model, "causal_attention", causal)
-        monkeypatch.setattr(tick, "paged_attention", rewritten(paged, {PAGED: "scores"}))
+        monkeypatch.setattr(stage, "paged_attention", rewritten(paged, {PAGED: "scores"}))
         monkeypatch.setattr(TappedModule, "tap", lambda self, name, value: value)
 
     return strip
 
 
 def test_the_plain_model(strip):
-    text = forward(make_llama())
+    text = plain()
     assert text.count("\n") > 100
     strip()
     assert forward(make_llama()) == text
@@ -104,7 +110,7 @@ def test_the_plain_model(strip):
 
 @pytest.mark.parametrize(("bucket", "mesh"), STEPS, ids=str)
 def test_the_ring(strip, bucket, mesh):
-    text = ring(bucket, mesh)
+    text = plain_ring(bucket, mesh)
     assert text.count("\n") > 100
     strip()
     assert ring(bucket, mesh) == text
@@ -123,14 +129,14 @@ def shifted(self, scores, head, query_position, key_position):
     [(TappedModule, "tap", doubled), (Attention, "score_mod", shifted)],
     ids=["tap", "score_mod"],
 )
-def test_a_cost_would_be_seen(monkeypatch, module, name, function):
-    before = forward(make_llama()), ring(*STEPS[0])
+def test_a_cost_is_found(monkeypatch, module, name, function):
+    before = plain(), plain_ring(*STEPS[0])
     monkeypatch.setattr(module, name, function)
     for text, now in zip(before, (forward(make_llama()), ring(*STEPS[0])), strict=True):
         assert now != text
 
 
-def test_looking_leaves_the_model_as_it_was():
+def test_capturing_leaves_the_model_unchanged():
     llama = make_llama()
     text, logits = forward(llama), llama(TOKENS)
 
@@ -146,11 +152,11 @@ def test_looking_leaves_the_model_as_it_was():
     assert (parts(), nnx.graphdef(llama)) == before
     assert forward(llama) == text
     np.testing.assert_array_equal(llama(TOKENS), logits)
-    assert forward(without) != text  # a patch would be seen
+    assert forward(without) != text  # a patch shows
 
 
-def test_the_rings_programs_are_those_of_before_looking():
-    before = ring(*STEPS[0])
+def test_capturing_leaves_the_programs_of_the_ring_unchanged():
+    before = plain_ring(*STEPS[0])
     mesh = make_mesh("2x2")
     params = init_params(mesh)
     capture(ShardedLlama(CONFIG, mesh, params, jnp.dtype(jnp.float32)), TOKENS, "*")
@@ -158,7 +164,7 @@ def test_the_rings_programs_are_those_of_before_looking():
 
 
 def init_params(mesh):
-    """Zeros, in their places."""
+    """Zeros, sharded like the weights."""
     shapes = param_shapes(CONFIG, mesh, jnp.dtype(jnp.float32))
     return jax.tree.map(
         lambda array: jax.device_put(np.zeros(array.shape, array.dtype), array.sharding), shapes

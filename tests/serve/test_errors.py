@@ -33,26 +33,26 @@ def refused(response: httpx.Response, status: int = 400, **expected) -> dict:
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/tokenize", "/detokenize"])
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "code"),
     [
-        (b"", "The request has no body."),
-        (b"null", "must be a JSON object"),
-        (b"{", "not valid JSON"),
-        (b"{'a': 1}", "not valid JSON"),
-        (b"\xff\xfe", "body"),
-        (b"[]", "must be a JSON object"),
-        (b'"prompt"', "must be a JSON object"),
-        (b"[" * 100_000, "nested too deeply"),
-        (b'{"prompt": "caf\xe9"}', "not UTF-8"),
-        (b'{"prompt": ' + b"9" * 5000 + b"}", "number that is too long"),
-        (b"{}", "missing"),
+        (b"", "invalid_json"),
+        (b"{", "invalid_json"),
+        (b"{'a': 1}", "invalid_json"),
+        (b"\xff\xfe", "invalid_json"),
+        (b"[" * 100_000, "invalid_json"),
+        (b'{"prompt": "caf\xe9"}', "invalid_json"),
+        (b'{"prompt": ' + b"9" * 5000 + b"}", "invalid_json"),
+        (b"null", "invalid_type"),
+        (b"[]", "invalid_type"),
+        (b'"prompt"', "invalid_type"),
+        (b"{}", "missing_required_parameter"),
     ],
 )
-def test_what_is_no_json_object_is_refused(server, path, content, said):
+def test_a_body_that_is_no_json_object_is_refused(server, path, content, code):
     if (path, content) == ("/tokenize", b"{}"):
-        said = "Give either prompt or messages."
+        code = "invalid_value"  # it needs one of two fields
     response = server.run(lambda client: client.post(path, content=content, headers=JSON))
-    assert said in refused(response, type="invalid_request_error")["message"]
+    refused(response, type="invalid_request_error", code=code)
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", None])
@@ -60,7 +60,7 @@ def test_a_body_that_does_not_say_it_is_json_is_refused(server, kind):
     headers = {"content-type": kind} if kind else {}
     body = b'{"prompt": "Hi"}'
     response = server.run(lambda client: client.post(COMPLETIONS, content=body, headers=headers))
-    assert "application/json" in refused(response, 415)["message"]
+    refused(response, 415)
 
 
 def test_a_charset_is_allowed(server):
@@ -79,7 +79,7 @@ def test_a_body_that_is_too_large_is_refused_whether_it_says_so_or_not(server):
         return server.run(lambda client: client.post(COMPLETIONS, content=content, headers=JSON))
 
     for content in (b"x" * (MAX_BODY_BYTES + 1), pieces()):
-        assert f"{MAX_BODY_BYTES:,} bytes" in refused(post(content), 413)["message"]
+        refused(post(content), 413)
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(server, monkeypatch):
@@ -90,7 +90,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(server, monkeypatch):
         await asyncio.Event().wait()
 
     response = server.run(lambda client: client.post(COMPLETIONS, content=pieces(), headers=JSON))
-    assert "0.05 seconds" in refused(response, 408)["message"]
+    refused(response, 408)
 
 
 def test_a_declared_length_that_is_too_large_is_refused_before_a_byte_is_read(server):
@@ -117,135 +117,135 @@ def test_a_declared_length_that_is_too_large_is_refused_before_a_byte_is_read(se
 
 # Fields
 
+VALUE, TYPE, LONG = "invalid_value", "invalid_type", "context_length_exceeded"
+MISSING, UNKNOWN = "missing_required_parameter", "unknown_parameter"
+UNSUPPORTED = "unsupported_parameter"
 COMPLETION_CASES = [
-    # (body, param, words of the message)
-    ({}, "prompt", "prompt is missing"),
-    ({"prompt": None}, "prompt", "prompt must be a string"),
-    ({"prompt": []}, "prompt", "not be empty"),
-    ({"prompt": {}}, "prompt", "prompt must be a string"),
-    ({"prompt": 5}, "prompt", "prompt must be a string"),
-    ({"prompt": ["Hi", 5]}, "prompt", "prompt must be a string"),
-    ({"prompt": [True]}, "prompt", "prompt must be a string"),
-    ({"prompt": [1.5]}, "prompt", "prompt must be a string"),
-    ({"prompt": [[1], ["a"]]}, "prompt", "prompt must be a string"),
-    ({"prompt": [[]]}, None, "prompt is empty"),
-    ({"prompt": ["x"] * 1025}, "prompt", "at most 1024 prompts"),
-    ({"prompt": "\ud800"}, "prompt", "surrogate"),
-    ({"prompt": [320]}, None, "320 of the prompt is outside the vocabulary (0 to 319)"),
-    ({"prompt": [-1]}, None, "-1 of the prompt is outside"),
-    ({"prompt": [5, 10**30]}, None, "outside the vocabulary"),
-    ({"prompt": [5] * 200}, "max_tokens", "200 tokens"),
-    ({"prompt": "word " * 3000}, "prompt", "holds 200"),
-    ({"prompt": "x", "max_tokens": 0}, "max_tokens", "at least 1"),
-    ({"prompt": "x", "max_tokens": -5}, "max_tokens", "at least 1"),
-    ({"prompt": "x", "max_tokens": 10**30}, "max_tokens", "holds 200"),
-    ({"prompt": "x", "max_tokens": "5"}, "max_tokens", "valid integer"),
-    ({"prompt": "x", "max_tokens": 5.5}, "max_tokens", "valid integer"),
-    ({"prompt": "x", "max_tokens": True}, "max_tokens", "valid integer"),
-    ({"prompt": "x", "temperature": 2.1}, "temperature", "in [0, 2]"),
-    ({"prompt": "x", "temperature": -0.1}, "temperature", "in [0, 2]"),
-    ({"prompt": "x", "temperature": "hot"}, "temperature", "valid number"),
-    ({"prompt": "x", "temperature": float("nan")}, "temperature", "in [0, 2]"),
-    ({"prompt": "x", "temperature": float("inf")}, "temperature", "in [0, 2]"),
-    ({"prompt": "x", "temperature": 10**400}, "temperature", "temperature"),
-    ({"prompt": "x", "top_p": 0}, "top_p", "in (0, 1]"),
-    ({"prompt": "x", "top_p": 1.1}, "top_p", "in (0, 1]"),
-    ({"prompt": "x", "top_k": -2}, "top_k", "in [0, 2**31)"),
-    ({"prompt": "x", "top_k": 2**31}, "top_k", "in [0, 2**31)"),
-    ({"prompt": "x", "min_p": 1.5}, "min_p", "in [0, 1]"),
-    ({"prompt": "x", "seed": 2**63}, "seed", "64-bit"),
-    ({"prompt": "x", "n": 0}, "n", "between 1 and 16"),
-    ({"prompt": "x", "n": 10**18}, "n", "between 1 and 16"),
-    ({"prompt": "x", "n": 9}, "prompt", "room for 8"),
-    ({"prompt": ["x"] * 9}, "prompt", "room for 8"),
-    ({"prompt": "x", "stop": 5}, "stop", "string or a list"),
-    ({"prompt": "x", "stop": [None]}, "stop", "string or a list"),
-    ({"prompt": "x", "stop": ""}, "stop", "none of which is empty"),
-    ({"prompt": "x", "stop": ["a"] * 17}, "stop", "at most 16"),
-    ({"prompt": "x", "stop": "a" * 257}, "stop", "at most 256"),
-    ({"prompt": "x", "stop": "\udfff"}, "stop", "surrogate"),
-    ({"prompt": "x", "stop_token_ids": [320]}, None, "320, which is outside"),
-    ({"prompt": "x", "stop_token_ids": [-1]}, None, "-1, which is outside"),
-    ({"prompt": "x", "stop_token_ids": [1] * 257}, "stop_token_ids", "at most 256"),
-    ({"prompt": "x", "stream": "yes"}, "stream", "valid boolean"),
-    ({"prompt": "x", "stream_options": {}}, "stream_options", "needs stream"),
+    # (body, param, code)
+    ({}, "prompt", MISSING),
+    ({"prompt": None}, "prompt", TYPE),
+    ({"prompt": []}, "prompt", TYPE),
+    ({"prompt": {}}, "prompt", TYPE),
+    ({"prompt": 5}, "prompt", TYPE),
+    ({"prompt": ["Hi", 5]}, "prompt", TYPE),
+    ({"prompt": [True]}, "prompt", TYPE),
+    ({"prompt": [1.5]}, "prompt", TYPE),
+    ({"prompt": [[1], ["a"]]}, "prompt", TYPE),
+    ({"prompt": [[]]}, "prompt", VALUE),
+    ({"prompt": ["x"] * 1025}, "prompt", VALUE),
+    ({"prompt": "\ud800"}, "prompt", VALUE),
+    ({"prompt": [320]}, "prompt", VALUE),
+    ({"prompt": [-1]}, "prompt", VALUE),
+    ({"prompt": [5, 10**30]}, "prompt", VALUE),
+    ({"prompt": [5] * 200}, "prompt", LONG),
+    ({"prompt": "word " * 3000}, "prompt", LONG),
+    ({"prompt": "x", "max_tokens": 0}, "max_tokens", VALUE),
+    ({"prompt": "x", "max_tokens": -5}, "max_tokens", VALUE),
+    ({"prompt": "x", "max_tokens": 10**30}, "max_tokens", VALUE),
+    ({"prompt": "x", "max_tokens": 10**12}, "max_tokens", LONG),
+    ({"prompt": "x", "max_tokens": "5"}, "max_tokens", TYPE),
+    ({"prompt": "x", "max_tokens": 5.5}, "max_tokens", TYPE),
+    ({"prompt": "x", "max_tokens": True}, "max_tokens", TYPE),
+    ({"prompt": "x", "temperature": 2.1}, "temperature", VALUE),
+    ({"prompt": "x", "temperature": -0.1}, "temperature", VALUE),
+    ({"prompt": "x", "temperature": "hot"}, "temperature", TYPE),
+    ({"prompt": "x", "temperature": float("nan")}, "temperature", VALUE),
+    ({"prompt": "x", "temperature": float("inf")}, "temperature", VALUE),
+    ({"prompt": "x", "temperature": 10**400}, "temperature", TYPE),
+    ({"prompt": "x", "top_p": 0}, "top_p", VALUE),
+    ({"prompt": "x", "top_p": 1.1}, "top_p", VALUE),
+    ({"prompt": "x", "top_k": -2}, "top_k", VALUE),
+    ({"prompt": "x", "top_k": 2**31}, "top_k", VALUE),
+    ({"prompt": "x", "min_p": 1.5}, "min_p", VALUE),
+    ({"prompt": "x", "seed": 2**63}, "seed", VALUE),
+    ({"prompt": "x", "seed": 2**63, "n": 2}, "seed", VALUE),
+    ({"prompt": "x", "n": 0}, "n", VALUE),
+    ({"prompt": "x", "n": 10**18}, "n", VALUE),
+    ({"prompt": "x", "n": 9}, "n", VALUE),
+    ({"prompt": ["x"] * 9}, "prompt", VALUE),
+    ({"prompt": "x", "stop": 5}, "stop", TYPE),
+    ({"prompt": "x", "stop": [None]}, "stop", TYPE),
+    ({"prompt": "x", "stop": ""}, "stop", VALUE),
+    ({"prompt": "x", "stop": ["a"] * 17}, "stop", VALUE),
+    ({"prompt": "x", "stop": "a" * 257}, "stop", VALUE),
+    ({"prompt": "x", "stop": "\udfff"}, "stop", VALUE),
+    ({"prompt": "x", "stop_token_ids": [320]}, "stop_token_ids", VALUE),
+    ({"prompt": "x", "stop_token_ids": [-1]}, "stop_token_ids", VALUE),
+    ({"prompt": "x", "stop_token_ids": [1] * 257}, "stop_token_ids", VALUE),
+    ({"prompt": "x", "stream": "yes"}, "stream", TYPE),
+    ({"prompt": "x", "stream_options": {}}, "stream_options", VALUE),
     (
         {"prompt": "x", "stream": True, "stream_options": {"usage": 1}},
         "stream_options.usage",
-        "no field stream_options.usage",
+        UNKNOWN,
     ),
-    ({"prompt": "x", "temprature": 1}, "temprature", "no field temprature"),
-    ({"prompt": "x", "\ud800": 1}, None, "surrogate"),
-    ({"prompt": "x", "x" * 5000: 1}, "x" * 100, "no field"),
-    ({"prompt": "x", "logprobs": 1}, "logprobs", "logprobs is not supported"),
-    ({"prompt": "x", "logprobs": 0}, "logprobs", "not supported"),
-    ({"prompt": "x", "echo": True}, "echo", "not supported"),
-    ({"prompt": "x", "best_of": 2}, "best_of", "not supported"),
-    ({"prompt": "x", "suffix": "y"}, "suffix", "not supported"),
-    ({"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias", "not supported"),
-    ({"prompt": "x", "frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
-    ({"prompt": "x", "guided_regex": "(a+)+$"}, "guided_regex", "not supported"),
+    ({"prompt": "x", "temprature": 1}, "temprature", UNKNOWN),
+    ({"prompt": "x", "\ud800": 1}, None, VALUE),
+    ({"prompt": "x", "x" * 5000: 1}, "x" * 100, UNKNOWN),
+    ({"prompt": "x", "logprobs": 1}, "logprobs", UNSUPPORTED),
+    ({"prompt": "x", "logprobs": 0}, "logprobs", UNSUPPORTED),
+    ({"prompt": "x", "echo": True}, "echo", UNSUPPORTED),
+    ({"prompt": "x", "best_of": 2}, "best_of", UNSUPPORTED),
+    ({"prompt": "x", "suffix": "y"}, "suffix", UNSUPPORTED),
+    ({"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias", UNSUPPORTED),
+    ({"prompt": "x", "frequency_penalty": 0.5}, "frequency_penalty", UNSUPPORTED),
+    ({"prompt": "x", "guided_regex": "(a+)+$"}, "guided_regex", UNSUPPORTED),
 ]
 CHAT_CASES = [
-    ({}, "messages", "messages is missing"),
-    ({"messages": []}, None, "at least one message"),
-    ({"messages": "Hi"}, "messages", "valid list"),
-    ({"messages": ["Hi"]}, "messages[0]", "messages[0]"),
-    ({"messages": [{"content": "Hi"}]}, "messages[0].role", "is missing"),
-    ({"messages": [{"role": "user"}]}, "messages[0].content", "is missing"),
-    ({"messages": [{"role": "tool", "content": "Hi"}]}, "messages[0].role", "'assistant'"),
-    ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "string or a list"),
-    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "string or a list"),
-    ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content", "type text"),
+    ({}, "messages", MISSING),
+    ({"messages": []}, "messages", VALUE),
+    ({"messages": "Hi"}, "messages", TYPE),
+    ({"messages": ["Hi"]}, "messages[0]", TYPE),
+    ({"messages": [{"content": "Hi"}]}, "messages[0].role", MISSING),
+    ({"messages": [{"role": "user"}]}, "messages[0].content", MISSING),
+    ({"messages": [{"role": "tool", "content": "Hi"}]}, "messages[0].role", VALUE),
+    ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", TYPE),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", TYPE),
+    ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content", VALUE),
     (
         {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
         "messages[0].content",
-        "text part",
+        VALUE,
     ),
     (
         {"messages": [{"role": "user", "content": "Hi", "name": "Bob"}]},
         "messages[0].name",
-        "name is not supported",
+        UNSUPPORTED,
     ),
-    ({"messages": user("x" * 100_000)}, "messages", "holds 200"),
-    ({"messages": user("") * 1000}, "messages", "at least 1000 tokens"),
-    ({"messages": user("\ud800")}, "messages[0].content", "surrogate"),
-    ({"messages": user("x"), "prompt": "x"}, "prompt", "no field prompt"),
-    (
-        {"messages": user("x"), "max_tokens": 1, "max_completion_tokens": 2},
-        "max_tokens",
-        "disagree",
-    ),
-    ({"messages": user("x"), "tools": [{"type": "function"}]}, "tools", "not supported"),
-    ({"messages": user("x"), "top_logprobs": 5}, "top_logprobs", "not supported"),
-    ({"messages": user("x"), "chat_template": "{{ 7 * 7 }}"}, "chat_template", "not supported"),
+    ({"messages": user("x" * 100_000)}, "messages", LONG),
+    ({"messages": user("") * 1000}, "messages", LONG),
+    ({"messages": user("\ud800")}, "messages", VALUE),
+    ({"messages": user("x"), "prompt": "x"}, "prompt", UNKNOWN),
+    ({"messages": user("x"), "max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", VALUE),
+    ({"messages": user("x"), "tools": [{"type": "function"}]}, "tools", UNSUPPORTED),
+    ({"messages": user("x"), "top_logprobs": 5}, "top_logprobs", UNSUPPORTED),
+    ({"messages": user("x"), "chat_template": "{{ 7 * 7 }}"}, "chat_template", UNSUPPORTED),
     (
         {"messages": user("x"), "response_format": {"type": "json_object"}},
         "response_format",
-        "not supported",
+        UNSUPPORTED,
     ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "param", "said"),
+    ("path", "body", "param", "code"),
     [(COMPLETIONS, *case) for case in COMPLETION_CASES] + [(CHAT, *case) for case in CHAT_CASES],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_bad_fields_are_refused_with_their_name(server, path, body, param, said, stream):
+def test_bad_fields_are_refused_with_their_name(server, path, body, param, code, stream):
     if stream and "stream" not in body and "stream_options" not in body:
         body = {**body, "stream": True}
-    content = json.dumps(body)  # Python's, which can write NaN and halves of surrogate pairs
+    content = json.dumps(body)  # Python's encoder writes NaN and unpaired surrogates
     response = server.run(lambda client: client.post(path, content=content, headers=JSON))
-    error = refused(response, 400, type="invalid_request_error", param=param)
-    assert said in error["message"]
-    assert len(error["message"]) < 400, "what was sent is not sent back"
+    error = refused(response, 400, type="invalid_request_error", param=param, code=code)
+    assert len(error["message"]) < 400, "the request is not echoed"
     assert server.engine.running == 0
 
 
 def test_a_prompt_that_is_too_long_has_the_code_that_clients_look_for(server):
     response = server.post(COMPLETIONS, {"prompt": [5] * 190, "max_tokens": 11})
-    refused(response, 400, code="context_length_exceeded")
+    refused(response, 400, param="max_tokens", code="context_length_exceeded")
     assert server.post(COMPLETIONS, {"prompt": [5] * 190, "max_tokens": 10}).status_code == 200
 
 
@@ -256,8 +256,7 @@ def test_an_unknown_model_is_not_found(server):
     for path in (COMPLETIONS, CHAT):
         given = {"prompt": "x"} if path == COMPLETIONS else {"messages": user("x")}
         response = server.post(path, {"model": "gpt-5", **given})
-        error = refused(response, 404, param="model", code="model_not_found")
-        assert "gpt-5" in error["message"]
+        refused(response, 404, param="model", code="model_not_found")
     refused(server.get("/v1/models/../../etc/passwd"), 404)
     refused(server.get("/v1/models/other"), 404, code="model_not_found")
 
@@ -273,7 +272,7 @@ def test_unknown_paths_are_not_found(server, path):
 )
 def test_other_methods_are_refused(server, method, path):
     response = server.run(lambda client: client.request(method, path))
-    assert method in refused(response, 405)["message"]
+    refused(response, 405)
     assert response.headers["allow"]
 
 
@@ -327,8 +326,7 @@ def test_a_full_queue_says_when_to_come_back():
 
 def test_without_a_chat_template_only_chats_are_refused():
     server = FakeServer(chat_template=False)
-    error = refused(server.post(CHAT, {"messages": user("Hi")}))
-    assert "has no chat template" in error["message"]
+    refused(server.post(CHAT, {"messages": user("Hi")}), param="messages")
     assert server.complete(max_tokens=50)["choices"][0]["text"] == "Hello, world!"
 
 
@@ -395,7 +393,7 @@ def test_a_fault_of_the_server_itself_shows_nothing_of_it(caplog):
         raise KeyError("/secret/path")
 
     server.tokenizer = None
-    server.frontend.tokenizer = type("Broken", (), {"encode": fail, "max_token_length": 5})()
+    server.served.tokenizer = type("Broken", (), {"encode": fail, "max_token_length": 5})()
     transport = httpx.ASGITransport(server.app, raise_app_exceptions=False)
 
     async def scenario(_):
@@ -418,7 +416,7 @@ def test_until_the_door_opens_the_server_is_starting():
 
 def test_a_server_that_is_ending_takes_nothing_new():
     server = FakeServer()
-    server.frontend.draining = True
+    server.served.draining = True
     refused(server.post(CHAT, {"messages": user("Hi")}), 503, code="shutting_down")
     refused(server.post(COMPLETIONS, {"prompt": "Hi"}), 503, code="shutting_down")
     refused(server.get("/health"), 503, code="shutting_down")
@@ -427,5 +425,5 @@ def test_a_server_that_is_ending_takes_nothing_new():
 def test_a_silent_engine_is_unhealthy_and_still_asked():
     server = FakeServer()
     server.engine.seconds_since_report = 60.0
-    assert "60 seconds" in refused(server.get("/health"), 503, code="engine_silent")["message"]
+    refused(server.get("/health"), 503, code="engine_silent")
     server.complete()

@@ -156,13 +156,13 @@ def test_headers_without_end_are_cut_off(server):
 
 @pytest.mark.parametrize("said", [b"", b"GET /health HTTP/1.1\r\nX: "])
 def test_headers_that_do_not_come_are_not_waited_for(server, monkeypatch, said):
-    monkeypatch.setattr("llama_jax.serve.head_limits.HEAD_SECONDS", 0.05)
+    monkeypatch.setattr("llama_jax.serve.header_limits.HEADER_SECONDS", 0.05)
     with listening(server) as address:
         assert answer_to(address, [said]) == b""
 
 
 def test_a_body_may_follow_its_headers_slowly(server, monkeypatch):
-    monkeypatch.setattr("llama_jax.serve.head_limits.HEAD_SECONDS", 0.5)
+    monkeypatch.setattr("llama_jax.serve.header_limits.HEADER_SECONDS", 0.5)
     body = b'{"prompt": "Hi"}'
     head = (
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"

@@ -84,7 +84,7 @@ def test_what_runs_is_finished_and_nothing_new_is_taken(checkpoints):
     with start(checkpoints).wait_ready() as server:
         reader = Reader(server.url, max_tokens=500)  # a second or more
         server.signal()
-        server.wait_for("Ending")
+        server.wait_for("Shutting down")
         refused = httpx.post(server.url + "/v1/completions", json={"prompt": "Hi"})
         assert refused.status_code == health(server.url) == 503
         assert refused.json()["error"]["code"] == "shutting_down"
@@ -106,7 +106,7 @@ def test_a_second_signal_ends_it_at_once(checkpoints):
     with start(checkpoints, "--shutdown-timeout", "3600").wait_ready() as server:
         reader, engine = Reader(server.url, max_tokens=100_000), server.engine_pid()
         server.signal()
-        server.wait_for("Ending")
+        server.wait_for("Shutting down")
         assert server.process.poll() is None
         server.signal()
         assert reader.events()[-1]["error"]["type"] == "server_error"

@@ -1,4 +1,4 @@
-"""The mesh, and how layers and weights fall to its devices."""
+"""The mesh, and the placement of layers and weights on its devices."""
 
 import itertools
 import os
@@ -18,7 +18,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.weights.placement import ShardingError, param_specs, placements
 from sharding.axes import AXES
 from sharding.mesh import MeshError, make_mesh, mesh_shape, parse_mesh
-from sharding.partition import padded, split_layers
+from sharding.partition import round_up, split_layers
 from tests.support.paths import ROOT
 from tests.support.tiny_checkpoint import write_checkpoint
 
@@ -31,7 +31,7 @@ def test_make_mesh(shape):
     mesh = make_mesh(shape)
     assert mesh.axis_names == AXES == ("stage", "model")
     assert mesh_shape(mesh) == mesh.devices.shape == SHAPES[shape]
-    # Neighbours in a stage talk most, so they are neighbours in the list of devices.
+    # Ranks of one stage talk most, so they are neighbors in the list of devices.
     assert list(mesh.devices.flat) == jax.devices()[: mesh.size]
 
 
@@ -46,14 +46,13 @@ def test_spellings_of_a_mesh(text):
 
 
 @pytest.mark.parametrize("text", ["", "4", "x2", "4x", "0x1", "4x0", "-4x2", "4x2x1", "4.0x2", "a"])
-def test_a_mesh_that_is_none(text):
-    with pytest.raises(MeshError) as caught:
+def test_malformed_meshes_are_refused(text):
+    with pytest.raises(MeshError):
         make_mesh(text)
-    assert str(caught.value) == f'A mesh is written "stages x ranks", such as "4x2", got {text!r}.'
 
 
 def in_a_process(code: str, **environment: str) -> str:
-    """What a fresh interpreter prints, on CPU and without the settings of conftest."""
+    """Runs code in a fresh interpreter without the settings of conftest; returns its output."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -66,7 +65,7 @@ def in_a_process(code: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_virtual_devices_are_made_as_needed():
+def test_virtual_devices_are_created_as_needed():
     code = (
         "from sharding.mesh import make_mesh; import jax\n"
         "print(make_mesh('4x2').devices.shape, len(jax.devices()))"
@@ -82,22 +81,18 @@ def test_virtual_devices_after_jax_has_started():
         "try: make_mesh('4x2')\n"
         "except MeshError as error: print(error)"
     )
-    assert in_a_process(code).splitlines() == [
-        "1",
-        "The mesh 4x2 needs 8 devices and JAX has already started with 1 cpu device: make the mesh "
-        "before any other use of JAX, or set JAX_NUM_CPU_DEVICES=8 and restart.",
-    ]
+    size, error = in_a_process(code).splitlines()
+    assert size == "1" and "JAX_NUM_CPU_DEVICES=8" in error
     assert in_a_process(code, JAX_NUM_CPU_DEVICES="8").splitlines() == ["1"]
 
 
 def test_a_mesh_larger_than_the_devices():
-    with pytest.raises(MeshError, match="The mesh 2x2 needs 4 devices") as caught:
+    with pytest.raises(MeshError, match="4 devices"):
         make_mesh("2x2", jax.devices()[:3])
-    assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
 
 
-def test_a_mesh_beyond_all_reason_is_refused_at_once():
-    with pytest.raises(MeshError, match="needs 40000 devices"):
+def test_an_absurdly_large_mesh_is_refused_at_once():
+    with pytest.raises(MeshError, match="40000 devices"):
         make_mesh("20000x2")
 
 
@@ -117,24 +112,24 @@ def test_layers_that_do_not_divide_are_padded_at_the_end():
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("num_layers", range(1, 20))
-def test_every_layer_stands_once_and_in_order(num_layers, num_stages):
+def test_every_layer_appears_once_and_in_order(num_layers, num_stages):
     stages = split_layers(num_layers, num_stages)
     held = [[layer for layer in stage if layer is not None] for stage in stages]
     assert [*itertools.chain(*held)] == list(range(num_layers))
     assert len({len(stage) for stage in stages}) == 1
     assert max(map(len, held)) - min(map(len, held)) <= 1
-    assert len(stages[0]) == max(map(len, held))  # no more padding than there must be
+    assert len(stages[0]) == max(map(len, held))  # no more padding than necessary
 
 
 @pytest.mark.parametrize(
     ("size", "parts", "expected"), [(128256, 8, 128256), (97, 8, 104), (1, 8, 8), (8, 1, 8)]
 )
 def test_padded(size, parts, expected):
-    assert padded(size, parts) == expected
+    assert round_up(size, parts) == expected
 
 
 @pytest.mark.parametrize(("num_stages", "num_ranks"), SHAPES.values(), ids=SHAPES)
-def test_the_spec_of_every_weight(num_stages, num_ranks):
+def test_specs_of_all_weights(num_stages, num_ranks):
     specs = param_specs(LLAMA_70B, num_stages, num_ranks)
     assert specs.embedding == specs.lm_head == P(("stage", "model"), None)
     assert specs.final_norm == P(None)
@@ -154,8 +149,7 @@ def test_the_spec_of_every_weight(num_stages, num_ranks):
         }
 
 
-def test_a_rank_holds_whole_heads_that_belong_together():
-    """Query heads of a rank must be those that share its KV heads."""
+def test_a_rank_holds_the_query_heads_of_its_kv_heads():
     table = placements(LLAMA_70B, 4, 2).layers[0]
     mesh = make_mesh("4x2")
     for rank in range(2):
@@ -169,7 +163,7 @@ def test_a_rank_holds_whole_heads_that_belong_together():
         assert len(held["attention.wk"]) == 4
 
 
-def test_the_shapes_of_70b_on_8_gpus():
+def test_shapes_of_70b_on_8_gpus():
     table = placements(LLAMA_70B, 4, 2)
     assert table.embedding.shape == table.lm_head.shape == (128256, 8192)
     assert table.layers[0]["mlp.w_gate"].shape == (4, 28672, 8192)
@@ -177,24 +171,22 @@ def test_the_shapes_of_70b_on_8_gpus():
     assert placements(LlamaConfig.llama3_2_1b(), 4, 2).lm_head is None
 
 
+@pytest.mark.parametrize(("num_stages", "num_ranks", "fits"), [(1, 3, 2), (4, 16, 8)])
+def test_ranks_that_do_not_divide_the_kv_heads(num_stages, num_ranks, fits):
+    with pytest.raises(ShardingError, match=rf"\b{fits}\b"):  # it names a number that does
+        placements(LLAMA_70B, num_stages, num_ranks)
+
+
 @pytest.mark.parametrize(
-    ("num_stages", "num_ranks", "what"),
+    ("shape", "tied"),
     [
-        (1, 3, "3 tensor-parallel ranks do not divide the 8 KV heads"),
-        (4, 16, "16 tensor-parallel ranks do not divide the 8 KV heads"),
+        pytest.param(shape, bool(tied), marks=[] if i % 2 == tied else [pytest.mark.slow])
+        for i, shape in enumerate(SHAPES)
+        for tied in range(2)
     ],
 )
-def test_ranks_that_do_not_divide_the_kv_heads(num_stages, num_ranks, what):
-    with pytest.raises(ShardingError, match=what) as caught:
-        placements(LLAMA_70B, num_stages, num_ranks)
-    fits = {3: 2, 16: 8}[num_ranks]
-    assert str(caught.value).endswith(f"use a mesh whose second number is {fits}.")
-
-
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_every_device_holds_as_many_bytes(tmp_path, shape, tied):
-    """A spread of 0 where neither vocabulary nor layers divide: padding makes devices equal."""
+def test_every_device_holds_the_same_number_of_bytes(tmp_path, shape, tied):
+    """Padding makes devices equal where neither the vocabulary nor the layers divide."""
     write_checkpoint(tmp_path, vocab_size=83, num_hidden_layers=5, tie_word_embeddings=tied)
     params = load_params(open_checkpoint(tmp_path), make_mesh(shape), np.dtype("float32"))
     held = Counter()

@@ -1,4 +1,4 @@
-"""An engine client without an engine, whose tokens are known beforehand, and a server over it."""
+"""An engine client without an engine, whose tokens follow a script, and an HTTP server over it."""
 
 import asyncio
 import json
@@ -9,15 +9,14 @@ import httpx
 from llama_jax.client.request_check import check_request
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead, QueueFull
-from llama_jax.engine.messages import DeviceInfo, EngineInfo, Output, Stats
+from llama_jax.engine.interface import DeviceInfo, EngineInfo, Output, Stats
 from llama_jax.serve.app import create_app
-from llama_jax.serve.frontend import Frontend
 from llama_jax.serve.metrics import Metrics
 from llama_jax.serve.middleware import Door
+from llama_jax.serve.served_model import ServedModel
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 EOT = "<|eot_id|>"
-GREEDY = SamplingParams(temperature=0)
 GREEDY = SamplingParams(temperature=0)
 
 
@@ -54,16 +53,16 @@ def make_info(**changes) -> EngineInfo:
 
 
 class FakeClient:
-    """Answers every request with `script`, over and over, until its length limit.
+    """Answers every request with `script`, repeated up to the length limit.
 
     Attributes:
       script: the tokens of every answer.
-      eos: ends an answer where it stands in the script.
-      hold: tokens come only while it is set.
-      fail_after: each request ends with an error after this many tokens.
-      requests: all that were taken, as (prompt, params).
-      running: how many are in flight.
-      aborted: how many were left before their end.
+      eos: the token of the script that ends an answer.
+      hold: tokens are produced only while it is set.
+      fail_after: the number of tokens after which every request fails, or None.
+      requests: all accepted requests, as (prompt, params).
+      running: the number of requests in flight.
+      aborted: the number of requests that were closed before their end.
     """
 
     def __init__(self, script: list[int], eos: int, max_in_flight: int = 8) -> None:
@@ -134,11 +133,11 @@ class FakeClient:
 
 
 class FakeServer:
-    """The whole HTTP application over a `FakeClient` that says `text` and then <|eot_id|>.
+    """The HTTP application over a `FakeClient` that answers `text` and then <|eot_id|>.
 
     Attributes:
-      engine: the fake; its script is the tokens of `text`.
-      app: what Uvicorn would be given.
+      engine: the fake client; its script is the tokens of `text`.
+      app: the ASGI application.
     """
 
     def __init__(
@@ -156,21 +155,21 @@ class FakeServer:
         script = self.tokenizer.encode(text + EOT, add_bos=False)
         self.engine = FakeClient(script, script[-1], max_in_flight)
         self.engine.info = make_info(**info)
-        self.frontend = Frontend(
+        self.served = ServedModel(
             engine=self.engine,
             tokenizer=self.tokenizer,
             metrics=Metrics(
                 "tiny", lambda: self.engine.stats, lambda: self.engine.alive, prefix=prefix
             ),
-            model="tiny",
+            name="tiny",
             root="models/tiny",
             defaults=defaults,
         )
         self.app = Door(api_key)
-        self.app.open(create_app(self.frontend))
+        self.app.open(create_app(self.served))
 
     def run(self, body: Callable[[httpx.AsyncClient], Awaitable]):
-        """Runs an async function with a client on one event loop."""
+        """Runs an async function with an HTTP client on one event loop."""
 
         async def scenario():
             transport = httpx.ASGITransport(self.app)
@@ -186,15 +185,15 @@ class FakeServer:
         return self.run(lambda client: client.post(path, json=body, **options))
 
     def complete(self, **body) -> dict:
-        """The answer to a completion that must succeed; the prompt is "Hi" if none is given."""
+        """The answer to a completion, which must succeed; the default prompt is "Hi"."""
         return ok(self.post("/v1/completions", {"prompt": "Hi", **body})).json()
 
     def chat(self, content: str = "Hi", **body) -> dict:
-        """The answer to a chat of one message, that must succeed."""
+        """The answer to a chat of one message, which must succeed."""
         return ok(self.post("/v1/chat/completions", {"messages": user(content), **body})).json()
 
     def stream(self, path: str, **body) -> list[dict]:
-        """The events of a streamed answer, without [DONE], which must be there."""
+        """The events of a streamed answer; asserts that [DONE] ends it, and leaves that out."""
         given = {"prompt": "Hi"} if path == "/v1/completions" else {"messages": user("Hi")}
         return events(ok(self.post(path, {**given, "stream": True, **body})))
 
@@ -209,7 +208,7 @@ def ok(response: httpx.Response) -> httpx.Response:
 
 
 def events(response: httpx.Response) -> list[dict]:
-    """What server-sent events hold, in exactly the form that is promised."""
+    """The data of server-sent events; asserts their exact format."""
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert response.content.endswith(b"\n\n")
     blocks = response.content.decode().removesuffix("\n\n").split("\n\n")
@@ -219,7 +218,7 @@ def events(response: httpx.Response) -> list[dict]:
 
 
 def error_of(response: httpx.Response) -> dict:
-    """The error object of an answer, which must be one sentence in OpenAI's nested form."""
+    """The error object of an answer; asserts OpenAI's format and a message of one sentence."""
     body = response.json()
     assert set(body) == {"error"}
     assert set(body["error"]) == {"message", "type", "param", "code"}

@@ -1,15 +1,15 @@
 """An engine whose outputs can be computed by hand, in the real process loop, without JAX.
 
-Token i of an answer is (last token of the prompt + 1 + i) mod 1000; token 0 is EOS. What else it
-does stands in `EngineOptions.path`: "fake", or "fake:MODE" or "fake:MODE:NUMBER" with one of
+Token i of an answer is (last token of the prompt + 1 + i) mod 1000; token 0 is EOS. The rest of its
+behavior is in `EngineOptions.path`: "fake", "fake:MODE" or "fake:MODE:NUMBER", where MODE is
 
-  hang      never gets ready
-  fatal     refuses to start, with a sentence for the user
-  bug       fails to start, with an error that nobody foresaw
-  exit      says something and ends before it is ready
-  kill      is killed by SIGKILL when it has made NUMBER tokens
+  hang      never becomes ready
+  fatal     fails to start with a `UserError`
+  bug       fails to start with a defect
+  exit      prints an error and exits before it is ready
+  kill      kills itself with SIGKILL after NUMBER tokens
   crash     raises in the step after NUMBER tokens
-  refuse    refuses prompts that start with 13
+  refuse    cannot answer prompts that start with 13
 """
 
 import os
@@ -20,14 +20,7 @@ from collections.abc import Callable
 
 from llama_jax.config import ConfigError
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.engine.errors import RequestError
-from llama_jax.engine.messages import (
-    DeviceInfo,
-    EngineInfo,
-    Output,
-    Progress,
-    Stats,
-)
+from llama_jax.engine.interface import DeviceInfo, EngineInfo, Output, Progress, Stats
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.process import main
 
@@ -67,14 +60,15 @@ class FakeEngine:
             compile_seconds=0.0,
         )
         self.live: dict[int, list[int]] = {}  # request: next token, tokens left, stops at EOS
+        self.unlucky: set[int] = set()
         self.made = 0
 
     def add(self, request_id: int, prompt: list[int], params: SamplingParams) -> None:
-        if self.mode == "refuse" and prompt[0] == 13:
-            raise RequestError("13 brings bad luck.")
         left = self.info.max_model_len - len(prompt)
         if params.max_tokens is not None:
             left = min(left, params.max_tokens)
+        if prompt[0] == 13:
+            self.unlucky.add(request_id)
         self.live[request_id] = [(prompt[-1] + 1) % VOCAB_SIZE, left, not params.ignore_eos]
 
     def abort(self, request_id: int) -> None:
@@ -85,6 +79,10 @@ class FakeEngine:
         outputs = []
         for request_id, state in list(self.live.items()):
             token, left, stops = state
+            if self.mode == "refuse" and request_id in self.unlucky:
+                outputs.append(Output(request_id, None, "error", "13 brings bad luck."))
+                del self.live[request_id]
+                continue
             reason = "stop" if stops and token == EOS else "length" if left == 1 else None
             outputs.append(Output(request_id, token, reason))
             state[:2] = [(token + 1) % VOCAB_SIZE, left - 1]

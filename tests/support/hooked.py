@@ -1,7 +1,7 @@
-"""A model of transformers with every named value in reach: the reference for `interpret`.
+"""Activations of transformers' Llama by name: the reference for `llama_jax.interpret`.
 
-The values come from PyTorch's hooks and from an attention of our own in the place of theirs, in the
-names and shapes of `activation_shapes`.
+Names and shapes are those of `activation_shapes`. The values come from PyTorch hooks, and those
+inside attention from a function that replaces transformers' eager attention.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,27 +19,27 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 def hooked(
     model: transformers.LlamaForCausalLM, tokens: np.ndarray, changes: Mapping[str, Change] = {}
 ) -> dict[str, torch.Tensor]:
-    """Runs tokens [B, T]; name → value, each after the change that `changes` has for it."""
+    """Runs tokens [B, T] and returns a dict from name to activation, after its change, if any."""
     found: dict[str, torch.Tensor] = {}
 
-    def touch(name: str, value: torch.Tensor) -> torch.Tensor:
+    def tap(name: str, value: torch.Tensor) -> torch.Tensor:
         found[name] = changes[name](value) if name in changes else value
         return found[name]
 
     def output(name: str) -> Callable:
-        return lambda module, arguments, out: touch(name, out)
+        return lambda module, arguments, out: tap(name, out)
 
     def attention(module, query, key, value, mask, scaling, **_):
         place = f"layers.{module.layer_idx}.attention"
         query, key, value = (
-            touch(f"{place}.{name}", x.transpose(1, 2)).transpose(1, 2)
+            tap(f"{place}.{name}", x.transpose(1, 2)).transpose(1, 2)
             for name, x in (("query", query), ("key", key), ("value", value))
         )
         key, value = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (key, value))
         later = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).triu(1)
         scores = (query @ key.transpose(2, 3) * scaling).masked_fill(later, -torch.inf)
-        weights = touch(f"{place}.weights", scores.softmax(-1))
-        heads = touch(f"{place}.heads", (weights @ value).transpose(1, 2))
+        weights = tap(f"{place}.weights", scores.softmax(-1))
+        heads = tap(f"{place}.heads", (weights @ value).transpose(1, 2))
         return heads.contiguous(), weights
 
     with ExitStack() as stack:
@@ -56,39 +56,40 @@ def hooked(
 
         hook(model.model.embed_tokens, output("embedding"))
         for number, layer in enumerate(model.model.layers):
-            _hook_layer(layer, f"layers.{number}", touch, hook, pre_hook)
+            _hook_layer(layer, f"layers.{number}", tap, hook, pre_hook)
         hook(model.model.norm, output("final_norm.output"))
         hook(model.lm_head, output("logits"))
         model(torch.as_tensor(np.asarray(tokens), dtype=torch.long), use_cache=False)
     return found
 
 
-def _hook_layer(layer, place: str, touch: Callable, hook: Callable, pre_hook: Callable) -> None:
+def _hook_layer(layer, place: str, tap: Callable, hook: Callable, pre_hook: Callable) -> None:
     entered = []
 
     def enter(module, arguments):
         entered.append(arguments[0])
 
     def attended(module, arguments, outputs):
-        out = touch(f"{place}.attention.output", outputs[0])
+        out = tap(f"{place}.attention.output", outputs[0])
         middle = entered[-1] + out
-        changed = touch(f"{place}.middle", middle)
+        changed = tap(f"{place}.middle", middle)
+        # The layer adds its input to what is returned here, which makes `changed` again.
         return (out if changed is middle else changed - entered[-1], *outputs[1:])
 
     pre_hook(layer, enter)
     hook(layer.self_attn, attended)
-    pre_hook(layer.mlp.down_proj, lambda _, inputs: touch(f"{place}.mlp.neurons", inputs[0]))
+    pre_hook(layer.mlp.down_proj, lambda _, inputs: tap(f"{place}.mlp.neurons", inputs[0]))
     for module, name in (
         (layer.input_layernorm, "attention_norm.output"),
         (layer.post_attention_layernorm, "mlp_norm.output"),
         (layer.mlp, "mlp.output"),
         (layer, "residual"),
     ):
-        hook(module, lambda _, inputs, out, name=name: touch(f"{place}.{name}", out))
+        hook(module, lambda _, inputs, out, name=name: tap(f"{place}.{name}", out))
 
 
 def assert_close(ours, theirs, tolerance: float = 1e-4) -> None:
-    """To a share of the largest value of what is compared."""
+    """Compares to within a fraction of the largest expected value."""
     ours = np.asarray(ours)
     theirs = theirs.detach().numpy() if isinstance(theirs, torch.Tensor) else np.asarray(theirs)
     assert ours.shape == theirs.shape

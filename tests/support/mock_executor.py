@@ -1,9 +1,9 @@
-"""A device that a hand can compute, with the memory of the real one: pages, slots and a ring.
+"""A device whose tokens can be computed by hand, with pages, slots and a ring like the real one.
 
-It reads packets as `llama_jax.ring.packet` documents them, keeps tokens where keys and values would
-be, and answers each segment by a hash of what it *finds in the pages* of its sequence. So a page
-that is lost, shared or read too early changes tokens, as it would on the device, and `generate`
-says what they should have been.
+It decodes packets as `llama_jax.ring.packet` documents them, keeps tokens in place of keys and
+values, and answers each segment with a hash of what it *finds in the pages* of its sequence. So a
+page that is lost, shared or read too early changes tokens, as on the device. `generate` gives the
+correct tokens.
 """
 
 import zlib
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from llama_jax.engine.executor import TickResult
-from llama_jax.ring.sizes import Bucket, Limits
+from llama_jax.ring.sizes import Bucket, RingSizes
 
 VOCAB_SIZE = 50
-POISON = VOCAB_SIZE  # after this token, in a prompt, comes nothing that is a number
+POISON = VOCAB_SIZE  # a prompt with this token yields NaN
 GARBAGE = -7
 
 
 @dataclass
 class Run:
-    """A segment as the device sees it. tokens: of a tile; None for a row."""
+    """A segment as the device sees it. `tokens` are those of a tile; None for a row."""
 
     slot: int
     position: int
@@ -31,24 +31,26 @@ class Run:
     tokens: list[int] | None
 
 
-def read_packet(limits: Limits, bucket: Bucket, packed: np.ndarray) -> tuple[list[Run], list[Run]]:
-    """Rows and tiles of a packet, in plain Python; segments of length 0 included."""
+def read_packet(
+    sizes: RingSizes, bucket: Bucket, packed: np.ndarray
+) -> tuple[list[Run], list[Run]]:
+    """Decodes the rows and tiles of a packet, including segments of length 0."""
     words = packed.tolist()
-    width = 3 + limits.pages_per_sequence
-    num_tiles = bucket.chunk // limits.tile
+    width = 3 + sizes.pages_per_sequence
+    num_tiles = bucket.chunk // sizes.tile
     prompt = words[(bucket.rows + num_tiles) * width :]
     assert len(prompt) == bucket.chunk
     runs = []
     for i in range(bucket.rows + num_tiles):
         slot, position, length, *pages = words[i * width : (i + 1) * width]
         tile = i - bucket.rows
-        tokens = prompt[tile * limits.tile :][:length] if tile >= 0 else None
+        tokens = prompt[tile * sizes.tile :][:length] if tile >= 0 else None
         runs.append(Run(slot, position, length, pages, tokens))
     return runs[: bucket.rows], runs[bucket.rows :]
 
 
 def next_token(history: list[int], seed: int | None = None) -> int:
-    """What follows these tokens; drawn where there is a seed."""
+    """The next token: the greedy one, or a random one if there is a seed."""
     if POISON in history:
         return -1
     found = zlib.crc32(np.array(history, np.int32).tobytes())
@@ -58,7 +60,7 @@ def next_token(history: list[int], seed: int | None = None) -> int:
 
 
 def generate(prompt: list[int], max_length: int, stop_ids=frozenset(), seed=None):
-    """The answer to a request, one token at a time, and why it ends."""
+    """The answer to a request, computed sequentially, and its finish reason."""
     tokens = list(prompt)
     while len(tokens) < max_length:
         token = next_token(tokens, seed)
@@ -75,35 +77,35 @@ def _draw(found: int, seed_words: np.ndarray, index: int) -> int:
 
 
 class MockExecutor:
-    """Stands for `llama_jax.engine.executor.Executor`.
+    """Stands in for `llama_jax.engine.executor.Executor`.
 
     Attributes:
-      buckets: of each tick so far.
+      buckets: the bucket of each tick so far.
     """
 
-    def __init__(self, limits: Limits, num_stages: int):
-        self.limits = limits
+    def __init__(self, sizes: RingSizes, num_stages: int):
+        self.sizes = sizes
         self.call_seconds = 0.0
         self.buckets: list[Bucket] = []
-        self._pages = np.full((limits.num_pages, limits.page_size), GARBAGE, np.int32)
-        self._slots = [GARBAGE] * limits.num_slots  # the last token of each
+        self._pages = np.full((sizes.num_pages, sizes.page_size), GARBAGE, np.int32)
+        self._slots = [GARBAGE] * sizes.num_slots  # the last token of each
         # For each packet in flight, of its rows and of its tiles: (slot, hash or -1 for NaN).
         empty: list[tuple[int, int]] = []
         self._ring = deque([(empty, empty)] * num_stages, maxlen=num_stages)
 
     def run(self, bucket: Bucket, packed: np.ndarray, controls: np.ndarray | None) -> TickResult:
         self.buckets.append(bucket)
-        self._ring.append(self._enter(*read_packet(self.limits, bucket, packed)))
+        self._ring.append(self._enter(*read_packet(self.sizes, bucket, packed)))
         for rows, tiles in self._ring:
             assert len(rows) <= bucket.rows, "rows that this program does not run"
-            assert len(tiles) * self.limits.tile <= bucket.chunk, "tiles that it does not run"
+            assert len(tiles) * self.sizes.tile <= bucket.chunk, "tiles that it does not run"
         rows, tiles = self._ring[0]
-        tokens = np.full(self.limits.num_segments(bucket), GARBAGE, np.int32)
+        tokens = np.full(self.sizes.num_segments(bucket), GARBAGE, np.int32)
         for i, (slot, found) in [*enumerate(rows), *enumerate(tiles, bucket.rows)]:
             if controls is not None and controls[i, 4]:  # the temperature, as bits of a float
                 found = found if found < 0 else _draw(found, controls[i, :2], controls[i, 2])
             tokens[i] = found if found < 0 else found % VOCAB_SIZE
-            if slot < self.limits.num_slots:
+            if slot < self.sizes.num_slots:
                 self._slots[slot] = int(tokens[i])
         return TickResult(tokens, np.empty(0), bucket)  # type: ignore[arg-type]
 
@@ -115,7 +117,7 @@ class MockExecutor:
             tokens = [self._slots[run.slot]] if run.tokens is None else run.tokens
             assert len(tokens) == run.length
             for position, token in enumerate(tokens, run.position):
-                page, offset = divmod(position, self.limits.page_size)
+                page, offset = divmod(position, self.sizes.page_size)
                 self._pages[run.pages[page], offset] = token
         return [(r.slot, self._answer(r)) for r in used_rows], [
             (r.slot, self._answer(r)) for r in used_tiles
@@ -123,6 +125,6 @@ class MockExecutor:
 
     def _answer(self, run: Run) -> int:
         length = run.position + run.length
-        held = run.pages[: -(-length // self.limits.page_size)]
+        held = run.pages[: -(-length // self.sizes.page_size)]
         history = self._pages[held].ravel()[:length]
         return -1 if POISON in history else zlib.crc32(history.tobytes())

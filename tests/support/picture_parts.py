@@ -1,15 +1,14 @@
-"""A picture taken apart: what can be read in it, and its cells."""
+"""Takes a picture apart: its texts, ticks, labels and cells."""
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from llama_jax.engine.recording import Recording, record
-from tests.engine.test_tick_loop import make_loop, make_requests, run
+DARK = "#111111"  # the background of dark pages
 
 
 def contrast(a: str, b: str) -> float:
-    """WCAG 2.1, 1.4.3."""
+    """The contrast ratio of two "#rrggbb" colors (WCAG 2.1, 1.4.3)."""
 
     def luminance(color: str) -> float:
         r, g, b = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
@@ -21,6 +20,7 @@ def contrast(a: str, b: str) -> float:
 
 
 def visible_texts(picture: Figure) -> list[Text]:
+    """The texts that are drawn, among them those of ticks."""
     found = []
     beyond = set()
     for axis in [axis for axes in picture.axes for axis in (axes.xaxis, axes.yaxis)]:
@@ -29,7 +29,7 @@ def visible_texts(picture: Figure) -> list[Text]:
             beyond |= set() if tick in drawn else {id(text) for text in tick.findobj(Text)}
     for text in picture.findobj(Text):
         hidden = text.axes is not None and not text.axes.get_visible()
-        hidden |= id(text) in beyond  # past the end of its axis
+        hidden |= id(text) in beyond  # matplotlib keeps ticks beyond the axis without drawing them
         if text.get_text() and text.get_visible() and not hidden:
             found.append(text)
     return found
@@ -53,11 +53,3 @@ def labels(axes) -> tuple[str, str]:
 
 def ticks(axis) -> list[str]:
     return [label.get_text() for label in axis.get_ticklabels()]
-
-
-def recorded_run() -> Recording:
-    """25 requests through four stages and a pool of 60 pages."""
-    loop = make_loop(4, 0)
-    with record(loop) as recording:
-        run(loop, make_requests(25, seed=3))
-    return recording

@@ -1,4 +1,4 @@
-"""What tests of the engine's process ask about processes, and the fake engine's command."""
+"""Processes as tests see them, and the command of the fake engine."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ FAKE = (sys.executable, "-m", "tests.support.fake_engine")
 
 @contextmanager
 def private_temporary_directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory for sockets and logs, where no engine may leave its own directory behind."""
+    """A temporary directory in which no engine may leave its own directory behind."""
     with tempfile.TemporaryDirectory(prefix="t-") as name:  # short enough for a socket's path
         monkeypatch.setattr(tempfile, "tempdir", name)
         yield Path(name)
@@ -23,13 +23,13 @@ def private_temporary_directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 
 def assert_gone(pid: int) -> None:
-    """Neither running nor a zombie."""
+    """Asserts that a process neither runs nor is a zombie."""
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process that may not be a child of this one runs (a zombie does not)."""
+    """Whether a process runs. A zombie does not; the process need not be a child."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
@@ -37,16 +37,16 @@ def is_running(pid: int) -> bool:
 
 
 def children(pid: int) -> set[int]:
-    """The processes that any thread of a process has started."""
+    """The child processes of all threads of a process."""
     threads = Path(f"/proc/{pid}/task").iterdir()
     return {int(child) for thread in threads for child in _words(thread / "children")}
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    """Returns as soon as the condition holds; fails if it never does."""
+    """Waits until the condition holds; fails if that takes too long."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "the condition never held"
         time.sleep(0.01)
 
 

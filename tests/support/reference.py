@@ -1,4 +1,4 @@
-"""Small random models, their answers by transformers on PyTorch, and the ring without a server."""
+"""Small random models, their logits by transformers on PyTorch, and the ring without a server."""
 
 import contextlib
 from collections import defaultdict
@@ -15,10 +15,10 @@ import transformers
 from llama_jax.checkpoint import open_checkpoint
 from llama_jax.checkpoint.load import choose_dtype, load_params
 from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.device_memory import choose_mesh_sizes
 from llama_jax.engine.executor import Executor
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.scheduler import Scheduler
-from llama_jax.engine.sizing import choose_limits
 from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.ring.kv_cache import page_bytes
 from llama_jax.ring.steps import init_state, state_shapes
@@ -55,7 +55,7 @@ def make_model(
     max_position_embeddings: int = 512,
     seed: int = 0,
 ) -> transformers.LlamaForCausalLM:
-    """A Llama with random weights, large enough that its logits differ clearly; float32."""
+    """A float32 Llama with random weights, large enough that its logits differ clearly."""
     config = transformers.LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=embed_dim,
@@ -88,13 +88,13 @@ def save_model(model: transformers.LlamaForCausalLM, path: Path) -> Path:
 
 
 def reference_logits(model: transformers.LlamaForCausalLM, tokens: list[int]) -> np.ndarray:
-    """[T, V] float32: after each token, by transformers."""
+    """The logits after each token by transformers, `[T, V]` float32."""
     with torch.no_grad():
         return model(torch.tensor([tokens])).logits[0].numpy()
 
 
 class Request(NamedTuple):
-    """A request and the tick in which it arrives."""
+    """A request, and the tick in which it arrives."""
 
     request_id: int
     tick: int
@@ -104,12 +104,12 @@ class Request(NamedTuple):
 
 @dataclass
 class Run:
-    """What came out of the ring.
+    """The outputs of the ring.
 
     Attributes:
-      tokens: by request.
-      logits: by request, then by the index of the token that they are for; `[V']` float32.
-      reasons: why each request ended: "stop", "length", "error" or "abort".
+      tokens: request id -> its tokens.
+      logits: request id -> token index -> the logits of that token, `[V']` float32.
+      reasons: request id -> finish reason: "stop", "length", "error" or "abort".
     """
 
     tokens: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
@@ -120,7 +120,7 @@ class Run:
 def greedy_requests(
     lengths: Iterable[int], *, vocab_size: int, max_tokens: int, ticks_apart: int = 3
 ) -> list[Request]:
-    """One request for each length of a prompt, of random tokens; they arrive one after another."""
+    """One request per prompt length, of random tokens, arriving one after another."""
     rng = np.random.default_rng(1)
     params = SamplingParams(temperature=0, max_tokens=max_tokens)
     return [
@@ -138,7 +138,7 @@ def make_loop(
     num_pages: int | None = None,
     **options: object,
 ) -> TickLoop:
-    """A `TickLoop` over a checkpoint; the pool has `num_pages` and is full of NaN."""
+    """A `TickLoop` that serves a checkpoint; its page pool starts full of NaN."""
     device_mesh = make_mesh(mesh)
     with contextlib.closing(open_checkpoint(path)) as reader:
         config = reader.config
@@ -149,18 +149,18 @@ def make_loop(
         memory = num_pages * page_bytes(config, device_mesh, page_size, dtype)
         options["kv_cache_memory"] = memory
     chosen = EngineOptions(path=str(path), mesh=mesh, **options)
-    limits, _ = choose_limits(chosen, config, device_mesh, dtype)
-    executor = Executor(config, device_mesh, limits, params, dtype, fill)
-    scheduler = Scheduler(limits, device_mesh.shape["stage"], chosen.max_queue)
+    sizes, _ = choose_mesh_sizes(chosen, config, device_mesh, dtype)
+    executor = Executor(config, device_mesh, sizes, params, dtype, fill)
+    scheduler = Scheduler(sizes, device_mesh.shape["stage"])
     return TickLoop(scheduler, executor, results_late)
 
 
 def restart(loop: TickLoop, results_late: int = 0) -> TickLoop:
-    """A loop with the programs of another, in which nothing has happened: it takes its place."""
-    executor, limits = loop.executor, loop.limits
-    shapes = state_shapes(executor.config, executor.mesh, limits, np.dtype(np.float32))
-    executor._state = init_state(shapes, limits, float("nan"))
-    return TickLoop(Scheduler(limits, loop.num_stages, 256), executor, results_late)
+    """An empty loop with the compiled programs of another, which must not be used any more."""
+    executor, sizes = loop.executor, loop.sizes
+    shapes = state_shapes(executor.config, executor.mesh, sizes, np.dtype(np.float32))
+    executor._state = init_state(shapes, sizes, float("nan"))
+    return TickLoop(Scheduler(sizes, loop.num_stages), executor, results_late)
 
 
 def drive(
@@ -173,7 +173,7 @@ def drive(
     keep_logits: bool = True,
     max_ticks: int = 20000,
 ) -> Run:
-    """Runs requests to their end; aborts are (tick, request id)."""
+    """Runs requests until all have ended. Aborts are (tick, request id)."""
     run = Run()
 
     def keep(packet, result):
@@ -199,12 +199,12 @@ def drive(
         for _, request_id in (abort for abort in aborts if abort[0] == tick):
             unfinished = loop.scheduler.num_unfinished
             loop.scheduler.abort(request_id)
-            assert loop.scheduler.num_unfinished == unfinished - 1, "nothing to abort"
+            assert loop.scheduler.num_unfinished == unfinished - 1, "the request to abort has ended"
             run.reasons[request_id] = "abort"
         if not waiting and not loop.has_work:
             return run
         for output in loop.step():
-            assert output.request_id not in run.reasons, "an output after the end"
+            assert output.request_id not in run.reasons, "an output after the finish reason"
             if output.token is not None:
                 run.tokens[output.request_id].append(output.token)
             if output.finish_reason:
@@ -213,11 +213,11 @@ def drive(
 
 
 class Distance(NamedTuple):
-    """How far the ring is from transformers, which was fed the ring's own tokens.
+    """The difference between the ring and transformers, given the ring's own tokens.
 
     Attributes:
-      logits: the largest difference, as a share of the largest logit.
-      tokens: by how much the best logit exceeds that of the token which the ring chose; the most.
+      logits: the largest difference of two logits, relative to the largest logit.
+      tokens: the largest gap between the best logit and that of the token that the ring chose.
     """
 
     logits: float
@@ -225,7 +225,7 @@ class Distance(NamedTuple):
 
 
 def distance(model: transformers.LlamaForCausalLM, request: Request, run: Run) -> Distance:
-    """Compares every token of a request, and the logits it was chosen from, with transformers."""
+    """Compares every token of a request, and its logits, with transformers."""
     prompt, tokens = request.prompt, run.tokens[request.request_id]
     logits = run.logits[request.request_id]
     assert sorted(logits) == list(range(len(prompt), len(prompt) + len(tokens)))

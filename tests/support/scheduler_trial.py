@@ -1,4 +1,4 @@
-"""A scheduler driven by hand: the ring behind it, a host that reads late, and what must hold."""
+"""A scheduler driven by hand, with a ring, a host that reads late, and checks of invariants."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -6,15 +6,13 @@ from itertools import chain
 
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.scheduler import Packet, Scheduler
-from llama_jax.ring.packet import encode
-from llama_jax.ring.sizes import Limits
+from llama_jax.ring.packet import encode_packet
+from llama_jax.ring.sizes import RingSizes
 from tests.support.mock_executor import MockExecutor, generate
 
-LARGEST_QUEUE = 100
 
-
-def make_limits(*, num_pages, page_size=4, max_rows=2, stages=2, tile=4, tiles=1, max_len=40):
-    return Limits(
+def make_sizes(*, num_pages, page_size=4, max_rows=2, stages=2, tile=4, tiles=1, max_len=40):
+    return RingSizes(
         num_slots=max_rows * stages,
         num_pages=num_pages,
         page_size=page_size,
@@ -27,7 +25,7 @@ def make_limits(*, num_pages, page_size=4, max_rows=2, stages=2, tile=4, tiles=1
 
 @dataclass
 class Request:
-    """One request of a trace. arrival, abort: ticks; abort None: never."""
+    """One request of a trace. `arrival` and `abort` are ticks; it is never aborted if None."""
 
     prompt: list[int]
     max_tokens: int
@@ -46,22 +44,22 @@ class Request:
 
 @dataclass
 class Trial:
-    """A scheduler, the ring behind it, and a host that reads results late.
+    """A scheduler, a ring, and a host that reads results late.
 
-    late: for each tick in turn, how many results may be left unread.
+    Attributes:
+      late: how many results may stay unread, for each tick in turn.
     """
 
-    limits: Limits
+    sizes: RingSizes
     stages: int
     late: list[int] = field(default_factory=lambda: [0])
-    max_queue: int = LARGEST_QUEUE
     tick: int = 0
     tokens: dict[int, list[int]] = field(default_factory=dict)
     ended: dict[int, tuple[str, int]] = field(default_factory=dict)  # reason, tick
 
     def __post_init__(self):
-        self.scheduler = Scheduler(self.limits, self.stages, self.max_queue)
-        self.executor = MockExecutor(self.limits, self.stages)
+        self.scheduler = Scheduler(self.sizes, self.stages)
+        self.executor = MockExecutor(self.sizes, self.stages)
         self.ring = deque([Packet()] * self.stages, maxlen=self.stages)
         self.unread: deque = deque()
         self.packets: list[Packet] = []
@@ -106,9 +104,9 @@ class Trial:
         self.ring.append(packet)
         rows = max(len(p.rows) for p in self.ring)
         tiles = max(len(p.tiles) for p in self.ring)
-        bucket = self.limits.bucket(rows, tiles * self.limits.tile)
-        packed = encode(
-            self.limits,
+        bucket = self.sizes.bucket(rows, tiles * self.sizes.tile)
+        packed = encode_packet(
+            self.sizes,
             bucket,
             self.scheduler.page_tables,
             [s.slot for s in packet.rows],
@@ -129,7 +127,7 @@ class Trial:
                 self.ended[output.request_id] = (output.finish_reason, self.tick)
 
     def drain(self, max_ticks: int = 10_000) -> None:
-        """Goes on until nothing is left to do."""
+        """Runs until nothing is left to do."""
         for _ in range(max_ticks):
             if not (self.scheduler.has_work or any(self.ring)):
                 break
@@ -137,7 +135,7 @@ class Trial:
         while self.unread:
             self.read()
         assert not self.scheduler.has_work and self.scheduler.num_unfinished == 0
-        assert self.scheduler.pool.num_free == self.limits.num_pages
+        assert self.scheduler.pool.num_free == self.sizes.num_pages
         assert self.scheduler.num_running == 0
 
     @property
@@ -147,21 +145,21 @@ class Trial:
 
     @property
     def half_sent(self):
-        """(sequence, epoch) of the prompts of which a part is sent."""
+        """(sequence, epoch) of the prompt that is partly sent, if there is one."""
         return [(s, s.epoch) for s in [self.scheduler.prefilling] if s and s.next_position]
 
-    # --- what must hold ----------------------------------------------------------------------
+    # --- invariants --------------------------------------------------------------------------
 
     def check_memory(self) -> None:
-        """No page or slot owned twice, none leaked, tables as the pages are."""
+        """No page or slot has two owners or leaks, and the page tables match the pages."""
         scheduler = self.scheduler
         owned = [page for s in self.live for page in s.pages]
         assert len(set(owned)) == len(owned), "a page is owned twice"
-        assert all(0 <= page < self.limits.num_pages for page in owned)
-        assert scheduler.pool.num_free + len(owned) == self.limits.num_pages, "a page is leaked"
+        assert all(0 <= page < self.sizes.num_pages for page in owned)
+        assert scheduler.pool.num_free + len(owned) == self.sizes.num_pages, "a page is leaked"
         slots = [s.slot for s in self.live]
         assert len(set(slots)) == len(slots) == scheduler.num_running, "slots do not add up"
-        assert all(0 <= slot < self.limits.num_slots for slot in slots)
+        assert all(0 <= slot < self.sizes.num_slots for slot in slots)
         assert all(s.slot is None and not s.pages for s in scheduler.waiting)
         for s in self.live:
             assert scheduler.page_tables[s.slot, : len(s.pages)].tolist() == s.pages
@@ -171,61 +169,61 @@ class Trial:
         assert ages[1] == sorted(ages[1])
 
     def check_packet(self, packet: Packet) -> None:
-        limits = self.limits
-        assert len(packet.rows) <= limits.max_rows
-        assert len(packet.tiles) * limits.tile <= limits.max_chunk
-        assert all(0 < s.length <= limits.tile for s in packet.tiles)
-        owner: dict[int, int] = {}  # page -> request that this packet reads or writes it for
+        sizes = self.sizes
+        assert len(packet.rows) <= sizes.max_rows
+        assert len(packet.tiles) * sizes.tile <= sizes.max_chunk
+        assert all(0 < s.length <= sizes.tile for s in packet.tiles)
+        owner: dict[int, int] = {}  # page -> the request that this packet uses it for
         for segment in chain(packet.rows, packet.tiles):
             s = segment.sequence
             end = segment.position + segment.length
-            pages = self.scheduler.page_tables[segment.slot, : -(-end // limits.page_size)]
+            pages = self.scheduler.page_tables[segment.slot, : -(-end // sizes.page_size)]
             for page in pages.tolist():
                 assert owner.setdefault(page, s.request_id) == s.request_id, "shared in a packet"
             key = (s.arrival, segment.epoch)
             assert segment.position == self.sent.get(key, 0), "tokens are left out or sent again"
             self.sent[key] = end
-            assert segment.epoch == s.epoch, "preempted by the packet that it is in"
-            assert end < s.max_length, "sent, though its length limit has been asked for"
+            assert segment.epoch == s.epoch, "preempted by its own packet"
+            assert end < s.max_length, "sent beyond its length limit"
             assert segment.ends == (segment.tokens is None or end == s.prefill_until)
             assert s.slot is not None or s.fully_sent
         rows = [row.sequence for row in packet.rows]
         assert len(set(rows)) == len(rows)
 
     def check_consecutive(self, packet: Packet, half_sent, free_before: int, room: int) -> None:
-        """The next chunk of a prompt is in the next packet, if there are pages for it.
+        """The next chunk of a prompt enters in the next tick, if there are pages for it.
 
-        Only the last one may wait, for a packet whose microbatch has a row for it.
+        Only the last chunk may wait, until a microbatch has a row for it.
         """
-        limits = self.limits
-        taken = sum(row.position % limits.page_size == 0 for row in packet.rows)
+        sizes = self.sizes
+        taken = sum(row.position % sizes.page_size == 0 for row in packet.rows)
         for s, epoch in half_sent:
             if s.epoch != epoch or any(tile.sequence is s for tile in packet.tiles):
                 continue
             left = s.prefill_until - s.next_position
-            end = s.next_position + min(left, limits.max_chunk)
-            no_pages = -(-end // limits.page_size) - len(s.pages) > free_before - taken
-            no_row = left <= limits.max_chunk and room <= 0
+            end = s.next_position + min(left, sizes.max_chunk)
+            no_pages = -(-end // sizes.page_size) - len(s.pages) > free_before - taken
+            no_row = left <= sizes.max_chunk and room <= 0
             assert no_pages or no_row, "a gap between two chunks"
 
     def share(self) -> int:
-        """Rows of a microbatch below which a prompt may join it: ceil(live sequences / P), where
-        those count as live that slots and pages let in now, one after the other."""
-        limits, free = self.limits, self.scheduler.pool.num_free
+        """The rows of a microbatch below which a prompt may join: ceil(live sequences / P). A
+        waiting sequence counts as live if slots and pages suffice for it now, in order."""
+        sizes, free = self.sizes, self.scheduler.pool.num_free
 
         def missing(s) -> int:
-            return -(-min(len(s.tokens) + 1, s.max_length - 1) // limits.page_size) - len(s.pages)
+            return -(-min(len(s.tokens) + 1, s.max_length - 1) // sizes.page_size) - len(s.pages)
 
         live = len(self.live)
         free -= sum(map(missing, [s for s in [self.scheduler.prefilling] if s]))
         for s in self.scheduler.waiting:
             free -= missing(s)
-            if free < 0 or live == limits.num_slots:
+            if free < 0 or live == sizes.num_slots:
                 break
             live += 1
-        return min(-(-live // self.stages), limits.max_rows)
+        return min(-(-live // self.stages), sizes.max_rows)
 
     def joined(self, packet: Packet, microbatch) -> int:
-        """Rows of a microbatch as this packet found them and added to them."""
+        """The rows of a microbatch, including those that this packet finished sending."""
         sent_off = {s.sequence for s in packet.rows + packet.tiles if s.sequence.slot is None}
         return len(microbatch) + len(sent_off)

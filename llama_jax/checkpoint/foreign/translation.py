@@ -19,7 +19,7 @@ from llama_jax.checkpoint.foreign.layout import (
 from llama_jax.checkpoint.reader import CheckpointError, TensorInfo, refuse
 from llama_jax.config import LlamaConfig
 from llama_jax.config.llama_config import DTYPES
-from llama_jax.weights.table import LAYER_WEIGHTS, Weight, group_columns, is_quantized, stored
+from llama_jax.weights.table import LAYER_WEIGHTS, Weight, group_columns, is_quantized, stored_tree
 
 TILE = 512  # rows and columns translated at a time; a tile and its sources fit in a cache
 
@@ -120,7 +120,7 @@ def _parts(
 ) -> dict[str, Translated]:
     """The translated tensors of one matrix, by name."""
     assert config.quantization is not None
-    parts = stored(weight, config)
+    parts = stored_tree(weight, config)
     translated = {}
     for field, tensor in zip(parts._fields, parts, strict=True):
         part = partial(getattr(layout, field), arrays)

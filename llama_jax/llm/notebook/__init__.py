@@ -1,2 +1,4 @@
-"""What `LLM` does for those who use it from IPython: Jupyter, VS Code, Colab. Imports no JAX, and
-IPython only where it already runs. Widgets are not needed anywhere."""
+"""What `LLM` shows in IPython front ends: Jupyter, VS Code, Colab. Needs no widgets.
+
+Imports no JAX, and IPython only where it already runs.
+"""

@@ -1,7 +1,7 @@
-"""One output of a cell that changes while the cell runs.
+"""An output of a notebook cell that changes while the cell runs.
 
-By IPython's display messages alone, which every front end knows: Jupyter, VS Code, Colab. Widgets
-would need an extension in each.
+It uses only IPython's display messages, which every front end knows: Jupyter, VS Code, Colab.
+Widgets would need an extension in each.
 """
 
 import html
@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-INTERVAL_SECONDS = 0.05  # between updates: a front end draws no faster, and its queue would grow
+INTERVAL_SECONDS = 0.05  # between updates; front ends draw no faster, and messages would queue up
 
 TextAndHtml = tuple[str, str]
 
 
 class LiveOutput:
-    """Shows a text, in the output of the cell that runs, and replaces it by the next."""
+    """Shows a text in the output of the running cell, and replaces it by the next one."""
 
     def __init__(self) -> None:
         self._handle: Any = None
@@ -23,7 +23,7 @@ class LiveOutput:
         self._pending: Callable[[], TextAndHtml] | None = None
 
     def show(self, make: Callable[[], TextAndHtml]) -> None:
-        """Shows what `make` returns, plain and as HTML, unless the last is too new."""
+        """Shows what `make` returns, plain and as HTML, unless the last update is too recent."""
         now = time.monotonic()
         if self._handle is not None and now - self._shown < INTERVAL_SECONDS:
             self._pending = make
@@ -32,7 +32,7 @@ class LiveOutput:
         self._shown = time.monotonic()
 
     def finish(self) -> None:
-        """Shows the last text, if it has not been shown."""
+        """Shows the last text, if it was skipped."""
         if self._pending is not None:
             self._show(self._pending)
 
@@ -49,6 +49,6 @@ class LiveOutput:
 
 
 def running_text(text: str) -> TextAndHtml:
-    """A text with its own line breaks."""
+    """Formats a text, with its line breaks kept."""
     style = "white-space: pre-wrap; overflow-wrap: anywhere; margin: 0"
     return text, f'<div style="{style}">{html.escape(text)}</div>'

@@ -1,13 +1,14 @@
-"""`LLM` and `Completion` as a notebook shows them.
+"""The HTML of `LLM` and `Completion` in a notebook.
 
-Everything that comes from outside is escaped. Text has the page's own colour and nothing has a
-background, so that it can be read on light and dark pages.
+All text is escaped. Text has the page's own color and nothing has a background, so that it is
+readable on light and dark pages.
 """
 
 from html import escape
 from itertools import groupby
 
-from llama_jax.engine.messages import DeviceInfo, EngineInfo, Stats
+from llama_jax.engine.interface import DeviceInfo, EngineInfo, Stats
+from llama_jax.terminal.units import bytes_text, layers_text
 
 _LINE = "1px solid rgba(128, 128, 128, 0.5)"
 _CELL = f"border: {_LINE}; padding: 0.3em 0.7em; text-align: left; vertical-align: top"
@@ -25,9 +26,9 @@ def completion_html(
     finish_reason: str,
     error: str | None,
 ) -> str:
-    """A `Completion`; arguments are its attributes, with counts in place of token ids."""
+    """The HTML of a `Completion`. The arguments are its attributes, with counts for token ids."""
     asked = f"{num_prompt_tokens:,} token ids" if prompt is None else prompt
-    facts = f"{num_tokens:,} tokens after {num_prompt_tokens:,} of prompt, ended by "
+    facts = f"{num_tokens:,} tokens after {num_prompt_tokens:,} of prompt, finish reason "
     failure = "" if error is None else f'<div role="alert"><b>Error:</b> {escape(error)}</div>'
     return (
         f'<div style="max-width: 60em"><div style="{_FAINT}; {_TEXT}">{escape(asked)}</div>'
@@ -37,12 +38,12 @@ def completion_html(
 
 
 def llm_html(info: EngineInfo, stats: Stats, *, ended: str | None, place: str) -> str:
-    """An `LLM`: what it is, where its layers and bytes lie, its limits, and how it is doing.
+    """The HTML of an `LLM`: state, limits, counters, and the layers and bytes of each device.
 
     Args:
-      info: what its engine turned out to be.
+      info: the engine's description of itself.
       stats: the engine's latest report.
-      ended: one sentence on why it has ended; None while it runs.
+      ended: one sentence on why the engine has ended; None while it runs.
       place: where the engine runs.
     """
     used = stats.pages_total - stats.pages_free
@@ -53,10 +54,10 @@ def llm_html(info: EngineInfo, stats: Stats, *, ended: str | None, place: str) -
     rows = {
         "state": ended or "ready",
         "engine": f"{place}; {info.dtype} on {info.platform}",
-        "limits": f"{info.max_model_len:,} tokens a sequence, {info.max_num_seqs:,} sequences at "
+        "limits": f"{info.max_model_len:,} tokens per sequence, {info.max_num_seqs:,} sequences at "
         f"once, KV cache of {info.num_pages:,} pages of {info.page_size} tokens",
         "now": "" if ended else now,
-        "so far": f"{stats.prompt_tokens:,} tokens of prompts, {stats.generation_tokens:,} "
+        "so far": f"{stats.prompt_tokens:,} prompt tokens, {stats.generation_tokens:,} "
         f"generated, {stats.preemptions:,} preemptions",
     }
     facts = "".join(
@@ -72,11 +73,11 @@ def llm_html(info: EngineInfo, stats: Stats, *, ended: str | None, place: str) -
 
 
 def _mesh(devices: list[DeviceInfo]) -> str:
-    """A table of stages and ranks."""
+    """The devices as a table of stages and ranks."""
     stages = [list(group) for _, group in groupby(devices, lambda device: device.stage)]
     ranks = "".join(f'<th style="{_CELL}">rank {device.rank}</th>' for device in stages[0])
     rows = "".join(
-        f'<tr><th style="{_CELL}">stage {stage[0].stage}<br>{_layers(stage[0].layers)}</th>'
+        f'<tr><th style="{_CELL}">stage {stage[0].stage}<br>{layers_text(stage[0].layers)}</th>'
         + "".join(f'<td style="{_CELL}">{_device(device)}</td>' for device in stage)
         + "</tr>"
         for stage in stages
@@ -90,16 +91,6 @@ def _mesh(devices: list[DeviceInfo]) -> str:
 def _device(device: DeviceInfo) -> str:
     return (
         f"{escape(device.name)}<br>"
-        f'<span style="{_FAINT}">weights {_size(device.weight_bytes)}<br>'
-        f"KV cache {_size(device.kv_bytes)}</span>"
+        f'<span style="{_FAINT}">weights {bytes_text(device.weight_bytes)}<br>'
+        f"KV cache {bytes_text(device.kv_bytes)}</span>"
     )
-
-
-def _layers(layers: list[int]) -> str:
-    if not layers:
-        return "no layers"
-    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
-
-
-def _size(number: int) -> str:
-    return f"{number / 1e9:,.3f} GB" if number >= 1e8 else f"{number / 1e6:,.3f} MB"

@@ -1,4 +1,4 @@
-"""Who holds the pages of the KV cache over time."""
+"""The pages of the KV cache by request over time."""
 
 from pathlib import Path
 
@@ -7,33 +7,33 @@ from matplotlib.ticker import MaxNLocator
 
 from llama_jax.engine.recording import Recording
 from llama_jax.pictures.ring_timeline import choose_ticks, time_axis
-from llama_jax.pictures.style import GREY, PALETTE, WIDTH, Picture, drawing, wrapped
+from llama_jax.pictures.style import GRAY, PALETTE, WIDTH, Picture, drawing, wrapped
 
-MOST_NAMES = len(PALETTE)  # requests with an area of their own
-SMALLEST_PEAK = 0.2  # of the pool: below it, the axis ends above the peak, not above the pool
+MAX_AREAS = len(PALETTE)  # further requests share one area
+MIN_PEAK = 0.2  # of the pool: if the peak is lower, the axis ends above the peak, not the pool
 
 
 def page_occupancy(
     recording: Recording, ticks: slice | None = None, *, save: str | Path | None = None
 ) -> Picture:
-    """Draws the pages of each request, one above the other, and the size of the pool as a line.
+    """Draws the KV-cache pages of each request, stacked, and the size of the pool as a line.
 
-    Where more requests than there are colours held pages, those with the fewest share an area.
+    The requests with the most pages get a color of their own; the others share one.
 
     Args:
       recording: from `llama_jax.engine.recording.record`.
-      ticks: which, counted from 0 at the beginning of the recording; None for all.
-      save: a file to write as well.
+      ticks: a slice of ticks, counted from the start of the recording; None for all.
+      save: a file to write.
 
     Raises:
-      ValueError: there are no such ticks.
+      ValueError: the slice has a step, or selects no ticks.
     """
     chosen = choose_ticks(recording, slice(None) if ticks is None else ticks)
     records = [recording.ticks[tick] for tick in chosen]
     total = records[0].pages_total
     peak = max(total - record.pages_free for record in records)
     areas = _areas([record.pages for record in records])
-    # A tick is a step as wide as one, so the last value needs a second edge.
+    # A tick is a step of width 1 around its number, so there is one more edge than ticks.
     edges = np.arange(chosen.start, chosen.stop + 1) - 0.5
     heights = [np.append(counts, counts[-1]) for _, counts, _ in areas]
     with drawing(WIDTH, 3.8, save) as picture:
@@ -47,33 +47,33 @@ def page_occupancy(
                 step="post",
                 labels=[name for name, _, _ in areas],
                 colors=[color for *_, color in areas],
-                edgecolor=GREY,
+                edgecolor=GRAY,
                 linewidth=0.4,
             )
-        if peak >= SMALLEST_PEAK * total:
+        if peak >= MIN_PEAK * total:
             axes.set_ylim(0, 1.06 * total)
         else:
             axes.set_ylim(0, max(1.25 * peak, 1))
-            note = f"the pool of {total:,} pages is far above"
+            note = f"the pool of {total:,} pages is off the scale"
             axes.annotate(f"↑ {note}", (0.99, 0.97), xycoords="axes fraction", ha="right", va="top")
-        axes.axhline(total, color=GREY, linestyle="--", label=f"pool: {total:,} pages")
+        axes.axhline(total, color=GRAY, linestyle="--", label=f"pool: {total:,} pages")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
-        title = f"Pages of the KV cache by request: at most {peak:,} of {total:,} in use"
+        title = f"KV-cache pages by request: at most {peak:,} of {total:,} in use"
         picture.suptitle(wrapped(title, WIDTH))
         picture.legend(loc="outside right upper")
     return picture
 
 
 def _areas(pages: list[dict[int, int]]) -> list[tuple[str, np.ndarray, str]]:
-    """Name, pages in each tick, and colour of each area, the lowest first."""
+    """(name, pages in each tick, color) of each area, from the bottom up."""
     counts = {
         request_id: np.array([held.get(request_id, 0) for held in pages])
         for request_id in dict.fromkeys(r for held in pages for r in held)
     }
     named = list(counts)
-    if len(named) > MOST_NAMES:
-        largest = sorted(named, key=lambda r: -int(counts[r].sum()))[:MOST_NAMES]
+    if len(named) > MAX_AREAS:
+        largest = sorted(named, key=lambda r: -int(counts[r].sum()))[:MAX_AREAS]
         named = [request_id for request_id in named if request_id in set(largest)]
     areas = [
         (f"request {request_id}", counts[request_id], color)
@@ -81,5 +81,5 @@ def _areas(pages: list[dict[int, int]]) -> list[tuple[str, np.ndarray, str]]:
     ]
     others = [held for request_id, held in counts.items() if request_id not in named]
     if others:
-        areas.append((f"{len(others)} other requests", np.sum(others, axis=0), GREY))
+        areas.append((f"{len(others)} other requests", np.sum(others, axis=0), GRAY))
     return areas

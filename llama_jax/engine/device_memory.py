@@ -1,0 +1,76 @@
+"""The memory of the devices: what weights and arrays take, and what is left for the KV cache."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from llama_jax.config import LlamaConfig
+from llama_jax.engine.options import EngineOptions
+from llama_jax.engine.sizing import CPU_CACHE_BYTES, SizingError, choose_sizes, gpu_cache_bytes
+from llama_jax.ring.kv_cache import page_bytes
+from llama_jax.ring.sizes import RingSizes
+from llama_jax.weights.placement import param_shapes
+from sharding.mesh import mesh_shape
+
+
+def choose_mesh_sizes(
+    options: EngineOptions, config: LlamaConfig, mesh: Mesh, dtype: jnp.dtype
+) -> tuple[RingSizes, int]:
+    """Chooses the sizes of an engine on a mesh, before its weights are loaded.
+
+    Returns:
+      The sizes, and the maximum tokens of a sequence.
+
+    Raises:
+      SizingError: see `choose_sizes` and `free_bytes`.
+      ShardingError: the model cannot be split over this mesh.
+    """
+    weights = weight_bytes(config, mesh, dtype)
+    devices = mesh.devices.flatten().tolist()
+    if options.kv_cache_memory is not None:
+        cache = options.kv_cache_memory
+    elif devices[0].platform == "cpu":
+        cache = CPU_CACHE_BYTES // len(devices)
+    else:
+        cache = gpu_cache_bytes(free_bytes(devices), weights)
+    page = page_bytes(config, mesh, options.page_size, dtype)
+    return choose_sizes(options, config, mesh_shape(mesh)[0], page, cache)
+
+
+def weight_bytes(config: LlamaConfig, mesh: Mesh, dtype: jnp.dtype) -> int:
+    """Returns the bytes of weights on each device, padding included.
+
+    Raises:
+      ShardingError: the model cannot be split over this mesh.
+    """
+    return sum(
+        math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+        for array in jax.tree.leaves(param_shapes(config, mesh, dtype))
+    )
+
+
+def free_bytes(devices: Sequence[jax.Device]) -> list[int]:
+    """Returns the free bytes of each device, within the share that JAX may use (`configure_jax`).
+
+    Raises:
+      SizingError: a device does not report its memory.
+    """
+    free = []
+    for device in devices:
+        stats = device.memory_stats() or {}
+        if "bytes_limit" not in stats:
+            raise SizingError(f"{device} does not report its memory: set kv_cache_memory.")
+        free.append(stats["bytes_limit"] - stats["bytes_in_use"])
+    return free
+
+
+def bytes_by_device(arrays: object, mesh: Mesh) -> dict[jax.Device, int]:
+    """Returns the bytes of a pytree of arrays on each device of the mesh."""
+    sizes = dict.fromkeys(mesh.devices.flatten(), 0)
+    for array in jax.tree.leaves(arrays):
+        for shard in array.addressable_shards:
+            sizes[shard.device] += shard.data.nbytes
+    return sizes

@@ -1,0 +1,187 @@
+"""One stage of the ring: its layers, run on the packet that it holds.
+
+Each layer is built around this rank's share of the weights, attends to the pages of the KV cache,
+and sums its partial results over `model`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llama_jax.config import LlamaConfig
+from llama_jax.model import DecoderLayer, Llama
+from llama_jax.model.attention import ScoreMod, Tap, paged_attention
+from llama_jax.model.llama import set_weights
+from llama_jax.ring import kv_cache
+from llama_jax.ring.kv_cache import KVCache
+from llama_jax.ring.packet import LENGTH, PAGES, POSITION, segments_of
+from llama_jax.ring.sizes import Bucket, RingSizes
+from sharding.axes import MODEL
+from sharding.collectives import psum, rank
+
+
+class Program(NamedTuple):
+    """The parameters of a compiled tick.
+
+    Attributes:
+      config: the architecture.
+      sizes: of the ring.
+      bucket: rows and chunk of this program.
+      model_class: `Llama` or a subclass, whose layers and sampler run.
+    """
+
+    config: LlamaConfig
+    sizes: RingSizes
+    bucket: Bucket
+    model_class: type[Llama]
+
+
+class PagedAttend:
+    """An `Attend` that writes keys and values to one layer's pages, then attends to the pages.
+
+    Attributes:
+      k_pages, v_pages: `[K, num_pages, page_size, h]`, this rank's; each call replaces them.
+    """
+
+    def __init__(
+        self, program: Program, segments: jax.Array, k_pages: jax.Array, v_pages: jax.Array
+    ):
+        self._program, self._segments = program, segments
+        self._locations = locate_tokens(program, segments)
+        self.k_pages, self.v_pages = k_pages, v_pages
+
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, *, score_mod: ScoreMod, tap: Tap
+    ) -> jax.Array:
+        """q `[N, H, h]`, k and v `[N, K, h]` -> `[N, H, h]`.
+
+        Does not tap the attention weights, since `paged_attention` never materializes them.
+        """
+        locations = self._locations
+        self.k_pages = kv_cache.write(self.k_pages, k, locations.page, locations.offset)
+        self.v_pages = kv_cache.write(self.v_pages, v, locations.page, locations.offset)
+        return self._by_segment(
+            q,
+            lambda q, tables, positions, lengths: paged_attention(
+                q, self.k_pages, self.v_pages, tables, positions, lengths,
+                score_mod, rank(MODEL) * q.shape[2],
+            ),
+        )  # fmt: skip
+
+    def _by_segment(self, q: jax.Array, attend: Callable[..., jax.Array]) -> jax.Array:
+        """Calls `attend` for the rows (one query each) and for the tiles (`tile` queries each).
+
+        Args:
+          q: `[N, H, h]`.
+          attend: (queries `[B, T, H, h]`, page tables, positions, lengths) -> `[B, T, ...]`.
+
+        Returns:
+          `[N, ...]`.
+        """
+        out = []
+        num_rows, tile = self._program.bucket.rows, self._program.sizes.tile
+        for part, width in ((slice(num_rows), 1), (slice(num_rows, None), tile)):
+            lengths = self._segments[part, LENGTH]
+            if lengths.size == 0:  # no rows, or no chunk, in this bucket
+                continue
+            attended = attend(
+                q[part].reshape(-1, width, *q.shape[1:]),
+                self._segments[part, PAGES:],
+                self._locations.position[part].reshape(-1, width),
+                jnp.where(lengths > 0, self._segments[part, POSITION] + lengths, 0),
+            )
+            out.append(attended.reshape(-1, *attended.shape[2:]))
+        return jnp.concatenate(out)
+
+
+# (position in the stage, layer, activations, positions of the tokens, attend) -> activations
+CallLayer = Callable[[int, DecoderLayer, jax.Array, jax.Array, PagedAttend], jax.Array]
+
+
+def call_layer(
+    position: int, layer: DecoderLayer, x: jax.Array, positions: jax.Array, attend: PagedAttend
+) -> jax.Array:
+    """Calls a layer on x `[N, D]`, with its partial results summed over `model`."""
+    with jax.named_scope(f"layer_{position}"):
+        return layer(x, positions, attend, partial(psum, axes=MODEL))
+
+
+def run_layers(
+    program: Program,
+    layers: tuple[dict[str, Any], ...],
+    x: jax.Array,
+    metadata: jax.Array,
+    cache: KVCache,
+    attend_class: type[PagedAttend] = PagedAttend,
+    call: CallLayer = call_layer,
+) -> tuple[jax.Array, KVCache]:
+    """Runs the layers of this stage on its packet.
+
+    Args:
+      program: the parameters of the tick.
+      layers: the weights of the stage, from `Params.layers`.
+      x: `[N, D]`, decode rows first.
+      metadata: the segments of the packet, `[max_segments, width]`.
+      cache: this device's share.
+      attend_class: makes the `attend` of each layer.
+      call: calls each layer.
+
+    Returns:
+      Activations `[N, D]`, and the cache.
+    """
+    segments = segments_of(program.sizes, program.bucket, metadata)
+    positions = locate_tokens(program, segments).position
+    keys, values = [], []
+    for position, weights in enumerate(layers):
+        attend = attend_class(program, segments, cache.keys[position][0], cache.values[position][0])
+        layer = make_layer(program, jax.tree.map(lambda array: array[0], weights))
+        x = call(position, layer, x, positions, attend)
+        keys.append(attend.k_pages[None])
+        values.append(attend.v_pages[None])
+    return x, KVCache(tuple(keys), tuple(values))
+
+
+class TokenLocations(NamedTuple):
+    """The location of each token of a packet, rows first; all `[N]` int32.
+
+    Attributes:
+      position: in its sequence.
+      page: in the pool; `num_pages` for a token that is padding.
+      offset: in the page.
+    """
+
+    position: jax.Array
+    page: jax.Array
+    offset: jax.Array
+
+
+def locate_tokens(program: Program, segments: jax.Array) -> TokenLocations:
+    """Locates the tokens of a packet, given its segments `[num_segments, width]`."""
+    sizes, num_rows = program.sizes, program.bucket.rows
+
+    def expand(segments: jax.Array, tile: int) -> tuple[jax.Array, ...]:
+        step = jnp.arange(tile)
+        position = segments[:, POSITION, None] + step  # [segments, tile]
+        index = position // sizes.page_size
+        pages = segments[:, PAGES:]
+        page = jnp.take_along_axis(pages, index, axis=1, mode="clip")
+        # No page is an index past the pool, which scatters drop: 0 and -1 are valid pages.
+        real = (step < segments[:, LENGTH, None]) & (index < pages.shape[1])
+        page = jnp.where(real, page, sizes.num_pages)
+        return position.ravel(), page.ravel(), (position % sizes.page_size).ravel()
+
+    rows, tiles = expand(segments[:num_rows], 1), expand(segments[num_rows:], sizes.tile)
+    return TokenLocations(*(jnp.concatenate(pair) for pair in zip(rows, tiles, strict=True)))
+
+
+def make_layer(program: Program, weights: dict[str, Any]) -> DecoderLayer:
+    """Builds a decoder layer around this rank's share of the weights."""
+    layer_class = program.model_class.layer_class
+    # eval_shape builds the module without allocating the parameters that are then replaced.
+    layer = nnx.eval_shape(lambda: layer_class(program.config, rngs=nnx.Rngs(0)))
+    set_weights(layer, weights)
+    return layer

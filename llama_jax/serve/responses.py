@@ -1,0 +1,226 @@
+"""Writes the response of a route that generates, whole or as a stream of server-sent events."""
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.interface import FinishReason
+from llama_jax.serve.choices import ChoiceDelta, generate_choice, merge
+from llama_jax.serve.errors import ApiError, as_api_error, too_long
+from llama_jax.serve.interrupt import Interrupted, disconnected, unless
+from llama_jax.serve.protocol import StreamOptions
+from llama_jax.serve.served_model import ServedModel
+
+CLIENT_CLOSED_REQUEST = 499  # nginx's status code, for logs; no client receives it
+
+
+class ResponseFormat(Protocol):
+    """The JSON of one route's responses."""
+
+    id_prefix: str
+    whole_object: str
+    chunk_object: str
+
+    def whole(self, index: int, text: str, reason: FinishReason | None) -> dict[str, Any]:
+        """An entry of `choices` in a whole response."""
+
+    def chunk(
+        self, index: int, text: str, reason: FinishReason | None, first: bool
+    ) -> dict[str, Any]:
+        """An entry of `choices` in a stream; `first` marks the first one of its choice."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one HTTP request asks to generate.
+
+    Attributes:
+      prompts: the token ids of each prompt.
+      params: the sampling parameters of each choice; the same for every prompt.
+      stream: whether to stream the response.
+      options: when to send the usage in a stream.
+      arrived: when the request arrived, by the clock of the metrics.
+    """
+
+    prompts: Sequence[list[int]]
+    params: Sequence[SamplingParams]
+    stream: bool
+    options: StreamOptions
+    arrived: float
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The number of prompt tokens; a prompt counts once, however many choices it has."""
+        return sum(map(len, self.prompts))
+
+    @property
+    def num_choices(self) -> int:
+        """The number of choices for all prompts. Those of one prompt are adjacent."""
+        return len(self.prompts) * len(self.params)
+
+
+async def respond(
+    served: ServedModel, request: Request, format: ResponseFormat, job: Job
+) -> Response:
+    """Generates the choices of a request, until they end or the client disconnects.
+
+    A stream starts with its first token, so that an error before it still has its own HTTP status.
+
+    Raises:
+      ApiError: the request cannot be accepted.
+      RequestError, QueueFull, EngineDead, GenerationFailed: as `generate_choice`.
+    """
+    _check_job(served, job)
+    streams = [
+        generate_choice(served, index * len(job.params) + choice, prompt, params, job.arrived)
+        for index, prompt in enumerate(job.prompts)
+        for choice, params in enumerate(job.params)
+    ]
+    deltas = merge(streams)
+    head = {
+        "id": f"{format.id_prefix}-{uuid.uuid4().hex}",
+        "object": format.chunk_object if job.stream else format.whole_object,
+        "created": int(time.time()),
+        "model": served.name,
+    }
+    gone = disconnected(request.receive)
+    try:
+        if job.stream:
+            first = await unless(gone, _first(deltas))
+            return EventStream(_events(first, deltas, head, format, job), deltas)
+        body = await unless(gone, _whole(deltas, head, format, job))
+    except Interrupted:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return Response(msgspec.json.encode(body), media_type="application/json")
+
+
+class EventStream(Response):
+    """Sends server-sent events until they end or the client disconnects."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], source: AsyncGenerator[ChoiceDelta, None]
+    ) -> None:
+        """Both generators are closed at the end.
+
+        Args:
+          events: the events.
+          source: the deltas that `events` reads. If no event was read `events` has not started, and
+            closing it would not close `source`.
+        """
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+        self._source = source
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the events."""
+        try:
+            await unless(disconnected(receive), self._send(send))
+        except (Interrupted, OSError):  # `send` may raise OSError after a disconnect
+            pass
+        finally:
+            await self._events.aclose()
+            await self._source.aclose()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for event in self._events:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _check_job(served: ServedModel, job: Job) -> None:
+    """Checks the whole job before any of it is generated."""
+    room = served.engine.max_in_flight
+    if job.num_choices > room:
+        raise ApiError(
+            400,
+            f"The request needs {job.num_choices} sequences, but this server has room for {room}: "
+            "split it into several requests.",
+            param="n" if len(job.params) > 1 else "prompt",
+            code="invalid_value",
+        )
+    params = job.params[0]  # the choices differ only in their seeds
+    info = served.engine.info
+    for prompt in job.prompts:
+        served.engine.check(prompt, params)
+        if params.max_tokens is not None and len(prompt) + params.max_tokens > info.max_model_len:
+            raise too_long(f"{len(prompt)} tokens", info, "max_tokens", params.max_tokens)
+
+
+async def _first(deltas: AsyncGenerator[ChoiceDelta, None]) -> ChoiceDelta:
+    return await anext(deltas)
+
+
+async def _whole(
+    deltas: AsyncGenerator[ChoiceDelta, None],
+    head: dict[str, Any],
+    format: ResponseFormat,
+    job: Job,
+) -> dict[str, Any]:
+    texts: list[list[str]] = [[] for _ in range(job.num_choices)]
+    last: dict[int, ChoiceDelta] = {}
+    async with aclosing(deltas):
+        async for delta in deltas:
+            texts[delta.choice].append(delta.text)
+            last[delta.choice] = delta
+    choices = [
+        format.whole(index, "".join(texts[index]), last[index].finish_reason)
+        for index in range(job.num_choices)
+    ]
+    tokens = sum(delta.tokens for delta in last.values())
+    return {**head, "choices": choices, "usage": _usage(job.prompt_tokens, tokens)}
+
+
+async def _events(
+    first: ChoiceDelta,
+    deltas: AsyncGenerator[ChoiceDelta, None],
+    head: dict[str, Any],
+    format: ResponseFormat,
+    job: Job,
+) -> AsyncGenerator[bytes, None]:
+    """Yields one event per token, the usage if it is requested, and always [DONE]."""
+    tokens: dict[int, int] = {}
+    every, last = job.options.continuous_usage_stats, job.options.include_usage
+    # OpenAI sends usage: null in every chunk before the usage.
+    head = {**head, "usage": None} if last or every else head
+    delta: ChoiceDelta | None = first
+    try:
+        while delta is not None:
+            is_first = delta.choice not in tokens
+            tokens[delta.choice] = delta.tokens
+            entry = format.chunk(delta.choice, delta.text, delta.finish_reason, is_first)
+            chunk = {**head, "choices": [entry]}
+            if every:
+                chunk["usage"] = _usage(job.prompt_tokens, sum(tokens.values()))
+            yield _event(chunk)
+            delta = await anext(deltas, None)
+        if last:
+            usage = _usage(job.prompt_tokens, sum(tokens.values()))
+            yield _event({**head, "choices": [], "usage": usage})
+    except Exception as error:  # the status has been sent, so an event must do
+        yield _event(as_api_error(error).body)
+    yield b"data: [DONE]\n\n"
+
+
+def _event(data: dict[str, Any]) -> bytes:
+    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+
+def _usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }

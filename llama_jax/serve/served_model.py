@@ -1,0 +1,87 @@
+"""The model that a server offers, and the checks that every route makes."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from llama_jax.client.client import EngineClient
+from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.serve.errors import ApiError, engine_dead, too_long, unavailable
+from llama_jax.serve.metrics import Metrics
+from llama_jax.text.tokenizer import Tokenizer
+
+# An engine reports at least once a second, or once a tick if a tick takes longer.
+SILENCE_LIMIT_SECONDS = 10.0
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class ServedModel:
+    """One model as it is offered over HTTP.
+
+    Attributes:
+      name: the model name in requests.
+      root: the checkpoint's path, as given on the command line.
+      engine: the client of the engine.
+      tokenizer: the checkpoint's tokenizer.
+      metrics: the metrics of this server.
+      defaults: the sampling parameters that a request does not set.
+      created: when the server started, in seconds since 1970.
+      draining: whether the server is shutting down and accepts no new requests.
+    """
+
+    name: str
+    root: str
+    engine: EngineClient
+    tokenizer: Tokenizer
+    metrics: Metrics
+    defaults: SamplingParams
+    created: int = field(default_factory=lambda: int(time.time()))
+    draining: bool = False
+
+    def check_available(self) -> None:
+        """Raises `ApiError` 503 if the server accepts no requests."""
+        if self.draining:
+            raise unavailable("The server is shutting down.", "shutting_down")
+        if not self.engine.alive:
+            raise engine_dead()
+
+    def check_healthy(self) -> None:
+        """Raises `ApiError` 503 unless the server can generate right now.
+
+        A silent engine makes the server unhealthy, but requests are still accepted: the engine may
+        only be in a long tick.
+        """
+        self.check_available()
+        silence = self.engine.seconds_since_report
+        if silence > SILENCE_LIMIT_SECONDS:
+            raise unavailable(
+                f"The engine has sent no report for {silence:.0f} seconds.", "engine_silent"
+            )
+
+    def check_name(self, name: str | None) -> None:
+        """Raises `ApiError` 404 if a request names another model; None means this one."""
+        if name not in (None, self.name):
+            raise ApiError(
+                404,
+                f"The model {name[:100]!r} does not exist; this server has {self.name!r}.",
+                param="model",
+                code="model_not_found",
+            )
+
+    def check_text_length(self, texts: list[str], param: str) -> None:
+        """Raises `ApiError` 400 if the texts cannot fit the context, however they are tokenized.
+
+        This spares tokenizing megabytes that would be refused afterwards.
+        """
+        # Even an empty message has tokens around it.
+        fewest = max(len(texts), sum(map(len, texts)) // self.tokenizer.max_token_length)
+        if fewest >= self.engine.info.max_model_len:
+            raise too_long(f"at least {fewest} tokens", self.engine.info, param)
+
+    async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
+        """Runs work of the tokenizer without blocking the streams of other requests."""
+        return await asyncio.to_thread(function, *args)

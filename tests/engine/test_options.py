@@ -1,0 +1,58 @@
+"""Options of an engine: what each may be, and the documentation that derives from them."""
+
+import dataclasses
+
+import msgspec
+import pytest
+
+from llama_jax import LLM
+from llama_jax.engine.options import OPTIONS, EngineOptions, OptionError
+
+FIELDS = [field.name for field in dataclasses.fields(EngineOptions)]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mesh": None},
+        {"mesh": 4},
+        {"dtype": "float16"},
+        {"max_model_len": 1},
+        {"max_num_seqs": 0},
+        {"max_num_seqs": "4"},
+        {"max_num_seqs": None},
+        {"max_num_seqs": True},
+        {"max_num_seqs": 4.0},
+        {"max_queue": -1},
+        {"kv_cache_memory": 0},
+        {"kv_cache_memory": 2**63},
+        {"page_size": 0},
+        {"max_chunk": 0},
+        {"results_late": -1},
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(wrong: dict[str, object]) -> None:
+    (name,) = wrong
+    with pytest.raises(OptionError, match=f"^{name} must"):
+        EngineOptions(path="x", **wrong).check()
+
+
+def test_defaults_and_limits_are_valid() -> None:
+    EngineOptions(path="x").check()
+    for option in OPTIONS:
+        for value in (option.minimum, *(option.choices or ())):
+            if value is not None:
+                dataclasses.replace(EngineOptions(path="x"), **{option.name: value}).check()
+
+
+def test_every_option_is_declared_and_documented() -> None:
+    assert [option.name for option in OPTIONS] == [name for name in FIELDS if name != "path"]
+    for doc in (EngineOptions.__doc__, LLM.__init__.__doc__):
+        for option in OPTIONS:
+            assert f"{option.name}: " in doc and option.default_text.split()[0] in doc
+        assert "{options}" not in doc
+
+
+def test_options_survive_the_way_to_the_engine() -> None:
+    options = EngineOptions(path="x", mesh="4x2", max_queue=7, kv_cache_memory=2**40)
+    assert msgspec.json.decode(msgspec.json.encode(options), type=EngineOptions) == options
