@@ -1,15 +1,15 @@
-"""How fast `python -m convert` is and how much memory it takes: `python -m bench.conversion`.
+"""Measures the speed and memory of `python -m convert`: `python -m bench.conversion`.
 
-It writes a checkpoint with the tensor shapes of Llama-3-70B and as many layers as make it 12 GB, of
-random numbers, and then
+It writes a 12 GB checkpoint of random numbers with the tensor shapes of Llama-3-70B, and then
 
-- copies it with `cp -r` and converts it, in turns, each to the same disk, and compares the rates.
-  The conversion makes its files durable before it ends; what that costs `cp` is told beside;
-- converts it with little memory, and with each quantisation, and watches from outside how much
-  anonymous memory the process takes: what the kernel cannot drop, unlike the page cache.
+- copies it with `cp -r` and converts it, in turns, on the same disk, and compares the rates. The
+  conversion flushes its files to disk before it ends; the time that `cp` plus a flush takes is also
+  reported;
+- converts it with little memory and with each quantization, and samples the anonymous memory of the
+  process, which excludes the page cache.
 
-Needs twice the size on disk. A conversion's time is that of the whole command, start of Python
-included, without the reading again at its end (`--no-verify`), which one of them does all the same.
+Needs twice the size on disk. The time of a conversion is that of the whole command, including the
+start of Python. Only one of them verifies its result (the others run with `--no-verify`).
 """
 
 import argparse
@@ -34,15 +34,15 @@ from llama_jax.weights.table import StoredTensor, checkpoint_tensors
 
 RESULT = Path(__file__).parent / "results" / "conversion.json"
 ROUNDS = 3
-RATE_TARGET = 0.7  # of cp's rate, at least
-MEMORY_TARGET = int(1.2 * 2**30)  # bytes above the interpreter, at most
+RATE_TARGET = 0.7  # minimum, relative to cp's rate
+MEMORY_TARGET = int(1.2 * 2**30)  # maximum bytes above the interpreter
 SHARD_BYTES = 5 * 10**9
 SMALL_MEMORY = 256 << 20
 FORMATS = ("int8", "fp8", "int4")
 
 
 def write_source(directory: Path, gigabytes: float) -> int:
-    """Writes a checkpoint of about that size; returns its bytes of weights."""
+    """Writes a checkpoint of about this size and returns the bytes of its weights."""
     config = replace(LlamaConfig.llama3_70b(), num_layers=1)
     sizes = [_total(replace(config, num_layers=n)) for n in (1, 2)]
     layers = max(1, round((gigabytes * 1e9 - sizes[0]) / (sizes[1] - sizes[0])) + 1)
@@ -95,7 +95,7 @@ def _total(config: LlamaConfig) -> int:
 
 
 def interpreter_memory() -> int:
-    """Anonymous bytes of a Python that has imported nothing."""
+    """Returns the anonymous bytes of a Python process that has imported nothing."""
     program = "print(open('/proc/self/status').read())"
     command = [sys.executable, "-c", program]
     return _anonymous(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -107,7 +107,7 @@ def _anonymous(status: str) -> int:
 
 
 def convert(source: Path, target: Path, *options: str) -> dict[str, float]:
-    """Runs one conversion: seconds of the whole process, and its most anonymous memory."""
+    """Runs a conversion; returns the seconds of the whole process and its peak memory."""
     command = [sys.executable, "-m", "convert", "hf", str(source), str(target), "--json"]
     start = time.perf_counter()
     peak = 0
@@ -126,7 +126,7 @@ def convert(source: Path, target: Path, *options: str) -> dict[str, float]:
 
 
 def copy(source: Path, target: Path) -> dict[str, float]:
-    """Copies with `cp -r`: seconds of that, and with what it takes to be durable."""
+    """Copies with `cp -r`; returns the seconds without and with a flush to disk."""
     start = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
     seconds = time.perf_counter() - start
@@ -137,7 +137,7 @@ def copy(source: Path, target: Path) -> dict[str, float]:
 
 
 def main() -> int:
-    """Prints the figures and writes them; the exit status is 1 where a target is missed."""
+    """Prints and stores the results; the exit status is 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--gigabytes", type=float, default=12.0)
     parser.add_argument("--directory", type=Path, help="on the disk to measure")

@@ -1,1 +1,1 @@
-"""Checkpoint conversion, a command-line tool: `python -m convert --help`."""
+"""Checkpoint conversion, a command-line tool: see `python -m convert --help`."""

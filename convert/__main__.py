@@ -1,8 +1,9 @@
-"""`python -m convert`; see `convert.arguments` for what it takes."""
+"""Runs `python -m convert`, also installed as `llama-jax-convert`."""
 
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,16 +13,14 @@ from convert import report
 from convert.arguments import parse_arguments
 from convert.commands import Verified, run_conversion, run_inspect, run_verify
 from convert.conversion import Progress
-from convert.hub import HubError
-from llama_jax.checkpoint import CheckpointError
-from llama_jax.config import ConfigError
 from llama_jax.terminal.progress import TerminalDisplay
+from sharding.errors import UserError
 
-DONE, ERROR, DIFFERENT, INTERRUPTED = 0, 1, 3, 130
+DONE, ERROR, DIFFERENT, DEFECT, INTERRUPTED = 0, 1, 3, 70, 130
 
 
 class _Command(NamedTuple):
-    """How a command is carried out, and how its outcome is told to people and to scripts."""
+    """The function that runs a command, and two that show its outcome to people and scripts."""
 
     run: Callable[[argparse.Namespace, Progress], Any]
     show: Callable[[Console, Any], None]
@@ -40,20 +39,27 @@ _COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code (see --help)."""
+    """Runs a command and returns its exit code (see --help).
+
+    Only errors that the user can fix end with a sentence. Anything else is a defect of the program,
+    which is shown with its traceback.
+    """
     arguments = parse_arguments(argv)
     command = _COMMANDS[arguments.command]
     try:
         with TerminalDisplay(Console(stderr=True), in_bytes=True) as display:
             outcome = command.run(arguments, display.update)
-    except (CheckpointError, ConfigError, HubError) as error:
+    except UserError as error:
         return _fail(arguments, str(error), ERROR)
-    except OSError as error:
-        what = error.filename or "A file"
-        return _fail(arguments, f"{what} cannot be used: {error.strerror or error}.", ERROR)
     except KeyboardInterrupt:
         again = ": run the same command again with --resume" if "resume" in arguments else ""
         return _fail(arguments, f"Interrupted{again}.", INTERRUPTED)
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename:
+            reason = error.strerror or error
+            return _fail(arguments, f"{error.filename} cannot be used: {reason}.", ERROR)
+        traceback.print_exc()
+        return _fail(arguments, f"This is a defect of the program: {error!r}.", DEFECT)
     if arguments.json:
         print(json.dumps(command.to_json(outcome)))
     else:

@@ -15,42 +15,43 @@ examples:
   python -m convert inspect /models/llama-3-70b --mesh 4x2
   python -m convert verify /models/Meta-Llama-3-70B-Instruct /models/llama-3-70b
 
-What a conversion wrote is served like any checkpoint: python -m llama_jax.serve DST. One that was
-interrupted, by whatever, goes on when the same command runs again with --resume.
+Serve a converted checkpoint like any other: python -m llama_jax.serve DST. To continue an
+interrupted conversion, run the same command again with --resume.
 
 exit codes:
   0    done
   1    an error: one sentence on standard error
   2    wrong usage of the command line
   3    verify found differences
+  70   a defect of the program, with a traceback on standard error
   130  interrupted by Ctrl-C: run the same command again with --resume
 
-With --json standard output is one JSON object, {"error": "..."} where the exit code is 1 or 130:
+With --json, standard output is one JSON object, {"error": "..."} if the exit code is 1, 70 or 130:
   hf, meta, quantize, export
     source, destination, dtype, quantization (null, int8, fp8 or int4), source_bytes and bytes (of
-    weights), resumed_bytes (written by an earlier run), seconds, verify_seconds (null: not asked
-    for), quantization_error (relative, by kind of matrix), divergence (null, or tokens, mean and
-    largest in nats, agreement from 0 to 1)
+    weights), resumed_bytes (written by an earlier run), seconds, verify_seconds (null: not
+    verified), quantization_error (relative, by kind of matrix), divergence (null, or tokens, mean
+    and largest in nats, agreement from 0 to 1)
   verify
-    source, destination, differences (sentences; empty where there are none), seconds
+    source, destination, differences (list of sentences), seconds
   inspect
     path, layout (orbax, huggingface, meta), formats (with their versions, or null), num_files,
     config (as in config.json), quantization (null, or format and group_size), quantized_by,
     quantization_error, num_parameters, bytes, bytes_by_dtype, devices (of --mesh: stage, rank,
     layers, padding_layers, heads, kv_heads, bytes, bytes_by_group)
 """
-_SOURCE = "directory of a checkpoint, or the name of a model on the Hugging Face Hub"
+_SOURCE = "checkpoint directory, or name of a model on the Hugging Face Hub"
 _CHECK = """\
-measure how far the output distribution of the quantised model is from that of SRC, on a sample of
-text (default: one that comes with this program): the Kullback-Leibler divergence, in nats, and how
-often both find the same token the most likely; computed on the CPU, in float32, a layer at a time,
-which takes half as much memory again as a layer does (5 GB for 70B). Write it after DST
+compare the next-token distributions of the quantized model and SRC on a text (default: a built-in
+sample): Kullback-Leibler divergence in nats, and how often both rank the same token first. Runs on
+the CPU in float32, one layer at a time, and needs 1.5 times the memory of a layer (5 GB for 70B).
+Put this option after DST
 """
-_JSON = "print one JSON object on standard output instead of a report: see python -m convert --help"
+_JSON = "print one JSON object instead of a report (see python -m convert --help)"
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line; ends the process with exit code 2 and one sentence if it is wrong.
+    """Parses the command line; if it is wrong, exits with code 2 and one sentence.
 
     Returns:
       command, json, and, by command,
@@ -61,7 +62,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """
     parser = Parser(
         prog="python -m convert",
-        description="Converts, quantises, describes and verifies checkpoints of Llama 3.",
+        description="Converts, quantizes, inspects and verifies Llama 3 checkpoints.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -75,22 +76,22 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     verify = commands.add_parser(
         "verify",
         help="compare a converted checkpoint with its source",
-        description="Reads every weight of DST and compares it with SRC: bit for bit, cast to the "
-        "dtype of DST, or, where DST is quantised, within the bound of its format. The checksums "
-        "of DST are verified, too.",
+        description="Compares every weight of DST with SRC: bit for bit after a cast to the dtype "
+        "of DST, or, for quantized weights, within the error bound of the format. Also verifies "
+        "the checksums of DST.",
         allow_abbrev=False,
     )
     verify.add_argument("source", metavar="SRC", help=_SOURCE)
-    verify.add_argument("destination", metavar="DST", type=Path, help="what was made of it")
+    verify.add_argument("destination", metavar="DST", type=Path, help="converted checkpoint")
     inspect = commands.add_parser(
         "inspect",
-        help="say what a checkpoint holds, and what lies where on a mesh",
-        description="Says what a checkpoint holds: its architecture, layout, dtypes, bytes and "
-        "quantisation, and what each device of a mesh would hold. No weight is read and no device "
-        "is needed.",
+        help="describe a checkpoint and its distribution over a mesh",
+        description="Describes a checkpoint: its architecture, layout, dtypes, bytes and "
+        "quantization, and what each device of a mesh would hold. Reads no weights and needs no "
+        "devices.",
         allow_abbrev=False,
     )
-    inspect.add_argument("path", metavar="PATH", type=Path, help="directory of a checkpoint")
+    inspect.add_argument("path", metavar="PATH", type=Path, help="checkpoint directory")
     inspect.add_argument(
         "--mesh", metavar="SxT", help="pipeline stages x tensor-parallel ranks, such as 4x2"
     )
@@ -102,7 +103,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def conversion_options(arguments: argparse.Namespace) -> Options:
-    """What the arguments of a converting command ask for."""
+    """Returns the options of a conversion command."""
     export = arguments.command == "export"
     return Options(
         layout="huggingface" if export else "orbax",
@@ -119,26 +120,26 @@ _CONVERSIONS = (
         "hf",
         "convert a checkpoint in Hugging Face layout",
         "Converts a checkpoint in Hugging Face layout (config.json, safetensors, tokenizer files) "
-        "to the Orbax layout, which any mesh loads its own parts of. Unless told otherwise, every "
-        "bit stays as it is. Weights that GPTQ, AWQ or others have quantised stay quantised.",
+        "to the Orbax layout, of which each device of a mesh can load its own part. By default, "
+        "values do not change, and weights quantized by GPTQ, AWQ or other tools stay quantized.",
     ),
     (
         "meta",
         "convert Meta's original release",
         "Converts Meta's original release (consolidated.*.pth, params.json, tokenizer.model) to "
-        "the Orbax layout. The tokenizer comes along, in Hugging Face's form.",
+        "the Orbax layout, and its tokenizer to Hugging Face's format.",
     ),
     (
         "quantize",
-        "convert a checkpoint to quantised weights",
-        "Quantises the matrices of all layers of a checkpoint, and writes it in the Orbax layout. "
-        "Embedding, norms and the head stay as they are.",
+        "quantize a checkpoint",
+        "Quantizes the matrices of all layers and writes the checkpoint in Orbax layout. The "
+        "embedding, the norms and the head are not quantized.",
     ),
     (
         "export",
         "write a checkpoint in Hugging Face layout",
-        "Writes a checkpoint in Hugging Face layout, which transformers opens, with plain weights: "
-        "what is quantised is dequantised.",
+        "Writes a checkpoint in Hugging Face layout, which transformers can open. Quantized "
+        "weights are dequantized.",
     ),
 )
 
@@ -150,7 +151,7 @@ def _add_conversion(parser: argparse.ArgumentParser, command: str) -> None:
         "destination",
         metavar="DST",
         type=Path,
-        help="new or empty directory, on a disk with room for the weights",
+        help="new or empty directory, on a disk with enough space for the weights",
     )
     if command == "export":
         parser.set_defaults(quantize=None, check=None)
@@ -159,8 +160,8 @@ def _add_conversion(parser: argparse.ArgumentParser, command: str) -> None:
             "--quantize",
             choices=FORMATS,
             required=command == "quantize",
-            help="the matrices of the layers, weights only: int8 and fp8 with a scale for each "
-            "output channel, int4 with a scale for each 128 columns of one",
+            help="weight-only format for the matrices of the layers: int8 and fp8 with one scale "
+            "per output channel, int4 with one scale per 128 columns of an output channel",
         )
         parser.add_argument(
             "--check", nargs="?", type=Path, const=True, metavar="TEXTFILE", help=_CHECK
@@ -168,27 +169,27 @@ def _add_conversion(parser: argparse.ArgumentParser, command: str) -> None:
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="of the weights that are not quantised (default: each keeps its own)",
+        help="dtype of the weights that are not quantized (default: unchanged)",
     )
     parser.add_argument(
         "--max-memory",
         type=size,
         default=default.max_memory,
         metavar="SIZE",
-        help="most memory that the work may take beside the program itself, such as 256MiB "
+        help="maximum memory for the conversion, beyond the program itself, such as 256MiB "
         "(default: 1GiB)",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on with what an earlier run left in DST"
+        "--resume", action="store_true", help="continue an interrupted conversion in DST"
     )
     parser.add_argument(
         "--no-verify",
         action="store_false",
         dest="verify",
-        help="do not read the result again to compare it with SRC",
+        help="do not compare the result with SRC",
     )
 
 
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     if getattr(arguments, "check", None) is not None and arguments.quantize is None:
-        parser.error("--check compares quantised weights with the original: add --quantize")
+        parser.error("--check compares quantized weights with the original: add --quantize")

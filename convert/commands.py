@@ -1,4 +1,4 @@
-"""What each command does, and what comes of it."""
+"""The commands, each of which returns its outcome."""
 
 import argparse
 import os
@@ -28,14 +28,14 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Converted:
-    """What came of hf, meta, quantize or export.
+    """The outcome of hf, meta, quantize or export.
 
     Attributes:
-      source: as the user named it.
+      source: as given by the user.
       destination: the directory written.
-      source_bytes: of weights.
+      source_bytes: size of the source's weights.
       report: of the conversion itself.
-      divergence: of what the two models predict; None where that was not asked for.
+      divergence: of the predictions of the two models; None without --check.
     """
 
     source: str
@@ -47,13 +47,13 @@ class Converted:
 
 @dataclass(frozen=True)
 class Verified:
-    """What came of verify.
+    """The outcome of verify.
 
     Attributes:
-      source: as the user named it.
+      source: as given by the user.
       destination: the directory compared with it.
-      differences: a sentence for each.
-      seconds: that it took.
+      differences: one sentence for each.
+      seconds: duration.
     """
 
     source: str
@@ -63,7 +63,7 @@ class Verified:
 
 
 def run_conversion(arguments: argparse.Namespace, progress: Progress) -> Converted:
-    """hf, meta, quantize and export."""
+    """Runs hf, meta, quantize or export."""
     layout = "meta" if arguments.command == "meta" else "hf"
     path = local_directory(arguments.source, layout, progress)
     source = open_meta(path) if layout == "meta" else open_any(path)
@@ -83,11 +83,11 @@ def run_conversion(arguments: argparse.Namespace, progress: Progress) -> Convert
 
 
 def _check_windows(source: Source, text: Path | Literal[True]) -> list[list[int]]:
-    """The text for --check; whatever is in its way is said before the conversion."""
+    """Tokenizes the text for --check before the conversion, so that errors come first."""
     if source.reader.config.quantization is not None:
         raise CheckpointError(
-            f"{source.reader.path} is quantised already, so that --check has no original to "
-            "compare with: leave it out."
+            f"{source.reader.path} is already quantized, so --check has no original to compare "
+            "with: omit it."
         )
     return sample_windows(source, None if text is True else text)
 
@@ -95,16 +95,16 @@ def _check_windows(source: Source, text: Path | Literal[True]) -> list[list[int]
 def _diverge(
     source: CheckpointReader, destination: Path, windows: list[list[int]], progress: Progress
 ) -> "Divergence":
-    # JAX would take an accelerator's memory for nothing.
+    # Keeps JAX from reserving the memory of an accelerator.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from convert.divergence import divergence  # loads JAX, which nothing else here needs
+    from convert.divergence import divergence  # imports JAX
 
     with closing(open_checkpoint(destination)) as quantized:
         return divergence(source, quantized, windows, partial(progress, "Checking"))
 
 
 def run_verify(arguments: argparse.Namespace, progress: Progress) -> Verified:
-    """Compares two checkpoints, and the second one's files with their checksums."""
+    """Compares two checkpoints, and verifies the checksums of the second."""
     start = time.monotonic()
     path = local_directory(arguments.source, "hf", progress)
     with (
@@ -119,15 +119,15 @@ def run_verify(arguments: argparse.Namespace, progress: Progress) -> Verified:
 
 
 def run_inspect(arguments: argparse.Namespace, progress: Progress) -> Inspection:
-    """Describes a checkpoint, without reading its weights."""
+    """Describes a checkpoint without reading its weights."""
     with closing(open_any(arguments.path).reader) as reader:
         return inspect(reader, arguments.mesh)
 
 
 def open_any(path: Path) -> Source:
-    """A checkpoint in any layout.
+    """Opens a checkpoint in any layout.
 
     Raises:
-      ConfigError, CheckpointError: it is not whole.
+      ConfigError, CheckpointError: it is incomplete, damaged or not supported.
     """
     return open_meta(path) if is_meta(path) else open_source(path)

@@ -1,4 +1,4 @@
-"""One conversion from beginning to end: check, write, describe, verify, declare whole."""
+"""One conversion from start to end: check, write, verify, and write the manifest."""
 
 import errno
 import os
@@ -47,15 +47,15 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is to become of a checkpoint, and how.
+    """How to convert a checkpoint.
 
     Attributes:
       layout: of the destination, a key of `LAYOUTS`.
-      dtype: of its plain weights; None keeps each as it is.
-      quantize: a name from `quantization.FORMATS`; "plain" dequantises; None leaves it as it is.
-      max_memory: most bytes that the work may take, beside the program itself.
-      resume: whether to go on with what an earlier run left in the destination.
-      verify: whether to read the result again and compare it with the source.
+      dtype: of the unquantized weights; None keeps each weight's own.
+      quantize: a name from `quantization.FORMATS`, "plain" to dequantize, or None for no change.
+      max_memory: maximum memory of the conversion in bytes, beyond the program itself.
+      resume: whether to continue an interrupted conversion.
+      verify: whether to compare the result with the source.
     """
 
     layout: str = "orbax"
@@ -68,15 +68,15 @@ class Options:
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did.
+    """The outcome of a conversion.
 
     Attributes:
       config: of the destination.
-      bytes: of weights in the destination.
-      resumed: how many of those an earlier run had written.
+      bytes: size of the destination's weights.
+      resumed: bytes of these written by an earlier run.
       seconds: until everything was on disk.
-      verify_seconds: for reading it again; None where that was not asked for.
-      quantization_error: see `Manifest`.
+      verify_seconds: duration of the comparison; None if there was none.
+      quantization_error: as in `Manifest`.
     """
 
     config: LlamaConfig
@@ -93,21 +93,20 @@ def convert(
     options: Options,
     progress: Progress = lambda phase, done, total: None,
 ) -> Report:
-    """Writes `source` to `destination`, a new or empty directory, or one to be resumed.
+    """Writes `source` to `destination`.
 
-    What an interrupted run leaves behind has no manifest, so that nobody takes it for a checkpoint.
+    An interrupted run leaves a directory without a manifest, which cannot be opened.
 
     Args:
-      source: what to convert.
-      destination: directory to write.
-      options: what to make of it.
-      progress: called with the phase ("Writing" or "Verifying"), how much of it is done, and its
-        total.
+      source: the checkpoint to convert.
+      destination: a new or empty directory, or an interrupted conversion to be resumed.
+      options: how to convert it.
+      progress: called with the phase ("Writing" or "Verifying"), the bytes done, and their total.
 
     Raises:
-      CheckpointError: the source cannot be converted so, or the destination cannot be written; one
-        sentence that says what to do.
-      KeyboardInterrupt: with the destination ready to be resumed.
+      CheckpointError: the source cannot be converted this way, or the destination cannot be
+        written.
+      KeyboardInterrupt: the destination can be resumed.
     """
     start = time.monotonic()
     workers = _workers(options.max_memory)
@@ -138,7 +137,7 @@ def convert(
             _check_space(destination, total - resumed)
             results = _run(tasks, destination, journal, workers, progress)
             layout.finish(destination, weights)
-            _sync(destination)  # before config.json, without which nobody takes it for a checkpoint
+            _sync(destination)  # before config.json: without it, no program opens the directory
             source.write_companions(destination, config)
             _sync(destination)
             files = _records(destination, results)
@@ -156,57 +155,56 @@ def convert(
 
 
 def _in_file_order(tasks: list[Task], reader: CheckpointReader) -> list[Task]:
-    """Tasks in the order in which what they begin with lies in the files of the source."""
+    """Sorts tasks by the position of their first tensor in the source's files."""
     place = {name: number for number, name in enumerate(reader.tensors)}
-    return sorted(tasks, key=lambda task: place[task.pieces[0].transform.source])
+    return sorted(tasks, key=lambda task: place[task.blocks[0].transform.source])
 
 
 def _workers(max_memory: int) -> int:
     if max_memory < WORKER_BYTES:
         raise CheckpointError(
-            f"A conversion takes at least {WORKER_BYTES >> 20} MiB: raise --max-memory."
+            f"A conversion needs at least {WORKER_BYTES >> 20} MiB: increase --max-memory."
         )
     return min(max_memory // WORKER_BYTES, os.cpu_count() or 1)
 
 
 def _check_destination(source: Path, destination: Path, resume: bool) -> None:
     if destination.resolve().is_relative_to(source.resolve()):
-        raise CheckpointError(f"{destination} lies inside the source: choose another directory.")
+        raise CheckpointError(f"{destination} is inside the source: choose another directory.")
     if destination.exists() and not destination.is_dir():
         raise CheckpointError(f"{destination} is a file: choose another name.")
     if not destination.is_dir() or not any(destination.iterdir()):
         return
     if (destination / MANIFEST).is_file():
         raise CheckpointError(
-            f"{destination} holds a whole checkpoint already: choose another directory, or delete "
-            "it."
+            f"{destination} already holds a complete checkpoint: choose another directory, or "
+            "delete it."
         )
     if not (destination / JOURNAL).is_file():
         raise CheckpointError(
-            f"{destination} is not empty: choose another directory, or delete what is in it."
+            f"{destination} is not empty: choose another directory, or delete its contents."
         )
     if not resume:
         raise CheckpointError(
-            f"{destination} holds a conversion that did not finish: add --resume to go on, or "
-            "delete it."
+            f"{destination} holds an unfinished conversion: add --resume to continue, or delete it."
         )
 
 
 def _finished(destination: Path, plan: str) -> Manifest | None:
-    """The manifest of a destination that is whole already, and made as it is to be made now."""
+    """Returns the manifest of a destination that an equal conversion has completed, or None."""
     if not (destination / MANIFEST).is_file():
         return None
     manifest = read_manifest(destination)
     if manifest.plan != plan:
         return None
     check_files(destination, manifest)
-    # It is there if a kill came right after the manifest.
+    # The journal remains if the process was killed right after it wrote the manifest.
     (destination / JOURNAL).unlink(missing_ok=True)
     return manifest
 
 
 def _drop_parts(destination: Path) -> None:
-    """Deletes what an earlier run had not written to its end."""
+    """Deletes files that an earlier run did not complete."""
     for file in destination.rglob(f"*{PART}"):
         file.unlink()
 
@@ -216,8 +214,8 @@ def _check_space(destination: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if needed > free:
         raise CheckpointError(
-            f"{destination} lies on a disk with {bytes_text(free)} free, and "
-            f"{bytes_text(needed)} are still to be written: make room, or choose another disk."
+            f"The disk of {destination} has {bytes_text(free)} free, but the conversion needs "
+            f"{bytes_text(needed)} more: free space, or choose another disk."
         )
 
 
@@ -228,7 +226,7 @@ def _run(
     workers: int,
     progress: Progress,
 ) -> list[TaskResult]:
-    """Runs what is not done yet; the first error stops the rest."""
+    """Runs the tasks that are not done yet; the first error stops the rest."""
     results = [journal.done[task.name] for task in tasks if task.name in journal.done]
     total = sum(task.num_bytes for task in tasks)
     written = sum(task.num_bytes for task in tasks if task.name in journal.done)
@@ -260,7 +258,7 @@ def _run(
 
 
 def _records(destination: Path, results: Sequence[TaskResult]) -> dict[str, FileRecord]:
-    """Every file of the checkpoint; those that no task wrote are small, and read."""
+    """Lists every file of the checkpoint; small files that no task wrote are read again."""
     records = {name: record for result in results for name, record in result.files.items()}
     for file in sorted(destination.rglob("*")):
         name = str(file.relative_to(destination))
@@ -270,7 +268,7 @@ def _records(destination: Path, results: Sequence[TaskResult]) -> dict[str, File
 
 
 def _sync(destination: Path) -> None:
-    """Makes everything survive a power cut."""
+    """Flushes all files and directories to disk."""
     for path in (destination, *destination.rglob("*")):
         sync(path)
 
@@ -278,23 +276,23 @@ def _sync(destination: Path) -> None:
 def _verify(
     source: CheckpointReader, written: CheckpointReader, workers: int, progress: Progress
 ) -> None:
-    """Reads everything again and compares it with the source.
+    """Compares the destination with the source.
 
     Raises:
-      CheckpointError: they differ; without its config.json nobody opens the destination then.
+      CheckpointError: they differ; config.json is deleted so that no program opens the destination.
     """
     with closing(written):
         problems = compare(source, written, workers, partial(progress, "Verifying"))
     if problems:
         (written.path / "config.json").unlink()
     refuse(
-        f"{written.path} is not what its source is: delete it and convert again",
+        f"{written.path} differs from its source: delete it and convert again",
         [problem.rstrip(".") for problem in problems],
     )
 
 
 def _relative_error(results: Sequence[TaskResult]) -> dict[str, float]:
-    """The root of the mean square of what quantisation changed, relative, by kind of weight."""
+    """Returns the relative root-mean-square quantization error by kind of weight."""
     sums: dict[str, Loss] = {}
     for result in results:
         for kind, loss in result.losses.items():
@@ -305,7 +303,7 @@ def _relative_error(results: Sequence[TaskResult]) -> dict[str, float]:
 def _explained(error: OSError, destination: Path) -> CheckpointError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return CheckpointError(
-            f"The disk of {destination} is full: make room, and run the same command again with "
+            f"The disk of {destination} is full: free space, and run the same command again with "
             "--resume."
         )
     return CheckpointError(f"{error.filename or destination} cannot be used: {error.strerror}.")

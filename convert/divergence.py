@@ -1,8 +1,7 @@
-"""How far a quantised model is from its source: the divergence of what they predict for a text.
+"""Compares the predictions of a quantized model with those of its source on a text.
 
-Both models go through their layers side by side, one layer in memory at a time, in float32 on the
-CPU; and through the vocabulary in blocks of rows. So a model of any size can be compared on a
-machine that could never hold it.
+Both models run side by side in float32 on the CPU, one layer at a time, and the head in blocks of
+rows. So a model can be compared on a machine whose memory cannot hold it.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,19 +22,19 @@ from llama_jax.model.attention import causal_attention
 from llama_jax.model.llama import head_logits, set_weights
 from llama_jax.weights.placement import Placement, unsharded_placements
 
-_BLOCK_BYTES = 64 << 20  # of head rows, and of float64 logits, that are worked on at once
+_BLOCK_BYTES = 64 << 20  # of head rows, and of float64 logits, processed at a time
 _FLOAT32 = np.dtype(np.float32)
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """How what two models predict after each token of a text differs.
+    """The difference between the next-token distributions of two models on a text.
 
     Attributes:
-      tokens: of the text.
-      mean: Kullback-Leibler divergence from the source's distribution, in nats, over all tokens.
-      largest: the same, of the token where it is largest.
-      agreement: the share of tokens after which both find the same token the most likely.
+      tokens: number of tokens in the text.
+      mean: Kullback-Leibler divergence from the source's distribution in nats, mean over tokens.
+      largest: the maximum over tokens.
+      agreement: fraction of tokens after which both models rank the same token first.
     """
 
     tokens: int
@@ -50,12 +49,12 @@ def divergence(
     windows: list[list[int]],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Divergence:
-    """Compares what two models predict.
+    """Compares the predictions of two models.
 
     Args:
       source: the original.
-      quantized: what was made of it.
-      windows: token ids; each window is a text of its own.
+      quantized: the quantized model.
+      windows: token ids; each window is a separate sequence.
       progress: called with the bytes of weights read, and their total.
 
     Raises:
@@ -78,11 +77,11 @@ def divergence(
 
 
 class _Pass:
-    """One model on its way through the text.
+    """One model's forward pass over the text.
 
     Attributes:
-      bytes: of the weights that it reads.
-      head_row_bytes: of these, those of a row of the head.
+      bytes: of all weights that it reads.
+      head_row_bytes: of one row of the head.
     """
 
     def __init__(self, reader: CheckpointReader, windows: list[list[int]]):
@@ -94,7 +93,7 @@ class _Pass:
         self.bytes = self._bytes((self._places.layers, self._places.final_norm, self._head))
 
     def run_layer(self, layer: int) -> int:
-        """Runs a layer, and returns how many bytes of weights that took."""
+        """Runs a layer and returns the bytes of its weights."""
         places = self._places.layers[layer]
         weights = jax.tree.map(self._load, places)
         self._x = [_run_layer(self._reader.config, weights, x) for x in self._x]
@@ -102,7 +101,7 @@ class _Pass:
         return self._bytes(places)
 
     def logits(self) -> Iterator[np.ndarray]:
-        """Runs the head: logits of all tokens for a run of the vocabulary, [N, rows] float32."""
+        """Yields the logits of all N tokens for one block of the vocabulary, [N, rows] float32."""
         config = self._reader.config
         norm = nnx.eval_shape(lambda: RMSNorm(config.embed_dim, config.norm_eps))
         norm.scale.set_value(self._load(self._places.final_norm))
@@ -126,14 +125,14 @@ class _Pass:
         return out
 
     def _bytes(self, places: Any) -> int:
-        """Of the tensors that a tree of placements stands for."""
+        """Returns the bytes of the tensors in a tree of placements."""
         tensors = self._reader.tensors
         return sum(tensors[place.tensor.hf_name].nbytes for place in jax.tree.leaves(places))
 
 
 @partial(jax.jit, static_argnums=0)
 def _run_layer(config: LlamaConfig, weights: dict[str, Any], x: jax.Array) -> jax.Array:
-    """x [T, D] -> [T, D], the tokens being a whole text."""
+    """Runs a layer on a whole sequence: x [T, D] → [T, D]."""
     layer = nnx.eval_shape(lambda: DecoderLayer(config, rngs=nnx.Rngs(0)))
     set_weights(layer, weights)
     positions = jnp.arange(len(x))[None]
@@ -141,11 +140,11 @@ def _run_layer(config: LlamaConfig, weights: dict[str, Any], x: jax.Array) -> ja
 
 
 class _Tally:
-    """The divergence of two distributions for each of N tokens, from blocks of their logits.
+    """Computes the divergence of two distributions for N tokens from blocks of their logits.
 
     With p and q the softmax of logits a and b, KL = sum p (a - b) - log sum exp a + log sum exp b.
-    As in a running softmax (https://arxiv.org/abs/1805.02867), the sums are of exp(a - m), m being
-    the largest logit so far, and are scaled anew whenever a block holds a larger one.
+    As in an online softmax (https://arxiv.org/abs/1805.02867), the sums are over exp(a - m), where
+    m is the largest logit so far, and are rescaled when a block contains a larger one.
     """
 
     def __init__(self, num_tokens: int):
@@ -154,17 +153,17 @@ class _Tally:
         self._weighted = np.zeros(num_tokens)  # sum of exp(a - m) (a - b)
 
     def add(self, expected: np.ndarray, found: np.ndarray) -> None:
-        """Two blocks of logits [N, rows], for the same run of the vocabulary."""
+        """Adds two blocks of logits [N, rows] for the same part of the vocabulary."""
         a, b = expected.astype(np.float64), found.astype(np.float64)
         scale, terms = self._expected.add(a)
         self._found.add(b)
         self._weighted = scale * self._weighted + (terms * (a - b)).sum(axis=1)
 
     def result(self) -> Divergence:
-        """After the last block."""
+        """Returns the divergence, after the last block."""
         p, q = self._expected, self._found
-        kl = self._weighted / p.sum - (p.most + np.log(p.sum)) + (q.most + np.log(q.sum))
-        kl = np.maximum(kl, 0)  # a rounding error below, where the two are as good as equal
+        kl = self._weighted / p.sum - (p.max + np.log(p.sum)) + (q.max + np.log(q.sum))
+        kl = np.maximum(kl, 0)  # rounding can make it slightly negative
         return Divergence(
             tokens=len(kl),
             mean=float(kl.mean()),
@@ -174,32 +173,32 @@ class _Tally:
 
 
 class _Softmax:
-    """What is known of N distributions after some blocks of their logits.
+    """The running state of N softmax distributions.
 
     Attributes:
-      most: the largest logit.
-      likeliest: its place in the vocabulary.
-      sum: of exp(logit - most).
+      max: the largest logit so far.
+      likeliest: its index in the vocabulary.
+      sum: of exp(logit - max).
     """
 
     def __init__(self, num_tokens: int):
-        self.most = np.full(num_tokens, -np.inf)
+        self.max = np.full(num_tokens, -np.inf)
         self.likeliest = np.zeros(num_tokens, np.int64)
         self.sum = np.zeros(num_tokens)
         self._seen = 0
 
     def add(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Takes in a block [N, rows].
+        """Adds a block of logits [N, rows].
 
         Returns:
-          By what sums so far are to be multiplied, [N]; and exp(logit - most), [N, rows].
+          The factor by which earlier sums must be multiplied, [N], and exp(logit - max), [N, rows].
         """
         place = logits.argmax(axis=1)
         best = np.take_along_axis(logits, place[:, None], axis=1)[:, 0]
-        self.likeliest = np.where(best > self.most, self._seen + place, self.likeliest)
-        most = np.maximum(self.most, best)
-        scale = np.exp(self.most - most)
-        terms = np.exp(logits - most[:, None])
-        self.most, self.sum = most, scale * self.sum + terms.sum(axis=1)
+        self.likeliest = np.where(best > self.max, self._seen + place, self.likeliest)
+        new_max = np.maximum(self.max, best)
+        scale = np.exp(self.max - new_max)
+        terms = np.exp(logits - new_max[:, None])
+        self.max, self.sum = new_max, scale * self.sum + terms.sum(axis=1)
         self._seen += logits.shape[1]
         return scale, terms

@@ -1,4 +1,4 @@
-"""Checkpoints by their names on the Hugging Face Hub: fetched into its cache, as others do it."""
+"""Downloads checkpoints from the Hugging Face Hub to its cache."""
 
 import io
 import re
@@ -11,8 +11,8 @@ from sharding.errors import UserError
 Progress = Callable[[str, int, int], None]
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-# By layout, what of a repository is needed. What Meta released lies in a folder of its own; weights
-# in other formats, which may be as large again, are left where they are.
+# Layout → the files of a repository that are downloaded. Meta's release is in its own folder; other
+# formats of the same weights are not downloaded.
 _NEEDED = {
     "hf": [
         "config.json",
@@ -32,29 +32,29 @@ _NEEDED = {
 }
 _LAYOUT = {
     "hf": "Hugging Face layout: try the command meta",
-    "meta": "the form of Meta's release (a folder original): try the command hf",
+    "meta": "Meta's layout (a folder named original): try the command hf",
 }
 _CHOICE = {"hf": "", "meta": " --include 'original/*'"}
 
 
 class HubError(UserError):
-    """A checkpoint that could not be fetched; the message is one sentence for the user."""
+    """The checkpoint could not be downloaded."""
 
 
 def local_directory(name: str, layout: str, progress: Progress) -> Path:
-    """The directory of a checkpoint; fetched first, if there is none and a model may be meant.
+    """Returns the directory of a checkpoint, which is downloaded if `name` is that of a model.
 
     Args:
       name: a directory, or the name of a model on the Hub ("meta-llama/Llama-3.1-8B-Instruct").
-      layout: "hf" or "meta": which of the two that a repository may hold.
-      progress: called with "Fetching", the bytes that have come, and their total.
+      layout: "hf" or "meta": which of the layouts in a repository to download.
+      progress: called with "Downloading", the bytes downloaded, and their total.
 
     Raises:
-      HubError: it cannot be fetched.
+      HubError: it cannot be downloaded.
     """
     if Path(name).exists() or not _NAME.fullmatch(name):
         return Path(name)
-    # Imported when needed: most conversions do without it.
+    # Imported only when needed, which most conversions do not.
     from huggingface_hub import errors, snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
@@ -65,25 +65,24 @@ def local_directory(name: str, layout: str, progress: Progress) -> Path:
         )
     except errors.GatedRepoError:
         raise HubError(
-            f"{name} is open only to those who have accepted its licence: do so at "
-            f"https://huggingface.co/{name}, then log in with `hf auth login` or set HF_TOKEN, and "
-            "run the same command again."
+            f"You must accept the license of {name} first: do so at "
+            f"https://huggingface.co/{name}, log in with `hf auth login` or set HF_TOKEN, and run "
+            "the same command again."
         ) from None
     except errors.RepositoryNotFoundError:
         raise HubError(
-            f"There is neither a directory {name} nor a model of this name on the Hugging Face Hub "
-            "that you may see: check the name, or log in with `hf auth login` if it is private."
+            f"There is neither a directory {name} nor a model with this name on the Hugging Face "
+            "Hub: check the name, or log in with `hf auth login` if the model is private."
         ) from None
     except errors.LocalEntryNotFoundError as error:
-        if isinstance(error.__cause__, errors.HfHubHTTPError):  # there was an answer
+        if isinstance(error.__cause__, errors.HfHubHTTPError):  # the server did respond
             raise _broken_off(name, error.__cause__) from None
         raise HubError(
-            f"There is no directory {name}, and the Hugging Face Hub cannot be reached to fetch a "
-            "model of this name: on a machine with a network run "
-            f"`hf download {name}{_CHOICE[layout]} --local-dir DIR`, copy DIR here, and give it "
-            "instead."
+            f"There is no directory {name}, and the Hugging Face Hub cannot be reached: run "
+            f"`hf download {name}{_CHOICE[layout]} --local-dir DIR` on a machine with network "
+            "access, copy DIR here, and give DIR instead."
         ) from None
-    except Exception as error:  # of whatever transport this version of the library has
+    except Exception as error:  # HTTP, OS and Xet errors, whose classes depend on the version
         raise _broken_off(name, error) from None
     if not Path(directory).is_dir():
         raise HubError(f"{name} on the Hugging Face Hub has no weights in {_LAYOUT[layout]}.")
@@ -93,31 +92,31 @@ def local_directory(name: str, layout: str, progress: Progress) -> Path:
 def _broken_off(name: str, error: Exception) -> HubError:
     reason = str(error).split("\n", 1)[0].rstrip(".")
     return HubError(
-        f"{name} could not be fetched from the Hugging Face Hub ({reason}): run the same command "
-        "again, what has arrived is kept."
+        f"{name} could not be downloaded from the Hugging Face Hub ({reason}): run the same "
+        "command again; it continues the download."
     )
 
 
 def _silent_bar(progress: Progress) -> type:
-    """A progress bar for the library to move, which draws nothing and tells what has come."""
+    """Returns a progress bar class that draws nothing and calls `progress` instead."""
     from tqdm import tqdm
 
-    most = 0
+    shown = 0
 
     class Bar(tqdm):
-        monitor_interval = 0  # no thread that moves it
+        monitor_interval = 0  # starts no thread
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs, file=io.StringIO())
 
         def display(self, *args: Any, **kwargs: Any) -> None:
-            nonlocal most
-            # Beside the one that counts bytes on disk there are others, for files and the network.
-            if self.unit == "B" and self.total and self.n > most:
-                most = self.n
-                progress("Fetching", int(self.n), int(self.total))
+            nonlocal shown
+            # The library also has bars that count files and network traffic.
+            if self.unit == "B" and self.total and self.n > shown:
+                shown = self.n
+                progress("Downloading", int(self.n), int(self.total))
 
         def close(self) -> None:
-            """Nothing is left to be said when the library, or the collector, is done with it."""
+            """Does nothing, instead of drawing the bar a last time."""
 
     return Bar

@@ -1,34 +1,34 @@
-"""The files of a checkpoint in Hugging Face layout: safetensors, and an index if there are many."""
+"""Writes the Hugging Face layout: safetensors files, and an index if there are several."""
 
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from convert.task import Piece, Task
+from convert.task import RowBlock, Task
 from convert.transform import Transform, tensor_bytes
 from llama_jax.checkpoint.huggingface import INDEX, SINGLE
 from llama_jax.checkpoint.reader import CheckpointError
 
-SHARD_BYTES = 5 * 10**9  # as on the hub
+SHARD_BYTES = 5 * 10**9  # as on the Hugging Face Hub
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 def plan(transforms: Sequence[Transform]) -> list[Task]:
-    """A task for each file.
+    """Returns one task per file.
 
     Raises:
-      CheckpointError: quantised weights, which nobody else could read in this layout.
+      CheckpointError: the weights are quantized; no other program could read them in this layout.
     """
     if any(len(transform.targets) > 1 for transform in transforms):
         raise CheckpointError(
-            'Quantised weights are not written in Hugging Face layout: dequantise them ("plain").'
+            'Quantized weights cannot be written in Hugging Face layout: dequantize them ("plain").'
         )
     shards = list(_shards(transforms))
     return [_task(shard, name) for shard, name in zip(shards, _names(len(shards)), strict=True)]
 
 
 def finish(directory: Path, transforms: Sequence[Transform]) -> None:
-    """Writes the index, where there is more than one file."""
+    """Writes the index if there is more than one file."""
     shards = list(_shards(transforms))
     if len(shards) == 1:
         return
@@ -44,7 +44,7 @@ def finish(directory: Path, transforms: Sequence[Transform]) -> None:
 
 
 def _shards(transforms: Sequence[Transform]) -> Iterator[list[Transform]]:
-    """Cuts the weights into runs of at most `SHARD_BYTES`, or of one that is larger."""
+    """Splits the weights into shards of at most `SHARD_BYTES`, or of a single larger weight."""
     shard: list[Transform] = []
     size = 0
     for transform in transforms:
@@ -76,10 +76,10 @@ def _task(shard: list[Transform], name: str) -> Task:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     start = len(text).to_bytes(8, "little") + text
-    pieces = tuple(
-        Piece(transform, slice(0, transform.num_rows), ((name,),)) for transform in shard
+    blocks = tuple(
+        RowBlock(transform, slice(0, transform.num_rows), ((name,),)) for transform in shard
     )
-    return Task({name: len(start) + end}, pieces, {name: start})
+    return Task({name: len(start) + end}, blocks, {name: start})
 
 
 def _bytes(transform: Transform) -> int:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and what would lie on each device of a mesh; no weight is read."""
+"""Describes a checkpoint and its distribution over a mesh, without reading weights."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from llama_jax.checkpoint import CheckpointReader
 from llama_jax.checkpoint.huggingface import HuggingFaceReader
 from llama_jax.checkpoint.manifest import MANIFEST, VERSION, read_manifest
 from llama_jax.checkpoint.orbax import ARRAY, STATE, WEIGHTS, OrbaxReader
-from llama_jax.checkpoint.reader import CheckpointError, numpy_dtype
+from llama_jax.checkpoint.reader import numpy_dtype
 from llama_jax.config import LlamaConfig
 from llama_jax.config.llama_config import QUANT_METHOD
 from llama_jax.weights.table import LAYER_WEIGHTS, non_layer_weights
@@ -22,16 +22,16 @@ GROUPS = ("embedding", "attention", "mlp", "norms", "head")
 
 @dataclass(frozen=True)
 class DeviceShare:
-    """What one device of a mesh holds of the weights.
+    """The weights that one device of a mesh holds.
 
     Attributes:
-      stage: of the pipeline.
-      rank: among the tensor-parallel ranks of its stage.
-      layers: their numbers.
-      padding_layers: layers of zeros beside them, where other stages have more.
-      heads: numbers of its query heads.
-      kv_heads: numbers of its key and value heads.
-      bytes: by `GROUPS`, in the dtypes of the checkpoint, padding included.
+      stage: pipeline stage.
+      rank: tensor-parallel rank.
+      layers: indices of its layers.
+      padding_layers: number of layers of zeros, if other stages have more layers.
+      heads: indices of its query heads.
+      kv_heads: indices of its KV heads.
+      bytes: by `GROUPS`, in the dtypes of the checkpoint, including padding.
     """
 
     stage: int
@@ -45,19 +45,19 @@ class DeviceShare:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is to be known of a checkpoint.
+    """The description of a checkpoint.
 
     Attributes:
       path: its directory.
       layout: "orbax", "huggingface" or "meta".
-      formats: of its files; with the version of those that have one.
-      num_files: that hold the weights.
-      config: its architecture, dtype and quantisation.
-      quantized_by: the tool that quantised it, where that was not this program.
-      quantization_error: see `Manifest`.
-      num_parameters: numbers in the weights, however they are stored.
+      formats: file format → version, or None if it has none.
+      num_files: number of weight files.
+      config: its architecture, dtype and quantization.
+      quantized_by: the tool that quantized it, if it was not this program.
+      quantization_error: as in `Manifest`.
+      num_parameters: of the model, however the weights are stored.
       bytes: of the weights, by dtype.
-      devices: of the mesh that was asked for, stage by stage.
+      devices: of the given mesh, stage by stage.
     """
 
     path: Path
@@ -77,10 +77,10 @@ def inspect(reader: CheckpointReader, mesh: str | None) -> Inspection:
 
     Args:
       reader: the checkpoint.
-      mesh: "4x2", or None for no devices.
+      mesh: such as "4x2", or None for no devices.
 
     Raises:
-      CheckpointError: this model cannot be split over the mesh, or that is none.
+      MeshError, ShardingError: the mesh is malformed, or the model cannot be split over it.
     """
     path, config = reader.path, reader.config
     layout, formats, num_files = _files(reader)
@@ -106,28 +106,25 @@ def inspect(reader: CheckpointReader, mesh: str | None) -> Inspection:
 
 
 def num_parameters(config: LlamaConfig) -> int:
-    """Numbers in all weights of a model."""
+    """Returns the number of parameters of a model."""
     in_layer = sum(math.prod(weight.shape(config)) for weight in LAYER_WEIGHTS)
     outside = sum(math.prod(weight.shape(config)) for weight in non_layer_weights(config))
     return outside + config.num_layers * in_layer
 
 
 def device_shares(config: LlamaConfig, mesh: str) -> list[DeviceShare]:
-    """What each device of a mesh holds, by the very placements that the loader follows.
+    """Returns the share of each device of a mesh, from the placements that the loader uses.
 
     Raises:
-      CheckpointError: this model cannot be split over the mesh, or that is none.
+      MeshError, ShardingError: the mesh is malformed, or the model cannot be split over it.
     """
-    # They name partition specs, which are JAX's; no device is touched.
-    from llama_jax.weights.placement import ShardingError, placements
-    from sharding.mesh import MeshError, parse_mesh
+    # These import JAX, for its partition specs; no device is touched.
+    from llama_jax.weights.placement import placements
+    from sharding.mesh import parse_mesh
     from sharding.partition import split_layers
 
-    try:
-        num_stages, num_ranks = parse_mesh(mesh)
-        params = placements(config, num_stages, num_ranks)
-    except (MeshError, ShardingError) as error:
-        raise CheckpointError(str(error)) from None
+    num_stages, num_ranks = parse_mesh(mesh)
+    params = placements(config, num_stages, num_ranks)
     size = _bytes_by_group(params, config, num_stages, num_ranks)
     shares = []
     for stage, positions in enumerate(split_layers(config.num_layers, num_stages)):
@@ -150,7 +147,7 @@ def device_shares(config: LlamaConfig, mesh: str) -> list[DeviceShare]:
 def _bytes_by_group(
     params: Any, config: LlamaConfig, num_stages: int, num_ranks: int
 ) -> dict[str, int]:
-    """Of one device; all hold the same, as they run one program."""
+    """Returns the bytes per device, which are equal for all devices."""
     from sharding.axes import AXES
 
     size = dict.fromkeys(GROUPS, 0)
@@ -158,11 +155,11 @@ def _bytes_by_group(
 
     def add(group: str, placements: Any) -> None:
         for place in placements if isinstance(placements, tuple) else (placements,):
-            held = math.prod(place.shape) * place.dtype(numpy_dtype(config.dtype)).itemsize
+            share = math.prod(place.shape) * place.dtype(numpy_dtype(config.dtype)).itemsize
             for axes in place.spec:
                 for axis in (axes,) if isinstance(axes, str) else axes or ():
-                    held //= mesh[axis]
-            size[group] += held
+                    share //= mesh[axis]
+            size[group] += share
 
     add("embedding", params.embedding)
     add("norms", params.final_norm)
@@ -180,7 +177,7 @@ def _share(count: int, rank: int, num_ranks: int) -> range:
 
 
 def _files(reader: CheckpointReader) -> tuple[str, dict[str, int | None], int]:
-    """The layout, the formats of its files, and how many hold weights."""
+    """Returns the layout, the file formats, and the number of weight files."""
     path = reader.path
     if isinstance(reader, OrbaxReader):
         arrays = path / WEIGHTS / STATE

@@ -1,8 +1,8 @@
-"""The journal of a conversion: what is done already, so that `--resume` can go on from there.
+"""The journal of a conversion: the finished tasks, from which `--resume` continues.
 
-It lies in the destination as lines of JSON and is flushed after each. What was written before the
-kill of a process is still there, because the system holds it; what was written before the machine
-stopped may not be, so the journal notes each boot, and files of an earlier one are read again.
+It is a file of JSON lines in the destination, flushed after each line. Data written before a
+process was killed is safe in the page cache. Data written before a power failure may be lost, so
+the journal records each boot, and files written during an earlier boot are verified.
 """
 
 import fcntl
@@ -18,14 +18,14 @@ from convert.transform import Loss
 from llama_jax.checkpoint.manifest import JOURNAL, FileRecord, checksum
 from llama_jax.checkpoint.reader import CheckpointError
 
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def identify(source: Path, options: Mapping[str, Any]) -> str:
-    """A fingerprint of a source and of what is to become of it.
+    """Returns a fingerprint of a source and the options of its conversion.
 
-    The source is known by its files' names, lengths and times of change: reading it all would take
-    as long as converting it. Hidden files are somebody else's.
+    It covers the names, lengths and modification times of the source's files, because reading them
+    would take as long as converting them. Hidden files do not count.
     """
     names = sorted(str(file.relative_to(source)) for file in source.rglob("*") if file.is_file())
     content = [
@@ -37,17 +37,17 @@ def identify(source: Path, options: Mapping[str, Any]) -> str:
 
 
 class Journal:
-    """The open journal of one destination; held by one process at a time.
+    """The open journal of a destination, locked by one process at a time.
 
     Attributes:
-      done: by name, the tasks that an earlier run finished.
+      done: task name → result, for the tasks that an earlier run finished.
     """
 
     def __init__(self, directory: Path, plan: str):
-        """Opens the journal in `directory`, or begins one.
+        """Opens the journal in `directory`, or creates it.
 
         Raises:
-          CheckpointError: it belongs to another plan, or another process holds it.
+          CheckpointError: it belongs to another plan, or is locked by another process.
         """
         self._path = directory / JOURNAL
         self._file = self._path.open("a+", encoding="utf-8", errors="replace")
@@ -58,7 +58,7 @@ class Journal:
             if lines and lines[0].get("plan") != plan:
                 raise CheckpointError(
                     f"{directory} holds an unfinished conversion of another source or with other "
-                    "options: give the same ones, or delete it and begin anew."
+                    "options: use the same source and options, or delete it and start again."
                 )
             self.done = _finished(lines, directory)
             self._append({"boot": _boot(), **({} if lines else {"plan": plan})})
@@ -67,15 +67,15 @@ class Journal:
             raise
 
     def add(self, result: TaskResult) -> None:
-        """Notes a finished task."""
+        """Records a finished task."""
         self._append({"task": asdict(result)})
 
     def remove(self) -> None:
-        """Deletes the journal of a conversion that is whole."""
+        """Deletes the journal of a complete conversion."""
         self._path.unlink()
 
     def close(self) -> None:
-        """Lets go of the destination; what the journal notes stays."""
+        """Unlocks the destination; the journal remains."""
         self._file.close()
 
     def _lock(self) -> None:
@@ -83,17 +83,17 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CheckpointError(
-                f"Another conversion is writing to {self._path.parent}: wait for its end."
+                f"Another conversion is writing to {self._path.parent}: wait until it ends."
             ) from None
 
     def _append(self, line: dict[str, Any]) -> None:
-        # A line that a kill cut short must not swallow the next: each begins on a line of its own.
+        # The newline comes first, so that a truncated line does not corrupt the next one.
         self._file.write("\n" + json.dumps(line))
         self._file.flush()
 
 
 def _parse(text: str) -> dict[str, Any] | None:
-    """A line, or None for one that was cut short."""
+    """Parses a line; returns None if it is truncated."""
     try:
         line = json.loads(text)
     except ValueError:
@@ -116,7 +116,7 @@ def _finished(lines: list[dict[str, Any]], directory: Path) -> dict[str, TaskRes
 
 
 def _result(task: Any) -> TaskResult | None:
-    """What a line tells of a task, or None if it is damaged."""
+    """Parses a task's result; returns None if it is damaged."""
     try:
         files = {name: FileRecord(**record) for name, record in task["files"].items()}
         losses = {kind: Loss(*loss) for kind, loss in task["losses"].items()}
@@ -132,5 +132,5 @@ def _is_there(file: Path, record: FileRecord, this_boot: bool) -> bool:
 
 
 def _boot() -> str | None:
-    """Identifies the time since the machine was started; None where that cannot be known."""
-    return _BOOT.read_text().strip() if _BOOT.exists() else None
+    """Returns the ID of the current boot, or None if the system has none."""
+    return BOOT_ID.read_text().strip() if BOOT_ID.exists() else None

@@ -1,30 +1,30 @@
-"""The files of a checkpoint in this project's Orbax layout (`llama_jax.checkpoint.orbax`)."""
+"""Writes this project's Orbax layout (`llama_jax.checkpoint.orbax`)."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from convert.task import Piece, Task
+from convert.task import RowBlock, Task
 from convert.transform import Transform, row_bytes
 from llama_jax.checkpoint.orbax import ARRAY, STATE, WEIGHTS, array_metadata, chunk_file
 from llama_jax.weights.table import StoredTensor
 
-# Of a matrix whose columns are split over the tensor-parallel ranks. On so many ranks each finds
-# its part as a run of bytes, to be mapped or read at once; on others columns are picked out, as
-# they would be from whole rows. The reference deployment, 4 x 2, has two.
+# Number of pieces into which the columns of a matrix are cut if they are split over the
+# tensor-parallel ranks. With that many ranks, each rank's part is a run of bytes; with another
+# number, columns are picked out of rows. The reference deployment, 4 x 2, has two ranks.
 COLUMN_PIECES = 2
-# Large enough for a fast disk and few files (2,300 for 70B), small enough that little is written
-# again after a crash and that many workers share one matrix.
+# Large enough for fast disks and few files (2,300 for 70B); small enough that a crash loses little
+# work and that several workers can share one matrix.
 CHUNK_BYTES = 64 << 20
 
 
 def plan(transforms: Sequence[Transform]) -> list[Task]:
-    """A task for each run of rows that makes a chunk; scales are cut where their matrix is."""
+    """Returns one task per chunk of rows; scales are cut at the same rows as their matrix."""
     return [task for transform in transforms for task in _tasks(transform)]
 
 
 def finish(directory: Path, transforms: Sequence[Transform]) -> None:
-    """Writes what describes the arrays, once they are whole: to Zarr, and to Orbax."""
+    """Writes the metadata that Zarr and Orbax need."""
     names = []
     for transform in transforms:
         for tensor in transform.targets:
@@ -71,12 +71,12 @@ def _tasks(transform: Transform) -> list[Task]:
             for tensor, of_tensor in zip(transform.targets, names, strict=True)
             for name in of_tensor
         }
-        tasks.append(Task(files, (Piece(transform, rows, names),)))
+        tasks.append(Task(files, (RowBlock(transform, rows, names),)))
     return tasks
 
 
 def _chunk_files(tensor: StoredTensor, number: int) -> tuple[str, ...]:
-    """The files that hold the same rows, from the first column to the last."""
+    """Returns the files of one chunk of rows, from the first columns to the last."""
     if len(tensor.shape) == 1:
         return (chunk_file(tensor.hf_name, number),)
     return tuple(
@@ -85,14 +85,14 @@ def _chunk_files(tensor: StoredTensor, number: int) -> tuple[str, ...]:
 
 
 def _column_pieces(tensor: StoredTensor) -> int:
-    """Into how many pieces the columns of a matrix are cut; all are equally wide."""
-    # "embed" is the one axis that no mesh splits: see sharding.partition, which would load JAX.
+    """Returns the number of equally wide pieces into which a matrix's columns are cut."""
+    # "embed" is the only axis that no mesh splits.
     split = tensor.axes[1] != "embed" and tensor.shape[1] % COLUMN_PIECES == 0
     return COLUMN_PIECES if split else 1
 
 
 def _chunk_rows(transform: Transform) -> int:
-    """Rows of a chunk; all chunks have as many, so that little of the last one is padding."""
-    most = max(1, CHUNK_BYTES // row_bytes(transform.targets[0]))
-    num_chunks = -(-transform.num_rows // most)
+    """Returns the rows per chunk, equal for all chunks so that the last has little padding."""
+    max_rows = max(1, CHUNK_BYTES // row_bytes(transform.targets[0]))
+    num_chunks = -(-transform.num_rows // max_rows)
     return -(-transform.num_rows // num_chunks)

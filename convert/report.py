@@ -1,4 +1,4 @@
-"""What came of a command, for people and for scripts."""
+"""Shows the outcome of a command to people and to scripts."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -15,50 +15,51 @@ from llama_jax.config import LlamaConfig
 from llama_jax.terminal.units import bytes_text, count_text, duration_text
 
 _LAYOUTS = {
-    "orbax": "Orbax, of this project",
+    "orbax": "Orbax (this project's)",
     "huggingface": "Hugging Face",
     "meta": "Meta's original release",
 }
-_MOST_SHOWN = 20  # differences
+_MAX_DIFFERENCES = 20  # shown
 
 
 def show_converted(console: Console, outcome: Converted) -> None:
-    """Prints what a conversion did, and what it cost."""
+    """Prints the outcome of a conversion."""
     report = outcome.report
     _say(
         console,
-        f"{outcome.destination} is whole: {bytes_text(report.bytes)} of weights in "
-        f"{_stored_as(report.config)}, made of {bytes_text(outcome.source_bytes)}.",
+        f"{outcome.destination} is complete: {bytes_text(report.bytes)} of weights in "
+        f"{_stored_as(report.config)}, from {bytes_text(outcome.source_bytes)}.",
     )
     written = report.bytes - report.resumed
     if written:
         line = f"Wrote {_pace(written, report.seconds)}"
         if report.resumed:
-            line += f"; {bytes_text(report.resumed)} were there from an earlier run"
+            line += f"; an earlier run had written {bytes_text(report.resumed)}"
         _say(console, f"{line}.")
     else:
-        _say(console, "Everything was there from an earlier run.")
+        _say(console, "An earlier run had written everything.")
     if report.verify_seconds is not None:
-        _say(console, f"Verified against its source in {duration_text(report.verify_seconds)}.")
+        _say(console, f"Verified against the source in {duration_text(report.verify_seconds)}.")
     if report.quantization_error:
         console.print(error_table(report.quantization_error))
     if (found := outcome.divergence) is not None:
         _say(
             console,
-            f"On a text of {found.tokens:,} tokens, the divergence from the source is "
-            f"{found.mean:.5f} nats a token ({found.largest:.5f} at most); the likeliest token is "
-            f"the same after {found.agreement:.1%} of them.",
+            f"On a text of {found.tokens:,} tokens, the mean divergence from the source is "
+            f"{found.mean:.5f} nats per token (maximum {found.largest:.5f}); the most likely next "
+            f"token is the same for {found.agreement:.1%} of them.",
         )
 
 
 def show_verified(console: Console, outcome: Verified) -> None:
-    """Prints how two checkpoints differ, if they do."""
+    """Prints the differences between two checkpoints."""
     found = outcome.differences
-    for difference in found[:_MOST_SHOWN]:
+    for difference in found[:_MAX_DIFFERENCES]:
         _say(console, difference)
-    if len(found) > _MOST_SHOWN:
-        _say(console, f"... and {len(found) - _MOST_SHOWN} more (--json gives all).")
-    verdict = "differs from" if found else "is what was to be made of"
+    if len(found) > _MAX_DIFFERENCES:
+        more = len(found) - _MAX_DIFFERENCES
+        _say(console, f"... and {more} more (--json lists all).")
+    verdict = "differs from" if found else "matches"
     _say(
         console,
         f"{outcome.destination} {verdict} {outcome.source} (compared in "
@@ -67,7 +68,7 @@ def show_verified(console: Console, outcome: Verified) -> None:
 
 
 def show_inspection(console: Console, outcome: Inspection) -> None:
-    """Prints what a checkpoint holds, and what lies on each device."""
+    """Prints the description of a checkpoint and its distribution over a mesh."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column()
@@ -83,9 +84,9 @@ def show_inspection(console: Console, outcome: Inspection) -> None:
 
 
 def error_table(errors: dict[str, float]) -> Table:
-    """What quantisation changed, by kind of matrix."""
+    """Returns a table of quantization errors by kind of matrix."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("quantised")
+    table.add_column("quantized")
     table.add_column("relative error", justify="right")
     for kind, error in errors.items():
         table.add_row(kind, f"{error:.3%}")
@@ -93,7 +94,7 @@ def error_table(errors: dict[str, float]) -> Table:
 
 
 def converted_json(outcome: Converted) -> dict[str, Any]:
-    """A conversion for scripts."""
+    """Returns the outcome of a conversion as JSON."""
     report = outcome.report
     return {
         "source": outcome.source,
@@ -111,7 +112,7 @@ def converted_json(outcome: Converted) -> dict[str, Any]:
 
 
 def verified_json(outcome: Verified) -> dict[str, Any]:
-    """A comparison for scripts."""
+    """Returns the outcome of a comparison as JSON."""
     return {
         "source": outcome.source,
         "destination": str(outcome.destination),
@@ -121,7 +122,7 @@ def verified_json(outcome: Verified) -> dict[str, Any]:
 
 
 def inspection_json(outcome: Inspection) -> dict[str, Any]:
-    """A description for scripts."""
+    """Returns the description of a checkpoint as JSON."""
     config = outcome.config
     return {
         "path": str(outcome.path),
@@ -160,16 +161,15 @@ def _facts(outcome: Inspection) -> Iterator[tuple[str, str]]:
     yield "weights", f"{total} in {count_text(outcome.num_files, 'file')}"
     yield "dtypes", ", ".join(f"{bytes_text(size)} {name}" for name, size in outcome.bytes.items())
     if config.quantization is not None:
-        yield "quantisation", _quantization(outcome)
+        yield "quantization", _quantization(outcome)
     yield "parameters", f"{outcome.num_parameters:,}"
     yield "layers", str(config.num_layers)
     yield "width", f"{config.embed_dim:,}, MLP {config.mlp_dim:,}"
     yield (
         "heads",
-        f"{config.num_heads} of {config.head_dim}, sharing {config.num_kv_heads} key and value "
-        "heads",
+        f"{config.num_heads} of size {config.head_dim}, sharing {config.num_kv_heads} KV heads",
     )
-    tied = "the embedding is the head" if config.tie_embeddings else "embedding and head"
+    tied = "tied embedding and head" if config.tie_embeddings else "separate embedding and head"
     yield "vocabulary", f"{config.vocab_size:,} ({tied})"
     yield "context", f"{config.max_position_embeddings:,} tokens"
     yield "rotary", _rotary(config)
@@ -190,19 +190,19 @@ def _rotary(config: LlamaConfig) -> str:
     text = f"base {config.rope_theta:,.0f}"
     if (scaling := config.rope_scaling) is not None:
         text += (
-            f", stretched by {scaling.factor:g} from {scaling.original_max_position_embeddings:,} "
+            f", scaled by {scaling.factor:g} from {scaling.original_max_position_embeddings:,} "
             f"tokens (factors {scaling.low_freq_factor:g} and {scaling.high_freq_factor:g})"
         )
     return text
 
 
 def _device_table(devices: list[DeviceShare]) -> Table:
-    most = max(sum(share.bytes.values()) for share in devices)
-    power, unit = (9, "GB") if most >= 10**9 else (6, "MB")
+    largest = max(sum(share.bytes.values()) for share in devices)
+    power, unit = (9, "GB") if largest >= 10**9 else (6, "MB")
     caption = f"weights in {unit}"
     if any(share.padding_layers for share in devices):
-        caption += "; +1: a layer of zeros, because other stages have one more"
-    # As narrow as it can be: it must fit into 80 columns.
+        caption += "; +1: one padding layer of zeros"
+    # No padding, so that the table fits into 80 columns.
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, caption=caption)
     for name in ("stage", "rank", "layers", "heads", "KV", *GROUPS, "total"):
         table.add_column(name, justify="right", no_wrap=True)

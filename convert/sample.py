@@ -1,4 +1,4 @@
-"""The text on which a quantised model is compared with its source, as tokens. Imports no JAX."""
+"""The sample text for comparing a quantized model with its source. Imports no JAX."""
 
 import tempfile
 from pathlib import Path
@@ -7,8 +7,8 @@ from convert.source import Source
 from llama_jax.checkpoint import CheckpointError
 from llama_jax.text.tokenizer import Tokenizer, TokenizerError
 
-WINDOW = 512  # tokens that are read together
-MOST_TOKENS = 4096
+WINDOW = 512  # tokens per sequence
+MAX_TOKENS = 4096
 
 TEXT = """\
 A ferry crosses the bay four times a day. In winter the first one leaves in the dark, and whoever \
@@ -47,17 +47,17 @@ somebody could say what was wrong with it.
 
 
 def sample_windows(source: Source, file: Path | None) -> list[list[int]]:
-    """The tokens of a text, in windows that each begin with BOS.
+    """Tokenizes a text into windows that each begin with BOS.
 
     Args:
-      source: whose tokenizer reads the text.
-      file: with the text, in UTF-8; None for `TEXT`.
+      source: the checkpoint whose tokenizer is used.
+      file: the text, in UTF-8; None for `TEXT`.
 
     Returns:
-      At most `MOST_TOKENS` in all; every window but the last is equally long.
+      Windows of equal length except the last, of at most `MAX_TOKENS` in all.
 
     Raises:
-      CheckpointError: there is no such text, or no tokenizer that belongs to the model.
+      CheckpointError: the text cannot be read, or the tokenizer is missing or not the model's.
     """
     text = TEXT if file is None else _read(file)
     path, config = source.reader.path, source.reader.config
@@ -67,21 +67,21 @@ def sample_windows(source: Source, file: Path | None) -> list[list[int]]:
             tokenizer = Tokenizer(folder)
         except TokenizerError:
             raise CheckpointError(
-                f"{path} has no tokenizer that can be loaded, which --check needs: copy the "
-                "model's tokenizer.json and tokenizer_config.json there."
+                f"{path} has no valid tokenizer, which --check needs: copy the model's "
+                "tokenizer.json and tokenizer_config.json there."
             ) from None
         ids = tokenizer.encode(text, add_bos=False)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     largest = max([*bos, *ids])
     if largest >= config.vocab_size:
         raise CheckpointError(
-            f"The tokenizer of {path} gives token {largest}, which is outside the model's "
-            f"vocabulary of {config.vocab_size}: copy the tokenizer of this model there."
+            f"The tokenizer of {path} produces token {largest}, which is outside the model's "
+            f"vocabulary of {config.vocab_size}: copy the model's own tokenizer there."
         )
     width = min(WINDOW, config.max_position_embeddings)
     step = width - len(bos)
     windows = [bos + ids[start : start + step] for start in range(0, len(ids), step)]
-    return windows[: MOST_TOKENS // width]
+    return windows[: MAX_TOKENS // width]
 
 
 def _read(file: Path) -> str:
@@ -90,7 +90,7 @@ def _read(file: Path) -> str:
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError:
-        raise CheckpointError(f"{file} is not a text in UTF-8: give another to --check.") from None
+        raise CheckpointError(f"{file} is not UTF-8 text: give another file to --check.") from None
     if not text.strip():
-        raise CheckpointError(f"{file} holds no text: give another to --check.")
+        raise CheckpointError(f"{file} is empty: give another file to --check.")
     return text

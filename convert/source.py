@@ -1,4 +1,4 @@
-"""What is converted: a reader for the weights, and the files that come along with them."""
+"""The source of a conversion: a reader for the weights, and the files that accompany them."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from typing import Any
 from llama_jax.checkpoint import CheckpointReader, open_checkpoint
 from llama_jax.config import LlamaConfig
 
-LICENCE = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+LICENSE = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
@@ -22,8 +22,8 @@ class Source:
 
     Attributes:
       reader: of its weights.
-      write_companions: writes config.json, for the configuration given, and whatever else belongs
-        to the checkpoint (tokenizer, generation config, licence) into a directory.
+      write_companions: writes config.json for the given configuration, and the other files of the
+        checkpoint (tokenizer, generation config, license), to a directory.
     """
 
     reader: CheckpointReader
@@ -31,15 +31,15 @@ class Source:
 
 
 def open_source(path: Path) -> Source:
-    """A checkpoint in Hugging Face layout or in this project's Orbax layout.
+    """Opens a checkpoint in Hugging Face layout or in this project's Orbax layout.
 
     Raises:
-      ConfigError, CheckpointError: it is not whole.
+      ConfigError, CheckpointError: it is incomplete, damaged or not supported.
     """
     reader = open_checkpoint(path)
 
     def write_companions(directory: Path, config: LlamaConfig) -> None:
-        copy_files(path, directory, ("generation_config.json", *TOKENIZER, *LICENCE))
+        copy_files(path, directory, ("generation_config.json", *TOKENIZER, *LICENSE))
         content = json.loads((path / "config.json").read_text(encoding="utf-8"))
         write_config(directory, _adapted(content, config))
 
@@ -47,7 +47,7 @@ def open_source(path: Path) -> Source:
 
 
 def copy_files(source: Path, destination: Path, patterns: Iterable[str]) -> None:
-    """Copies the files of a directory whose names match any of the patterns."""
+    """Copies the files of a directory that match any of the patterns."""
     for pattern in patterns:
         for file in sorted(source.glob(pattern)):
             if file.is_file():
@@ -61,7 +61,7 @@ def write_config(directory: Path, content: dict[str, Any]) -> None:
 
 
 def _adapted(content: dict[str, Any], want: LlamaConfig) -> dict[str, Any]:
-    """The source's config.json, with the dtype and quantisation that the destination has."""
+    """Returns the source's config.json with the dtype and quantization of the destination."""
     written = want.to_dict()
     for key in [key for key in _DTYPE_KEYS if key in content] or ["torch_dtype"]:
         content[key] = want.dtype

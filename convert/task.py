@@ -1,7 +1,7 @@
-"""The unit of a conversion: a few files that one worker writes from start to end.
+"""The unit of a conversion: one or more files that one worker writes.
 
-A file is written under another name (`.part`), hashed on the way and renamed when it is whole, so
-whatever moment a crash picks, a file under its own name is complete.
+A file is written and hashed under a temporary name (`.part`) and renamed when it is complete, so
+after a crash every file with its final name is complete.
 """
 
 import hashlib
@@ -16,31 +16,31 @@ import numpy as np
 from convert.transform import Loss, Transform, row_bytes
 from llama_jax.checkpoint.manifest import PART, FileRecord
 
-BLOCK_BYTES = 1 << 20  # of rows worked on at once; they stay in a core's cache meanwhile
-WORKER_BYTES = 64 << 20  # the most memory that a worker takes: blocks, and what is computed of them
+BLOCK_BYTES = 1 << 20  # processed at a time; fits in a core's cache
+WORKER_BYTES = 64 << 20  # maximum memory per worker, for a block and its intermediate results
 
 
 class Stopped(Exception):
-    """The conversion was told to stop before this task was done."""
+    """The conversion was stopped before this task was done."""
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Rows of one weight, and where they are written.
+class RowBlock:
+    """Rows of one weight, and the files they are written to.
 
     Attributes:
       transform: of the weight.
-      rows: of it.
-      files: for each target tensor the files that its rows are appended to; where there are
-        several, each gets as many columns, in their order.
+      rows: of the weight.
+      files: for each target tensor, the files to which its rows are appended; several files get an
+        equal share of the columns each, in order.
     """
 
     transform: Transform
     rows: slice
     files: tuple[tuple[str, ...], ...]
 
-    def blocks(self) -> Iterator[slice]:
-        """Cuts the rows into runs that are worked on at once."""
+    def steps(self) -> Iterator[slice]:
+        """Splits the rows into runs that are processed at a time."""
         step = max(1, BLOCK_BYTES // self.transform.work_bytes)
         for first in range(self.rows.start, self.rows.stop, step):
             yield slice(first, min(first + step, self.rows.stop))
@@ -51,34 +51,33 @@ class Task:
     """Files that are written together.
 
     Attributes:
-      files: path from the destination's directory → bytes in the end.
-      headers: what a file begins with, where that is not a piece.
-      pieces: what is appended to them, in order. Where a file is then still shorter than it is to
-        be, zeros fill it up.
+      files: path relative to the destination → final size in bytes; zeros fill up the rest.
+      blocks: rows to append to the files, in order.
+      headers: path → bytes before the first rows, if any.
     """
 
     files: dict[str, int]
-    pieces: tuple[Piece, ...]
+    blocks: tuple[RowBlock, ...]
     headers: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        """Identifies the task in its conversion."""
+        """Identifies the task within its conversion."""
         return next(iter(self.files))
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of weights in it, without headers and padding."""
+        """Bytes of weights, without headers and padding."""
         return sum(
-            (piece.rows.stop - piece.rows.start) * row_bytes(tensor)
-            for piece in self.pieces
-            for tensor in piece.transform.targets
+            (block.rows.stop - block.rows.start) * row_bytes(tensor)
+            for block in self.blocks
+            for tensor in block.transform.targets
         )
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a finished task wrote, and what quantisation lost, by kind of weight."""
+    """The files of a finished task, and its quantization losses by kind of weight."""
 
     name: str
     files: dict[str, FileRecord]
@@ -91,13 +90,13 @@ def run_task(
     """Writes the files of a task.
 
     Args:
-      task: what to write.
-      directory: of the destination.
+      task: the task.
+      directory: the destination.
       progress: called with the number of bytes just written.
-      stopped: asked between blocks whether to give up.
+      stopped: called repeatedly; if it returns true, the task is abandoned.
 
     Raises:
-      Stopped: because `stopped()`; `.part` files are left.
+      Stopped: `stopped()` returned true; `.part` files remain.
       CheckpointError: the source cannot be read or converted.
       OSError: the destination cannot be written.
     """
@@ -107,19 +106,19 @@ def run_task(
             name: stack.enter_context(_Writer(directory / name, task.headers.get(name, b"")))
             for name in task.files
         }
-        for piece in task.pieces:
-            for rows in piece.blocks():
+        for block in task.blocks:
+            for rows in block.steps():
                 if stopped():
                     raise Stopped
-                arrays, loss = piece.transform.read(rows)
-                for names, array in zip(piece.files, arrays, strict=True):
+                arrays, loss = block.transform.read(rows)
+                for names, array in zip(block.files, arrays, strict=True):
                     columns = np.split(array, len(names), axis=-1)
                     for name, part in zip(names, columns, strict=True):
                         writers[name].write(_bytes(part))
                 progress(sum(array.nbytes for array in arrays))
                 if loss.of:
-                    before = losses.get(piece.transform.kind, Loss())
-                    losses[piece.transform.kind] = Loss(*map(sum, zip(before, loss, strict=True)))
+                    before = losses.get(block.transform.kind, Loss())
+                    losses[block.transform.kind] = Loss(*map(sum, zip(before, loss, strict=True)))
         records = {name: writers[name].finish(size) for name, size in task.files.items()}
     for name in task.files:
         _part(directory / name).rename(directory / name)
@@ -127,7 +126,7 @@ def run_task(
 
 
 class _Writer:
-    """One file on its way, and its checksum so far."""
+    """A file being written, and its checksum so far."""
 
     def __init__(self, path: Path, header: bytes):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +149,7 @@ class _Writer:
             data = data[self._file.write(data) :]
 
     def finish(self, size: int) -> FileRecord:
-        """Fills up to `size` bytes with zeros."""
+        """Pads the file with zeros to `size` bytes and returns its record."""
         missing = size - self._size
         self.write(memoryview(bytes(missing)))
         return FileRecord(size, self._hash.hexdigest())

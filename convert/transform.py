@@ -1,7 +1,7 @@
-"""What becomes of each weight on its way: copied or cast, quantised, or dequantised.
+"""How each weight is converted: copied or cast, quantized, or dequantized.
 
-A `Transform` turns rows of one weight of the source into the same rows of the tensors that the
-destination stores for it, so that a weight of any size passes through in small pieces.
+A `Transform` converts rows of one weight of the source to the same rows of the tensors that the
+destination stores, so that a weight of any size is converted in small blocks.
 """
 
 import math
@@ -16,25 +16,25 @@ from llama_jax.config import LlamaConfig, Quantization
 from llama_jax.quantization import FORMATS
 from llama_jax.weights.table import StoredTensor, Weight, each_weight, group_columns, stored_tensors
 
-# Bits that are all set in NaN and infinity, and in nothing else (float8_e4m3fn has no infinity).
+# Bits that are all set in NaN and infinity only (float8_e4m3fn has no infinity).
 _NOT_FINITE = {
     "float32": 0x7F800000,
     "float16": 0x7C00,
     "bfloat16": 0x7F80,
     "float8_e4m3fn": 0x7F,
 }
-_PIECE = 1 << 15  # elements looked at at once
+_CHECKED_AT_ONCE = 1 << 15  # elements; fits in a core's cache
 
 
 class Loss(NamedTuple):
-    """What quantisation changed: sums of squares, of the differences and of the weights."""
+    """Quantization loss: the sums of squares of the errors and of the weights."""
 
     changed: float = 0.0
     of: float = 0.0
 
 
 class Rows(NamedTuple):
-    """Rows of one weight, as the destination stores them: an array for each target tensor."""
+    """Rows of one weight as the destination stores them: one array per target tensor."""
 
     arrays: tuple[np.ndarray, ...]
     loss: Loss
@@ -45,12 +45,12 @@ class Transform:
     """How one weight of one layer is converted.
 
     Attributes:
-      kind: of the weight: "attention.wq".
-      source: the tensor that it is read from, or the first of them.
-      targets: the tensors that the destination stores; `dtype` is never None here. Rows of all of
-        them are rows of the weight.
-      work_bytes: of a row while it is worked on: what sizes a block.
-      read: rows of the weight → `Rows`. Raises CheckpointError for numbers that are not finite.
+      kind: of the weight, such as "attention.wq".
+      source: the tensor that the weight is read from, or the first of several.
+      targets: the tensors that the destination stores, with `dtype` set. Their rows correspond to
+        the rows of the weight.
+      work_bytes: memory per row during the conversion, which determines the size of a block.
+      read: converts a range of rows. Raises CheckpointError for NaN and infinity.
     """
 
     kind: str
@@ -61,15 +61,20 @@ class Transform:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the weight."""
+        """Number of rows of the weight."""
         return self.targets[0].shape[0]
 
 
 def target_config(source: LlamaConfig, dtype: str | None, format: str | None) -> LlamaConfig:
-    """The configuration of a destination, `format` being a quantised one, "plain" or None (as is).
+    """Returns the configuration of a destination.
+
+    Args:
+      source: configuration of the source.
+      dtype: of the unquantized weights; None for no change.
+      format: a quantized format, "plain", or None for no change.
 
     Raises:
-      CheckpointError: a quantised source would have to be quantised again.
+      CheckpointError: the source is already quantized in another format.
     """
     config = replace(source, dtype=dtype or source.dtype)
     if format == "plain":
@@ -81,22 +86,22 @@ def target_config(source: LlamaConfig, dtype: str | None, format: str | None) ->
         if have.format == format:
             return config
         raise CheckpointError(
-            f"The source is quantised already, as {have.format}: quantise the original weights to "
+            f"The source is already quantized, as {have.format}: quantize the original weights to "
             f"{format} instead."
         )
     return replace(config, quantization=Quantization(format=format))
 
 
 def transforms(reader: CheckpointReader, config: LlamaConfig, dtype: str | None) -> list[Transform]:
-    """How to convert every weight, in the order of the layers.
+    """Returns the transform of every weight, in the order of the layers.
 
     Args:
       reader: the source.
       config: of the destination (`target_config`).
-      dtype: of the destination's plain weights; None where each keeps its own.
+      dtype: of the destination's unquantized weights; None keeps each weight's own.
 
     Raises:
-      CheckpointError: a matrix that does not fit the quantised format.
+      CheckpointError: a matrix does not fit the quantized format.
     """
     return [
         _transform(reader, config, dtype, weight, layer) for weight, layer in each_weight(config)
@@ -189,17 +194,17 @@ def _tensors(weight: Weight, config: LlamaConfig, layer: int) -> tuple[StoredTen
 
 
 def row_bytes(tensor: StoredTensor) -> int:
-    """Bytes of one row of a tensor whose dtype is known."""
+    """Returns the bytes of one row of a tensor, whose dtype must be set."""
     return math.prod(tensor.shape[1:]) * numpy_dtype(str(tensor.dtype)).itemsize
 
 
 def tensor_bytes(tensor: StoredTensor) -> int:
-    """Bytes of a tensor whose dtype is known."""
+    """Returns the bytes of a tensor, whose dtype must be set."""
     return tensor.shape[0] * row_bytes(tensor)
 
 
 def _read(reader: CheckpointReader, tensor: StoredTensor, rows: slice, dtype: str) -> np.ndarray:
-    """Rows of a tensor of the source."""
+    """Reads rows of a tensor of the source."""
     shape = tensor.shape[1:]
     out = np.empty((rows.stop - rows.start, *shape), numpy_dtype(dtype))
     reader.read_into(tensor.hf_name, (rows, *(slice(0, size) for size in shape)), out)
@@ -211,7 +216,7 @@ def _cast(reader: CheckpointReader, name: str, array: np.ndarray, dtype: str) ->
         cast = array.astype(numpy_dtype(dtype))
     if not _is_finite(cast):
         raise CheckpointError(
-            f"{reader.path}: {name} holds numbers too large for {dtype}: choose another --dtype."
+            f"{reader.path}: {name} has values too large for {dtype}: choose another --dtype."
         )
     return cast
 
@@ -219,19 +224,20 @@ def _cast(reader: CheckpointReader, name: str, array: np.ndarray, dtype: str) ->
 def _check_finite(reader: CheckpointReader, name: str, array: np.ndarray) -> None:
     if not _is_finite(array):
         raise CheckpointError(
-            f"{reader.path}: {name} holds NaN or infinity: the checkpoint is damaged, fetch it "
-            "again."
+            f"{reader.path}: {name} contains NaN or infinity: the checkpoint is damaged, download "
+            "it again."
         )
 
 
 def _is_finite(array: np.ndarray) -> bool:
-    """Looks at exponents, piece by piece: several times as fast as `np.isfinite` on bfloat16."""
+    """Checks exponent bits block by block, several times as fast as `np.isfinite` on bfloat16."""
     mask = _NOT_FINITE.get(array.dtype.name)
     if mask is None:  # integers
         return True
     bits = array.reshape(-1).view(f"u{array.itemsize}")
     return not any(
-        ((bits[at : at + _PIECE] & mask) == mask).any() for at in range(0, bits.size, _PIECE)
+        ((bits[at : at + _CHECKED_AT_ONCE] & mask) == mask).any()
+        for at in range(0, bits.size, _CHECKED_AT_ONCE)
     )
 
 

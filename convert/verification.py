@@ -1,7 +1,7 @@
-"""Holds a converted checkpoint against its source, number by number.
+"""Compares a converted checkpoint with its source, value by value.
 
-It shares with the conversion only the readers and the formats: plain weights must be the source's,
-cast; quantised ones within the bound of their format.
+It shares only the readers and the formats with the conversion. Unquantized weights must equal the
+source's after a cast; quantized weights must be within the error bound of their format.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,12 +31,12 @@ def compare(
 
     Args:
       source: the original.
-      destination: what was made of it.
-      workers: threads.
-      progress: called with the bytes compared, as `destination` stores them, and their total.
+      destination: the converted checkpoint.
+      workers: number of threads.
+      progress: called with the bytes of `destination` compared, and their total.
 
     Returns:
-      A sentence for each weight that differs, and for what differs in the configurations.
+      One sentence for each weight that differs, or for a difference in the configurations.
 
     Raises:
       CheckpointError: one of the two cannot be read.
@@ -70,10 +70,10 @@ def compare(
 def check_checksums(
     path: Path, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[str]:
-    """Reads every file that the manifest of a checkpoint names; none if it has no manifest.
+    """Verifies the checksums in the manifest of a checkpoint, if it has one.
 
     Returns:
-      A sentence for each file whose bytes are not those that were written.
+      One sentence for each file that has changed.
     """
     if not (path / MANIFEST).is_file():
         return []
@@ -114,7 +114,7 @@ def _wrong(
     weight: Weight,
     config: LlamaConfig,
 ) -> np.ndarray:
-    """Which elements of the destination, of this config, are not what they should be."""
+    """Marks the elements of the destination that are wrong; `config` is the destination's."""
     if isinstance(ours, np.ndarray):
         expected = theirs if isinstance(theirs, np.ndarray) else theirs.dequantize()
         with np.errstate(over="ignore"):
@@ -123,7 +123,7 @@ def _wrong(
         matrix = theirs.astype(np.float32)
         restored = ours.dequantize()
         bound = ours.error_bound(matrix, group_columns(weight, config))
-        return ~(np.abs(restored - matrix) <= bound)  # so that NaN counts as wrong
+        return ~(np.abs(restored - matrix) <= bound)  # negated so that NaN counts as wrong
     same = type(theirs) is type(ours) and all(
         np.array_equal(_bits(a), _bits(b))
         for a, b in zip(theirs, ours, strict=True)  # type: ignore[call-overload]

@@ -1,6 +1,7 @@
-"""`params.json`, the configuration in Meta's release, and the `LlamaConfig` that it describes.
+"""Parses `params.json`, the configuration in Meta's release, to a `LlamaConfig`.
 
-As with config.json (`llama_jax.config.huggingface`), a key is read, or harmless, or refused.
+As in config.json (`llama_jax.config.huggingface`), every key is used, known to be harmless, or
+rejected.
 """
 
 import json
@@ -17,38 +18,38 @@ _READ = frozenset(
     use_scaled_rope rope_scaling_factor rope_high_freq_factor
     """.split()
 )
-_HARMLESS = frozenset({"max_batch_size", "max_seq_len"})  # sizes of the cache of Meta's program
+_HARMLESS = frozenset({"max_batch_size", "max_seq_len"})  # KV-cache sizes of Meta's program
 _REFUSED = {
-    "quantization_args": "its weights are quantised in a format of Meta's own",
+    "quantization_args": "its weights are quantized in Meta's own format",
     "lora_args": "its weights come with LoRA adapters",
     "moe_args": "it is a mixture of experts",
     "vision_chunk_size": "it is a vision model",
     "vision_model": "it is a vision model",
     "vision_num_cross_attention_layers": "it is a vision model",
 }
-_ABSENT = (None, -1)  # how Meta's program spells that a model has none of something
-_MOST = 1 << 53  # of any number: floats count so far
-_MOST_LAYERS = 1000
+_ABSENT = (None, -1)  # values by which Meta's program says that a feature is absent
+_MAX_NUMBER = 1 << 53  # integers up to here are exact as floats
+_MAX_LAYERS = 1000
 
-_CONTEXT = 8192  # that Llama 3 was trained with, before it was extended
+_CONTEXT = 8192  # context of Llama 3 before it was extended
 _EXTENSION = 16
-# (dim, n_layers) of the sizes that came with 3.2. Their files do not say that their factor differs;
-# the configurations that Meta published with the same weights on the Hugging Face Hub do.
+# (dim, n_layers) of the sizes released with 3.2. Their RoPE factor differs, which is stated only in
+# the configurations that Meta published with the same weights on the Hugging Face Hub.
 _LLAMA_3_2 = {(2048, 16), (3072, 28)}
 
 
 def read_params(folder: Path) -> dict[str, Any]:
-    """The contents of params.json, without keys that are null.
+    """Returns the contents of params.json without keys that are null.
 
     Raises:
-      CheckpointError: there is none, or it is not a JSON object.
+      CheckpointError: the file does not exist or is not a JSON object.
     """
     file = folder / FILE
     try:
         params = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
-            f"{folder} has no {FILE}: give the directory of one model of Meta's release, with the "
+            f"{folder} has no {FILE}: give the directory of one model of Meta's release, which has "
             "consolidated.*.pth, params.json and tokenizer.model."
         ) from None
     except (OSError, ValueError, RecursionError) as error:
@@ -59,23 +60,23 @@ def read_params(folder: Path) -> dict[str, Any]:
 
 
 def parse_params(params: dict[str, Any], *, rows: int, tie_embeddings: bool) -> LlamaConfig:
-    """The configuration that a params.json stands for; EOS ids are the tokenizer's business.
+    """Returns the configuration, without EOS ids, which follow from the tokenizer.
 
     Args:
-      params: its contents.
-      rows: of the embedding table, the vocabulary where the file does not name it.
-      tie_embeddings: whether the table serves as the head, which only the weights tell.
+      params: the contents of params.json.
+      rows: of the embedding table: the vocabulary size if the file does not state it.
+      tie_embeddings: whether the embedding is also the head, which only the weights tell.
 
     Raises:
-      ConfigError: for anything but a Llama 3 that this package computes exactly.
+      ConfigError: it is not a Llama 3 that this package supports.
     """
     _refuse_other_maths(params)
     dim, heads = _positive(params, "dim", int), _positive(params, "n_heads", int)
     if dim % heads:
-        raise ConfigError(f"dim is {dim}, which does not divide by the {heads} heads.")
+        raise ConfigError(f"dim is {dim}, which is not divisible by the {heads} heads.")
     layers = _positive(params, "n_layers", int)
-    if layers > _MOST_LAYERS:
-        raise ConfigError(f"n_layers is {layers}, more than the {_MOST_LAYERS} that can be read.")
+    if layers > _MAX_LAYERS:
+        raise ConfigError(f"n_layers is {layers}, more than the maximum of {_MAX_LAYERS}.")
     vocab_size = params.get("vocab_size", -1)
     scaling = _rope_scaling(params, small=(dim, layers) in _LLAMA_3_2)
     return LlamaConfig(
@@ -95,9 +96,9 @@ def parse_params(params: dict[str, Any], *, rows: int, tie_embeddings: bool) -> 
 
 
 def _mlp_dim(params: dict[str, Any], dim: int) -> int:
-    """Two thirds of four times the width, times the multiplier, rounded up.
+    """Returns 2/3 of 4 · dim, times the multiplier, rounded up to `multiple_of`.
 
-    Each step is cut to an integer, because Meta's program does so: the order matters.
+    Each step truncates to an integer, as in Meta's program, so the order matters.
     """
     size = int(2 * (4 * dim) / 3)
     if "ffn_dim_multiplier" in params:
@@ -125,14 +126,13 @@ def _refuse_other_maths(params: dict[str, Any]) -> None:
     for key, why in _REFUSED.items():
         if params.get(key) not in _ABSENT:
             raise ConfigError(
-                f"{key} is given, so {why}: only the plain weights of Llama 3's text models can be "
-                "read."
+                f"{key} is present, so {why}: only unquantized Llama 3 text models are supported."
             )
     unknown = sorted(params.keys() - _READ - _HARMLESS - _REFUSED.keys())
     if unknown:
         raise ConfigError(
-            f"Not known here, so possibly a change of the maths: {', '.join(unknown)}; delete what "
-            "you know to be harmless."
+            f"Unknown keys may change the computation: {', '.join(unknown)}; delete those that you "
+            "know to be harmless."
         )
 
 
@@ -143,7 +143,7 @@ def _positive(
     if value is None:
         raise ConfigError(f"{key} is missing.")
     allowed = int if kind is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value < _MOST:
+    if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value < _MAX_NUMBER:
         raise ConfigError(
             f"{key} must be a positive {'integer' if kind is int else 'number'}, got {value!r}."
         )

@@ -1,14 +1,14 @@
 """A `CheckpointReader` over Meta's original release.
 
-A weight is cut over the shards along the axis that its ranks split (heads, MLP width, vocabulary),
-and the rotary pairs of a head lie differently from Hugging Face's layout, in which it is read:
+A weight is split over the shards along the axis of its ranks (heads, MLP width, vocabulary). The
+rotary pairs (x, y) of a head are ordered differently from Hugging Face's layout, which is returned:
 
     row of a head     0    1    2    3   ...
-    Meta             x0   y0   x1   y1   ...   neighbours turn together
-    Hugging Face     x0   x1   ...  y0   y1    a half turns with the other half
+    Meta             x0   y0   x1   y1   ...   adjacent rows are a pair
+    Hugging Face     x0   x1   ...  y0   y1    rows of the two halves are a pair
 
-So half a head of Hugging Face's is every other row of a head of Meta's, and any slice of a tensor
-is copied straight from the maps of the shards: no tensor is ever put together.
+So half a head in Hugging Face's order is every other row of a head in Meta's order. Any slice of a
+tensor is copied directly from the memory-mapped shards; no tensor is ever assembled as a whole.
 """
 
 import re
@@ -50,16 +50,16 @@ _NAMES = {
 _EMBEDDING, _HEAD = _NAMES["embedding"], _NAMES["lm_head"]
 _ROTATED = ("attention.wq", "attention.wk")
 _IGNORED = "rope.freqs"  # follows from params.json
-_COMPARED_AT_ONCE = 1 << 20  # bytes
+_BLOCK_BYTES = 1 << 20  # compared at a time
 
 
 class _Source(NamedTuple):
-    """Where a tensor comes from.
+    """The shards of a tensor.
 
     Attributes:
-      parts: the shards' arrays; one alone where all shards hold the same.
-      axis: along which the parts lie side by side.
-      head_dim: rows of a head whose rotary pairs are to be parted, or None.
+      parts: the shards' arrays, or only one if all shards hold the same.
+      axis: along which the parts are concatenated.
+      head_dim: rows per head if rotary pairs must be reordered, else None.
     """
 
     parts: list[np.ndarray]
@@ -68,7 +68,7 @@ class _Source(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole; a part that lacks the axis is of no weight, and keeps its own shape."""
+        """Of the whole tensor; a part that lacks the axis keeps its shape, which is then wrong."""
         return tuple(
             size * len(self.parts) if axis == self.axis else size
             for axis, size in enumerate(self.parts[0].shape)
@@ -76,16 +76,16 @@ class _Source(NamedTuple):
 
 
 class MetaReader:
-    """A `CheckpointReader`; what it offers has Hugging Face's names, shapes and order of rows."""
+    """A `CheckpointReader` with Hugging Face's names, shapes and order of rows."""
 
     def __init__(self, path: Path):
         """Opens the directory and checks everything in it.
 
-        Of the tensors only those are read that may be there twice: the norms, which each shard
-        holds, and the head, which may be the embedding again.
+        Reads only tensors that may be stored twice: norms, which are in every shard, and the head,
+        which may equal the embedding.
 
         Raises:
-          ConfigError, CheckpointError: if anything is missing or wrong.
+          ConfigError, CheckpointError: anything is missing or wrong.
         """
         check_directory(path)
         self.path = path
@@ -108,7 +108,7 @@ class MetaReader:
         self.config = with_stored_dtype(replace(config, eos_token_ids=eos), self.tensors)
 
     def read_into(self, name: str, index: tuple[slice, ...], out: np.ndarray) -> None:
-        """See `CheckpointReader.read_into`."""
+        """Fills `out` with a slice, copied from the shards."""
         source = self._sources[name]
         rows, *rest = (range(part.start, part.stop) for part in index)
         done = 0
@@ -117,12 +117,12 @@ class MetaReader:
             done += len(run)
 
     def close(self) -> None:
-        """See `CheckpointReader.close`; a file is unmapped when its last view is gone."""
+        """Releases the files; a file is unmapped with its last view."""
         self._sources.clear()
 
 
 def _runs(rows: range, head_dim: int | None) -> Iterator[range]:
-    """Meta's rows for consecutive rows of Hugging Face's: one range for each half head."""
+    """Yields Meta's rows for a range of Hugging Face's rows, one range per half head."""
     if head_dim is None:
         yield rows
         return
@@ -138,7 +138,7 @@ def _runs(rows: range, head_dim: int | None) -> Iterator[range]:
 
 
 def _copy(source: _Source, wanted: tuple[range, ...], out: np.ndarray) -> None:
-    """Fills `out` with the wanted indices of each axis, in Meta's order."""
+    """Fills `out` with the wanted indices of each axis, which are in Meta's order."""
     begin = 0
     for part in source.parts:
         to, place = zip(
@@ -153,7 +153,7 @@ def _copy(source: _Source, wanted: tuple[range, ...], out: np.ndarray) -> None:
 
 
 def _overlap(wanted: range, begin: int, size: int) -> tuple[slice, slice]:
-    """Where, among the wanted indices, those from `begin` on lie, and where they lie inside."""
+    """Returns the part of `wanted` that is in a shard at `begin`: its place in each of the two."""
     first, end = (
         min(max(0, -((wanted.start - bound) // wanted.step)), len(wanted))
         for bound in (begin, begin + size)
@@ -165,7 +165,7 @@ def _overlap(wanted: range, begin: int, size: int) -> tuple[slice, slice]:
 
 
 def _open_shards(path: Path) -> list[PthFile]:
-    """All shards in order, which agree on the names, shapes and dtypes of their tensors."""
+    """Opens all shards in order; checks that their tensors have equal names, shapes and dtypes."""
     found = sorted(file for file in path.iterdir() if _SHARD.fullmatch(file.name))
     if not found:
         others = sorted(file.name for file in path.glob("*.safetensors"))
@@ -187,26 +187,26 @@ def _open_shards(path: Path) -> list[PthFile]:
         for name in first.tensors.keys() & shard.tensors.keys():
             if first.tensors[name] != shard.tensors[name]:
                 problems.append(f"{name} has another shape or dtype in {there}")
-    refuse(f"{path} holds shards that do not belong together", sorted(problems))
+    refuse(f"{path} holds shards of different checkpoints", sorted(problems))
     return shards
 
 
 def _embedding(path: Path, shards: list[PthFile], dim: Any) -> _Source:
-    """The embedding, cut by rows in Llama 3 and by columns before."""
+    """Returns the embedding, which is split by rows in Llama 3 and by columns before."""
     info = shards[0].tensors.get(_EMBEDDING)
     if info is None or len(info.shape) != 2:
-        raise CheckpointError(f"{path} holds no matrix {_EMBEDDING} in its shards.")
+        raise CheckpointError(f"{path} has no matrix {_EMBEDDING} in its shards.")
     by_columns = info.shape[1] != dim and info.shape[1] * len(shards) == dim
     return _Source([shard.array(_EMBEDDING) for shard in shards], axis=1 if by_columns else 0)
 
 
 def _same_bytes(one: _Source, other: _Source) -> bool:
-    """Whether two matrices are equal bit for bit, read in blocks of rows."""
+    """Compares two matrices bit for bit, in blocks of rows."""
     dtype = one.parts[0].dtype
     if one.shape != other.shape or dtype != other.parts[0].dtype:
         return False
     rows, columns = one.shape
-    at_once = max(1, _COMPARED_AT_ONCE // max(1, columns * dtype.itemsize))
+    at_once = max(1, _BLOCK_BYTES // max(1, columns * dtype.itemsize))
     for begin in range(0, rows, at_once):
         wanted = range(begin, min(begin + at_once, rows)), range(columns)
         a, b = (np.empty((len(wanted[0]), columns), dtype) for _ in range(2))
@@ -219,10 +219,10 @@ def _same_bytes(one: _Source, other: _Source) -> bool:
 
 def _eos_token_ids(file: Path, config: LlamaConfig) -> tuple[int, ...]:
     tokens = len(read_tokens(file))
-    # A tokenizer that is cut off has its special tokens at other ids.
+    # A truncated tokenizer has its special tokens at other ids.
     if tokens + NUM_SPECIAL != config.vocab_size:
         raise CheckpointError(
-            f"{file} has {tokens} tokens and {NUM_SPECIAL} special ones, but the vocabulary "
+            f"{file} has {tokens} tokens and {NUM_SPECIAL} special ones, but the vocabulary size "
             f"is {config.vocab_size}: copy the tokenizer of this model again."
         )
     return eos_token_ids(tokens, extended=config.rope_scaling is not None)
@@ -231,7 +231,7 @@ def _eos_token_ids(file: Path, config: LlamaConfig) -> tuple[int, ...]:
 def _sources(
     path: Path, shards: list[PthFile], config: LlamaConfig, embedding: _Source
 ) -> dict[str, _Source]:
-    """Hugging Face name → source of every tensor that the config asks for."""
+    """Returns the source of every tensor of the config by its Hugging Face name."""
     surplus = dict.fromkeys(shards[0].tensors)
     surplus.pop(_IGNORED, None)
     if config.tie_embeddings:
@@ -250,7 +250,7 @@ def _sources(
         elif len(source.parts) < len(parts) and len({part.tobytes() for part in parts}) > 1:
             problems.append(f"{name} differs between the shards")
         sources[weight.hf_name.format(layer=layer)] = source
-    problems += [f"{name} belongs to no weight of the model" for name in surplus]
+    problems += [f"{name} is not a weight of the model" for name in surplus]
     refuse(
         f"{path} does not hold, in {len(shards)} shards, the weights that its {FILE} describes",
         problems,
@@ -259,8 +259,10 @@ def _sources(
 
 
 def _source(weight: Weight, parts: list[np.ndarray], config: LlamaConfig) -> _Source:
-    """How a weight other than the embedding is cut: a norm not at all, a matrix along the axis
-    that is not the residual stream's."""
+    """Returns the source of a weight other than the embedding.
+
+    Norms are not split; matrices are split along the axis that is not the residual stream's.
+    """
     if weight.axes == ("embed",):
         return _Source(parts[:1], axis=0)
     (axis,) = (axis for axis, label in enumerate(weight.axes) if label != "embed")

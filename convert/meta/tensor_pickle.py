@@ -1,11 +1,10 @@
-"""The pickle in a torch checkpoint, read without being run.
+"""Reads the pickle in a torch checkpoint without unpickling it.
 
-A pickle is a program for a stack machine that may call whatever it can import. Python's Unpickler,
-even one that is allowed to import nothing, can be made to reserve gigabytes (by a memo entry with a
-large number) or to overflow the C stack (by a deeply nested key). So the few instructions that
-`torch.save` writes for tensors, and for dictionaries of them, are carried out here on a machine of
-our own, in which there is nothing to call but what `_GLOBALS` lists. Whatever else a file asks for
-is an error that names it.
+A pickle is a program for a stack machine that may call anything it can import. Even an Unpickler
+that may import nothing can be made to reserve gigabytes (by a large memo index) or to overflow the
+C stack (by a deeply nested key). So this module interprets the few instructions that `torch.save`
+writes for dictionaries of tensors, and calls only the functions in `_GLOBALS`. Any other
+instruction or function is an error that names it.
 """
 
 import pickletools
@@ -17,15 +16,15 @@ _SHOWN = 80  # characters of a name from the file, in a message
 
 
 class PickleError(ValueError):
-    """A pickle that holds anything but tensors; the message goes on where a file's name ends."""
+    """The pickle is not a dictionary of tensors; the message continues after a file's name."""
 
 
 class Storage(NamedTuple):
-    """The array that one or more tensors are cut from.
+    """The array that one or more tensors are views of.
 
     Attributes:
-      key: the name of its entry in the zip archive, below `data/`.
-      dtype: numpy's name.
+      key: name of its entry in the zip archive, below `data/`.
+      dtype: NumPy's name.
       length: in elements.
     """
 
@@ -35,7 +34,7 @@ class Storage(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A view of a storage; offset and strides count elements."""
+    """A view of a storage; offset and strides are in elements."""
 
     storage: Storage
     offset: int
@@ -44,12 +43,12 @@ class Tensor(NamedTuple):
 
 
 def read_tensors(pickle: bytes) -> dict[str, Tensor]:
-    """The tensors that a pickled dictionary describes, by name.
+    """Returns the tensors of a pickled dictionary by name.
 
-    All numbers are checked to be sizes and places that could exist, not that they fit the storage.
+    All numbers are checked to be plausible, but not whether they fit the storage.
 
     Raises:
-      PickleError: the pickle is damaged, or holds or asks for anything else.
+      PickleError: the pickle is damaged, or contains anything else.
     """
     try:
         result = _run(pickle)
@@ -58,17 +57,17 @@ def read_tensors(pickle: bytes) -> dict[str, Tensor]:
     except (ValueError, TypeError, IndexError, KeyError):
         raise PickleError("has a damaged data.pkl, which names its tensors") from None
     if type(result) is not dict:
-        raise PickleError("holds no dictionary of tensors")
+        raise PickleError("does not hold a dictionary of tensors")
     for name, value in result.items():
         if type(value) is not Tensor:
-            raise PickleError(f"holds {name[:_SHOWN]!r}, which is no tensor")
+            raise PickleError(f"holds {name[:_SHOWN]!r}, which is not a tensor")
     return result
 
 
 def _run(pickle: bytes) -> Any:
-    """What the program leaves on the stack when it stops."""
+    """Returns the top of the stack when the program stops."""
     stack: list[Any] = []
-    below: list[list[Any]] = []  # what lies under each mark
+    below: list[list[Any]] = []  # the stack below each mark
     memo: dict[int, Any] = {}
     for opcode, argument, _ in pickletools.genops(pickle):
         match opcode.name:
@@ -114,20 +113,20 @@ def _run(pickle: bytes) -> Any:
                 arguments, function = stack.pop(), stack.pop()
                 stack.append(function(*arguments))
             case "BUILD":
-                # The versions of the modules that a state_dict came from.
+                # Attributes of a state_dict: the versions of its modules. Ignored.
                 stack.pop()
                 if type(stack[-1]) is not dict:
                     raise TypeError
             case other:
                 raise PickleError(
                     f"has a data.pkl with the instruction {other}, which torch.save does not write "
-                    "for a dictionary of tensors, so it is not read"
+                    "for a dictionary of tensors"
                 )
     raise ValueError
 
 
 def _put(target: Any, key: Any, value: Any) -> None:
-    # Strings only: Python hashes a nested tuple recursively, without a limit.
+    # Only strings, because Python hashes nested tuples with unlimited recursion.
     if type(target) is not dict or type(key) is not str:
         raise PickleError("holds something other than a dictionary of named tensors")
     if key in target:
@@ -137,7 +136,7 @@ def _put(target: Any, key: Any, value: Any) -> None:
 
 def _whole(value: Any) -> int:
     if type(value) is not int or not 0 <= value < _MAX_INT:
-        raise PickleError("has a data.pkl with a size or place that cannot be")
+        raise PickleError("has a data.pkl with an impossible size or offset")
     return value
 
 
@@ -167,8 +166,8 @@ def _tensor(
     if type(storage) is not Storage or type(shape) is not tuple or type(strides) is not tuple:
         raise TypeError
     if len(shape) != len(strides) or len(shape) > _MAX_AXES:
-        raise PickleError("has a data.pkl with a shape that cannot be")
-    if metadata:  # it may say that the stored values are to be negated
+        raise PickleError("has a data.pkl with an impossible shape")
+    if metadata:  # it may mark the stored values as negated
         raise PickleError("holds a tensor with metadata, which may change its values")
     return Tensor(storage, _whole(offset), tuple(map(_whole, shape)), tuple(map(_whole, strides)))
 
@@ -179,7 +178,7 @@ def _parameter(data: Tensor, requires_grad: bool, hooks: Any) -> Tensor:
     return data
 
 
-# Each can be called by a file with any values that a pickle can make, so each checks them all.
+# A file can call each of these with arbitrary values, so each checks all of its arguments.
 _GLOBALS: dict[str, Any] = {
     "collections OrderedDict": _dictionary,
     "torch._utils _rebuild_tensor_v2": _tensor,
@@ -193,7 +192,7 @@ _GLOBALS: dict[str, Any] = {
 def _global(name: str) -> Any:
     if name not in _GLOBALS:
         raise PickleError(
-            f"asks for {name[:_SHOWN].replace(' ', '.')!r}, which no checkpoint in bfloat16, "
-            "float16 or float32 needs and which may run code, so it is not read"
+            f"refers to {name[:_SHOWN].replace(' ', '.')!r}, which no checkpoint in bfloat16, "
+            "float16 or float32 needs, and which may run code"
         )
     return _GLOBALS[name]

@@ -1,8 +1,8 @@
-"""`tokenizer.model` of Llama 3: the tokens in tiktoken's form, and the special tokens after them.
+"""Reads `tokenizer.model` of Llama 3, which is in tiktoken's format, and names the special tokens.
 
-A line of the file is a token's bytes in base64, a space, and its rank, which is its id and the
-priority of the merge that makes it. The special tokens are not in the file: Meta's program knows
-them by heart. Those here have the names under which the Hugging Face form of each version has them.
+Each line is a token's bytes in base64, a space, and its rank, which is both its id and the priority
+of its merge. Special tokens are not in the file but in Meta's program. Their names here are those
+of the Hugging Face tokenizer of each version.
 """
 
 import base64
@@ -21,25 +21,25 @@ _MAX_BYTES = 64 << 20
 
 
 def read_tokens(file: Path) -> list[bytes]:
-    """The bytes of every token, by id; every single byte is among them.
+    """Returns the bytes of every token by id; every single byte is a token.
 
     Raises:
-      CheckpointError: the file is missing, damaged, or in another form.
+      CheckpointError: the file is missing, damaged, or in another format.
     """
     try:
         if file.stat().st_size > _MAX_BYTES:
-            raise CheckpointError(f"{file} is too large to be the tokenizer of a Llama 3.")
+            raise CheckpointError(f"{file} is too large to be a Llama 3 tokenizer.")
         data = file.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(
-            f"There is no {file}, which belongs to each release of a Llama 3: copy it there."
+            f"There is no {file}, which is part of every Llama 3 release: copy it there."
         ) from None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from None
     if data.startswith(b"\n") and b"<unk>" in data[:64]:
         raise CheckpointError(
-            f"{file} is a SentencePiece tokenizer, as Llama 2 has: only Llama 3 and later, whose "
-            "tokenizer is in tiktoken's form, can be converted."
+            f"{file} is a SentencePiece tokenizer, as in Llama 2: only Llama 3 and later can be "
+            "converted."
         )
     lines = data.splitlines()
     tokens = {}
@@ -49,24 +49,25 @@ def read_tokens(file: Path) -> list[bytes]:
             tokens[int(rank)] = base64.b64decode(token, validate=True)
         except ValueError:
             raise CheckpointError(
-                f"{file} is damaged or no tokenizer in tiktoken's form: line {number} is not a "
-                "token in base64 and its rank."
+                f"{file} is damaged or not in tiktoken's format: line {number} is not a token in "
+                "base64 and its rank."
             ) from None
     in_order = [tokens[rank] for rank in sorted(tokens)]
     distinct = set(in_order)
     in_ranks = sorted(tokens) == list(range(len(lines))) and len(distinct) == len(lines)
     if not in_ranks or b"" in distinct or any(bytes([byte]) not in distinct for byte in range(256)):
         raise CheckpointError(
-            f"{file} is damaged: its ranks must count from 0, each with a token of its own, and "
-            "all 256 bytes must be among the tokens; copy it again."
+            f"{file} is damaged: its ranks must count from 0, its tokens must be distinct, and all "
+            "256 single bytes must be tokens; copy it again."
         )
     return in_order
 
 
 def special_tokens(extended: bool) -> list[str]:
-    """The names of the special tokens, whose ids follow the other tokens'.
+    """Returns the names of the special tokens, whose ids follow those of the other tokens.
 
-    `extended`: of Llama 3.1 and later.
+    Args:
+      extended: whether the model is Llama 3.1 or later.
     """
     named = _NAMED_SINCE_3_1 if extended else _NAMED
     reserved = iter(range(NUM_SPECIAL))
@@ -77,6 +78,6 @@ def special_tokens(extended: bool) -> list[str]:
 
 
 def eos_token_ids(num_tokens: int, extended: bool) -> tuple[int, ...]:
-    """The ids that end an answer: end of text, of a message to a tool (since 3.1), of a turn."""
+    """Returns the EOS ids: end of text, end of message (since 3.1), and end of turn."""
     names = special_tokens(extended)
     return tuple(num_tokens + names.index(name) for name in (EOS, EOM, EOT) if name in names)

@@ -109,22 +109,22 @@ def dequantized(reader) -> dict[str, np.ndarray]:
     return matrices
 
 
-def assert_meant(reader, meant):
+def assert_exact(reader, exact):
     found = dequantized(reader)
-    assert found.keys() == meant.keys()
+    assert found.keys() == exact.keys()
     for name, matrix in found.items():
         assert matrix.dtype == np.float32
-        np.testing.assert_array_equal(matrix, meant[name], err_msg=name)
+        np.testing.assert_array_equal(matrix, exact[name], err_msg=name)
 
 
 def test_matrices_are_exact(case):
-    path, meant, format = case
+    path, exact, format = case
     reader = open_checkpoint(path)
     assert reader.config == LlamaConfig.from_pretrained(path)
     assert reader.config.quantization.format == format
     assert reader.config.dtype == "float16"
-    assert_meant(reader, meant)
-    assert all(np.abs(matrix).max() > 0 for matrix in meant.values())
+    assert_exact(reader, exact)
+    assert all(np.abs(matrix).max() > 0 for matrix in exact.values())
 
 
 def test_tensors_are_exactly_those_of_the_config(case):
@@ -152,20 +152,20 @@ def test_any_slice_is_that_of_the_whole(case, monkeypatch):
 
 
 def test_tensors_may_start_at_any_byte(case, tmp_path):
-    path, meant, _ = case
+    path, exact, _ = case
     for file in path.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     place_tensors(tmp_path / "model.safetensors", 1)
-    assert_meant(open_checkpoint(tmp_path), meant)
+    assert_exact(open_checkpoint(tmp_path), exact)
 
 
 def test_modelopt_with_a_separate_quantization_config(tmp_path):
-    meant = writer.write_foreign(tmp_path, None, CASES["modelopt"][1])
+    exact = writer.write_foreign(tmp_path, None, CASES["modelopt"][1])
     quantization = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
     content = {"producer": {"name": "modelopt"}, "quantization": quantization}
     (tmp_path / "hf_quant_config.json").write_text(json.dumps(content))
     assert LlamaConfig.from_pretrained(tmp_path).quantization.format == "fp8"
-    assert_meant(open_checkpoint(tmp_path), meant)
+    assert_exact(open_checkpoint(tmp_path), exact)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -182,12 +182,12 @@ def test_our_own_layouts(tmp_path, format):
         tensors = {s: as_torch(part) for s, part in zip(suffixes, parts, strict=False)}
         return tensors, parts.dequantize()
 
-    meant = writer.write_foreign(tmp_path, None, matrix)
+    exact = writer.write_foreign(tmp_path, None, matrix)
     config = replace(read_plain_config(tmp_path), quantization=quantization)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     reader = open_checkpoint(tmp_path)
     assert reader.config == config
-    assert_meant(reader, meant)
+    assert_exact(reader, exact)
 
 
 def read_plain_config(path) -> LlamaConfig:
@@ -224,13 +224,13 @@ def test_memory_is_bounded(name, shapes):
 def test_the_model_runs(tmp_path, name):
     """The logits are those of transformers with the exact matrices."""
     config, matrix, _ = CASES[name]
-    meant = writer.write_foreign(tmp_path, config, matrix, dtype="float32")
+    exact = writer.write_foreign(tmp_path, config, matrix, dtype="float32")
     transformers_config = transformers.LlamaConfig.from_pretrained(tmp_path)
     del transformers_config.quantization_config
     model = transformers.LlamaForCausalLM(transformers_config)
     reader = open_checkpoint(tmp_path)
-    plain = {n: read(reader, n) for n in reader.tensors if n not in meant and "_proj." not in n}
-    weights = {n: torch.from_numpy(array) for n, array in (plain | meant).items()}
+    plain = {n: read(reader, n) for n in reader.tensors if n not in exact and "_proj." not in n}
+    weights = {n: torch.from_numpy(array) for n, array in (plain | exact).items()}
     model.load_state_dict(weights)
     tokens = np.arange(24)[None] * 7 % 96
     with torch.no_grad():

@@ -126,10 +126,15 @@ def test_an_error_cancels_the_reading_of_whole_weights(path, canceled):
 
 
 def test_ctrl_c_cancels_reading(path, canceled):
+    # Background jobs of a shell ignore Ctrl-C, and so would this process.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     main = threading.main_thread().ident
     spy = Stalled(path, lambda name: signal.pthread_kill(main, signal.SIGINT), canceled)
-    with pytest.raises(KeyboardInterrupt):
-        load_params(spy, make_mesh("4x2"), FLOAT32)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            load_params(spy, make_mesh("4x2"), FLOAT32)
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert spy.asked.total() <= 2 * THREADS
 
 

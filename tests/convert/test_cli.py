@@ -1,4 +1,4 @@
-"""`python -m convert` as a user meets it: exit codes, what is printed where, bars and lines."""
+"""The command line: exit codes, standard output and standard error, JSON, and progress."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from convert import commands
 from convert.__main__ import main
 from llama_jax.checkpoint import open_checkpoint
 from llama_jax.checkpoint.manifest import JOURNAL, MANIFEST
@@ -40,7 +41,7 @@ def quantized(source, tmp_path_factory):
 
 
 def start(*arguments, program=("-m", "convert"), **options):
-    """The program in a process of its own, as a user starts it."""
+    """Starts the program in a new process."""
     return subprocess.Popen(
         [sys.executable, *program, *map(str, arguments)],
         cwd=ROOT,
@@ -56,7 +57,7 @@ def run(*arguments, **options) -> tuple[int, str, str]:
 
 
 def call(capsys, *arguments) -> tuple[int, str, str]:
-    """The same in this process, which takes no second to start."""
+    """Runs the program in this process, which is faster."""
     code = main([str(argument) for argument in arguments])
     return code, *capsys.readouterr()
 
@@ -66,22 +67,21 @@ def weights_of(path) -> dict[str, bytes]:
     return {name: bits(read(reader, name)) for name in reader.tensors}
 
 
-# What the commands do.
+# The commands.
 
 
-def test_there_and_back(source, tmp_path):
+def test_there_and_back(source, tmp_path, capsys):
     code, out, err = run("hf", source, tmp_path / "orbax")
     assert code == 0
-    assert f"{tmp_path / 'orbax'} is whole: 142 kB of weights in bfloat16" in out
-    assert re.search(r"Wrote 142 kB in [\d.]+ s \(.*/s\)\.\nVerified against its source", out)
+    assert str(tmp_path / "orbax") in out and "142 kB" in out and "bfloat16" in out
     assert err.startswith("Writing: 0 B of 142 kB\n") and "\nVerifying: " in err
-    assert run("verify", source, tmp_path / "orbax")[0] == 0
-    assert run("export", tmp_path / "orbax", tmp_path / "hf")[0] == 0
+    assert call(capsys, "verify", source, tmp_path / "orbax")[0] == 0
+    assert call(capsys, "export", tmp_path / "orbax", tmp_path / "hf")[0] == 0
     original = {name: bits(tensor) for name, tensor in load_weights(source).items()}
     assert {name: bits(t) for name, t in load_weights(tmp_path / "hf").items()} == original
 
 
-def test_quantised_and_exported(source, quantized, tmp_path, capsys):
+def test_quantized_and_exported(source, quantized, tmp_path, capsys):
     code, out, _ = call(capsys, "export", quantized, tmp_path / "hf", "--json")
     assert code == 0 and json.loads(out)["quantization"] is None
     assert {tensor.dtype for tensor in load_weights(tmp_path / "hf").values()} == {
@@ -98,9 +98,9 @@ def test_dtype(source, tmp_path, capsys):
 
 @pytest.mark.parametrize("command", ["meta", "hf"])
 def test_a_release_of_meta(command, tmp_path, capsys):
-    """Also where the folder around it is given, and by the command for the other layout."""
+    """Also from the parent folder, and with the command for the other layout."""
     release = write_meta(tmp_path / "repository" / "original", shard(meta_weights(), 2))
-    (release / "LICENSE").write_text("the licence")
+    (release / "LICENSE").write_text("the license")
     given = release.parent if command == "meta" else release
     assert call(capsys, command, given, tmp_path / "new")[0] == 0
     files = {file.name for file in (tmp_path / "new").iterdir()}
@@ -124,7 +124,7 @@ def test_no_verify(source, tmp_path, capsys):
 
 
 def test_it_loads_no_jax(source, tmp_path):
-    """Nor anything else that takes seconds and memory, or an accelerator."""
+    """Nor other modules that take seconds, memory, or an accelerator."""
     script = """if True:
         import sys
         from convert.__main__ import main
@@ -171,16 +171,14 @@ def test_json_of_a_comparison(source, quantized, tmp_path, capsys):
     assert result["differences"] == []
     code, out, _ = call(capsys, "verify", quantized, source, "--json")
     assert code == 3
-    assert (
-        "model.layers.0.mlp.up_proj.weight differs, first at [" in json.loads(out)["differences"][5]
-    )
+    assert "model.layers.0.mlp.up_proj.weight" in json.loads(out)["differences"][5]
 
 
 def test_json_of_an_error(tmp_path, capsys):
     code, out, err = call(capsys, "hf", tmp_path / "none", tmp_path / "new", "--json")
     assert code == 1
-    assert json.loads(out) == {"error": f"There is no directory {tmp_path}/none."}
-    assert err == f"error: There is no directory {tmp_path}/none.\n"
+    message = json.loads(out)["error"]
+    assert err == f"error: {message}\n" and f"{tmp_path}/none" in message
 
 
 def test_help_names_every_key_of_the_json(source, quantized, capsys):
@@ -200,13 +198,13 @@ def test_help_names_every_key_of_the_json(source, quantized, capsys):
 # Exit codes and errors.
 
 
-def test_what_differs_is_named(source, quantized, tmp_path):
+def test_differences_are_named(source, quantized):
     code, out, _ = run("verify", quantized, source)
     lines = out.splitlines()
     assert code == 3
-    assert len(lines) == 22 and all("differs, first at" in line for line in lines[:20])
-    assert lines[20] == "... and 1 more (--json gives all)."
-    assert lines[21].startswith(f"{source} differs from {quantized} (compared in")
+    assert len(lines) == 22 and all(".weight " in line for line in lines[:20])
+    assert "1 more" in lines[20] and "--json" in lines[20]
+    assert str(source) in lines[21] and str(quantized) in lines[21]
 
 
 def test_a_changed_byte_is_found(source, tmp_path, capsys):
@@ -218,32 +216,33 @@ def test_a_changed_byte_is_found(source, tmp_path, capsys):
     file.write_bytes(data)
     code, out, _ = call(capsys, "verify", source, tmp_path / "new")
     assert code == 3
-    assert f"{name} has changed since it was written: its checksum differs.\n" in out
-    assert "model.layers.1.mlp.gate_proj.weight differs, first at [1, 0].\n" in out
+    changed, differs, *_ = out.splitlines()
+    assert name in changed
+    assert "model.layers.1.mlp.gate_proj.weight " in differs and "[1, 0]" in differs
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "token"),
     [
-        ("", "the following arguments are required: COMMAND"),
-        ("gguf A B", "invalid choice: 'gguf'"),
-        ("hf A", "the following arguments are required: DST"),
-        ("hf A B --quantize int3", "invalid choice: 'int3'"),
-        ("hf A B --dtype float64", "invalid choice: 'float64'"),
-        ("hf A B --max-memory lots", "'lots' is not a size"),
-        ("hf A B --res", "unrecognized arguments: --res"),
-        ("quantize A B", "the following arguments are required: --quantize"),
-        ("hf A B --check", "--check compares quantised weights with the original: add --quantize"),
-        ("export A B --quantize int8", "unrecognized arguments: --quantize int8"),
-        ("inspect", "the following arguments are required: PATH"),
+        ("", "COMMAND"),
+        ("gguf A B", "'gguf'"),
+        ("hf A", "DST"),
+        ("hf A B --quantize int3", "'int3'"),
+        ("hf A B --dtype float64", "'float64'"),
+        ("hf A B --max-memory lots", "'lots'"),
+        ("hf A B --res", "--res"),
+        ("quantize A B", "--quantize"),
+        ("hf A B --check", "--quantize"),
+        ("export A B --quantize int8", "--quantize int8"),
+        ("inspect", "PATH"),
     ],
 )
-def test_wrong_usage(arguments, message, capsys):
+def test_wrong_usage(arguments, token, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments.split())
     out, err = capsys.readouterr()
     assert (ended.value.code, out) == (2, "")
-    assert message in err and err.count("\n") == 1 and err.endswith("(see --help)\n")
+    assert token in err and err.count("\n") == 1
 
 
 def test_wrong_usage_ends_the_process_with_2():
@@ -259,26 +258,45 @@ def error(capsys, *arguments) -> str:
 
 def test_errors_are_one_sentence(source, quantized, tmp_path, capsys):
     new = tmp_path / "new"
-    assert "There is no directory /none." in error(capsys, "hf", "/none", new)
-    assert "is a file: give the directory" in error(capsys, "hf", source / "config.json", new)
-    assert "lies inside the source" in error(capsys, "hf", source, source / "new")
-    assert "holds a whole checkpoint already" in error(capsys, "hf", source, quantized)
-    assert "is not empty" in error(capsys, "hf", quantized, source)
-    assert "is a file" in error(capsys, "hf", source, __file__)
-    assert "no params.json" in error(capsys, "meta", source, new)
-    assert "at least 64 MiB" in error(capsys, "hf", source, new, "--max-memory", "1MiB")
-    assert "quantised already, as int8" in error(capsys, "hf", quantized, new, "--quantize", "fp8")
-    assert "no directory /none." in error(capsys, "verify", source, "/none")
-    assert "no directory /none." in error(capsys, "inspect", "/none")
+    for token, *arguments in (
+        ("/none", "hf", "/none", new),
+        ("config.json", "hf", source / "config.json", new),
+        (f"{source}/new", "hf", source, source / "new"),
+        (quantized, "hf", source, quantized),
+        (source, "hf", quantized, source),
+        (__file__, "hf", source, __file__),
+        ("params.json", "meta", source, new),
+        ("--max-memory", "hf", source, new, "--max-memory", "1MiB"),
+        ("int8", "hf", quantized, new, "--quantize", "fp8"),
+        ("/none", "verify", source, "/none"),
+        ("/none", "inspect", "/none"),
+        ("4*2", "inspect", source, "--mesh", "4*2"),
+    ):
+        assert str(token) in error(capsys, *arguments)
     assert not new.exists()
 
 
-def test_a_process_that_fails_ends_with_1_and_without_a_traceback(tmp_path):
-    assert run("hf", tmp_path / "none", tmp_path / "new") == (
-        1,
-        "",
-        f"error: There is no directory {tmp_path}/none.\n",
-    )
+def test_a_failed_process_ends_with_1_and_without_a_traceback(tmp_path):
+    code, out, err = run("hf", tmp_path / "none", tmp_path / "new")
+    assert (code, out) == (1, "") and err.startswith("error: ") and "Traceback" not in err
+
+
+@pytest.mark.parametrize("defect", [ValueError("of NumPy"), OSError("no path"), KeyError("x")])
+def test_a_defect_shows_its_traceback_and_has_its_own_exit_code(
+    source, monkeypatch, capsys, defect
+):
+    def fail(reader, mesh):
+        raise defect
+
+    monkeypatch.setattr(commands, "inspect", fail)
+    code, out, err = call(capsys, "inspect", source, "--json")
+    assert code == 70 and set(json.loads(out)) == {"error"}
+    assert "Traceback" in err and "in fail" in err
+
+
+def test_an_os_error_with_a_path_is_a_sentence(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "inspect", lambda *_: (tmp_path / "gone").read_text())
+    assert str(tmp_path / "gone") in error(capsys, "inspect", source)
 
 
 INTERRUPTED_AFTER_TWO = """if True:
@@ -286,6 +304,7 @@ INTERRUPTED_AFTER_TWO = """if True:
     from convert import conversion
     from convert.__main__ import main
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     run_task, begun = conversion.run_task, []
 
     def run(task, directory, advance, stopped):
@@ -302,23 +321,22 @@ INTERRUPTED_AFTER_TWO = """if True:
 
 
 @pytest.mark.parametrize("json_asked", [False, True])
-def test_ctrl_c_and_then_resume(source, tmp_path, json_asked):
+def test_ctrl_c_and_then_resume(source, tmp_path, capsys, json_asked):
     new = tmp_path / "new"
     arguments = ["hf", source, new, *["--json"] * json_asked]
     code, out, err = run(*arguments, program=("-c", INTERRUPTED_AFTER_TWO))
-    message = "Interrupted: run the same command again with --resume."
-    assert code == 130
-    assert err.endswith(f"error: {message}\n") and "Traceback" not in err
+    assert code == 130 and "Traceback" not in err
+    message = err.splitlines()[-1].removeprefix("error: ")
+    assert "--resume" in message
     assert json.loads(out) == {"error": message} if json_asked else out == ""
     assert (new / JOURNAL).is_file() and not (new / MANIFEST).exists()
-    code, _, err = run("inspect", new)
-    assert code == 1 and "did not finish" in err
-    code, _, err = run(*arguments)
-    assert code == 1 and "add --resume" in err
-    code, out, _ = run("hf", source, new, "--resume", "--json")
+    for again in (["inspect", new], arguments):
+        code, _, err = call(capsys, *again)
+        assert code == 1 and "--resume" in err
+    code, out, _ = call(capsys, "hf", source, new, "--resume", "--json")
     assert code == 0 and 0 < json.loads(out)["resumed_bytes"] < json.loads(out)["bytes"]
     assert weights_of(new) == weights_of(source)
-    assert run("verify", source, new)[0] == 0
+    assert call(capsys, "verify", source, new)[0] == 0
 
 
 def test_ctrl_c_while_comparing(source, quantized):
@@ -327,6 +345,8 @@ def test_ctrl_c_while_comparing(source, quantized):
         from convert import commands
         from convert.__main__ import main
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
         def compare(*arguments):
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -334,7 +354,7 @@ def test_ctrl_c_while_comparing(source, quantized):
         sys.exit(main())
     """
     code, out, err = run("verify", source, quantized, program=("-c", script))
-    assert (code, out) == (130, "") and err.endswith("error: Interrupted.\n")
+    assert (code, out) == (130, "") and "Traceback" not in err
 
 
 # --check
@@ -351,19 +371,17 @@ def test_check(source, tmp_path, capsys):
     assert 0 < found["mean"] < found["largest"] and 0 <= found["agreement"] <= 1
     assert "Checking: " in err
     code, out, _ = call(capsys, *arguments, "--resume")
-    assert code == 0 and re.search(r"On a text of [\d,]+ tokens, the divergence from .* nats", out)
+    assert code == 0 and re.search(r"\d tokens.* nats", out)
 
 
-def test_what_check_lacks_is_said_before_anything_is_written(source, quantized, tmp_path, capsys):
+def test_errors_of_check_come_before_the_conversion(source, quantized, tmp_path, capsys):
     new, bare = tmp_path / "new", tmp_path / "bare"
     check = ("--quantize", "int8", "--check")
     write_checkpoint(bare)
     capsys.readouterr()
-    assert "has no tokenizer" in error(capsys, "hf", bare, new, *check)
-    assert "quantised already" in error(capsys, "hf", quantized, new, *check)
-    assert "/none cannot be read: No such file" in error(
-        capsys, "hf", source, new, *check, tmp_path / "none"
-    )
+    assert str(bare) in error(capsys, "hf", bare, new, *check)
+    assert str(quantized) in error(capsys, "hf", quantized, new, *check)
+    assert "/none" in error(capsys, "hf", source, new, *check, tmp_path / "none")
     assert not new.exists()
 
 
@@ -382,7 +400,7 @@ def test_bars_on_a_terminal(source, tmp_path):
             break
     out, _ = process.communicate()
     os.close(screen)
-    assert process.returncode == 0 and "is whole" in out
+    assert process.returncode == 0 and str(tmp_path / "new") in out
     text = shown.decode()
     assert "\x1b[" in text, "it moves"
     for phase in ("Writing", "Verifying"):

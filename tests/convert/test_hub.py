@@ -1,4 +1,4 @@
-"""Names of models instead of directories: the library of the Hub, and a server of our own."""
+"""Names of models instead of directories, with a local server in place of the Hub."""
 
 import contextlib
 import hashlib
@@ -29,9 +29,9 @@ class Hub:
     """A server with the model `owner/model`.
 
     Attributes:
-      address: where it listens.
-      asked: paths of files that were asked for.
-      refusals: path of a file → status and the code by which the Hub says why.
+      address: its URL.
+      asked: paths of the files requested.
+      refusals: path of a file → HTTP status and error code of the Hub.
     """
 
     def __init__(self, repository: Path):
@@ -97,7 +97,7 @@ class Hub:
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
-    """A model as Meta publishes it, with what nobody here needs."""
+    """A model as Meta publishes it, with files that are not needed."""
     path = tmp_path_factory.mktemp("repository")
     write_checkpoint(path, dtype="bfloat16", vocab_size=600, shard_size="50KB")
     make_tokenizer(path)
@@ -117,7 +117,7 @@ def hub(repository):
 
 
 def run(hub_address, folder, *arguments) -> tuple[int, str, str]:
-    """`python -m convert` with a Hub of its own and without a cache from elsewhere."""
+    """Runs `python -m convert` with this Hub and an empty cache."""
     kept = {name: v for name, v in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     env = kept | {
         "HF_ENDPOINT": hub_address,
@@ -131,7 +131,7 @@ def run(hub_address, folder, *arguments) -> tuple[int, str, str]:
 
 
 def failure(hub_address, folder, *arguments) -> str:
-    """The only sentence that is printed."""
+    """Returns the last line of standard error of a run that must fail."""
     code, out, err = run(hub_address, folder, *arguments, folder / "new")
     message = err.splitlines()[-1]
     assert (code, out) == (1, "") and "Traceback" not in err
@@ -140,11 +140,11 @@ def failure(hub_address, folder, *arguments) -> str:
     return message
 
 
-def test_a_model_is_fetched_and_converted(hub, repository, tmp_path):
+def test_a_model_is_downloaded_and_converted(hub, repository, tmp_path):
     code, out, err = run(hub.address, tmp_path, "hf", "owner/model", tmp_path / "new", "--json")
     assert code == 0, err
     assert json.loads(out)["source"] == "owner/model"
-    assert "Fetching: " in err and "it/s" not in err
+    assert "Downloading: " in err and "it/s" not in err
     shards = {file.name for file in repository.glob("model-*")}
     assert len(shards) > 1
     assert hub.asked == shards | {
@@ -161,39 +161,37 @@ def test_a_model_is_fetched_and_converted(hub, repository, tmp_path):
     assert run(hub.address, tmp_path, "verify", "owner/model", tmp_path / "new")[0] == 0
 
 
-def test_only_the_release_of_meta_is_fetched(hub, tmp_path):
+def test_only_metas_release_is_downloaded(hub, tmp_path):
     assert run(hub.address, tmp_path, "meta", "owner/model", tmp_path / "new")[0] == 0
     assert hub.asked == {f"original/{name}" for name in
                          ("consolidated.00.pth", "params.json", "tokenizer.model")}  # fmt: skip
     assert open_checkpoint(tmp_path / "new").config.embed_dim == 128
 
 
-def test_what_was_fetched_is_not_fetched_again(hub, tmp_path):
+def test_downloaded_files_are_not_downloaded_again(hub, tmp_path):
     assert run(hub.address, tmp_path, "hf", "owner/model", tmp_path / "new")[0] == 0
     hub.asked.clear()
     assert run(hub.address, tmp_path, "hf", "owner/model", tmp_path / "newer")[0] == 0
     assert not hub.asked
 
 
-def test_a_name_that_nobody_has(hub, tmp_path):
+def test_an_unknown_model(hub, tmp_path):
     message = failure(hub.address, tmp_path, "hf", "owner/other")
-    assert "neither a directory owner/other nor a model of this name" in message
+    assert "owner/other" in message
     assert "`hf auth login`" in message
 
 
-def test_a_model_behind_a_licence(hub, tmp_path):
+def test_a_gated_model(hub, tmp_path):
     hub.refusals["config.json"] = (403, "GatedRepo")
     message = failure(hub.address, tmp_path, "hf", "owner/model")
-    assert "accepted its licence: do so at https://huggingface.co/owner/model" in message
-    assert "HF_TOKEN" in message
+    assert "https://huggingface.co/owner/model" in message and "HF_TOKEN" in message
 
 
 def test_without_a_network(tmp_path):
-    with socket.socket() as taken:  # nobody listens there
+    with socket.socket() as taken:  # no server listens there
         taken.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{taken.getsockname()[1]}"
         message = failure(address, tmp_path, "hf", "owner/model")
-        assert "Hub cannot be reached" in message
         assert "`hf download owner/model --local-dir DIR`" in message
         message = failure(address, tmp_path, "meta", "owner/model")
         assert "`hf download owner/model --include 'original/*' --local-dir DIR`" in message
@@ -202,7 +200,7 @@ def test_without_a_network(tmp_path):
 def test_a_server_that_fails(hub, tmp_path):
     hub.refusals["config.json"] = (410, "Gone")
     message = failure(hub.address, tmp_path, "hf", "owner/model")
-    assert "could not be fetched" in message and "410" in message
+    assert "owner/model" in message and "410" in message
 
 
 def test_a_repository_without_such_a_layout(tmp_path):
@@ -211,10 +209,10 @@ def test_a_repository_without_such_a_layout(tmp_path):
     hub = Hub(tmp_path / "repository")
     with hub.serving():
         message = failure(hub.address, tmp_path, "meta", "owner/model")
-    assert "has no weights in the form of Meta's release" in message
+    assert "owner/model" in message and "original" in message
 
 
-def test_a_directory_is_never_asked_for(tmp_path, monkeypatch):
+def test_directories_are_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # importing it would fail
     monkeypatch.chdir(tmp_path)
     Path("owner/model").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""`python -m convert inspect`: what a checkpoint holds, and what lies on each device of a mesh."""
+"""`python -m convert inspect`: the description of a checkpoint and its distribution on a mesh."""
 
 import contextlib
 import io
@@ -18,8 +18,9 @@ from convert.report import inspection_json, show_inspection
 from llama_jax.checkpoint.load import load_params
 from llama_jax.config import LlamaConfig
 from llama_jax.weights.table import checkpoint_tensors
+from sharding.errors import UserError
 from sharding.mesh import make_mesh
-from tests.support.conversions import FORMATS, convert_to, refusal
+from tests.support.conversions import FORMATS, convert_to
 from tests.support.foreign_writer import GROUP, gptq, write_foreign
 from tests.support.meta_checkpoint import meta_weights, shard, write_meta
 from tests.support.paths import DEMO_CHECKPOINT
@@ -34,7 +35,7 @@ def inspected(path, mesh=None):
 
 
 def shown(outcome, width) -> list[str]:
-    """What is printed on a terminal of this width, without the trailing spaces."""
+    """The lines printed on a terminal of this width, without trailing spaces."""
     out = io.StringIO()
     show_inspection(Console(file=out, width=width), outcome)
     return [line.rstrip() for line in out.getvalue().splitlines()]
@@ -51,7 +52,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """The shapes of Llama-3-70B, in files with holes that take no place on the disk."""
+    """The shapes of Llama-3-70B, in sparse files."""
     path = tmp_path_factory.mktemp("large")
     config = LlamaConfig.llama3_70b()
     (path / "config.json").write_text(json.dumps(config.to_dict()))
@@ -68,7 +69,7 @@ def large(tmp_path_factory):
     return path
 
 
-# What it says of each layout.
+# The layouts.
 
 
 def test_hugging_face_layout(source):
@@ -95,9 +96,8 @@ def test_orbax_layout(source, tmp_path, format):
     assert set(found.bytes) == {stored, "bfloat16", "float32"}
     assert list(found.bytes.values()) == sorted(found.bytes.values(), reverse=True)
     lines = shown(found, 80)
-    (line,) = (line for line in lines if line.startswith("quantisation"))
-    assert f"{format}, all matrices of the layers" in line
-    assert ("groups of up to 128" in line) == (format == "int4")
+    (line,) = (line for line in lines if line.startswith("quantization"))
+    assert format in line and ("128" in line) == (format == "int4")
     assert any(line.startswith(" mlp.w_down") or line.startswith("mlp.w_down") for line in lines)
 
 
@@ -113,47 +113,53 @@ def test_a_release_of_meta(tmp_path):
     assert (found.layout, found.formats, found.num_files) == ("meta", {"pytorch": None}, 8)
     whole = sum(weight.numel() for weight in meta_weights().values())
     assert found.num_parameters == whole and found.bytes == {"bfloat16": 2 * whole}
-    assert shown(found, 80)[2].split() == ["layout", "Meta's", "original", "release"]
+    assert "Meta" in shown(found, 80)[2]
 
 
-def test_what_another_tool_has_quantised(tmp_path):
+def test_a_checkpoint_quantized_by_another_tool(tmp_path):
     gptq_config = {"quant_method": "gptq", "bits": 4, "group_size": GROUP}
     write_foreign(tmp_path, gptq_config, gptq)
     found = inspected(tmp_path)
     assert (found.layout, found.quantized_by) == ("huggingface", "gptq")
-    assert any(
-        line.endswith(f"int4, all matrices of the layers, groups of up to {GROUP} (by gptq)")
-        for line in shown(found, 80)
-    )
+    (line,) = (line for line in shown(found, 80) if line.startswith("quantization"))
+    assert all(token in line for token in ("int4", str(GROUP), "gptq"))
 
 
-def test_an_unfinished_conversion_says_so(source, tmp_path, capsys):
+def test_an_unfinished_conversion(source, tmp_path, capsys):
     convert_to(tmp_path / "new", source)
     (tmp_path / "new" / "llama_jax.json").unlink()
     assert main(["inspect", str(tmp_path / "new")]) == 1
-    assert "is a conversion that did not finish" in capsys.readouterr().err
+    assert "--resume" in capsys.readouterr().err
 
 
-# What lies on each device.
+# The devices.
+
+
+@pytest.fixture(scope="module")
+def converted(source, tmp_path_factory):
+    """The source in every quantization."""
+    root = tmp_path_factory.mktemp("converted")
+    for format in (None, *FORMATS):
+        convert_to(root / str(format), source, quantize=format, verify=False)
+    return root
 
 
 @pytest.mark.parametrize("format", [None, *FORMATS])
 @pytest.mark.parametrize("mesh", ["1x1", "2x2", "3x2", "1x4"])
-def test_devices_hold_what_the_loader_puts_there(source, tmp_path, mesh, format):
-    path = tmp_path / "new"
-    convert_to(path, source, quantize=format)
+def test_devices_hold_what_the_loader_puts_there(converted, mesh, format):
+    path = converted / str(format)
     with contextlib.closing(open_any(path).reader) as reader:
         shares = inspect(reader, mesh).devices
         device_mesh = make_mesh(mesh)
         params = load_params(reader, device_mesh, np.dtype(jax.numpy.bfloat16))
-    held = Counter()
+    loaded = Counter()
     for array in jax.tree.leaves(params):
         for part in array.addressable_shards:
-            held[part.device] += part.data.nbytes
+            loaded[part.device] += part.data.nbytes
     places = {(s, r): device for (s, r), device in np.ndenumerate(device_mesh.devices)}
     assert {(share.stage, share.rank) for share in shares} == set(places)
     for share in shares:
-        assert sum(share.bytes.values()) == held[places[share.stage, share.rank]]
+        assert sum(share.bytes.values()) == loaded[places[share.stage, share.rank]]
 
 
 def test_layers_and_heads_fall_to_devices(source):
@@ -190,11 +196,12 @@ def test_a_stage_without_layers(source):
 
 
 def test_a_mesh_that_does_not_fit(source):
-    assert "do not divide" in refusal(inspected, source, "1x8")
-    assert "written" in refusal(inspected, source, "4*2")
+    for mesh in ("1x8", "4*2"):
+        with pytest.raises(UserError):
+            inspected(source, mesh)
 
 
-# How it looks.
+# The report.
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -210,9 +217,13 @@ def test_it_fits_on_a_terminal(large, mesh, width):
 
 def test_70b(large):
     lines = shown(inspected(large, "4x2"), 80)
-    assert "weights     141 GB in 723 files" in lines
-    assert "parameters  70,553,706,496" in lines
-    assert "heads       64 of 128, sharing 8 key and value heads" in lines
+    facts = {line.split()[0]: line for line in reversed(lines) if line}
+    for name, *tokens in (
+        ("weights", "141 GB", "723"),
+        ("parameters", "70,553,706,496"),
+        ("heads", "64", "128", "8"),
+    ):
+        assert all(token in facts[name] for token in tokens)
     row = "    3    1  60-79 32-63 4-7     0.263     3.020 14.093 0.001 0.263 17.639"
     assert row in lines
 

@@ -27,7 +27,7 @@ CONFIG = LlamaConfig(
     max_position_embeddings=8192,
     dtype="bfloat16",
 )
-# As many workers as the memory allows, however few cores there are.
+# As many workers as the memory allows, regardless of the number of cores.
 PROGRAM = """
 import os, sys
 from pathlib import Path
@@ -40,12 +40,12 @@ print(flush=True)
 sys.stdin.readline()
 convert(open_source(Path(source)), Path(destination), options)
 """
-SLACK = 32 << 20  # what threads and the allocator take beside what they are asked for
+SLACK = 32 << 20  # overhead of threads and of the allocator
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """3.8 GB of zeros in holes of a file, which lie on no disk."""
+    """3.8 GB of zeros in a sparse file."""
     path = tmp_path_factory.mktemp("source")
     header, end = {}, 0
     for name, tensor in checkpoint_tensors(CONFIG).items():
@@ -64,7 +64,7 @@ def source(tmp_path_factory):
 
 
 def anonymous(process: int) -> int:
-    """Bytes of a process that are no pages of files; 0 once it has ended."""
+    """Anonymous bytes of a process; 0 after it has ended."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -74,7 +74,7 @@ def anonymous(process: int) -> int:
 
 
 def peak(source, destination, layout, quantize, max_memory) -> int:
-    """The most memory beyond that of the interpreter with everything imported."""
+    """The peak memory beyond that of the interpreter with everything imported."""
     arguments = [source, destination, layout, quantize or "", max_memory]
     with subprocess.Popen(
         [sys.executable, "-c", PROGRAM, *map(str, arguments)],
@@ -84,13 +84,13 @@ def peak(source, destination, layout, quantize, max_memory) -> int:
         stdout=subprocess.PIPE,
     ) as process:
         process.stdout.readline()
-        before = most = anonymous(process.pid)
+        before = highest = anonymous(process.pid)
         process.stdin.write(b"\n")
         process.stdin.flush()
         while process.poll() is None:
-            most = max(most, anonymous(process.pid))
+            highest = max(highest, anonymous(process.pid))
     assert process.returncode == 0
-    return most - before
+    return highest - before
 
 
 @pytest.mark.slow
@@ -106,7 +106,9 @@ def peak(source, destination, layout, quantize, max_memory) -> int:
         ("orbax", "int4", 1 << 30, 1.2 * (1 << 30)),
     ],
 )
-def test_a_conversion_keeps_to_its_memory(source, tmp_path, layout, quantize, max_memory, allowed):
+def test_a_conversion_stays_within_its_memory(
+    source, tmp_path, layout, quantize, max_memory, allowed
+):
     """Less than the largest tensor, which has 2.1 GB."""
     try:
         found = peak(source, tmp_path / "new", layout, quantize, max_memory)

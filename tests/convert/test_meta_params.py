@@ -66,7 +66,7 @@ def parse(params, rows=128256, tied=False):
         (LLAMA_3B | SCALED, True, LlamaConfig.llama3_2_3b()),
     ],
 )
-def test_the_releases_give_the_presets(params, tied, preset):
+def test_the_releases_match_the_presets(params, tied, preset):
     # dtype and EOS ids are no business of params.json.
     assert parse(params, tied=tied) == replace(preset, dtype="float32", eos_token_ids=())
 
@@ -87,14 +87,14 @@ def test_optional_fields():
     assert parse(params | {"max_seq_len": 2048, "max_batch_size": 6}) == parse(params)
 
 
-def test_the_mlp_width_is_cut_to_an_integer_at_every_step():
+def test_the_mlp_width_is_truncated_at_every_step():
     # 8 × 4096 / 3 = 10,922.67, and 1.3 × 10,922 = 14,198.6
     assert parse(LLAMA_8B | {"multiple_of": 1}).mlp_dim == 14198
     assert parse(LLAMA_8B | {"multiple_of": 14198}).mlp_dim == 14198
     assert parse(LLAMA_8B | {"multiple_of": 14197}).mlp_dim == 2 * 14197
 
 
-def test_rope_scaling_that_the_file_gives():
+def test_rope_scaling_of_the_file():
     params = LLAMA_1B | SCALED | {"rope_scaling_factor": 16, "rope_high_freq_factor": 2.0}
     assert parse(params).rope_scaling == RopeScaling(
         factor=16.0,
@@ -105,41 +105,41 @@ def test_rope_scaling_that_the_file_gives():
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "token"),
     [
-        ({"quantization_args": {"scheme": "int4"}}, "quantization_args is given"),
-        ({"lora_args": {"rank": 16}}, "LoRA"),
-        ({"moe_args": {"num_experts": 16}}, "mixture of experts"),
-        ({"vision_chunk_size": 448}, "vision"),
-        ({"vision_model": {}}, "vision"),
-        ({"vision_num_cross_attention_layers": 8}, "vision"),
+        ({"quantization_args": {"scheme": "int4"}}, "quantization_args"),
+        ({"lora_args": {"rank": 16}}, "lora_args"),
+        ({"moe_args": {"num_experts": 16}}, "moe_args"),
+        ({"vision_chunk_size": 448}, "vision_chunk_size"),
+        ({"vision_model": {}}, "vision_model"),
+        ({"vision_num_cross_attention_layers": 8}, "vision_num_cross"),
         ({"use_qk_norm": False, "attn_temp": 1}, "attn_temp, use_qk_norm"),
-        ({"use_scaled_rope": 1}, "use_scaled_rope must be true or false"),
-        ({"dim": 4095}, "does not divide by the 32 heads"),
-        ({"dim": "4096"}, "dim must be a positive integer"),
-        ({"n_layers": [32]}, "n_layers must be a positive integer"),
-        ({"n_layers": 10**12}, "n_layers is 1000000000000, more than"),
-        ({"n_heads": True}, "n_heads must be a positive integer"),
-        ({"n_kv_heads": 7}, "must divide the first"),
-        ({"norm_eps": 0}, "norm_eps must be a positive number"),
-        ({"rope_theta": float("inf")}, "rope_theta must be a positive number"),
-        ({"ffn_dim_multiplier": 1e308}, "ffn_dim_multiplier must be a positive number"),
-        ({"ffn_dim_multiplier": float("nan")}, "ffn_dim_multiplier must be a positive number"),
-        ({"multiple_of": 0}, "multiple_of must be a positive integer"),
-        ({"vocab_size": 0}, "vocab_size must be a positive integer"),
-        ({"dim": 10**400}, "dim must be a positive integer"),
-        (SCALED | {"rope_scaling_factor": 0.5}, "factor must be at least 1"),
-        (SCALED | {"rope_high_freq_factor": 1}, "greater than"),
+        ({"use_scaled_rope": 1}, "use_scaled_rope"),
+        ({"dim": 4095}, "dim is 4095"),
+        ({"dim": "4096"}, "dim"),
+        ({"n_layers": [32]}, "n_layers"),
+        ({"n_layers": 10**12}, "n_layers"),
+        ({"n_heads": True}, "n_heads"),
+        ({"n_kv_heads": 7}, "heads"),
+        ({"norm_eps": 0}, "norm_eps"),
+        ({"rope_theta": float("inf")}, "rope_theta"),
+        ({"ffn_dim_multiplier": 1e308}, "ffn_dim_multiplier"),
+        ({"ffn_dim_multiplier": float("nan")}, "ffn_dim_multiplier"),
+        ({"multiple_of": 0}, "multiple_of"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"dim": 10**400}, "dim"),
+        (SCALED | {"rope_scaling_factor": 0.5}, "factor"),
+        (SCALED | {"rope_high_freq_factor": 1}, "freq_factor"),
     ],
 )
-def test_what_would_change_the_maths_is_refused(change, says):
-    with pytest.raises(ConfigError, match=says):
+def test_other_models_are_rejected(change, token):
+    with pytest.raises(ConfigError, match=token):
         parse(LLAMA_8B | change)
 
 
 @pytest.mark.parametrize("key", ["dim", "n_layers", "n_heads", "norm_eps", "rope_theta"])
-def test_what_is_missing_is_named(key):
-    with pytest.raises(ConfigError, match=f"{key} is missing"):
+def test_missing_keys_are_named(key):
+    with pytest.raises(ConfigError, match=key):
         parse({name: value for name, value in LLAMA_8B.items() if name != key})
 
 
@@ -150,19 +150,9 @@ def test_keys_without_a_value_are_absent(tmp_path):
     assert parse(read_params(tmp_path) | text_model) == parse(LLAMA_8B)
 
 
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (None, "has no params.json"),
-        ("[]", "must hold a JSON object, not a list"),
-        ("{", "cannot be read as JSON"),
-        ("[" * 100_000, "cannot be read as JSON"),
-        (b"\xff", "cannot be read as JSON"),
-    ],
-)
-def test_a_file_that_is_no_object_is_refused(tmp_path, content, says):
+@pytest.mark.parametrize("content", [None, b"[]", b"{", b"[" * 100_000, b"\xff"])
+def test_a_file_that_is_not_an_object_is_rejected(tmp_path, content):
     if content is not None:
-        data = content if isinstance(content, bytes) else content.encode()
-        (tmp_path / "params.json").write_bytes(data)
-    with pytest.raises(CheckpointError, match=says):
+        (tmp_path / "params.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"params\.json"):
         read_params(tmp_path)

@@ -1,4 +1,4 @@
-"""Meta's release read as Hugging Face's, against Meta's model in torch and transformers' Llama."""
+"""Meta's release, read in Hugging Face's layout, against Meta's model and transformers'."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ NAMES = {
 
 
 def as_hugging_face(name, weights):
-    """A whole tensor by its Hugging Face name, put together row by row from the definition."""
+    """A whole tensor by its Hugging Face name, assembled row by row from the definition."""
     kind = next(kind for kind in NAMES if kind in name)
     layer = f"layers.{name.split('.')[2]}." if "layers" in name else ""
     weight = weights[f"{layer}{NAMES[kind]}.weight"]
@@ -78,7 +78,7 @@ def test_the_logits_are_those_of_metas_model(tmp_path, monkeypatch, shards, dtyp
     write_meta(tmp_path, shard(weights, shards), PARAMS | changes)
     expected = meta_logits(weights, TOKENS, **changes)
 
-    monkeypatch.setattr("llama_jax.model.llama.open_checkpoint", MetaReader)
+    monkeypatch.setattr("llama_jax.checkpoint.open_checkpoint", MetaReader)
     ours = Llama.from_pretrained(tmp_path, dtype="float32")(np.array([TOKENS]))[0]
     assert close(np.asarray(ours), expected)
 
@@ -97,7 +97,7 @@ def test_the_logits_are_those_of_metas_model(tmp_path, monkeypatch, shards, dtyp
         assert close(other(torch.tensor([TOKENS])).logits[0].numpy(), expected)
 
 
-def test_what_is_easily_got_wrong_would_be_noticed(tmp_path):
+def test_likely_mistakes_change_the_logits(tmp_path):
     weights = meta_weights()
     wrong = {
         name: weight.reshape(-1, HEAD_DIM // 2, 2, 128).transpose(1, 2).reshape(weight.shape)
@@ -110,8 +110,16 @@ def test_what_is_easily_got_wrong_would_be_noticed(tmp_path):
     assert not close(meta_logits(weights, TOKENS, factor=4.0), right)  # nor another scaling
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("shards", [1, 2, 8])
+@pytest.mark.parametrize(
+    ("dtype", "shards"),
+    [
+        *(("float32", 1), ("bfloat16", 2), ("float16", 8)),
+        *(
+            pytest.param(dtype, shards, marks=pytest.mark.slow)
+            for dtype, shards in (("bfloat16", 1), ("float16", 2), ("float32", 8))
+        ),
+    ],
+)
 def test_every_tensor_has_the_bits_of_the_files(tmp_path, dtype, shards):
     weights = meta_weights(dtype)
     weights["norm.weight"][3] = torch.nan
@@ -182,7 +190,7 @@ def test_a_slice_touches_its_own_bytes_only(tmp_path):
 
 
 def resident(path):
-    """Bytes of the mapped files below `path` that this process has touched."""
+    """Resident bytes of the mapped files below `path`."""
     total, counting = 0, False
     with open("/proc/self/smaps") as lines:
         for line in lines:
@@ -194,7 +202,7 @@ def resident(path):
     return total
 
 
-def test_reading_takes_little_memory_beside_the_result(tmp_path):
+def test_reading_takes_little_memory_beyond_the_result(tmp_path):
     changes = {"vocab_size": 1 << 16, "n_layers": 1}
     weights = meta_weights("bfloat16", **changes)
     reader = MetaReader(write_meta(tmp_path, shard(weights, 2), PARAMS | changes))
@@ -209,7 +217,7 @@ def test_reading_takes_little_memory_beside_the_result(tmp_path):
 
 
 def broken(tmp_path, change, count=2, **params):
-    """The error for a release of which `change` edited the shards."""
+    """The error for a release whose shards are edited by `change`."""
     parts = shard(meta_weights(), count)
     change(parts)
     with pytest.raises((CheckpointError, ConfigError)) as error:
@@ -217,7 +225,7 @@ def broken(tmp_path, change, count=2, **params):
     return str(error.value)
 
 
-def test_all_that_is_wrong_is_named_at_once(tmp_path):
+def test_all_wrong_tensors_are_named_at_once(tmp_path):
     def change(parts):
         for part in parts:
             del part["layers.1.attention.wk.weight"]
@@ -228,83 +236,83 @@ def test_all_that_is_wrong_is_named_at_once(tmp_path):
             part["layers.0.attention_norm.weight"] = torch.ones(128, 1)
 
     message = broken(tmp_path, change)
-    for problem in (
-        "layers.1.attention.wk.weight is missing",
-        "layers.2.ffn_norm.weight belongs to no weight",
-        "norm.weight has shape [64] instead of [128]",
-        "layers.0.feed_forward.w1.weight has shape [20, 128] instead of [448, 128]",
-        "layers.0.feed_forward.w3.weight has shape [] instead of [448, 128]",
-        "layers.0.attention_norm.weight has shape [128, 1] instead of [128]",
+    for token in (
+        "layers.1.attention.wk.weight",
+        "layers.2.ffn_norm.weight",
+        "norm.weight has shape [64]",
+        "layers.0.feed_forward.w1.weight has shape [20, 128]",
+        "layers.0.feed_forward.w3.weight has shape []",
+        "layers.0.attention_norm.weight has shape [128, 1]",
     ):
-        assert problem in message
+        assert token in message
 
 
-def test_shards_that_do_not_belong_together_are_refused(tmp_path):
+def test_shards_of_different_checkpoints_are_rejected(tmp_path):
     def other_names(parts):
         parts[1]["extra"] = torch.ones(1)
         del parts[1]["norm.weight"]
 
     message = broken(tmp_path / "names", other_names)
-    assert "extra is in only one of consolidated.01.pth and consolidated.00.pth" in message
-    assert "norm.weight is in only one of" in message
+    for token in ("extra ", "norm.weight", "consolidated.00.pth", "consolidated.01.pth"):
+        assert token in message
 
     def other_dtype(parts):
         parts[1]["output.weight"] = parts[1]["output.weight"].half()
 
-    assert "output.weight has another shape or dtype" in broken(tmp_path / "dtype", other_dtype)
+    assert "output.weight" in broken(tmp_path / "dtype", other_dtype)
 
     def other_norm(parts):
         parts[1]["layers.1.ffn_norm.weight"][5] += 1
 
     message = broken(tmp_path / "norm", other_norm)
-    assert "layers.1.ffn_norm.weight differs between the shards" in message
+    assert "layers.1.ffn_norm.weight" in message
 
 
 def test_missing_shards_are_named(tmp_path):
     path = write_meta(tmp_path, shard(meta_weights(), 4))
     (path / "consolidated.01.pth").unlink()
-    with pytest.raises(CheckpointError, match=r"lacks shards .*: consolidated.01.pth\."):
+    with pytest.raises(CheckpointError, match=r"consolidated\.01\.pth"):
         MetaReader(path)
     (path / "consolidated.00.pth").unlink()
-    with pytest.raises(CheckpointError, match=r"consolidated.00.pth; consolidated.01.pth\."):
+    with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth.*consolidated\.01\.pth"):
         MetaReader(path)
 
 
 def test_the_last_shard_missing_is_noticed_by_the_shapes(tmp_path):
     path = write_meta(tmp_path, shard(meta_weights(), 4))
     (path / "consolidated.03.pth").unlink()
-    with pytest.raises(CheckpointError, match=r"in 3 shards.* has shape \[384, 128\] instead of"):
+    with pytest.raises(CheckpointError, match=r" 3 shards.*\[384, 128\]"):
         MetaReader(path)
 
 
-def test_a_directory_of_another_kind_says_so(tmp_path):
-    with pytest.raises(CheckpointError, match="There is no directory"):
+def test_directories_without_a_release(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere"):
         MetaReader(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"has no params\.json"):
+    with pytest.raises(CheckpointError, match=r"params\.json"):
         MetaReader(tmp_path)
     (tmp_path / "params.json").write_text(json.dumps(PARAMS))
-    with pytest.raises(CheckpointError, match=r"holds no consolidated\.00\.pth\."):
+    with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth"):
         MetaReader(tmp_path)
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: it is in Hugging Face layout"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         MetaReader(tmp_path)
 
 
-def test_without_an_embedding_there_is_nothing_to_read(tmp_path):
+def test_a_release_without_an_embedding(tmp_path):
     message = broken(tmp_path, lambda parts: [part.pop("tok_embeddings.weight") for part in parts])
-    assert "no matrix tok_embeddings.weight" in message
+    assert "tok_embeddings.weight" in message
 
 
-def test_without_a_tokenizer_a_release_is_not_whole(tmp_path):
+def test_a_release_without_a_tokenizer(tmp_path):
     path = write_meta(tmp_path, shard(meta_weights(), 1))
     (path / "tokenizer.model").unlink()
-    with pytest.raises(CheckpointError, match=r"There is no .*tokenizer\.model"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model"):
         MetaReader(path)
 
 
 def test_an_error_of_the_configuration_names_the_file(tmp_path):
     message = broken(tmp_path, lambda parts: None, quantization_args={"group_size": 32})
-    assert message.startswith(f"{tmp_path / 'params.json'}: quantization_args is given")
+    assert str(tmp_path / "params.json") in message and "quantization_args" in message
 
 
 def test_a_closed_reader_lets_go_of_its_files(tmp_path):

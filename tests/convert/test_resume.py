@@ -1,4 +1,4 @@
-"""Kills at any moment, Ctrl-C, reboots: `--resume` goes on, and nobody takes a half for a whole."""
+"""Kills at any moment, Ctrl-C, reboots: `--resume` continues, and no half looks complete."""
 
 import itertools
 import json
@@ -42,7 +42,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def process():
-    """Asks the process that converts and is killed: `conversion_process`."""
+    """Sends orders to a `conversion_process`, whose children convert and are killed."""
     with subprocess.Popen(
         [sys.executable, "-m", "tests.support.conversion_process"],
         cwd=ROOT,
@@ -63,7 +63,7 @@ def process():
 
 
 def assert_not_half(path, source, whole) -> None:
-    """After a kill: whoever opens the directory finds everything in it, or is refused."""
+    """After a kill, the directory is complete, or neither this program nor others open it."""
     if (path / MANIFEST).is_file():
         open_checkpoint(path).close()
         assert {name: data for name, data in files(path).items() if name != JOURNAL} == whole
@@ -94,16 +94,24 @@ def _by_orbax(path):
 
 
 def moments(phases: dict[str, int], rng: random.Random, each: int) -> list[int]:
-    """Random moments of every phase, and all of the last."""
+    """`each` random moments of every phase, at least two of the last."""
     starts = [*phases.values()]
-    chosen = list(range(phases["Declaring"], phases["End"]))
+    last = range(phases["Declaring"], phases["End"])
+    chosen = rng.sample(last, min(2 * each, len(last)))
     for first, end in itertools.pairwise(starts):
         chosen += rng.sample(range(first, end), min(each, end - first))
     return sorted(set(chosen))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_kill_at_any_moment(process, source, tmp_path, case):
+@pytest.mark.parametrize(
+    ("case", "each"),
+    [
+        *((case, 1) for case in CASES),
+        *(pytest.param(case, 10, marks=pytest.mark.slow) for case in CASES),
+    ],
+)
+def test_a_kill_at_any_moment(process, source, tmp_path, case, each):
+    """At `each` random moments of every phase; a phase can be too short to have that many."""
     options = CASES[case] | {"max_memory": WORKER_BYTES}  # one worker: the same moments every time
     pieces = PIECES | ({"shard": 10**9} if case == "one_file" else {})
     phases = process(source, tmp_path / "whole", options, pieces=pieces)["phases"]
@@ -111,7 +119,7 @@ def test_a_kill_at_any_moment(process, source, tmp_path, case):
     whole = files(tmp_path / "whole")
     rng = random.Random(case)
     seen = set()
-    for moment in moments(phases, rng, 6):
+    for moment in moments(phases, rng, each):
         path = tmp_path / str(moment)
         killed = process(source, path, options, pieces=pieces, moment=moment)
         assert killed["status"] == -9
@@ -132,7 +140,7 @@ def test_a_kill_at_any_moment(process, source, tmp_path, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["orbax", "int8", "huggingface"])
 def test_twenty_kills_of_a_large_conversion(process, tmp_path, case):
-    """240 MB, each kill from outside while the conversion goes on."""
+    """240 MB, each kill from another process while the conversion runs."""
     sizes = {"vocab_size": 16000, "hidden_size": 1024, "intermediate_size": 4096}
     write_checkpoint(tmp_path / "hf", dtype="bfloat16", shard_size="100MB", **sizes, **{
         "num_hidden_layers": 6, "head_dim": 128, "num_attention_heads": 8})  # fmt: skip
@@ -157,7 +165,7 @@ def test_twenty_kills_of_a_large_conversion(process, tmp_path, case):
 
 
 def convert_count(path) -> int:
-    """Tasks that the journal calls finished."""
+    """The number of finished tasks in the journal."""
     return (path / JOURNAL).read_text().count('"task"')
 
 
@@ -168,7 +176,7 @@ def test_ctrl_c_and_sigterm(process, source, tmp_path, signal, status, during):
     moment = phases[during] + 15
     stopped = process(source, tmp_path / "new", {}, pieces=PIECES, moment=moment, signal=signal)
     assert (stopped["status"], stopped["during"]) == (status, during)
-    assert "add --resume" in refusal(convert_to, tmp_path / "new", source)
+    assert "--resume" in refusal(convert_to, tmp_path / "new", source)
     assert_not_half(tmp_path / "new", source, None)
     done = process(source, tmp_path / "new", {"resume": True}, pieces=PIECES)
     assert done["status"] == 0
@@ -180,7 +188,7 @@ class Interrupted(Exception):
 
 
 def interrupt(source, path, after=15, **options) -> None:
-    """Leaves a conversion unfinished, some tasks being done."""
+    """Leaves a conversion unfinished, with some tasks done."""
 
     def progress(*_):
         nonlocal after
@@ -205,7 +213,7 @@ def whole(source, tmp_path, pieces):
     return files(tmp_path / "whole")
 
 
-def test_what_is_done_is_not_done_again(source, tmp_path, pieces, whole):
+def test_finished_tasks_are_not_repeated(source, tmp_path, pieces, whole):
     path = tmp_path / "new"
     interrupt(source, path)
     times = {file: file.stat().st_mtime_ns for file in _finished_files(path)}
@@ -218,7 +226,7 @@ def test_what_is_done_is_not_done_again(source, tmp_path, pieces, whole):
     assert files(path) == whole
 
 
-def test_resuming_what_is_finished_changes_nothing(source, tmp_path, pieces):
+def test_resuming_a_finished_conversion_changes_nothing(source, tmp_path, pieces):
     path = tmp_path / "new"
     first = convert_to(path, source, quantize="int8")
     times = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
@@ -226,22 +234,22 @@ def test_resuming_what_is_finished_changes_nothing(source, tmp_path, pieces):
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == times
     assert (again.config, again.bytes, again.resumed) == (first.config, first.bytes, first.bytes)
     assert again.quantization_error == first.quantization_error
-    assert "holds a whole checkpoint already" in refusal(convert_to, path, source, resume=True)
+    assert str(path) in refusal(convert_to, path, source, resume=True)
     (path / "config.json").unlink()
     message = refusal(convert_to, path, source, quantize="int8", resume=True)
-    assert "config.json is missing" in message
+    assert "config.json" in message
 
 
-def test_resuming_what_was_never_begun_begins_it(source, tmp_path, pieces, whole):
+def test_resuming_a_new_directory_starts_the_conversion(source, tmp_path, pieces, whole):
     convert_to(tmp_path / "new", source, resume=True)
     assert files(tmp_path / "new") == whole
 
 
-def test_files_of_an_earlier_boot_are_read_before_they_are_trusted(source, tmp_path, pieces, whole):
-    """A power cut may leave a file with its name and length but without its bytes."""
+def test_files_of_an_earlier_boot_are_verified(source, tmp_path, pieces, whole):
+    """A power failure may leave a file with its name and length but without its bytes."""
     boot = tmp_path / "boot_id"
     boot.write_text("one\n")
-    pieces.setattr(journal, "_BOOT", boot)
+    pieces.setattr(journal, "BOOT_ID", boot)
     interrupt(source, tmp_path / "new")
     boot.write_text("two\n")
     first, second, *_ = _finished_files(tmp_path / "new")
@@ -253,7 +261,7 @@ def test_files_of_an_earlier_boot_are_read_before_they_are_trusted(source, tmp_p
 
 
 @pytest.mark.parametrize("damage", ["shortened", "gone"])
-def test_files_that_are_not_as_the_journal_says_are_written_again(
+def test_files_that_do_not_match_the_journal_are_written_again(
     source, tmp_path, pieces, whole, damage
 ):
     interrupt(source, tmp_path / "new")
@@ -265,8 +273,8 @@ def test_files_that_are_not_as_the_journal_says_are_written_again(
     assert files(tmp_path / "new") == whole
 
 
-def test_where_boots_cannot_be_told_apart_everything_is_read(source, tmp_path, pieces, whole):
-    pieces.setattr(journal, "_BOOT", tmp_path / "nothing")
+def test_without_boot_ids_all_files_are_verified(source, tmp_path, pieces, whole):
+    pieces.setattr(journal, "BOOT_ID", tmp_path / "nothing")
     interrupt(source, tmp_path / "new")
     first, *_ = _finished_files(tmp_path / "new")
     first.write_bytes(bytes(first.stat().st_size))
@@ -275,7 +283,7 @@ def test_where_boots_cannot_be_told_apart_everything_is_read(source, tmp_path, p
 
 
 def _finished_files(path) -> list[Path]:
-    """The files that the journal calls finished."""
+    """The files of finished tasks in the journal."""
     lines = [json.loads(line) for line in (path / JOURNAL).read_text().split("\n") if line]
     found = [path / name for line in lines if "task" in line for name in line["task"]["files"]]
     assert len(found) >= 2
@@ -293,8 +301,8 @@ def test_a_journal_cut_anywhere(source, tmp_path, pieces, whole):
 
 
 @pytest.mark.parametrize("tail", [b"\0" * 100, b"\xff\xfe{", b"\n[1]\n3\n"])
-def test_a_journal_with_rubbish_at_its_end(source, tmp_path, pieces, whole, tail):
-    """What a file system may make of a power cut."""
+def test_a_journal_with_garbage_at_its_end(source, tmp_path, pieces, whole, tail):
+    """As a file system may leave it after a power failure."""
     interrupt(source, tmp_path / "new")
     with (tmp_path / "new" / JOURNAL).open("ab") as file:
         file.write(tail)
@@ -305,24 +313,24 @@ def test_a_journal_with_rubbish_at_its_end(source, tmp_path, pieces, whole, tail
 @pytest.mark.parametrize(
     "changed", [{"dtype": "float32"}, {"quantize": "int8"}, {"layout": "huggingface"}]
 )
-def test_other_options_are_refused(source, tmp_path, pieces, changed):
+def test_other_options_are_rejected(source, tmp_path, pieces, changed):
     interrupt(source, tmp_path / "new")
     before = files(tmp_path / "new")
     message = refusal(convert_to, tmp_path / "new", source, resume=True, **changed)
-    assert "of another source or with other options" in message
+    assert str(tmp_path / "new") in message
     assert files(tmp_path / "new") == before
 
 
-def test_pieces_of_another_size_are_refused(source, tmp_path, pieces):
-    """As after an update of the program: its chunks would not fit those that are there."""
+def test_chunks_of_another_size_are_rejected(source, tmp_path, pieces):
+    """As after an update of the program: new chunks would not match the existing ones."""
     interrupt(source, tmp_path / "new")
     with small_pieces(chunk=4000):
         message = refusal(convert_to, tmp_path / "new", source, resume=True)
-    assert "of another source or with other options" in message
+    assert str(tmp_path / "new") in message
 
 
 @pytest.mark.parametrize("change", ["touched", "other"])
-def test_a_source_that_has_changed_is_refused(source, tmp_path, pieces, change):
+def test_a_changed_source_is_rejected(source, tmp_path, pieces, change):
     copy = shutil.copytree(source, tmp_path / "copy")
     interrupt(copy, tmp_path / "new")
     if change == "touched":
@@ -331,7 +339,7 @@ def test_a_source_that_has_changed_is_refused(source, tmp_path, pieces, change):
         shutil.rmtree(copy)
         write_checkpoint(copy, dtype="bfloat16", num_hidden_layers=1)
     message = refusal(convert_to, tmp_path / "new", copy, resume=True)
-    assert "of another source or with other options" in message
+    assert str(tmp_path / "new") in message
 
 
 def test_two_conversions_at_once(source, tmp_path, pieces, whole):
@@ -343,12 +351,12 @@ def test_two_conversions_at_once(source, tmp_path, pieces, whole):
             messages.append(refusal(convert_to, tmp_path / "new", source, resume=True))
 
     convert_to(tmp_path / "new", source, progress)
-    assert "add --resume" in messages[0]
-    assert "Another conversion is writing to" in messages[1]
+    assert "--resume" in messages[0] and "--resume" not in messages[1]
+    assert all(str(tmp_path / "new") in message for message in messages)
     assert files(tmp_path / "new") == whole
 
 
-def test_a_manifest_that_was_never_finished_is_not_recorded(source, tmp_path, pieces, whole):
+def test_an_unfinished_manifest_is_ignored(source, tmp_path, pieces, whole):
     interrupt(source, tmp_path / "new")
     (tmp_path / "new" / f"{MANIFEST}.part").write_text("{")
     convert_to(tmp_path / "new", source, resume=True)

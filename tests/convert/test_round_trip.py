@@ -1,5 +1,6 @@
-"""Hugging Face → Orbax → Hugging Face: the same bits, config and logits; casts as PyTorch's."""
+"""Hugging Face → Orbax → Hugging Face: equal bits, config and logits; casts like PyTorch's."""
 
+import itertools
 import json
 import shutil
 
@@ -32,14 +33,22 @@ def config_of(path) -> dict:
     return json.loads((path / "config.json").read_text())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize(("shard_size", "most", "shards"), [("5GB", 10**9, 1), ("20KB", 20_000, 0)])
-def test_the_bits_survive_both_ways(tmp_path, dtype, tied, shard_size, most, shards):
+QUICK = {("bfloat16", False, True), ("float16", True, False), ("float32", False, False)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tied", "sharded"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in itertools.product(DTYPES, (False, True), (False, True))
+    ],
+)
+def test_the_bits_survive_both_ways(tmp_path, dtype, tied, sharded):
+    shard_size, limit, shards = ("20KB", 20_000, 0) if sharded else ("5GB", 10**9, 1)
     expected = write_checkpoint(
         tmp_path / "hf", dtype=dtype, shard_size=shard_size, tie_word_embeddings=tied
     )
-    with small_pieces(shard=most):
+    with small_pieces(shard=limit):
         there = convert_to(tmp_path / "orbax", tmp_path / "hf")
         back = convert_to(tmp_path / "back", tmp_path / "orbax", layout="huggingface")
     assert there.bytes == back.bytes == sum(tensor.nbytes for tensor in expected.values())
@@ -55,8 +64,8 @@ def test_the_bits_survive_both_ways(tmp_path, dtype, tied, shard_size, most, sha
     assert open_checkpoint(tmp_path / "back").config == open_checkpoint(tmp_path / "hf").config
 
 
-def test_thirty_shards_and_as_many_in_the_end(tmp_path):
-    """A file for each tensor, on both sides."""
+def test_thirty_shards(tmp_path):
+    """One file per tensor, on both sides."""
     expected = write_checkpoint(tmp_path / "hf", shard_size="1KB", hidden_size=160)
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) == 30
     with small_pieces(shard=1):
@@ -88,7 +97,7 @@ def test_every_weight_keeps_its_own_dtype(tmp_path):
 
 
 def all_of(dtype: str, largest: float) -> torch.Tensor:
-    """Every number of a 16-bit dtype, or what is hard to round in float32; zero where too large."""
+    """All values of a 16-bit dtype, or values that are hard to round; zero if too large."""
     if dtype == "float32":
         generator = np.random.default_rng(0)
         patterns = generator.integers(0, 2**32, 2**15, np.uint32)
@@ -105,7 +114,7 @@ def all_of(dtype: str, largest: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("to", DTYPES)
-@pytest.mark.parametrize("layout", ["orbax", "huggingface"])
+@pytest.mark.parametrize("layout", ["huggingface", pytest.param("orbax", marks=pytest.mark.slow)])
 def test_casts_are_pytorchs(tmp_path, dtype, to, layout):
     write_checkpoint(tmp_path / "hf", dtype=dtype, vocab_size=2048)
     hard = all_of(dtype, 65504.0 if to == "float16" else 3.38e38)
@@ -123,16 +132,16 @@ def test_casts_are_pytorchs(tmp_path, dtype, to, layout):
 
 
 @pytest.mark.parametrize(("dtype", "value"), [("bfloat16", 1e5), ("float32", 65520.0)])
-def test_a_number_too_large_for_the_dtype_is_an_error(tmp_path, dtype, value):
+def test_a_value_too_large_for_the_dtype_is_an_error(tmp_path, dtype, value):
     write_checkpoint(tmp_path / "hf", dtype=dtype)
     name = "model.layers.1.mlp.up_proj.weight"
     change_weights(tmp_path / "hf", lambda w: w[name].__setitem__((47, 31), value))
     message = refusal(convert_to, tmp_path / "new", tmp_path / "hf", dtype="float16")
-    assert f"{name} holds numbers too large for float16" in message
-    assert "did not finish" in refusal(open_checkpoint, tmp_path / "new")
+    assert name in message and "--dtype" in message
+    assert "--resume" in refusal(open_checkpoint, tmp_path / "new")
 
 
-def test_what_belongs_to_a_checkpoint_comes_along_and_nothing_else(tmp_path):
+def test_only_files_of_a_checkpoint_are_copied(tmp_path):
     write_checkpoint(tmp_path / "hf")
     texts = {
         "tokenizer.json": "{}",
@@ -176,7 +185,7 @@ def test_what_belongs_to_a_checkpoint_comes_along_and_nothing_else(tmp_path):
         ),
     ],
 )
-def test_the_config_says_the_dtype_of_the_weights(tmp_path, said, dtype, expected):
+def test_the_config_names_the_dtype_of_the_weights(tmp_path, said, dtype, expected):
     write_checkpoint(tmp_path / "hf", dtype="bfloat16")
     content = {key: value for key, value in config_of(tmp_path / "hf").items() if key != "dtype"}
     (tmp_path / "hf" / "config.json").write_text(json.dumps(content | said))
@@ -184,7 +193,7 @@ def test_the_config_says_the_dtype_of_the_weights(tmp_path, said, dtype, expecte
     assert config_of(tmp_path / "new") == content | expected
 
 
-def test_a_tied_head_that_was_stored_is_stored_no_more(tmp_path):
+def test_a_stored_tied_head_is_dropped(tmp_path):
     write_checkpoint(tmp_path / "hf", tie_word_embeddings=True)
     change_weights(tmp_path / "hf", lambda w: w.update({"lm_head.weight": w[EMBEDDING].clone()}))
     convert_to(tmp_path / "new", tmp_path / "hf", layout="huggingface")
@@ -192,7 +201,7 @@ def test_a_tied_head_that_was_stored_is_stored_no_more(tmp_path):
     assert torch.equal(logits(tmp_path / "new"), logits(tmp_path / "hf"))
 
 
-def test_a_converted_checkpoint_may_move(tmp_path):
+def test_a_converted_checkpoint_can_be_moved(tmp_path):
     expected = write_checkpoint(tmp_path / "hf")
     convert_to(tmp_path / "orbax", tmp_path / "hf")
     shutil.rmtree(tmp_path / "hf")

@@ -1,4 +1,4 @@
-"""`compare` finds whatever differs, wherever it is; what is the same it lets pass."""
+"""`compare` finds every difference, and nothing else."""
 
 import itertools
 import json
@@ -58,11 +58,11 @@ def differences(one, other, workers=2) -> list[str]:
         *((format, f"{format}_plain") for format in FORMATS),
     ],
 )
-def test_what_is_the_same_is_called_the_same(checkpoints, one, other):
+def test_equal_checkpoints_do_not_differ(checkpoints, one, other):
     assert differences(checkpoints / one, checkpoints / other) == []
 
 
-def test_what_was_dequantised_is_not_the_original(checkpoints):
+def test_dequantized_weights_differ_from_the_original(checkpoints):
     for format in FORMATS:
         found = differences(checkpoints / "hf", checkpoints / f"{format}_plain")
         assert len(found) == 3 * 7
@@ -87,8 +87,8 @@ def change(path, name, row, dtype, width, edit) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("bit", [0, 6, 7, 15])
-def test_any_bit_of_any_plain_weight(checkpoints, tmp_path, name, bit):
+@pytest.mark.parametrize("bit", [0, 15, *(pytest.param(b, marks=pytest.mark.slow) for b in (6, 7))])
+def test_any_flipped_bit_of_an_unquantized_weight(checkpoints, tmp_path, name, bit):
     path = shutil.copytree(checkpoints / "orbax", tmp_path / "new")
     size = {"model.embed_tokens.weight": 96, "lm_head.weight": 96, LAYERED: 48}.get(name, 32)
     width = 32 if size > 32 else 1
@@ -99,24 +99,26 @@ def test_any_bit_of_any_plain_weight(checkpoints, tmp_path, name, bit):
 
         change(path, name, row, np.uint16, width, flip)
         place = [row, column] if width > 1 else [row]
-        assert differences(checkpoints / "hf", path) == [f"{name} differs, first at {place}."]
+        (problem,) = differences(checkpoints / "hf", path)
+        assert name in problem and str(place) in problem
         change(path, name, row, np.uint16, width, flip)
     assert differences(checkpoints / "hf", path) == []
 
 
-def test_rows_that_are_swapped(checkpoints, tmp_path):
+def test_swapped_rows(checkpoints, tmp_path):
     path = shutil.copytree(checkpoints / "orbax", tmp_path / "new")
     file, _ = chunk_of(path, LAYERED, 3)
     rows = np.frombuffer(file.read_bytes(), np.uint16).reshape(-1, 32)
     file.write_bytes(rows[[0, 1, 2, 4, 3, *range(5, len(rows))]].tobytes())
-    assert differences(checkpoints / "hf", path) == [f"{LAYERED} differs, first at [3, 0]."]
+    (problem,) = differences(checkpoints / "hf", path)
+    assert LAYERED in problem and "[3, 0]" in problem
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(
     "fault", ["value", "row", "scale", "tiny scale", "infinite scale", "nan scale", "zeros"]
 )
-def test_faults_of_quantised_weights(checkpoints, tmp_path, format, fault):
+def test_faults_of_quantized_weights(checkpoints, tmp_path, format, fault):
     path = shutil.copytree(checkpoints / format, tmp_path / "new")
     width = 16 if format == "int4" else 32
 
@@ -139,21 +141,20 @@ def test_faults_of_quantised_weights(checkpoints, tmp_path, format, fault):
     else:
         change(path, LAYERED, 7, DTYPES[format], width, edit)
     (problem,) = differences(checkpoints / "hf", path)
-    assert problem.startswith(f"{LAYERED} differs, first at [7, ")
-    (problem,) = differences(checkpoints / format, path)  # there the same bits are asked for
-    assert problem.startswith(f"{LAYERED} differs")
+    assert LAYERED in problem and "[7, " in problem
+    (problem,) = differences(checkpoints / format, path)  # these must be equal bit for bit
+    assert LAYERED in problem
 
 
-def test_formats_that_differ(checkpoints):
+def test_different_formats(checkpoints):
     for one, other in itertools.permutations(FORMATS, 2):
         assert len(differences(checkpoints / one, checkpoints / other)) == 3 * 7
 
 
-def test_configurations_that_differ(checkpoints, tmp_path):
+def test_different_configurations(checkpoints, tmp_path):
     path = shutil.copytree(checkpoints / "hf", tmp_path / "new")
     config = json.loads((path / "config.json").read_text())
     config |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}, "rms_norm_eps": 0.5}
     (path / "config.json").write_text(json.dumps(config))
-    assert differences(checkpoints / "hf", path) == [
-        "The configurations differ in rope_theta, norm_eps."
-    ]
+    (problem,) = differences(checkpoints / "hf", path)
+    assert "rope_theta" in problem and "norm_eps" in problem

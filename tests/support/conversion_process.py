@@ -1,16 +1,15 @@
-"""Converts in forked processes, and kills them at chosen moments: for tests of `--resume`.
+"""Converts in forked processes and kills them at chosen moments, for tests of `--resume`.
 
-A moment is a number: of the files opened, renamed, deleted and directories made, and of the blocks
-written and compared, counted together from the start of the conversion. So every moment at which
-the destination looks different can be chosen exactly, without any waiting.
+A moment is a count of events since the start of the conversion: a file opened, renamed or deleted,
+a directory made, a block written or compared. So every state of the destination can be produced
+exactly, without waiting.
 
-Reads a JSON object a line, and answers each with one:
+Reads one JSON object per line, and answers each with one:
   source, destination, options: of the conversion.
-  moment: when to end it; none where it is to run to its end.
-  signal: that the process sends to itself then, SIGKILL by default.
-  outside: whether this process, the parent, sends it instead, while the conversion goes on: so the
-    kill falls between two moments, anywhere.
-→ status: exit code, or minus the signal. during: what was going on when it was ended.
+  moment: when to end it; absent if it should finish.
+  signal: the signal that the process then sends to itself; SIGKILL by default.
+  outside: whether the parent process sends SIGKILL instead, which may arrive between two moments.
+→ status: exit code, or minus the signal. during: the phase in which the process was ended.
   phases: the first moment of each phase, and of "End". error: the message of a CheckpointError.
 """
 
@@ -70,6 +69,7 @@ def run(order: dict[str, Any], pipe: int) -> int:
         during = then[phase] if done == total else phase
         phases.setdefault(during, last)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     sys.addaudithook(lambda event, _: happened() if event in EVENTS else None)
     try:
         with small_pieces(**order.get("pieces", {})):

@@ -1,8 +1,7 @@
-"""Writes quantised checkpoints as other tools do, from the definitions of their formats.
+"""Writes quantized checkpoints as other tools do, from the definitions of their formats.
 
-Every writer starts from the numbers that a matrix is made of, and packs them one by one, in plain
-Python; nothing here comes from the package under test. A writer gives the tensors of one matrix by
-suffix and the matrix that is meant, in float32.
+Every writer packs the integers of a matrix one by one in plain Python, without the package under
+test. It returns the tensors of one matrix by suffix, and the exact matrix in float32.
 """
 
 import json
@@ -14,21 +13,21 @@ import torch
 
 from tests.support.tiny_checkpoint import write_checkpoint
 
-GROUP = 16  # of tiny_checkpoint's matrices, some have columns that this does not divide evenly
+GROUP = 16  # does not divide the columns of all matrices of tiny_checkpoint
 MATRICES = (".q_proj.", ".k_proj.", ".v_proj.", ".o_proj.", ".gate_proj.", ".up_proj.", ".down_")
 
 
 def write_foreign(path: Path, quantization_config: dict | None, matrix, **config):
-    """A tiny checkpoint whose matrices are written by `matrix(rng, num_out, num_in)`.
+    """Writes a tiny checkpoint whose matrices are written by `matrix(rng, num_out, num_in)`.
 
-    Returns the matrices that are meant, by name.
+    Returns the exact matrices by name.
     """
     weights = write_checkpoint(path, **({"dtype": "float16"} | config))
     rng = np.random.default_rng(0)
-    stored, meant = {}, {}
+    stored, exact = {}, {}
     for name, weight in weights.items():
         if any(part in name for part in MATRICES):
-            tensors, meant[name] = matrix(rng, *weight.shape)
+            tensors, exact[name] = matrix(rng, *weight.shape)
             module = name.removesuffix(".weight")
             stored |= {module + suffix: tensor for suffix, tensor in tensors.items()}
         else:
@@ -36,7 +35,7 @@ def write_foreign(path: Path, quantization_config: dict | None, matrix, **config
     safetensors.torch.save_file(stored, path / "model.safetensors")
     if quantization_config is not None:
         change_config(path, quantization_config=quantization_config)
-    return meant
+    return exact
 
 
 def change_config(path: Path, **changes):
@@ -53,16 +52,16 @@ def change_tensors(path: Path, change):
     safetensors.torch.save_file(tensors, file)
 
 
-# --- one scale for a row or for the matrix -------------------------------------------------------
+# --- one scale per row or per matrix -------------------------------------------------------------
 
 
 def fp8(rng, num_out, num_in, *, scale_shape="channel", scale_dtype=torch.bfloat16, extra=()):
-    """`weight` in e4m3 and `weight_scale`; `extra` are suffixes of scalars beside them."""
+    """`weight` in e4m3 and `weight_scale`; `extra` are suffixes of more scalars."""
     codes = rng.integers(0, 256, (num_out, num_in), dtype=np.uint8)
     codes[codes & 127 == 127] = 0  # NaN
     values = torch.from_numpy(codes).view(torch.float8_e4m3fn)
-    meant = [[decode_e4m3(int(code)) for code in row] for row in codes]
-    return scaled(rng, values, meant, scale_shape, scale_dtype, extra)
+    exact = [[decode_e4m3(int(code)) for code in row] for row in codes]
+    return scaled(rng, values, exact, scale_shape, scale_dtype, extra)
 
 
 def int8(rng, num_out, num_in, *, scale_shape="channel", scale_dtype=torch.bfloat16, extra=()):
@@ -71,7 +70,7 @@ def int8(rng, num_out, num_in, *, scale_shape="channel", scale_dtype=torch.bfloa
     return scaled(rng, torch.from_numpy(values), values, scale_shape, scale_dtype, extra)
 
 
-def scaled(rng, values, meant, scale_shape, scale_dtype, extra):
+def scaled(rng, values, exact, scale_shape, scale_dtype, extra):
     num_out = len(values)
     shape = {"channel": (num_out, 1), "vector": (num_out,), "tensor": (1,), "scalar": ()}
     scale = torch.from_numpy(rng.uniform(1e-4, 1e-3, shape[scale_shape]).astype(np.float32))
@@ -79,7 +78,7 @@ def scaled(rng, values, meant, scale_shape, scale_dtype, extra):
     rows = scale.float().numpy().reshape(-1, 1)
     tensors = {".weight": values, ".weight_scale": scale}
     tensors |= {suffix: torch.tensor(0.37) for suffix in extra}
-    return tensors, np.array(meant, np.float32) * rows
+    return tensors, np.array(exact, np.float32) * rows
 
 
 def decode_e4m3(code: int) -> float:
@@ -93,28 +92,28 @@ def decode_e4m3(code: int) -> float:
 
 
 def numbers(rng, num_out, num_in, zeros, group=GROUP):
-    """Integers [out][in], zero points and scales [out][group] and the matrix that they mean."""
+    """Integers [out][in], zero points and scales [out][group], and the matrix."""
     groups = -(-num_in // group)
     q = rng.integers(0, 16, (num_out, num_in))
     zero = rng.integers(zeros[0], zeros[1] + 1, (num_out, groups))
     scale = rng.uniform(1e-3, 1e-2, (num_out, groups)).astype(np.float16)
-    meant = np.empty((num_out, num_in), np.float32)
+    exact = np.empty((num_out, num_in), np.float32)
     for o in range(num_out):
         for i in range(num_in):
             steps = np.float32(q[o, i] - zero[o, i // group])
-            meant[o, i] = steps * np.float32(scale[o, i // group])
-    return q, zero, scale, meant
+            exact[o, i] = steps * np.float32(scale[o, i // group])
+    return q, zero, scale, exact
 
 
 def words(rows: list[list[int]]) -> torch.Tensor:
-    """Numbers of 32 bits, unsigned, as int32."""
+    """Unsigned 32-bit numbers as int32."""
     return torch.tensor([[n - (n >> 31 << 32) for n in row] for row in rows], dtype=torch.int32)
 
 
 def gptq(rng, num_out, num_in, *, v2=False, group=GROUP, zeros=None, g_idx=True, bias=False):
-    """GPTQ: input columns 8 w to 8 w + 7 in word w, and output channels likewise for zeros."""
+    """GPTQ: word w has input columns 8 w to 8 w + 7, and output channels for zeros."""
     zeros = zeros or ((0, 15) if v2 else (1, 15))
-    q, zero, scale, meant = numbers(rng, num_out, num_in, zeros, group)
+    q, zero, scale, exact = numbers(rng, num_out, num_in, zeros, group)
     less = 0 if v2 else 1
     qweight = [
         [sum(int(q[o, 8 * w + k]) << 4 * k for k in range(8)) for o in range(num_out)]
@@ -137,13 +136,13 @@ def gptq(rng, num_out, num_in, *, v2=False, group=GROUP, zeros=None, g_idx=True,
         tensors[".g_idx"] = torch.tensor(order, dtype=torch.int32)
     if bias:
         tensors[".bias"] = torch.zeros(num_out, dtype=torch.float16)
-    return tensors, meant
+    return tensors, exact
 
 
 def awq(rng, num_out, num_in):
     """AWQ: nibble k of word w is output channel 8 w + ORDER[k]."""
     order = (0, 2, 4, 6, 1, 3, 5, 7)
-    q, zero, scale, meant = numbers(rng, num_out, num_in, (0, 15))
+    q, zero, scale, exact = numbers(rng, num_out, num_in, (0, 15))
 
     def pack(table, column):
         return [
@@ -156,12 +155,12 @@ def awq(rng, num_out, num_in):
         ".qzeros": words([pack(zero, g) for g in range(zero.shape[1])]),
         ".scales": torch.from_numpy(scale.T.copy()),
     }
-    return tensors, meant
+    return tensors, exact
 
 
 def packed(rng, num_out, num_in, *, symmetric=True):
     """compressed-tensors: signed numbers plus 8, columns in words along the rows."""
-    q, zero, scale, meant = numbers(rng, num_out, num_in, (8, 8) if symmetric else (0, 15))
+    q, zero, scale, exact = numbers(rng, num_out, num_in, (8, 8) if symmetric else (0, 15))
     tensors = {
         ".weight_packed": words(
             [
@@ -182,10 +181,10 @@ def packed(rng, num_out, num_in, *, symmetric=True):
                 for w in range(num_out // 8)
             ]
         )
-    return tensors, meant
+    return tensors, exact
 
 
-# --- what the tools write in config.json ---------------------------------------------------------
+# --- quantization_config of the tools ------------------------------------------------------------
 
 
 def compressed_tensors(format, **weights):

@@ -1,8 +1,8 @@
-"""One of the processes that load a checkpoint together: `loading_process.py N PORT PATH OUT`.
+"""One of two processes that load a checkpoint together: `loading_process.py N PORT PATH OUT`.
 
-Process N has four CPU devices of eight. To OUT it writes a JSON line that gives its stages and what
-it asked of its reader, and says of each array whether each shard here, and the whole when gathered
-from all processes, is what the checkpoint's tensors say.
+Process N has four of eight CPU devices. It writes JSON to OUT: which devices are its own, the
+slices that it read, and, for each array, whether each of its shards and the whole gathered array
+equal the checkpoint's tensors.
 """
 
 import json

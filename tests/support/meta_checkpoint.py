@@ -1,7 +1,7 @@
-"""Tiny random checkpoints in Meta's layout, and Meta's model in torch, for comparison.
+"""Tiny random checkpoints in Meta's layout, and Meta's model in torch for comparison.
 
-The model is written from its definition and not from the code under test: rotary embeddings are
-complex numbers made of neighbouring rows, and a query head looks up its KV head.
+The model follows its definition, independently of the code under test: rotary embeddings are
+complex numbers of adjacent rows, and each query head looks up its KV head.
 """
 
 import base64
@@ -31,7 +31,7 @@ SPLIT_BY_COLUMNS = ("attention.wo", "feed_forward.w2")
 def meta_weights(
     dtype: str = "float32", tied: bool = False, **changes: Any
 ) -> dict[str, torch.Tensor]:
-    """All tensors of a model, whole, by Meta's names."""
+    """All whole tensors of a model by Meta's names."""
     params = PARAMS | changes
     dim, vocab = params["dim"], params["vocab_size"]
     kv = params["n_kv_heads"] * (dim // params["n_heads"])
@@ -65,7 +65,7 @@ def meta_weights(
 def shard(
     weights: dict[str, torch.Tensor], count: int, by_columns: tuple[str, ...] = SPLIT_BY_COLUMNS
 ) -> list[dict[str, torch.Tensor]]:
-    """What each of `count` files holds."""
+    """The tensors of each of `count` files."""
 
     def part(name: str, weight: torch.Tensor, rank: int) -> torch.Tensor:
         if weight.ndim == 1:
@@ -79,7 +79,7 @@ def shard(
 def write_meta(
     path: Path, shards: list[dict[str, torch.Tensor]], params: dict[str, Any] = PARAMS
 ) -> Path:
-    """Writes the files of a release; its tokenizer has the bytes, and what fills the vocabulary."""
+    """Writes a release; its tokenizer has all bytes, and more tokens to fill the vocabulary."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "params.json").write_text(json.dumps(params))
     size = params["vocab_size"] if params["vocab_size"] > 0 else PARAMS["vocab_size"]
@@ -100,7 +100,7 @@ def tiktoken_form(tokens: list[bytes]) -> bytes:
 def meta_logits(
     weights: dict[str, torch.Tensor], tokens: list[int], factor: float = 8.0, **changes: Any
 ) -> np.ndarray:
-    """[T, V] float32, by Meta's model; `factor` is that of the scaled rotary frequencies."""
+    """Logits [T, V] float32 of Meta's model; `factor` scales the rotary frequencies."""
     params = PARAMS | changes
     w = {name.removesuffix(".weight"): tensor.float() for name, tensor in weights.items()}
     heads, groups = params["n_heads"], params["n_heads"] // params["n_kv_heads"]
@@ -135,7 +135,7 @@ def meta_logits(
 
 
 def _turns(params: dict[str, Any], size: int, length: int, factor: float) -> torch.Tensor:
-    """[T, h / 2] complex: by what each pair of rows is multiplied at each position."""
+    """Rotations [T, h / 2] complex of each pair of rows at each position."""
     angles = []
     for pair in range(size // 2):
         speed = params["rope_theta"] ** (-2 * pair / size)

@@ -37,7 +37,7 @@ def write_checkpoint(
 
 
 def place_tensors(file: Path, offset: int) -> None:
-    """Pads a safetensors header so that the tensors start `offset` bytes after a multiple of 64."""
+    """Pads a safetensors header so that tensors start `offset` bytes after a multiple of 64."""
     data = file.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     header = data[8:end].rstrip()
@@ -55,7 +55,7 @@ def bits(array: Any) -> bytes:
 def read(
     reader: Any, name: str, index: tuple[slice, ...] | None = None, dtype: Any = None
 ) -> np.ndarray:
-    """A slice of a tensor by a `CheckpointReader`; by default the whole of it, as it is stored."""
+    """Reads a slice of a tensor; by default the whole tensor in its stored dtype."""
     info = reader.tensors[name]
     index = index or tuple(slice(0, size) for size in info.shape)
     out = np.full([part.stop - part.start for part in index], 77, dtype or numpy_dtype(info.dtype))

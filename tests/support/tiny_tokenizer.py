@@ -1,4 +1,4 @@
-"""A small tokenizer in the Llama 3 form, for tests that need no model."""
+"""A small tokenizer in Llama 3's format, for tests that need no model."""
 
 import functools
 import json
@@ -15,7 +15,7 @@ TEXT = [
 
 
 def make_tokenizer(folder: Path, chat_template: bool = True) -> Path:
-    """Writes a tokenizer of 300 tokens and the special ones to `folder`."""
+    """Writes a tokenizer with 300 tokens and the special tokens to `folder`."""
     save_tokenizer(train_tokenizer(TEXT * 3, vocabulary=300), folder, max_length=512)
     if not chat_template:
         file = folder / "tokenizer_config.json"
@@ -27,6 +27,6 @@ def make_tokenizer(folder: Path, chat_template: bool = True) -> Path:
 
 @functools.cache
 def tiny_tokenizer(chat_template: bool = True) -> Tokenizer:
-    """The same, loaded once for all tests."""
+    """The same tokenizer, loaded once for all tests."""
     with tempfile.TemporaryDirectory() as folder:
         return Tokenizer(make_tokenizer(Path(folder), chat_template))
