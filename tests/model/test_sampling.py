@@ -192,7 +192,15 @@ def test_rounding_draws_no_token_without_mass(uniform):
         assert (mass[tokens] > 0).all()
 
 
-@pytest.mark.parametrize(("what", "name"), [("seed", "all"), ("index", "temperature 1")])
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [
+        ("seed", "all"),
+        ("index", "temperature 1"),
+        pytest.param("seed", "temperature 1", marks=pytest.mark.slow),
+        pytest.param("index", "all", marks=pytest.mark.slow),
+    ],
+)
 def test_frequencies(what, name):
     """Chi-square over many seeds, and over many tokens of one seed. The seeds are fixed."""
     params, count = PARAMS[name], 8000

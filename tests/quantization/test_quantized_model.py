@@ -97,10 +97,9 @@ def test_in_bfloat16(checkpoint, name):
 # The quick set has each mesh once, and each shape and each format on two meshes.
 RUNS = [
     pytest.param(
-        shape,
-        name,
-        mesh,
+        (shape, name, mesh),
         marks=[] if (i, j) == (k % 3, (k + k // 3) % 3) else [pytest.mark.slow],
+        id=f"{shape}-{name}-{mesh}",
     )
     for i, shape in enumerate(SHAPES)
     for j, name in enumerate(FORMATS)
@@ -108,8 +107,10 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "name", "mesh"), RUNS)
-def test_in_the_ring(checkpoint, shape, name, mesh):
+@pytest.fixture(params=RUNS)
+def ring(request, checkpoint):
+    """(dequantized model, ring that serves the quantized checkpoint)"""
+    shape, name, mesh = request.param
     theirs, path = checkpoint(shape, name)
     num_stages = int(mesh[0])
     loop = make_loop(
@@ -121,6 +122,12 @@ def test_in_the_ring(checkpoint, shape, name, mesh):
         page_size=8,
         num_pages=24 * num_stages,
     )
+    yield theirs, loop
+    jax.clear_caches()  # no other run has the same programs
+
+
+def test_in_the_ring(ring):
+    theirs, loop = ring
     requests = greedy_requests((1, 90, 33, 64), vocab_size=250, max_tokens=8)
     run = drive(loop, requests)
     for request in requests:

@@ -4,6 +4,7 @@ Requests go through the ring as the engine drives it, and the logits are the rin
 pool starts full of NaN, so reading anything that was never written shows.
 """
 
+import jax
 import pytest
 
 from tests.support.reference import (
@@ -63,7 +64,8 @@ def pair(request, tmp_path_factory):
         page_size=8,
         num_pages=36,
     )
-    return model, loop, results_late
+    yield model, loop, results_late
+    jax.clear_caches()  # no other pair runs the same programs
 
 
 def assert_agrees(model, request, run):
