@@ -133,7 +133,7 @@ def sample(logits: jax.Array, greedy_tokens: jax.Array, packed_controls: jax.Arr
         mass = jnp.where(order >= _threshold(order, share, target)[:, None], mass, 0)
         # Relative to the most likely token, whose mass is exp(0) = 1.
         mass = jnp.where(mass >= controls.min_p[:, None], mass, 0)
-        token = _invert_cdf(mass, _uniform(controls))
+        token = invert_cdf(mass, _uniform(controls))
         return jnp.where(drawn, token, greedy_tokens)
 
 
@@ -182,7 +182,7 @@ def _threshold(order: jax.Array, weight: jax.Array, target: jax.Array) -> jax.Ar
     return jnp.where(target > 0, found, 0)
 
 
-def _invert_cdf(mass: jax.Array, uniform: jax.Array) -> jax.Array:
+def invert_cdf(mass: jax.Array, uniform: jax.Array) -> jax.Array:
     """The token at which the cumulative mass, in vocabulary order, exceeds uniform × total.
 
     Args:
