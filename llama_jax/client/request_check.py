@@ -7,10 +7,10 @@ from typing import get_type_hints
 
 import msgspec
 
+from llama_jax.config.errors import SamplingError
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import RequestError
 from llama_jax.engine.interface import EngineInfo
-from sharding.errors import UserError
 
 _DECODERS = {
     name: msgspec.msgpack.Decoder(kind).decode
@@ -38,8 +38,8 @@ def check_request(prompt: list[int], params: SamplingParams, info: EngineInfo) -
     _check_types(params)
     try:
         params.check()
-    except UserError as error:
-        raise RequestError(str(error), getattr(error, "param", None)) from None
+    except SamplingError as error:
+        raise RequestError(str(error), error.param) from None
     for token in params.stop_token_ids:
         if not 0 <= token < info.vocab_size:
             raise RequestError(
