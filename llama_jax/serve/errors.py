@@ -114,8 +114,7 @@ def as_api_error(error: Exception) -> ApiError:
                 headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
             )
         case RequestError():
-            param, code = getattr(error, "param", None), getattr(error, "code", None)
-            return ApiError(400, str(error), param=param, code=code)
+            return ApiError(400, str(error), param=error.param, code=error.code)
         case EngineDead():  # its message names files of this machine
             return engine_dead()
         case GenerationFailed():
