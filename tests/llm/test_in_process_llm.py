@@ -6,9 +6,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import pytest
@@ -16,7 +17,10 @@ import pytest
 import llama_jax.llm.llm
 from llama_jax import LLM, SamplingParams
 from llama_jax.client.in_process import in_process_host
+from llama_jax.config import ConfigError
 from llama_jax.engine.errors import EngineDead, EngineStartError, RequestError
+from llama_jax.engine.interface import Progress
+from llama_jax.engine.options import EngineOptions, OptionError
 from tests.support.fake_engine import FakeEngine
 from tests.support.paths import ROOT
 from tests.support.processes import FAKE, children, private_temporary_directory, wait_until
@@ -285,13 +289,21 @@ def test_a_restart_after_a_death(start: Starter) -> None:
     assert llm.generate([5], LETTERS).token_ids == [6, 7, 8, 9, 10]
 
 
-def test_a_restart_that_fails(start: Starter) -> None:
+def test_a_restart_that_fails(start: Starter, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(options: EngineOptions, progress: Callable[[Progress], None]) -> NoReturn:
+        raise ConfigError("The checkpoint is gone: give another directory.")
+
     llm = start()
     with pytest.raises(TypeError, match="max_seqs"):
         llm.restart(max_seqs=3)
-    assert llm.generate([5], LETTERS).token_ids == [6, 7, 8, 9, 10]  # the old engine continues
-    with pytest.raises(EngineStartError, match="max_num_seqs"):
+    with pytest.raises(OptionError, match="max_num_seqs"):
         llm.restart(max_num_seqs="3")
+    assert llm.generate([5], LETTERS).token_ids == [6, 7, 8, 9, 10]  # the old engine continues
+    with monkeypatch.context() as patch:
+        refusing = in_process_host(build=refuse)
+        patch.setattr(llama_jax.llm.llm, "in_process_host", lambda model_class: refusing)
+        with pytest.raises(EngineStartError, match="gone"):
+            llm.restart()
     with pytest.raises(EngineDead):
         llm.generate([5])
     llm.restart()
