@@ -3,7 +3,9 @@
 `make test-all` runs them; nothing runs here.
 """
 
+import ast
 import base64
+import importlib
 import io
 import re
 from collections.abc import Iterator
@@ -189,3 +191,33 @@ def test_a_fault_is_detected(spoil, message):
     spoil(notebook)
     (fault,) = faults(notebook)
     assert message in fault
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_imported_names_exist(path):
+    """`make test` does not run the notebooks, but a rename must not wait for `make test-all`."""
+    notebook = nbformat.read(path, as_version=4)
+    checked = 0
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith(
+                ("llama_jax", "sharding")
+            ):
+                module = importlib.import_module(node.module)
+                missing = [alias.name for alias in node.names if not resolves(module, alias.name)]
+                assert missing == [], node.module
+                checked += 1
+    assert checked
+
+
+def resolves(module: Any, name: str) -> bool:
+    """Whether `from module import name` works."""
+    if hasattr(module, name):
+        return True
+    try:
+        importlib.import_module(f"{module.__name__}.{name}")
+    except ModuleNotFoundError:
+        return False
+    return True
