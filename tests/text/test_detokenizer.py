@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from llama_jax.text.detokenizer import Detokenizer
 from llama_jax.text.tokenizer import Tokenizer
+from tests.support.paths import DEMO_CHECKPOINT
 from tests.support.tiny_tokenizer import make_tokenizer
 
 
@@ -81,6 +82,19 @@ def test_the_start_of_a_stop_string_is_held_back(tokenizer):
 def test_the_stop_string_that_is_completed_first_counts(tokenizer):
     ids = [tokenizer.encode(letter, add_bos=False)[0] for letter in "abcd"]
     assert "".join(run(tokenizer, ids, ["abcd", "bc"])[0]) == "a"
+
+
+def test_of_two_stop_strings_that_are_completed_together_the_longer_counts(tokenizer):
+    ids = [tokenizer.encode(letter, add_bos=False)[0] for letter in "abcd"]
+    for stop in (["bcd", "cd"], ["cd", "bcd"]):
+        assert "".join(run(tokenizer, ids, stop)[0]) == "a"
+
+
+def test_of_two_stop_strings_in_one_token_the_earlier_counts():
+    tokenizer = Tokenizer(DEMO_CHECKPOINT)
+    (token,) = tokenizer.encode(" pipeline", add_bos=False)
+    for stop in (["pel", "in"], ["in", "pel"]):
+        assert "".join(run(tokenizer, [token], stop)[0]) == " pi"
 
 
 def test_no_text_follows_a_stop_string(tokenizer):
