@@ -105,6 +105,15 @@ def test_any_flipped_bit_of_an_unquantized_weight(checkpoints, tmp_path, name, b
     assert differences(checkpoints / "hf", path) == []
 
 
+def test_the_sign_of_a_zero(checkpoints, tmp_path):
+    """Compared as numbers, 0.0 and -0.0 would be equal."""
+    paths = [shutil.copytree(checkpoints / "orbax", tmp_path / name) for name in ("plus", "minus")]
+    for path, bits in zip(paths, (0x0000, 0x8000), strict=True):
+        change(path, LAYERED, 0, np.uint16, 32, lambda numbers, bits=bits: numbers.fill(bits))
+    (problem,) = differences(*paths)
+    assert LAYERED in problem
+
+
 def test_swapped_rows(checkpoints, tmp_path):
     path = shutil.copytree(checkpoints / "orbax", tmp_path / "new")
     file, _ = chunk_of(path, LAYERED, 3)
