@@ -36,6 +36,7 @@ from llama_jax.checkpoint.manifest import (
 from llama_jax.checkpoint.orbax import OrbaxReader
 from llama_jax.checkpoint.reader import CheckpointError, refuse
 from llama_jax.config import LlamaConfig
+from llama_jax.terminal.interrupts import held_interrupts
 from llama_jax.terminal.units import bytes_text
 
 LAYOUTS: dict[str, tuple[Any, Callable[[Path], CheckpointReader]]] = {
@@ -226,11 +227,11 @@ def _run(
     workers: int,
     progress: Progress,
 ) -> list[TaskResult]:
-    """Runs the tasks that are not done yet; the first error stops the rest."""
+    """Runs the tasks that are not done yet; the first error, or Ctrl-C, stops the rest."""
     results = [journal.done[task.name] for task in tasks if task.name in journal.done]
     total = sum(task.num_bytes for task in tasks)
     written = sum(task.num_bytes for task in tasks if task.name in journal.done)
-    lock, stop = threading.Lock(), threading.Event()
+    lock = threading.Lock()
     progress("Writing", written, total)
 
     def advance(count: int) -> None:
@@ -239,21 +240,24 @@ def _run(
             written += count
             progress("Writing", written, total)
 
-    def run(task: Task) -> None:
-        result = run_task(task, destination, advance, stop.is_set)
-        with lock:
-            journal.add(result)
-            results.append(result)
+    with held_interrupts() as interrupted:
+        failed = threading.Event()
 
-    pool = ThreadPoolExecutor(workers)
-    try:
-        futures = [pool.submit(run, task) for task in tasks if task.name not in journal.done]
-        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in done:
-            future.result()
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
+        def run(task: Task) -> None:
+            result = run_task(task, destination, advance, lambda: failed.is_set() or interrupted())
+            with lock:
+                journal.add(result)
+                results.append(result)
+
+        pool = ThreadPoolExecutor(workers)
+        try:
+            futures = [pool.submit(run, task) for task in tasks if task.name not in journal.done]
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        finally:
+            failed.set()
+            pool.shutdown(cancel_futures=True)
     return sorted(results, key=lambda result: result.name)
 
 

@@ -21,7 +21,7 @@ WORKER_BYTES = 64 << 20  # maximum memory per worker, for a block and its interm
 
 
 class Stopped(Exception):
-    """The conversion was stopped before this task was done."""
+    """An error elsewhere, or Ctrl-C, has ended the work that this thread takes part in."""
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ from threading import Lock
 
 import numpy as np
 
-from convert.task import BLOCK_BYTES
+from convert.task import BLOCK_BYTES, Stopped
 from llama_jax.checkpoint import CheckpointReader
 from llama_jax.checkpoint.manifest import MANIFEST, checksum, read_manifest
 from llama_jax.checkpoint.reader import numpy_dtype
 from llama_jax.config import LlamaConfig
 from llama_jax.quantization import FORMATS, Quantized
+from llama_jax.terminal.interrupts import held_interrupts
 from llama_jax.weights.table import Weight, each_weight, group_columns, is_quantized, stored_tensors
 
 
@@ -40,6 +41,7 @@ def compare(
 
     Raises:
       CheckpointError: one of the two cannot be read.
+      KeyboardInterrupt: Ctrl-C was pressed.
     """
     theirs, ours = (
         replace(reader.config, dtype="float32", quantization=None)
@@ -51,17 +53,19 @@ def compare(
     named = list(each_weight(ours))
     total = sum(_stored_bytes(destination, weight, layer) for weight, layer in named)
     done, lock = 0, Lock()
+    with held_interrupts() as interrupted, ThreadPoolExecutor(workers) as pool:
 
-    def advance(count: int) -> None:
-        nonlocal done
-        with lock:
-            done += count
-            progress(done, total)
+        def advance(count: int) -> None:
+            nonlocal done
+            if interrupted():
+                raise Stopped
+            with lock:
+                done += count
+                progress(done, total)
 
-    def compare_one(item: tuple[Weight, int]) -> str | None:
-        return _compare(source, destination, *item, advance)
+        def compare_one(item: tuple[Weight, int]) -> str | None:
+            return _compare(source, destination, *item, advance)
 
-    with ThreadPoolExecutor(workers) as pool:
         problems = [problem for problem in pool.map(compare_one, named) if problem]
     progress(total, total)
     return problems

@@ -11,7 +11,8 @@ import math
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jax.sharding import Mesh
 
 from llama_jax.checkpoint import CheckpointReader
 from llama_jax.config import LlamaConfig
+from llama_jax.terminal.interrupts import held_interrupts
 from llama_jax.weights.placement import (
     Params,
     Placement,
@@ -71,13 +73,13 @@ def load_params(
     places, structure = jax.tree.flatten(placements(reader.config, *mesh_shape(mesh)))
     shapes = jax.tree.leaves(param_shapes(reader.config, mesh, dtype))
     arrays = []
-    with _threads() as pool:
+    with _threads() as submit:
         reading = []
         for place, shape in zip(places, shapes, strict=True):
             indices = shape.sharding.devices_indices_map(shape.shape)
             reading.append(
                 [
-                    pool.submit(_load, reader, place, indices[device], dtype, device)
+                    submit(partial(_load, reader, place, indices[device], dtype, device))
                     for device in mesh.local_devices
                 ]
             )
@@ -108,8 +110,9 @@ def load_whole(reader: CheckpointReader, dtype: np.dtype) -> Params:
         with jax.default_device(default):
             return load_array(reader, place, dtype)
 
-    with _threads() as pool:
-        return jax.tree.unflatten(structure, pool.map(whole, places))
+    with _threads() as submit:
+        reading = [submit(partial(whole, place)) for place in places]
+        return jax.tree.unflatten(structure, [array.result() for array in reading])
 
 
 def load_array(reader: CheckpointReader, place: Placement, dtype: np.dtype) -> jax.Array:
@@ -127,13 +130,23 @@ def load_array(reader: CheckpointReader, place: Placement, dtype: np.dtype) -> j
 
 
 @contextlib.contextmanager
-def _threads() -> Iterator[ThreadPoolExecutor]:
-    """A pool of reading threads. If the block raises, reads that have not begun are canceled."""
-    pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _threads() -> Iterator[Callable[[Callable[[], jax.Array]], Future[jax.Array]]]:
+    """Yields a function that starts a read on one of several threads.
+
+    If the block raises, or Ctrl-C is pressed, reads that have not begun are canceled.
+    """
+    with held_interrupts() as interrupted:
+        pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
+
+        def unless_interrupted(read: Callable[[], jax.Array]) -> jax.Array:
+            if interrupted():
+                raise CancelledError
+            return read()
+
+        try:
+            yield lambda read: pool.submit(unless_interrupted, read)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _load(

@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
 import shutil
+import signal
+from contextlib import closing
 
 import ml_dtypes
 import numpy as np
@@ -153,6 +156,21 @@ def test_faults_of_quantized_weights(checkpoints, tmp_path, format, fault):
     assert LAYERED in problem and "[7, " in problem
     (problem,) = differences(checkpoints / format, path)  # these must be equal bit for bit
     assert LAYERED in problem
+
+
+def test_ctrl_c_stops_the_comparison(checkpoints):
+    done = []
+
+    def progress(count: int, total: int) -> None:
+        done.append(count / total)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with (
+        closing(open_checkpoint(checkpoints / "hf")) as reader,
+        pytest.raises(KeyboardInterrupt),
+    ):
+        compare(reader, reader, 2, progress)
+    assert done and done[-1] < 0.5
 
 
 def test_different_formats(checkpoints):
