@@ -42,6 +42,7 @@ WITHOUT_JAX = (
     "llama_jax.engine.interface",
     "llama_jax.engine.messages",
     "llama_jax.engine.options",
+    "llama_jax.engine.page_tables",
     "llama_jax.engine.pages",
     "llama_jax.engine.scheduler",
     "llama_jax.engine.sizing",
