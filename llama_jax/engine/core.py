@@ -142,6 +142,7 @@ class Engine:
             pages_total=scheduler.pool.num_pages,
             pages_free=scheduler.pool.num_free,
             prompt_tokens=scheduler.num_prompt_tokens,
+            cached_tokens=scheduler.num_cached_tokens,
             generation_tokens=scheduler.num_generated_tokens,
             preemptions=scheduler.num_preemptions,
             ticks=loop.ticks,

@@ -17,7 +17,7 @@ from itertools import chain, islice
 import numpy as np
 
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.engine.interface import FinishReason, Output
+from llama_jax.engine.interface import FinishReason, Output, TokenLogprobs
 from llama_jax.engine.page_tables import PageTables
 from llama_jax.engine.pages import PagePool
 from llama_jax.engine.sequence import Sequence
@@ -138,7 +138,15 @@ class Scheduler:
             "it can never fit the cache"
         )
         sequence = Sequence(
-            request_id, self._arrivals, list(prompt), max_length, params, seed, stop_ids, salt=salt
+            request_id,
+            self._arrivals,
+            list(prompt),
+            len(prompt),
+            max_length,
+            params,
+            seed,
+            stop_ids,
+            salt=salt,
         )
         self._arrivals += 1
         self._sequences[request_id] = sequence
@@ -314,7 +322,13 @@ class Scheduler:
 
     # --- results -----------------------------------------------------------------------------
 
-    def process(self, packet: Packet, tokens: list[int], bucket_rows: int) -> list[Output]:
+    def process(
+        self,
+        packet: Packet,
+        tokens: list[int],
+        bucket_rows: int,
+        logprobs: list[TokenLogprobs] | None = None,
+    ) -> list[Output]:
         """Processes the result of a packet.
 
         Args:
@@ -322,6 +336,7 @@ class Scheduler:
           tokens: one token for each segment of the program that ran when the packet left the ring;
             negative if the logits were NaN.
           bucket_rows: decode rows of that program; the tokens of the tiles come after them.
+          logprobs: of each token, and of the most likely tokens, if a segment asks for them.
 
         Returns:
           The outputs for the client. Tokens of sequences that have ended or been preempted since
@@ -331,14 +346,24 @@ class Scheduler:
         for index, segment in packet.results(bucket_rows):
             sequence = segment.sequence
             if segment.epoch == sequence.epoch:
-                outputs.append(self._take_token(sequence, tokens[index]))
+                output = self._take_token(sequence, tokens[index])
+                wanted = sequence.params.logprobs
+                if logprobs is not None and wanted is not None and output.token is not None:
+                    output = output._replace(
+                        logprobs=TokenLogprobs(
+                            logprobs[index].logprob, logprobs[index].top[:wanted]
+                        )
+                    )
+                outputs.append(output)
         return outputs
 
     def _take_token(self, sequence: Sequence, token: int) -> Output:
         if token < 0:
             self._finish(sequence)
             self.pool.withdraw(sequence.page_keys)  # nobody else shall read what led to this
-            return Output(sequence.request_id, None, "error", NOT_A_NUMBER)
+            return Output(
+                sequence.request_id, None, "error", NOT_A_NUMBER, cached_tokens=sequence.num_cached
+            )
         sequence.tokens.append(token)
         self.num_generated_tokens += 1
         reason: FinishReason | None = None
@@ -350,7 +375,7 @@ class Scheduler:
             self._finish(sequence)
         elif sequence.slot is not None:
             self.pages.publish(sequence)
-        return Output(sequence.request_id, token, reason)
+        return Output(sequence.request_id, token, reason, cached_tokens=sequence.num_cached)
 
 
 def _arrival(sequence: Sequence) -> int:

@@ -13,6 +13,7 @@ class Sequence:
       request_id: the client's number for the request.
       arrival: its rank in the order of arrival, the oldest first.
       tokens: prompt and answer, as far as the host knows them.
+      num_prompt: how many of them are the prompt.
       max_length: number of tokens, prompt included, at which it ends.
       params: sampling parameters.
       seed: the seed of its random stream.
@@ -34,6 +35,7 @@ class Sequence:
     request_id: int
     arrival: int
     tokens: list[int]
+    num_prompt: int
     max_length: int
     params: SamplingParams
     seed: int

@@ -23,6 +23,11 @@ def make_sizes(*, num_pages, page_size=4, max_rows=2, stages=2, tile=4, tiles=1,
     )
 
 
+def numbered(length: int, first: int = 0) -> list[int]:
+    """A prompt whose answer is not NaN."""
+    return [14 + (first + i) % 30 for i in range(length)]
+
+
 @dataclass
 class Request:
     """One request of a trace. `arrival` and `abort` are ticks; it is never aborted if None."""
@@ -117,7 +122,7 @@ class Trial:
             [s.position for s in packet.rows],
             [(s.slot, s.position, s.ends, s.tokens) for s in packet.tiles],
         )
-        result = self.executor.run(bucket, packed, None)
+        result = self.executor.run(bucket, packed)
         self.unread.append((self.ring[0], result))
 
     def read(self) -> None:
