@@ -32,8 +32,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line; if it is wrong, prints one sentence and exits with code 2.
 
     Returns:
-      path, served_model_name, host, port, api_key, metrics_prefix, shutdown_timeout (seconds), and
-      the fields of `EngineOptions`. path and served_model_name may be None.
+      path, served_model_name, host, port, api_key, metrics_prefix, shutdown_timeout and
+      write_timeout (seconds), and the fields of `EngineOptions`. path and served_model_name may be
+      None.
     """
     parser = Parser(
         prog="python -m llama_jax.serve",
@@ -139,6 +140,14 @@ def _add_http(parser: argparse.ArgumentParser) -> None:
         help="time for running requests to finish after SIGTERM or Ctrl-C; a second signal ends "
         "them at once (default: %(default)g)",
     )
+    http.add_argument(
+        "--write-timeout",
+        type=_positive_seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="time after which a client is disconnected if it reads nothing of a response that "
+        "waits for it (default: %(default)g)",
+    )
 
 
 def _port(text: str) -> int:
@@ -154,6 +163,13 @@ def _seconds(text: str) -> float:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds (0 or more)")
+    return seconds
+
+
+def _positive_seconds(text: str) -> float:
+    seconds = _seconds(text)
+    if seconds == 0:
+        raise argparse.ArgumentTypeError("it must be more than 0 seconds")
     return seconds
 
 

@@ -206,4 +206,4 @@ def test_a_defect_of_the_server_is_raised_with_its_traceback(tmp_path, monkeypat
 
     monkeypatch.setattr("llama_jax.serve.launch.generation_defaults", defect)
     with pytest.raises(ValueError, match="reshape"):
-        main([str(tmp_path)])
+        main([str(tmp_path), "--port=0"])
