@@ -3,10 +3,12 @@
 import argparse
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from llama_jax.engine.options import OPTIONS, EngineOptions, Option, OptionError
+from llama_jax.serve.foreign_flags import find_foreign_flag
 from llama_jax.serve.metrics import PREFIXES
 from llama_jax.terminal.arguments import Parser, size
 
@@ -46,6 +48,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     _add_engine(parser)
     _add_http(parser)
+    if foreign := find_foreign_flag(sys.argv[1:] if argv is None else argv):
+        flag, answer = foreign
+        parser.error(f"there is no {flag} here: {answer}")
     return parser.parse_args(argv)
 
 

@@ -116,6 +116,7 @@ def _find_checkpoint(path: Path | None) -> tuple[Path, str]:
                 "give the path of a checkpoint."
             )
         return DEMO_CHECKPOINT, DEMO_NAME
+    path = path.expanduser()  # `make serve MODEL=~/...` quotes it
     if not path.is_dir():
         raise CheckpointMissing(
             f"There is no directory {path}: give the directory of a checkpoint on this machine "
