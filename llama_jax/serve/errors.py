@@ -15,7 +15,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llama_jax.engine.errors import EngineDead, GenerationFailed, QueueFull, RequestError
+from llama_jax.engine.errors import (
+    EngineClosed,
+    EngineDead,
+    GenerationFailed,
+    QueueFull,
+    RequestError,
+)
 from llama_jax.engine.interface import EngineInfo
 
 # Under load, requests end many times a second, and each end frees a place in the queue: after one
@@ -78,6 +84,11 @@ def unavailable(reason: str, code: str) -> ApiError:
     return ApiError(503, reason, code=code)
 
 
+def shutting_down() -> ApiError:
+    """503: the server has been told to end, and accepts no new requests."""
+    return unavailable("The server is shutting down.", "shutting_down")
+
+
 def engine_dead() -> ApiError:
     """503: the server cannot generate until it is restarted."""
     return unavailable("The engine has ended; the server must be restarted.", "engine_dead")
@@ -115,6 +126,8 @@ def as_api_error(error: Exception) -> ApiError:
             )
         case RequestError():
             return ApiError(400, str(error), param=error.param, code=error.code)
+        case EngineClosed():
+            return shutting_down()
         case EngineDead():  # its message names files of this machine
             return engine_dead()
         case GenerationFailed():

@@ -5,11 +5,13 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from llama_jax.serve.write_deadline import WriteDeadline
+
 MAX_HEADER_BYTES = 64 * 1024
 HEADER_SECONDS = 30.0
 
 
-class LimitedHttp(HttpToolsProtocol):
+class LimitedHttp(WriteDeadline, HttpToolsProtocol):
     """Closes a connection whose headers, request line included, are too large or too slow.
 
     Uvicorn itself buffers any number of headers and waits for them forever.

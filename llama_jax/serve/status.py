@@ -16,7 +16,7 @@ def status_routes(served: ServedModel) -> APIRouter:
 
     @router.get("/health")
     async def health() -> dict[str, str]:
-        served.check_healthy()
+        served.check_available()
         return {"status": "ok"}
 
     @router.get("/metrics")
