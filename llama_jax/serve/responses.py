@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,7 +17,9 @@ from llama_jax.engine.interface import FinishReason
 from llama_jax.serve.choices import ChoiceDelta, generate_choice, merge
 from llama_jax.serve.errors import ApiError, as_api_error, too_long
 from llama_jax.serve.interrupt import Interrupted, disconnected, unless
+from llama_jax.serve.json_response import JsonResponse
 from llama_jax.serve.protocol import StreamOptions
+from llama_jax.serve.response_types import Usage
 from llama_jax.serve.served_model import ServedModel
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's status code, for logs; no client receives it
@@ -30,12 +32,12 @@ class ResponseFormat(Protocol):
     whole_object: str
     chunk_object: str
 
-    def whole(self, index: int, text: str, reason: FinishReason | None) -> dict[str, Any]:
+    def whole(self, index: int, text: str, reason: FinishReason | None) -> Mapping[str, object]:
         """An entry of `choices` in a whole response."""
 
     def chunk(
         self, index: int, text: str, reason: FinishReason | None, first: bool
-    ) -> dict[str, Any]:
+    ) -> Mapping[str, object]:
         """An entry of `choices` in a stream; `first` marks the first one of its choice."""
 
 
@@ -100,7 +102,7 @@ async def respond(
         body = await unless(gone, _whole(deltas, head, format, job))
     except Interrupted:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return Response(msgspec.json.encode(body), media_type="application/json")
+    return JsonResponse(body)
 
 
 class EventStream(Response):
@@ -218,7 +220,7 @@ def _event(data: dict[str, Any]) -> bytes:
     return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
-def _usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+def _usage(prompt_tokens: int, completion_tokens: int) -> Usage:
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
