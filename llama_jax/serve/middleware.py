@@ -26,7 +26,7 @@ class Door:
 
     def __init__(self, api_key: str | None = None) -> None:
         self._app: ASGIApp | None = None
-        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+        self._expected = None if api_key is None else api_key.strip().encode()
 
     def open(self, app: ASGIApp) -> None:
         """Passes requests on to `app` from now on."""
@@ -59,7 +59,9 @@ class Door:
     def _check_key(self, path: str, headers: Headers) -> None:
         if self._expected is None or path in OPEN_PATHS:
             return
-        given = headers.get("authorization", "").encode("latin-1")
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        # The name of a scheme has no case (RFC 9110, section 11.1).
+        given = key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
         if not hmac.compare_digest(given, self._expected):
             raise ApiError(
                 401,
