@@ -1,5 +1,7 @@
 """POST /v1/completions and POST /v1/chat/completions."""
 
+from typing import Literal
+
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -74,7 +76,7 @@ def completion_routes(served: ServedModel) -> list[Route]:
             for item in body.prompt
         ]
         params = body.sampling_params(served.defaults)
-        job = _job(prompts, params, body, arrived)
+        job = _job("prompt", prompts, params, body, arrived)
         return await respond(served, request, CompletionFormat(), job)
 
     async def chat(request: Request) -> Response:
@@ -84,7 +86,7 @@ def completion_routes(served: ServedModel) -> list[Route]:
         served.check_name(body.model)
         prompt = await encode_messages(served, body.messages)
         params = body.sampling_params(served.defaults)
-        job = _job([prompt], params, body, arrived)
+        job = _job("messages", [prompt], params, body, arrived)
         return await respond(served, request, ChatFormat(), job)
 
     return [
@@ -94,14 +96,17 @@ def completion_routes(served: ServedModel) -> list[Route]:
 
 
 def _job(
+    param: Literal["prompt", "messages"],
     prompts: list[list[int]],
     params: list[SamplingParams],
     body: CompletionRequest | ChatRequest,
     arrived: float,
 ) -> Job:
     return Job(
+        param=param,
         prompts=prompts,
         params=params,
+        limit_param=body.limit_param,
         stream=bool(body.stream),
         options=body.stream_options or StreamOptions(),
         arrived=arrived,

@@ -13,13 +13,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llama_jax.engine.errors import EngineDead, GenerationFailed, QueueFull, RequestError
+from llama_jax.engine.errors import EngineDead, GenerationFailed, RequestError
 from llama_jax.engine.interface import EngineInfo
 from llama_jax.serve.json_response import JsonResponse
-
-# Under load, requests end many times a second, and each end frees a place in the queue: after one
-# second there is likely to be one, and it has not been empty for long.
-RETRY_AFTER_SECONDS = 1
 
 log = logging.getLogger("llama_jax.serve")
 
@@ -80,20 +76,64 @@ def engine_dead() -> ApiError:
     return unavailable("The engine has ended; the server must be restarted.", "engine_dead")
 
 
-def too_long(prompt: str, info: EngineInfo, param: str, answer: int = 1) -> ApiError:
+def queue_full(taken: int, answers: int, retry_after: int) -> ApiError:
+    """429: too many requests run or wait.
+
+    Args:
+      taken: how many do.
+      answers: the number of answers that this request asks for.
+      retry_after: the number of seconds after which there is likely to be room.
+    """
+    return ApiError(
+        429,
+        f"{taken} answers are being generated or waiting, and there is no room for {answers} more; "
+        f"try again in {retry_after} s.",
+        code="queue_full",
+        headers={"Retry-After": str(retry_after)},
+    )
+
+
+# Programs look for the first sentence of the next two errors, and read numbers from the second.
+
+
+def prompt_too_long(info: EngineInfo, param: str, prompt: int, at_least: bool = False) -> ApiError:
+    """400: the prompt leaves no room for an answer.
+
+    Args:
+      info: the engine's limits.
+      param: "prompt" or "messages".
+      prompt: the number of its tokens.
+      at_least: whether it may have more.
+    """
+    count = f"at least {prompt}" if at_least else str(prompt)
+    return ApiError(
+        400,
+        f"This model's maximum context length is {info.max_model_len} tokens. However, your "
+        f"{param} resulted in {count} tokens, and an answer needs at least one. Please reduce the "
+        f"length of the {param}.",
+        param=param,
+        code="context_length_exceeded",
+    )
+
+
+def answer_too_long(
+    info: EngineInfo, param: str, prompt: int, answer: int, limit_param: str
+) -> ApiError:
     """400: prompt and answer together do not fit the context.
 
     Args:
-      prompt: the length of the prompt in words.
       info: the engine's limits.
-      param: the field at fault.
-      answer: the number of tokens to generate.
+      param: "prompt" or "messages".
+      prompt: the number of its tokens.
+      answer: the maximum number of tokens of the answer.
+      limit_param: the field that asks for so many.
     """
     return ApiError(
         400,
-        f"The prompt has {prompt} and the answer needs room for {answer}, but the context holds "
-        f"{info.max_model_len} tokens: shorten the prompt or lower max_tokens.",
-        param=param,
+        f"This model's maximum context length is {info.max_model_len} tokens. However, you "
+        f"requested {prompt + answer} tokens ({prompt} in the {param}, {answer} in the "
+        f"completion). Please reduce the length of the {param} or completion.",
+        param=limit_param,
         code="context_length_exceeded",
     )
 
@@ -103,13 +143,6 @@ def as_api_error(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
-        case QueueFull():
-            return ApiError(
-                429,
-                str(error),
-                code="queue_full",
-                headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
-            )
         case RequestError():
             return ApiError(400, str(error), param=error.param, code=error.code)
         case EngineDead():  # its message names files of this machine

@@ -196,6 +196,11 @@ class _Generation(RequestBody):
         """The maximum number of tokens per choice; None for as many as fit the context."""
         raise NotImplementedError
 
+    @property
+    def limit_param(self) -> str:
+        """The name of the field that sets `limit`."""
+        return "max_tokens"
+
     def sampling_params(self, defaults: SamplingParams) -> list[SamplingParams]:
         """Returns the parameters of each choice for one prompt, not yet checked.
 
@@ -251,6 +256,11 @@ class ChatRequest(_Generation, kw_only=True):
     def limit(self) -> int | None:
         """The maximum number of tokens per choice."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def limit_param(self) -> str:
+        """The name of the field that sets `limit`."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
 
 class TokenizeRequest(RequestBody, kw_only=True):

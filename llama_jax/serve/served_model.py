@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from llama_jax.client.client import EngineClient
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.serve.errors import ApiError, engine_dead, too_long, unavailable
+from llama_jax.serve.admission import Admission
+from llama_jax.serve.errors import ApiError, engine_dead, prompt_too_long, unavailable
 from llama_jax.serve.metrics import Metrics
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -31,6 +32,7 @@ class ServedModel:
       defaults: the sampling parameters that a request does not set.
       created: when the server started, in seconds since 1970.
       draining: whether the server is shutting down and accepts no new requests.
+      admission: admits requests while the engine has room.
     """
 
     name: str
@@ -41,6 +43,10 @@ class ServedModel:
     defaults: SamplingParams
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
+    admission: Admission = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.admission = Admission(self.engine, self.metrics)
 
     def check_available(self) -> None:
         """Raises `ApiError` 503 if the server accepts no requests."""
@@ -80,7 +86,7 @@ class ServedModel:
         # Even an empty message has tokens around it.
         fewest = max(len(texts), sum(map(len, texts)) // self.tokenizer.max_token_length)
         if fewest >= self.engine.info.max_model_len:
-            raise too_long(f"at least {fewest} tokens", self.engine.info, param)
+            raise prompt_too_long(self.engine.info, param, fewest, at_least=True)
 
     async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
         """Runs work of the tokenizer without blocking the streams of other requests."""

@@ -249,8 +249,31 @@ def test_bad_fields_are_refused_with_their_name(server, path, body, param, code,
 
 def test_prompt_and_answer_must_fit_the_context(server):
     response = server.post(COMPLETIONS, {"prompt": [5] * 190, "max_tokens": 11})
-    refused(response, 400, param="max_tokens", code="context_length_exceeded")
+    error = refused(response, 400, param="max_tokens", code="context_length_exceeded")
+    # Programs look for these words and numbers.
+    assert "This model's maximum context length is 200 tokens. However, you" in error["message"]
+    assert "requested 201 tokens (190 in the prompt, 11 in the completion)" in error["message"]
     assert server.post(COMPLETIONS, {"prompt": [5] * 190, "max_tokens": 10}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "param"),
+    [
+        (COMPLETIONS, {"prompt": [5] * 200}, "prompt"),
+        (COMPLETIONS, {"prompt": [5] * 300, "max_tokens": 1}, "prompt"),
+        (COMPLETIONS, {"prompt": "word " * 60}, "prompt"),
+        (COMPLETIONS, {"prompt": "word " * 3000}, "prompt"),
+        (CHAT, {"messages": user("word " * 60)}, "messages"),
+        (CHAT, {"messages": user("word " * 3000)}, "messages"),
+        (CHAT, {"messages": user("Hi"), "max_tokens": 199}, "max_tokens"),
+        (CHAT, {"messages": user("Hi"), "max_completion_tokens": 199}, "max_completion_tokens"),
+    ],
+)
+def test_what_does_not_fit_the_context_is_said_in_the_words_that_clients_know(
+    server, path, given, param
+):
+    error = refused(server.post(path, given), param=param, code="context_length_exceeded")
+    assert "This model's maximum context length is 200 tokens. However, you" in error["message"]
 
 
 # Routes
