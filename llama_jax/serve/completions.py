@@ -71,6 +71,7 @@ def completion_routes(served: ServedModel) -> list[Route]:
         body = await read(CompletionRequest, request)
         served.check_available()
         served.check_name(body.model)
+        served.check_room(len(body.prompt), body.choices)
         prompts = [
             await encode_text(served, item) if isinstance(item, str) else item
             for item in body.prompt
@@ -84,6 +85,7 @@ def completion_routes(served: ServedModel) -> list[Route]:
         body = await read(ChatRequest, request)
         served.check_available()
         served.check_name(body.model)
+        served.check_room(1, body.choices)
         prompt = await encode_messages(served, body.messages)
         params = body.sampling_params(served.defaults)
         job = _job("messages", [prompt], params, body, arrived)

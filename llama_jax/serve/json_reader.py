@@ -24,9 +24,10 @@ _NUMBER = msgspec.json.Decoder(float)
 _INTEGERS = msgspec.json.Decoder(list[int])
 _NUMBERS = msgspec.json.Decoder(list[int | float])
 
-# A high surrogate without a low one after it, or a low one without a high one before it.
+# A high surrogate without a low one after it, or a low one without a high one before it. The common
+# start makes the search fast.
 _UNPAIRED_SURROGATE = re.compile(
-    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]"
+    rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|[c-fC-F](?<!\\u[dD][89abAB]..\\u[dD].))"
 )
 
 

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.interface import FinishReason
 from llama_jax.serve.choices import ChoiceDelta, generate_choice, merge
-from llama_jax.serve.errors import ApiError, answer_too_long, as_api_error, prompt_too_long
+from llama_jax.serve.errors import answer_too_long, as_api_error, prompt_too_long
 from llama_jax.serve.interrupt import Interrupted, disconnected, unless
 from llama_jax.serve.json_response import JsonResponse
 from llama_jax.serve.protocol import StreamOptions
@@ -151,15 +151,6 @@ class EventStream(Response):
 
 def _check_job(served: ServedModel, job: Job) -> None:
     """Checks the whole job before any of it is generated."""
-    room = served.engine.max_in_flight
-    if job.num_choices > room:
-        raise ApiError(
-            400,
-            f"The request needs {job.num_choices} sequences, but this server has room for {room}: "
-            "split it into several requests.",
-            param="n" if len(job.params) > 1 else "prompt",
-            code="invalid_value",
-        )
     params = job.params[0]  # the choices differ only in their seeds
     info = served.engine.info
     for prompt in job.prompts:

@@ -78,6 +78,23 @@ class ServedModel:
                 code="model_not_found",
             )
 
+    def check_room(self, prompts: int, choices: int) -> None:
+        """Raises `ApiError` 400 if the server never has room for a request.
+
+        Args:
+          prompts: the number of its prompts.
+          choices: the number of choices for each prompt.
+        """
+        room = self.engine.max_in_flight
+        if prompts * choices > room:
+            raise ApiError(
+                400,
+                f"The request needs {prompts * choices} sequences, but this server has room for "
+                f"{room}: split it into several requests.",
+                param="n" if choices > 1 else "prompt",
+                code="invalid_value",
+            )
+
     def check_text_length(self, texts: list[str], param: str) -> None:
         """Raises `ApiError` 400 if the texts cannot fit the context, however they are tokenized.
 

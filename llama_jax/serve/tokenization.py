@@ -10,7 +10,7 @@ from llama_jax.serve.messages import Message
 from llama_jax.serve.protocol import DetokenizeRequest, TokenizeRequest
 from llama_jax.serve.request_body import read
 from llama_jax.serve.served_model import ServedModel
-from llama_jax.text.tokenizer import TokenizerError
+from llama_jax.text.tokenizer import Tokenizer, TokenizerError
 
 
 def tokenization_routes(served: ServedModel) -> list[Route]:
@@ -25,7 +25,7 @@ def tokenization_routes(served: ServedModel) -> list[Route]:
             ids = await encode_text(served, body.prompt or "", body.add_special_tokens is not False)
         strings = None
         if body.return_token_strs:
-            strings = [served.tokenizer.decode([token], False) for token in ids]
+            strings = await served.in_thread(_decode_each, served.tokenizer, ids)
         return JsonResponse(
             {
                 "count": len(ids),
@@ -39,7 +39,7 @@ def tokenization_routes(served: ServedModel) -> list[Route]:
         body = await read(DetokenizeRequest, request)
         served.check_name(body.model)
         vocab_size = served.engine.info.vocab_size
-        for token in body.tokens:
+        for token in (min(body.tokens, default=0), max(body.tokens, default=0)):
             if not 0 <= token < vocab_size:
                 raise ApiError(
                     400,
@@ -81,3 +81,7 @@ async def encode_messages(served: ServedModel, messages: list[Message]) -> list[
         return await served.in_thread(served.tokenizer.encode_chat, chat)
     except TokenizerError as error:
         raise ApiError(400, str(error), param="messages", code="invalid_value") from error
+
+
+def _decode_each(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    return [tokenizer.decode([token], False) for token in ids]
