@@ -24,7 +24,8 @@ class Door:
     (`scope["path"]`), never one built from the Host header.
     """
 
-    def __init__(self, api_key: str | None = None) -> None:
+    def __init__(self, api_key: str | None = None, max_body_bytes: int = MAX_BODY_BYTES) -> None:
+        self._max_body_bytes = max_body_bytes
         self._app: ASGIApp | None = None
         self._expected = None if api_key is None else api_key.strip().encode()
 
@@ -41,11 +42,15 @@ class Door:
             if app is None:
                 raise unavailable("The server is starting.", "starting")
             try:
-                body = await asyncio.wait_for(_read_body(headers, receive), BODY_SECONDS)
+                body = await asyncio.wait_for(
+                    _read_body(headers, receive, self._max_body_bytes), BODY_SECONDS
+                )
             except TimeoutError:
                 raise ApiError(
                     408, f"The body was not complete after {BODY_SECONDS:g} seconds."
                 ) from None
+            if headers.get("content-encoding", "identity").lower() != "identity":
+                raise ApiError(415, "The body must not be compressed.")
             if body and not _is_json(headers.get("content-type", "")):
                 raise ApiError(
                     415, "The body must be JSON, sent as Content-Type: application/json."
@@ -71,11 +76,11 @@ class Door:
             )
 
 
-async def _read_body(headers: Headers, receive: Receive) -> bytes | None:
+async def _read_body(headers: Headers, receive: Receive, max_bytes: int) -> bytes | None:
     """Returns the whole body, or None if the client disconnected before its end."""
-    too_large = ApiError(413, f"The body is larger than the maximum of {MAX_BODY_BYTES:,} bytes.")
+    too_large = ApiError(413, f"The body is larger than the maximum of {max_bytes:,} bytes.")
     declared = headers.get("content-length", "0")
-    if declared.isdecimal() and int(declared) > MAX_BODY_BYTES:
+    if declared.isdecimal() and int(declared) > max_bytes:
         raise too_large
     body = bytearray()
     more = True
@@ -85,7 +90,7 @@ async def _read_body(headers: Headers, receive: Receive) -> bytes | None:
             return None
         body += message.get("body", b"")
         more = message.get("more_body", False)
-        if len(body) > MAX_BODY_BYTES:
+        if len(body) > max_bytes:
             raise too_large
     return bytes(body)
 

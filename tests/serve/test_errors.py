@@ -1,6 +1,7 @@
 """Bad requests: each gets one sentence in OpenAI's error object, and the server goes on."""
 
 import asyncio
+import gzip
 import json
 
 import httpx
@@ -81,6 +82,24 @@ def test_a_body_that_is_too_large_is_refused_with_and_without_content_length(ser
 
     for content in (b"x" * (MAX_BODY_BYTES + 1), pieces()):
         refused(post(content), 413)
+
+
+def test_the_limit_of_a_body_is_an_option(server):
+    app = server.app
+    server.app = Door(max_body_bytes=40)
+    server.app.open(app)
+    try:
+        assert server.post(COMPLETIONS, {"prompt": "Hi"}).status_code == 200
+        refused(server.post(COMPLETIONS, {"prompt": "Hi" * 40}), 413)
+    finally:
+        server.app = app
+
+
+def test_a_compressed_body_is_refused(server):
+    headers = {**JSON, "content-encoding": "gzip"}
+    content = gzip.compress(b'{"prompt": "Hi"}')
+    response = server.run(lambda client: client.post(COMPLETIONS, content=content, headers=headers))
+    refused(response, 415)
 
 
 def test_a_body_that_is_too_slow_is_refused(server, monkeypatch):

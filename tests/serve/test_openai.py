@@ -34,6 +34,17 @@ def test_whole_answers(client):
     assert completion.choices[0].text == "Hello, 😀!"
 
 
+def test_an_answer_can_be_sent_back_as_the_client_has_it(client, server):
+    messages = [{"role": "developer", "content": "Be brief."}, *user("Hi")]
+    answer = client.chat.completions.create(model="tiny", messages=messages).choices[0].message
+    for back in (answer, answer.model_dump()):
+        chat = client.chat.completions.create(
+            model="tiny", messages=[*messages, back, *user("And?")], tools=[], tool_choice="auto"
+        )
+        assert chat.choices[0].message.content == "Hello, 😀!"
+    assert server.engine.requests[-1] == server.engine.requests[-2]
+
+
 def test_streams(client, server):
     options = {"include_usage": True}
     chunks = list(
