@@ -135,7 +135,7 @@ async def _serve(setup: Setup, engine_command: Sequence[str], console: Console) 
     """
     started = time.perf_counter()
     stop = StopSignals()
-    door = Door(setup.arguments.api_key)
+    door = Door(setup.arguments.api_key, setup.arguments.max_body_size)
     server = HttpServer(door, setup.listener, setup.arguments.write_timeout)
     async with server.running():  # during the start, requests are told that it is starting
         try:
