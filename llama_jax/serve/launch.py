@@ -17,7 +17,7 @@ from rich.console import Console
 
 from llama_jax.client.client import EngineClient
 from llama_jax.client.engine_process import ENGINE_COMMAND
-from llama_jax.config.huggingface import generation_defaults
+from llama_jax.config.huggingface import read_checkpoint_config
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead, EngineStartError
 from llama_jax.engine.options import EngineOptions
@@ -91,7 +91,9 @@ def _prepare(arguments: argparse.Namespace) -> Setup:
       CheckpointMissing, ConfigError, TokenizerError, ListenError: it cannot be served.
     """
     path, name = _find_checkpoint(arguments.path)
-    defaults = generation_defaults(path)
+    declared = read_checkpoint_config(path)
+    declared.report_unknown(arguments.strict_config)
+    defaults = declared.generation_defaults()
     tokenizer = Tokenizer(path)
     return Setup(
         arguments=arguments,
