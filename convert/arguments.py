@@ -56,7 +56,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     Returns:
       command, json, and, by command,
         hf, meta, quantize, export: source, destination, dtype, quantize, max_memory (bytes),
-          resume, verify, check (None, True or a file)
+          resume, verify, check (None, True or a file), strict_config (not for meta)
         verify: source, destination
         inspect: path, mesh (None or "4x2")
     """
@@ -171,6 +171,13 @@ def _add_conversion(parser: argparse.ArgumentParser, command: str) -> None:
         choices=DTYPES,
         help="dtype of the weights that are not quantized (default: unchanged)",
     )
+    if command != "meta":
+        parser.add_argument(
+            "--strict-config",
+            action="store_true",
+            help="refuse a source whose config.json or generation_config.json has unknown keys, "
+            "instead of warning",
+        )
     parser.add_argument(
         "--max-memory",
         type=size,

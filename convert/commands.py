@@ -66,7 +66,10 @@ def run_conversion(arguments: argparse.Namespace, progress: Progress) -> Convert
     """Runs hf, meta, quantize or export."""
     layout = "meta" if arguments.command == "meta" else "hf"
     path = local_directory(arguments.source, layout, progress)
-    source = open_meta(path) if layout == "meta" else open_any(path)
+    if layout == "meta":
+        source = open_meta(path)
+    else:
+        source = open_any(path, arguments.strict_config)
     with closing(source.reader) as reader:
         windows = None if arguments.check is None else _check_windows(source, arguments.check)
         report = convert(source, arguments.destination, conversion_options(arguments), progress)
@@ -124,10 +127,14 @@ def run_inspect(arguments: argparse.Namespace, progress: Progress) -> Inspection
         return inspect(reader, arguments.mesh)
 
 
-def open_any(path: Path) -> Source:
+def open_any(path: Path, strict_config: bool = False) -> Source:
     """Opens a checkpoint in any layout.
+
+    Args:
+      path: the directory.
+      strict_config: as for `open_source`.
 
     Raises:
       ConfigError, CheckpointError: it is incomplete, damaged or not supported.
     """
-    return open_meta(path) if is_meta(path) else open_source(path)
+    return open_meta(path) if is_meta(path) else open_source(path, strict_config)

@@ -55,6 +55,8 @@ class Engine:
         check_model_class(model_class)
         start = time.perf_counter()
         with closing(open_checkpoint(options.path)) as reader, ExitStack() as stack:
+            if options.strict_config:  # the process that the user sees has warned already
+                reader.declared.report_unknown(strict=True)
             config = reader.config
             check_options(options, config)
             check_stages(parse_mesh(options.mesh)[0], config)

@@ -78,9 +78,13 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     )
     engine = parser.add_argument_group("engine")
     for option in OPTIONS:
+        flag = f"--{option.name.replace('_', '-')}"
+        if option.type is bool:
+            engine.add_argument(flag, action="store_true", help=option.help)
+            continue
         example = ", such as 2GB" if option.unit == "BYTES" else ""
         engine.add_argument(
-            f"--{option.name.replace('_', '-')}",
+            flag,
             type=_parser_of(option),
             default=option.default,
             choices=option.choices,

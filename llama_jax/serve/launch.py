@@ -17,7 +17,7 @@ from rich.console import Console
 
 from llama_jax.client.client import EngineClient
 from llama_jax.client.engine_process import ENGINE_COMMAND
-from llama_jax.config.huggingface import generation_defaults
+from llama_jax.config.huggingface import read_checkpoint_config
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead, EngineStartError
 from llama_jax.engine.options import EngineOptions
@@ -97,11 +97,13 @@ def _prepare(
     Raises:
       ConfigError, TokenizerError: it cannot be served.
     """
+    declared = read_checkpoint_config(path)
+    declared.report_unknown(arguments.strict_config)
     return Setup(
         arguments=arguments,
         options=engine_options(arguments, path),
         model=arguments.served_model_name or name,
-        defaults=generation_defaults(path),  # cheaper than the tokenizer, so first
+        defaults=declared.generation_defaults(),  # cheaper than the tokenizer, so first
         tokenizer=Tokenizer(path),
         listener=listener,
     )
