@@ -5,7 +5,7 @@ from pathlib import Path
 
 from convert.conversion import Options
 from llama_jax.config.llama_config import DTYPES
-from llama_jax.quantization import FORMATS
+from llama_jax.quantization import QUANTIZERS
 from llama_jax.terminal.arguments import Parser, size
 
 _EXAMPLES = """\
@@ -158,7 +158,7 @@ def _add_conversion(parser: argparse.ArgumentParser, command: str) -> None:
     else:
         parser.add_argument(
             "--quantize",
-            choices=FORMATS,
+            choices=QUANTIZERS,
             required=command == "quantize",
             help="weight-only format for the matrices of the layers: int8 and fp8 with one scale "
             "per output channel, int4 with one scale per 128 columns of an output channel",
