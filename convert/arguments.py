@@ -36,10 +36,10 @@ With --json, standard output is one JSON object, {"error": "..."} if the exit co
   verify
     source, destination, differences (list of sentences), seconds
   inspect
-    path, layout (orbax, huggingface, meta, gguf), formats (with their versions, or null), num_files,
-    config (as in config.json), quantization (null, or format and group_size), quantized_by,
-    quantization_error, num_parameters, bytes, bytes_by_dtype, devices (of --mesh: stage, rank,
-    layers, padding_layers, heads, kv_heads, bytes, bytes_by_group)
+    path, layout (orbax, huggingface, meta, gguf), formats (with their versions, or null),
+    num_files, config (as in config.json), quantization (null, or format and group_size),
+    quantized_by, quantization_error, num_parameters, bytes, bytes_by_dtype, devices (of --mesh:
+    stage, rank, layers, padding_layers, heads, kv_heads, bytes, bytes_by_group)
 """
 _SOURCE = "checkpoint directory, GGUF file, or name of a model on the Hugging Face Hub"
 _CHECK = """\
@@ -92,7 +92,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "devices.",
         allow_abbrev=False,
     )
-    inspect.add_argument("path", metavar="PATH", type=Path, help="checkpoint directory or GGUF file")
+    inspect.add_argument(
+        "path", metavar="PATH", type=Path, help="checkpoint directory or GGUF file"
+    )
     inspect.add_argument(
         "--mesh", metavar="SxT", help="pipeline stages x tensor-parallel ranks, such as 4x2"
     )

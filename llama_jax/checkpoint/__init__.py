@@ -18,16 +18,17 @@ __all__ = ["CheckpointError", "CheckpointReader", "TensorInfo", "open_checkpoint
 
 
 def open_checkpoint(path: str | Path) -> HuggingFaceReader | OrbaxReader | GgufReader:
-    """Opens a checkpoint directory in Hugging Face layout or in this project's Orbax layout, or GGUF.
+    """Opens a checkpoint in Hugging Face layout, in this project's Orbax layout, or in GGUF.
 
-    A model in GGUF may be given as its file or as a directory that holds it (`find_gguf`).
+    `path` is the checkpoint's directory, or a GGUF file (`find_gguf`).
 
     Checks the config, the files and their lengths, and the names and shapes of all tensors. Tensors
     are not read, except for a stored `lm_head.weight` with tied embeddings, which is compared with
     the embedding table, and the small ones that GPTQ needs to check (`g_idx` and `bias`).
 
     Raises:
-      ConfigError, CheckpointError, GgufError: the checkpoint is incomplete, damaged or not supported.
+      ConfigError, CheckpointError, GgufError: the checkpoint is incomplete, damaged or not
+        supported.
     """
     path = Path(path)
     if parts := find_gguf(path):

@@ -26,7 +26,7 @@ from llama_jax.gguf.header import GgufTensor, read_header
 from llama_jax.gguf.types import SUPPORTED, block_sizes, decode, stored_dtype
 from llama_jax.weights.table import each_weight
 
-_BLOCK_BYTES = 1 << 22  # of float32, dequantized at a time
+BLOCK_BYTES = 1 << 22  # of float32, dequantized at a time
 _IGNORED = ("rope_freqs.weight",)  # part of the config
 _NAMES = {
     "embedding": "token_embd",
@@ -74,10 +74,11 @@ class GgufReader:
             self.stored_bytes[tensor.type] += tensor.nbytes
         self._tensors: dict[str, _Stored] = {}
         for weight, layer in each_weight(config):
-            tensor = stored.pop(f"{_NAMES[weight.name].format(layer=layer)}.weight", None)
-            if tensor is not None:
+            name = f"{_NAMES[weight.name].format(layer=layer)}.weight"
+            if name in stored:
                 head_dim = config.head_dim if weight.name in _ROTATED else None
-                self._tensors[weight.hf_name.format(layer=layer)] = _Stored(tensor, head_dim)
+                hf_name = weight.hf_name.format(layer=layer)
+                self._tensors[hf_name] = _Stored(stored.pop(name), head_dim)
         self.tensors = {name: tensor.info for name, tensor in self._tensors.items()}
         # Whatever is left is named in the message.
         extra = {name: TensorInfo(tensor.shape, tensor.type) for name, tensor in stored.items()}
@@ -134,7 +135,7 @@ class _Stored:
 
     def _cuts(self, rows: slice, num_columns: int) -> list[slice]:
         """Cuts rows into pieces that are read at a time."""
-        step = max(1, _BLOCK_BYTES // (4 * num_columns))
+        step = max(1, BLOCK_BYTES // (4 * num_columns))
         starts = range(rows.start, rows.stop, step)
         return [slice(start, min(start + step, rows.stop)) for start in starts]
 

@@ -29,10 +29,10 @@ _NAMES = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "rope.freq_base": "rope_theta",
 }
 # Known, but of no effect: the vocabulary has the size of the embedding table.
 _HARMLESS = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned"}
+_READ_ELSEWHERE = {"rope.freq_base"}
 # Sizes that this program does not support separately, each with the key that it must equal.
 _HEAD_DIM_TOO = ("attention.value_length", "rope.dimension_count")
 _OFF = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True}
@@ -88,15 +88,16 @@ def config_json(header: GgufHeader) -> dict[str, Any]:
     for key, name in _NAMES.items():
         if key in settings:
             config[name] = settings.pop(key)
-    config.setdefault("rope_theta", _DEFAULT_ROPE_THETA)
+    config["rope_theta"] = header.get("llama.rope.freq_base", float) or _DEFAULT_ROPE_THETA
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
     if "head_dim" not in config and isinstance(heads, int) and isinstance(width, int) and heads:
         config["head_dim"] = width // heads
     for key in _HEAD_DIM_TOO:
-        if settings.pop(key, None) not in (None, config.get("head_dim")):
+        value = settings.pop(key, None)
+        if value is not None and value != config.get("head_dim", value):
             raise GgufError(
-                f"{header.path} sets llama.{key} to something other than the head dimension, "
-                f"{config.get('head_dim')}, which is not supported."
+                f"{header.path} sets llama.{key} to {value}, but only the head dimension, "
+                f"{config['head_dim']}, is supported."
             )
     config["rope_scaling"] = rope_scaling(
         header, _rope_settings(settings), config["rope_theta"], header.tensors.get(_ROPE_FACTORS)
@@ -107,30 +108,29 @@ def config_json(header: GgufHeader) -> dict[str, Any]:
     config["vocab_size"] = embedding.shape[0]
     config["tie_word_embeddings"] = HEAD not in header.tensors
     config["torch_dtype"] = stored_dtype(embedding)
-    config["bos_token_id"] = header.metadata.get("tokenizer.ggml.bos_token_id")
-    config["eos_token_id"] = _end_ids(header.metadata)
+    config["bos_token_id"] = header.get("tokenizer.ggml.bos_token_id", int)
+    config["eos_token_id"] = _end_ids(header)
     return config | {f"llama.{key}": value for key, value in settings.items()}
 
 
 def generation_config_json(header: GgufHeader) -> dict[str, Any]:
     """The contents of generation_config.json: EOS ids, and sampling parameters if there are any."""
-    metadata = header.metadata
     sampling = {
-        name: _shortest(metadata[f"general.sampling.{key}"])
+        name: _shortest(header.metadata[f"general.sampling.{key}"])
         for key, name in _SAMPLING.items()
-        if f"general.sampling.{key}" in metadata
+        if f"general.sampling.{key}" in header.metadata
     }
-    if "temperature" in sampling:
-        sampling["do_sample"] = sampling["temperature"] > 0
-    return {"eos_token_id": _end_ids(metadata), **sampling}
+    if sampling.get("temperature"):
+        sampling["do_sample"] = True
+    return {"eos_token_id": _end_ids(header), **sampling}
 
 
 def _settings(header: GgufHeader) -> dict[str, Any]:
     """The keys of the architecture, without its prefix."""
-    metadata = header.metadata
-    architecture, kind = metadata.get("general.architecture"), metadata.get("general.type", "model")
+    kind = header.get("general.type", str) or "model"
+    architecture = header.get("general.architecture", str)
     if kind != "model":
-        raise GgufError(f"{header.path} is not a model but of type {kind!r}: give the model's file.")
+        raise GgufError(f"{header.path} is of type {kind!r}: give the file of the whole model.")
     if architecture != ARCHITECTURE:
         raise GgufError(
             f"{header.path} holds a model of architecture {architecture!r}: only "
@@ -139,8 +139,8 @@ def _settings(header: GgufHeader) -> dict[str, Any]:
     prefix = f"{ARCHITECTURE}."
     return {
         key.removeprefix(prefix): _shortest(_of_all_layers(header, key, value))
-        for key, value in metadata.items()
-        if key.startswith(prefix) and key.removeprefix(prefix) not in _HARMLESS
+        for key, value in header.metadata.items()
+        if key.startswith(prefix) and key.removeprefix(prefix) not in _HARMLESS | _READ_ELSEWHERE
     }
 
 
@@ -155,7 +155,7 @@ def _of_all_layers(header: GgufHeader, key: str, value: Any) -> Any:
     if not isinstance(value, list):
         return value
     if not value or any(item != value[0] for item in value):
-        raise GgufError(f"{header.path} sets {key} per layer: layers of one size are supported only.")
+        raise GgufError(f"{header.path} sets {key} per layer: all layers must have one size.")
     return value[0]
 
 
@@ -164,8 +164,8 @@ def _shortest(value: Any) -> Any:
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def _end_ids(metadata: dict[str, Any]) -> list[int] | None:
-    tokens = metadata.get("tokenizer.ggml.tokens", ())
-    ids = [metadata.get(f"tokenizer.ggml.{key}") for key in _END_IDS]
+def _end_ids(header: GgufHeader) -> list[int] | None:
+    tokens = header.get("tokenizer.ggml.tokens", list) or []
+    ids = [header.get(f"tokenizer.ggml.{key}", int) for key in _END_IDS]
     ids += [index for index, token in enumerate(tokens) if token in END_OF_TURN]
     return list(dict.fromkeys(index for index in ids if index is not None)) or None

@@ -29,7 +29,7 @@ def find_gguf(path: Path) -> tuple[Path, ...]:
         names = sorted(parts[0].name for parts in models)
         shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
         raise GgufError(
-            f"{path} holds {len(names)} models in GGUF ({shown}): give the path of one of the files."
+            f"{path} holds {len(names)} models in GGUF ({shown}): give the path of one file."
         )
     return models.pop() if models else ()
 

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
@@ -37,6 +37,9 @@ _CODES = {  # of scalars, for `struct` and NumPy
     GGUFValueType.FLOAT64: "d",
     GGUFValueType.BOOL: "?",
 }
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,20 @@ class GgufHeader:
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
 
+    def get(self, key: str, kind: type[T]) -> T | None:
+        """A value of the metadata; None if there is none.
+
+        Raises:
+          GgufError: it is of another type.
+        """
+        value = self.metadata.get(key)
+        if value is None or type(value) is kind:
+            return value
+        raise GgufError(
+            f"{self.path} gives {key} as a {type(value).__name__} instead of a {kind.__name__}: it "
+            "is damaged, copy it again."
+        )
+
 
 def read_header(parts: Sequence[Path]) -> GgufHeader:
     """Reads the header of a model from the files that `find_gguf` found.
@@ -81,8 +98,8 @@ def read_header(parts: Sequence[Path]) -> GgufHeader:
     """
     headers = [_read(path) for path in parts]
     first = headers[0]
-    count = first.metadata.get("split.count", 1)
-    if count not in (0, len(parts)):
+    count = first.get("split.count", int) or 1
+    if count != len(parts):
         raise GgufError(
             f"{first.path} is one of the {count} parts of a model: name the files as "
             "`llama-gguf-split` does, NAME-00001-of-0000N.gguf, in one directory."
@@ -106,6 +123,8 @@ def _read(path: Path) -> GgufHeader:
                 raise GgufError(f"{path} is not a GGUF file: copy it again.")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _parse(path, data)
+    except GgufError:  # which is a ValueError
+        raise
     except OSError as error:
         raise GgufError(f"{path} cannot be read: {error.strerror}.") from None
     except (struct.error, ValueError, OverflowError, RecursionError):
@@ -124,14 +143,16 @@ def _parse(path: Path, data: mmap.mmap) -> GgufHeader:
     metadata = {cursor.string(): cursor.value() for _ in range(num_keys)}
     described = [cursor.tensor() for _ in range(num_tensors)]
     alignment = metadata.get("general.alignment", _ALIGNMENT)
-    start = -(-cursor.at // alignment) * alignment if alignment else cursor.at
+    if type(alignment) is not int or alignment < 1:
+        raise ValueError(alignment)
+    start = -(-cursor.at // alignment) * alignment
     tensors = {}
     for name, shape, number, offset in described:
         if name in tensors:
             raise ValueError(name)
         kind, size = _type(number, shape)
         if start + offset + size > len(data):
-            raise GgufError(f"{path} is truncated: it ends before its tensor {name}; copy it again.")
+            raise GgufError(f"{path} is truncated: it ends before tensor {name}; copy it again.")
         tensors[name] = GgufTensor(path, start + offset, shape, kind, size)
     return GgufHeader(path, metadata, tensors)
 

@@ -101,9 +101,8 @@ def write_tokenizer(header: GgufHeader, directory: Path) -> None:
     Raises:
       GgufError: the file has no tokenizer, one of another kind, or a damaged one.
     """
-    metadata, path = header.metadata, header.path
-    model = metadata.get("tokenizer.ggml.model")
-    tokens = metadata.get("tokenizer.ggml.tokens")
+    path, model = header.path, header.get("tokenizer.ggml.model", str)
+    tokens = header.get("tokenizer.ggml.tokens", list)
     if model is None or not tokens:
         raise GgufError(f"{path} holds no tokenizer: use a file made from a complete checkpoint.")
     if model != "gpt2":
@@ -111,7 +110,7 @@ def write_tokenizer(header: GgufHeader, directory: Path) -> None:
             f"The tokenizer of {path} is of type {model!r} (SentencePiece is 'llama'): only the "
             "byte-level BPE of Llama 3 ('gpt2') is supported."
         )
-    bos, eos, pad = (_token(header, name) for name in ("bos", "eos", "padding"))
+    bos, eos, pad = (_token(header, name, tokens) for name in ("bos", "eos", "padding"))
     try:
         tokenizer = _tokenizer(header, tokens, bos, eos)
     except GgufError:
@@ -123,10 +122,10 @@ def write_tokenizer(header: GgufHeader, directory: Path) -> None:
         "bos_token": bos,
         "eos_token": eos,
         "pad_token": pad,
-        "chat_template": metadata.get("tokenizer.chat_template"),
+        "chat_template": header.get("tokenizer.chat_template", str),
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": metadata.get("llama.context_length"),
+        "model_max_length": header.get("llama.context_length", int),
     }
     tokenizer.save(str(directory / "tokenizer.json"))
     content = {key: value for key, value in settings.items() if value is not None}
@@ -134,9 +133,8 @@ def write_tokenizer(header: GgufHeader, directory: Path) -> None:
     (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
-def _token(header: GgufHeader, name: str) -> str | None:
-    index = header.metadata.get(f"tokenizer.ggml.{name}_token_id")
-    tokens = header.metadata["tokenizer.ggml.tokens"]
+def _token(header: GgufHeader, name: str, tokens: list[str]) -> str | None:
+    index = header.get(f"tokenizer.ggml.{name}_token_id", int)
     if index is None:
         return None
     if not 0 <= index < len(tokens):
@@ -158,7 +156,7 @@ def _tokenizer(
     last = 1 + max(i for i, kind in enumerate(types) if kind != TokenType.UNUSED)
     vocabulary = {token: i for i, token in enumerate(tokens[:in_model])}
     merges = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges", ())]
-    bpe = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=words.ignore_merges)  # type: ignore[arg-type]
+    bpe = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=words.ignore_merges)
     tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = words.pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
@@ -169,7 +167,9 @@ def _tokenizer(
             if kind != TokenType.NORMAL or token in END_OF_TURN
         ]
     )
-    misplaced = [token for i, token in enumerate(tokens[:last]) if tokenizer.token_to_id(token) != i]
+    misplaced = [
+        token for i, token in enumerate(tokens[:last]) if tokenizer.token_to_id(token) != i
+    ]
     if misplaced:
         raise GgufError(
             f"The tokenizer of {header.path} has the token {misplaced[0]!r} twice: it is damaged, "
