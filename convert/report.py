@@ -19,6 +19,7 @@ _LAYOUTS = {
     "orbax": "Orbax (this project's)",
     "huggingface": "Hugging Face",
     "meta": "Meta's original release",
+    "gguf": "GGUF",
 }
 _MAX_DIFFERENCES = 20  # shown
 

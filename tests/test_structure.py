@@ -20,6 +20,7 @@ MAX_LINES = {"tests": 500}  # per file; 400 elsewhere
 LAYERS = (
     "sharding",
     "llama_jax.quantization",
+    "llama_jax.gguf",
     "llama_jax.text",
     "llama_jax.terminal",
     "llama_jax.config",

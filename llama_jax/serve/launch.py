@@ -21,6 +21,7 @@ from llama_jax.config.huggingface import read_checkpoint_config
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead, EngineStartError
 from llama_jax.engine.options import EngineOptions
+from llama_jax.gguf import find_gguf
 from llama_jax.serve.app import create_app
 from llama_jax.serve.arguments import (
     DEMO_CHECKPOINT,
@@ -110,7 +111,7 @@ def _prepare(
 
 
 def _find_checkpoint(path: Path | None) -> tuple[Path, str]:
-    """Returns the checkpoint's directory and its name for requests."""
+    """Returns the checkpoint's directory or GGUF file, and its name for requests."""
     if path is None:
         if not DEMO_CHECKPOINT.is_dir():
             raise CheckpointMissing(
@@ -119,10 +120,12 @@ def _find_checkpoint(path: Path | None) -> tuple[Path, str]:
             )
         return DEMO_CHECKPOINT, DEMO_NAME
     path = path.expanduser()  # `make serve MODEL=~/...` quotes it
+    if path.is_file() and find_gguf(path):
+        return path, path.stem
     if not path.is_dir():
         raise CheckpointMissing(
-            f"There is no directory {path}: give the directory of a checkpoint on this machine "
-            "(the server downloads nothing)."
+            f"There is no directory {path}: give the directory of a checkpoint on this machine, or "
+            "a GGUF file (the server downloads nothing)."
         )
     return path, path.resolve().name
 
