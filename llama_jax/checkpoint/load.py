@@ -173,10 +173,7 @@ def _read(
         if place.layers[stage] is None:
             return shard
         inside, name = shard[0], name.format(layer=place.layers[stage])
-    stored = tuple(
-        slice(start, min(stop, size))
-        for (start, stop), size in zip(bounds, place.tensor.shape, strict=True)
-    )
+    stored = tuple(place.stored(axis, *bound) for axis, bound in enumerate(bounds))
     sizes = [part.stop - part.start for part in stored]
     if all(size > 0 for size in sizes):
         reader.read_into(name, stored, inside[tuple(slice(0, size) for size in sizes)])

@@ -36,14 +36,15 @@ CONFIG = LlamaConfig(
     norm_eps=1e-5,
     max_position_embeddings=512,
 )
-MESHES = ("1x1", "2x1", "4x1", "1x2", "2x2", "4x2")
+MESHES = ("1x1", "2x1", "4x1", "1x2", "2x2", "4x2", "1x4", "2x4")
 
 
 def bytes_of_a_page(mesh: str, page_size: int, itemsize: int) -> int:
     """Keys and values on one device: of its heads in each of its layers, padding included."""
     stages, ranks = map(int, mesh.split("x"))
     layers = -(-CONFIG.num_layers // stages)
-    return 2 * layers * (CONFIG.num_kv_heads // ranks) * page_size * CONFIG.head_dim * itemsize
+    heads = max(CONFIG.num_kv_heads // ranks, 1)
+    return 2 * layers * heads * page_size * CONFIG.head_dim * itemsize
 
 
 def choose(mesh: str = "1x1", dtype=jnp.float32, **options):
