@@ -1,5 +1,6 @@
 """The sizes that an engine chooses, the memory that it counts, and the options that it refuses."""
 
+import dataclasses
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.config import LlamaConfig
+from llama_jax.config import DynamicScaling, LinearScaling, LlamaConfig
 from llama_jax.engine import core
 from llama_jax.engine.device_memory import bytes_by_device, choose_mesh_sizes, free_bytes
 from llama_jax.engine.options import EngineOptions
@@ -231,3 +232,17 @@ def test_options_at_their_limits():
 def test_the_memory_that_the_error_asks_for_is_enough():
     sizes, longest = choose(kv_cache_memory=49152, max_model_len=64)
     assert (sizes.num_pages, longest) == (4, 64)
+
+
+@pytest.mark.parametrize(("factor", "longest"), [(4.0, 2048), (1.5, 768)])
+def test_linear_scaling_extends_the_context(factor, longest):
+    config = dataclasses.replace(CONFIG, rope_scaling=LinearScaling(factor=factor))
+    check_options(EngineOptions(path="", max_model_len=longest), config)
+    with pytest.raises(SizingError, match=str(longest)):
+        check_options(EngineOptions(path="", max_model_len=longest + 1), config)
+
+
+def test_dynamic_scaling_does_not_extend_the_context():
+    config = dataclasses.replace(CONFIG, rope_scaling=DynamicScaling(factor=4.0))
+    with pytest.raises(SizingError, match="512"):
+        check_options(EngineOptions(path="", max_model_len=513), config)
