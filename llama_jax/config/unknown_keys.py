@@ -31,7 +31,7 @@ def report_unknown(where: str, unknown: Mapping[str, Sequence[str]], strict: boo
         return
     if strict:
         raise ConfigError(
-            f"{where} has settings that llama-jax does not know: {listed}. Delete those that you "
+            f"{where} has settings that llama-jax does not know: {listed}; delete those that you "
             "know to be harmless, or do without strict_config."
         )
     _warn_once(

@@ -11,7 +11,9 @@ import zlib
 
 import numpy as np
 import pytest
+import transformers
 from flax import nnx
+from transformers.models.llama import modeling_llama
 
 from llama_jax.checkpoint.load import choose_dtype
 from llama_jax.config import (
@@ -168,7 +170,13 @@ def test_a_field_of_another_scaling_changes_the_rotation(scaling, name):
 @pytest.mark.parametrize("scaling", OTHER_SCALINGS, ids=lambda scaling: type(scaling).__name__)
 def test_a_scaling_survives_config_json(scaling):
     config = dataclasses.replace(BASE, rope_scaling=scaling)
-    assert LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    content = json.loads(json.dumps(config.to_dict()))
+    assert LlamaConfig.from_dict(content) == config
+    theirs = transformers.LlamaConfig(**content)
+    assert LlamaConfig.from_dict(theirs.to_dict()) == config
+    rope = modeling_llama.LlamaRotaryEmbedding(theirs)
+    np.testing.assert_allclose(inverse_frequencies(config), rope.inv_freq.numpy(), rtol=1e-6)
+    assert rope.attention_scaling == attention_factor(config)
 
 
 @pytest.mark.parametrize("name", QUANTIZATION)

@@ -248,7 +248,7 @@ def test_a_request_that_the_client_should_have_refused_is_a_defect(idle, prompt,
     [
         ({"mesh": "4by2"}, MeshError, "4by2"),
         ({"mesh": "8x2"}, MeshError, "16 devices"),
-        ({"mesh": "1x4"}, ShardingError, "KV heads"),
+        ({"mesh": "1x3"}, ShardingError, "KV heads"),
         ({"dtype": "int8"}, UserError, "int8"),
         ({"page_size": 0}, OptionError, "page_size"),
         ({"max_model_len": 10_000}, SizingError, "max_model_len"),
