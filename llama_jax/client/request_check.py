@@ -40,13 +40,15 @@ def check_request(prompt: list[int], params: SamplingParams, info: EngineInfo) -
         params.check()
     except SamplingError as error:
         raise RequestError(str(error), error.param) from None
-    for token in params.stop_token_ids:
-        if not 0 <= token < info.vocab_size:
-            raise RequestError(
-                f"stop_token_ids contains {token}, which is outside the vocabulary "
-                f"(0 to {info.vocab_size - 1}).",
-                "stop_token_ids",
-            )
+    biased = [token for token, _ in params.logit_bias]
+    for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", biased)):
+        for token in tokens:
+            if not 0 <= token < info.vocab_size:
+                raise RequestError(
+                    f"{name} contains {token}, which is outside the vocabulary "
+                    f"(0 to {info.vocab_size - 1}).",
+                    name,
+                )
 
 
 def _check_prompt(prompt: list[int], info: EngineInfo) -> None:

@@ -18,11 +18,13 @@ class TextDelta:
       text: the text that is now certain. It is empty where the token ends inside a character, or
         where the text may be the beginning of a stop string.
       finish_reason: why the request ended, on its last token; else None.
+      output: the engine's output with this token.
     """
 
     token: int
     text: str
     finish_reason: FinishReason | None
+    output: Output
 
 
 async def read_text(
@@ -49,6 +51,6 @@ async def read_text(
                 text += detokenizer.finish()
             if detokenizer.stopped:
                 reason = "stop"
-            yield TextDelta(output.token, text, reason)
+            yield TextDelta(output.token, text, reason, output)
             if reason is not None:
                 return

@@ -62,7 +62,9 @@ CONFIG_ONLY_VALUE: dict[str, tuple[Any, ...]] = {
         (),
     ),
 }
-GENERATION_READ = frozenset("do_sample eos_token_id min_p temperature top_k top_p".split())
+GENERATION_READ = frozenset(
+    "do_sample eos_token_id min_p repetition_penalty temperature top_k top_p".split()
+)
 # Lengths, which each request sets; settings of beam search, which is refused; assistants, which
 # only make generation faster; caches, output formats and bookkeeping.
 GENERATION_HARMLESS = frozenset(
@@ -82,7 +84,7 @@ GENERATION_HARMLESS = frozenset(
 # Ways to choose tokens that the sampler does not support.
 GENERATION_ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
-        "encoder_repetition_penalty guidance_scale num_beams repetition_penalty typical_p".split(),
+        "encoder_repetition_penalty guidance_scale num_beams typical_p".split(),
         (1.0,),
     ),
     **dict.fromkeys(

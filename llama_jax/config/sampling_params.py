@@ -33,6 +33,8 @@ class SamplingParams:
       stop: strings that end the generation; the returned text does not include them.
       stop_token_ids: token ids that end the generation, in addition to the model's EOS ids.
       ignore_eos: continue after the model's EOS ids.
+      cache_salt: requests share computed prompts only with requests of the same salt, so that the
+        time to the first token does not tell what others have asked.
     """
 
     max_tokens: int | None = None
@@ -50,6 +52,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    cache_salt: str = ""
 
     def check(self) -> None:
         """Checks every range. Types are not checked, nor ids against a vocabulary.

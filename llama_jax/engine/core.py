@@ -79,7 +79,7 @@ class Engine:
             executor.warm_up(
                 lambda done, total, what: progress(Progress("compiling", done, total, what))
             )
-        scheduler = Scheduler(sizes, mesh_shape(mesh)[0])
+        scheduler = Scheduler(sizes, mesh_shape(mesh)[0], prefix_caching=options.prefix_caching)
         self.loop = TickLoop(scheduler, executor, choose_results_late(options, platform))
         self._stop_ids = frozenset(config.eos_token_ids)
         executor.call_seconds = 0.0  # without the warm-up
@@ -117,7 +117,8 @@ class Engine:
         """Queues a request that `client.request_check.check_request` accepts."""
         # JAX would clamp a token id that is out of range, and answer another request.
         vocab_size = self.info.vocab_size
-        assert all(0 <= token < vocab_size for token in (*prompt, *params.stop_token_ids))
+        biased = (token for token, _ in params.logit_bias)
+        assert all(0 <= token < vocab_size for token in (*prompt, *params.stop_token_ids, *biased))
         self.loop.scheduler.add(
             request_id,
             prompt,
@@ -126,6 +127,7 @@ class Engine:
             seed=int.from_bytes(os.urandom(8), "big") if params.seed is None else params.seed,
             stop_ids=frozenset(params.stop_token_ids)
             | (frozenset() if params.ignore_eos else self._stop_ids),
+            salt=params.cache_salt.encode(),
         )
 
     def abort(self, request_id: int) -> None:

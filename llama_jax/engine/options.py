@@ -133,6 +133,9 @@ class EngineOptions:
         unit="TICKS",
         minimum=0,
     )
+    prefix_caching: bool = _option(
+        True, "whether requests that begin alike share the computed beginning"
+    )
     strict_config: bool = _option(
         False,
         "refuse a checkpoint whose config.json or generation_config.json has unknown keys, instead "

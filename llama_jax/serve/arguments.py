@@ -79,6 +79,10 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("engine")
     for option in OPTIONS:
         flag = f"--{option.name.replace('_', '-')}"
+        if option.type is bool and option.default:
+            negated, help = flag.replace("--", "--no-"), f"turn off {flag[2:].replace('-', ' ')}"
+            engine.add_argument(negated, action="store_false", dest=option.name, help=help)
+            continue
         if option.type is bool:
             engine.add_argument(flag, action="store_true", help=option.help)
             continue

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llama_jax.client.text import read_text
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.engine.interface import FinishReason
+from llama_jax.engine.interface import FinishReason, TokenLogprobs
 from llama_jax.serve.admission import Place
 from llama_jax.serve.served_model import ServedModel
 from llama_jax.text.detokenizer import Detokenizer
@@ -22,14 +22,20 @@ class ChoiceDelta:
     Attributes:
       choice: the index of the choice in its request.
       text: the new text; empty if the token ends inside a character or has no text.
+      token: the token.
       tokens: the number of tokens of this choice so far.
       finish_reason: why the choice ended, on its last delta; else None.
+      logprobs: those of the token, if the request asks for them.
+      cached_tokens: tokens of the prompt that did not have to be computed.
     """
 
     choice: int
     text: str
+    token: int
     tokens: int
     finish_reason: FinishReason | None
+    logprobs: TokenLogprobs | None = None
+    cached_tokens: int = 0
 
 
 async def generate_choice(
@@ -63,7 +69,15 @@ async def generate_choice(
                 tokens += 1
                 if delta.finish_reason is not None:
                     timer.finish(delta.finish_reason)
-                yield ChoiceDelta(choice, delta.text, tokens, delta.finish_reason)
+                yield ChoiceDelta(
+                    choice,
+                    delta.text,
+                    delta.token,
+                    tokens,
+                    delta.finish_reason,
+                    delta.output.logprobs,
+                    delta.output.cached_tokens,
+                )
 
 
 async def merge(

@@ -1,5 +1,6 @@
 """POST /v1/completions and POST /v1/chat/completions."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from starlette.requests import Request
@@ -8,6 +9,8 @@ from starlette.routing import Route
 
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.interface import FinishReason
+from llama_jax.serve.choices import ChoiceDelta
+from llama_jax.serve.logprobs import TokenWithLogprobs, chat_logprobs, completion_logprobs
 from llama_jax.serve.protocol import ChatRequest, CompletionRequest, StreamOptions
 from llama_jax.serve.request_body import read
 from llama_jax.serve.response_types import (
@@ -20,6 +23,7 @@ from llama_jax.serve.response_types import (
 from llama_jax.serve.responses import Job, respond
 from llama_jax.serve.served_model import ServedModel
 from llama_jax.serve.tokenization import encode_messages, encode_text
+from llama_jax.text.tokenizer import Tokenizer
 
 
 class CompletionFormat:
@@ -28,15 +32,31 @@ class CompletionFormat:
     id_prefix = "cmpl"
     whole_object = chunk_object = "text_completion"
 
-    def whole(self, index: int, text: str, reason: FinishReason | None) -> CompletionChoice:
-        """An entry of `choices`."""
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
 
-    def chunk(
-        self, index: int, text: str, reason: FinishReason | None, first: bool
+    def whole(
+        self,
+        index: int,
+        text: str,
+        reason: FinishReason | None,
+        logprobs: Sequence[TokenWithLogprobs],
+        offset: int = 0,
     ) -> CompletionChoice:
+        """An entry of `choices`; `offset` is where its text begins in the answer."""
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": completion_logprobs(self._tokenizer, logprobs, offset)
+            if logprobs
+            else None,
+            "finish_reason": reason,
+        }
+
+    def chunk(self, delta: ChoiceDelta, offset: int | None) -> CompletionChoice:
         """An entry of `choices` in a stream, which looks the same."""
-        return self.whole(index, text, reason)
+        logprobs = [] if delta.logprobs is None else [(delta.token, delta.logprobs)]
+        return self.whole(delta.choice, delta.text, delta.finish_reason, logprobs, offset or 0)
 
 
 class ChatFormat:
@@ -46,21 +66,43 @@ class ChatFormat:
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def whole(self, index: int, text: str, reason: FinishReason | None) -> ChatChoice:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def whole(
+        self,
+        index: int,
+        text: str,
+        reason: FinishReason | None,
+        logprobs: Sequence[TokenWithLogprobs],
+    ) -> ChatChoice:
         """An entry of `choices`."""
         message: AssistantMessage = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": chat_logprobs(self._tokenizer, logprobs) if logprobs else None,
+            "finish_reason": reason,
+        }
 
-    def chunk(
-        self, index: int, text: str, reason: FinishReason | None, first: bool
-    ) -> ChatChunkChoice:
+    def chunk(self, delta: ChoiceDelta, offset: int | None) -> ChatChunkChoice:
         """An entry of `choices` in a stream.
 
         The role is sent with the first token, not before it: clients that measure latency take the
         first chunk for the first token.
         """
-        delta: Delta = {"role": "assistant", "content": text} if first else {"content": text}
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+        part: Delta = {"content": delta.text}
+        if offset is None:
+            part = {"role": "assistant", **part}
+        logprobs = None
+        if delta.logprobs is not None:
+            logprobs = chat_logprobs(self._tokenizer, [(delta.token, delta.logprobs)])
+        return {
+            "index": delta.choice,
+            "delta": part,
+            "logprobs": logprobs,
+            "finish_reason": delta.finish_reason,
+        }
 
 
 def completion_routes(served: ServedModel) -> list[Route]:
@@ -78,7 +120,7 @@ def completion_routes(served: ServedModel) -> list[Route]:
         ]
         params = body.sampling_params(served.defaults)
         job = _job("prompt", prompts, params, body, arrived)
-        return await respond(served, request, CompletionFormat(), job)
+        return await respond(served, request, CompletionFormat(served.tokenizer), job)
 
     async def chat(request: Request) -> Response:
         arrived = served.metrics.clock()
@@ -89,7 +131,7 @@ def completion_routes(served: ServedModel) -> list[Route]:
         prompt = await encode_messages(served, body.messages)
         params = body.sampling_params(served.defaults)
         job = _job("messages", [prompt], params, body, arrived)
-        return await respond(served, request, ChatFormat(), job)
+        return await respond(served, request, ChatFormat(served.tokenizer), job)
 
     return [
         Route("/v1/completions", completions, methods=["POST"]),

@@ -79,6 +79,11 @@ _ROWS: tuple[tuple[str, str], ...] = (
         "--uvicorn-log-level --disable-uvicorn-access-log --log-level",
         "requests are not logged, and the statistics are at /metrics",
     ),
+    (
+        "--enable-prefix-caching --no-enable-prefix-caching --disable-radix-cache "
+        "--enable-block-reuse",
+        "prefix caching is on; --no-prefix-caching turns it off",
+    ),
     ("--stream-interval", "a stream has one event per token"),
     ("--config", "options are given on the command line"),
 )

@@ -54,6 +54,13 @@ _GAUGES: tuple[_Report, ...] = (
 )
 _COUNTERS: tuple[_Report, ...] = (
     ("prompt_tokens", "Prompt tokens computed.", lambda s: s.prompt_tokens),
+    ("prompt_tokens_cached", "Prompt tokens found in the cache.", lambda s: s.cached_tokens),
+    (
+        "prefix_cache_queries",
+        "Prompt tokens looked up in the cache.",
+        lambda s: s.prompt_tokens,
+    ),
+    ("prefix_cache_hits", "Prompt tokens found in the cache.", lambda s: s.cached_tokens),
     ("generation_tokens", "Tokens generated.", lambda s: s.generation_tokens),
     ("num_preemptions", "Sequences preempted for lack of pages.", lambda s: s.preemptions),
     ("ticks", "Pipeline ticks.", lambda s: s.ticks),

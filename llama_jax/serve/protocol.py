@@ -14,31 +14,40 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 import msgspec
 from msgspec import Meta, Raw
 
-from llama_jax.config.sampling_params import MAX_TOP_K, SamplingParams
+from llama_jax.config.sampling_params import (
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_TOP_K,
+    SamplingParams,
+)
+from llama_jax.serve.field_readers import (
+    MAX_PROMPTS,
+    MAX_STOP_CHARACTERS,
+    MAX_STOP_STRINGS,
+    read_logit_bias,
+    read_logprobs,
+    read_prompts,
+    read_stop,
+)
 from llama_jax.serve.json_reader import (
     Fields,
     decode,
     read_body,
     read_integer,
     read_integers,
-    read_items,
     read_object,
     refuse,
 )
 from llama_jax.serve.messages import Message, read_messages, refuse_missing
 from llama_jax.serve.unsupported import without_no_ops
 
-MAX_PROMPTS = 1024
 MAX_CHOICES = 16
-MAX_STOP_STRINGS = 256
-MAX_STOP_CHARACTERS = 16_384  # in all; the longer they are, the more each token costs
 MAX_STOP_TOKEN_IDS = 256
+MAX_SALT_CHARACTERS = 1024
 DEFAULT_COMPLETION_TOKENS = 16  # as in the OpenAI API
 
 R = TypeVar("R", bound="RequestBody")
 _Reader = Callable[[Raw, str], Any]
-_STRING = msgspec.json.Decoder(str)
-_STRINGS = msgspec.json.Decoder(list[str])
 
 
 def _schema(read: _Reader | None = None, **schema: Any) -> Meta:
@@ -46,47 +55,10 @@ def _schema(read: _Reader | None = None, **schema: Any) -> Meta:
     return Meta(extra_json_schema=schema, extra={"read": read} if read else None)
 
 
-def _read_prompts(raw: Raw, param: str) -> list[str] | list[list[int]]:
-    """Turns the four forms of a prompt into a list of texts or a list of lists of token ids."""
-    text = bytes(raw)
-    if not text.startswith(b"["):
-        return [decode(_STRING, raw, param)]
-    first = text[1:100].lstrip()[:1]
-    if first == b"]":
-        refuse("prompt is empty.", param, "invalid_type")
-    if first == b'"':
-        texts = decode(_STRINGS, raw, param)
-        _check_count(len(texts), param)
-        return texts
-    if first == b"[":
-        items = read_items(raw, param)
-        _check_count(len(items), param)
-        return [read_integers(item, param) for item in items]
-    return [read_integers(raw, param)]
-
-
-def _check_count(prompts: int, param: str) -> None:
-    if prompts > MAX_PROMPTS:
-        refuse(f"A request may have at most {MAX_PROMPTS} prompts, not {prompts}.", param)
-
-
-def _read_stop(raw: Raw, param: str) -> list[str]:
-    """Turns one stop string or several into a list."""
-    if not bytes(raw).startswith(b"["):
-        strings = [decode(_STRING, raw, param)]
-    else:
-        strings = decode(_STRINGS, raw, param)
-    if len(strings) > MAX_STOP_STRINGS:
-        refuse(f"stop may have at most {MAX_STOP_STRINGS} strings, not {len(strings)}.", param)
-    if sum(map(len, strings)) > MAX_STOP_CHARACTERS:
-        refuse(f"stop may have at most {MAX_STOP_CHARACTERS:,} characters in all.", param)
-    return strings
-
-
 _Prompt = Annotated[
     Any,
     _schema(
-        _read_prompts,
+        read_prompts,
         anyOf=[
             {"type": "string"},
             {"type": "array", "items": {"type": "string"}, "maxItems": MAX_PROMPTS},
@@ -102,7 +74,7 @@ _Prompt = Annotated[
 _Stop = Annotated[
     Any,
     _schema(
-        _read_stop,
+        read_stop,
         anyOf=[
             {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS},
             {
@@ -117,6 +89,32 @@ _Stop = Annotated[
 _Messages = Annotated[list[Message], _schema(read_messages, minItems=1)]
 _TokenIds = Annotated[list[int], _schema(read_integers)]
 _AtLeastOne = Annotated[int, _schema(minimum=1)]
+_Penalty = Annotated[float, _schema(minimum=-2, maximum=2)]
+_LogitBias = Annotated[
+    Any,
+    _schema(
+        read_logit_bias,
+        anyOf=[
+            {
+                "type": "object",
+                "maxProperties": MAX_LOGIT_BIAS,
+                "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+            },
+            {"type": "null"},
+        ],
+    ),
+]
+_TopLogprobs = Annotated[int, _schema(minimum=0, maximum=MAX_LOGPROBS)]
+_Logprobs = Annotated[
+    Any,
+    _schema(
+        read_logprobs,
+        anyOf=[
+            {"type": "integer", "minimum": 0, "maximum": MAX_LOGPROBS},
+            {"enum": [False, None]},
+        ],
+    ),
+]
 
 
 class RequestBody(msgspec.Struct, kw_only=True):
@@ -169,6 +167,12 @@ class _Generation(RequestBody):
     min_p: Annotated[float, _schema(minimum=0, maximum=1)] | None = None
     seed: Annotated[int, _schema(minimum=-(2**63), maximum=2**63 - 1)] | None = None
     n: Annotated[int, _schema(minimum=1, maximum=MAX_CHOICES)] | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    repetition_penalty: Annotated[float, _schema(minimum=0.01, maximum=100)] | None = None
+    logit_bias: _LogitBias = None
+    min_tokens: Annotated[int, _schema(minimum=0)] | None = None
+    cache_salt: Annotated[str, _schema(maxLength=MAX_SALT_CHARACTERS)] | None = None
     stop: _Stop = None
     stop_token_ids: (
         Annotated[list[int], _schema(read_integers, maxItems=MAX_STOP_TOKEN_IDS)] | None
@@ -183,6 +187,8 @@ class _Generation(RequestBody):
             refuse("stream_options needs stream to be true.", "stream_options")
         if not 1 <= self.choices <= MAX_CHOICES:
             refuse(f"n must be between 1 and {MAX_CHOICES}, got {self.choices}.", "n")
+        if len(self.cache_salt or "") > MAX_SALT_CHARACTERS:
+            refuse(f"cache_salt may have at most {MAX_SALT_CHARACTERS} characters.", "cache_salt")
         if len(self.stop_token_ids or ()) > MAX_STOP_TOKEN_IDS:
             refuse(f"stop_token_ids may have at most {MAX_STOP_TOKEN_IDS} ids.", "stop_token_ids")
 
@@ -201,6 +207,11 @@ class _Generation(RequestBody):
         """The name of the field that sets `limit`."""
         return "max_tokens"
 
+    @property
+    def top_alternatives(self) -> int | None:
+        """The number of log-probabilities per token, beside its own; None for none at all."""
+        raise NotImplementedError
+
     def sampling_params(self, defaults: SamplingParams) -> list[SamplingParams]:
         """Returns the parameters of each choice for one prompt, not yet checked.
 
@@ -216,6 +227,13 @@ class _Generation(RequestBody):
             "min_p": self.min_p,
             "seed": self.seed,
             "ignore_eos": self.ignore_eos,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "logit_bias": self.logit_bias,
+            "min_tokens": self.min_tokens,
+            "logprobs": self.top_alternatives,
+            "cache_salt": self.cache_salt,
             "stop": tuple(self.stop or ()),
             "stop_token_ids": tuple(self.stop_token_ids or ()),
         }
@@ -232,6 +250,13 @@ class CompletionRequest(_Generation, kw_only=True):
     """POST /v1/completions."""
 
     prompt: _Prompt
+    logprobs: _Logprobs = None
+
+    @property
+    def top_alternatives(self) -> int | None:
+        """The number of log-probabilities per token, beside its own; None for none at all."""
+        alternatives: int | None = self.logprobs
+        return alternatives
 
     @property
     def limit(self) -> int | None:
@@ -244,10 +269,16 @@ class ChatRequest(_Generation, kw_only=True):
 
     messages: _Messages
     max_completion_tokens: _AtLeastOne | None = None
+    logprobs: bool | None = None
+    top_logprobs: _TopLogprobs | None = None
 
     def check(self) -> None:
         """Checks the fields against each other."""
         super().check()
+        if not 0 <= (self.top_logprobs or 0) <= MAX_LOGPROBS:
+            refuse(f"top_logprobs must be between 0 and {MAX_LOGPROBS}.", "top_logprobs")
+        if self.top_logprobs and not self.logprobs:
+            refuse("top_logprobs needs logprobs to be true.", "top_logprobs")
         if None not in (given := (self.max_tokens, self.max_completion_tokens)):
             if given[0] != given[1]:
                 refuse("max_tokens and max_completion_tokens disagree: send one.", "max_tokens")
@@ -256,6 +287,11 @@ class ChatRequest(_Generation, kw_only=True):
     def limit(self) -> int | None:
         """The maximum number of tokens per choice."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def top_alternatives(self) -> int | None:
+        """The number of log-probabilities per token, beside its own; None for none at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def limit_param(self) -> str:

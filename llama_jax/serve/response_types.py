@@ -5,12 +5,28 @@ from typing import Literal, NotRequired, TypedDict
 from llama_jax.engine.interface import FinishReason
 
 
+class PromptTokensDetails(TypedDict):
+    """How many of the prompt's tokens did not have to be computed."""
+
+    cached_tokens: int
+
+
 class Usage(TypedDict):
     """Token counts; a prompt counts once, however many choices it has."""
 
     prompt_tokens: int
+    prompt_tokens_details: PromptTokensDetails
     completion_tokens: int
     total_tokens: int
+
+
+class CompletionLogprobs(TypedDict):
+    """The tokens of a text: their log-probabilities, and where each begins in the text."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
 
 
 class CompletionChoice(TypedDict):
@@ -18,7 +34,7 @@ class CompletionChoice(TypedDict):
 
     index: int
     text: str
-    logprobs: None
+    logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
 
 
@@ -52,12 +68,33 @@ class AssistantMessage(TypedDict):
     refusal: None
 
 
+class TopLogprob(TypedDict):
+    """A token, its UTF-8 bytes and its log-probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(TopLogprob):
+    """The same of a token of the answer, and of the most likely tokens in its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(TypedDict):
+    """The tokens of a message."""
+
+    content: list[ChatLogprob]
+    refusal: None
+
+
 class ChatChoice(TypedDict):
     """One answer to a chat."""
 
     index: int
     message: AssistantMessage
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
 
 
@@ -84,7 +121,7 @@ class ChatChunkChoice(TypedDict):
 
     index: int
     delta: Delta
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
 
 

@@ -19,6 +19,7 @@ from llama_jax.serve.choices import ChoiceDelta, generate_choice, merge
 from llama_jax.serve.errors import answer_too_long, as_api_error, prompt_too_long
 from llama_jax.serve.interrupt import Interrupted, disconnected, unless
 from llama_jax.serve.json_response import JsonResponse
+from llama_jax.serve.logprobs import TokenWithLogprobs
 from llama_jax.serve.protocol import StreamOptions
 from llama_jax.serve.response_types import Usage
 from llama_jax.serve.served_model import ServedModel
@@ -33,13 +34,22 @@ class ResponseFormat(Protocol):
     whole_object: str
     chunk_object: str
 
-    def whole(self, index: int, text: str, reason: FinishReason | None) -> Mapping[str, object]:
+    def whole(
+        self,
+        index: int,
+        text: str,
+        reason: FinishReason | None,
+        logprobs: Sequence[TokenWithLogprobs],
+    ) -> Mapping[str, object]:
         """An entry of `choices` in a whole response."""
 
-    def chunk(
-        self, index: int, text: str, reason: FinishReason | None, first: bool
-    ) -> Mapping[str, object]:
-        """An entry of `choices` in a stream; `first` marks the first one of its choice."""
+    def chunk(self, delta: ChoiceDelta, offset: int | None) -> Mapping[str, object]:
+        """An entry of `choices` in a stream.
+
+        Args:
+          delta: the next token.
+          offset: where its text begins in the answer; None for the first token.
+        """
 
 
 @dataclass(frozen=True)
@@ -173,17 +183,19 @@ async def _whole(
     job: Job,
 ) -> dict[str, Any]:
     texts: list[list[str]] = [[] for _ in range(job.num_choices)]
+    logprobs: list[list[TokenWithLogprobs]] = [[] for _ in range(job.num_choices)]
     last: dict[int, ChoiceDelta] = {}
     async with aclosing(deltas):
         async for delta in deltas:
             texts[delta.choice].append(delta.text)
+            if delta.logprobs is not None:
+                logprobs[delta.choice].append((delta.token, delta.logprobs))
             last[delta.choice] = delta
     choices = [
-        format.whole(index, "".join(texts[index]), last[index].finish_reason)
+        format.whole(index, "".join(texts[index]), last[index].finish_reason, logprobs[index])
         for index in range(job.num_choices)
     ]
-    tokens = sum(delta.tokens for delta in last.values())
-    return {**head, "choices": choices, "usage": _usage(job.prompt_tokens, tokens)}
+    return {**head, "choices": choices, "usage": _usage(job, last)}
 
 
 async def _events(
@@ -194,24 +206,24 @@ async def _events(
     job: Job,
 ) -> AsyncGenerator[bytes, None]:
     """Yields one event per token, the usage if it is requested, and always [DONE]."""
-    tokens: dict[int, int] = {}
+    seen: dict[int, ChoiceDelta] = {}  # the latest delta of each choice
+    offsets: dict[int, int] = {}
     every, last = job.options.continuous_usage_stats, job.options.include_usage
     # OpenAI sends usage: null in every chunk before the usage.
     head = {**head, "usage": None} if last or every else head
     delta: ChoiceDelta | None = first
     try:
         while delta is not None:
-            is_first = delta.choice not in tokens
-            tokens[delta.choice] = delta.tokens
-            entry = format.chunk(delta.choice, delta.text, delta.finish_reason, is_first)
+            seen[delta.choice] = delta
+            entry = format.chunk(delta, offsets.get(delta.choice))
+            offsets[delta.choice] = offsets.get(delta.choice, 0) + len(delta.text)
             chunk = {**head, "choices": [entry]}
             if every:
-                chunk["usage"] = _usage(job.prompt_tokens, sum(tokens.values()))
+                chunk["usage"] = _usage(job, seen)
             yield _event(chunk)
             delta = await anext(deltas, None)
         if last:
-            usage = _usage(job.prompt_tokens, sum(tokens.values()))
-            yield _event({**head, "choices": [], "usage": usage})
+            yield _event({**head, "choices": [], "usage": _usage(job, seen)})
     except Exception as error:  # the status has been sent, so an event must do
         yield _event(as_api_error(error).body)
     yield b"data: [DONE]\n\n"
@@ -221,9 +233,15 @@ def _event(data: dict[str, Any]) -> bytes:
     return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
-def _usage(prompt_tokens: int, completion_tokens: int) -> Usage:
+def _usage(job: Job, last: Mapping[int, ChoiceDelta]) -> Usage:
+    """The usage so far, given the latest delta of each choice that has one."""
+    tokens = sum(delta.tokens for delta in last.values())
+    # The first choice of a prompt computes it; the others find all of it in the cache.
+    firsts = range(0, job.num_choices, len(job.params))
+    cached = sum(last[index].cached_tokens for index in firsts if index in last)
     return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens": job.prompt_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens": tokens,
+        "total_tokens": job.prompt_tokens + tokens,
     }

@@ -23,12 +23,7 @@ _NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
     # sampling
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
-    "min_tokens": (0,),
     "best_of": (1,),
     "use_beam_search": (False,),
     "allowed_token_ids": (),
@@ -72,7 +67,6 @@ _NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
     "priority": (0,),
     "add_special_tokens": (True,),
     "truncate_prompt_tokens": (),
-    "cache_salt": (),
 }
 
 # The same for a message, because clients send back the messages that they received.

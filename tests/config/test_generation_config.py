@@ -42,7 +42,7 @@ def test_default_sampling_is_the_checkpoints(defaults_of, content, expected):
     ("content", "field"),
     [
         ({"num_beams": 4}, "num_beams"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"do_sample": True, "temperature": "hot"}, "temperature"),
         ({"do_sample": True, "temperature": 10**400}, "temperature"),
         ({"do_sample": "yes"}, "do_sample"),

@@ -36,6 +36,7 @@ def test_a_completion_has_the_form_that_clients_expect():
         ],
         "usage": {
             "prompt_tokens": prompt,
+            "prompt_tokens_details": {"cached_tokens": 0},
             "completion_tokens": answer,
             "total_tokens": prompt + answer,
         },

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
+import torch
+import transformers
 
 from llama_jax.text.tokenizer import Tokenizer
 from tests.support.paths import ROOT
@@ -70,6 +72,34 @@ def hang_up(server: ServerProcess, body: dict, after_events: int) -> None:
         received = b""
         while received.count(b"data: ") < after_events:
             received += connection.recv(1000)
+
+
+def test_logprobs_and_cached_tokens_with_the_official_client(server, checkpoint):
+    """The log-probabilities are those of transformers; an equal prompt is computed once."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    prompt = Tokenizer(checkpoint).encode("the pipeline never drains, and nothing waits for it")
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="any") as client:
+        first, second = (
+            client.completions.create(
+                model="tiny", prompt=prompt, max_tokens=8, temperature=0, logprobs=3,
+                extra_body={"return_token_ids": False, "ignore_eos": True},
+            )
+            for _ in range(2)
+        )  # fmt: skip
+    assert first.choices[0].text == second.choices[0].text
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    cached = second.usage.prompt_tokens_details.cached_tokens
+    assert cached == (len(prompt) - 1) // 16 * 16 > 0
+    for answer in (first, second):
+        tokens, logprobs = list(prompt), answer.choices[0].logprobs
+        for given, top in zip(logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+            with torch.no_grad():
+                want = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+            best = want.topk(3)
+            assert given == pytest.approx(best.values[0].item(), abs=1e-4)
+            assert sorted(top.values())[-3:] == pytest.approx(best.values.tolist()[::-1], abs=1e-4)
+            tokens.append(best.indices[0].item())
+    assert metric(server, "prefix_cache_hits_total") >= cached
 
 
 def test_a_streamed_chat(server):

@@ -202,13 +202,9 @@ COMPLETION_CASES = [
     ({"prompt": "x", "temprature": 1}, "temprature", UNKNOWN),
     ({"prompt": "x", "\ud800": 1}, None, VALUE),
     ({"prompt": "x", "x" * 5000: 1}, "x" * 100, UNKNOWN),
-    ({"prompt": "x", "logprobs": 1}, "logprobs", UNSUPPORTED),
-    ({"prompt": "x", "logprobs": 0}, "logprobs", UNSUPPORTED),
     ({"prompt": "x", "echo": True}, "echo", UNSUPPORTED),
     ({"prompt": "x", "best_of": 2}, "best_of", UNSUPPORTED),
     ({"prompt": "x", "suffix": "y"}, "suffix", UNSUPPORTED),
-    ({"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias", UNSUPPORTED),
-    ({"prompt": "x", "frequency_penalty": 0.5}, "frequency_penalty", UNSUPPORTED),
     ({"prompt": "x", "guided_regex": "(a+)+$"}, "guided_regex", UNSUPPORTED),
 ]
 CHAT_CASES = [
@@ -243,7 +239,6 @@ CHAT_CASES = [
     ({"messages": user("x"), "prompt": "x"}, "prompt", UNKNOWN),
     ({"messages": user("x"), "max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", VALUE),
     ({"messages": user("x"), "tools": [{"type": "function"}]}, "tools", UNSUPPORTED),
-    ({"messages": user("x"), "top_logprobs": 5}, "top_logprobs", UNSUPPORTED),
     ({"messages": user("x"), "chat_template": "{{ 7 * 7 }}"}, "chat_template", UNSUPPORTED),
     (
         {"messages": user("x"), "response_format": {"type": "json_object"}},

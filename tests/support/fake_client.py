@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import httpx
@@ -9,7 +10,7 @@ import httpx
 from llama_jax.client.request_check import check_request
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead, QueueFull
-from llama_jax.engine.interface import DeviceInfo, EngineInfo, Output, Stats
+from llama_jax.engine.interface import DeviceInfo, EngineInfo, Output, Stats, TokenLogprobs
 from llama_jax.serve.app import create_app
 from llama_jax.serve.metrics import Metrics
 from llama_jax.serve.middleware import Door
@@ -60,6 +61,7 @@ class FakeClient:
       eos: the token of the script that ends an answer.
       hold: tokens are produced only while it is set.
       fail_after: the number of tokens after which every request fails, or None.
+      cached_tokens: reported with every token.
       requests: all accepted requests, as (prompt, params).
       running: the number of requests in flight.
       aborted: the number of requests that were closed before their end.
@@ -79,6 +81,7 @@ class FakeClient:
         self.hold = asyncio.Event()
         self.hold.set()
         self.fail_after: int | None = None
+        self.cached_tokens = 0
         self.requests: list[tuple[list[int], SamplingParams]] = []
         self.running = 0
         self.aborted = 0
@@ -121,7 +124,14 @@ class FakeClient:
                 reason = "stop" if stops else "length" if index + 1 == limit else None
                 finished = reason is not None
                 on_token()
-                yield Output(0, token, reason)
+                top = [(token, -0.5), (7, -1.5), (8, -math.inf)][: params.logprobs]
+                yield Output(
+                    0,
+                    token,
+                    reason,
+                    cached_tokens=self.cached_tokens,
+                    logprobs=None if params.logprobs is None else TokenLogprobs(-0.5, top),
+                )
                 if finished:
                     return
         finally:

@@ -1,0 +1,76 @@
+"""Reads the fields of a request whose JSON has more than one form."""
+
+import msgspec
+from msgspec import Raw
+
+from llama_jax.config.sampling_params import MAX_LOGIT_BIAS
+from llama_jax.serve.json_reader import (
+    decode,
+    read_integer,
+    read_integers,
+    read_items,
+    read_object,
+    refuse,
+)
+
+MAX_PROMPTS = 1024
+MAX_STOP_STRINGS = 256
+MAX_STOP_CHARACTERS = 16_384  # in all; the longer they are, the more each token costs
+
+_STRING = msgspec.json.Decoder(str)
+_STRINGS = msgspec.json.Decoder(list[str])
+_NUMBER = msgspec.json.Decoder(float)
+
+
+def read_prompts(raw: Raw, param: str) -> list[str] | list[list[int]]:
+    """Turns the four forms of a prompt into a list of texts or a list of lists of token ids."""
+    text = bytes(raw)
+    if not text.startswith(b"["):
+        return [decode(_STRING, raw, param)]
+    first = text[1:100].lstrip()[:1]
+    if first == b"]":
+        refuse("prompt is empty.", param, "invalid_type")
+    if first == b'"':
+        texts = decode(_STRINGS, raw, param)
+        _check_count(len(texts), param)
+        return texts
+    if first == b"[":
+        items = read_items(raw, param)
+        _check_count(len(items), param)
+        return [read_integers(item, param) for item in items]
+    return [read_integers(raw, param)]
+
+
+def _check_count(prompts: int, param: str) -> None:
+    if prompts > MAX_PROMPTS:
+        refuse(f"A request may have at most {MAX_PROMPTS} prompts, not {prompts}.", param)
+
+
+def read_stop(raw: Raw, param: str) -> list[str]:
+    """Turns one stop string or several into a list."""
+    if not bytes(raw).startswith(b"["):
+        strings = [decode(_STRING, raw, param)]
+    else:
+        strings = decode(_STRINGS, raw, param)
+    if len(strings) > MAX_STOP_STRINGS:
+        refuse(f"stop may have at most {MAX_STOP_STRINGS} strings, not {len(strings)}.", param)
+    if sum(map(len, strings)) > MAX_STOP_CHARACTERS:
+        refuse(f"stop may have at most {MAX_STOP_CHARACTERS:,} characters in all.", param)
+    return strings
+
+
+def read_logit_bias(raw: Raw, param: str) -> tuple[tuple[int, float], ...]:
+    """Turns an object of biases by token id into (token id, bias) pairs."""
+    biases = read_object(raw, param)
+    if len(biases) > MAX_LOGIT_BIAS:
+        refuse(f"logit_bias may have at most {MAX_LOGIT_BIAS} tokens, not {len(biases)}.", param)
+    for token in biases:
+        if not (token.isascii() and token.isdigit() and len(token) < 10):
+            refuse(f"logit_bias has the key {token[:20]!r}, which is not a token id.", param)
+    pairs = {int(token): decode(_NUMBER, bias, param) for token, bias in biases.items()}
+    return tuple(pairs.items())
+
+
+def read_logprobs(raw: Raw, param: str) -> int | None:
+    """Reads the number of a completion's log-probabilities; false, as in a chat, is none."""
+    return None if bytes(raw) == b"false" else read_integer(raw, param)

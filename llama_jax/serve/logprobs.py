@@ -1,0 +1,70 @@
+"""The log-probabilities of tokens in the two shapes of the OpenAI API."""
+
+from collections.abc import Iterable, Sequence
+
+from llama_jax.engine.interface import TokenLogprobs
+from llama_jax.serve.response_types import (
+    ChatLogprob,
+    ChatLogprobs,
+    CompletionLogprobs,
+    TopLogprob,
+)
+from llama_jax.text.tokenizer import Tokenizer
+
+LEAST = -9999.0  # JSON has no -infinity
+
+TokenWithLogprobs = tuple[int, TokenLogprobs]
+
+
+def chat_logprobs(tokenizer: Tokenizer, tokens: Iterable[TokenWithLogprobs]) -> ChatLogprobs:
+    """Returns `logprobs` of a chat's choice."""
+    content: list[ChatLogprob] = [
+        {
+            **_entry(tokenizer, token, logprobs.logprob),
+            "top_logprobs": [_entry(tokenizer, *top) for top in logprobs.top],
+        }
+        for token, logprobs in tokens
+    ]
+    return {"content": content, "refusal": None}
+
+
+def completion_logprobs(
+    tokenizer: Tokenizer, tokens: Sequence[TokenWithLogprobs], offset: int
+) -> CompletionLogprobs:
+    """Returns `logprobs` of a completion's choice.
+
+    Args:
+      tokenizer: names the tokens.
+      tokens: the tokens.
+      offset: where the first of them begins in the text.
+    """
+    texts = [token_text(tokenizer, token) for token, _ in tokens]
+    offsets = []
+    for text in texts:
+        offsets.append(offset)
+        offset += len(text)
+    return {
+        "tokens": texts,
+        "token_logprobs": [max(logprobs.logprob, LEAST) for _, logprobs in tokens],
+        # As in vLLM, the token itself is among them. Of two tokens with the same text, the likelier
+        # counts.
+        "top_logprobs": [
+            {
+                token_text(tokenizer, alternative): max(value, LEAST)
+                for alternative, value in [(token, logprobs.logprob), *reversed(logprobs.top)]
+            }
+            for token, logprobs in tokens
+        ],
+        "text_offset": offsets,
+    }
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """Returns the text of one token: of a special token its name, of half a character U+FFFD."""
+    return tokenizer.decode([token], skip_special_tokens=False)
+
+
+def _entry(tokenizer: Tokenizer, token: int, logprob: float) -> TopLogprob:
+    text = token_text(tokenizer, token)
+    data = tokenizer.token_bytes(token) or text.encode()
+    return {"token": text, "logprob": max(logprob, LEAST), "bytes": list(data)}
