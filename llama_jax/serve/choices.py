@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from llama_jax.client.text import read_text
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.interface import FinishReason
+from llama_jax.serve.admission import Place
 from llama_jax.serve.served_model import ServedModel
 from llama_jax.text.detokenizer import Detokenizer
 
@@ -32,12 +33,18 @@ class ChoiceDelta:
 
 
 async def generate_choice(
-    served: ServedModel, choice: int, prompt: list[int], params: SamplingParams, arrived: float
+    served: ServedModel,
+    place: Place,
+    choice: int,
+    prompt: list[int],
+    params: SamplingParams,
+    arrived: float,
 ) -> AsyncGenerator[ChoiceDelta, None]:
     """Yields one delta per token. Closing the generator early aborts the generation.
 
     Args:
       served: the model.
+      place: a place in the engine, reserved for this choice.
       choice: the index of this choice in its HTTP request.
       prompt: token ids.
       params: the sampling parameters of this choice.
@@ -45,11 +52,11 @@ async def generate_choice(
 
     Raises:
       GenerationFailed: the engine could not finish.
-      RequestError, QueueFull, EngineDead: as `EngineClient.generate`.
+      RequestError, EngineDead: as `EngineClient.generate`.
     """
     detokenizer = Detokenizer(served.tokenizer, params.stop)
     tokens = 0
-    with served.metrics.request(arrived, len(prompt)) as timer:
+    with place, served.metrics.request(arrived, len(prompt)) as timer:
         outputs = served.engine.generate(prompt, params, on_token=timer.token)
         async with aclosing(read_text(outputs, detokenizer)) as deltas:
             async for delta in deltas:

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Generator
 import uvicorn
 from starlette.types import ASGIApp
 
-from llama_jax.serve.header_limits import LimitedHttp
+from llama_jax.serve.http_protocol import HttpProtocol
 from sharding.errors import UserError
 
 BACKLOG = 2048
@@ -35,8 +35,12 @@ def listen(host: str, port: int) -> socket.socket:
       ListenError: the port is in use, or not available on this machine or to this user.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # "::" is every address of the machine, of IPv4 too, if the machine has both.
+    both = host == "::" and socket.has_dualstack_ipv6()
     try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        return socket.create_server(
+            (host, port), family=family, backlog=BACKLOG, dualstack_ipv6=both
+        )
     except OSError as error:
         where = f"{host} port {port}"
         reasons = {
@@ -77,7 +81,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=type("Http", (LimitedHttp,), {"write_seconds": write_seconds}),
+                http=type("Http", (HttpProtocol,), {"write_seconds": write_seconds}),
                 ws="none",
                 lifespan="off",
                 log_config=None,

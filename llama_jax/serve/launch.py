@@ -17,10 +17,11 @@ from rich.console import Console
 
 from llama_jax.client.client import EngineClient
 from llama_jax.client.engine_process import ENGINE_COMMAND
-from llama_jax.config.huggingface import generation_defaults
+from llama_jax.config.huggingface import read_checkpoint_config
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead, EngineStartError
 from llama_jax.engine.options import EngineOptions
+from llama_jax.gguf import find_gguf
 from llama_jax.serve.app import create_app
 from llama_jax.serve.arguments import (
     DEMO_CHECKPOINT,
@@ -97,18 +98,20 @@ def _prepare(
     Raises:
       ConfigError, TokenizerError: it cannot be served.
     """
+    declared = read_checkpoint_config(path)
+    declared.report_unknown(arguments.strict_config)
     return Setup(
         arguments=arguments,
         options=engine_options(arguments, path),
         model=arguments.served_model_name or name,
-        defaults=generation_defaults(path),  # cheaper than the tokenizer, so first
+        defaults=declared.generation_defaults(),  # cheaper than the tokenizer, so first
         tokenizer=Tokenizer(path),
         listener=listener,
     )
 
 
 def _find_checkpoint(path: Path | None) -> tuple[Path, str]:
-    """Returns the checkpoint's directory and its name for requests."""
+    """Returns the checkpoint's directory or GGUF file, and its name for requests."""
     if path is None:
         if not DEMO_CHECKPOINT.is_dir():
             raise CheckpointMissing(
@@ -117,10 +120,12 @@ def _find_checkpoint(path: Path | None) -> tuple[Path, str]:
             )
         return DEMO_CHECKPOINT, DEMO_NAME
     path = path.expanduser()  # `make serve MODEL=~/...` quotes it
+    if path.is_file() and find_gguf(path):
+        return path, path.stem
     if not path.is_dir():
         raise CheckpointMissing(
-            f"There is no directory {path}: give the directory of a checkpoint on this machine "
-            "(the server downloads nothing)."
+            f"There is no directory {path}: give the directory of a checkpoint on this machine, or "
+            "a GGUF file (the server downloads nothing)."
         )
     return path, path.resolve().name
 
@@ -135,7 +140,7 @@ async def _serve(setup: Setup, engine_command: Sequence[str], console: Console) 
     """
     started = time.perf_counter()
     stop = StopSignals()
-    door = Door(setup.arguments.api_key)
+    door = Door(setup.arguments.api_key, setup.arguments.max_body_size)
     server = HttpServer(door, setup.listener, setup.arguments.write_timeout)
     async with server.running():  # during the start, requests are told that it is starting
         try:

@@ -432,9 +432,9 @@ def llm_of_64_tokens(checkpoint: Path) -> Iterator[LLM]:
 def test_a_model_without_a_chat_template(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_tokenizer(tmp_path, chat_template=False)
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(checkpoint / name)
+    make_tokenizer(tmp_path, chat_template=False)
     monkeypatch.setattr("llama_jax.llm.llm.ENGINE_COMMAND", FAKE)
     with LLM(tmp_path) as llm:
         with pytest.raises(TokenizerError):

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -253,7 +254,8 @@ def test_a_path_that_is_a_file(failed, tmp_path):
     assert "model.safetensors" in failed(str(tmp_path / "model.safetensors"))
 
 
-def test_a_checkpoint_without_a_tokenizer(failed, tmp_path):
+def test_a_checkpoint_without_a_tokenizer(failed, checkpoints, tmp_path):
+    shutil.copy(checkpoints["fake"] / "config.json", tmp_path)
     assert "tokenizer.json" in failed(str(tmp_path))
 
 
@@ -285,6 +287,6 @@ def test_a_defect_of_the_server_is_raised_with_its_traceback(tmp_path, monkeypat
     def defect(path):
         raise ValueError("cannot reshape array")
 
-    monkeypatch.setattr("llama_jax.serve.launch.generation_defaults", defect)
+    monkeypatch.setattr("llama_jax.serve.launch.read_checkpoint_config", defect)
     with pytest.raises(ValueError, match="reshape"):
         main([str(tmp_path), "--port=0"])

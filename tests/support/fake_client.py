@@ -84,6 +84,10 @@ class FakeClient:
         self.aborted = 0
         self.closed = False
 
+    @property
+    def in_flight(self) -> int:
+        return self.running
+
     def check(self, prompt: list[int], params: SamplingParams) -> None:
         if not self.alive:
             raise EngineDead("killed, see /tmp/secret.log")
