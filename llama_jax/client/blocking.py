@@ -157,7 +157,7 @@ class BlockingClient:
 
     def _close_at_exit(self) -> None:
         """Exit handler: ends open streams while the modules that they need still exist."""
-        if hasattr(self, "client") and os.getpid() == self._owner:
+        if hasattr(self, "client"):
             self.client.kill()
             self.begin_close()
             self._thread.join(AT_EXIT_SECONDS)

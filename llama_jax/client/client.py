@@ -242,7 +242,7 @@ class EngineClient:
         except TimeoutError:
             self.host.kill()
             await self.host.exited.wait()
-        self._receiver.cancel()  # everyone who waited has been told
+        self._receiver.cancel()  # every waiting task has its error
         await asyncio.gather(self._receiver, return_exceptions=True)
         self._context.destroy(linger=0)
         self.host.clean_up()
@@ -259,12 +259,12 @@ class EngineClient:
 
     def _send(self, message: ToEngine) -> None:
         """Sends a message without waiting. If the engine has ended the message is lost, and
-        `_receive` tells everyone who waits for an answer."""
+        `_receive` ends every stream."""
         if self._running and self._last_words is None:
             self._socket.send(self._encode(message))
 
     async def _receive(self) -> None:
-        """Task: handles the engine's messages until it has exited, then tells everyone who waits.
+        """Task: handles the engine's messages until it has exited, then ends every stream.
 
         Nothing else reads the socket, and no read is cancelled before the socket is empty: a
         cancelled read may already hold the message that says why the engine died.

@@ -168,7 +168,7 @@ def _wait(
     process.wait()
     try:
         loop.call_soon_threadsafe(exited.set)
-    except RuntimeError:  # the event loop is closed, so nobody waits
+    except RuntimeError:  # the event loop is closed, so no task waits
         pass
 
 

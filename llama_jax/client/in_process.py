@@ -49,7 +49,7 @@ class InProcessEngine:
     def __init__(
         self, build: BuildEngine, directory: PrivateDirectory, options: EngineOptions
     ) -> None:
-        """Starts the thread, which calls `build`; the other arguments are those of `StartHost`."""
+        """Starts the thread, which calls `build`; `StartHost` explains the other arguments."""
         _forget_errors()  # the memory that they hold is for this engine
         self.exited = asyncio.Event()
         self._build = build
@@ -124,7 +124,7 @@ class InProcessEngine:
             context.term()
             try:
                 loop.call_soon_threadsafe(self.exited.set)
-            except RuntimeError:  # the event loop is closed, so nobody waits
+            except RuntimeError:  # the event loop is closed, so no task waits
                 pass
 
     def _make_engine(

@@ -10,10 +10,10 @@ from llama_jax.engine.interface import Output
 
 
 class OutputStream:
-    """Keeps the outputs of one request until they are read, in any number of pauses.
+    """Keeps the outputs of one request until they are read.
 
-    The engine never waits for a reader, so a reader that stops leaves a whole answer here. It takes
-    four bytes per token, and so at most four times the maximum length of a sequence.
+    The engine never waits for a reader, so a reader that stops may leave a whole answer here. Each
+    unread token takes four bytes.
     """
 
     def __init__(self, request_id: int, on_token: Callable[[], None]) -> None:
@@ -64,9 +64,9 @@ class OutputStream:
 
 
 class OpenStreams:
-    """The streams of the requests in flight: those whose last output has not arrived.
+    """The streams of the requests in flight.
 
-    A request leaves when its last output arrives, whether or not that has been read.
+    A request leaves when its last output arrives, even if no output has been read.
     """
 
     def __init__(self, places: int) -> None:

@@ -25,7 +25,7 @@ class PrivateDirectory:
     """
 
     def __init__(self) -> None:
-        """Creates a directory, and removes those whose owners are dead.
+        """Creates a directory, and removes the directories of dead owners.
 
         Raises:
           EngineStartError: the path of the temporary directory is too long for a Unix socket.
@@ -71,7 +71,7 @@ def _create(parent: Path) -> tuple[Path, int]:
 
 
 def _sweep(parent: Path) -> None:
-    """Removes the directories of dead owners. Those of other users cannot be opened."""
+    """Removes directories that no process holds a lock on. Other users' cannot be opened."""
     with contextlib.suppress(OSError):
         for path in list(parent.glob(f"{PREFIX}*")):
             if (lock := _try_lock(path)) is not None:

@@ -1,4 +1,4 @@
-"""What can go wrong between a client and the engine. Imports no JAX."""
+"""Errors that an engine and its client report. Imports no JAX."""
 
 from typing import Literal
 

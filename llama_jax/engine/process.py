@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None, build: BuildEngine | None = None) ->
     """Runs an engine until the parent shuts it down, then exits.
 
     Args:
-      argv: command-line arguments; None for those of this process.
+      argv: the command line; None for `sys.argv`.
       build: builds the engine; None for the real one.
     """
     protect_output()

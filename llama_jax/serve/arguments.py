@@ -27,7 +27,7 @@ examples:
   python -m llama_jax.serve /models/Llama-3-70B-Instruct --mesh 4x2 --max-model-len 8192 \\
       --max-num-seqs 64 --kv-cache-memory 20GB --host 0.0.0.0
 
-With --host 0.0.0.0 everyone who can reach this machine can use the server: set {API_KEY_VARIABLE}.
+With --host 0.0.0.0 anyone who can reach this machine can use the server: set {API_KEY_VARIABLE}.
 """
 
 
@@ -167,8 +167,8 @@ def _add_http(parser: argparse.ArgumentParser) -> None:
         type=_positive_seconds,
         default=60.0,
         metavar="SECONDS",
-        help="time after which a client is disconnected if it reads nothing of a response that "
-        "waits for it (default: %(default)g)",
+        help="a client that reads nothing for this long, while part of its response waits, is "
+        "disconnected (default: %(default)g)",
     )
 
 

@@ -21,6 +21,10 @@ _ROWS: tuple[tuple[str, str], ...] = (
         "use --max-chunk, the maximum number of prompt tokens per tick",
     ),
     ("--enable-chunked-prefill", "every prompt is computed in chunks of up to --max-chunk tokens"),
+    (
+        "--enable-prefix-caching --no-enable-prefix-caching --disable-radix-cache",
+        "sequences that begin alike always share their KV cache",
+    ),
     ("--context-length --max-seq-len", "use --max-model-len"),
     ("--max-running-requests --max-batch-size", "use --max-num-seqs"),
     ("--max-num-queued-reqs --max-queued-requests", "use --max-queue"),
@@ -40,10 +44,10 @@ _ROWS: tuple[tuple[str, str], ...] = (
         "the server downloads nothing: give the directory of a checkpoint",
     ),
     ("--trust-remote-code", "the server never runs code from a checkpoint"),
-    ("--tokenizer --tokenizer-path --tokenizer-mode", "the tokenizer is that of the checkpoint"),
+    ("--tokenizer --tokenizer-path --tokenizer-mode", "the server uses the checkpoint's tokenizer"),
     (
         "--chat-template --chat-template-content-format",
-        "the chat template is that of the checkpoint",
+        "the server uses the checkpoint's chat template",
     ),
     (
         "--hf-overrides --json-model-override-args",
@@ -51,7 +55,7 @@ _ROWS: tuple[tuple[str, str], ...] = (
     ),
     (
         "--generation-config --override-generation-config",
-        "the default sampling parameters are those of the checkpoint's generation_config.json",
+        "the checkpoint's generation_config.json sets the default sampling parameters",
     ),
     ("--seed --random-seed", "each request sets its own seed"),
     (

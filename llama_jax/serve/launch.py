@@ -246,4 +246,6 @@ def _show_ready(setup: Setup, engine: EngineClient, seconds: float, console: Con
         key=key,
     )
     if not key and not is_loopback(setup.listener):
-        console.print("[yellow]Everyone who can reach this machine can use it: set --api-key.[/]")
+        console.print(
+            "[yellow]Anyone who can reach this machine can use the server: set --api-key.[/]"
+        )

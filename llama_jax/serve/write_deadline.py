@@ -4,13 +4,13 @@ import asyncio
 
 
 class WriteDeadline(asyncio.Protocol):
-    """Aborts a connection on which nothing could be sent for `write_seconds` though data waited.
+    """Aborts a connection whose client reads nothing for `write_seconds` while data waits for it.
 
-    A mixin, to be named before the protocol that writes. It asks only for progress: a response may
-    take as long as it likes while its client reads.
+    A mixin for protocols. It demands progress, not speed: a response may take any time as long as
+    its client keeps reading.
 
     Attributes:
-      write_seconds: the longest pause of a client that has data to read, in seconds.
+      write_seconds: the maximum pause of a client that has data to read, in seconds.
     """
 
     write_seconds = 60.0
@@ -51,7 +51,7 @@ class WriteDeadline(asyncio.Protocol):
             self._write_timer = None
 
     def _check_progress(self) -> None:
-        # Nothing is added meanwhile: whoever writes waits for `resume_writing`.
+        # Nothing is added meanwhile: writers wait for `resume_writing`.
         if self._written_to.get_write_buffer_size() < self._waiting_bytes:
             self._start_timer()
         else:

@@ -87,7 +87,10 @@ def assert_gone(server: ServerProcess, engine: int) -> None:
 # Ends
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+# The tests below send SIGTERM, too.
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT, signal.SIGHUP]
+)
 def test_a_signal_ends_server_and_engine(checkpoints, number):
     with start(checkpoints).wait_ready() as server:
         engine = server.engine_pid()
@@ -133,7 +136,10 @@ def test_a_second_signal_ends_it_at_once(checkpoints):
         assert_gone(server, engine)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow), (signal.SIGINT, 130)],
+)
 def test_a_start_is_reported_and_can_be_interrupted(checkpoints, number, code):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

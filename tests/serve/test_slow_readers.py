@@ -20,10 +20,10 @@ SECONDS = 0.01
 
 
 class Transport:
-    """A transport whose client takes data until nothing of it but `waiting[-1]` bytes is left.
+    """A transport whose client reads until `waiting[-1]` bytes are left.
 
     Attributes:
-      waiting: the bytes that wait at each look.
+      waiting: the number of waiting bytes, at each call of `get_write_buffer_size`.
       aborted: set when the connection was aborted.
     """
 
