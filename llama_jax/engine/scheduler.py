@@ -133,12 +133,18 @@ class Scheduler:
         # The last token of an answer is never written to the cache.
         assert self._pages_for(max_length - 1) <= self.sizes.num_pages, "it can never fit the cache"
         sequence = Sequence(
-            request_id, self._arrivals, list(prompt), max_length, params, seed, stop_ids
+            request_id,
+            self._arrivals,
+            list(prompt),
+            len(prompt),
+            max_length,
+            params,
+            seed,
+            stop_ids,
         )
         self._arrivals += 1
         self._sequences[request_id] = sequence
         self.waiting.append(sequence)
-        self.num_prompt_tokens += len(prompt)
 
     def abort(self, request_id: int) -> None:
         """Drops a request. No-op for a finished one: its end may cross the abort on the way."""
@@ -238,6 +244,11 @@ class Scheduler:
         assert sequence.slot is not None
         position = sequence.next_position
         sequence.next_position += count
+        # What is computed again after a preemption does not count again.
+        new = min(sequence.next_position, sequence.prompt_length) - sequence.prompt_sent
+        if new > 0:
+            sequence.prompt_sent += new
+            self.num_prompt_tokens += new
         ends = tokens is None or sequence.next_position == sequence.prefill_until
         return Segment(sequence, sequence.epoch, sequence.slot, position, tokens, ends)
 

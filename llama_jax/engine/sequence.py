@@ -13,6 +13,7 @@ class Sequence:
       request_id: the client's number for the request.
       arrival: its rank in the order of arrival, the oldest first.
       tokens: prompt and answer, as far as the host knows them.
+      prompt_length: number of tokens of the prompt.
       max_length: number of tokens, prompt included, at which it ends.
       params: sampling parameters.
       seed: the seed of its random stream.
@@ -24,12 +25,14 @@ class Sequence:
       next_position: the position of the next token to send to the device.
       prefill_until: the position at which prefill ends and decoding begins: the number of tokens
         that it had when it was admitted.
+      prompt_sent: number of tokens of the prompt that have been sent to the device at least once.
       finished: whether no further output will come.
     """
 
     request_id: int
     arrival: int
     tokens: list[int]
+    prompt_length: int
     max_length: int
     params: SamplingParams
     seed: int
@@ -39,6 +42,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     next_position: int = 0
     prefill_until: int = 0
+    prompt_sent: int = 0
     finished: bool = False
 
     @property

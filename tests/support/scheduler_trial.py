@@ -64,6 +64,7 @@ class Trial:
         self.unread: deque = deque()
         self.packets: list[Packet] = []
         self.sent: dict[tuple[int, int], int] = {}  # (arrival, epoch) -> next position
+        self.prompt_lengths: list[int] = []  # by arrival
 
     def add(self, request_id: int, request: Request, max_model_len: int = 1000) -> None:
         self.scheduler.add(
@@ -75,6 +76,7 @@ class Trial:
             stop_ids=request.stop_ids,
         )
         self.tokens[request_id] = []
+        self.prompt_lengths.append(len(request.prompt))
 
     def abort(self, request_id: int) -> None:
         self.scheduler.abort(request_id)
@@ -189,6 +191,10 @@ class Trial:
             assert s.slot is not None or s.fully_sent
         rows = [row.sequence for row in packet.rows]
         assert len(set(rows)) == len(rows)
+        computed = [0] * len(self.prompt_lengths)
+        for (arrival, _), end in self.sent.items():
+            computed[arrival] = max(computed[arrival], min(end, self.prompt_lengths[arrival]))
+        assert self.scheduler.num_prompt_tokens == sum(computed)
 
     def check_consecutive(self, packet: Packet, half_sent, free_before: int, room: int) -> None:
         """The next chunk of a prompt enters in the next tick, if there are pages for it.
