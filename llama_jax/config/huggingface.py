@@ -8,7 +8,7 @@ key with the value null counts as absent everywhere. Imports no JAX.
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from llama_jax.config.huggingface_quantization import (
 )
 from llama_jax.config.llama_config import LlamaConfig, RopeScaling
 from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.text.eos_token import read_eos_token_id
 
 _READ = frozenset(
     """
@@ -90,7 +91,8 @@ def read_checkpoint_config(path: str | Path) -> CheckpointConfig:
     """Reads config.json, generation_config.json and hf_quant_config.json, each once.
 
     The last two are optional. hf_quant_config.json, which modelopt writes, counts only if
-    config.json has no quantization_config.
+    config.json has no quantization_config. The EOS ids are those of config.json,
+    generation_config.json and the tokenizer together.
 
     Raises:
       ConfigError: there is no config.json, a file is not a JSON object, or the model is not a Llama
@@ -112,7 +114,7 @@ def read_checkpoint_config(path: str | Path) -> CheckpointConfig:
         config, stored = parse_config(content, generation_config)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
-    return CheckpointConfig(path, config, stored, generation_config)
+    return CheckpointConfig(path, _with_eos_token(config, path), stored, generation_config)
 
 
 def generation_defaults(path: str | Path) -> SamplingParams:
@@ -139,7 +141,7 @@ def parse_config(
         )
     rope_theta, rope_scaling = _rope(config)
     stored = parse_quantization(config)
-    eos = _token_ids(generation_config, "eos_token_id") or _token_ids(config, "eos_token_id")
+    eos = [*_token_ids(generation_config, "eos_token_id"), *_token_ids(config, "eos_token_id")]
     tie_embeddings = config.get("tie_word_embeddings", False)
     if not isinstance(tie_embeddings, bool):
         raise ConfigError(f"tie_word_embeddings must be true or false, got {tie_embeddings!r}.")
@@ -158,9 +160,18 @@ def parse_config(
         max_position_embeddings=_positive(config, "max_position_embeddings", int),
         dtype=config.get("dtype", config.get("torch_dtype", "float32")),
         quantization=stored and stored.quantization,
-        eos_token_ids=eos,
+        eos_token_ids=tuple(dict.fromkeys(eos)),
     )
     return parsed, stored
+
+
+def _with_eos_token(config: LlamaConfig, path: Path) -> LlamaConfig:
+    """Adds the EOS token of the tokenizer, which may be the only file that knows the chat's."""
+    eos = read_eos_token_id(path)
+    # A tokenizer may have more tokens than the model, which cannot generate them.
+    if eos is None or eos in config.eos_token_ids or eos >= config.vocab_size:
+        return config
+    return replace(config, eos_token_ids=(*config.eos_token_ids, eos))
 
 
 def _read_generation_config(path: str | Path) -> dict[str, Any]:

@@ -38,6 +38,8 @@ from llama_jax.terminal.progress import TerminalDisplay
 from llama_jax.text.tokenizer import Tokenizer
 from sharding.errors import UserError
 
+log = logging.getLogger("llama_jax.serve")
+
 
 class CheckpointMissing(UserError):
     """The path on the command line is not a directory, or there is no demo checkpoint."""
@@ -93,6 +95,8 @@ def _prepare(arguments: argparse.Namespace) -> Setup:
     path, name = _find_checkpoint(arguments.path)
     defaults = generation_defaults(path)
     tokenizer = Tokenizer(path)
+    if tokenizer.chat_problem is not None:
+        log.warning(tokenizer.chat_problem)
     return Setup(
         arguments=arguments,
         options=engine_options(arguments, path),
