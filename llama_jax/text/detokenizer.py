@@ -82,7 +82,8 @@ def _spelled(tokenizer: Tokenizer, stop: Sequence[str]) -> dict[int, str]:
     """Returns the special tokens that a stop string spells, with their spelling."""
     special = tokenizer.special_token_ids if stop else ()
     spelling = {token_id: tokenizer.decode([token_id], False) for token_id in special}
-    return {i: text for i, text in spelling.items() if any(text in string for string in stop)}
+    strings = "\0".join(stop)
+    return {token_id: text for token_id, text in spelling.items() if text in strings}
 
 
 def _replaced(stop: Sequence[str], symbols: dict[str, str]) -> list[str]:
