@@ -1,5 +1,7 @@
 """The tokenizers that checkpoints come with: prompts, chats and EOS as transformers has them."""
 
+import inspect
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +26,11 @@ TEXT = st.one_of(
 TURNS = st.one_of(
     st.sampled_from(["u", "su", "uau", "suau"]),
     st.text("sua", min_size=1, max_size=4),
+)
+# Older versions of transformers have no sanitizer.
+SANITIZES = (
+    "sanitize_control_tokens"
+    in inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters
 )
 ROLE = {"s": "system", "u": "user", "a": "assistant"}
 
@@ -81,7 +88,8 @@ def test_a_chat_is_encoded_as_by_transformers(kind, data, turns):
         return
     added = oracle.added_tokens_decoder
     if any(token.content in text for token in added.values() for text in texts):
-        assert ids == as_transformers(oracle, chat, sanitize_control_tokens=True)
+        if SANITIZES:
+            assert ids == as_transformers(oracle, chat, sanitize_control_tokens=True)
     else:
         assert ids == as_transformers(oracle, chat)
 
