@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama_jax.gguf.tokenizer import tokenizer_files
 from llama_jax.text.byte_decoder import Ambiguous, ByteDecoder
 from llama_jax.text.chat_template import ChatTemplate
 from llama_jax.text.errors import TokenizerError, check_text
@@ -34,17 +35,21 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Loads `path`/tokenizer.json and its settings; never downloads anything.
+        """Loads `path`/tokenizer.json and its settings, or the tokenizer of a GGUF file.
+
+        Never downloads anything.
 
         Raises:
+          GgufError: the tokenizer of a GGUF file cannot be translated.
           TokenizerError: there is no tokenizer, or it is not a byte-level one.
         """
         self.path = Path(path)
-        if not (self.path / "tokenizer.json").is_file():
-            raise TokenizerError(
-                f"{self.path} has no tokenizer.json: copy the model's tokenizer files there."
-            )
-        transformers = _load(self.path)
+        with tokenizer_files(self.path) as folder:
+            if not (folder / "tokenizer.json").is_file():
+                raise TokenizerError(
+                    f"{self.path} has no tokenizer.json: copy the model's tokenizer files there."
+                )
+            transformers = _load(folder)
         self._backend = transformers.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
