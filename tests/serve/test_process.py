@@ -283,7 +283,7 @@ def test_a_defect_in_the_engines_start_names_its_log(failed, checkpoints):
 
 
 def test_a_chat_template_that_cannot_be_used_is_named_at_the_start(tmp_path, caplog):
-    write_tokenizer(tmp_path, template="{{ messages | nosuchfilter }}")
+    write_tokenizer(make_tokenizer(tmp_path), template="{{ messages | nosuchfilter }}")
     assert main([str(tmp_path), "--port=0"], engine_command=["false"]) == 1
     (record,) = caplog.records
     assert record.levelname == "WARNING" and "nosuchfilter" in record.getMessage()
