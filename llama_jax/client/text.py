@@ -46,7 +46,7 @@ async def read_text(
             if output.token is None:
                 raise GenerationFailed(output.error or "The engine could not go on.")
             reason = output.finish_reason
-            text = "" if reason == "stop" else detokenizer.push(output.token)
+            text = detokenizer.push(output.token, ends=reason == "stop")
             if reason is not None:
                 text += detokenizer.finish()
             if detokenizer.stopped:

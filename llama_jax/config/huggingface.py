@@ -7,7 +7,7 @@ no JAX.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ from llama_jax.config.llama_config import LlamaConfig
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.config.unknown_keys import report_unknown
 from llama_jax.gguf.config import read_gguf_config
+from llama_jax.text.eos_token import read_eos_token_id
 
 _CONFIG = "config.json"
 _GENERATION_CONFIG = "generation_config.json"
@@ -99,6 +100,7 @@ def read_checkpoint_config(path: str | Path) -> CheckpointConfig:
 
     The last two are optional. hf_quant_config.json, which modelopt writes, counts only if
     config.json has no quantization_config. The header of a GGUF file takes the place of all three.
+    The EOS ids are those of config.json, generation_config.json and the tokenizer together.
 
     Raises:
       GgufError: the header cannot be read or translated.
@@ -115,6 +117,7 @@ def read_checkpoint_config(path: str | Path) -> CheckpointConfig:
         file.name: unknown,
         _GENERATION_CONFIG: unknown_generation_keys(generation_config),
     }
+    config = _with_eos_token(config, path)
     return CheckpointConfig(path, config, stored, generation_config, unknown_keys)
 
 
@@ -135,7 +138,8 @@ def parse_config(config: dict[str, Any], generation_config: dict[str, Any]) -> P
         )
     rope = parse_rope(config)
     stored = parse_quantization(config)
-    eos = get_token_ids(generation_config, "eos_token_id") or get_token_ids(config, "eos_token_id")
+    sources = (generation_config, config)
+    eos = [token for source in sources for token in get_token_ids(source, "eos_token_id")]
     parsed = LlamaConfig(
         vocab_size=get_positive_int(config, "vocab_size"),
         embed_dim=embed_dim,
@@ -151,9 +155,18 @@ def parse_config(config: dict[str, Any], generation_config: dict[str, Any]) -> P
         max_position_embeddings=get_positive_int(config, "max_position_embeddings"),
         dtype=_dtype(config),
         quantization=stored and stored.quantization,
-        eos_token_ids=eos,
+        eos_token_ids=tuple(dict.fromkeys(eos)),
     )
     return ParsedConfig(parsed, stored, (*unknown_config_keys(config), *rope.unknown))
+
+
+def _with_eos_token(config: LlamaConfig, path: Path) -> LlamaConfig:
+    """Adds the EOS token of the tokenizer, often the only file that names the one of chats."""
+    eos = read_eos_token_id(path)
+    # A tokenizer may have more tokens than the model, which cannot generate them.
+    if eos is None or eos in config.eos_token_ids or eos >= config.vocab_size:
+        return config
+    return replace(config, eos_token_ids=(*config.eos_token_ids, eos))
 
 
 def _dtype(config: dict[str, Any]) -> str:

@@ -142,8 +142,7 @@ class LlamaConfig:
         Rope parameters may be spelled as in transformers 4 (`rope_theta`, `rope_scaling`) or 5
         (`rope_parameters`). As in transformers, `num_key_value_heads` defaults to H, `head_dim` to
         D / H, `tie_word_embeddings` and the biases to false, and the dtype to float32. The EOS ids
-        are those of `generation_config`, or those of `config` if it has none. Unknown keys are
-        ignored, with a warning that names them.
+        are those of both files together. Unknown keys are ignored, with a warning that names them.
 
         Raises:
           ConfigError: the model is not a Llama that this package computes exactly.

@@ -151,7 +151,6 @@ class Scheduler:
         self._arrivals += 1
         self._sequences[request_id] = sequence
         self.waiting.append(sequence)
-        self.num_prompt_tokens += len(prompt)
 
     def abort(self, request_id: int) -> None:
         """Drops a request. No-op for a finished one: its end may cross the abort on the way."""
@@ -237,6 +236,7 @@ class Scheduler:
         self.waiting.popleft()
         sequence.slot = self._free_slots.pop()
         sequence.next_position = self.pages.begin(sequence, found)
+        sequence.prompt_sent = max(sequence.prompt_sent, sequence.next_position)
         sequence.prefill_until = len(sequence.tokens)
         if not sequence.epoch:  # otherwise it was preempted, and finds what it computed itself
             sequence.num_cached = sequence.next_position
@@ -267,6 +267,11 @@ class Scheduler:
         assert sequence.slot is not None
         position = sequence.next_position
         sequence.next_position += count
+        # What is computed again after a preemption does not count again.
+        new = min(sequence.next_position, sequence.num_prompt) - sequence.prompt_sent
+        if new > 0:
+            sequence.prompt_sent += new
+            self.num_prompt_tokens += new
         ends = tokens is None or sequence.next_position == sequence.prefill_until
         return Segment(sequence, sequence.epoch, sequence.slot, position, tokens, ends)
 

@@ -29,6 +29,8 @@ class Sequence:
       next_position: the position of the next token to send to the device.
       prefill_until: the position at which prefill ends and decoding begins: the number of tokens
         that it had when it was admitted.
+      prompt_sent: prompt tokens that have been sent to the device, or found in the cache, at least
+        once.
       finished: whether no further output will come.
     """
 
@@ -49,6 +51,7 @@ class Sequence:
     salt: bytes = b""
     next_position: int = 0
     prefill_until: int = 0
+    prompt_sent: int = 0
     finished: bool = False
 
     @property

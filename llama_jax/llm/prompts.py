@@ -20,7 +20,7 @@ class EncodedPrompt(NamedTuple):
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Any) -> EncodedPrompt:
-    """Encodes a text, with BOS in front, or takes a sequence of token ids as it is.
+    """Encodes a text, with the BOS that the tokenizer adds, or takes token ids as they are.
 
     Raises:
       RequestError: the prompt is neither.
@@ -41,7 +41,8 @@ def encode_conversation(tokenizer: Tokenizer, messages: Any) -> EncodedPrompt:
     """Encodes a conversation, ready for the assistant's next message.
 
     Raises:
-      TokenizerError: the messages are malformed, there is no chat template, or it rejects them.
+      TokenizerError: the messages are malformed, there is no chat template that works, or it
+        rejects them.
     """
     token_ids = tokenizer.encode_chat(messages)
     return EncodedPrompt(token_ids, tokenizer.decode(token_ids, skip_special_tokens=False))

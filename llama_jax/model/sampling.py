@@ -26,6 +26,8 @@ from sharding.collectives import all_gather, pmax, psum, rank
 NO_TOKEN = -1  # the choice where a logit is NaN
 CONTROL_WIDTH = 7  # int32 words per row: seed (2), token index, top_k, temperature, top_p, min_p
 _RADIX_BITS = 4  # bits of a 32-bit threshold that each step of the search finds
+# The smallest that is not flushed to zero, for top_p: 0 would keep every token instead of one.
+_SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 def greedy(logits: jax.Array) -> jax.Array:
@@ -89,7 +91,7 @@ def encode_controls(n: int, rows: Sequence[tuple[int, int, int, SamplingParams]]
     for row, seed, index, params in rows:
         words = np.array([seed % 2**64], np.uint64).view(np.int32)
         packed[row, :4] = (*words, index, params.top_k)
-        floats[row, 4:] = (params.temperature, params.top_p, params.min_p)
+        floats[row, 4:] = (params.temperature, max(params.top_p, _SMALLEST), params.min_p)
     return packed
 
 

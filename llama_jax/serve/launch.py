@@ -40,6 +40,8 @@ from llama_jax.terminal.progress import TerminalDisplay
 from llama_jax.text.tokenizer import Tokenizer
 from sharding.errors import UserError
 
+log = logging.getLogger("llama_jax.serve")
+
 
 class CheckpointMissing(UserError):
     """The path on the command line is not a directory, or there is no demo checkpoint."""
@@ -100,12 +102,16 @@ def _prepare(
     """
     declared = read_checkpoint_config(path)
     declared.report_unknown(arguments.strict_config)
+    defaults = declared.generation_defaults()  # cheaper than the tokenizer, so first
+    tokenizer = Tokenizer(path)
+    if tokenizer.chat_problem is not None:
+        log.warning(tokenizer.chat_problem)
     return Setup(
         arguments=arguments,
         options=engine_options(arguments, path),
         model=arguments.served_model_name or name,
-        defaults=declared.generation_defaults(),  # cheaper than the tokenizer, so first
-        tokenizer=Tokenizer(path),
+        defaults=defaults,
+        tokenizer=tokenizer,
         listener=listener,
     )
 

@@ -9,6 +9,7 @@ from llama_jax.serve.response_types import (
     CompletionLogprobs,
     TopLogprob,
 )
+from llama_jax.text.byte_decoder import Ambiguous
 from llama_jax.text.tokenizer import Tokenizer
 
 LEAST = -9999.0  # JSON has no -infinity
@@ -66,5 +67,7 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 def _entry(tokenizer: Tokenizer, token: int, logprob: float) -> TopLogprob:
     text = token_text(tokenizer, token)
-    data = tokenizer.token_bytes(token) or text.encode()
-    return {"token": text, "logprob": max(logprob, LEAST), "bytes": list(data)}
+    data = tokenizer.token_bytes(token)
+    if isinstance(data, Ambiguous):
+        data = data.data
+    return {"token": text, "logprob": max(logprob, LEAST), "bytes": list(data or text.encode())}

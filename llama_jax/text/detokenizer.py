@@ -1,7 +1,6 @@
 """Streams text from token ids: never half a character, never the start of a stop string.
 
-A byte-level token is a run of UTF-8 bytes that may begin or end inside a character. An incremental
-decoder therefore holds back an unfinished character. Text that may be the start of a stop string is
+`ByteDecoder` holds back an unfinished character. Text that may be the start of a stop string is
 also held back until it is known not to be one. The cost of a token depends on its own length and on
 the stop strings, not on the text so far.
 
@@ -9,12 +8,21 @@ the stop strings, not on the text so far.
 it holds back after the last token, which includes whole characters before an unfinished one, is
 lost. And it decodes everything that it holds back again with each token, so a run of n tokens that
 are not UTF-8 takes O(n²) and shows nothing until it ends.
+
+A stop string may spell special tokens, such as "<|eom_id|>" or "<|start_header_id|>user". Special
+tokens have no text in an answer. So each one that a stop string spells is replaced by a character
+of its own, in the stop string and in the decoded text, and that character is removed from the text
+that is returned. The stop string "|" does not match a special token.
 """
 
-import codecs
+import re
 from collections.abc import Sequence
 
+from llama_jax.text.byte_decoder import ByteDecoder
 from llama_jax.text.tokenizer import Tokenizer
+
+# Unpaired surrogates: they are in no decoded text and in no stop string.
+_SYMBOLS = [chr(code) for code in range(0xD800, 0xE000)]
 
 
 class Detokenizer:
@@ -30,32 +38,60 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         """`stop`: strings that end the text; none may be empty."""
         self._tokenizer = tokenizer
-        self._stop = tuple(stop)
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        spelled = _spelled(tokenizer, stop)
+        symbol_of = dict(zip(spelled.values(), _SYMBOLS, strict=False))
+        self._symbols = {i: symbol_of[text] for i, text in spelled.items() if text in symbol_of}
+        self._stop = (*stop, *_replaced(stop, symbol_of))
+        self._hidden = str.maketrans("", "", "".join(symbol_of.values()))
+        self._decoder = ByteDecoder()
         self._withheld = ""
         self.stopped = False
 
-    def push(self, token_id: int) -> str:
-        """Adds a token and returns the text that is now certain, which may be empty."""
-        return self._advance(self._tokenizer.token_bytes(token_id), final=False)
+    def push(self, token_id: int, ends: bool = False) -> str:
+        """Adds a token and returns the text that is now certain, which may be empty.
+
+        Args:
+          token_id: the token.
+          ends: whether it is the EOS or stop token that ended the answer: its text is left out.
+        """
+        text = self._symbols.get(token_id)
+        if text is None:
+            text = "" if ends else self._decoder.push(self._tokenizer.token_bytes(token_id))
+        return self._advance(text, final=False)
 
     def finish(self) -> str:
         """Returns the text held back, after the last token.
 
         An unfinished character becomes U+FFFD, as in `Tokenizer.decode`.
         """
-        return self._advance(b"", final=True)
+        return self._advance(self._decoder.finish(), final=True)
 
-    def _advance(self, new: bytes, final: bool) -> str:
+    def _advance(self, new: str, final: bool) -> str:
         if self.stopped:
             return ""
-        text = self._withheld + self._decoder.decode(new, final)
+        text = self._withheld + new
         end = _first_stop(text, self._stop)
         self.stopped = end is not None
         if end is None:
             end = len(text) if final else len(text) - _may_be_stop(text, self._stop)
         self._withheld = "" if self.stopped else text[end:]
-        return text[:end]
+        return text[:end].translate(self._hidden)
+
+
+def _spelled(tokenizer: Tokenizer, stop: Sequence[str]) -> dict[int, str]:
+    """Returns the special tokens that a stop string spells, with their spelling."""
+    special = tokenizer.special_token_ids if stop else ()
+    spelling = {token_id: tokenizer.decode([token_id], False) for token_id in special}
+    strings = "\0".join(stop)
+    return {token_id: text for token_id, text in spelling.items() if text in strings}
+
+
+def _replaced(stop: Sequence[str], symbols: dict[str, str]) -> list[str]:
+    """Returns the stop strings that contain a key of `symbols`, with its value in its place."""
+    longest_first = sorted(symbols, key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    replaced = [pattern.sub(lambda match: symbols[match[0]], string) for string in stop]
+    return [string for string in replaced if string not in stop]
 
 
 def _first_stop(text: str, stop: Sequence[str]) -> int | None:

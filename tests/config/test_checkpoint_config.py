@@ -29,7 +29,7 @@ def test_each_file_is_read_once(tmp_path, monkeypatch):
     defaults = declared.generation_defaults()
     assert (reads["config.json"], reads["generation_config.json"]) == (1, 1)
     assert defaults.temperature == 0.5
-    assert declared.config.eos_token_ids == (3, 4)
+    assert declared.config.eos_token_ids == (3, 4, 2)
     assert declared.quantization is None
     assert read_checkpoint_config(tmp_path).generation_defaults() == defaults
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 import transformers
 
+from demo.tokenizer import EOT
 from llama_jax.config import ConfigError, Llama3Scaling, LlamaConfig
 from llama_jax.weights.table import checkpoint_tensors
+from tests.support.tokenizer_kinds import write_tokenizer
 
 # As published with the checkpoints, with the bookkeeping keys, which must be accepted.
 LLAMA_3_70B = {
@@ -206,8 +208,8 @@ def test_head_dim_may_be_given():
         (7, None, (7,)),
         ([7, 8], {}, (7, 8)),
         (7, {"eos_token_id": None}, (7,)),
-        (7, {"eos_token_id": 9}, (9,)),
-        (7, {"eos_token_id": [0, 9, 128255]}, (0, 9, 128255)),
+        (7, {"eos_token_id": 9}, (9, 7)),
+        (7, {"eos_token_id": [0, 7, 128255]}, (0, 7, 128255)),
         (None, None, ()),
     ],
 )
@@ -221,6 +223,25 @@ def test_eos_ids_come_from_the_files(tmp_path):
     assert LlamaConfig.from_pretrained(tmp_path).eos_token_ids == (128009,)
     (tmp_path / "generation_config.json").write_text(json.dumps(STOPS))
     assert LlamaConfig.from_pretrained(str(tmp_path)).eos_token_ids == (128001, 128009)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "file", "ids"),
+    [
+        (400, "tokenizer_config.json", (7, 304)),
+        (400, "special_tokens_map.json", (7, 304)),
+        (304, "tokenizer_config.json", (7,)),  # the model cannot generate it
+        (400, None, (7,)),
+    ],
+)
+def test_the_tokenizer_may_name_one_more_eos_token(tmp_path, vocab_size, file, ids):
+    """As in most chat models that were trained from a base model."""
+    write_tokenizer(tmp_path, settings=None)
+    if file:
+        (tmp_path / file).write_text(json.dumps({"eos_token": EOT}))
+    config = LLAMA_3_8B | {"vocab_size": vocab_size, "eos_token_id": 7}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert LlamaConfig.from_pretrained(tmp_path).eos_token_ids == ids
 
 
 @pytest.mark.parametrize(

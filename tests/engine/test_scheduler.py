@@ -329,6 +329,16 @@ def test_the_states_of_the_test_above_all_occur():
     assert states == {"waiting", "half prefilled", "decoding", "preempted", "fully sent"}
 
 
+def test_a_prompt_that_was_never_computed_does_not_count():
+    trial = Trial(make_sizes(num_pages=4), 2)
+    trial.add(0, Request(numbered(7), 2))
+    trial.add(1, Request(numbered(5), 2))
+    trial.abort(1)
+    assert trial.scheduler.num_prompt_tokens == 0
+    trial.drain()
+    assert trial.scheduler.num_prompt_tokens == 7
+
+
 def test_aborting_an_unknown_request_does_nothing():
     trial = Trial(make_sizes(num_pages=4), 2)
     trial.scheduler.abort(5)

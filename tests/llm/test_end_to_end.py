@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from demo.tokenizer import EOT
 from llama_jax import LLM, SamplingParams
 from llama_jax.engine.errors import EngineDead, EngineStartError, RequestError
 from llama_jax.engine.interface import Stats
@@ -159,18 +160,19 @@ def test_stops(subject: Subject) -> None:
 
 
 def test_eos_ends_an_answer_unless_it_is_ignored(subject: Subject) -> None:
-    # Of many sampled answers some come to an EOS; what follows it shows that it can be ignored.
+    # Of many sampled answers some reach an EOS token, that of config.json or that of the tokenizer.
+    ends = {EOS, *subject.llm.tokenizer.encode(EOT, add_bos=False)}
     params = [SamplingParams(temperature=2, max_tokens=100, seed=seed) for seed in range(24)]
     going_on = [SamplingParams(temperature=2, max_tokens=100, seed=seed, ignore_eos=True)
                 for seed in range(24)]  # fmt: skip
     (prompt,) = prompts(5)
     answers = subject.llm.generate([prompt] * 24, params)
     stopped = [i for i, answer in enumerate(answers) if answer.finish_reason == "stop"]
-    assert stopped
+    assert {answers[i].token_ids[-1] for i in stopped} == ends
     longer = subject.llm.generate([prompt] * 24, going_on)
     for i in stopped:
         tokens = answers[i].token_ids
-        assert tokens.index(EOS) == len(tokens) - 1
+        assert not ends & set(tokens[:-1])
         assert longer[i].token_ids[: len(tokens)] == tokens
         assert len(longer[i].token_ids) > len(tokens) or longer[i].error
 

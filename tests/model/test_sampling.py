@@ -123,6 +123,8 @@ PARAMS = {
     "top-k of more than there are": SamplingParams(top_k=5000),
     "top-p": SamplingParams(top_p=0.6),
     "a small top-p": SamplingParams(top_p=1e-6),
+    "a top-p below float32": SamplingParams(top_p=5e-324),
+    "a subnormal top-p": SamplingParams(top_p=1e-40),
     "min-p": SamplingParams(min_p=0.15),
     "min-p of 1": SamplingParams(min_p=1.0),
     "all": SamplingParams(temperature=1.5, top_k=20, top_p=0.8, min_p=0.1),

@@ -165,6 +165,15 @@ def test_null_means_no_stop_strings():
         assert body["choices"][0]["text"] == "Hello!"
 
 
+@BOTH
+def test_a_stop_string_may_spell_a_special_token(path):
+    server = FakeServer("Hello<|eom_id|> world!")
+    chunks = server.stream(path, stop=["<|eom_id|>"], max_tokens=100)
+    assert text_of(chunks) == "Hello"
+    assert reasons_of(chunks)[-1] == "stop"
+    assert text_of(server.stream(path, max_tokens=100)) == "Hello world!"
+
+
 def test_stop_tokens_end_the_answer_and_are_not_shown():
     server = FakeServer("abc")
     [b] = server.tokenizer.encode("b", add_bos=False)
@@ -198,12 +207,12 @@ def test_a_prompt_has_four_forms():
 
 
 @pytest.mark.parametrize("text", ["Hi", BOS + "Hi"])
-def test_a_prompt_has_exactly_one_bos(text):
+def test_a_prompt_gets_one_bos(text):
     server = FakeServer()
     server.complete(prompt=text)
     [(prompt, _)] = server.engine.requests
-    assert prompt == server.tokenizer.encode("Hi")
-    assert prompt.count(server.tokenizer.bos_token_id) == 1
+    assert prompt[0] == server.tokenizer.bos_token_id
+    assert prompt[1:] == server.tokenizer.encode(text, add_bos=False)
 
 
 def test_a_chat_is_rendered_by_its_template_with_one_bos():

@@ -22,6 +22,7 @@ from tests.support.paths import ROOT
 from tests.support.processes import FAKE, children, wait_until
 from tests.support.server_process import FAKE_SERVER, ServerProcess, is_running, kill
 from tests.support.tiny_tokenizer import make_tokenizer
+from tests.support.tokenizer_kinds import write_tokenizer
 
 STREAM = {"prompt": [5], "stream": True, "ignore_eos": True}
 
@@ -285,6 +286,13 @@ def test_a_defect_in_the_engines_start_names_its_log(failed, checkpoints):
     message = failed(str(checkpoints["fake:bug"]))
     assert "KeyError" in message
     assert "(log: " in message
+
+
+def test_a_chat_template_that_cannot_be_used_is_named_at_the_start(tmp_path, caplog):
+    write_tokenizer(make_tokenizer(tmp_path), template="{{ messages | nosuchfilter }}")
+    assert main([str(tmp_path), "--port=0"], engine_command=["false"]) == 1
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "nosuchfilter" in record.getMessage()
 
 
 def test_a_defect_of_the_server_is_raised_with_its_traceback(tmp_path, monkeypatch):

@@ -71,6 +71,9 @@ class Trial:
         self.unread: deque = deque()
         self.packets: list[Packet] = []
         self.sent: dict[tuple[int, int], int] = {}  # (arrival, epoch) -> next position
+        self.prompt_lengths: list[int] = []  # by arrival
+        self.prompt_ends: list[int] = []  # by arrival: tokens sent or found so far
+        self.computed = 0  # prompt tokens sent for the first time
         self.cached_tokens = 0  # that did not have to be sent, over all admissions
 
     def add(self, request_id: int, request: Request, max_model_len: int = 1000) -> None:
@@ -84,6 +87,8 @@ class Trial:
             salt=request.salt,
         )
         self.tokens[request_id] = []
+        self.prompt_lengths.append(len(request.prompt))
+        self.prompt_ends.append(0)
 
     def abort(self, request_id: int) -> None:
         self.scheduler.abort(request_id)
@@ -206,12 +211,16 @@ class Trial:
             else:
                 assert segment.position == self.sent[key], "tokens are left out or sent again"
             self.sent[key] = end
+            first = max(segment.position, self.prompt_ends[s.arrival])
+            self.computed += max(0, min(end, self.prompt_lengths[s.arrival]) - first)
+            self.prompt_ends[s.arrival] = max(end, first)
             assert segment.epoch == s.epoch, "preempted by its own packet"
             assert end < s.max_length, "sent beyond its length limit"
             assert segment.ends == (segment.tokens is None or end == s.prefill_until)
             assert s.slot is not None or s.fully_sent
         rows = [row.sequence for row in packet.rows]
         assert len(set(rows)) == len(rows)
+        assert self.scheduler.num_prompt_tokens == self.computed
 
     def check_consecutive(self, packet: Packet, half_sent, free_before: int, room: int) -> None:
         """The next chunk of a prompt enters in the next tick, if there are pages for it.

@@ -1,5 +1,7 @@
 """Streamed text against the decoded whole."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -102,6 +104,72 @@ def test_no_text_follows_a_stop_string(tokenizer):
     ids = tokenizer.encode("xbyz", add_bos=False)
     assert "".join(map(detokenizer.push, ids)) == "x"
     assert detokenizer.push(ids[0]) == detokenizer.finish() == ""
+
+
+EOM, HEADER = "<|eom_id|>", "<|start_header_id|>"
+
+
+def symbols(string: str) -> list[str]:
+    """The characters of a stop string, with each special token that it spells as one symbol."""
+    return re.findall(f"{re.escape(EOM)}|{re.escape(HEADER)}|.", string)
+
+
+def cut_symbols(text: list[str], stop: list[str]) -> str:
+    """The specification of stop strings that may spell special tokens, one symbol at a time."""
+    wanted = [form for string in stop for form in (list(string), symbols(string))]
+    for end in range(1, len(text) + 1):
+        starts = [end - len(form) for form in wanted if text[:end][-len(form) :] == form]
+        if starts:
+            text = text[: min(starts)]
+            break
+    return "".join(symbol for symbol in text if symbol not in (EOM, HEADER))
+
+
+SPELLED = st.lists(st.sampled_from([EOM, HEADER, "a", "é", "<", "|>"]), max_size=4).map("".join)
+
+
+@given(
+    text=st.lists(st.sampled_from([EOM, HEADER, "a", "é", "<", "|>", "<|", "eom_id"]), max_size=12),
+    stop=st.lists(SPELLED.filter(bool), max_size=3),
+)
+def test_a_stop_string_may_spell_special_tokens(tokenizer, text, stop):
+    """`text` is the answer; its special tokens are tokens, also where its text spells one."""
+    special = {tokenizer.decode([i], False): i for i in tokenizer.special_token_ids}
+    ids, seen = [], []
+    for part in text:
+        ids += [special[part]] if part in special else tokenizer.encode(part, add_bos=False)
+        if part not in special:
+            seen += list(part)
+        elif any(part in string for string in stop):  # the others are not there at all
+            seen.append(part)
+    pieces, _ = run(tokenizer, ids, stop)
+    assert "".join(pieces) == cut_symbols(seen, stop)
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "stopped"),
+    [
+        ([EOM], "ab", True),
+        ([f"b{EOM}"], "a", True),
+        ([f"{EOM}{HEADER}c"], "ab", True),
+        (["|>"], "abcd", False),
+        (["eom"], "abcd", False),
+        (["<|eot_id|>"], "abcd", False),
+        ([EOM, "b"], "a", True),
+    ],
+)
+def test_a_special_token_in_the_answer(tokenizer, stop, text, stopped):
+    ids = tokenizer.encode(f"ab{EOM}{HEADER}cd", add_bos=False)
+    pieces, ended = run(tokenizer, ids, stop)
+    assert ("".join(pieces), ended) == (text, stopped)
+
+
+def test_the_token_that_ends_the_answer_is_not_shown_but_counts(tokenizer):
+    a, b, eom = tokenizer.encode(f"ab{EOM}", add_bos=False)
+    for last, stop, shown in ((b, "zz", "a"), (eom, f"a{EOM}", ""), (eom, EOM, "a")):
+        detokenizer = Detokenizer(tokenizer, [stop])
+        text = detokenizer.push(a) + detokenizer.push(last, ends=True) + detokenizer.finish()
+        assert text == shown
 
 
 def test_special_tokens_have_no_text(tokenizer):

@@ -1,7 +1,6 @@
 """The tokenizer against transformers, and against special tokens in chat messages."""
 
 import inspect
-import json
 import subprocess
 import sys
 import threading
@@ -69,11 +68,11 @@ def test_the_bytes_of_the_tokens_are_the_text(tokenizer, text):
     assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
 
 
-@pytest.mark.parametrize("text", ["", "hello", BOS, BOS + "hello"])
-def test_a_prompt_has_one_bos(tokenizer, text):
+@pytest.mark.parametrize("text", ["", "hello", BOS + "hello"])
+def test_a_prompt_gets_one_bos(tokenizer, text):
     ids = tokenizer.encode(text)
     assert ids[0] == tokenizer.bos_token_id
-    assert ids.count(tokenizer.bos_token_id) == 1
+    assert ids[1:] == tokenizer.encode(text, add_bos=False)
 
 
 def test_special_tokens_of_a_raw_prompt_are_special(tokenizer, oracle):
@@ -181,16 +180,6 @@ def test_malformed_chats_are_rejected(tokenizer, messages, token):
 def test_malformed_prompts_are_rejected(tokenizer, prompt):
     with pytest.raises(TokenizerError):
         tokenizer.encode(prompt)
-
-
-def test_an_error_of_the_template_is_quoted(folder, tmp_path):
-    for file in folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    settings["chat_template"] = "{{ raise_exception('Roles must alternate') }}"
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(TokenizerError, match="Roles must alternate"):
-        Tokenizer(tmp_path).encode_chat(chat("x"))
 
 
 def test_without_a_chat_template_there_is_no_chat(tmp_path):

@@ -1,0 +1,243 @@
+"""The chat template of a checkpoint: turns messages into the text of a prompt. Imports no JAX.
+
+A template is a program that comes with the checkpoint. It may fail for all messages or for some,
+and it may read the content of a message as a string or as a list of parts. `ChatTemplate` tries it
+out when it is loaded, so that a server knows before its first request.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llama_jax.text.errors import TokenizerError, check_text
+
+ROLES = ("system", "user", "assistant")
+
+# Chats to try a template with: some demand a system message, some refuse it.
+_PROBES = (
+    ("user",),
+    ("system", "user"),
+    ("user", "assistant", "user"),
+    ("system", "user", "assistant", "user"),
+)
+# The roles whose content a template may read as parts: usually none, or those that may have images.
+_ROLES_AS_PARTS: tuple[tuple[str, ...], ...] = (
+    (),
+    ("user",),
+    ("user", "assistant"),
+    ("user", "system"),
+    ROLES,
+)
+_END_OF_REASONING = "</think>"
+_LONGEST_REASON = 200  # characters of an error in another program that a message quotes
+
+
+class Piece(NamedTuple):
+    """A part of a rendered chat.
+
+    Attributes:
+      text: the text.
+      plain: whether `text` is a control token that a message spells. It must be encoded as text.
+    """
+
+    text: str
+    plain: bool
+
+
+class ChatTemplate:
+    """Renders chats with the template of a tokenizer.
+
+    Attributes:
+      problem: one sentence on why no chat can be rendered; None if chats can be.
+    """
+
+    def __init__(self, tokenizer: Any, path: Path) -> None:
+        """Tries the template out.
+
+        Args:
+          tokenizer: of transformers.
+          path: its directory.
+        """
+        self._tokenizer = tokenizer
+        self._as_parts: frozenset[str] = frozenset()
+        self._control = re.compile("(?!)")  # matches nothing
+        self.problem: str | None = None
+        if tokenizer.chat_template is None:
+            self.problem = (
+                f"The tokenizer of {path.resolve().name} has no chat template: request a "
+                "completion instead of a chat."
+            )
+            return
+        results = {as_parts: self._try(as_parts) for as_parts in _ROLES_AS_PARTS}
+        # On a tie, the first: a template that reads both gets strings, as transformers passes them.
+        best = max(_ROLES_AS_PARTS, key=lambda as_parts: len(results[as_parts][0]))
+        rendered, failure = results[best]
+        if rendered:
+            self._as_parts = frozenset(best)
+            self._control = _pattern(_control_tokens(tokenizer, rendered))
+        else:
+            self.problem = (
+                f"The chat template of {path.resolve().name} cannot be used "
+                f"({results[()][1] or failure}): correct it, or request completions instead of "
+                "chats."
+            )
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> list[Piece]:
+        """Renders a conversation, ready for the assistant's next answer.
+
+        Args:
+          messages: each {"role": one of `ROLES`, "content": text}; checked here.
+
+        Raises:
+          TokenizerError: the messages are malformed, there is no chat template that works, it
+            rejects the messages, or the text of a message is missing from what it writes.
+        """
+        if self.problem is not None:
+            raise TokenizerError(self.problem)
+        chat = _checked(messages)
+        texts = [text for _, text in chat]
+        if not any(map(self._control.search, texts)):
+            rendered = self._apply(chat)
+            pieces = [Piece(rendered, False)]
+        else:
+            # Control tokens stay in place, between marks: some templates look for them.
+            mark = _unused_character(texts)
+            marked = [(role, self._control.sub(rf"{mark}\g<0>{mark}", text)) for role, text in chat]
+            written = self._apply(marked)
+            pieces = _split(written, mark, self._control.pattern)
+            rendered = written.replace(mark, "")
+        lost = _first_lost(chat, rendered)
+        if lost is not None:
+            raise TokenizerError(
+                f"The chat template of this model leaves out the text of messages[{lost}], whose "
+                f"role is {chat[lost][0]!r}: remove the message, or move its text to another."
+            )
+        return pieces
+
+    def _apply(self, chat: Sequence[tuple[str, str]]) -> str:
+        try:
+            return self._write(chat, self._as_parts)
+        except Exception as error:  # raised by the template, which may do anything
+            raise TokenizerError(
+                f"The chat template of this model rejects the messages: {_reason(error)}."
+            ) from error
+
+    def _try(self, as_parts: Iterable[str]) -> tuple[list[str], str | None]:
+        """Returns what the template writes for the probes that it accepts, and its first error."""
+        rendered, failure = [], None
+        for roles in _PROBES:
+            # Digits: they survive a change of case and need no quoting.
+            chat = [(role, f"{n}7305{n}") for n, role in enumerate(roles, 1)]
+            try:
+                written = self._write(chat, as_parts)
+            except Exception as error:  # as in `_apply`
+                failure = failure or _reason(error)
+                continue
+            if _first_lost(chat, written) is None:
+                rendered.append(written)
+            else:
+                failure = failure or "it leaves out the text of messages"
+        return rendered, failure
+
+    def _write(self, chat: Sequence[tuple[str, str]], as_parts: Iterable[str]) -> str:
+        messages = [
+            {
+                "role": role,
+                "content": [{"type": "text", "text": text}] if role in as_parts else text,
+            }
+            for role, text in chat
+        ]
+        written: str = self._tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        return written
+
+
+def _checked(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
+    """Checks the messages and returns the role and the text of each."""
+    if not messages:
+        raise TokenizerError("A chat needs at least one message.")
+    chat = []
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise TokenizerError(
+                f'messages[{index}] must be a dict, {{"role": ..., "content": ...}}.'
+            )
+        role, content = message["role"], message["content"]
+        if role not in ROLES:
+            raise TokenizerError(
+                f"The role of messages[{index}] must be one of {', '.join(ROLES)}, got "
+                f"{str(role)[:40]!r}."
+            )
+        check_text(content, f"The content of messages[{index}]")
+        chat.append((role, content))
+    return chat
+
+
+def _control_tokens(tokenizer: Any, rendered: Iterable[str]) -> set[str]:
+    """The special tokens, and the other added tokens that the template writes by itself."""
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    batch = tokenizer.backend_tokenizer.encode_batch(list(rendered), add_special_tokens=False)
+    written = set(chain.from_iterable(encoding.ids for encoding in batch))
+    return {
+        token.content
+        for index, token in added.items()
+        if (token.special or index in written) and token.content.strip()
+    }
+
+
+def _pattern(strings: Iterable[str]) -> re.Pattern[str]:
+    # Longest first: of two tokens with the same prefix, the tokenizer also takes the longer.
+    longest_first = sorted(strings, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _unused_character(texts: Iterable[str]) -> str:
+    used = set().union(*texts)
+    return next(c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in used)  # private use
+
+
+def _split(rendered: str, mark: str, control: str) -> list[Piece]:
+    """Cuts a rendered chat at marks.
+
+    A template that cuts a text at a control token leaves single marks. They are dropped, but the
+    texts beside them are not joined: they could spell a control token together.
+    """
+    parts = re.split(f"{mark}({control}){mark}|{mark}", rendered)
+    # Texts and control tokens alternate, with None instead of a token at a single mark.
+    return [Piece(part, index % 2 == 1) for index, part in enumerate(parts) if part]
+
+
+def _first_lost(chat: Sequence[tuple[str, str]], rendered: str) -> int | None:
+    """Returns the index of the first message whose text is not in `rendered`, or None.
+
+    Whitespace is ignored, because templates trim, and a text may be quoted as JSON. The texts must
+    be in order, except that system messages may be anywhere among the others.
+    """
+    haystack = _squeezed(rendered)
+    read = {True: 0, False: 0}  # how far the texts of system and other messages have been found
+    for index, (role, text) in enumerate(chat):
+        if role == "assistant":  # the templates of reasoning models leave out earlier reasoning
+            text = text.rpartition(_END_OF_REASONING)[2]
+        needle = _squeezed(text)
+        at = haystack.find(needle, read[role == "system"])
+        if at < 0:
+            needle = _squeezed(json.dumps(text, ensure_ascii=False)[1:-1])
+            at = haystack.find(needle, read[role == "system"])
+        if at < 0:
+            return index
+        read[role == "system"] = at + len(needle)
+    return None
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of an error's message, without its full stop."""
+    sentence = re.split(r"(?<=[.!?])\s|\n", str(error).strip(), maxsplit=1)[0].rstrip(".!")
+    return sentence[:_LONGEST_REASON] or type(error).__name__
