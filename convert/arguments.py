@@ -5,7 +5,7 @@ from pathlib import Path
 
 from convert.conversion import Options
 from llama_jax.config.llama_config import DTYPES
-from llama_jax.quantization import FORMATS
+from llama_jax.quantization import QUANTIZERS
 from llama_jax.terminal.arguments import Parser, size
 
 _EXAMPLES = """\
@@ -57,7 +57,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     Returns:
       command, json, and, by command,
         hf, meta, gguf, quantize, export: source, destination, dtype, quantize, max_memory (bytes),
-          resume, verify, check (None, True or a file)
+          resume, verify, check (None, True or a file), strict_config (not for meta)
         verify: source, destination
         inspect: path, mesh (None or "4x2")
     """
@@ -168,7 +168,7 @@ def _add_conversion(parser: argparse.ArgumentParser, command: str) -> None:
     else:
         parser.add_argument(
             "--quantize",
-            choices=FORMATS,
+            choices=QUANTIZERS,
             required=command == "quantize",
             help="weight-only format for the matrices of the layers: int8 and fp8 with one scale "
             "per output channel, int4 with one scale per 128 columns of an output channel",
@@ -181,6 +181,13 @@ def _add_conversion(parser: argparse.ArgumentParser, command: str) -> None:
         choices=DTYPES,
         help="dtype of the weights that are not quantized (default: unchanged)",
     )
+    if command != "meta":
+        parser.add_argument(
+            "--strict-config",
+            action="store_true",
+            help="refuse a source whose config.json or generation_config.json has unknown keys, "
+            "instead of warning",
+        )
     parser.add_argument(
         "--max-memory",
         type=size,

@@ -67,7 +67,7 @@ class Verified:
 
 def run_conversion(arguments: argparse.Namespace, progress: Progress) -> Converted:
     """Runs hf, meta, gguf, quantize or export."""
-    source = _open_source(arguments.command, arguments.source, progress)
+    source = _open_source(arguments, progress)
     with closing(source.reader) as reader:
         _check_companions(source)
         windows = None if arguments.check is None else _check_windows(source, arguments.check)
@@ -84,12 +84,13 @@ def run_conversion(arguments: argparse.Namespace, progress: Progress) -> Convert
         )
 
 
-def _open_source(command: str, name: str, progress: Progress) -> Source:
-    if command == "gguf":
-        return open_gguf(Path(name))
-    if command == "meta":
+def _open_source(arguments: argparse.Namespace, progress: Progress) -> Source:
+    name = arguments.source
+    if arguments.command == "meta":
         return open_meta(local_directory(name, "meta", progress))
-    return open_any(local_directory(name, "hf", progress))
+    if arguments.command == "gguf":
+        return open_gguf(Path(name), arguments.strict_config)
+    return open_any(local_directory(name, "hf", progress), arguments.strict_config)
 
 
 def _check_companions(source: Source) -> None:
@@ -140,12 +141,16 @@ def run_inspect(arguments: argparse.Namespace, progress: Progress) -> Inspection
         return inspect(reader, arguments.mesh)
 
 
-def open_any(path: Path) -> Source:
+def open_any(path: Path, strict_config: bool = False) -> Source:
     """Opens a checkpoint in any layout.
+
+    Args:
+      path: the directory.
+      strict_config: as for `open_source`.
 
     Raises:
       ConfigError, CheckpointError, GgufError: it is incomplete, damaged or not supported.
     """
     if find_gguf(path):
-        return open_gguf(path)
-    return open_meta(path) if is_meta(path) else open_source(path)
+        return open_gguf(path, strict_config)
+    return open_meta(path) if is_meta(path) else open_source(path, strict_config)

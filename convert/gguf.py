@@ -13,8 +13,12 @@ from llama_jax.gguf.header import read_header
 from llama_jax.gguf.tokenizer import write_tokenizer
 
 
-def open_gguf(path: Path) -> Source:
+def open_gguf(path: Path, strict_config: bool = False) -> Source:
     """Opens a GGUF file, or a directory that holds one model in GGUF.
+
+    Args:
+      path: the file or directory.
+      strict_config: whether unknown keys of its header are an error instead of a warning.
 
     Raises:
       GgufError, ConfigError, CheckpointError: it is incomplete, damaged or not supported.
@@ -27,6 +31,7 @@ def open_gguf(path: Path) -> Source:
             f"{path} is not a model in GGUF: try the commands hf or meta for another layout."
         )
     reader = GgufReader(path, parts)
+    reader.declared.report_unknown(strict_config)
 
     def write_companions(directory: Path, config: LlamaConfig) -> None:
         header = read_header(parts)

@@ -16,6 +16,7 @@ from llama_jax.checkpoint.orbax import ARRAY, STATE, WEIGHTS, OrbaxReader
 from llama_jax.checkpoint.reader import numpy_dtype
 from llama_jax.config import LlamaConfig
 from llama_jax.config.llama_config import QUANT_METHOD
+from llama_jax.weights.axes import kv_replicas
 from llama_jax.weights.table import LAYER_WEIGHTS, non_layer_weights
 
 GROUPS = ("embedding", "attention", "mlp", "norms", "head")
@@ -135,6 +136,7 @@ def device_shares(config: LlamaConfig, mesh: str) -> list[DeviceShare]:
     num_stages, num_ranks = parse_mesh(mesh)
     params = placements(config, num_stages, num_ranks)
     size = _bytes_by_group(params, config, num_stages, num_ranks)
+    replicas = kv_replicas(config, num_ranks)
     shares = []
     for stage, positions in enumerate(split_layers(config.num_layers, num_stages)):
         layers = [layer for layer in positions if layer is not None]
@@ -146,7 +148,7 @@ def device_shares(config: LlamaConfig, mesh: str) -> list[DeviceShare]:
                     layers=range(layers[0], layers[-1] + 1) if layers else range(0),
                     padding_layers=len(positions) - len(layers),
                     heads=_share(config.num_heads, rank, num_ranks),
-                    kv_heads=_share(config.num_kv_heads, rank, num_ranks),
+                    kv_heads=_share(config.num_kv_heads * replicas, rank, num_ranks, replicas),
                     bytes=size,
                 )
             )
@@ -180,9 +182,11 @@ def _bytes_by_group(
     return size
 
 
-def _share(count: int, rank: int, num_ranks: int) -> range:
+def _share(count: int, rank: int, num_ranks: int, replicas: int = 1) -> range:
+    """The indices of one rank's share of `count` items, each of which appears `replicas` times."""
     each = count // num_ranks
-    return range(rank * each, (rank + 1) * each)
+    first = rank * each // replicas
+    return range(first, first + each)
 
 
 def _files(reader: CheckpointReader) -> tuple[str, dict[str, int | None], int]:

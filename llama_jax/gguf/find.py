@@ -23,7 +23,9 @@ def find_gguf(path: Path) -> tuple[Path, ...]:
     try:
         if path.is_file():
             return _parts(path) if path.suffix == ".gguf" or _has_magic(path) else ()
-        if not path.is_dir() or any(path.glob("*.safetensors")) or (path / "weights").is_dir():
+        if not path.is_dir() or any(path.glob("*.safetensors")):
+            return ()
+        if (path / "weights" / "state").is_dir():  # converted
             return ()
         models = {_parts(file) for file in path.glob("*.gguf")}
     except OSError:  # such as a directory that may not be entered: the caller's errors name it

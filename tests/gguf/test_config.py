@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from llama_jax.checkpoint import open_checkpoint
-from llama_jax.config import LlamaConfig, RopeScaling
-from llama_jax.config.huggingface import generation_defaults
+from llama_jax.config import LlamaConfig
+from llama_jax.config.huggingface import read_checkpoint_config
+from llama_jax.config.rope_scaling import Llama3Scaling
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.gguf import GgufError
 from llama_jax.gguf.config import config_json
@@ -15,13 +16,13 @@ from llama_jax.gguf.header import GgufHeader, GgufTensor
 from sharding.errors import UserError
 from tests.support.gguf_file import rope_factors, tiny_model, write_gguf
 
-LLAMA_3_1 = RopeScaling(
+LLAMA_3_1 = Llama3Scaling(
     factor=8.0,
     low_freq_factor=1.0,
     high_freq_factor=4.0,
     original_max_position_embeddings=8192,
 )
-OTHER = RopeScaling(
+OTHER = Llama3Scaling(
     factor=5.5,
     low_freq_factor=1.0,
     high_freq_factor=3.0,
@@ -134,9 +135,11 @@ def test_ends_of_turns_are_recognized_by_their_ids_and_texts(tmp_path):
 def test_the_sampling_parameters_of_a_file_are_the_defaults(tmp_path):
     metadata = {"general.sampling.temp": 0.6, "general.sampling.top_p": 0.9}
     sampled = write_gguf(tmp_path / "a.gguf", tiny_model(), metadata=metadata)
-    assert generation_defaults(sampled) == SamplingParams(temperature=0.6, top_p=0.9)
+    assert read_checkpoint_config(sampled).generation_defaults() == SamplingParams(
+        temperature=0.6, top_p=0.9
+    )
     greedy = write_gguf(tmp_path / "b.gguf", tiny_model())
-    assert generation_defaults(greedy).temperature == 0
+    assert read_checkpoint_config(greedy).generation_defaults().temperature == 0
 
 
 def test_dense_layers_of_one_size_may_be_listed_per_layer(tmp_path):
