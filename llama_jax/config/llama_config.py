@@ -155,7 +155,7 @@ class LlamaConfig:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "LlamaConfig":
-        """Reads the configuration of a checkpoint directory.
+        """Reads the configuration of a checkpoint directory or a GGUF file.
 
         Raises:
           ConfigError: as `from_dict`, or config.json cannot be read.

@@ -83,7 +83,8 @@ class EngineOptions:
     """The checkpoint that an engine serves, and how.
 
     Attributes:
-      path: a checkpoint directory, in Hugging Face layout or this project's Orbax layout.
+      path: a checkpoint directory, in Hugging Face layout or this project's Orbax layout, or a
+        GGUF file.
       {options}
     """
 

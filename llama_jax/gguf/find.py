@@ -20,11 +20,16 @@ def find_gguf(path: Path) -> tuple[Path, ...]:
     Raises:
       GgufError: the directory holds several models, or parts of the model are missing.
     """
-    if path.is_file():
-        return _parts(path) if path.suffix == ".gguf" or _has_magic(path) else ()
-    if not path.is_dir() or any(path.glob("*.safetensors")) or (path / "weights").is_dir():
+    try:
+        if path.is_file():
+            return _parts(path) if path.suffix == ".gguf" or _has_magic(path) else ()
+        if not path.is_dir() or any(path.glob("*.safetensors")):
+            return ()
+        if (path / "weights" / "state").is_dir():  # converted
+            return ()
+        models = {_parts(file) for file in path.glob("*.gguf")}
+    except OSError:  # such as a directory that may not be entered: the caller's errors name it
         return ()
-    models = {_parts(file) for file in path.glob("*.gguf")}
     if len(models) > 1:
         names = sorted(parts[0].name for parts in models)
         shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
@@ -35,11 +40,8 @@ def find_gguf(path: Path) -> tuple[Path, ...]:
 
 
 def _has_magic(file: Path) -> bool:
-    try:
-        with file.open("rb") as opened:
-            return opened.read(len(MAGIC)) == MAGIC
-    except OSError:
-        return False
+    with file.open("rb") as opened:
+        return opened.read(len(MAGIC)) == MAGIC
 
 
 def _parts(file: Path) -> tuple[Path, ...]:

@@ -61,7 +61,8 @@ class LLM:
         """Starts an engine and returns when it can generate.
 
         Args:
-          path: a checkpoint directory, in Hugging Face layout or this project's Orbax layout.
+          path: a checkpoint directory, in Hugging Face layout or this project's Orbax layout, or a
+            GGUF file.
           {options}
           in_process: run the engine in a thread of this process, where `engine` and `model` reach
             it. The tokens are the same. The engine shares JAX with your own programs: JAX keeps the

@@ -223,7 +223,7 @@ class Llama(TappedModule):
 
     @classmethod
     def from_pretrained(cls, path: str, dtype: str = "auto") -> Self:
-        """Loads a checkpoint directory (Hugging Face or Orbax layout) to the default device.
+        """Loads a checkpoint (Hugging Face or Orbax layout, or GGUF) to the default device.
 
         Args:
           path: the directory.

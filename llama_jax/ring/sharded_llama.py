@@ -83,7 +83,7 @@ class ShardedLlama:
         dtype: str = "auto",
         model_class: type[Llama] = Llama,
     ) -> Self:
-        """Loads a checkpoint directory (Hugging Face or Orbax layout) onto a mesh.
+        """Loads a checkpoint (Hugging Face or Orbax layout, or GGUF) onto a mesh.
 
         Args:
           path: the directory.

@@ -68,8 +68,8 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         metavar="PATH",
         type=Path,
-        help="checkpoint directory, in Hugging Face layout or as written by `python -m convert` "
-        "(default: the demo checkpoint of the repository)",
+        help="checkpoint directory, in Hugging Face layout or as written by `python -m convert`, "
+        "or a GGUF file (default: the demo checkpoint of the repository)",
     )
     model.add_argument(
         "--served-model-name",

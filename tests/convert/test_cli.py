@@ -225,7 +225,7 @@ def test_a_changed_byte_is_found(source, tmp_path, capsys):
     ("arguments", "token"),
     [
         ("", "COMMAND"),
-        ("gguf A B", "'gguf'"),
+        ("onnx A B", "'onnx'"),
         ("hf A", "DST"),
         ("hf A B --quantize int3", "'int3'"),
         ("hf A B --dtype float64", "'float64'"),

@@ -105,6 +105,7 @@ def test_what_a_path_stands_for(tmp_path):
     assert find_gguf(file.parent) == (file,)
     (file.parent / "model.safetensors").touch()
     assert find_gguf(file.parent) == ()
+    assert find_gguf(tmp_path / ("long" * 100)) == ()  # the system refuses such a name
 
 
 def test_a_directory_of_several_models_needs_a_choice(tmp_path):

@@ -23,15 +23,15 @@ pytestmark = pytest.mark.slow
 
 QUESTIONS = [
     "What is the capital of France?",
-    "Write one sentence about the sea.",
+    "Write one sentence about the ocean.",
     "Count from 1 to 10.",
-    "Explain in one sentence why the sky is blue.",
+    "Name three colors.",
 ]
 MAX_TOKENS = 32
-OPTIONS = {"max_model_len": 256, "max_num_seqs": 4, "max_chunk": 64}
+OPTIONS = {"max_model_len": 128, "max_num_seqs": 1, "max_chunk": 64}
 # Logits of the two programs differ by about 1e-4. A smaller distance between the best two could
 # decide a token differently; the questions have none.
-CLEAR = 2e-3
+CLEAR = 1e-2
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def reference(path):
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         if "q_proj" in hf_name or "k_proj" in hf_name:
             values = values.reshape(-1, 32, 2, 576).swapaxes(1, 2)  # heads, pairs, halves
-        weight.copy_(torch.from_numpy(np.ascontiguousarray(values)).reshape(weight.shape))
+        weight.copy_(torch.from_numpy(np.array(values)).reshape(weight.shape))
     assert not stored
     model.tie_weights()
     return model.eval()

@@ -1,0 +1,106 @@
+"""Llama 3.1's own tokenizer: the ids of texts and chats are those of transformers.
+
+The same holds for the tokenizer after it went through a GGUF file.
+"""
+
+import random
+
+import pytest
+import transformers
+from tokenizers import Tokenizer as Backend
+
+from llama_jax.gguf.header import GgufHeader
+from llama_jax.gguf.tokenizer import write_tokenizer
+from llama_jax.text.tokenizer import Tokenizer
+from tests.support.gguf_file import gpt2_metadata
+from tests.support.real_models import llama_3_1_tokenizer
+
+pytestmark = pytest.mark.slow
+
+BOS, EOT = "<|begin_of_text|>", "<|eot_id|>"
+PIECES = [
+    *"Hello world the QUICK brown fox I'll we've don't THEY'RE naïve café Straße ÇA".split(),
+    *"日本語 中文字符 한국어 русский العربية עברית हिन्दी ไทย Ελληνικά İstanbul ǅ".split(),
+    *"0 12 123 1234 12345678 3.14159 1,000,000 ½ ٣٤٥ ⅷ 0x7f 2026-11-26".split(),
+    *"🙂 👩‍👩‍👧‍👦 🇩🇪 e\u0301 \u200b \ufeff \u00a0 \x00 \x7f ﬁ \ud7ff \U0010ffff".split(" "),
+    *"def f(x): return x**2 # {}[]()<>;:'\"\\/|`~!@#$%^&*-_=+ //// ---- !!!? ...".split(),
+    *("\n", "\n\n", "\r\n", "\t", "  ", "    ", " \n ", "\u3000", "\u2028"),
+    *"https://example.org/a?b=c&d=e#f user@example.com C:\\dir\\file.txt <b>bold</b>".split(),
+    *"antidisestablishmentarianism aaaaaaaaaaaaaaaaaaaaaaaa xyzzyxyzzyxyzzy".split(),
+]
+SPECIAL = [
+    BOS,
+    EOT,
+    "<|start_header_id|>",
+    "<|python_tag|>",
+    "<|eot_id",
+    "<|reserved_special_token_5|>",
+]
+
+
+def texts(count, seed=0, pieces=PIECES):
+    """Random texts of up to 30 pieces, with and without spaces between them."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        separator = rng.choice(["", " ", " ", " ", "\n"])
+        yield separator.join(rng.choices(pieces, k=rng.randrange(31)))
+
+
+def chats(count):
+    rng, contents = random.Random(1), texts(10 * count, seed=2)
+    for _ in range(count):
+        chat = [{"role": "system", "content": next(contents)}] if rng.random() < 0.5 else []
+        for turn in range(rng.choice([1, 3, 5])):
+            role = "assistant" if turn % 2 else "user"
+            chat.append({"role": role, "content": next(contents).strip() or "."})
+        yield chat
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return transformers.AutoTokenizer.from_pretrained(llama_3_1_tokenizer(), local_files_only=True)
+
+
+@pytest.fixture(scope="module", params=["as published", "through GGUF"])
+def tokenizer(request, tmp_path_factory):
+    path = llama_3_1_tokenizer()
+    if request.param == "as published":
+        return Tokenizer(path)
+    settings = transformers.PreTrainedTokenizerFast.from_pretrained(path)
+    metadata = gpt2_metadata(
+        Backend.from_file(str(path / "tokenizer.json")),
+        "llama-bpe",
+        bos=BOS,
+        eos=EOT,
+        chat_template=settings.chat_template,
+    )
+    folder = tmp_path_factory.mktemp("llama_3_1")
+    write_tokenizer(GgufHeader(folder / "model.gguf", metadata, {}), folder)
+    return Tokenizer(folder)
+
+
+def test_ids_of_texts(tokenizer, reference):
+    seen = set()
+    for text in texts(2000):
+        ids = tokenizer.encode(text)
+        assert ids == reference(text).input_ids, repr(text)
+        assert ids[0] == 128000
+        seen.update(ids)
+    assert len(seen) > 300, "the texts are not varied"
+
+
+def test_ids_of_texts_with_special_tokens(tokenizer, reference):
+    for text in texts(200, seed=3, pieces=PIECES + 3 * SPECIAL):
+        if not text.startswith(BOS):
+            assert tokenizer.encode(text) == reference(text).input_ids, repr(text)
+
+
+def test_ids_of_chats(tokenizer, reference):
+    for chat in chats(50):
+        wanted = reference.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        assert tokenizer.encode_chat(chat) == wanted, chat
+
+
+def test_texts_come_back(tokenizer):
+    for text in texts(200, seed=4):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
