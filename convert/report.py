@@ -19,6 +19,7 @@ _LAYOUTS = {
     "orbax": "Orbax (this project's)",
     "huggingface": "Hugging Face",
     "meta": "Meta's original release",
+    "gguf": "GGUF",
 }
 _MAX_DIFFERENCES = 20  # shown
 
@@ -182,8 +183,11 @@ def _quantization(outcome: Inspection) -> str:
     quantization = outcome.config.quantization
     assert quantization is not None
     text = f"{quantization.format}, all matrices of the layers"
-    if quantization.format == "int4":
-        text += f", groups of up to {quantization.group_size}"
+    if quantization.plain:
+        text += f" but {len(quantization.plain)}"
+    if quantization.format not in ("int8", "fp8"):
+        size = quantization.group_size
+        text += ", one group per row" if size == -1 else f", groups of up to {size}"
     return text + (f" (by {outcome.quantized_by})" if outcome.quantized_by else "")
 
 

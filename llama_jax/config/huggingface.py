@@ -36,6 +36,7 @@ from llama_jax.config.json_values import (
 from llama_jax.config.llama_config import LlamaConfig
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.config.unknown_keys import report_unknown
+from llama_jax.gguf.config import read_gguf_config
 
 _CONFIG = "config.json"
 _GENERATION_CONFIG = "generation_config.json"
@@ -97,30 +98,21 @@ def read_checkpoint_config(path: str | Path) -> CheckpointConfig:
     """Reads config.json, generation_config.json and hf_quant_config.json, each once.
 
     The last two are optional. hf_quant_config.json, which modelopt writes, counts only if
-    config.json has no quantization_config.
+    config.json has no quantization_config. The header of a GGUF file takes the place of all three.
 
     Raises:
+      GgufError: the header cannot be read or translated.
       ConfigError: there is no config.json, a file is not a JSON object, or the model is not a Llama
         that this package computes exactly.
     """
     path = Path(path)
-    file = path / _CONFIG
-    if not file.is_file():
-        raise ConfigError(
-            f"{path} holds no config.json: give the directory of a checkpoint in Hugging Face "
-            "layout, or of one that `python -m convert` wrote."
-        )
-    content, generation_config = _read_object(file), _read_generation_config(path)
-    modelopt_file = path / MODELOPT_FILE
-    if content.get("quantization_config") is None and modelopt_file.is_file():
-        quantization = modelopt_quantization(_read_object(modelopt_file), modelopt_file)
-        content["quantization_config"] = quantization
+    file, content, generation_config = read_gguf_config(path) or _read_json_files(path)
     try:
         config, stored, unknown = parse_config(content, generation_config)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
     unknown_keys = {
-        _CONFIG: unknown,
+        file.name: unknown,
         _GENERATION_CONFIG: unknown_generation_keys(generation_config),
     }
     return CheckpointConfig(path, config, stored, generation_config, unknown_keys)
@@ -172,8 +164,23 @@ def _dtype(config: dict[str, Any]) -> str:
     return "float32" if dtype == "auto" else dtype.removeprefix("torch.")
 
 
-def _read_generation_config(path: str | Path) -> dict[str, Any]:
-    file = Path(path) / _GENERATION_CONFIG
+def _read_json_files(path: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The path of config.json, its contents, and those of generation_config.json."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise ConfigError(
+            f"{path} holds no config.json: give the directory of a checkpoint in Hugging Face "
+            "layout, or of one that `python -m convert` wrote."
+        )
+    content, modelopt_file = _read_object(file), path / MODELOPT_FILE
+    if content.get("quantization_config") is None and modelopt_file.is_file():
+        quantization = modelopt_quantization(_read_object(modelopt_file), modelopt_file)
+        content["quantization_config"] = quantization
+    return file, content, _read_generation_config(path)
+
+
+def _read_generation_config(path: Path) -> dict[str, Any]:
+    file = path / _GENERATION_CONFIG
     return _read_object(file) if file.is_file() else {}
 
 

@@ -23,20 +23,23 @@ _MAX_LAYERS = 1000  # an absurd config.json must not fill the memory with tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """How the matrices of the layers are quantized: all of them, and no other weight.
+    """How the matrices of the layers are quantized. No other weight is.
 
     Attributes:
       format: a name from `quantization.FORMATS`.
-      group_size: input columns that share a scale, in formats with groups; even. Groups are smaller
-        in a matrix where they would straddle the boundary between two KV heads' columns (no
-        published Llama 3 has one), so that every mesh can split it.
+      group_size: input columns that share a scale, in formats with groups; even, or -1 for one
+        scale per row. Groups are smaller in a matrix where they would straddle the boundary between
+        two KV heads' columns, so that every mesh can split it. Act-order formats keep theirs.
+      plain: the modules whose matrix is not quantized, such as "model.layers.0.mlp.up_proj".
 
     Raises:
-      ConfigError: the format is unknown, or the group size is not an even positive integer.
+      ConfigError: the format is unknown, the group size is neither -1 nor an even positive integer,
+        or `plain` is not a tuple of strings.
     """
 
     format: str
     group_size: int = 128
+    plain: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -45,8 +48,16 @@ class Quantization:
             )
         if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
             raise ConfigError(f"group_size must be an integer, got {self.group_size!r}.")
-        if self.group_size < 2 or self.group_size % 2:
+        if self.group_size != -1 and (self.group_size < 2 or self.group_size % 2):
             raise ConfigError(f"group_size must be even and positive, got {self.group_size}.")
+        if not all(isinstance(module, str) for module in self.plain):
+            raise ConfigError(f"plain must be a list of names of modules, got {self.plain!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of a quantization_config that `parse_quantization` reads back."""
+        plain = {"plain": list(self.plain)} if self.plain else {}
+        own = {"quant_method": QUANT_METHOD, "format": self.format, "group_size": self.group_size}
+        return own | plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,9 +187,7 @@ class LlamaConfig:
         Rope parameters are spelled as in transformers 4, which transformers 5 reads as well.
         """
         eos = list(self.eos_token_ids)
-        quantization = self.quantization and {
-            "quantization_config": {"quant_method": QUANT_METHOD, **asdict(self.quantization)}
-        }
+        quantization = self.quantization and {"quantization_config": self.quantization.to_dict()}
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",

@@ -1,4 +1,4 @@
-"""What can go wrong between a client and the engine. Imports no JAX."""
+"""Errors that an engine and its client report. Imports no JAX."""
 
 from typing import Literal
 
@@ -36,6 +36,10 @@ class EngineStartError(RuntimeError):
 
 class EngineDead(RuntimeError):
     """The engine has ended and answers no more requests."""
+
+
+class EngineClosed(EngineDead):
+    """The engine has been told to end: by `close`, or by a signal."""
 
 
 class GenerationFailed(RuntimeError):

@@ -33,6 +33,19 @@ def check_options(options: EngineOptions, config: LlamaConfig) -> None:
         )
 
 
+def check_stages(num_stages: int, config: LlamaConfig) -> None:
+    """Checks that every stage of a mesh gets a layer.
+
+    Raises:
+      SizingError: there are more stages than layers.
+    """
+    if num_stages > config.num_layers:
+        raise SizingError(
+            f"The mesh has {num_stages} stages, but the model has only {config.num_layers} layers: "
+            "use a mesh with fewer stages."
+        )
+
+
 def gpu_cache_bytes(free: Sequence[int], weights: int) -> int:
     """Returns the bytes that the KV cache may take on each GPU.
 

@@ -16,6 +16,7 @@ MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
     "kv_heads": MODEL,
     "mlp": MODEL,
     "vocab": (STAGE, MODEL),
+    "groups": None,  # of an array that has every group of a row, though the mesh splits the row
 }
 
 

@@ -1,6 +1,7 @@
 """The weights on the mesh: the pytree that holds them, its shapes and its partition specs."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from llama_jax.weights.table import (
     StoredTensor,
     Weight,
     is_quantized,
+    quantized_tree,
     stored_tree,
 )
 from sharding.errors import UserError
@@ -35,7 +37,9 @@ class Params(NamedTuple):
       lm_head: `[V', D]`; None if the embeddings are tied.
       layers: for each layer position of a stage, weight name → `[num_stages, ...]`, or a named
         tuple of such arrays for a quantized weight. Each position has its own arrays: XLA would
-        copy the slices of one stacked array in every tick.
+        copy the slices of one stacked array in every tick. All stages run the same program, so a
+        matrix is quantized at a position only if it is on every stage: in a partly quantized
+        checkpoint, the others at that position are dequantized.
     """
 
     embedding: Any
@@ -54,6 +58,8 @@ class Placement:
         None for an array that is not stacked.
       shape: of the global array, with padding, replicas and the axis over stages.
       spec: its partition spec.
+      dequantize: for an array that is not quantized, each layer that the checkpoint stores
+        quantized → the tensors of its format, with their full names.
       kv_replicas: see `weights.axes.kv_replicas`; the array holds each KV head this many times.
     """
 
@@ -61,6 +67,7 @@ class Placement:
     layers: tuple[int | None, ...] | None
     shape: tuple[int, ...]
     spec: P
+    dequantize: Mapping[int, Any] = field(default_factory=dict)
     kv_replicas: int = 1
 
     def dtype(self, activations: np.dtype) -> np.dtype:
@@ -99,7 +106,7 @@ def placements(config: LlamaConfig, num_stages: int, num_ranks: int) -> Params:
     replicas = kv_replicas(config, num_ranks)
 
     def unstacked(weight: Weight) -> Placement:
-        tensor = stored_tree(weight, config)
+        tensor = stored_tree(weight, config, 0)
         sizes = [
             round_up(size, num_stages * num_ranks) if axis == "vocab" else size
             for axis, size in zip(tensor.axes, tensor.shape, strict=True)
@@ -107,15 +114,22 @@ def placements(config: LlamaConfig, num_stages: int, num_ranks: int) -> Params:
         return Placement(tensor, None, tuple(sizes), partition_spec(tensor.axes, MESH_AXES))
 
     def stacked(weight: Weight, layers: tuple[int | None, ...]) -> Any:
+        here = [layer for layer in layers if layer is not None]
+        quantized = [layer for layer in here if is_quantized(weight, config, layer)]
+        # If any layer is plain, its array is, too, and the others are dequantized.
+        plain = next((layer for layer in here if layer not in quantized), None)
+        dequantize = {} if plain is None else {n: _parts(weight, config, n) for n in quantized}
+
         def place(tensor: StoredTensor) -> Placement:
             sizes = [
                 size * replicas if axis == "kv_heads" else size
                 for axis, size in zip(tensor.axes, tensor.shape, strict=True)
             ]
             spec = partition_spec(tensor.axes, MESH_AXES, stacked=True)
-            return Placement(tensor, layers, (num_stages, *sizes), spec, replicas)
+            shape = (num_stages, *sizes)
+            return Placement(tensor, layers, shape, spec, dequantize, replicas)
 
-        return jax.tree.map(place, stored_tree(weight, config))
+        return jax.tree.map(place, stored_tree(weight, config, here[0] if plain is None else plain))
 
     return Params(
         embedding=unstacked(EMBEDDING),
@@ -125,6 +139,14 @@ def placements(config: LlamaConfig, num_stages: int, num_ranks: int) -> Params:
             {weight.name: stacked(weight, layers) for weight in LAYER_WEIGHTS}
             for layers in zip(*split_layers(config.num_layers, num_stages), strict=True)
         ),
+    )
+
+
+def _parts(weight: Weight, config: LlamaConfig, layer: int) -> Any:
+    """The tensors of a quantized matrix of one layer, with their full names."""
+    return jax.tree.map(
+        lambda tensor: replace(tensor, hf_name=tensor.hf_name.format(layer=layer)),
+        quantized_tree(weight, config),
     )
 
 
@@ -165,8 +187,10 @@ def _check(config: LlamaConfig, num_ranks: int) -> None:
     split = {"attention heads": config.num_heads, "MLP columns": config.mlp_dim}
     # The arrays of a quantized matrix are split like the matrix. They have its rows, but fewer
     # columns: several packed in a byte, or one per group.
+    layers = range(config.num_layers)
     for weight in LAYER_WEIGHTS:
-        for part in stored_tree(weight, config) if is_quantized(weight, config) else ():
+        quantized = any(is_quantized(weight, config, layer) for layer in layers)
+        for part in quantized_tree(weight, config) if quantized else ():
             if len(part.axes) == 2 and MESH_AXES[part.axes[1]]:
                 split[f"columns of {part.hf_name.format(layer=0)}"] = part.shape[1]
 

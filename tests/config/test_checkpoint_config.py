@@ -9,6 +9,7 @@ import pytest
 from llama_jax.checkpoint import open_checkpoint
 from llama_jax.config import ConfigError, Quantization
 from llama_jax.config.huggingface import read_checkpoint_config
+from llama_jax.config.huggingface_quantization import StoredQuantization
 from tests.support.tiny_checkpoint import write_checkpoint
 
 
@@ -49,5 +50,7 @@ def test_the_tool_that_quantized_is_known(tmp_path):
         json.dumps(json.loads(file.read_text()) | {"quantization_config": quantization})
     )
     declared = read_checkpoint_config(tmp_path)
-    assert declared.quantization == ("fbgemm_fp8", "fp8", Quantization(format="fp8"))
+    assert declared.quantization == StoredQuantization(
+        "fbgemm_fp8", "fp8", Quantization(format="fp8")
+    )
     assert declared.config.quantization == Quantization(format="fp8")

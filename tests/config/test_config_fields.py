@@ -92,7 +92,7 @@ OTHER_SCALINGS = {
 }
 
 # Compared with int4 in groups of 8.
-QUANTIZATION = {"format": "fp8", "group_size": 4}
+QUANTIZATION = {"format": "fp8", "group_size": 4, "plain": ("model.layers.0.mlp.up_proj",)}
 
 
 def write(path, config: LlamaConfig) -> str:
@@ -107,7 +107,9 @@ def write(path, config: LlamaConfig) -> str:
     weights = {name: _pattern(name, tensor.shape) for name, tensor in plain.items()}
     if config.quantization:
         how = config.quantization
-        weights = quantize(weights, config.num_kv_heads, how.format, how.group_size)
+        quantized = quantize(weights, config.num_kv_heads, how.format, how.group_size)
+        plain = {f"{module}.weight" for module in how.plain}
+        weights = {name: weights[name] if name in plain else quantized[name] for name in weights}
     save_weights(weights, path)
     return str(path)
 
@@ -190,7 +192,8 @@ def test_a_field_of_the_quantization_changes_the_logits(tmp_path, name):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_quantization_survives_config_json(name):
-    config = dataclasses.replace(BASE, quantization=Quantization(format=name, group_size=32))
+    quantization = Quantization(format=name, group_size=-1, plain=("model.layers.1.mlp.up_proj",))
+    config = dataclasses.replace(BASE, quantization=quantization)
     assert LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 

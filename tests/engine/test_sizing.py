@@ -18,6 +18,7 @@ from llama_jax.engine.sizing import (
     CPU_CACHE_BYTES,
     SizingError,
     check_options,
+    check_stages,
     choose_results_late,
     choose_sizes,
     gpu_cache_bytes,
@@ -232,6 +233,12 @@ def test_options_at_their_limits():
 def test_the_memory_that_the_error_asks_for_is_enough():
     sizes, longest = choose(kv_cache_memory=49152, max_model_len=64)
     assert (sizes.num_pages, longest) == (4, 64)
+
+
+def test_every_stage_needs_a_layer():
+    check_stages(CONFIG.num_layers, CONFIG)
+    with pytest.raises(SizingError):
+        check_stages(CONFIG.num_layers + 1, CONFIG)
 
 
 @pytest.mark.parametrize(("factor", "longest"), [(4.0, 2048), (1.5, 768)])

@@ -162,7 +162,7 @@ assert beside == alone and calls > 5, calls
 
 def test_a_mesh_with_more_devices_than_jax_has(checkpoint: Path) -> None:
     with pytest.raises(EngineStartError, match="16 devices") as caught:
-        LLM(checkpoint, "8x2", in_process=True, **SMALL)
+        LLM(checkpoint, "2x8", in_process=True, **SMALL)
     assert "\n" not in str(caught.value)
 
 
