@@ -153,7 +153,8 @@ def parse_config(config: dict[str, Any], generation_config: dict[str, Any]) -> P
         quantization=stored and stored.quantization,
         eos_token_ids=eos,
     )
-    return ParsedConfig(parsed, stored, (*unknown_config_keys(config), *rope.unknown))
+    unknown = (*unknown_config_keys(config), *rope.unknown, *(stored.unknown if stored else ()))
+    return ParsedConfig(parsed, stored, unknown)
 
 
 def _dtype(config: dict[str, Any]) -> str:

@@ -220,6 +220,12 @@ def test_unknown_keys_are_one_warning(unknown_at, caplog):
     assert "absent" not in record.getMessage() and "nothing" not in record.getMessage()
 
 
+def test_unknown_keys_of_the_quantization_are_named(unknown_at):
+    quantization = {"quant_method": "fbgemm_fp8", "surprise": 1}
+    declared = read_checkpoint_config(unknown_at({"quantization_config": quantization}, {}))
+    assert declared.unknown["config.json"] == ("quantization_config.surprise",)
+
+
 def test_strictly_unknown_keys_are_an_error(unknown_at):
     declared = read_checkpoint_config(unknown_at({}, {"theta": 1}))
     with pytest.raises(ConfigError, match="theta"):
