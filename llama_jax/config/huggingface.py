@@ -157,7 +157,8 @@ def parse_config(config: dict[str, Any], generation_config: dict[str, Any]) -> P
         quantization=stored and stored.quantization,
         eos_token_ids=tuple(dict.fromkeys(eos)),
     )
-    return ParsedConfig(parsed, stored, (*unknown_config_keys(config), *rope.unknown))
+    unknown = (*unknown_config_keys(config), *rope.unknown, *(stored.unknown if stored else ()))
+    return ParsedConfig(parsed, stored, unknown)
 
 
 def _with_eos_token(config: LlamaConfig, path: Path) -> LlamaConfig:

@@ -1,8 +1,8 @@
-"""The keys of config.json and generation_config.json, by what this package does with them.
+"""The known keys of config.json and generation_config.json.
 
-A key is read; it cannot change the answers (`HARMLESS`); or it must have one of the values that
-change nothing (`ONLY_VALUE`). A key with another value of these is refused. Any other key is
-unknown: it is named in a warning and has no effect. Imports no JAX.
+Each is read (`..._READ`), cannot change the answers (`..._HARMLESS`), or changes the computation
+unless it has one of a few values (`..._ONLY_VALUE`); other values are refused. Keys in none of
+these lists are unknown: they are ignored, and a warning names them. Imports no JAX.
 """
 
 from typing import Any
@@ -35,7 +35,7 @@ CONFIG_HARMLESS = frozenset(
     unsloth_version use_bfloat16 use_flash_attn use_flash_attention_2
     """.split()
 )
-# Settings of other models that descend from Llama, with the values that make them Llama.
+# Settings of other architectures, with the values that describe a Llama.
 CONFIG_ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "is_causal": (True,),
@@ -65,8 +65,8 @@ CONFIG_ONLY_VALUE: dict[str, tuple[Any, ...]] = {
 GENERATION_READ = frozenset(
     "do_sample eos_token_id min_p repetition_penalty temperature top_k top_p".split()
 )
-# Lengths, which each request sets; settings of beam search, which is refused; assistants, which
-# only make generation faster; caches, output formats and bookkeeping.
+# Length limits, which each request sets itself; options of beam search, which is refused;
+# assistant models, which only make generation faster; caches, output formats and bookkeeping.
 GENERATION_HARMLESS = frozenset(
     """
     _commit_hash _from_model_config _name_or_path assistant_confidence_threshold
@@ -100,6 +100,8 @@ GENERATION_ONLY_VALUE: dict[str, tuple[Any, ...]] = {
         ([], {}),
     ),
 }
+# Entries of `auto_map` other than a model's own code, which is not run here.
+_NO_MODEL = ("AutoConfig", "AutoTokenizer", "AutoProcessor")
 _GENERATION = GENERATION_READ | GENERATION_HARMLESS | GENERATION_ONLY_VALUE.keys()
 
 
@@ -121,7 +123,7 @@ def refuse_other_models(config: Object) -> None:
             f"architectures is {quoted(architectures)}: only LlamaForCausalLM, a language model "
             "with an LM head, is supported."
         )
-    if "quantization" in config:
+    if isinstance(config.get("quantization"), dict):
         raise ConfigError(
             "The checkpoint is in MLX's format (quantization in its config.json), which is not "
             "supported: use the original checkpoint, and convert it with --quantize if you need a "
@@ -146,8 +148,8 @@ def refuse_other_models(config: Object) -> None:
 def unknown_config_keys(config: Object) -> list[str]:
     """The unknown keys of a config.json without null values, in order.
 
-    Older versions of transformers write the generation settings there, too. They have no effect:
-    only generation_config.json sets the defaults of requests.
+    Older versions of transformers also write generation settings to config.json. They have no
+    effect: the defaults of requests come from generation_config.json alone.
     """
     known = CONFIG_READ | CONFIG_HARMLESS | CONFIG_ONLY_VALUE.keys() | _GENERATION
     unknown = config.keys() - known - {"auto_map", "layer_types", "sliding_window"}
@@ -157,10 +159,6 @@ def unknown_config_keys(config: Object) -> list[str]:
     ):
         unknown.add("auto_map")
     return sorted(unknown)
-
-
-# Entries of `auto_map` that name no code of a model, which would not be run.
-_NO_MODEL = ("AutoConfig", "AutoTokenizer", "AutoProcessor")
 
 
 def unknown_generation_keys(generation_config: Object) -> list[str]:

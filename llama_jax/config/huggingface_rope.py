@@ -34,10 +34,10 @@ _YARN = {
     "mscale", "mscale_all_dim", "truncate",
 }  # fmt: skip
 _USED = {"linear": {"factor"}, "dynamic": {"factor"}, "llama3": _LLAMA3, "yarn": _YARN}
-# Tools write the original length with types that do not need it, and YaRN's authors whether the
-# model was trained with the scaling.
+# Some tools write the original length for every type; YaRN's authors also write whether the model
+# was fine-tuned with the scaling.
 _HARMLESS = {"original_max_position_embeddings", "finetuned"}
-# Settings of other rotary embeddings, and the value with which they change nothing.
+# Parameters of other rotary embeddings, with the value that changes nothing.
 _ONLY_VALUE: dict[str, Any] = {
     "partial_rotary_factor": 1.0,
     "attn_factor": 1.0,
@@ -167,8 +167,11 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def _original_length(rope: Object, config: Object) -> int:
-    """The context length before its extension. As in transformers, one beside the rotary parameters
-    counts more than one inside, and the default is the present length."""
+    """The context length before its extension.
+
+    As in transformers, a length at the top level of config.json takes precedence over one among the
+    rotary parameters, and `max_position_embeddings` is the default.
+    """
     key = "original_max_position_embeddings"
     given = rope | present({key: config.get(key)})
     return get_positive_int(given, key, get_positive_int(config, "max_position_embeddings"))

@@ -9,7 +9,7 @@ Object = dict[str, Any]
 
 
 def present(content: Object) -> Object:
-    """The keys whose value is not null: everywhere in a checkpoint's files, null means absent."""
+    """The entries whose value is not null. In a checkpoint's files, null means absent."""
     return {key: value for key, value in content.items() if value is not None}
 
 
@@ -17,7 +17,7 @@ def get_object(content: Object, key: str) -> Object:
     """The object under a key, without its null values; `{}` if the key is absent.
 
     Raises:
-      ConfigError: the value is no object.
+      ConfigError: the value is not an object.
     """
     value = content.get(key, {})
     if not isinstance(value, dict):
@@ -29,7 +29,7 @@ def get_bool(content: Object, key: str, default: bool) -> bool:
     """The boolean under a key.
 
     Raises:
-      ConfigError: the value is no boolean.
+      ConfigError: the value is not a boolean.
     """
     value = content.get(key, default)
     if not isinstance(value, bool):
@@ -41,7 +41,7 @@ def get_positive_int(content: Object, key: str, default: int | None = None) -> i
     """The positive integer under a key, less than 2³¹.
 
     Raises:
-      ConfigError: the key is absent without a default, or the value is no such integer.
+      ConfigError: the value is not such an integer, or there is neither a value nor a default.
     """
     value = _given(content, key, default)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
@@ -53,7 +53,7 @@ def get_positive_float(content: Object, key: str, default: float | None = None) 
     """The positive, finite number under a key.
 
     Raises:
-      ConfigError: the key is absent without a default, or the value is no such number.
+      ConfigError: the value is not such a number, or there is neither a value nor a default.
     """
     value = _given(content, key, default)
     if is_number(value) and 0 < value < math.inf:
@@ -76,7 +76,7 @@ def get_token_ids(content: Object, key: str) -> tuple[int, ...]:
     """The ids under a key that may hold one id, a list of ids, or nothing.
 
     Raises:
-      ConfigError: the value is something else.
+      ConfigError: the value is anything else.
     """
     value = content.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
@@ -87,7 +87,7 @@ def get_token_ids(content: Object, key: str) -> tuple[int, ...]:
 
 
 def quoted(value: Any) -> str:
-    """A JSON value for a message, cut if it is long."""
+    """A JSON value as text for a message, truncated if it is long."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, or deep nesting

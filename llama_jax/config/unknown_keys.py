@@ -1,7 +1,7 @@
-"""What happens with keys that nobody here has heard of: one warning, or an error. Imports no JAX.
+"""Unknown keys in a checkpoint's JSON files: one warning, or an error. Imports no JAX.
 
-The warning goes through `logging`, not `warnings`: the user can do nothing about the file, and a
-command line and a notebook without a logging configuration show exactly the sentence.
+The warning uses `logging`, not `warnings`. Terminals and notebooks then show the bare message, even
+if logging is not configured, and not a line of this package's source.
 """
 
 import logging

@@ -91,11 +91,11 @@ def _llama3(frequencies: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
 
 def _yarn(frequencies: np.ndarray, scaling: YarnScaling, config: LlamaConfig) -> np.ndarray:
     """Keeps the pairs that rotate more than `beta_fast` times in the original context, stretches
-    those that rotate less than `beta_slow` times by `factor`, and interpolates between the two by
+    those that rotate fewer than `beta_slow` times by `factor`, and interpolates between the two by
     the index of the pair."""
 
     def pair(rotations: float) -> float:
-        """The index, as a real number, of the pair that rotates so often."""
+        """The index, as a real number, of the pair that rotates this many times."""
         wavelength = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
         return config.head_dim * math.log(wavelength) / (2 * math.log(config.rope_theta))
 

@@ -153,6 +153,40 @@ def test_what_other_tools_write_opens(keys):
     assert parsed.unknown == ()
 
 
+def test_a_config_that_went_through_gguf_opens():
+    """As transformers 5.24.0 saves it after AutoConfig.from_pretrained(..., gguf_file=...)."""
+    content = {
+        "_model_name_or_path": "Llama 3 tiny",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+        "head_dim": 8,
+        "hidden_act": "silu",
+        "hidden_size": 32,
+        "initializer_range": 0.02,
+        "intermediate_size": 48,
+        "max_position_embeddings": 512,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "pad_token_id": 3,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 9.999999747378752e-06,
+        "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
+        "tie_word_embeddings": True,
+        "transformers_version": "5.24.0",
+        "unk_token_id": 0,
+        "use_cache": True,
+        "vocab_size": 4,
+    }
+    config, _, unknown = parse_config(content, {})
+    assert (config.head_dim, config.rope_theta, config.norm_eps) == (8, 5e5, 9.999999747378752e-06)
+    assert unknown == ()
+
+
 def test_without_rope_theta_it_is_that_of_transformers():
     older = {key: value for key, value in FILE.items() if key != "rope_theta"}
     theirs = transformers.LlamaConfig(**copy.deepcopy(older))
@@ -184,6 +218,12 @@ def test_unknown_keys_are_one_warning(unknown_at, caplog):
     names = ("zeta", "eta", "rope_scaling.spin", "rope_scaling.low_freq_factor", "theta")
     assert all(name in record.getMessage() for name in (*names, str(path)))
     assert "absent" not in record.getMessage() and "nothing" not in record.getMessage()
+
+
+def test_unknown_keys_of_the_quantization_are_named(unknown_at):
+    quantization = {"quant_method": "fbgemm_fp8", "surprise": 1}
+    declared = read_checkpoint_config(unknown_at({"quantization_config": quantization}, {}))
+    assert declared.unknown["config.json"] == ("quantization_config.surprise",)
 
 
 def test_strictly_unknown_keys_are_an_error(unknown_at):
