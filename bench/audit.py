@@ -27,6 +27,7 @@ from bench.machine import describe
 from llama_jax.config import LlamaConfig, Quantization
 from llama_jax.model.sampling import CONTROL_WIDTH
 from llama_jax.quantization import QUANTIZERS
+from llama_jax.ring.choosing import sample_step
 from llama_jax.ring.kv_cache import page_bytes
 from llama_jax.ring.packet import packet_size
 from llama_jax.ring.sizes import Bucket, RingSizes
@@ -35,7 +36,6 @@ from llama_jax.ring.steps import (
     StepOutput,
     decode_step,
     prefill_step,
-    sample_step,
     state_shapes,
 )
 from llama_jax.weights.placement import Params, param_shapes

@@ -146,10 +146,11 @@ def _copy(
     def read(rows: slice) -> Rows:
         arrays = []
         for source, target in zip(sources, targets, strict=True):
-            have = reader.tensors[source.hf_name].dtype
-            array = _read(reader, source, rows, have)
+            # A weight that the reader dequantizes is exact in float32 only, whatever it counts as.
+            kept = target.dtype == reader.tensors[source.hf_name].dtype
+            array = _read(reader, source, rows, str(target.dtype) if kept else "float32")
             _check_finite(reader, source.hf_name, array)
-            if target.dtype != have:
+            if target.dtype != array.dtype.name:
                 array = _cast(reader, source.hf_name, array, str(target.dtype))
             arrays.append(array)
         return Rows(tuple(arrays), Loss())

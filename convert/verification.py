@@ -109,8 +109,9 @@ def _compare(
     name = weight.hf_name.format(layer=layer)
     shape = weight.shape(source.config)
     row_bytes = _stored_bytes(destination, weight, layer) // shape[0]
+    kept = source.tensors.get(name) == destination.tensors.get(name)
     for rows in _blocks(shape):
-        theirs = _read(source, weight, layer, rows)
+        theirs = _read(source, weight, layer, rows, exact=not kept)
         ours = _read(destination, weight, layer, rows)
         wrong = _wrong(theirs, ours, weight, destination.config)
         if wrong.any():
@@ -148,12 +149,13 @@ def _wrong(
 
 
 def _read(
-    reader: CheckpointReader, weight: Weight, layer: int, rows: slice
+    reader: CheckpointReader, weight: Weight, layer: int, rows: slice, exact: bool = False
 ) -> "np.ndarray | Quantized":
+    """Reads rows as they are stored, or, if they are not quantized and `exact`, in float32."""
     tensors = stored_tensors(weight, reader.config, layer)
     tree = stored_tree(weight, reader.config, layer)
     if isinstance(tree, StoredTensor):
-        return _rows(reader, tensors[0].hf_name, rows)
+        return _rows(reader, tensors[0].hf_name, rows, "float32" if exact else None)
     parts: Quantized = read_parts(reader.read_into, type(tree)(*tensors), rows)
     return parts
 
@@ -163,10 +165,10 @@ def _stored_bytes(reader: CheckpointReader, weight: Weight, layer: int) -> int:
     return sum(reader.tensors[tensor.hf_name].nbytes for tensor in tensors)
 
 
-def _rows(reader: CheckpointReader, name: str, rows: slice) -> np.ndarray:
+def _rows(reader: CheckpointReader, name: str, rows: slice, dtype: str | None = None) -> np.ndarray:
     info = reader.tensors[name]
     index = (rows, *(slice(0, size) for size in info.shape[1:]))
-    out = np.empty((rows.stop - rows.start, *info.shape[1:]), numpy_dtype(info.dtype))
+    out = np.empty((rows.stop - rows.start, *info.shape[1:]), numpy_dtype(dtype or info.dtype))
     reader.read_into(name, index, out)
     return out
 

@@ -20,6 +20,7 @@ MAX_LINES = {"tests": 500}  # per file; 400 elsewhere
 LAYERS = (
     "sharding",
     "llama_jax.quantization",
+    "llama_jax.gguf",
     "llama_jax.text",
     "llama_jax.terminal",
     "llama_jax.config",
@@ -42,6 +43,7 @@ WITHOUT_JAX = (
     "llama_jax.engine.interface",
     "llama_jax.engine.messages",
     "llama_jax.engine.options",
+    "llama_jax.engine.page_tables",
     "llama_jax.engine.pages",
     "llama_jax.engine.scheduler",
     "llama_jax.engine.sizing",
@@ -137,7 +139,7 @@ def test_a_gpu_machine_needs_no_server_packages():
     """Model, ring, engine and benchmarks import nothing that only the server needs."""
     program = """
 import sys
-for name in ("fastapi", "msgspec", "uvicorn", "zmq"):
+for name in ("msgspec", "starlette", "uvicorn", "zmq"):
     sys.modules[name] = None  # importing it raises ImportError
 import bench.audit, bench.decode, bench.divergence, bench.host_time, bench.load_speed
 import llama_jax.engine.core, llama_jax.interpret, llama_jax.model, llama_jax.ring.sharded_llama

@@ -169,20 +169,18 @@ def _read(
     bounds = [part.indices(size)[:2] for part, size in zip(index, place.shape, strict=True)]
     shard = _zeros(tuple(stop - start for start, stop in bounds), dtype)
     inside, name = shard, place.tensor.hf_name
-    if place.layers is not None:
+    if place.layers is None:
+        layer = None
+    else:
         (stage, _), *bounds = bounds  # a device belongs to one stage
         layer = place.layers[stage]
         if layer is None:
             return shard
         inside, name = shard[0], name.format(layer=layer)
-        if layer in place.dequantize:
-            index = tuple(slice(*bound) for bound in bounds)
-            read_dequantized(reader.read_into, place.dequantize[layer], index, inside)
-            return shard
-    stored = tuple(
-        slice(start, min(stop, size))
-        for (start, stop), size in zip(bounds, place.tensor.shape, strict=True)
-    )
+    stored = tuple(place.stored(axis, *bound) for axis, bound in enumerate(bounds))
+    if layer is not None and layer in place.dequantize:
+        read_dequantized(reader.read_into, place.dequantize[layer], stored, inside)
+        return shard
     sizes = [part.stop - part.start for part in stored]
     if all(size > 0 for size in sizes):
         reader.read_into(name, stored, inside[tuple(slice(0, size) for size in sizes)])

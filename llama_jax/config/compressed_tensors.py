@@ -6,11 +6,10 @@ quantization/.
 
 from typing import Any
 
+from llama_jax.config.json_values import get_object, quoted
 from llama_jax.config.llama_config import Quantization
 from llama_jax.config.quantization_settings import (
-    get_object,
     present,
-    quoted,
     unknown_keys,
     unsupported,
 )

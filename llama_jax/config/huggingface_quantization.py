@@ -23,14 +23,13 @@ from typing import Any, NamedTuple
 
 from llama_jax.config.compressed_tensors import parse_compressed_tensors
 from llama_jax.config.errors import ConfigError
+from llama_jax.config.json_values import get_object, quoted
 from llama_jax.config.llama_config import QUANT_METHOD, Quantization
 from llama_jax.config.quantization_settings import (
     CALIBRATION,
     DEFAULT_LAYOUT,
-    get_object,
     is_size,
     present,
-    quoted,
     unknown_keys,
     unsupported,
 )

@@ -7,6 +7,7 @@ is unknown: it is named in a warning. Null counts as absent. Imports no JAX.
 from typing import Any
 
 from llama_jax.config.errors import ConfigError
+from llama_jax.config.json_values import quoted
 
 # Settings of GPTQ, AWQ and AutoRound for calibration, for kernels and for their own records, which
 # do not change how weights are stored. `sym` and `zero_point` change only the zero points, which
@@ -70,11 +71,6 @@ def unsupported(how: str) -> ConfigError:
     )
 
 
-def get_object(given: dict[str, Any], key: str) -> dict[str, Any]:
-    """An object among the settings, without its nulls; empty if there is none."""
-    return present(given.get(key, {}), key)
-
-
 def present(given: Any, what: str) -> dict[str, Any]:
     """An object without the keys that are null; `what` names it in messages."""
     if not isinstance(given, dict):
@@ -87,9 +83,3 @@ def present(given: Any, what: str) -> dict[str, Any]:
 def is_size(value: Any) -> bool:
     """Whether a setting is a positive integer."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def quoted(value: Any) -> str:
-    """A value as it is shown in a message, cut to a readable length."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -3,8 +3,9 @@
 from typing import Any, NamedTuple
 
 from llama_jax.config.errors import ConfigError
+from llama_jax.config.json_values import quoted
 from llama_jax.config.llama_config import Quantization
-from llama_jax.config.quantization_settings import is_size, quoted
+from llama_jax.config.quantization_settings import is_size
 
 HEAD = "lm_head"
 PLAIN = "plain"  # no weight is quantized, but something else is, such as the KV cache

@@ -3,11 +3,14 @@
 import argparse
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from llama_jax.engine.options import OPTIONS, EngineOptions, Option, OptionError
+from llama_jax.serve.foreign_flags import find_foreign_flag
 from llama_jax.serve.metrics import PREFIXES
+from llama_jax.serve.middleware import MAX_BODY_BYTES
 from llama_jax.terminal.arguments import Parser, size
 
 API_KEY_VARIABLE = "LLAMA_JAX_API_KEY"
@@ -32,8 +35,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line; if it is wrong, prints one sentence and exits with code 2.
 
     Returns:
-      path, served_model_name, host, port, api_key, metrics_prefix, shutdown_timeout (seconds), and
-      the fields of `EngineOptions`. path and served_model_name may be None.
+      path, served_model_name, host, port, api_key, max_body_size (bytes), metrics_prefix,
+      shutdown_timeout and write_timeout (seconds), and the fields of `EngineOptions`. path and
+      served_model_name may be None.
     """
     parser = Parser(
         prog="python -m llama_jax.serve",
@@ -45,6 +49,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     _add_engine(parser)
     _add_http(parser)
+    if foreign := find_foreign_flag(sys.argv[1:] if argv is None else argv):
+        flag, answer = foreign
+        parser.error(f"there is no {flag} here: {answer}")
     return parser.parse_args(argv)
 
 
@@ -71,9 +78,13 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     )
     engine = parser.add_argument_group("engine")
     for option in OPTIONS:
+        flag = f"--{option.name.replace('_', '-')}"
+        if option.type is bool:
+            engine.add_argument(flag, action="store_true", help=option.help)
+            continue
         example = ", such as 2GB" if option.unit == "BYTES" else ""
         engine.add_argument(
-            f"--{option.name.replace('_', '-')}",
+            flag,
             type=_parser_of(option),
             default=option.default,
             choices=option.choices,
@@ -108,7 +119,8 @@ def _add_http(parser: argparse.ArgumentParser) -> None:
         "--host",
         default="127.0.0.1",
         metavar="ADDRESS",
-        help="address to listen on; 0.0.0.0 means all networks (default: %(default)s)",
+        help="address to listen on; 0.0.0.0 means all networks, and :: those of IPv4 and IPv6 "
+        "(default: %(default)s)",
     )
     http.add_argument(
         "--port",
@@ -132,12 +144,27 @@ def _add_http(parser: argparse.ArgumentParser) -> None:
         help="prefix of the metric names; vllm fits existing dashboards (default: %(default)s)",
     )
     http.add_argument(
+        "--max-body-size",
+        type=size,
+        default=MAX_BODY_BYTES,
+        metavar="BYTES",
+        help="maximum size of a request's body, such as 8MB (default: 2MB)",
+    )
+    http.add_argument(
         "--shutdown-timeout",
         type=_seconds,
         default=30.0,
         metavar="SECONDS",
         help="time for running requests to finish after SIGTERM or Ctrl-C; a second signal ends "
         "them at once (default: %(default)g)",
+    )
+    http.add_argument(
+        "--write-timeout",
+        type=_positive_seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="time after which a client is disconnected if it reads nothing of a response that "
+        "waits for it (default: %(default)g)",
     )
 
 
@@ -154,6 +181,13 @@ def _seconds(text: str) -> float:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds (0 or more)")
+    return seconds
+
+
+def _positive_seconds(text: str) -> float:
+    seconds = _seconds(text)
+    if seconds == 0:
+        raise argparse.ArgumentTypeError("it must be more than 0 seconds")
     return seconds
 
 

@@ -8,19 +8,14 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-import msgspec
-from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llama_jax.engine.errors import EngineDead, GenerationFailed, QueueFull, RequestError
+from llama_jax.engine.errors import EngineClosed, EngineDead, GenerationFailed, RequestError
 from llama_jax.engine.interface import EngineInfo
-
-# Under load, requests end many times a second, and each end frees a place in the queue: after one
-# second there is likely to be one, and it has not been empty for long.
-RETRY_AFTER_SECONDS = 1
+from llama_jax.serve.json_response import JsonResponse
 
 log = logging.getLogger("llama_jax.serve")
 
@@ -68,9 +63,7 @@ class ApiError(Exception):
 
     def response(self) -> Response:
         """The HTTP response."""
-        return Response(
-            msgspec.json.encode(self.body), self.status, self.headers, "application/json"
-        )
+        return JsonResponse(self.body, self.status, self.headers)
 
 
 def unavailable(reason: str, code: str) -> ApiError:
@@ -78,25 +71,74 @@ def unavailable(reason: str, code: str) -> ApiError:
     return ApiError(503, reason, code=code)
 
 
+def shutting_down() -> ApiError:
+    """503: the server has been told to end, and accepts no new requests."""
+    return unavailable("The server is shutting down.", "shutting_down")
+
+
 def engine_dead() -> ApiError:
     """503: the server cannot generate until it is restarted."""
     return unavailable("The engine has ended; the server must be restarted.", "engine_dead")
 
 
-def too_long(prompt: str, info: EngineInfo, param: str, answer: int = 1) -> ApiError:
+def queue_full(taken: int, answers: int, retry_after: int) -> ApiError:
+    """429: too many requests run or wait.
+
+    Args:
+      taken: how many do.
+      answers: the number of answers that this request asks for.
+      retry_after: the number of seconds after which there is likely to be room.
+    """
+    return ApiError(
+        429,
+        f"{taken} answers are being generated or waiting, and there is no room for {answers} more; "
+        f"try again in {retry_after} s.",
+        code="queue_full",
+        headers={"Retry-After": str(retry_after)},
+    )
+
+
+# Programs look for the first sentence of the next two errors, and read numbers from the second.
+
+
+def prompt_too_long(info: EngineInfo, param: str, prompt: int, at_least: bool = False) -> ApiError:
+    """400: the prompt leaves no room for an answer.
+
+    Args:
+      info: the engine's limits.
+      param: "prompt" or "messages".
+      prompt: the number of its tokens.
+      at_least: whether it may have more.
+    """
+    count = f"at least {prompt}" if at_least else str(prompt)
+    return ApiError(
+        400,
+        f"This model's maximum context length is {info.max_model_len} tokens. However, your "
+        f"{param} resulted in {count} tokens, and an answer needs at least one. Please reduce the "
+        f"length of the {param}.",
+        param=param,
+        code="context_length_exceeded",
+    )
+
+
+def answer_too_long(
+    info: EngineInfo, param: str, prompt: int, answer: int, limit_param: str
+) -> ApiError:
     """400: prompt and answer together do not fit the context.
 
     Args:
-      prompt: the length of the prompt in words.
       info: the engine's limits.
-      param: the field at fault.
-      answer: the number of tokens to generate.
+      param: "prompt" or "messages".
+      prompt: the number of its tokens.
+      answer: the maximum number of tokens of the answer.
+      limit_param: the field that asks for so many.
     """
     return ApiError(
         400,
-        f"The prompt has {prompt} and the answer needs room for {answer}, but the context holds "
-        f"{info.max_model_len} tokens: shorten the prompt or lower max_tokens.",
-        param=param,
+        f"This model's maximum context length is {info.max_model_len} tokens. However, you "
+        f"requested {prompt + answer} tokens ({prompt} in the {param}, {answer} in the "
+        f"completion). Please reduce the length of the {param} or completion.",
+        param=limit_param,
         code="context_length_exceeded",
     )
 
@@ -106,23 +148,17 @@ def as_api_error(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
-        case QueueFull():
-            return ApiError(
-                429,
-                str(error),
-                code="queue_full",
-                headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
-            )
         case RequestError():
             return ApiError(400, str(error), param=error.param, code=error.code)
+        case EngineClosed():
+            return shutting_down()
         case EngineDead():  # its message names files of this machine
             return engine_dead()
         case GenerationFailed():
             return ApiError(500, str(error), code="generation_failed")
-        case RequestValidationError():
-            return _of_validation(error)
         case HTTPException():
-            return _of_http(error)
+            message = str(error.detail) or HTTPStatus(error.status_code).phrase
+            return ApiError(error.status_code, f"{message.rstrip('.')}.", headers=error.headers)
         case _:
             log.error("A request failed.", exc_info=error)
             return ApiError(
@@ -130,72 +166,21 @@ def as_api_error(error: Exception) -> ApiError:
             )
 
 
-def install_handlers(app: FastAPI) -> None:
+def install_handlers(app: Starlette) -> None:
     """Makes the application answer every exception with `as_api_error`."""
 
     async def handle(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException) and error.status_code == 404:
-            path = request.url.path[:100]
+            path = request.scope["path"][:100]
             return ApiError(404, f"There is no route {path}.", code="not_found").response()
         if isinstance(error, HTTPException) and error.status_code == 405:
-            message = f"{request.url.path} does not take {request.method}."
+            message = f"{request.scope['path'][:100]} does not take {request.method}."
             return ApiError(405, message, headers=error.headers).response()
         return as_api_error(error).response()
 
-    for kind in (
-        ApiError,
-        RequestError,
-        EngineDead,
-        GenerationFailed,
-        RequestValidationError,
-        HTTPException,
-        Exception,
-    ):
+    for kind in (ApiError, RequestError, EngineDead, GenerationFailed, HTTPException, Exception):
         app.add_exception_handler(kind, handle)
 
 
 def _writable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
-
-
-def _of_http(error: HTTPException) -> ApiError:
-    if error.status_code == 400:  # FastAPI: the JSON parser raised something else than a JSON error
-        return ApiError(
-            400,
-            "The body is not UTF-8, is nested too deeply, or contains too long a number.",
-            code="invalid_json",
-        )
-    message = str(error.detail) or HTTPStatus(error.status_code).phrase
-    return ApiError(error.status_code, f"{message.rstrip('.')}.", headers=error.headers)
-
-
-def _of_validation(error: RequestValidationError) -> ApiError:
-    """Describes the first error in the body in one sentence, with OpenAI's code for its kind."""
-    first = error.errors()[0]
-    kind, context = first["type"], first.get("ctx", {})
-    # ("body", "messages", 0, "role") is messages[0].role
-    steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"][1:]]
-    field = "".join(steps).lstrip(".")[:100]
-    if kind == "json_invalid":
-        at = f" at character {first['loc'][1]}" if len(first["loc"]) > 1 else ""
-        message = f"The body is not valid JSON{at}: {context.get('error')}."
-        return ApiError(400, message, code="invalid_json")
-    if kind == "missing" and not field:
-        return ApiError(400, "The request has no body.", code="invalid_json")
-    if kind == "missing":
-        message, code = f"The field {field} is missing.", "missing_required_parameter"
-    elif kind == "extra_forbidden":
-        message, code = f"The field {field} does not exist.", "unknown_parameter"
-    elif kind == "request_field":  # raised by `protocol.refuse`: already a sentence
-        field = ".".join(filter(None, [field, context.get("field")]))
-        message, code = first["msg"], context["code"]
-    elif kind == "string_unicode":
-        message = "The body contains an unpaired surrogate, which is not valid Unicode."
-        return ApiError(400, message, code="invalid_value")
-    elif not field:
-        return ApiError(400, "The body must be a JSON object.", code="invalid_type")
-    else:
-        expected = first["msg"][:1].lower() + first["msg"][1:].rstrip(".")
-        message = f"{field}: {expected}."
-        code = "invalid_type" if kind.endswith("_type") else "invalid_value"
-    return ApiError(400, message, param=field or None, code=code)

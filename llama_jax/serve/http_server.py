@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Generator
 import uvicorn
 from starlette.types import ASGIApp
 
-from llama_jax.serve.header_limits import LimitedHttp
+from llama_jax.serve.http_protocol import HttpProtocol
 from sharding.errors import UserError
 
 BACKLOG = 2048
@@ -35,8 +35,12 @@ def listen(host: str, port: int) -> socket.socket:
       ListenError: the port is in use, or not available on this machine or to this user.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # "::" is every address of the machine, of IPv4 too, if the machine has both.
+    both = host == "::" and socket.has_dualstack_ipv6()
     try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        return socket.create_server(
+            (host, port), family=family, backlog=BACKLOG, dualstack_ipv6=both
+        )
     except OSError as error:
         where = f"{host} port {port}"
         reasons = {
@@ -66,11 +70,18 @@ class HttpServer(uvicorn.Server):
     The caller handles signals: Uvicorn would close the socket at the first one.
     """
 
-    def __init__(self, app: ASGIApp, listener: socket.socket) -> None:
+    def __init__(self, app: ASGIApp, listener: socket.socket, write_seconds: float) -> None:
+        """Prepares a server.
+
+        Args:
+          app: the application.
+          listener: an open socket of `listen`.
+          write_seconds: how long a client that has data to read may read nothing.
+        """
         super().__init__(
             uvicorn.Config(
                 app,
-                http=LimitedHttp,
+                http=type("Http", (HttpProtocol,), {"write_seconds": write_seconds}),
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -24,9 +24,10 @@ class Door:
     (`scope["path"]`), never one built from the Host header.
     """
 
-    def __init__(self, api_key: str | None = None) -> None:
+    def __init__(self, api_key: str | None = None, max_body_bytes: int = MAX_BODY_BYTES) -> None:
+        self._max_body_bytes = max_body_bytes
         self._app: ASGIApp | None = None
-        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+        self._expected = None if api_key is None else api_key.strip().encode()
 
     def open(self, app: ASGIApp) -> None:
         """Passes requests on to `app` from now on."""
@@ -41,11 +42,15 @@ class Door:
             if app is None:
                 raise unavailable("The server is starting.", "starting")
             try:
-                body = await asyncio.wait_for(_read_body(headers, receive), BODY_SECONDS)
+                body = await asyncio.wait_for(
+                    _read_body(headers, receive, self._max_body_bytes), BODY_SECONDS
+                )
             except TimeoutError:
                 raise ApiError(
                     408, f"The body was not complete after {BODY_SECONDS:g} seconds."
                 ) from None
+            if headers.get("content-encoding", "identity").lower() != "identity":
+                raise ApiError(415, "The body must not be compressed.")
             if body and not _is_json(headers.get("content-type", "")):
                 raise ApiError(
                     415, "The body must be JSON, sent as Content-Type: application/json."
@@ -59,7 +64,9 @@ class Door:
     def _check_key(self, path: str, headers: Headers) -> None:
         if self._expected is None or path in OPEN_PATHS:
             return
-        given = headers.get("authorization", "").encode("latin-1")
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        # The name of a scheme has no case (RFC 9110, section 11.1).
+        given = key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
         if not hmac.compare_digest(given, self._expected):
             raise ApiError(
                 401,
@@ -69,11 +76,11 @@ class Door:
             )
 
 
-async def _read_body(headers: Headers, receive: Receive) -> bytes | None:
+async def _read_body(headers: Headers, receive: Receive, max_bytes: int) -> bytes | None:
     """Returns the whole body, or None if the client disconnected before its end."""
-    too_large = ApiError(413, f"The body is larger than the maximum of {MAX_BODY_BYTES:,} bytes.")
+    too_large = ApiError(413, f"The body is larger than the maximum of {max_bytes:,} bytes.")
     declared = headers.get("content-length", "0")
-    if declared.isdecimal() and int(declared) > MAX_BODY_BYTES:
+    if declared.isdecimal() and int(declared) > max_bytes:
         raise too_large
     body = bytearray()
     more = True
@@ -83,7 +90,7 @@ async def _read_body(headers: Headers, receive: Receive) -> bytes | None:
             return None
         body += message.get("body", b"")
         more = message.get("more_body", False)
-        if len(body) > MAX_BODY_BYTES:
+        if len(body) > max_bytes:
             raise too_large
     return bytes(body)
 

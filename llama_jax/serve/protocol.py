@@ -1,113 +1,141 @@
 """The JSON bodies of requests: types, shapes and limits of size.
 
-Types are strict ("5" is not 5), null means "not given", and an unknown field is an error. Token
-ids, lengths and the ranges of sampling parameters are checked later, by `EngineClient.check`.
+Types are strict ("5" is not 5), null means "not given", and an unknown field is an error unless it
+is null. Token ids, lengths and the ranges of sampling parameters are checked later, by
+`EngineClient.check`; the bounds in the annotations here only describe them in /openapi.json.
 """
 
 import dataclasses
-from typing import Annotated, Any, Literal, NoReturn
+import functools
+import types
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, PlainValidator, model_validator
-from pydantic_core import PydanticCustomError
+import msgspec
+from msgspec import Meta, Raw
 
-from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.config.sampling_params import MAX_TOP_K, SamplingParams
+from llama_jax.serve.json_reader import (
+    Fields,
+    decode,
+    read_body,
+    read_integer,
+    read_integers,
+    read_items,
+    read_object,
+    refuse,
+)
+from llama_jax.serve.messages import Message, read_messages, refuse_missing
 from llama_jax.serve.unsupported import without_no_ops
 
 MAX_PROMPTS = 1024
 MAX_CHOICES = 16
-MAX_STOP_STRINGS = 16
-MAX_STOP_LENGTH = 256
+MAX_STOP_STRINGS = 256
+MAX_STOP_CHARACTERS = 16_384  # in all; the longer they are, the more each token costs
 MAX_STOP_TOKEN_IDS = 256
 DEFAULT_COMPLETION_TOKENS = 16  # as in the OpenAI API
 
-
-def refuse(message: str, field: str | None = None, code: str = "invalid_value") -> NoReturn:
-    """Rejects a field from inside a validator.
-
-    Args:
-      message: a whole sentence.
-      field: the field, if it is inside the validated one.
-      code: the kind of error.
-    """
-    raise PydanticCustomError(
-        "request_field", "{sentence}", {"sentence": message, "field": field, "code": code}
-    )
+R = TypeVar("R", bound="RequestBody")
+_Reader = Callable[[Raw, str], Any]
+_STRING = msgspec.json.Decoder(str)
+_STRINGS = msgspec.json.Decoder(list[str])
 
 
-def _prompts(value: Any) -> list[str] | list[list[int]]:
+def _schema(read: _Reader | None = None, **schema: Any) -> Meta:
+    """Describes a field in /openapi.json, and says how to read it if not as its plain type."""
+    return Meta(extra_json_schema=schema, extra={"read": read} if read else None)
+
+
+def _read_prompts(raw: Raw, param: str) -> list[str] | list[list[int]]:
     """Turns the four forms of a prompt into a list of texts or a list of lists of token ids."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list) and value:
-        if all(type(item) is int for item in value):
-            return [value]
-        if len(value) > MAX_PROMPTS:
-            refuse(f"A request may have at most {MAX_PROMPTS} prompts, not {len(value)}.")
-        if all(isinstance(item, str) for item in value):
-            return value
-        if all(isinstance(item, list) and all(type(x) is int for x in item) for item in value):
-            return value
-    refuse(
-        "prompt must be a string, a list of strings, a list of token ids or a list of lists of "
-        "token ids, and not empty.",
-        code="invalid_type",
-    )
+    text = bytes(raw)
+    if not text.startswith(b"["):
+        return [decode(_STRING, raw, param)]
+    first = text[1:100].lstrip()[:1]
+    if first == b"]":
+        refuse("prompt is empty.", param, "invalid_type")
+    if first == b'"':
+        texts = decode(_STRINGS, raw, param)
+        _check_count(len(texts), param)
+        return texts
+    if first == b"[":
+        items = read_items(raw, param)
+        _check_count(len(items), param)
+        return [read_integers(item, param) for item in items]
+    return [read_integers(raw, param)]
 
 
-def _stop(value: Any) -> list[str]:
-    """Turns one stop string, several or none into a list."""
-    strings = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(strings, list) or not all(isinstance(item, str) for item in strings):
-        refuse("stop must be a string or a list of strings.", code="invalid_type")
+def _check_count(prompts: int, param: str) -> None:
+    if prompts > MAX_PROMPTS:
+        refuse(f"A request may have at most {MAX_PROMPTS} prompts, not {prompts}.", param)
+
+
+def _read_stop(raw: Raw, param: str) -> list[str]:
+    """Turns one stop string or several into a list."""
+    if not bytes(raw).startswith(b"["):
+        strings = [decode(_STRING, raw, param)]
+    else:
+        strings = decode(_STRINGS, raw, param)
     if len(strings) > MAX_STOP_STRINGS:
-        refuse(f"stop may have at most {MAX_STOP_STRINGS} strings, not {len(strings)}.")
-    if any(len(item) > MAX_STOP_LENGTH for item in strings):
-        refuse(f"A stop string may have at most {MAX_STOP_LENGTH} characters.")
+        refuse(f"stop may have at most {MAX_STOP_STRINGS} strings, not {len(strings)}.", param)
+    if sum(map(len, strings)) > MAX_STOP_CHARACTERS:
+        refuse(f"stop may have at most {MAX_STOP_CHARACTERS:,} characters in all.", param)
     return strings
 
 
-def _content(value: Any) -> str:
-    """Turns the content of a message into a text, with a line per part if it has several."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(isinstance(part, dict) for part in value):
-        for part in value:
-            if part.get("type") != "text":
-                refuse(f"Only text parts are supported, not {str(part.get('type'))[:40]!r}.")
-            if set(part) != {"type", "text"} or not isinstance(part["text"], str):
-                refuse("A text part must be {'type': 'text', 'text': a string}.")
-        return "\n".join(part["text"] for part in value)
-    refuse("content must be a string or a list of text parts.", code="invalid_type")
-
-
-_PromptInput = str | list[str] | list[int] | list[list[int]]
-Prompts = Annotated[Any, PlainValidator(_prompts, json_schema_input_type=_PromptInput)]
-Stop = Annotated[list[str], PlainValidator(_stop, json_schema_input_type=str | list[str] | None)]
-Content = Annotated[
-    str, PlainValidator(_content, json_schema_input_type=str | list[dict[str, str]])
+_Prompt = Annotated[
+    Any,
+    _schema(
+        _read_prompts,
+        anyOf=[
+            {"type": "string"},
+            {"type": "array", "items": {"type": "string"}, "maxItems": MAX_PROMPTS},
+            {"type": "array", "items": {"type": "integer"}},
+            {
+                "type": "array",
+                "items": {"type": "array", "items": {"type": "integer"}},
+                "maxItems": MAX_PROMPTS,
+            },
+        ],
+    ),
 ]
+_Stop = Annotated[
+    Any,
+    _schema(
+        _read_stop,
+        anyOf=[
+            {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS},
+            {
+                "type": "array",
+                "items": {"type": "string", "minLength": 1},
+                "maxItems": MAX_STOP_STRINGS,
+            },
+            {"type": "null"},
+        ],
+    ),
+]
+_Messages = Annotated[list[Message], _schema(read_messages, minItems=1)]
+_TokenIds = Annotated[list[int], _schema(read_integers)]
+_AtLeastOne = Annotated[int, _schema(minimum=1)]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class RequestBody(msgspec.Struct, kw_only=True):
+    """The fields of a request, read by `read_request`."""
 
-    @model_validator(mode="before")
     @classmethod
-    def _drop_no_ops(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict):
-            return fields
-        try:
-            return without_no_ops(fields, set(cls.model_fields), issubclass(cls, Message))
-        except LookupError as error:
-            name = error.args[0]
-            refuse(
-                f"{name} is not supported by this server: leave it out.",
-                name,
-                "unsupported_parameter",
-            )
+    @functools.cache
+    def readers(cls) -> dict[str, _Reader]:
+        """Returns a function that reads the value of each field."""
+        return {
+            name: _reader_of(hint)
+            for name, hint in get_type_hints(cls, include_extras=True).items()
+        }
+
+    def check(self) -> None:
+        """Checks the fields against each other; raises `ApiError`."""
 
 
-class StreamOptions(_Body):
+class StreamOptions(RequestBody):
     """When a stream includes the usage.
 
     Attributes:
@@ -118,42 +146,45 @@ class StreamOptions(_Body):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Annotated[bool, _schema(const=False)] | None = None
+
+    def check(self) -> None:
+        """Refuses what is not supported."""
+        if self.include_obfuscation:
+            refuse(
+                "stream_options.include_obfuscation is not supported by this server: leave it out.",
+                "stream_options.include_obfuscation",
+                "unsupported_parameter",
+            )
 
 
-class Message(_Body):
-    """One message of a chat."""
-
-    role: Literal["system", "user", "assistant"]
-    content: Content
-
-
-class _Generation(_Body):
+class _Generation(RequestBody):
     """The fields that completions and chats share."""
 
     model: str | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    n: int | None = None
-    stop: Stop = []
-    stop_token_ids: list[int] | None = None
+    max_tokens: _AtLeastOne | None = None
+    temperature: Annotated[float, _schema(minimum=0, maximum=2)] | None = None
+    top_p: Annotated[float, _schema(exclusiveMinimum=0, maximum=1)] | None = None
+    top_k: Annotated[int, _schema(minimum=-1, maximum=MAX_TOP_K)] | None = None
+    min_p: Annotated[float, _schema(minimum=0, maximum=1)] | None = None
+    seed: Annotated[int, _schema(minimum=-(2**63), maximum=2**63 - 1)] | None = None
+    n: Annotated[int, _schema(minimum=1, maximum=MAX_CHOICES)] | None = None
+    stop: _Stop = None
+    stop_token_ids: (
+        Annotated[list[int], _schema(read_integers, maxItems=MAX_STOP_TOKEN_IDS)] | None
+    ) = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    @model_validator(mode="after")
-    def _check_together(self) -> "_Generation":
+    def check(self) -> None:
+        """Checks the fields against each other."""
         if self.stream_options is not None and not self.stream:
             refuse("stream_options needs stream to be true.", "stream_options")
         if not 1 <= self.choices <= MAX_CHOICES:
             refuse(f"n must be between 1 and {MAX_CHOICES}, got {self.choices}.", "n")
         if len(self.stop_token_ids or ()) > MAX_STOP_TOKEN_IDS:
             refuse(f"stop_token_ids may have at most {MAX_STOP_TOKEN_IDS} ids.", "stop_token_ids")
-        return self
 
     @property
     def choices(self) -> int:
@@ -164,6 +195,11 @@ class _Generation(_Body):
     def limit(self) -> int | None:
         """The maximum number of tokens per choice; None for as many as fit the context."""
         raise NotImplementedError
+
+    @property
+    def limit_param(self) -> str:
+        """The name of the field that sets `limit`."""
+        return "max_tokens"
 
     def sampling_params(self, defaults: SamplingParams) -> list[SamplingParams]:
         """Returns the parameters of each choice for one prompt, not yet checked.
@@ -180,7 +216,7 @@ class _Generation(_Body):
             "min_p": self.min_p,
             "seed": self.seed,
             "ignore_eos": self.ignore_eos,
-            "stop": tuple(self.stop),
+            "stop": tuple(self.stop or ()),
             "stop_token_ids": tuple(self.stop_token_ids or ()),
         }
         given = {name: value for name, value in given.items() if value is not None}
@@ -192,10 +228,10 @@ class _Generation(_Body):
         return [dataclasses.replace(params, seed=seed) for seed in seeds]
 
 
-class CompletionRequest(_Generation):
+class CompletionRequest(_Generation, kw_only=True):
     """POST /v1/completions."""
 
-    prompt: Prompts
+    prompt: _Prompt
 
     @property
     def limit(self) -> int | None:
@@ -203,48 +239,94 @@ class CompletionRequest(_Generation):
         return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
 
 
-class ChatRequest(_Generation):
+class ChatRequest(_Generation, kw_only=True):
     """POST /v1/chat/completions."""
 
-    messages: list[Message]
-    max_completion_tokens: int | None = None
+    messages: _Messages
+    max_completion_tokens: _AtLeastOne | None = None
 
-    @model_validator(mode="after")
-    def _check_limits_agree(self) -> "ChatRequest":
+    def check(self) -> None:
+        """Checks the fields against each other."""
+        super().check()
         if None not in (given := (self.max_tokens, self.max_completion_tokens)):
             if given[0] != given[1]:
                 refuse("max_tokens and max_completion_tokens disagree: send one.", "max_tokens")
-        return self
 
     @property
     def limit(self) -> int | None:
         """The maximum number of tokens per choice."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    @property
+    def limit_param(self) -> str:
+        """The name of the field that sets `limit`."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
-class TokenizeRequest(_Body):
+
+class TokenizeRequest(RequestBody, kw_only=True):
     """POST /tokenize: a text, or a chat with the chat template applied."""
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: _Messages | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
-    @model_validator(mode="after")
-    def _check_one(self) -> "TokenizeRequest":
+    def check(self) -> None:
+        """Checks the fields against each other."""
         if (self.prompt is None) == (self.messages is None):
             refuse("Give either prompt or messages.", "prompt")
         if self.messages is not None and self.add_special_tokens:
             refuse("The chat template adds the special tokens of a chat.", "add_special_tokens")
-        return self
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(RequestBody, kw_only=True):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: _TokenIds
+
+
+def read_request(kind: type[R], body: bytes) -> R:
+    """Reads the body of a request.
+
+    Args:
+      kind: the class of the request.
+      body: the bytes of a JSON object.
+
+    Raises:
+      ApiError: 400, with the first error found.
+    """
+    return _read(kind, read_body(body))
+
+
+def _read(kind: type[R], given: Fields, path: str = "") -> R:
+    readers = kind.readers()
+    fields = without_no_ops(given, readers, "options" if path else "request", path)
+    for field in msgspec.structs.fields(kind):
+        if field.required and field.name not in fields:
+            if field.name not in given:
+                refuse_missing(f"{path}{field.name}")
+            fields[field.name] = given[field.name]  # it is null, which its reader refuses
+    request = kind(**{name: readers[name](raw, f"{path}{name}") for name, raw in fields.items()})
+    request.check()
+    return request
+
+
+def _reader_of(hint: Any) -> _Reader:
+    """Returns the function that reads a field with this type annotation, unless it is null."""
+    if get_origin(hint) in (Union, types.UnionType):
+        [hint] = [kind for kind in get_args(hint) if kind is not types.NoneType]
+    base, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    for note in notes:
+        if note.extra is not None:
+            reader: _Reader = note.extra["read"]
+            return reader
+    if base is int:
+        return read_integer
+    if isinstance(base, type) and issubclass(base, RequestBody):
+        return lambda raw, param: _read(base, read_object(raw, param), f"{param}.")
+    return functools.partial(decode, msgspec.json.Decoder(base))
 
 
 def _wrap(seed: int) -> int:

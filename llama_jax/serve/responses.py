@@ -1,11 +1,12 @@
 """Writes the response of a route that generates, whole or as a stream of server-sent events."""
 
+import itertools
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 from starlette.requests import Request
@@ -15,9 +16,11 @@ from starlette.types import Receive, Scope, Send
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.interface import FinishReason
 from llama_jax.serve.choices import ChoiceDelta, generate_choice, merge
-from llama_jax.serve.errors import ApiError, as_api_error, too_long
+from llama_jax.serve.errors import answer_too_long, as_api_error, prompt_too_long
 from llama_jax.serve.interrupt import Interrupted, disconnected, unless
+from llama_jax.serve.json_response import JsonResponse
 from llama_jax.serve.protocol import StreamOptions
+from llama_jax.serve.response_types import Usage
 from llama_jax.serve.served_model import ServedModel
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's status code, for logs; no client receives it
@@ -30,12 +33,12 @@ class ResponseFormat(Protocol):
     whole_object: str
     chunk_object: str
 
-    def whole(self, index: int, text: str, reason: FinishReason | None) -> dict[str, Any]:
+    def whole(self, index: int, text: str, reason: FinishReason | None) -> Mapping[str, object]:
         """An entry of `choices` in a whole response."""
 
     def chunk(
         self, index: int, text: str, reason: FinishReason | None, first: bool
-    ) -> dict[str, Any]:
+    ) -> Mapping[str, object]:
         """An entry of `choices` in a stream; `first` marks the first one of its choice."""
 
 
@@ -44,15 +47,19 @@ class Job:
     """What one HTTP request asks to generate.
 
     Attributes:
+      param: the field that the prompts come from, "prompt" or "messages".
       prompts: the token ids of each prompt.
       params: the sampling parameters of each choice; the same for every prompt.
+      limit_param: the field that limits the number of tokens per choice.
       stream: whether to stream the response.
       options: when to send the usage in a stream.
       arrived: when the request arrived, by the clock of the metrics.
     """
 
+    param: Literal["prompt", "messages"]
     prompts: Sequence[list[int]]
     params: Sequence[SamplingParams]
+    limit_param: str
     stream: bool
     options: StreamOptions
     arrived: float
@@ -77,30 +84,32 @@ async def respond(
 
     Raises:
       ApiError: the request cannot be accepted.
-      RequestError, QueueFull, EngineDead, GenerationFailed: as `generate_choice`.
+      RequestError, EngineDead, GenerationFailed: as `generate_choice`.
     """
     _check_job(served, job)
-    streams = [
-        generate_choice(served, index * len(job.params) + choice, prompt, params, job.arrived)
-        for index, prompt in enumerate(job.prompts)
-        for choice, params in enumerate(job.params)
-    ]
-    deltas = merge(streams)
     head = {
         "id": f"{format.id_prefix}-{uuid.uuid4().hex}",
         "object": format.chunk_object if job.stream else format.whole_object,
         "created": int(time.time()),
         "model": served.name,
     }
-    gone = disconnected(request.receive)
-    try:
-        if job.stream:
-            first = await unless(gone, _first(deltas))
-            return EventStream(_events(first, deltas, head, format, job), deltas)
-        body = await unless(gone, _whole(deltas, head, format, job))
-    except Interrupted:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return Response(msgspec.json.encode(body), media_type="application/json")
+    with served.admission.reserve(job.num_choices) as places:
+        choices = itertools.product(job.prompts, job.params)
+        deltas = merge(
+            [
+                generate_choice(served, place, index, prompt, params, job.arrived)
+                for index, (place, (prompt, params)) in enumerate(zip(places, choices, strict=True))
+            ]
+        )
+        gone = disconnected(request.receive)
+        try:
+            if job.stream:
+                first = await unless(gone, _first(deltas))
+                return EventStream(_events(first, deltas, head, format, job), deltas)
+            body = await unless(gone, _whole(deltas, head, format, job))
+        except Interrupted:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return JsonResponse(body)
 
 
 class EventStream(Response):
@@ -142,21 +151,15 @@ class EventStream(Response):
 
 def _check_job(served: ServedModel, job: Job) -> None:
     """Checks the whole job before any of it is generated."""
-    room = served.engine.max_in_flight
-    if job.num_choices > room:
-        raise ApiError(
-            400,
-            f"The request needs {job.num_choices} sequences, but this server has room for {room}: "
-            "split it into several requests.",
-            param="n" if len(job.params) > 1 else "prompt",
-            code="invalid_value",
-        )
     params = job.params[0]  # the choices differ only in their seeds
     info = served.engine.info
     for prompt in job.prompts:
+        if len(prompt) >= info.max_model_len:
+            raise prompt_too_long(info, job.param, len(prompt))
         served.engine.check(prompt, params)
-        if params.max_tokens is not None and len(prompt) + params.max_tokens > info.max_model_len:
-            raise too_long(f"{len(prompt)} tokens", info, "max_tokens", params.max_tokens)
+        answer = params.max_tokens or 0
+        if len(prompt) + answer > info.max_model_len:
+            raise answer_too_long(info, job.param, len(prompt), answer, job.limit_param)
 
 
 async def _first(deltas: AsyncGenerator[ChoiceDelta, None]) -> ChoiceDelta:
@@ -218,7 +221,7 @@ def _event(data: dict[str, Any]) -> bytes:
     return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
-def _usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+def _usage(prompt_tokens: int, completion_tokens: int) -> Usage:
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,

@@ -8,12 +8,16 @@ from typing import Any, TypeVar
 
 from llama_jax.client.client import EngineClient
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.serve.errors import ApiError, engine_dead, too_long, unavailable
+from llama_jax.serve.admission import Admission
+from llama_jax.serve.errors import (
+    ApiError,
+    engine_dead,
+    prompt_too_long,
+    shutting_down,
+    unavailable,
+)
 from llama_jax.serve.metrics import Metrics
 from llama_jax.text.tokenizer import Tokenizer
-
-# An engine reports at least once a second, or once a tick if a tick takes longer.
-SILENCE_LIMIT_SECONDS = 10.0
 
 T = TypeVar("T")
 
@@ -31,6 +35,7 @@ class ServedModel:
       defaults: the sampling parameters that a request does not set.
       created: when the server started, in seconds since 1970.
       draining: whether the server is shutting down and accepts no new requests.
+      admission: admits requests while the engine has room.
     """
 
     name: str
@@ -41,23 +46,19 @@ class ServedModel:
     defaults: SamplingParams
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
+    admission: Admission = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.admission = Admission(self.engine, self.metrics)
 
     def check_available(self) -> None:
         """Raises `ApiError` 503 if the server accepts no requests."""
-        if self.draining:
-            raise unavailable("The server is shutting down.", "shutting_down")
+        if self.draining or self.engine.draining:
+            raise shutting_down()
         if not self.engine.alive:
             raise engine_dead()
-
-    def check_healthy(self) -> None:
-        """Raises `ApiError` 503 unless the server can generate right now.
-
-        A silent engine makes the server unhealthy, but requests are still accepted: the engine may
-        only be in a long tick.
-        """
-        self.check_available()
-        silence = self.engine.seconds_since_report
-        if silence > SILENCE_LIMIT_SECONDS:
+        if not self.engine.responds:
+            silence = self.engine.seconds_since_report
             raise unavailable(
                 f"The engine has sent no report for {silence:.0f} seconds.", "engine_silent"
             )
@@ -72,6 +73,23 @@ class ServedModel:
                 code="model_not_found",
             )
 
+    def check_room(self, prompts: int, choices: int) -> None:
+        """Raises `ApiError` 400 if the server never has room for a request.
+
+        Args:
+          prompts: the number of its prompts.
+          choices: the number of choices for each prompt.
+        """
+        room = self.engine.max_in_flight
+        if prompts * choices > room:
+            raise ApiError(
+                400,
+                f"The request needs {prompts * choices} sequences, but this server has room for "
+                f"{room}: split it into several requests.",
+                param="n" if choices > 1 else "prompt",
+                code="invalid_value",
+            )
+
     def check_text_length(self, texts: list[str], param: str) -> None:
         """Raises `ApiError` 400 if the texts cannot fit the context, however they are tokenized.
 
@@ -80,7 +98,7 @@ class ServedModel:
         # Even an empty message has tokens around it.
         fewest = max(len(texts), sum(map(len, texts)) // self.tokenizer.max_token_length)
         if fewest >= self.engine.info.max_model_len:
-            raise too_long(f"at least {fewest} tokens", self.engine.info, param)
+            raise prompt_too_long(self.engine.info, param, fewest, at_least=True)
 
     async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
         """Runs work of the tokenizer without blocking the streams of other requests."""

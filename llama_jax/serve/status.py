@@ -1,45 +1,47 @@
 """The server's health, metrics, version and models."""
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
-from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
+from llama_jax.serve.json_response import JsonResponse
+from llama_jax.serve.response_types import ModelCard
 from llama_jax.serve.served_model import ServedModel
 
 
-def status_routes(served: ServedModel) -> APIRouter:
-    """GET /health, /metrics, /version, /v1/models and /v1/models/{name}."""
-    router = APIRouter()
+def status_routes(served: ServedModel) -> list[Route]:
+    """GET (and HEAD) /health, /metrics, /version, /v1/models and /v1/models/{name}."""
 
-    @router.get("/health")
-    async def health() -> dict[str, str]:
-        served.check_healthy()
-        return {"status": "ok"}
+    async def health(request: Request) -> Response:
+        served.check_available()
+        return JsonResponse({"status": "ok"})
 
-    @router.get("/metrics")
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
         return Response(served.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    @router.get("/version")
-    async def show_version() -> dict[str, str]:
-        return {"version": _version()}
+    async def show_version(request: Request) -> Response:
+        return JsonResponse({"version": package_version()})
 
-    @router.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_card(served)]}
+    async def models(request: Request) -> Response:
+        return JsonResponse({"object": "list", "data": [_card(served)]})
 
-    @router.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
-        served.check_name(name)
-        return _card(served)
+    async def model(request: Request) -> Response:
+        served.check_name(request.path_params["name"])
+        return JsonResponse(_card(served))
 
-    return router
+    return [
+        Route("/health", health),
+        Route("/metrics", metrics),
+        Route("/version", show_version),
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
+    ]
 
 
-def _card(served: ServedModel) -> dict[str, Any]:
+def _card(served: ServedModel) -> ModelCard:
     return {
         "id": served.name,
         "object": "model",
@@ -51,7 +53,8 @@ def _card(served: ServedModel) -> dict[str, Any]:
     }
 
 
-def _version() -> str:
+def package_version() -> str:
+    """The version of llama-jax, or "unknown"."""
     try:
         return version("llama-jax")
     except PackageNotFoundError:  # run from a checkout that is not installed

@@ -1,21 +1,23 @@
 """Text to token ids and back: for the routes that generate, POST /tokenize and POST /detokenize."""
 
-from typing import Any
-
-from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from llama_jax.serve.errors import ApiError
-from llama_jax.serve.protocol import DetokenizeRequest, Message, TokenizeRequest
+from llama_jax.serve.json_response import JsonResponse
+from llama_jax.serve.messages import Message
+from llama_jax.serve.protocol import DetokenizeRequest, TokenizeRequest
+from llama_jax.serve.request_body import read
 from llama_jax.serve.served_model import ServedModel
-from llama_jax.text.tokenizer import TokenizerError
+from llama_jax.text.tokenizer import Tokenizer, TokenizerError
 
 
-def tokenization_routes(served: ServedModel) -> APIRouter:
+def tokenization_routes(served: ServedModel) -> list[Route]:
     """POST /tokenize and POST /detokenize."""
-    router = APIRouter()
 
-    @router.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(request: Request) -> Response:
+        body = await read(TokenizeRequest, request)
         served.check_name(body.model)
         if body.messages is not None:
             ids = await encode_messages(served, body.messages)
@@ -23,19 +25,21 @@ def tokenization_routes(served: ServedModel) -> APIRouter:
             ids = await encode_text(served, body.prompt or "", body.add_special_tokens is not False)
         strings = None
         if body.return_token_strs:
-            strings = [served.tokenizer.decode([token], False) for token in ids]
-        return {
-            "count": len(ids),
-            "max_model_len": served.engine.info.max_model_len,
-            "tokens": ids,
-            "token_strs": strings,
-        }
+            strings = await served.in_thread(_decode_each, served.tokenizer, ids)
+        return JsonResponse(
+            {
+                "count": len(ids),
+                "max_model_len": served.engine.info.max_model_len,
+                "tokens": ids,
+                "token_strs": strings,
+            }
+        )
 
-    @router.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+    async def detokenize(request: Request) -> Response:
+        body = await read(DetokenizeRequest, request)
         served.check_name(body.model)
         vocab_size = served.engine.info.vocab_size
-        for token in body.tokens:
+        for token in (min(body.tokens, default=0), max(body.tokens, default=0)):
             if not 0 <= token < vocab_size:
                 raise ApiError(
                     400,
@@ -44,9 +48,12 @@ def tokenization_routes(served: ServedModel) -> APIRouter:
                     code="invalid_value",
                 )
         text = await served.in_thread(served.tokenizer.decode, body.tokens, False)
-        return {"prompt": text}
+        return JsonResponse({"prompt": text})
 
-    return router
+    return [
+        Route("/tokenize", tokenize, methods=["POST"]),
+        Route("/detokenize", detokenize, methods=["POST"]),
+    ]
 
 
 async def encode_text(served: ServedModel, text: str, add_bos: bool = True) -> list[int]:
@@ -74,3 +81,7 @@ async def encode_messages(served: ServedModel, messages: list[Message]) -> list[
         return await served.in_thread(served.tokenizer.encode_chat, chat)
     except TokenizerError as error:
         raise ApiError(400, str(error), param="messages", code="invalid_value") from error
+
+
+def _decode_each(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    return [tokenizer.decode([token], False) for token in ids]

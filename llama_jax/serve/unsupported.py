@@ -1,11 +1,14 @@
 """Fields of the OpenAI API and its extensions that this server does not support.
 
-Such a field is accepted if its value has no effect (null, or the values below) and rejected
-otherwise: nothing is accepted and then ignored. A field that is neither here nor in a request model
-is rejected whatever its value.
+Such a field is accepted if its value asks for nothing (null, or the values below) and refused
+otherwise: nothing is accepted and then ignored. A field that is neither here nor in a request is
+refused unless it is null.
 """
 
-from typing import Any
+from collections.abc import Collection
+from typing import Any, Literal
+
+from llama_jax.serve.json_reader import Fields, is_null, refuse, small_value
 
 _ANYTHING = object()  # any value: the field is only a label for the client's own use
 
@@ -49,11 +52,11 @@ _NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
     "guided_choice": (),
     "guided_grammar": (),
     # chat
-    "tools": (),
-    "tool_choice": ("none",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),  # without tools there is nothing to choose
     "parallel_tool_calls": (True, False),
-    "functions": (),
-    "function_call": ("none",),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -72,9 +75,10 @@ _NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
     "cache_salt": (),
 }
 
-# The same for fields of a message: clients send back the messages that they received.
+# The same for a message, because clients send back the messages that they received.
 _NO_OP_VALUES_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
-    "name": (),
+    "name": (_ANYTHING,),  # no template of Llama 3 renders it
+    "cache_control": (_ANYTHING,),
     "refusal": (),
     "audio": (),
     "annotations": ([],),
@@ -85,33 +89,69 @@ _NO_OP_VALUES_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "reasoning_content": (),
 }
 
+# The same for a part of a message.
+_NO_OP_VALUES_IN_PART: dict[str, tuple[Any, ...]] = {
+    "cache_control": (_ANYTHING,),  # Anthropic's prompt cache, which LiteLLM and LangChain pass on
+    "annotations": ([],),
+}
+
+_Kind = Literal["request", "options", "message", "part"]
+_TABLES: dict[_Kind, dict[str, tuple[Any, ...]]] = {
+    "request": _NO_OP_VALUES,
+    "options": {},
+    "message": _NO_OP_VALUES_IN_MESSAGE,
+    "part": _NO_OP_VALUES_IN_PART,
+}
+
 
 def without_no_ops(
-    fields: dict[str, Any], known: set[str], in_a_message: bool = False
-) -> dict[str, Any]:
-    """Removes unsupported fields that have no effect.
+    fields: Fields,
+    known: Collection[str],
+    kind: _Kind,
+    path: str = "",
+) -> Fields:
+    """Returns the supported fields, without those that are null.
 
     Args:
-      fields: the fields of a request or of one message.
-      known: the names of supported fields, which are kept.
-      in_a_message: whether `fields` are those of a message.
+      fields: the fields of a request, of its stream_options, of a message or of a part of one.
+      known: the names of supported fields.
+      kind: what `fields` belong to.
+      path: where they are in the request, such as "messages[0].".
 
     Raises:
-      LookupError: an unsupported field has an effect; the argument is its name.
+      ApiError: an unsupported field asks for something.
     """
-    table = _NO_OP_VALUES_IN_MESSAGE if in_a_message else _NO_OP_VALUES
+    table = _TABLES[kind]
     kept = {}
     for name, value in fields.items():
-        if name in known or name not in table:
-            kept[name] = value  # the request model accepts or rejects it
-        elif value is not None and not _is_no_op(value, table[name]):
-            raise LookupError(name)
+        if is_null(value):
+            continue
+        if name in known:
+            kept[name] = value
+        elif name not in table:
+            param = f"{path}{name}"[:100]
+            refuse(f"The field {param} does not exist.", param, "unknown_parameter")
+        elif table[name] != (_ANYTHING,):
+            param = f"{path}{name}"
+            if not _is_no_op(small_value(value, param), table[name]):
+                refuse(
+                    f"{param} is not supported by this server: leave it out.",
+                    param,
+                    "unsupported_parameter",
+                )
     return kept
+
+
+def no_op_schemas(kind: _Kind) -> dict[str, Any]:
+    """Returns the JSON schema of each unsupported field, which allows the values without effect."""
+    return {
+        name: {} if values == (_ANYTHING,) else {"enum": [None, *values]}
+        for name, values in _TABLES[kind].items()
+    }
 
 
 def _is_no_op(value: Any, no_ops: tuple[Any, ...]) -> bool:
     # In Python False == 0, but logprobs: 0 has an effect and logprobs: false has none.
     return any(
-        item is _ANYTHING or (value == item and isinstance(value, bool) == isinstance(item, bool))
-        for item in no_ops
+        value == item and isinstance(value, bool) == isinstance(item, bool) for item in no_ops
     )

@@ -1,47 +1,11 @@
-"""A real Uvicorn with the official OpenAI client, and with clients that send bad HTTP."""
-
-import asyncio
-import contextlib
-import itertools
-import socket
-import threading
-from collections.abc import Iterable
+"""A real Uvicorn with the official OpenAI client."""
 
 import openai
 import pytest
-import uvloop
 
-from llama_jax.serve.http_server import HttpServer, address_of, listen
 from tests.support.fake_client import FakeServer, make_info, user
+from tests.support.listening import listening
 from tests.support.processes import wait_until
-
-
-@contextlib.contextmanager
-def listening(server: FakeServer):
-    """Serves in a thread; yields the address."""
-    listener = listen("127.0.0.1", 0)
-    ready, ending = threading.Event(), []
-
-    async def serve() -> None:
-        end = asyncio.Event()
-        ending.extend((asyncio.get_running_loop(), end))
-        async with HttpServer(server.app, listener).running():
-            ready.set()
-            await end.wait()
-
-    def main() -> None:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve())
-
-    thread = threading.Thread(target=main)
-    thread.start()
-    ready.wait()
-    try:
-        yield address_of(listener)
-    finally:
-        loop, end = ending
-        loop.call_soon_threadsafe(end.set)
-        thread.join()
 
 
 @pytest.fixture
@@ -68,6 +32,17 @@ def test_whole_answers(client):
     assert chat.usage.total_tokens == chat.usage.prompt_tokens + chat.usage.completion_tokens
     completion = client.completions.create(model="tiny", prompt="Hi", max_tokens=50)
     assert completion.choices[0].text == "Hello, 😀!"
+
+
+def test_an_answer_can_be_sent_back_as_the_client_has_it(client, server):
+    messages = [{"role": "developer", "content": "Be brief."}, *user("Hi")]
+    answer = client.chat.completions.create(model="tiny", messages=messages).choices[0].message
+    for back in (answer, answer.model_dump()):
+        chat = client.chat.completions.create(
+            model="tiny", messages=[*messages, back, *user("And?")], tools=[], tool_choice="auto"
+        )
+        assert chat.choices[0].message.content == "Hello, 😀!"
+    assert server.engine.requests[-1] == server.engine.requests[-2]
 
 
 def test_streams(client, server):
@@ -124,60 +99,3 @@ def test_an_error_in_a_stream_is_an_exception(client, server):
     server.engine.fail_after = 2
     with pytest.raises(openai.APIError, match="not finite"):
         list(client.chat.completions.create(model="tiny", messages=user("Hi"), stream=True))
-
-
-# Below the application
-
-
-def answer_to(address: str, pieces: Iterable[bytes]) -> bytes:
-    """Sends these bytes and returns what is received until the server closes the connection."""
-    host, port = address.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as connection:
-        received = b""
-        with contextlib.suppress(ConnectionError):
-            for piece in pieces:
-                connection.sendall(piece)
-            while more := connection.recv(65536):
-                received += more
-        return received
-
-
-def test_endless_headers_are_cut_off(server):
-    endless = itertools.chain([b"GET /health HTTP/1.1\r\nX: "], itertools.repeat(b"a" * 10_000))
-    with listening(server) as address:
-        pieces = itertools.islice(endless, 5000)
-        answer_to(address, pieces)
-        assert next(pieces, None) is not None, "all of it was read"
-        usual = b"X: " + b"a" * 8000 + b"\r\n"
-        head = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-        assert b" 200 OK" in answer_to(address, [head, usual, b"\r\n"])
-
-
-@pytest.mark.parametrize("said", [b"", b"GET /health HTTP/1.1\r\nX: "])
-def test_slow_headers_time_out(server, monkeypatch, said):
-    monkeypatch.setattr("llama_jax.serve.header_limits.HEADER_SECONDS", 0.05)
-    with listening(server) as address:
-        assert answer_to(address, [said]) == b""
-
-
-def test_a_slow_body_does_not_time_out_with_the_headers(server, monkeypatch):
-    monkeypatch.setattr("llama_jax.serve.header_limits.HEADER_SECONDS", 0.5)
-    body = b'{"prompt": "Hi"}'
-    head = (
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        b"Authorization: Bearer sesame\r\nConnection: close\r\n"
-        b"Content-Length: %d\r\n\r\n" % len(body)
-    )
-
-    def slowly():
-        yield head
-        assert answer_to(address, []) == b""  # a connection without headers has timed out since
-        yield body
-
-    with listening(server) as address:
-        assert b" 200 OK" in answer_to(address, slowly())
-
-
-def test_bytes_that_are_not_http_are_refused(server):
-    with listening(server) as address:
-        assert b" 400 Bad Request" in answer_to(address, [b"\x00\xff\r\n\r\n"])

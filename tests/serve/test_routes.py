@@ -29,11 +29,6 @@ def test_version(server):
     assert set(server.get("/version").json()) == {"version"}
 
 
-def test_the_openapi_schema(server):
-    paths = server.get("/openapi.json").json()["paths"]
-    assert {"/v1/completions", "/v1/chat/completions", "/health"} <= set(paths)
-
-
 def test_tokenize_a_text(server):
     body = server.post("/tokenize", {"prompt": "Hi", "return_token_strs": True}).json()
     ids = server.tokenizer.encode("Hi")

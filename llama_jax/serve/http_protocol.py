@@ -1,0 +1,183 @@
+"""HTTP/1.1 and 1.0 as clients speak it: Uvicorn's protocol on h11, completed where it falls short.
+
+h11 and not httptools, which is faster but loses the body of a request that offers an upgrade (every
+request of Java's HttpClient offers h2c), sends chunks to HTTP/1.0 clients, and parses requests in
+the pipe before their turn.
+"""
+
+import asyncio
+import select
+from http import HTTPStatus
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from llama_jax.serve.errors import ApiError
+from llama_jax.serve.write_deadline import WriteDeadline
+
+MAX_HEADER_BYTES = 64 * 1024
+SLICE_BYTES = 16 * 1024
+# Each chunk of a body costs some 15 µs, however short it is.
+MAX_CHUNKS = 4096
+HEADER_SECONDS = 30.0
+# A client that has closed its sending side may still read, or be gone. See `_watch_half_closed`.
+PROBE_SECONDS = 1.0
+RESET_SECONDS = 0.1
+
+
+class HttpProtocol(WriteDeadline, H11Protocol):
+    """One connection.
+
+    Uvicorn itself waits for headers forever, answers what is not HTTP with plain text, and takes a
+    client that has closed its sending side for one that is gone.
+    """
+
+    _timer: asyncio.TimerHandle | None = None
+    _watcher: asyncio.Task[None] | None = None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.conn: _Connection = _Connection()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Starts the timer for the first request."""
+        super().connection_made(transport)
+        self._limit_wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stops what belongs to the connection."""
+        self._stop_timer()
+        if self._watcher is not None:
+            self._watcher.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parses the data, except for empty lines before a request (RFC 9112, section 2.2)."""
+        if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
+            data = data.lstrip(b"\r\n")
+        # In slices, because h11 limits only headers whose end has not come.
+        for start in range(0, len(data), SLICE_BYTES):
+            if not self.transport.is_closing():
+                super().data_received(data[start : start + SLICE_BYTES])
+
+    def handle_events(self) -> None:
+        """Handles what has been parsed. Uvicorn calls it for new data and after a response."""
+        super().handle_events()
+        self._limit_wait()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Handles the end of the input; returns whether the connection stays open.
+
+        HTTP allows a client to close its sending side after a request and to wait for the response.
+        """
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or cycle.more_body:
+            return False
+        self._watcher = self.loop.create_task(self._watch_half_closed())
+        return True
+
+    def on_response_complete(self) -> None:
+        """Starts the next request in the pipe, or closes the connection if none can come."""
+        super().on_response_complete()
+        if self._watcher is not None and self.cycle.response_complete:
+            self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers bytes that are not HTTP, and closes the connection."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            error = _api_error(self.conn.error)
+            response = error.response()
+            headers = [*response.raw_headers, (b"connection", b"close")]
+            for event in (
+                h11.Response(
+                    status_code=error.status,
+                    headers=headers,
+                    reason=HTTPStatus(error.status).phrase.encode(),
+                ),
+                h11.Data(data=bytes(response.body)),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Overrides Uvicorn's warning: an upgrade is an offer, and may be left alone."""
+
+    def _limit_wait(self) -> None:
+        """Limits the wait for the end of a request's headers.
+
+        The limit does not hold while a request is handled, whose body has a limit of its own
+        (`middleware`), nor between two requests, for which Uvicorn has a keep-alive timer.
+        """
+        handling = self.cycle is not None and not self.cycle.response_complete
+        idle = self.timeout_keep_alive_task is not None and not self.conn.trailing_data[0]
+        if handling or idle:
+            self._stop_timer()
+        elif self._timer is None and not self.transport.is_closing():
+            self._timer = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    async def _watch_half_closed(self) -> None:
+        """Closes the connection if the client is gone, and has not only closed its sending side.
+
+        TCP tells the two apart only when something is sent: a client that is gone resets the
+        connection. What may be sent before a response is an interim response, which every client of
+        HTTP/1.1 ignores; to HTTP/1.0 clients there is none.
+        """
+        pause = PROBE_SECONDS
+        while True:
+            await asyncio.sleep(pause)
+            if self.conn.our_state is h11.SEND_RESPONSE and self.conn.their_http_version != b"1.0":
+                interim = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
+                self.transport.write(self.conn.send(interim) or b"")
+            await asyncio.sleep(RESET_SECONDS)
+            if _is_reset(self.transport):
+                self.transport.abort()
+                return
+            pause *= 2
+
+
+class _Connection(h11.Connection):
+    """Limits the number of chunks in a body, and keeps the error that ended the connection."""
+
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER, MAX_HEADER_BYTES)
+        self.error: h11.RemoteProtocolError | None = None
+        self._chunks = 0
+
+    def next_event(self) -> Any:
+        """Returns the next event."""
+        try:
+            event = super().next_event()
+            if isinstance(event, h11.Request):
+                self._chunks = 0
+            elif isinstance(event, h11.Data):
+                self._chunks += event.chunk_start
+                if self._chunks > MAX_CHUNKS:
+                    raise h11.RemoteProtocolError("too many chunks", 413)
+        except h11.RemoteProtocolError as error:
+            self.error = error
+            raise
+        return event
+
+
+def _api_error(error: h11.RemoteProtocolError | None) -> ApiError:
+    status = 400 if error is None else error.error_status_hint
+    messages = {
+        413: f"The body has more than {MAX_CHUNKS:,} chunks.",
+        431: f"The headers are larger than the maximum of {MAX_HEADER_BYTES:,} bytes.",
+    }
+    other = f"The request is not valid HTTP: {str(error).rstrip('.')}."
+    return ApiError(status, messages.get(status, other), code="invalid_http")
+
+
+def _is_reset(transport: asyncio.Transport) -> bool:
+    """Returns whether the peer has reset the connection, which is not read from any more."""
+    poll = select.poll()
+    poll.register(transport.get_extra_info("socket").fileno(), 0)
+    return bool(poll.poll(0))  # POLLHUP or POLLERR

@@ -1,0 +1,162 @@
+"""The JSON of responses, as /openapi.json describes it."""
+
+from typing import Literal, NotRequired, TypedDict
+
+from llama_jax.engine.interface import FinishReason
+
+
+class Usage(TypedDict):
+    """Token counts; a prompt counts once, however many choices it has."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class CompletionChoice(TypedDict):
+    """One answer to a prompt, or the next part of it."""
+
+    index: int
+    text: str
+    logprobs: None
+    finish_reason: FinishReason | None
+
+
+class Completion(TypedDict):
+    """The response of POST /v1/completions."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class CompletionChunk(TypedDict):
+    """An event of a streamed completion."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: NotRequired[Usage | None]
+
+
+class AssistantMessage(TypedDict):
+    """The answer to a chat."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(TypedDict):
+    """One answer to a chat."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: None
+    finish_reason: FinishReason | None
+
+
+class ChatCompletion(TypedDict):
+    """The response of POST /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Delta(TypedDict):
+    """The next part of an answer to a chat; the first part has the role."""
+
+    role: NotRequired[Literal["assistant"]]
+    content: str
+
+
+class ChatChunkChoice(TypedDict):
+    """The next part of one answer to a chat."""
+
+    index: int
+    delta: Delta
+    logprobs: None
+    finish_reason: FinishReason | None
+
+
+class ChatCompletionChunk(TypedDict):
+    """An event of a streamed chat."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: NotRequired[Usage | None]
+
+
+class Tokens(TypedDict):
+    """The response of POST /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Text(TypedDict):
+    """The response of POST /detokenize."""
+
+    prompt: str
+
+
+class ModelCard(TypedDict):
+    """A model of this server."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: None
+    max_model_len: int
+
+
+class ModelList(TypedDict):
+    """The response of GET /v1/models."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Health(TypedDict):
+    """The response of GET /health while the server can generate."""
+
+    status: Literal["ok"]
+
+
+class Version(TypedDict):
+    """The response of GET /version."""
+
+    version: str
+
+
+class ErrorDetails(TypedDict):
+    """What is wrong: a message, and for programs the field at fault and the kind of error."""
+
+    message: str
+    type: Literal[
+        "invalid_request_error", "authentication_error", "rate_limit_error", "server_error"
+    ]
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(TypedDict):
+    """Every response of a status from 400 on."""
+
+    error: ErrorDetails

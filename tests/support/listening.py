@@ -1,0 +1,38 @@
+"""A real Uvicorn in a thread, for clients on real sockets."""
+
+import asyncio
+import contextlib
+import threading
+
+import uvloop
+
+from llama_jax.serve.http_server import HttpServer, address_of, listen
+from tests.support.fake_client import FakeServer
+
+
+@contextlib.contextmanager
+def listening(server: FakeServer, host: str = "127.0.0.1"):
+    """Serves in a thread; yields the address."""
+    listener = listen(host, 0)
+    ready, ending = threading.Event(), []
+
+    async def serve() -> None:
+        end = asyncio.Event()
+        ending.extend((asyncio.get_running_loop(), end))
+        async with HttpServer(server.app, listener).running():
+            ready.set()
+            await end.wait()
+
+    def main() -> None:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve())
+
+    thread = threading.Thread(target=main)
+    thread.start()
+    ready.wait()
+    try:
+        yield address_of(listener)
+    finally:
+        loop, end = ending
+        loop.call_soon_threadsafe(end.set)
+        thread.join()
