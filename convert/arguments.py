@@ -29,7 +29,7 @@ exit codes:
 
 With --json, standard output is one JSON object, {"error": "..."} if the exit code is 1, 70 or 130:
   hf, meta, gguf, quantize, export
-    source, destination, dtype, quantization (null, int8, fp8 or int4), source_bytes and bytes (of
+    source, destination, dtype, quantization (null, or its format), source_bytes and bytes (of
     weights), resumed_bytes (written by an earlier run), seconds, verify_seconds (null: not
     verified), quantization_error (relative, by kind of matrix), divergence (null, or tokens, mean
     and largest in nats, agreement from 0 to 1)
@@ -37,7 +37,7 @@ With --json, standard output is one JSON object, {"error": "..."} if the exit co
     source, destination, differences (list of sentences), seconds
   inspect
     path, layout (orbax, huggingface, meta, gguf), formats (with their versions, or null),
-    num_files, config (as in config.json), quantization (null, or format and group_size),
+    num_files, config (as in config.json), quantization (null, or format, group_size and plain),
     quantized_by, quantization_error, num_parameters, bytes, bytes_by_dtype, devices (of --mesh:
     stage, rank, layers, padding_layers, heads, kv_heads, bytes, bytes_by_group)
 """

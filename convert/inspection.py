@@ -207,5 +207,7 @@ def _quantized_by(reader: CheckpointReader) -> str | None:
     """The tool that quantized the checkpoint, unless it was this program."""
     if not isinstance(reader, HuggingFaceReader) or reader.declared.quantization is None:
         return None
+    if reader.config.quantization is None:  # only the KV cache or the LM head, for example
+        return None
     method = reader.declared.quantization.method
     return None if method == QUANT_METHOD else method

@@ -4,6 +4,7 @@ Matrices quantized by another tool are translated as they are read.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from llama_jax.checkpoint.foreign import (
     OF_ACTIVATIONS,
     Dequantized,
+    Described,
     Translated,
     layout_of,
     translate,
@@ -101,13 +103,17 @@ class HuggingFaceReader:
                     f"{self.path} holds {unannounced}, so it is quantized, but its config.json has "
                     "no quantization_config: get the matching config.json."
                 )
-        layout = quantization and layout_of(quantization)
-        if layout is None:
+        layout = quantization and layout_of(quantization.layers)
+        if quantization is None or layout is None:
             for name in infos:
                 if name.endswith(OF_ACTIVATIONS):
                     del self._files[name]
             return config, {}
-        config, translated, used = translate(self.path, layout, infos, self._mapped, config)
+        layers = head = Described(layout, config)
+        if quantization.head is not None and (head_layout := layout_of(quantization.head)):
+            head_config = replace(config, quantization=quantization.head.quantization)
+            head = Described(head_layout, head_config)
+        config, translated, used = translate(self.path, infos, self._mapped, layers, head)
         for name in used:
             del self._files[name]
         return config, translated

@@ -6,8 +6,6 @@ quantizes neither, and the weights do not depend on them. Layouts that this pack
 are refused by name.
 
 Descriptions of the formats:
-  compressed-tensors: https://github.com/neuralmagic/compressed-tensors, quant_config.py and
-    quant_args.py in quantization/.
   fbgemm_fp8: https://huggingface.co/docs/transformers/quantization/fbgemm_fp8.
   fp8: https://github.com/neuralmagic/AutoFP8, the predecessor of compressed-tensors; in blocks:
     https://huggingface.co/docs/transformers/quantization/finegrained_fp8.
@@ -23,21 +21,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llama_jax.config.compressed_tensors import parse_compressed_tensors
 from llama_jax.config.errors import ConfigError
+from llama_jax.config.json_values import get_object, quoted
 from llama_jax.config.llama_config import QUANT_METHOD, Quantization
 from llama_jax.config.quantization_settings import (
     CALIBRATION,
     DEFAULT_LAYOUT,
-    get_object,
     is_size,
     present,
-    quoted,
     unknown_keys,
     unsupported,
 )
+from llama_jax.config.stored_matrices import (
+    FP8_ROWS,
+    HEAD,
+    PLAIN,
+    Parsed,
+    StoredMatrices,
+    fp8_blocks,
+    grouped,
+)
 
 MODELOPT_FILE = "hf_quant_config.json"  # written by modelopt, often instead of config.json's entry
-PLAIN = "plain"  # no weight is quantized, but something else is, such as the KV cache
 
 
 class StoredQuantization(NamedTuple):
@@ -45,28 +51,23 @@ class StoredQuantization(NamedTuple):
 
     Attributes:
       method: the tool that quantized them (`quant_method`); `QUANT_METHOD` for this package.
-      layout: a name from `checkpoint.foreign.LAYOUTS`, `QUANT_METHOD`, or `PLAIN`.
-      quantization: the format of the layers' matrices once they are loaded, as far as the settings
-        say. A reader also knows which matrices are not quantized, and whether GPTQ's columns are in
-        act-order. None for `PLAIN`.
-      block_rows: output channels that share their scales.
+      layers: how those of the layers are stored.
+      head: how the LM head is stored if it is quantized otherwise than the layers; None if not.
       unknown: keys that this package does not know, as paths.
     """
 
     method: str
-    layout: str
-    quantization: Quantization | None
-    block_rows: int = 1
+    layers: StoredMatrices
+    head: StoredMatrices | None = None
     unknown: tuple[str, ...] = ()
 
+    @property
+    def quantization(self) -> Quantization | None:
+        """The quantization of the layers."""
+        return self.layers.quantization
 
-class _Parsed(NamedTuple):
-    """As `StoredQuantization`, without the method."""
 
-    layout: str
-    quantization: Quantization | None
-    unknown: list[str]
-    block_rows: int = 1
+_AWQ_NAMES = {"w_bit": "bits", "q_group_size": "group_size"}  # of old versions
 
 
 def parse_quantization(config: dict[str, Any]) -> StoredQuantization | None:
@@ -87,9 +88,7 @@ def parse_quantization(config: dict[str, Any]) -> StoredQuantization | None:
         raise unsupported(f"with {quoted(_DESCRIPTIONS.get(method, method))}")
     parsed = _METHODS[method](given)
     unknown = tuple(f"{name}.{key}" for key in parsed.unknown)
-    return StoredQuantization(
-        method, parsed.layout, parsed.quantization, parsed.block_rows, unknown
-    )
+    return StoredQuantization(method, parsed.layers, parsed.head, unknown)
 
 
 def modelopt_quantization(content: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -104,7 +103,7 @@ def modelopt_quantization(content: dict[str, Any], file: Path) -> dict[str, Any]
     return {"quant_method": "modelopt", **quantization}
 
 
-def _own(given: dict[str, Any]) -> _Parsed:
+def _own(given: dict[str, Any]) -> Parsed:
     if not {"format"} <= given.keys() <= {"format", "group_size", "plain"}:
         raise ConfigError(
             f"The quantization_config of {QUANT_METHOD} must have format and may have group_size "
@@ -113,109 +112,16 @@ def _own(given: dict[str, Any]) -> _Parsed:
     if not isinstance(given.get("plain", []), list):
         raise ConfigError(f"plain must be a list of modules, got {quoted(given['plain'])}.")
     given = given | {"plain": tuple(given.get("plain", ()))}
-    return _Parsed(QUANT_METHOD, Quantization(**given), [])
+    return Parsed(StoredMatrices(QUANT_METHOD, Quantization(**given)), [])
 
 
-def _compressed_tensors(given: dict[str, Any]) -> _Parsed:
-    what = "compressed-tensors"
-    # A pruned model whose zeros are stored like any other weight.
-    if get_object(given, "sparsity_config").get("format") == "dense":
-        del given["sparsity_config"]
-    unknown = unknown_keys(
-        given,
-        what,
-        read="config_groups format",
-        harmless="dequantize global_compression_ratio ignore kv_cache_scheme quantization_status "
-        "run_compressed version",
-        only={"sparsity_config": {}, "transform_config": {}, "moe_sparsity_config": {}},
-    )
-    parsed = []
-    for name, group in get_object(given, "config_groups").items():
-        group = present(group, f"config_groups.{name}")
-        layout = group.pop("format", given.get("format"))
-        keys = unknown_keys(
-            group, what, read="weights", harmless="input_activations output_activations targets"
-        )
-        unknown += [f"config_groups.{name}.{key}" for key in keys]
-        weights = get_object(group, "weights")
-        if not weights:  # a group of activations only
-            continue
-        parsed.append(_compressed_weights(layout, weights))
-        unknown += [f"config_groups.{name}.weights.{key}" for key in parsed[-1].unknown]
-    if not parsed:
-        return _Parsed(PLAIN, None, unknown)
-    if any(other[:2] != parsed[0][:2] or other[3] != parsed[0][3] for other in parsed):
-        raise unsupported(f"with {what} in {len(parsed)} config_groups of different formats")
-    return parsed[0]._replace(unknown=unknown)
-
-
-def _compressed_weights(layout: Any, weights: dict[str, Any]) -> _Parsed:
-    """Parses the `weights` of one of the config_groups."""
-    what = "compressed-tensors"
-    unknown = unknown_keys(
-        weights,
-        f"{what} weights",
-        read="num_bits type strategy symmetric group_size block_structure actorder",
-        harmless="observer observer_kwargs scale_dtype zp_dtype",
-        only={"dynamic": False},
-    )
-    kind = (layout, weights.get("type", "int"), weights.get("num_bits", 8))
-    strategy, symmetric = _strategy(weights), weights.get("symmetric", True)
-    by_row = strategy in ("channel", "tensor")
-    group_size = weights.get("group_size") if strategy == "group" else -1
-    # "group" and its alias "dynamic" store the group of each column.
-    ordered = weights.get("actorder") in ("group", "dynamic", True)
-    if kind in (("float-quantized", "float", 8), ("naive-quantized", "float", 8)):
-        if symmetric is True and not ordered:
-            if by_row:
-                return _Parsed("fp8", Quantization(format="fp8"), unknown)
-            if strategy == "group":
-                return _Parsed("fp8_blocks", _grouped("fp8_grouped", group_size), unknown)
-            if strategy == "block":
-                block = _block(weights.get("block_structure"))
-                return _Parsed("fp8_blocks", _grouped("fp8_grouped", block[1]), unknown, block[0])
-    if kind in (("int-quantized", "int", 8), ("naive-quantized", "int", 8)) and not ordered:
-        if by_row and symmetric is True:
-            return _Parsed("int8", Quantization(format="int8"), unknown)
-        if strategy in ("channel", "group") and isinstance(symmetric, bool):
-            layout = "int8_groups" if symmetric else "int8_groups_asymmetric"
-            return _Parsed(layout, _grouped("int8_grouped", group_size), unknown)
-    if kind[:2] == ("pack-quantized", "int") and strategy in ("channel", "group"):
-        if kind[2] == 8 and strategy == "channel" and symmetric is True and not ordered:
-            return _Parsed("packed_rows", Quantization(format="int8"), unknown)
-        if kind[2] in (4, 8) and isinstance(symmetric, bool):
-            layout = f"packed{kind[2]}" + ("" if symmetric else "_asymmetric")
-            format = "int4" if kind[2] == 4 else "int8_grouped"
-            layout += "_ordered" if ordered else ""
-            return _Parsed(layout, _grouped(format, group_size), unknown)
-    details = ", ".join(f"{key} {quoted(value)}" for key, value in sorted(weights.items()))
-    raise unsupported(f"with {what} {quoted(layout)}: {details}")
-
-
-def _strategy(weights: dict[str, Any]) -> Any:
-    """The strategy, which follows from the group size if it is not given."""
-    by_default = {None: "tensor", -1: "channel"}
-    group_size = weights.get("group_size")
-    size = group_size if isinstance(group_size, int) else None
-    return weights.get("strategy", by_default.get(size, "group"))
-
-
-def _block(given: Any) -> tuple[int, int]:
-    """The rows and columns of a block, given as [128, 128] or, by old versions, as "128x128"."""
-    if isinstance(given, str):
-        given = [int(part) if part.isdecimal() else 0 for part in given[:20].split("x")]
-    if isinstance(given, list) and len(given) == 2 and all(map(is_size, given)):
-        return given[0], given[1]
-    raise ConfigError(f"The blocks of a quantization must be [rows, columns], got {quoted(given)}.")
-
-
-def _fbgemm_fp8(given: dict[str, Any]) -> _Parsed:
+def _fbgemm_fp8(given: dict[str, Any]) -> Parsed:
     harmless = "activation_scale_ub dequantize modules_to_not_convert"
     unknown = unknown_keys(given, "fbgemm_fp8", read="", harmless=harmless)
-    return _Parsed("fp8", Quantization(format="fp8"), unknown)
+    return Parsed(FP8_ROWS, unknown)
 
 
-def _fp8(given: dict[str, Any]) -> _Parsed:
+def _fp8(given: dict[str, Any]) -> Parsed:
     unknown = unknown_keys(
         given,
         "fp8",
@@ -225,12 +131,11 @@ def _fp8(given: dict[str, Any]) -> _Parsed:
         only={"fmt": "e4m3"},
     )
     if "weight_block_size" not in given:
-        return _Parsed("fp8", Quantization(format="fp8"), unknown)
-    block = _block(given["weight_block_size"])
-    return _Parsed("fp8_blocks", _grouped("fp8_grouped", block[1]), unknown, block[0])
+        return Parsed(FP8_ROWS, unknown)
+    return Parsed(fp8_blocks(given["weight_block_size"]), unknown)
 
 
-def _modelopt(given: dict[str, Any]) -> _Parsed:
+def _modelopt(given: dict[str, Any]) -> Parsed:
     unknown = unknown_keys(
         given,
         "modelopt",
@@ -241,75 +146,81 @@ def _modelopt(given: dict[str, Any]) -> _Parsed:
     )
     algorithm = given.get("quant_algo")
     if algorithm is None:
-        return _Parsed(PLAIN, None, unknown)
+        return Parsed(StoredMatrices(PLAIN, None), unknown)
     if algorithm != "FP8":
         raise unsupported(f"with modelopt {quoted(algorithm)}")
-    return _Parsed("fp8", Quantization(format="fp8"), unknown)
+    return Parsed(FP8_ROWS, unknown)
 
 
-def _gptq(given: dict[str, Any]) -> _Parsed:
-    layout = given.get("checkpoint_format", given.get("format", "gptq"))
-    bits = _bits(given.get("bits"))
-    if bits is None or layout not in ("gptq", "gptq_v2"):
-        raise unsupported(
-            f"with {quoted(given.get('bits'))}-bit GPTQ, checkpoint_format {quoted(layout)}"
-        )
+def _gptq(given: dict[str, Any]) -> Parsed:
     read = "bits group_size checkpoint_format format desc_act dynamic"
     unknown = unknown_keys(given, "gptq", read=read, harmless=CALIBRATION, only=DEFAULT_LAYOUT)
-    # "-:" before a pattern excludes modules, which the stored tensors show.
-    overrides = {
-        pattern: override
-        for pattern, override in get_object(given, "dynamic").items()
-        if not pattern.startswith("-")
-    }
-    _refuse_other_bits(given, "gptq", "dynamic", overrides)
+    head = _overrides(given, "gptq", "dynamic", _gptq_matrices)
+    return Parsed(_gptq_matrices(given), unknown, head)
+
+
+def _gptq_matrices(given: dict[str, Any]) -> StoredMatrices:
+    layout = given.get("checkpoint_format", given.get("format", "gptq"))
+    bits = given.get("bits")
+    if not _is_packed(bits) or layout not in ("gptq", "gptq_v2"):
+        raise unsupported(f"with {quoted(bits)}-bit GPTQ, checkpoint_format {quoted(layout)}")
     # With act-order (desc_act), the columns of a group are not adjacent: `g_idx` lists them.
     ordered = "_ordered" if given.get("desc_act", False) else ""
-    return _Parsed(f"gptq{bits}{layout[4:]}{ordered}", _in_groups("gptq", bits, given), unknown)
+    version = layout.removeprefix("gptq")
+    return StoredMatrices(f"gptq{bits}{version}{ordered}", _in_groups("gptq", given))
 
 
-def _awq(given: dict[str, Any]) -> _Parsed:
-    bits = given.get("bits", given.get("w_bit"))
+def _awq(given: dict[str, Any]) -> Parsed:
+    given = {_AWQ_NAMES.get(key, key): value for key, value in given.items()}
     version = given.get("version", given.get("checkpoint_format", given.get("format", "gemm")))
-    if bits != 4 or str(version).lower() != "gemm":
-        raise unsupported(f"with {quoted(bits)}-bit AWQ, version {quoted(version)}")
-    read = "bits w_bit group_size q_group_size version checkpoint_format format dynamic"
+    if str(version).lower() != "gemm":
+        raise unsupported(f"with AWQ, version {quoted(version)}")
+    read = "bits group_size version checkpoint_format format dynamic"
     only = DEFAULT_LAYOUT | {"desc_act": False}
     unknown = unknown_keys(given, "awq", read=read, harmless=CALIBRATION, only=only)
-    overrides = {
-        pattern: override
-        for pattern, override in get_object(given, "dynamic").items()
-        if not pattern.startswith("-")
-    }
-    _refuse_other_bits(given | {"bits": bits}, "awq", "dynamic", overrides)
-    return _Parsed("awq", _in_groups("awq", 4, given), unknown)
+    head = _overrides(given, "awq", "dynamic", _awq_matrices)
+    return Parsed(_awq_matrices(given), unknown, head)
 
 
-def _auto_round(given: dict[str, Any]) -> _Parsed:
-    packing = given.get("packing_format", "auto_round:auto_gptq")
-    bits = _bits(given.get("bits"))
-    details = f"with auto-round, {quoted(given.get('bits'))} bits, packing_format {quoted(packing)}"
-    if not isinstance(packing, str) or bits is None or given.get("data_type", "int") != "int":
-        raise unsupported(f"{details}, data_type {quoted(given.get('data_type', 'int'))}")
-    read = "bits group_size packing_format data_type extra_config"
+def _awq_matrices(given: dict[str, Any]) -> StoredMatrices:
+    if given.get("bits") != 4:
+        raise unsupported(f"with {quoted(given.get('bits'))}-bit AWQ")
+    return StoredMatrices("awq", _in_groups("awq", given))
+
+
+def _auto_round(given: dict[str, Any]) -> Parsed:
+    read = "bits group_size packing_format data_type extra_config activation_scheme"
+    only = {key: value for key, value in DEFAULT_LAYOUT.items() if key not in read.split()}
     unknown = unknown_keys(
-        given, "auto-round", read=read, harmless=CALIBRATION, only=DEFAULT_LAYOUT
+        given, "auto-round", read=read, harmless=CALIBRATION, only=only | {"fmt": "e4m3"}
     )
-    _refuse_other_bits(given, "auto-round", "extra_config", get_object(given, "extra_config"))
-    quantization = _in_groups("auto-round", bits, given)
-    if packing == "auto_round:auto_awq" and bits == 4:
-        return _Parsed("awq", quantization, unknown)
-    # Only this packing stores zero points minus one.
-    if packing == "auto_round:auto_gptq":
-        return _Parsed(f"gptq{bits}", quantization, unknown)
-    if packing in ("auto_round", "auto_round:gptqmodel", "auto_round:exllamav2"):
-        return _Parsed(f"gptq{bits}_v2", quantization, unknown)
-    raise unsupported(details)
+    head = _overrides(given, "auto-round", "extra_config", _auto_round_matrices)
+    return Parsed(_auto_round_matrices(given), unknown, head)
 
 
-_METHODS: dict[str, Callable[[dict[str, Any]], _Parsed]] = {
+def _auto_round_matrices(given: dict[str, Any]) -> StoredMatrices:
+    packing = given.get("packing_format", "auto_round:auto_gptq")
+    bits, data_type = given.get("bits"), given.get("data_type", "int")
+    if packing == "auto_round:fp8_static" and (bits, data_type) == (8, "fp"):
+        return FP8_ROWS
+    if packing == "auto_round:auto_awq" and data_type == "int":
+        return _awq_matrices(given)
+    # Only "auto_gptq" stores zero points minus one.
+    versions = {"auto_round:auto_gptq": ""} | dict.fromkeys(
+        ("auto_round", "auto_round:gptqmodel", "auto_round:exllamav2"), "_v2"
+    )
+    known = isinstance(packing, str) and packing in versions and data_type == "int"
+    if not known or not _is_packed(bits):
+        raise unsupported(
+            f"with auto-round, {quoted(bits)} bits of data_type {quoted(data_type)}, "
+            f"packing_format {quoted(packing)}"
+        )
+    return StoredMatrices(f"gptq{bits}{versions[packing]}", _in_groups("auto-round", given))
+
+
+_METHODS: dict[str, Callable[[dict[str, Any]], Parsed]] = {
     QUANT_METHOD: _own,
-    "compressed-tensors": _compressed_tensors,
+    "compressed-tensors": parse_compressed_tensors,
     "fbgemm_fp8": _fbgemm_fp8,
     "fp8": _fp8,
     "modelopt": _modelopt,
@@ -320,36 +231,39 @@ _METHODS: dict[str, Callable[[dict[str, Any]], _Parsed]] = {
 _DESCRIPTIONS = {"bitsandbytes": "bitsandbytes (NF4, FP4 or LLM.int8)"}
 
 
-def _bits(given: Any) -> int | None:
-    """The bits of a packed integer, if they are supported."""
-    return given if is_size(given) and given in (4, 8) else None
+def _is_packed(bits: Any) -> bool:
+    """Whether integers of so many bits are supported."""
+    return is_size(bits) and bits in (4, 8)
 
 
-def _in_groups(what: str, bits: int, given: dict[str, Any]) -> Quantization:
-    group_size: Any = given.get("group_size", given.get("q_group_size"))
-    if group_size is None:
+def _in_groups(what: str, given: dict[str, Any]) -> Quantization:
+    if "group_size" not in given:
         raise ConfigError(f"The quantization with {what} has no group_size.")
-    return _grouped("int4" if bits == 4 else "int8_grouped", group_size)
+    return grouped("int4" if given["bits"] == 4 else "int8_grouped", given["group_size"])
 
 
-def _grouped(format: str, group_size: Any) -> Quantization:
-    return Quantization(format=format, group_size=group_size)
+def _overrides(
+    given: dict[str, Any],
+    what: str,
+    key: str,
+    parse: Callable[[dict[str, Any]], StoredMatrices],
+) -> StoredMatrices | None:
+    """Reads the settings of single modules; returns those of the LM head, if there are any.
 
-
-def _refuse_other_bits(
-    given: dict[str, Any], what: str, key: str, overrides: dict[str, Any]
-) -> None:
-    """Refuses settings of single modules that change how these are stored.
-
-    16 bits or more mean that a module is not quantized, which the stored tensors show.
+    Raises:
+      ConfigError: modules of the layers are quantized otherwise than the others.
     """
-    for pattern, override in overrides.items():
+    head = None
+    for pattern, override in get_object(given, key).items():
+        if pattern.startswith("-"):  # excluded modules, which the stored tensors show
+            continue
         settings = present(override, f"{key}.{pattern}")
         bits = settings.get("bits", given.get("bits"))
-        if isinstance(bits, int) and bits >= 16:
+        if isinstance(bits, int) and bits >= 16:  # not quantized
             continue
-        for name in ("bits", "group_size", "data_type", "desc_act", "format"):
-            if name in settings and settings[name] != given.get(name, settings[name]):
-                raise unsupported(
-                    f"with {what} and {name} {quoted(settings[name])} for {quoted(pattern)}"
-                )
+        stored = parse(given | settings)
+        if HEAD in pattern:
+            head = stored
+        elif stored != parse(given):
+            raise unsupported(f"with {what} and {quoted(settings)} for {quoted(pattern)}")
+    return head

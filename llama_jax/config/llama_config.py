@@ -42,7 +42,7 @@ class Quantization:
     plain: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
+        if not isinstance(self.format, str) or self.format not in FORMATS:
             raise ConfigError(
                 f"Quantization {self.format!r} is not supported, only {', '.join(FORMATS)}."
             )

@@ -291,10 +291,10 @@ def test_memory_is_bounded(name, shapes):
         "compressed-tensors int8",
         "gptq",
         "awq",
-        "gptq act-order",
-        "gptq of 8 bits",
-        "gptq_v2 of 8 bits, act-order",
-        "fp8 in blocks",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("gptq of 8 bits", "gptq_v2 of 8 bits, act-order", "fp8 in blocks")
+        ),
     ],
 )
 def test_the_model_runs(tmp_path, name):

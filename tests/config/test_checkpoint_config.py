@@ -10,6 +10,7 @@ from llama_jax.checkpoint import open_checkpoint
 from llama_jax.config import ConfigError, Quantization
 from llama_jax.config.huggingface import read_checkpoint_config
 from llama_jax.config.huggingface_quantization import StoredQuantization
+from llama_jax.config.stored_matrices import StoredMatrices
 from tests.support.tiny_checkpoint import write_checkpoint
 
 
@@ -51,6 +52,6 @@ def test_the_tool_that_quantized_is_known(tmp_path):
     )
     declared = read_checkpoint_config(tmp_path)
     assert declared.quantization == StoredQuantization(
-        "fbgemm_fp8", "fp8", Quantization(format="fp8")
+        "fbgemm_fp8", StoredMatrices("fp8", Quantization(format="fp8"))
     )
     assert declared.config.quantization == Quantization(format="fp8")

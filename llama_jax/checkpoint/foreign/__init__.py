@@ -11,8 +11,13 @@ from llama_jax.checkpoint.foreign.layout import OF_ACTIVATIONS, Layout
 from llama_jax.checkpoint.foreign.packed import Packed, PackedRows
 from llama_jax.checkpoint.foreign.scaled_groups import ScaledBlocks, ScaledGroups
 from llama_jax.checkpoint.foreign.scaled_rows import ScaledRows
-from llama_jax.checkpoint.foreign.translation import Dequantized, Translated, translate
-from llama_jax.config.huggingface_quantization import StoredQuantization
+from llama_jax.checkpoint.foreign.translation import (
+    Dequantized,
+    Described,
+    Translated,
+    translate,
+)
+from llama_jax.config.stored_matrices import StoredMatrices
 
 LAYOUTS: dict[str, Layout] = {
     "fp8": ScaledRows("float8_e4m3fn"),
@@ -31,11 +36,19 @@ for _bits in (4, 8):
             f"gptq{_bits}_v2{_suffix}": Gptq(_bits, 0, _ordered),
         }
 
-__all__ = ["LAYOUTS", "OF_ACTIVATIONS", "Dequantized", "Translated", "layout_of", "translate"]
+__all__ = [
+    "LAYOUTS",
+    "OF_ACTIVATIONS",
+    "Dequantized",
+    "Described",
+    "Translated",
+    "layout_of",
+    "translate",
+]
 
 
-def layout_of(stored: StoredQuantization) -> Layout | None:
-    """The layout of a checkpoint; None if its tensors are those of this package."""
+def layout_of(stored: StoredMatrices) -> Layout | None:
+    """The layout of matrices; None if their tensors are those of this package."""
     if stored.layout == "fp8_blocks":
         return ScaledBlocks(stored.block_rows)
     return LAYOUTS.get(stored.layout)

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from llama_jax.checkpoint.foreign.layout import Arrays, ForeignTensor, Index, as_unsigned, covering
+from llama_jax.checkpoint.foreign.layout import Arrays, ForeignTensor, Index, as_unsigned
 from llama_jax.config.llama_config import DTYPES
 
 
@@ -44,8 +44,7 @@ class ScaledBlocks:
     def scale(self, arrays: Arrays, index: Index) -> np.ndarray:
         """A slice of [out, groups]."""
         rows, groups = index
-        blocks, inside = covering(rows, self.rows)
-        return np.repeat(arrays[".weight_scale"][blocks, groups], self.rows, axis=0)[inside]
+        return arrays[".weight_scale"][np.arange(rows.start, rows.stop) // self.rows, groups]
 
 
 @dataclass(frozen=True)

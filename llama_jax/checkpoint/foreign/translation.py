@@ -95,20 +95,34 @@ class Translation(NamedTuple):
     used: set[str]
 
 
+class Described(NamedTuple):
+    """How matrices are stored: their layout, and the config with their quantization."""
+
+    layout: Layout
+    config: LlamaConfig
+
+
 class _Matrix(NamedTuple):
-    """A quantized matrix: its weight and layer, and the stored arrays by suffix."""
+    """A quantized matrix.
+
+    Attributes:
+      weight, layer: which.
+      arrays: the stored arrays by suffix.
+      act_order: whether its columns are in act-order.
+    """
 
     weight: Weight
     layer: int
     arrays: dict[str, np.ndarray]
+    act_order: bool
 
 
 def translate(
     path: Path,
-    layout: Layout,
     tensors: Mapping[str, TensorInfo],
     view: Callable[[str], np.ndarray],
-    config: LlamaConfig,
+    layers: Described,
+    head: Described,
 ) -> Translation:
     """Finds and checks the stored tensors of every quantized matrix.
 
@@ -116,22 +130,23 @@ def translate(
 
     Args:
       path: of the checkpoint, for error messages.
-      layout: of the quantized matrices.
       tensors: all stored tensors, by name.
       view: returns a stored tensor, memory-mapped.
-      config: of the model, quantized as the layout requires.
+      layers: how the quantized matrices of the layers are stored.
+      head: how the LM head is stored, if it is quantized.
 
     Raises:
       CheckpointError: names all tensors that are missing or do not match the layout.
     """
-    used = {name for name in tensors if name.endswith((*OF_ACTIVATIONS, *layout.passed_over))}
+    ignored = (*OF_ACTIVATIONS, *layers.layout.passed_over, *head.layout.passed_over)
+    used = {name for name in tensors if name.endswith(ignored)}
     matrices: list[_Matrix] = []
     plain: list[str] = []
     problems: list[str] = []
-    ordered = False
-    for weight, layer in each_weight(config):
+    for weight, layer in each_weight(layers.config):
         if len(weight.axes) != 2 or weight == EMBEDDING:
             continue
+        layout, config = layers if weight in LAYER_WEIGHTS else head
         module, group = module_name(weight, layer), _group_size(weight, config)
         stored = tensors.get(f"{module}.weight")
         if stored is not None and stored.dtype in DTYPES:
@@ -152,29 +167,31 @@ def translate(
         arrays = {suffix: view(name) for suffix, name in names.items()}
         try:
             layout.check(arrays, group)
-            ordered |= _check_order(arrays, group)
+            act_order = _check_order(arrays, group)
         except ContentError as error:
             problems.append(f"{module} {error}")
-        matrices.append(_Matrix(weight, layer, arrays))
+            continue
+        matrices.append(_Matrix(weight, layer, arrays, act_order))
     refuse(f"{path} does not hold the quantized weights that its config.json describes", problems)
-    config = _with_format(config, ordered)
+    act_order = any(matrix.act_order for matrix in matrices if matrix.weight in LAYER_WEIGHTS)
+    layers = layers._replace(config=_with_format(layers.config, act_order))
     translated: dict[str, Translated | Dequantized] = {}
     for matrix in matrices:
-        parts = _parts(layout, matrix, config)
         if matrix.weight in LAYER_WEIGHTS:
-            translated |= parts
+            translated |= _parts(matrix, *layers)
         else:
+            config = _with_format(head.config, matrix.act_order)
             info = TensorInfo(matrix.weight.shape(config), "float32")
-            head = Dequantized(info, quantized_tree(matrix.weight, config), parts)
-            translated[matrix.weight.hf_name] = head
-    return Translation(_with_plain(config, plain), translated, used)
+            tree, parts = quantized_tree(matrix.weight, config), _parts(matrix, head.layout, config)
+            translated[matrix.weight.hf_name] = Dequantized(info, tree, parts)
+    return Translation(_with_plain(layers.config, plain), translated, used)
 
 
 def _group_size(weight: Weight, config: LlamaConfig) -> int:
-    """The tool's number of columns per group."""
+    """The tool's number of columns per group, at most those of the matrix."""
     assert config.quantization is not None
-    size = config.quantization.group_size
-    return weight.shape(config)[1] if size == -1 else size
+    size, columns = config.quantization.group_size, weight.shape(config)[1]
+    return columns if size == -1 else min(size, columns)
 
 
 def _check_order(arrays: dict[str, np.ndarray], group: int) -> bool:
@@ -188,11 +205,11 @@ def _check_order(arrays: dict[str, np.ndarray], group: int) -> bool:
     return True
 
 
-def _with_format(config: LlamaConfig, ordered: bool) -> LlamaConfig:
+def _with_format(config: LlamaConfig, act_order: bool) -> LlamaConfig:
     """The config with the format of act-order, if any matrix needs it."""
     assert config.quantization is not None
     format = config.quantization.format
-    return _with(config, format=ACT_ORDER[format] if ordered else format)
+    return _with(config, format=ACT_ORDER[format] if act_order else format)
 
 
 def _with_plain(config: LlamaConfig, plain: list[str]) -> LlamaConfig:
@@ -227,9 +244,9 @@ def _problem(tensors: Mapping[str, TensorInfo], name: str, wanted: ForeignTensor
     return None
 
 
-def _parts(layout: Layout, matrix: _Matrix, config: LlamaConfig) -> dict[str, Translated]:
+def _parts(matrix: _Matrix, layout: Layout, config: LlamaConfig) -> dict[str, Translated]:
     """The translated tensors of one matrix, by name."""
-    weight, layer, arrays = matrix
+    weight, layer, arrays, _ = matrix
     parts = quantized_tree(weight, config)
     group, columns = _group_size(weight, config), weight.shape(config)[1]
     if "group" in parts._fields:
