@@ -200,6 +200,7 @@ COMPLETION_CASES = [
     ({"prompt": "x", "temprature": 1}, "temprature", UNKNOWN),
     ({"prompt": "x", "\ud800": 1}, None, VALUE),
     ({"prompt": "x", "x" * 5000: 1}, "x" * 100, UNKNOWN),
+    ({"prompt": "x", "two\nlines": 1}, "two\\nlines", UNKNOWN),
     ({"prompt": "x", "logprobs": 1}, "logprobs", UNSUPPORTED),
     ({"prompt": "x", "logprobs": 0}, "logprobs", UNSUPPORTED),
     ({"prompt": "x", "echo": True}, "echo", UNSUPPORTED),
