@@ -109,9 +109,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Decodes token ids; bytes that are not UTF-8 become U+FFFD."""
-        # decode_batch, unlike decode, releases the interpreter's lock.
-        [text] = self._raw.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)
-        return text
+        return self._raw.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Returns the bytes that a token adds to the text; they may split a UTF-8 character.
