@@ -6,7 +6,6 @@ the pipe before their turn.
 """
 
 import asyncio
-import select
 from http import HTTPStatus
 from typing import Any
 
@@ -21,8 +20,7 @@ SLICE_BYTES = 16 * 1024
 MAX_CHUNKS = 4096
 HEADER_SECONDS = 30.0
 # A client that has closed its sending side may still read, or be gone. See `_watch_half_closed`.
-PROBE_SECONDS = 1.0
-RESET_SECONDS = 0.1
+PROBE_SECONDS = 0.5
 
 
 class HttpProtocol(H11Protocol):
@@ -122,23 +120,19 @@ class HttpProtocol(H11Protocol):
             self._timer = None
 
     async def _watch_half_closed(self) -> None:
-        """Closes the connection if the client is gone, and has not only closed its sending side.
+        """Ends the connection if the client is gone, and has not only closed its sending side.
 
         TCP tells the two apart only when something is sent: a client that is gone resets the
-        connection. What may be sent before a response is an interim response, which every client of
-        HTTP/1.1 ignores; to HTTP/1.0 clients there is none.
+        connection, and sending more fails then, which ends it. What may be sent before a response
+        is an interim response, which clients of HTTP/1.1 ignore; HTTP/1.0 has none.
         """
         pause = PROBE_SECONDS
-        while True:
+        while self.conn.their_http_version != b"1.0":
             await asyncio.sleep(pause)
-            if self.conn.our_state is h11.SEND_RESPONSE and self.conn.their_http_version != b"1.0":
+            pause *= 2
+            if self.conn.our_state is h11.SEND_RESPONSE:
                 interim = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
                 self.transport.write(self.conn.send(interim) or b"")
-            await asyncio.sleep(RESET_SECONDS)
-            if _is_reset(self.transport):
-                self.transport.abort()
-                return
-            pause *= 2
 
 
 class _Connection(h11.Connection):
@@ -187,10 +181,3 @@ def _api_error(error: h11.RemoteProtocolError | None) -> ApiError:
     }
     other = f"The request is not valid HTTP: {str(error).rstrip('.')}."
     return ApiError(status, messages.get(status, other), code="invalid_http")
-
-
-def _is_reset(transport: asyncio.Transport) -> bool:
-    """Returns whether the peer has reset the connection, which is not read from any more."""
-    poll = select.poll()
-    poll.register(transport.get_extra_info("socket").fileno(), 0)
-    return bool(poll.poll(0))  # POLLHUP or POLLERR

@@ -234,7 +234,6 @@ def test_a_half_closed_client_is_answered(server, address, version, body, reques
 @pytest.fixture
 def probes(monkeypatch):
     monkeypatch.setattr("llama_jax.serve.http_protocol.PROBE_SECONDS", 0.02)
-    monkeypatch.setattr("llama_jax.serve.http_protocol.RESET_SECONDS", 0.02)
 
 
 def test_a_half_closed_client_gets_interim_responses_meanwhile(server, address, probes):
