@@ -6,6 +6,7 @@ the pipe before their turn.
 """
 
 import asyncio
+import select
 from http import HTTPStatus
 from typing import Any
 
@@ -19,8 +20,11 @@ SLICE_BYTES = 16 * 1024
 # Each chunk costs about as much time as a kilobyte of a body, however short it is.
 MAX_CHUNKS = 4096
 HEADER_SECONDS = 30.0
-# A client that has closed its sending side may still read, or be gone. See `_watch_half_closed`.
-PROBE_SECONDS = 0.5
+# When a client that has closed its sending side is probed first, how long a reset may take to come
+# back, and by what the pauses between probes grow.
+PROBE_SECONDS = 1.0
+RESET_SECONDS = 0.1
+PROBE_GROWTH = 2
 
 
 class HttpProtocol(H11Protocol):
@@ -123,16 +127,20 @@ class HttpProtocol(H11Protocol):
         """Ends the connection if the client is gone, and has not only closed its sending side.
 
         TCP tells the two apart only when something is sent: a client that is gone resets the
-        connection, and sending more fails then, which ends it. What may be sent before a response
-        is an interim response, which clients of HTTP/1.1 ignore; HTTP/1.0 has none.
+        connection. What may be sent before a response is an interim response, which clients of
+        HTTP/1.1 ignore; HTTP/1.0 has none.
         """
         pause = PROBE_SECONDS
-        while self.conn.their_http_version != b"1.0":
+        while True:
             await asyncio.sleep(pause)
-            pause *= 2
-            if self.conn.our_state is h11.SEND_RESPONSE:
+            if self.conn.our_state is h11.SEND_RESPONSE and self.conn.their_http_version != b"1.0":
                 interim = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
                 self.transport.write(self.conn.send(interim) or b"")
+            await asyncio.sleep(RESET_SECONDS)
+            if _is_reset(self.transport):
+                self.transport.abort()
+                return
+            pause *= PROBE_GROWTH
 
 
 class _Connection(h11.Connection):
@@ -181,3 +189,10 @@ def _api_error(error: h11.RemoteProtocolError | None) -> ApiError:
     }
     other = f"The request is not valid HTTP: {str(error).rstrip('.')}."
     return ApiError(status, messages.get(status, other), code="invalid_http")
+
+
+def _is_reset(transport: asyncio.Transport) -> bool:
+    """Returns whether the client has reset a connection that is not read from any more."""
+    poll = select.poll()
+    poll.register(transport.get_extra_info("socket").fileno(), 0)
+    return bool(poll.poll(0))  # POLLHUP or POLLERR

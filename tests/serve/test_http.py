@@ -233,6 +233,7 @@ def test_a_half_closed_client_is_answered(server, address, version, body, reques
 
 @pytest.fixture
 def probes(monkeypatch):
+    monkeypatch.setattr("llama_jax.serve.http_protocol.RESET_SECONDS", 0.02)
     monkeypatch.setattr("llama_jax.serve.http_protocol.PROBE_SECONDS", 0.02)
 
 
@@ -252,7 +253,9 @@ def test_a_half_closed_client_gets_interim_responses_meanwhile(server, address, 
 
 
 @pytest.mark.parametrize("body", [BODY, STREAM])
-def test_a_client_that_is_gone_before_its_answer_is_noticed(server, address, probes, body):
+def test_a_client_that_is_gone_is_noticed_at_once(server, address, probes, monkeypatch, body):
+    """By the first interim response: the next one comes much later here."""
+    monkeypatch.setattr("llama_jax.serve.http_protocol.PROBE_GROWTH", 10_000)
     server.engine.hold.clear()
     with connect(address) as connection:
         connection.sendall(chat(body))
