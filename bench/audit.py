@@ -26,7 +26,8 @@ from bench.hlo import count_ops, large_copies
 from bench.machine import describe
 from llama_jax.config import LlamaConfig, Quantization
 from llama_jax.model.sampling import CONTROL_WIDTH
-from llama_jax.quantization import FORMATS
+from llama_jax.quantization import QUANTIZERS
+from llama_jax.ring.choosing import sample_step
 from llama_jax.ring.kv_cache import page_bytes
 from llama_jax.ring.packet import packet_size
 from llama_jax.ring.sizes import Bucket, RingSizes
@@ -35,7 +36,6 @@ from llama_jax.ring.steps import (
     StepOutput,
     decode_step,
     prefill_step,
-    sample_step,
     state_shapes,
 )
 from llama_jax.weights.placement import Params, param_shapes
@@ -161,7 +161,7 @@ def audit_sampling(
 def main() -> int:
     """Prints and writes the audit; returns the exit status, 1 if a check fails."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quantize", choices=FORMATS, help="format of the layers' matrices")
+    parser.add_argument("--quantize", choices=QUANTIZERS, help="format of the layers' matrices")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
     config, mesh = LlamaConfig.llama3_70b(), target_mesh()

@@ -22,7 +22,7 @@ from convert.source import open_source
 from demo.corpus import held_out_pairs, sum_answer
 from llama_jax import LLM, SamplingParams
 from llama_jax.checkpoint import open_checkpoint
-from llama_jax.quantization import FORMATS
+from llama_jax.quantization import QUANTIZERS
 
 RESULT = Path(__file__).parent / "results" / "quantization.json"
 CHECKPOINT = Path(__file__).resolve().parents[1] / "demo" / "checkpoint"
@@ -55,7 +55,7 @@ def main() -> int:
     source = open_source(CHECKPOINT)
     windows = sample_windows(source, None)
     rows = {"plain": {"right": agreement(plain, right)}}
-    for quantize in FORMATS:
+    for quantize in QUANTIZERS:
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / quantize
             report = convert(source, path, Options(quantize=quantize))

@@ -13,6 +13,7 @@ from convert import report
 from convert.arguments import parse_arguments
 from convert.commands import Verified, run_conversion, run_inspect, run_verify
 from convert.conversion import Progress
+from llama_jax.terminal.output import output_error, protect_output
 from llama_jax.terminal.progress import TerminalDisplay
 from sharding.errors import UserError
 
@@ -31,6 +32,7 @@ _CONVERSION = _Command(run_conversion, report.show_converted, report.converted_j
 _COMMANDS = {
     "hf": _CONVERSION,
     "meta": _CONVERSION,
+    "gguf": _CONVERSION,
     "quantize": _CONVERSION,
     "export": _CONVERSION,
     "verify": _Command(run_verify, report.show_verified, report.verified_json),
@@ -44,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     Only errors that the user can fix end with a sentence. Anything else is a defect of the program,
     which is shown with its traceback.
     """
+    protect_output()
     arguments = parse_arguments(argv)
     command = _COMMANDS[arguments.command]
     try:
@@ -64,6 +67,11 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(command.to_json(outcome)))
     else:
         command.show(Console(), outcome)
+    lost = output_error()
+    if isinstance(lost, BrokenPipeError):  # the reader, such as `head`, has seen enough
+        lost = None
+    if lost is not None and (arguments.json or arguments.command == "inspect"):
+        return _fail(arguments, f"The report could not be written: {lost.strerror}.", ERROR)
     return DIFFERENT if isinstance(outcome, Verified) and outcome.differences else DONE
 
 

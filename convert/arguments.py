@@ -5,13 +5,14 @@ from pathlib import Path
 
 from convert.conversion import Options
 from llama_jax.config.llama_config import DTYPES
-from llama_jax.quantization import FORMATS
+from llama_jax.quantization import QUANTIZERS
 from llama_jax.terminal.arguments import Parser, size
 
 _EXAMPLES = """\
 examples:
   python -m convert hf /models/Meta-Llama-3-70B-Instruct /models/llama-3-70b
   python -m convert hf meta-llama/Llama-3.1-8B-Instruct /models/llama-3.1-8b --quantize int8 --check
+  python -m convert gguf Llama-3.2-1B-Instruct-Q4_K_M.gguf /models/llama-3.2-1b
   python -m convert inspect /models/llama-3-70b --mesh 4x2
   python -m convert verify /models/Meta-Llama-3-70B-Instruct /models/llama-3-70b
 
@@ -27,7 +28,7 @@ exit codes:
   130  interrupted by Ctrl-C: run the same command again with --resume
 
 With --json, standard output is one JSON object, {"error": "..."} if the exit code is 1, 70 or 130:
-  hf, meta, quantize, export
+  hf, meta, gguf, quantize, export
     source, destination, dtype, quantization (null, int8, fp8 or int4), source_bytes and bytes (of
     weights), resumed_bytes (written by an earlier run), seconds, verify_seconds (null: not
     verified), quantization_error (relative, by kind of matrix), divergence (null, or tokens, mean
@@ -35,12 +36,12 @@ With --json, standard output is one JSON object, {"error": "..."} if the exit co
   verify
     source, destination, differences (list of sentences), seconds
   inspect
-    path, layout (orbax, huggingface, meta), formats (with their versions, or null), num_files,
-    config (as in config.json), quantization (null, or format and group_size), quantized_by,
-    quantization_error, num_parameters, bytes, bytes_by_dtype, devices (of --mesh: stage, rank,
-    layers, padding_layers, heads, kv_heads, bytes, bytes_by_group)
+    path, layout (orbax, huggingface, meta, gguf), formats (with their versions, or null),
+    num_files, config (as in config.json), quantization (null, or format and group_size),
+    quantized_by, quantization_error, num_parameters, bytes, bytes_by_dtype, devices (of --mesh:
+    stage, rank, layers, padding_layers, heads, kv_heads, bytes, bytes_by_group)
 """
-_SOURCE = "checkpoint directory, or name of a model on the Hugging Face Hub"
+_SOURCE = "checkpoint directory, GGUF file, or name of a model on the Hugging Face Hub"
 _CHECK = """\
 compare the next-token distributions of the quantized model and SRC on a text (default: a built-in
 sample): Kullback-Leibler divergence in nats, and how often both rank the same token first. Runs on
@@ -55,8 +56,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     Returns:
       command, json, and, by command,
-        hf, meta, quantize, export: source, destination, dtype, quantize, max_memory (bytes),
-          resume, verify, check (None, True or a file)
+        hf, meta, gguf, quantize, export: source, destination, dtype, quantize, max_memory (bytes),
+          resume, verify, check (None, True or a file), strict_config (not for meta)
         verify: source, destination
         inspect: path, mesh (None or "4x2")
     """
@@ -91,7 +92,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "devices.",
         allow_abbrev=False,
     )
-    inspect.add_argument("path", metavar="PATH", type=Path, help="checkpoint directory")
+    inspect.add_argument(
+        "path", metavar="PATH", type=Path, help="checkpoint directory or GGUF file"
+    )
     inspect.add_argument(
         "--mesh", metavar="SxT", help="pipeline stages x tensor-parallel ranks, such as 4x2"
     )
@@ -130,6 +133,13 @@ _CONVERSIONS = (
         "the Orbax layout, and its tokenizer to Hugging Face's format.",
     ),
     (
+        "gguf",
+        "convert a model in GGUF, the format of llama.cpp",
+        "Converts a GGUF file, or a directory that holds one model in GGUF, to the Orbax layout, "
+        "and its tokenizer to Hugging Face's format. Quantized weights are dequantized: to "
+        "bfloat16, or exactly with --dtype float32.",
+    ),
+    (
         "quantize",
         "quantize a checkpoint",
         "Quantizes the matrices of all layers and writes the checkpoint in Orbax layout. The "
@@ -158,7 +168,7 @@ def _add_conversion(parser: argparse.ArgumentParser, command: str) -> None:
     else:
         parser.add_argument(
             "--quantize",
-            choices=FORMATS,
+            choices=QUANTIZERS,
             required=command == "quantize",
             help="weight-only format for the matrices of the layers: int8 and fp8 with one scale "
             "per output channel, int4 with one scale per 128 columns of an output channel",
@@ -171,6 +181,13 @@ def _add_conversion(parser: argparse.ArgumentParser, command: str) -> None:
         choices=DTYPES,
         help="dtype of the weights that are not quantized (default: unchanged)",
     )
+    if command != "meta":
+        parser.add_argument(
+            "--strict-config",
+            action="store_true",
+            help="refuse a source whose config.json or generation_config.json has unknown keys, "
+            "instead of warning",
+        )
     parser.add_argument(
         "--max-memory",
         type=size,

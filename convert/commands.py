@@ -8,17 +8,20 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 from convert.arguments import conversion_options
 from convert.conversion import Report, convert
+from convert.gguf import open_gguf
 from convert.hub import local_directory
-from convert.inspection import Inspection, inspect
+from convert.inspection import Inspection, inspect, stored_bytes
 from convert.meta.source import is_meta, open_meta
 from convert.sample import sample_windows
 from convert.source import Source, open_source
 from convert.verification import check_checksums, compare
 from llama_jax.checkpoint import CheckpointError, CheckpointReader, open_checkpoint
+from llama_jax.gguf import find_gguf
 
 if TYPE_CHECKING:
     from convert.divergence import Divergence
@@ -28,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Converted:
-    """The outcome of hf, meta, quantize or export.
+    """The outcome of hf, meta, gguf, quantize or export.
 
     Attributes:
       source: as given by the user.
@@ -63,11 +66,10 @@ class Verified:
 
 
 def run_conversion(arguments: argparse.Namespace, progress: Progress) -> Converted:
-    """Runs hf, meta, quantize or export."""
-    layout = "meta" if arguments.command == "meta" else "hf"
-    path = local_directory(arguments.source, layout, progress)
-    source = open_meta(path) if layout == "meta" else open_any(path)
+    """Runs hf, meta, gguf, quantize or export."""
+    source = _open_source(arguments, progress)
     with closing(source.reader) as reader:
+        _check_companions(source)
         windows = None if arguments.check is None else _check_windows(source, arguments.check)
         report = convert(source, arguments.destination, conversion_options(arguments), progress)
         found = None
@@ -76,10 +78,25 @@ def run_conversion(arguments: argparse.Namespace, progress: Progress) -> Convert
         return Converted(
             source=arguments.source,
             destination=arguments.destination,
-            source_bytes=sum(tensor.nbytes for tensor in reader.tensors.values()),
+            source_bytes=sum(stored_bytes(reader).values()),
             report=report,
             divergence=found,
         )
+
+
+def _open_source(arguments: argparse.Namespace, progress: Progress) -> Source:
+    name = arguments.source
+    if arguments.command == "meta":
+        return open_meta(local_directory(name, "meta", progress))
+    if arguments.command == "gguf":
+        return open_gguf(Path(name), arguments.strict_config)
+    return open_any(local_directory(name, "hf", progress), arguments.strict_config)
+
+
+def _check_companions(source: Source) -> None:
+    """Writes the small files to see that they can be, before the weights are converted."""
+    with TemporaryDirectory() as folder:
+        source.write_companions(Path(folder), source.reader.config)
 
 
 def _check_windows(source: Source, text: Path | Literal[True]) -> list[list[int]]:
@@ -124,10 +141,16 @@ def run_inspect(arguments: argparse.Namespace, progress: Progress) -> Inspection
         return inspect(reader, arguments.mesh)
 
 
-def open_any(path: Path) -> Source:
+def open_any(path: Path, strict_config: bool = False) -> Source:
     """Opens a checkpoint in any layout.
 
+    Args:
+      path: the directory.
+      strict_config: as for `open_source`.
+
     Raises:
-      ConfigError, CheckpointError: it is incomplete, damaged or not supported.
+      ConfigError, CheckpointError, GgufError: it is incomplete, damaged or not supported.
     """
-    return open_meta(path) if is_meta(path) else open_source(path)
+    if find_gguf(path):
+        return open_gguf(path, strict_config)
+    return open_meta(path) if is_meta(path) else open_source(path, strict_config)

@@ -53,7 +53,7 @@ class Options:
     Attributes:
       layout: of the destination, a key of `LAYOUTS`.
       dtype: of the unquantized weights; None keeps each weight's own.
-      quantize: a name from `quantization.FORMATS`, "plain" to dequantize, or None for no change.
+      quantize: a name from `quantization.QUANTIZERS`, "plain" to dequantize, or None for no change.
       max_memory: maximum memory of the conversion in bytes, beyond the program itself.
       resume: whether to continue an interrupted conversion.
       verify: whether to compare the result with the source.

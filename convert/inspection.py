@@ -9,12 +9,14 @@ from typing import Any
 
 from convert.meta.reader import MetaReader
 from llama_jax.checkpoint import CheckpointReader
+from llama_jax.checkpoint.gguf import GgufReader
 from llama_jax.checkpoint.huggingface import HuggingFaceReader
 from llama_jax.checkpoint.manifest import MANIFEST, VERSION, read_manifest
 from llama_jax.checkpoint.orbax import ARRAY, STATE, WEIGHTS, OrbaxReader
 from llama_jax.checkpoint.reader import numpy_dtype
 from llama_jax.config import LlamaConfig
 from llama_jax.config.llama_config import QUANT_METHOD
+from llama_jax.weights.axes import kv_replicas
 from llama_jax.weights.table import LAYER_WEIGHTS, non_layer_weights
 
 GROUPS = ("embedding", "attention", "mlp", "norms", "head")
@@ -49,14 +51,14 @@ class Inspection:
 
     Attributes:
       path: its directory.
-      layout: "orbax", "huggingface" or "meta".
+      layout: "orbax", "huggingface", "meta" or "gguf".
       formats: file format → version, or None if it has none.
       num_files: number of weight files.
       config: its architecture, dtype and quantization.
       quantized_by: the tool that quantized it, if it was not this program.
       quantization_error: as in `Manifest`.
       num_parameters: of the model, however the weights are stored.
-      bytes: of the weights, by dtype.
+      bytes: of the weights, by dtype, or by tensor type of GGUF ("Q4_K").
       devices: of the given mesh, stage by stage.
     """
 
@@ -88,9 +90,6 @@ def inspect(reader: CheckpointReader, mesh: str | None) -> Inspection:
     if (path / MANIFEST).is_file():
         formats["manifest"] = VERSION
         quantization_error = dict(read_manifest(path).quantization_error)
-    stored: Counter[str] = Counter()
-    for tensor in reader.tensors.values():
-        stored[tensor.dtype] += tensor.nbytes
     return Inspection(
         path=path,
         layout=layout,
@@ -100,9 +99,20 @@ def inspect(reader: CheckpointReader, mesh: str | None) -> Inspection:
         quantized_by=_quantized_by(reader),
         quantization_error=quantization_error,
         num_parameters=num_parameters(config),
-        bytes=dict(stored.most_common()),
+        bytes=stored_bytes(reader),
         devices=[] if mesh is None else device_shares(config, mesh),
     )
+
+
+def stored_bytes(reader: CheckpointReader) -> dict[str, int]:
+    """Returns the bytes of the weights by dtype, or by the types of GGUF, the largest first."""
+    stored: Counter[str] = Counter()
+    if isinstance(reader, GgufReader):
+        stored.update(reader.stored_bytes)
+    else:
+        for tensor in reader.tensors.values():
+            stored[tensor.dtype] += tensor.nbytes
+    return dict(stored.most_common())
 
 
 def num_parameters(config: LlamaConfig) -> int:
@@ -126,6 +136,7 @@ def device_shares(config: LlamaConfig, mesh: str) -> list[DeviceShare]:
     num_stages, num_ranks = parse_mesh(mesh)
     params = placements(config, num_stages, num_ranks)
     size = _bytes_by_group(params, config, num_stages, num_ranks)
+    replicas = kv_replicas(config, num_ranks)
     shares = []
     for stage, positions in enumerate(split_layers(config.num_layers, num_stages)):
         layers = [layer for layer in positions if layer is not None]
@@ -137,7 +148,7 @@ def device_shares(config: LlamaConfig, mesh: str) -> list[DeviceShare]:
                     layers=range(layers[0], layers[-1] + 1) if layers else range(0),
                     padding_layers=len(positions) - len(layers),
                     heads=_share(config.num_heads, rank, num_ranks),
-                    kv_heads=_share(config.num_kv_heads, rank, num_ranks),
+                    kv_heads=_share(config.num_kv_heads * replicas, rank, num_ranks, replicas),
                     bytes=size,
                 )
             )
@@ -171,9 +182,11 @@ def _bytes_by_group(
     return size
 
 
-def _share(count: int, rank: int, num_ranks: int) -> range:
+def _share(count: int, rank: int, num_ranks: int, replicas: int = 1) -> range:
+    """The indices of one rank's share of `count` items, each of which appears `replicas` times."""
     each = count // num_ranks
-    return range(rank * each, (rank + 1) * each)
+    first = rank * each // replicas
+    return range(first, first + each)
 
 
 def _files(reader: CheckpointReader) -> tuple[str, dict[str, int | None], int]:
@@ -183,6 +196,8 @@ def _files(reader: CheckpointReader) -> tuple[str, dict[str, int | None], int]:
         arrays = path / WEIGHTS / STATE
         version = json.loads(next(arrays.glob(f"*/{ARRAY}")).read_text())["zarr_format"]
         return "orbax", {"zarr": version}, sum(file.is_file() for file in arrays.glob("*/c/**/*"))
+    if isinstance(reader, GgufReader):
+        return "gguf", {"gguf": None}, reader.num_files
     if isinstance(reader, MetaReader):
         return "meta", {"pytorch": None}, len(list(path.glob("consolidated.*.pth")))
     return "huggingface", {"safetensors": None}, len(list(path.glob("*.safetensors")))

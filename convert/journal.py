@@ -17,6 +17,7 @@ from convert.task import TaskResult
 from convert.transform import Loss
 from llama_jax.checkpoint.manifest import JOURNAL, FileRecord, checksum
 from llama_jax.checkpoint.reader import CheckpointError
+from llama_jax.gguf import find_gguf
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -27,9 +28,11 @@ def identify(source: Path, options: Mapping[str, Any]) -> str:
     It covers the names, lengths and modification times of the source's files, because reading them
     would take as long as converting them. Hidden files do not count.
     """
-    names = sorted(str(file.relative_to(source)) for file in source.rglob("*") if file.is_file())
+    folder = source.parent if source.is_file() else source
+    files = find_gguf(source) or [file for file in source.rglob("*") if file.is_file()]
+    names = sorted(str(file.relative_to(folder)) for file in files)
     content = [
-        [name, (stat := (source / name).stat()).st_size, stat.st_mtime_ns]
+        [name, (stat := (folder / name).stat()).st_size, stat.st_mtime_ns]
         for name in names
         if not any(part.startswith(".") for part in Path(name).parts)
     ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from convert.task import RowBlock, Task
 from convert.transform import Transform, row_bytes
 from llama_jax.checkpoint.orbax import ARRAY, STATE, WEIGHTS, array_metadata, chunk_file
+from llama_jax.weights.axes import MESH_AXES
 from llama_jax.weights.table import StoredTensor
 
 # Number of pieces into which the columns of a matrix are cut if they are split over the
@@ -86,8 +87,7 @@ def _chunk_files(tensor: StoredTensor, number: int) -> tuple[str, ...]:
 
 def _column_pieces(tensor: StoredTensor) -> int:
     """Returns the number of equally wide pieces into which a matrix's columns are cut."""
-    # "embed" is the only axis that no mesh splits.
-    split = tensor.axes[1] != "embed" and tensor.shape[1] % COLUMN_PIECES == 0
+    split = MESH_AXES[tensor.axes[1]] is not None and tensor.shape[1] % COLUMN_PIECES == 0
     return COLUMN_PIECES if split else 1
 
 

@@ -11,13 +11,15 @@ from rich.text import Text
 
 from convert.commands import Converted, Verified
 from convert.inspection import GROUPS, DeviceShare, Inspection
-from llama_jax.config import LlamaConfig
+from llama_jax.config import Llama3Scaling, LlamaConfig, YarnScaling
+from llama_jax.config.rope_scaling import rope_type
 from llama_jax.terminal.units import bytes_text, count_text, duration_text
 
 _LAYOUTS = {
     "orbax": "Orbax (this project's)",
     "huggingface": "Hugging Face",
     "meta": "Meta's original release",
+    "gguf": "GGUF",
 }
 _MAX_DIFFERENCES = 20  # shown
 
@@ -171,7 +173,7 @@ def _facts(outcome: Inspection) -> Iterator[tuple[str, str]]:
     )
     tied = "tied embedding and head" if config.tie_embeddings else "separate embedding and head"
     yield "vocabulary", f"{config.vocab_size:,} ({tied})"
-    yield "context", f"{config.max_position_embeddings:,} tokens"
+    yield "context", f"{config.max_context:,} tokens"
     yield "rotary", _rotary(config)
     yield "norms", f"epsilon {config.norm_eps:g}"
     yield "EOS ids", ", ".join(map(str, config.eos_token_ids)) or "none"
@@ -181,18 +183,22 @@ def _quantization(outcome: Inspection) -> str:
     quantization = outcome.config.quantization
     assert quantization is not None
     text = f"{quantization.format}, all matrices of the layers"
-    if quantization.format == "int4":
-        text += f", groups of up to {quantization.group_size}"
+    if quantization.plain:
+        text += f" but {len(quantization.plain)}"
+    if quantization.format not in ("int8", "fp8"):
+        size = quantization.group_size
+        text += ", one group per row" if size == -1 else f", groups of up to {size}"
     return text + (f" (by {outcome.quantized_by})" if outcome.quantized_by else "")
 
 
 def _rotary(config: LlamaConfig) -> str:
     text = f"base {config.rope_theta:,.0f}"
-    if (scaling := config.rope_scaling) is not None:
-        text += (
-            f", scaled by {scaling.factor:g} from {scaling.original_max_position_embeddings:,} "
-            f"tokens (factors {scaling.low_freq_factor:g} and {scaling.high_freq_factor:g})"
-        )
+    scaling = config.rope_scaling
+    if scaling is None:
+        return text
+    text += f", {rope_type(scaling)} scaling by {scaling.factor:g}"
+    if isinstance(scaling, Llama3Scaling | YarnScaling):
+        text += f" from {scaling.original_max_position_embeddings:,} tokens"
     return text
 
 

@@ -30,13 +30,18 @@ class Source:
     write_companions: Callable[[Path, LlamaConfig], None]
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path, strict_config: bool = False) -> Source:
     """Opens a checkpoint in Hugging Face layout or in this project's Orbax layout.
+
+    Args:
+      path: the directory.
+      strict_config: whether unknown keys of its JSON files are an error instead of a warning.
 
     Raises:
       ConfigError, CheckpointError: it is incomplete, damaged or not supported.
     """
     reader = open_checkpoint(path)
+    reader.declared.report_unknown(strict_config)
 
     def write_companions(directory: Path, config: LlamaConfig) -> None:
         copy_files(path, directory, ("generation_config.json", *TOKENIZER, *LICENSE))

@@ -11,10 +11,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llama_jax.checkpoint.dequantized import read_parts
 from llama_jax.checkpoint.reader import CheckpointError, CheckpointReader, numpy_dtype
 from llama_jax.config import LlamaConfig, Quantization
-from llama_jax.quantization import FORMATS
-from llama_jax.weights.table import StoredTensor, Weight, each_weight, group_columns, stored_tensors
+from llama_jax.quantization import QUANTIZERS
+from llama_jax.weights.table import (
+    StoredTensor,
+    Weight,
+    each_weight,
+    group_columns,
+    stored_tensors,
+    stored_tree,
+)
 
 # Bits that are all set in NaN and infinity only (float8_e4m3fn has no infinity).
 _NOT_FINITE = {
@@ -71,7 +79,7 @@ def target_config(source: LlamaConfig, dtype: str | None, format: str | None) ->
     Args:
       source: configuration of the source.
       dtype: of the unquantized weights; None for no change.
-      format: a quantized format, "plain", or None for no change.
+      format: a name from `QUANTIZERS`, "plain", or None for no change.
 
     Raises:
       CheckpointError: the source is already quantized in another format.
@@ -93,7 +101,7 @@ def target_config(source: LlamaConfig, dtype: str | None, format: str | None) ->
 
 
 def transforms(reader: CheckpointReader, config: LlamaConfig, dtype: str | None) -> list[Transform]:
-    """Returns the transform of every weight, in the order of the layers.
+    """Returns the transforms of every weight, in the order of the layers.
 
     Args:
       reader: the source.
@@ -104,25 +112,29 @@ def transforms(reader: CheckpointReader, config: LlamaConfig, dtype: str | None)
       CheckpointError: a matrix does not fit the quantized format.
     """
     return [
-        _transform(reader, config, dtype, weight, layer) for weight, layer in each_weight(config)
+        transform
+        for weight, layer in each_weight(config)
+        for transform in _transforms(reader, config, dtype, weight, layer)
     ]
 
 
-def _transform(
+def _transforms(
     reader: CheckpointReader, config: LlamaConfig, dtype: str | None, weight: Weight, layer: int
-) -> Transform:
+) -> list[Transform]:
+    """One transform for the tensors with the rows of the weight, and one for each other tensor."""
     sources = _tensors(weight, reader.config, layer)
     targets = _tensors(weight, config, layer)
     if len(sources) == len(targets) == 1 and sources[0].dtype is None:
         stored_as = reader.tensors[sources[0].hf_name].dtype
         targets = (replace(targets[0], dtype=dtype or stored_as),)
-        return _copy(reader, weight.name, sources, targets)
+        return [_copy(reader, weight.name, sources, targets)]
     if sources == targets:
-        return _copy(reader, weight.name, sources, targets)
+        by_row = tuple(tensor for tensor in targets if tensor.by_row)
+        alone = [(tensor,) for tensor in targets if not tensor.by_row]
+        return [_copy(reader, weight.name, part, part) for part in (by_row, *alone)]
     if len(targets) == 1:
-        targets = (replace(targets[0], dtype=config.dtype),)
-        return _dequantize(reader, weight, sources, targets)
-    return _quantize(reader, config, weight, sources[0], targets)
+        return [_dequantize(reader, weight, layer, replace(targets[0], dtype=config.dtype))]
+    return [_quantize(reader, config, weight, sources[0], targets)]
 
 
 def _copy(
@@ -134,10 +146,11 @@ def _copy(
     def read(rows: slice) -> Rows:
         arrays = []
         for source, target in zip(sources, targets, strict=True):
-            have = reader.tensors[source.hf_name].dtype
-            array = _read(reader, source, rows, have)
+            # A weight that the reader dequantizes is exact in float32 only, whatever it counts as.
+            kept = target.dtype == reader.tensors[source.hf_name].dtype
+            array = _read(reader, source, rows, str(target.dtype) if kept else "float32")
             _check_finite(reader, source.hf_name, array)
-            if target.dtype != have:
+            if target.dtype != array.dtype.name:
                 array = _cast(reader, source.hf_name, array, str(target.dtype))
             arrays.append(array)
         return Rows(tuple(arrays), Loss())
@@ -153,7 +166,7 @@ def _quantize(
     targets: tuple[StoredTensor, ...],
 ) -> Transform:
     assert config.quantization is not None
-    kind, group = FORMATS[config.quantization.format], group_columns(weight, config)
+    kind, group = QUANTIZERS[config.quantization.format], group_columns(weight, config)
 
     def read(rows: slice) -> Rows:
         matrix = _read(reader, source, rows, "float32")
@@ -169,21 +182,20 @@ def _quantize(
 def _dequantize(
     reader: CheckpointReader,
     weight: Weight,
-    sources: tuple[StoredTensor, ...],
-    targets: tuple[StoredTensor, ...],
+    layer: int,
+    target: StoredTensor,
 ) -> Transform:
-    assert reader.config.quantization is not None
-    kind = FORMATS[reader.config.quantization.format]
-    (target,) = targets
+    sources = _tensors(weight, reader.config, layer)
+    tree = type(stored_tree(weight, reader.config, layer))(*sources)
 
     def read(rows: slice) -> Rows:
-        parts = [_read(reader, source, rows, str(source.dtype)) for source in sources]
+        parts = read_parts(reader.read_into, tree, rows)
         for source, part in zip(sources, parts, strict=True):
             _check_finite(reader, source.hf_name, part)
-        matrix = kind(*parts).dequantize()
+        matrix = parts.dequantize()
         return Rows((_cast(reader, target.hf_name, matrix, str(target.dtype)),), Loss())
 
-    return Transform(weight.name, sources[0].hf_name, targets, 4 * target.shape[1], read)
+    return Transform(weight.name, sources[0].hf_name, (target,), 4 * target.shape[1], read)
 
 
 def _tensors(weight: Weight, config: LlamaConfig, layer: int) -> tuple[StoredTensor, ...]:

@@ -14,12 +14,20 @@ import numpy as np
 
 from convert.task import BLOCK_BYTES, Stopped
 from llama_jax.checkpoint import CheckpointReader
+from llama_jax.checkpoint.dequantized import read_parts
 from llama_jax.checkpoint.manifest import MANIFEST, checksum, read_manifest
 from llama_jax.checkpoint.reader import numpy_dtype
 from llama_jax.config import LlamaConfig
-from llama_jax.quantization import FORMATS, Quantized
+from llama_jax.quantization import QUANTIZERS, Quantized
 from llama_jax.terminal.interrupts import held_interrupts
-from llama_jax.weights.table import Weight, each_weight, group_columns, is_quantized, stored_tensors
+from llama_jax.weights.table import (
+    StoredTensor,
+    Weight,
+    each_weight,
+    group_columns,
+    stored_tensors,
+    stored_tree,
+)
 
 
 def compare(
@@ -101,8 +109,9 @@ def _compare(
     name = weight.hf_name.format(layer=layer)
     shape = weight.shape(source.config)
     row_bytes = _stored_bytes(destination, weight, layer) // shape[0]
+    kept = source.tensors.get(name) == destination.tensors.get(name)
     for rows in _blocks(shape):
-        theirs = _read(source, weight, layer, rows)
+        theirs = _read(source, weight, layer, rows, exact=not kept)
         ours = _read(destination, weight, layer, rows)
         wrong = _wrong(theirs, ours, weight, destination.config)
         if wrong.any():
@@ -124,9 +133,13 @@ def _wrong(
         with np.errstate(over="ignore"):
             return _bits(expected.astype(ours.dtype)) != _bits(ours)
     if isinstance(theirs, np.ndarray):
+        assert config.quantization is not None
+        kind = QUANTIZERS.get(config.quantization.format)
+        if kind is None:  # only another tool rounds to this format, and nothing bounds its errors
+            return np.array([True])
         matrix = theirs.astype(np.float32)
         restored = ours.dequantize()
-        bound = ours.error_bound(matrix, group_columns(weight, config))
+        bound = kind.error_bound(matrix, group_columns(weight, config))
         return ~(np.abs(restored - matrix) <= bound)  # negated so that NaN counts as wrong
     same = type(theirs) is type(ours) and all(
         np.array_equal(_bits(a), _bits(b))
@@ -136,14 +149,15 @@ def _wrong(
 
 
 def _read(
-    reader: CheckpointReader, weight: Weight, layer: int, rows: slice
+    reader: CheckpointReader, weight: Weight, layer: int, rows: slice, exact: bool = False
 ) -> "np.ndarray | Quantized":
+    """Reads rows as they are stored, or, if they are not quantized and `exact`, in float32."""
     tensors = stored_tensors(weight, reader.config, layer)
-    arrays = [_rows(reader, tensor.hf_name, rows) for tensor in tensors]
-    if not is_quantized(weight, reader.config):
-        return arrays[0]
-    assert reader.config.quantization is not None
-    return FORMATS[reader.config.quantization.format](*arrays)
+    tree = stored_tree(weight, reader.config, layer)
+    if isinstance(tree, StoredTensor):
+        return _rows(reader, tensors[0].hf_name, rows, "float32" if exact else None)
+    parts: Quantized = read_parts(reader.read_into, type(tree)(*tensors), rows)
+    return parts
 
 
 def _stored_bytes(reader: CheckpointReader, weight: Weight, layer: int) -> int:
@@ -151,10 +165,10 @@ def _stored_bytes(reader: CheckpointReader, weight: Weight, layer: int) -> int:
     return sum(reader.tensors[tensor.hf_name].nbytes for tensor in tensors)
 
 
-def _rows(reader: CheckpointReader, name: str, rows: slice) -> np.ndarray:
+def _rows(reader: CheckpointReader, name: str, rows: slice, dtype: str | None = None) -> np.ndarray:
     info = reader.tensors[name]
     index = (rows, *(slice(0, size) for size in info.shape[1:]))
-    out = np.empty((rows.stop - rows.start, *info.shape[1:]), numpy_dtype(info.dtype))
+    out = np.empty((rows.stop - rows.start, *info.shape[1:]), numpy_dtype(dtype or info.dtype))
     reader.read_into(name, index, out)
     return out
 

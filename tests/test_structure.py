@@ -20,6 +20,7 @@ MAX_LINES = {"tests": 500}  # per file; 400 elsewhere
 LAYERS = (
     "sharding",
     "llama_jax.quantization",
+    "llama_jax.gguf",
     "llama_jax.text",
     "llama_jax.terminal",
     "llama_jax.config",
@@ -42,6 +43,7 @@ WITHOUT_JAX = (
     "llama_jax.engine.interface",
     "llama_jax.engine.messages",
     "llama_jax.engine.options",
+    "llama_jax.engine.page_tables",
     "llama_jax.engine.pages",
     "llama_jax.engine.scheduler",
     "llama_jax.engine.sizing",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.checkpoint.reader import CheckpointError
-from llama_jax.config import ConfigError, LlamaConfig, RopeScaling
+from llama_jax.config import ConfigError, Llama3Scaling, LlamaConfig
 
 FILE = "params.json"
 _READ = frozenset(
@@ -107,14 +107,14 @@ def _mlp_dim(params: dict[str, Any], dim: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _rope_scaling(params: dict[str, Any], small: bool) -> RopeScaling | None:
+def _rope_scaling(params: dict[str, Any], small: bool) -> Llama3Scaling | None:
     """None for Llama 3.0, whose context was not extended."""
     scaled = params.get("use_scaled_rope", False)
     if not isinstance(scaled, bool):
         raise ConfigError(f"use_scaled_rope must be true or false, got {scaled!r}.")
     if not scaled:
         return None
-    return RopeScaling(
+    return Llama3Scaling(
         factor=_positive(params, "rope_scaling_factor", float, 32 if small else 8),
         low_freq_factor=1.0,
         high_freq_factor=_positive(params, "rope_high_freq_factor", float, 4),

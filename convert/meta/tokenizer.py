@@ -25,15 +25,9 @@ from convert.meta.tiktoken_file import (
     special_tokens,
 )
 from llama_jax.config import LlamaConfig
+from llama_jax.gguf.tokenizer import LLAMA_3_WORDS
 from llama_jax.text.tokenizer import byte_alphabet
 
-# From Meta's program: contractions; letters with one character before; up to three digits; other
-# characters with a space before and line breaks after them; line breaks; spaces, of which the last
-# is left to the next word.
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _CHAT_TEMPLATE = (
     "{{- bos_token -}}"
     "{%- for message in messages -%}"
@@ -95,7 +89,7 @@ def _tokenizer(tokens: list[bytes], special: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.Split(Regex(LLAMA_3_WORDS), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_jax.checkpoint.foreign import LAYOUTS, Translated, translate
+from llama_jax.checkpoint.foreign import (
+    OF_ACTIVATIONS,
+    Dequantized,
+    Translated,
+    layout_of,
+    translate,
+)
 from llama_jax.checkpoint.foreign.layout import ContentError
 from llama_jax.checkpoint.reader import (
     CheckpointError,
@@ -31,9 +37,10 @@ _BLOCK_BYTES = 1 << 26  # compared at a time
 class HuggingFaceReader:
     """A `CheckpointReader`.
 
-    It ignores two kinds of extra tensors: rotary frequencies that old versions of transformers
-    saved, and, with tied embeddings, a `lm_head.weight` that equals the embedding table bit for
-    bit.
+    It ignores three kinds of extra tensors: rotary frequencies that old versions of transformers
+    saved; with tied embeddings, a `lm_head.weight` that equals the embedding table bit for bit; and
+    the scales with which a tool quantizes activations or the KV cache. An LM head that a tool
+    quantized is dequantized, to float32, as it is read.
     """
 
     def __init__(self, path: Path):
@@ -55,13 +62,14 @@ class HuggingFaceReader:
         if config.tie_embeddings:
             self._drop_tied_head()
         infos = {name: file.tensors[name] for name, file in self._files.items()}
-        self._translated = self._translate(config, infos)
+        config, self._translated = self._translate(config, infos)
         self.tensors: dict[str, TensorInfo] = {
             **{name: infos[name] for name in self._files},
             **{name: tensor.info for name, tensor in self._translated.items()},
         }
         check_tensors(path, self.tensors, config)
-        self.config = with_stored_dtype(config, self.tensors)
+        stored = {n: i for n, i in self.tensors.items() if n not in self._translated}
+        self.config = with_stored_dtype(config, stored)
 
     def read_into(self, name: str, index: tuple[slice, ...], out: np.ndarray) -> None:
         """Fills `out` with a slice, translated if another tool quantized the matrix."""
@@ -80,8 +88,11 @@ class HuggingFaceReader:
 
     def _translate(
         self, config: LlamaConfig, infos: dict[str, TensorInfo]
-    ) -> dict[str, Translated]:
-        """Translates quantized matrices and drops the stored tensors that they consist of."""
+    ) -> tuple[LlamaConfig, dict[str, Translated | Dequantized]]:
+        """Translates quantized matrices and drops the stored tensors that they consist of.
+
+        Returns the config that the stored tensors show, and the translated tensors by name.
+        """
         quantization = self.declared.quantization
         if quantization is None:
             unannounced = next((name for name in infos if name.endswith(_QUANTIZED)), None)
@@ -90,13 +101,16 @@ class HuggingFaceReader:
                     f"{self.path} holds {unannounced}, so it is quantized, but its config.json has "
                     "no quantization_config: get the matching config.json."
                 )
-        if quantization is None or quantization.layout not in LAYOUTS:
-            return {}
-        layout = LAYOUTS[quantization.layout]
-        translated, used = translate(self.path, layout, infos, self._mapped, config)
+        layout = quantization and layout_of(quantization)
+        if layout is None:
+            for name in infos:
+                if name.endswith(OF_ACTIVATIONS):
+                    del self._files[name]
+            return config, {}
+        config, translated, used = translate(self.path, layout, infos, self._mapped, config)
         for name in used:
             del self._files[name]
-        return translated
+        return config, translated
 
     def _mapped(self, name: str) -> np.ndarray:
         return self._files[name].mapped(name)

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.checkpoint import CheckpointReader
+from llama_jax.checkpoint.dequantized import read_dequantized
 from llama_jax.config import LlamaConfig
 from llama_jax.terminal.interrupts import held_interrupts
 from llama_jax.weights.placement import (
@@ -168,15 +169,18 @@ def _read(
     bounds = [part.indices(size)[:2] for part, size in zip(index, place.shape, strict=True)]
     shard = _zeros(tuple(stop - start for start, stop in bounds), dtype)
     inside, name = shard, place.tensor.hf_name
-    if place.layers is not None:
+    if place.layers is None:
+        layer = None
+    else:
         (stage, _), *bounds = bounds  # a device belongs to one stage
-        if place.layers[stage] is None:
+        layer = place.layers[stage]
+        if layer is None:
             return shard
-        inside, name = shard[0], name.format(layer=place.layers[stage])
-    stored = tuple(
-        slice(start, min(stop, size))
-        for (start, stop), size in zip(bounds, place.tensor.shape, strict=True)
-    )
+        inside, name = shard[0], name.format(layer=layer)
+    stored = tuple(place.stored(axis, *bound) for axis, bound in enumerate(bounds))
+    if layer is not None and layer in place.dequantize:
+        read_dequantized(reader.read_into, place.dequantize[layer], stored, inside)
+        return shard
     sizes = [part.stop - part.start for part in stored]
     if all(size > 0 for size in sizes):
         reader.read_into(name, stored, inside[tuple(slice(0, size) for size in sizes)])

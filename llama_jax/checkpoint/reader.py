@@ -38,8 +38,8 @@ class CheckpointReader(Protocol):
 
     Attributes:
       path: the checkpoint's directory.
-      config: the contents of config.json, except that `dtype` is the one in which most of the
-        unquantized weights are stored.
+      config: the contents of config.json, except that the stored tensors decide `dtype`, the one
+        in which most of the unquantized weights are stored, and `quantization.plain`.
       tensors: Hugging Face name → shape and dtype, for each tensor in
         `weights.table.checkpoint_tensors(config)`.
     """
@@ -116,9 +116,12 @@ def refuse(what: str, problems: list[str]) -> None:
 
 
 def with_stored_dtype(config: LlamaConfig, tensors: Mapping[str, TensorInfo]) -> LlamaConfig:
-    """Returns the config with the dtype in which most unquantized weights are stored."""
+    """Returns the config with the dtype in which most unquantized weights are stored.
+
+    Counts only those in `tensors`.
+    """
     size = dict.fromkeys(DTYPES, 0)
     for name, wanted in checkpoint_tensors(config).items():
-        if wanted.dtype is None:
+        if wanted.dtype is None and name in tensors:
             size[tensors[name].dtype] += math.prod(wanted.shape)
     return replace(config, dtype=max(DTYPES, key=lambda dtype: size[dtype]))

@@ -7,6 +7,7 @@ JAX.
 import asyncio
 import atexit
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future, wait
@@ -21,6 +22,10 @@ from llama_jax.engine.options import EngineOptions
 T = TypeVar("T")
 
 AT_EXIT_SECONDS = 10.0
+FORKED = (
+    "This process is a fork of the one that started the engine, and cannot reach it: start an "
+    'engine of its own here, or create the process with multiprocessing\'s "spawn" method.'
+)
 
 
 class BlockingClient:
@@ -48,6 +53,7 @@ class BlockingClient:
             threading.RLock()
         )  # re-entrant: a garbage collection may run `begin_close` in a thread that holds it
         self._closing = False
+        self._owner = os.getpid()
         self._calls: set[_Call[Any]] = set()  # used on the loop only, like the next one
         self._tasks: set[asyncio.Task[Any]] = set()
         self._thread = threading.Thread(target=self._main, name="llama-jax-engine", daemon=True)
@@ -66,7 +72,7 @@ class BlockingClient:
         coroutine has cleaned up. A second interrupt is raised at once.
 
         Raises:
-          EngineDead: the client has been closed.
+          EngineDead: the client has been closed, or this process is a fork of its owner.
         """
         call = _Call(coroutine)
         try:
@@ -78,7 +84,7 @@ class BlockingClient:
 
     def begin(self, function: Callable[[], Coroutine[Any, Any, object]]) -> None:
         """Runs a coroutine function on the loop without waiting, from any thread. No-op if the
-        client has been closed."""
+        client has been closed, and in a fork of its owner."""
         with contextlib.suppress(EngineDead):
             self._schedule(lambda: self._keep(self._loop.create_task(function())))
 
@@ -108,11 +114,15 @@ class BlockingClient:
 
     def begin_close(self) -> None:
         """Does what `close` does without waiting, from any thread and from a finalizer."""
+        if os.getpid() != self._owner:
+            return
         with contextlib.suppress(EngineDead), self._lock:
             self._schedule(lambda: self._loop.create_task(self._end()))
             self._closing = True
 
     def _schedule(self, callback: Callable[[], object]) -> None:
+        if os.getpid() != self._owner:  # the lock and the loop are those of another process
+            raise EngineDead(FORKED)
         # The lock keeps callbacks from being scheduled after `_end`: they would never run.
         with self._lock:
             if self._closing:
@@ -147,7 +157,7 @@ class BlockingClient:
 
     def _close_at_exit(self) -> None:
         """Exit handler: ends open streams while the modules that they need still exist."""
-        if hasattr(self, "client"):
+        if hasattr(self, "client") and os.getpid() == self._owner:
             self.client.kill()
             self.begin_close()
             self._thread.join(AT_EXIT_SECONDS)

@@ -5,7 +5,6 @@ a finish reason or an exception, whatever happens to the engine. Imports no JAX.
 """
 
 import asyncio
-import itertools
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TypeVar
@@ -14,23 +13,23 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from llama_jax.client.engine_process import (
-    ENGINE_COMMAND,
-    SOCKET_NAME,
-    make_private_directory,
-    process_host,
-)
+from llama_jax.client.engine_process import ENGINE_COMMAND, process_host
 from llama_jax.client.host import StartHost
+from llama_jax.client.output_stream import OpenStreams
+from llama_jax.client.private_directory import PrivateDirectory
 from llama_jax.client.request_check import check_request
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.engine.errors import EngineDead, EngineStartError, QueueFull
+from llama_jax.engine.errors import EngineClosed, EngineDead, EngineStartError, QueueFull
 from llama_jax.engine.interface import EngineInfo, Output, Progress, Stats
 from llama_jax.engine.messages import (
     Abort,
     Add,
+    Draining,
+    Fatal,
     FromEngine,
     Outputs,
     Ready,
+    Refused,
     Report,
     Shutdown,
     Starting,
@@ -41,10 +40,14 @@ from llama_jax.engine.options import EngineOptions
 SHUTDOWN_SECONDS = 5.0
 FATAL_SECONDS = 3.0
 LAST_WORDS_SECONDS = 1.0
+# An engine reports at least once a second, or once a tick if a tick takes longer. It has stopped
+# answering if it is silent for this long, or for this many ticks of mean length.
+SILENCE_SECONDS = 10.0
+SILENCE_TICKS = 20
+SHUTTING_DOWN = "The engine is shutting down and takes no new requests."
 
 OnProgress = Callable[[Progress], None]
 E = TypeVar("E", bound=Exception)
-_Stream = asyncio.Queue[Output | EngineDead]
 
 
 class EngineClient:
@@ -54,16 +57,19 @@ class EngineClient:
       info: the engine's model, devices and sizes.
       stats: the engine's latest report.
       host: the process or thread that runs the engine.
+      draining: whether the engine has been told to end when the requests in flight have.
     """
 
     info: EngineInfo
     stats: Stats
+    draining: bool
 
     def __init__(
         self, options: EngineOptions, on_progress: OnProgress | None, start_host: StartHost
     ) -> None:
         """Starts the engine without waiting for it; use `start`."""
         self.stats = Stats()
+        self.draining = False
         self._options = options
         self._on_progress = on_progress
         self._death: str | None = None
@@ -71,17 +77,16 @@ class EngineClient:
         self._heard = False
         self._closing: asyncio.Task[None] | None = None
         self._ready: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
-        self._streams: dict[int, _Stream] = {}
-        self._request_ids = itertools.count()
+        self._streams = OpenStreams(0)  # none before the engine is ready
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(FromEngine).decode
         self._last_report = time.monotonic()
 
-        directory = make_private_directory()
+        directory = PrivateDirectory()
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PAIR)
         self._socket.set_hwm(0)  # the requests in flight bound the queue, and a send never blocks
-        self._socket.bind(f"ipc://{directory / SOCKET_NAME}")
+        self._socket.bind(f"ipc://{directory.socket}")
         try:
             self.host = start_host(directory, options)
         except EngineStartError:
@@ -115,6 +120,7 @@ class EngineClient:
         client = cls(options, on_progress, start_host or process_host(command))
         try:
             client.info = await client._ready
+            client._streams = OpenStreams(client.max_in_flight)
         except BaseException:
             client.host.kill()
             await client.close()
@@ -124,8 +130,14 @@ class EngineClient:
     @property
     def alive(self) -> bool:
         """Whether the engine runs and accepts requests."""
-        ending = self._death or self._last_words
-        return ending is None and not self.host.exited.is_set()
+        return self._running and self._last_words is None and not self.draining
+
+    @property
+    def responds(self) -> bool:
+        """Whether the engine has been heard from recently, as far as its ticks allow."""
+        stats = self.stats
+        tick = stats.tick_seconds / stats.ticks if stats.ticks else 0.0
+        return self.seconds_since_report <= max(SILENCE_SECONDS, SILENCE_TICKS * tick)
 
     @property
     def pid(self) -> int:
@@ -158,10 +170,9 @@ class EngineClient:
 
         Raises:
           RequestError: the request can never be answered.
-          EngineDead: the engine has ended.
+          EngineDead: the engine has ended, or is about to.
         """
-        if self._death is not None:
-            raise EngineDead(self._death) from self.host.cause
+        self._check_accepting()
         check_request(prompt, params, self.info)
 
     async def wait_dead(self) -> str:
@@ -171,16 +182,24 @@ class EngineClient:
         return self._death
 
     async def generate(
-        self, prompt: list[int], params: SamplingParams
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        wait: bool = False,
+        on_token: Callable[[], None] = lambda: None,
     ) -> AsyncGenerator[Output, None]:
         """Yields the request's tokens as they arrive; the last output has a finish reason.
 
         Closing or cancelling the generator early aborts the request. A request that the engine
-        cannot finish ends with finish reason "error".
+        cannot finish ends with finish reason "error". The request is in flight until its last
+        output arrives, whether or not it is read then.
 
         Args:
           prompt: token ids, including BOS if the model needs it.
           params: how to sample and when to stop. Finding stop strings is left to the caller.
+          wait: whether to wait while too many requests are in flight, instead of raising.
+          on_token: called when a token arrives, which may be long before it is read.
 
         Raises:
           RequestError: the request can never be answered.
@@ -188,26 +207,21 @@ class EngineClient:
           EngineDead: the engine has ended, or ends before the request does.
         """
         self.check(prompt, params)
-        if len(self._streams) >= self.max_in_flight:
+        if not wait and self._streams.full:
             raise QueueFull(
                 f"{len(self._streams)} requests are in flight, the maximum; try again later."
             )
-        request_id = next(self._request_ids)
-        stream: _Stream = asyncio.Queue()
-        self._streams[request_id] = stream
-        finished = False
-        self._send(Add(request_id, prompt, params))
+        request_id, stream = await self._streams.open(on_token)
         try:
-            while not finished:
+            self._check_accepting()  # again, after the wait
+            self._send(Add(request_id, prompt, params))
+            while True:
                 output = await stream.get()
-                if isinstance(output, EngineDead):
-                    finished = True
-                    raise output
-                finished = output.finish_reason is not None
                 yield output
+                if output.finish_reason is not None:
+                    return
         finally:
-            del self._streams[request_id]
-            if not finished:
+            if self._streams.close(request_id):
                 self._send(Abort(request_id))
 
     async def close(self) -> None:
@@ -233,10 +247,20 @@ class EngineClient:
         self._context.destroy(linger=0)
         self.host.clean_up()
 
+    @property
+    def _running(self) -> bool:
+        return self._death is None and not self.host.exited.is_set()
+
+    def _check_accepting(self) -> None:
+        if self._death is not None:
+            raise self._error_of_end(self._death)
+        if self.draining:
+            raise EngineClosed(SHUTTING_DOWN)
+
     def _send(self, message: ToEngine) -> None:
         """Sends a message without waiting. If the engine has ended the message is lost, and
         `_receive` tells everyone who waits for an answer."""
-        if self.alive:
+        if self._running and self._last_words is None:
             self._socket.send(self._encode(message))
 
     async def _receive(self) -> None:
@@ -278,9 +302,7 @@ class EngineClient:
         self._last_report = time.monotonic()
         if isinstance(message, Outputs):
             for output in message.outputs:
-                stream = self._streams.get(output.request_id)
-                if stream is not None:  # else aborted while this was in transit
-                    stream.put_nowait(output)
+                self._streams.put(output)
         elif isinstance(message, Report):
             self.stats = message.stats
         elif isinstance(message, Starting):
@@ -289,7 +311,12 @@ class EngineClient:
         elif isinstance(message, Ready):
             if not self._ready.done():
                 self._ready.set_result(message.info)
-        else:  # Fatal: the engine exits by itself now, or is killed
+        elif isinstance(message, Draining):
+            self.draining = True
+        elif isinstance(message, Refused):
+            self._streams.fail(message.request_id, EngineClosed(SHUTTING_DOWN))
+        else:  # the engine exits by itself now, or is killed
+            assert isinstance(message, Fatal)
             self._last_words = message.message
             asyncio.get_running_loop().call_later(FATAL_SECONDS, self.host.kill)
 
@@ -300,8 +327,12 @@ class EngineClient:
         self._death = reason
         if not self._ready.done():
             self._ready.set_exception(_caused_by(self.host.cause, EngineStartError(reason)))
-        for stream in self._streams.values():
-            stream.put_nowait(_caused_by(self.host.cause, EngineDead(reason)))
+        self._streams.fail_all(lambda: self._error_of_end(reason))
+
+    def _error_of_end(self, reason: str) -> EngineDead:
+        wanted = self._closing is not None or (self.draining and self._last_words is None)
+        error = EngineClosed(reason) if wanted else EngineDead(reason)
+        return _caused_by(self.host.cause, error)
 
 
 def _caused_by(cause: Exception | None, error: E) -> E:

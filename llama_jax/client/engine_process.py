@@ -15,36 +15,16 @@ import threading
 import weakref
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import msgspec
-import zmq
 
 from llama_jax.client.host import StartHost
+from llama_jax.client.private_directory import PrivateDirectory
 from llama_jax.engine.errors import EngineStartError
 from llama_jax.engine.options import EngineOptions
 
 ENGINE_COMMAND = (sys.executable, "-m", "llama_jax.engine")
-SOCKET_NAME = "socket"
-LOG_NAME = "log"
 LOG_TAIL_BYTES = 16384
-
-
-def make_private_directory() -> Path:
-    """Creates a directory for the socket and the log that only this user may enter.
-
-    Raises:
-      EngineStartError: the path of the temporary directory is too long for a Unix socket.
-    """
-    for parent in (None, "/tmp"):
-        directory = Path(tempfile.mkdtemp(prefix="llama-jax-", dir=parent))  # mode 0700
-        if len(os.fsencode(directory / SOCKET_NAME)) <= zmq.IPC_PATH_MAX_LEN:
-            return directory
-        directory.rmdir()
-    raise EngineStartError(
-        f"The path of the temporary directory {tempfile.gettempdir()} is too long for a Unix "
-        "socket; set TMPDIR to a shorter one."
-    )
 
 
 def process_host(command: Sequence[str]) -> StartHost:
@@ -63,15 +43,18 @@ class EngineProcess:
       exited: set when the process has ended, on the event loop that created this object.
     """
 
-    def __init__(self, command: Sequence[str], directory: Path, options: EngineOptions) -> None:
+    def __init__(
+        self, command: Sequence[str], directory: PrivateDirectory, options: EngineOptions
+    ) -> None:
         arguments = [
             *command,
-            f"--socket={directory / SOCKET_NAME}",
+            f"--socket={directory.socket}",
             f"--parent={os.getpid()}",
             f"--options={msgspec.json.encode(options).decode()}",
         ]
         self.exited = asyncio.Event()
-        self._log = directory / LOG_NAME
+        self._log = directory.log
+        self._owner = os.getpid()
         try:
             with self._log.open("wb") as log:
                 # In a new session, Ctrl-C in the parent's terminal does not reach it.
@@ -83,9 +66,9 @@ class EngineProcess:
                     start_new_session=True,
                 )
         except OSError as error:
-            shutil.rmtree(directory, ignore_errors=True)
+            directory.remove()
             raise EngineStartError(f"The engine process could not be started: {error}.") from error
-        self._reap = weakref.finalize(self, _reap, self._process, directory, os.getpid())
+        self._reap = weakref.finalize(self, _reap, self._process, directory, self._owner)
         threading.Thread(
             target=_wait,
             args=(self._process, asyncio.get_running_loop(), self.exited),
@@ -112,8 +95,9 @@ class EngineProcess:
         return self._process.returncode
 
     def kill(self) -> None:
-        """Kills the process; does not wait. No-op if it has ended."""
-        self._process.kill()
+        """Kills the process; does not wait. No-op if it has ended, and in a fork of its parent."""
+        if os.getpid() == self._owner:
+            self._process.kill()
 
     def clean_up(self) -> None:
         """Makes sure that the process has ended, and removes its directory."""
@@ -130,7 +114,9 @@ class EngineProcess:
             return last_words
         if last_words is not None:
             text = last_words.rstrip(".")
-        elif code >= 0:
+        elif code == 0:
+            text = "The engine process ended because a signal told it to"
+        elif code > 0:
             text = f"The engine process ended with exit code {code}"
         else:
             text = f"The engine process was killed by {_signal_name(-code)}"
@@ -186,7 +172,7 @@ def _wait(
         pass
 
 
-def _reap(process: "subprocess.Popen[bytes]", directory: Path, owner: int) -> None:
+def _reap(process: "subprocess.Popen[bytes]", directory: PrivateDirectory, owner: int) -> None:
     if os.getpid() != owner:  # a fork of the parent does not own the engine
         return
     process.kill()
@@ -194,4 +180,4 @@ def _reap(process: "subprocess.Popen[bytes]", directory: Path, owner: int) -> No
         process.wait(timeout=10)
     except subprocess.TimeoutExpired:  # stuck in a system call; it dies when that returns
         pass
-    shutil.rmtree(directory, ignore_errors=True)
+    directory.remove()

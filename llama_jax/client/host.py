@@ -2,9 +2,9 @@
 
 import asyncio
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from llama_jax.client.private_directory import PrivateDirectory
 from llama_jax.engine.options import EngineOptions
 
 if TYPE_CHECKING:
@@ -44,4 +44,4 @@ class EngineHost(Protocol):
 
 # Starts an engine that connects to the socket in a directory. The host removes the directory when
 # the engine has ended.
-StartHost = Callable[[Path, EngineOptions], EngineHost]
+StartHost = Callable[[PrivateDirectory, EngineOptions], EngineHost]

@@ -10,19 +10,17 @@ Imports no JAX until an engine starts.
 import asyncio
 import atexit
 import os
-import shutil
 import threading
 import traceback
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
 
-from llama_jax.client.engine_process import SOCKET_NAME
 from llama_jax.client.host import StartHost
+from llama_jax.client.private_directory import PrivateDirectory
 from llama_jax.engine.interface import Progress
 from llama_jax.engine.message_loop import BuildEngine, MessageLoop, run_engine
 from llama_jax.engine.options import EngineOptions
@@ -48,7 +46,9 @@ class InProcessEngine:
       exited: set when the thread has ended, on the event loop that created this object.
     """
 
-    def __init__(self, build: BuildEngine, directory: Path, options: EngineOptions) -> None:
+    def __init__(
+        self, build: BuildEngine, directory: PrivateDirectory, options: EngineOptions
+    ) -> None:
         """Starts the thread, which calls `build`; the other arguments are those of `StartHost`."""
         _forget_errors()  # the memory that they hold is for this engine
         self.exited = asyncio.Event()
@@ -94,7 +94,7 @@ class InProcessEngine:
         """
         self._killed.set()
         atexit.unregister(self._end)
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory.remove()
         if self._was_ready:
             _forget_errors()
 
@@ -109,7 +109,7 @@ class InProcessEngine:
         context = zmq.Context()
         socket = context.socket(zmq.PAIR)
         socket.set_hwm(0)
-        socket.connect(f"ipc://{self._directory / SOCKET_NAME}")
+        socket.connect(f"ipc://{self._directory.socket}")
         try:
             self._error = run_engine(
                 socket, options, self._make_engine, self._note_ready, self._check_wanted

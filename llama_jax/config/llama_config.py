@@ -5,59 +5,41 @@ from pathlib import Path
 from typing import Any, Self
 
 from llama_jax.config.errors import ConfigError
+from llama_jax.config.rope_scaling import (
+    LinearScaling,
+    Llama3Scaling,
+    RopeScaling,
+    YarnScaling,
+    rope_type,
+)
+from llama_jax.config.unknown_keys import report_unknown
 from llama_jax.quantization import FORMATS
 
 DTYPES = ("bfloat16", "float16", "float32")  # of stored weights that are not quantized
 QUANT_METHOD = "llama_jax"  # `quant_method` of the formats in `llama_jax.quantization`
+_MAX_POSITIONS = 2**31 - 1  # int32 on the device
 _MAX_LAYERS = 1000  # an absurd config.json must not fill the memory with tensor names
 
 
 @dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """Rotary frequency scaling of type "llama3" (see `llama_jax.model.rope`).
-
-    Attributes:
-      factor: stretches long wavelengths; at least 1.
-      low_freq_factor: wavelengths above original / low_freq_factor are stretched in full.
-      high_freq_factor: wavelengths below original / high_freq_factor are kept; greater than
-        low_freq_factor.
-      original_max_position_embeddings: context length before its extension, in tokens.
-
-    Raises:
-      ConfigError: a factor is out of range.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def __post_init__(self) -> None:
-        if self.factor < 1:
-            raise ConfigError(f"The rope scaling factor must be at least 1, got {self.factor}.")
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise ConfigError(
-                f"The rope scaling high_freq_factor ({self.high_freq_factor}) must be greater than "
-                f"low_freq_factor ({self.low_freq_factor})."
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """How the matrices of the layers are quantized: all of them, and no other weight.
+    """How the matrices of the layers are quantized. No other weight is.
 
     Attributes:
       format: a name from `quantization.FORMATS`.
-      group_size: input columns that share a scale, in formats with groups; even. Groups are smaller
-        in a matrix where they would straddle the boundary between two KV heads' columns (no
-        published Llama 3 has one), so that every mesh can split it.
+      group_size: input columns that share a scale, in formats with groups; even, or -1 for one
+        scale per row. Groups are smaller in a matrix where they would straddle the boundary between
+        two KV heads' columns, so that every mesh can split it. Act-order formats keep theirs.
+      plain: the modules whose matrix is not quantized, such as "model.layers.0.mlp.up_proj".
 
     Raises:
-      ConfigError: the format is unknown, or the group size is not an even positive integer.
+      ConfigError: the format is unknown, the group size is neither -1 nor an even positive integer,
+        or `plain` is not a tuple of strings.
     """
 
     format: str
     group_size: int = 128
+    plain: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -66,8 +48,16 @@ class Quantization:
             )
         if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
             raise ConfigError(f"group_size must be an integer, got {self.group_size!r}.")
-        if self.group_size < 2 or self.group_size % 2:
+        if self.group_size != -1 and (self.group_size < 2 or self.group_size % 2):
             raise ConfigError(f"group_size must be even and positive, got {self.group_size}.")
+        if not all(isinstance(module, str) for module in self.plain):
+            raise ConfigError(f"plain must be a list of names of modules, got {self.plain!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of a quantization_config that `parse_quantization` reads back."""
+        plain = {"plain": list(self.plain)} if self.plain else {}
+        own = {"quant_method": QUANT_METHOD, "format": self.format, "group_size": self.group_size}
+        return own | plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +76,7 @@ class LlamaConfig:
       rope_scaling: None for unscaled frequencies.
       norm_eps: epsilon of every RMS norm.
       tie_embeddings: whether the embedding table also serves as the LM head.
-      max_position_embeddings: longest context that the model was trained for, in tokens.
+      max_position_embeddings: the context length in config.json, in tokens; see `max_context`.
       dtype: of the stored weights that are not quantized, one of `DTYPES`.
       quantization: of the stored matrices of the layers; None if they are not quantized.
       eos_token_ids: every id that ends an answer.
@@ -130,6 +120,8 @@ class LlamaConfig:
             raise ConfigError(
                 f"head_dim must be even, got {self.head_dim}: rotary embeddings rotate pairs."
             )
+        if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta <= 1:
+            raise ConfigError(f"YaRN needs a rope_theta greater than 1, got {self.rope_theta}.")
         if self.dtype not in DTYPES:
             raise ConfigError(
                 f"Weights of dtype {self.dtype!r} are not supported, only {', '.join(DTYPES)}."
@@ -150,14 +142,17 @@ class LlamaConfig:
         Rope parameters may be spelled as in transformers 4 (`rope_theta`, `rope_scaling`) or 5
         (`rope_parameters`). As in transformers, `num_key_value_heads` defaults to H, `head_dim` to
         D / H, `tie_word_embeddings` and the biases to false, and the dtype to float32. The EOS ids
-        are those of `generation_config`, or those of `config` if it has none.
+        are those of `generation_config`, or those of `config` if it has none. Unknown keys are
+        ignored, with a warning that names them.
 
         Raises:
           ConfigError: the model is not a Llama that this package computes exactly.
         """
         from llama_jax.config.huggingface import parse_config  # which needs this module
 
-        return parse_config(config, generation_config or {})[0]
+        parsed = parse_config(config, generation_config or {})
+        report_unknown("The configuration", {"config.json": parsed.unknown})
+        return parsed.config
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "LlamaConfig":
@@ -168,7 +163,23 @@ class LlamaConfig:
         """
         from llama_jax.config.huggingface import read_checkpoint_config
 
-        return read_checkpoint_config(path).config
+        declared = read_checkpoint_config(path)
+        declared.report_unknown()
+        return declared.config
+
+    @property
+    def max_context(self) -> int:
+        """The longest supported context, in tokens.
+
+        As in vLLM, linear scaling extends `max_position_embeddings`, and YaRN its own original
+        length. Dynamic scaling does not: see `DynamicScaling`.
+        """
+        match self.rope_scaling:
+            case LinearScaling(factor=factor):
+                return int(min(self.max_position_embeddings * factor, _MAX_POSITIONS))
+            case YarnScaling(factor=factor, original_max_position_embeddings=original):
+                return int(min(original * factor, _MAX_POSITIONS))
+        return self.max_position_embeddings
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a config.json that `from_dict` reads back.
@@ -176,9 +187,7 @@ class LlamaConfig:
         Rope parameters are spelled as in transformers 4, which transformers 5 reads as well.
         """
         eos = list(self.eos_token_ids)
-        quantization = self.quantization and {
-            "quantization_config": {"quant_method": QUANT_METHOD, **asdict(self.quantization)}
-        }
+        quantization = self.quantization and {"quantization_config": self.quantization.to_dict()}
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -192,7 +201,7 @@ class LlamaConfig:
             "hidden_act": "silu",
             "rope_theta": self.rope_theta,
             "rope_scaling": self.rope_scaling
-            and {"rope_type": "llama3", **asdict(self.rope_scaling)},
+            and {"rope_type": rope_type(self.rope_scaling), **asdict(self.rope_scaling)},
             "rms_norm_eps": self.norm_eps,
             "tie_word_embeddings": self.tie_embeddings,
             "max_position_embeddings": self.max_position_embeddings,
@@ -258,7 +267,7 @@ def _size(layers: int, width: int, heads: int, head_dim: int, mlp: int) -> dict[
 def _extended(base: dict[str, Any], factor: float) -> dict[str, Any]:
     """A Llama 3 with the longer context of 3.1, and the EOS id that 3.1 adds for tool calls."""
     original = base["max_position_embeddings"]
-    scaling = RopeScaling(
+    scaling = Llama3Scaling(
         factor=factor,
         low_freq_factor=1.0,
         high_freq_factor=4.0,

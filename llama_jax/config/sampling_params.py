@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from llama_jax.config.errors import SamplingError
 
 MAX_TOP_K = 2**31 - 1  # an int32 on the device
+MAX_LOGIT_BIAS = 300  # entries, as in the OpenAI API
+MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +21,15 @@ class SamplingParams:
       top_p: of the remaining tokens, keep the smallest set with this share of the probability.
       min_p: of the remaining tokens, keep those at least this likely relative to the most likely.
       seed: fixes the request's random numbers, whatever else is in the batch; None picks one.
+      presence_penalty: subtracted from the logits of tokens that the answer contains.
+      frequency_penalty: subtracted from the logits of tokens once for each time that the answer
+        contains them.
+      repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that
+        prompt or answer contain; 1 changes nothing.
+      logit_bias: (token id, number added to its logit) pairs.
+      min_tokens: number of tokens before which neither an EOS id nor a stop token id is chosen.
+      logprobs: how many of the most likely tokens to return with their log-probabilities, beside
+        the log-probability of each token of the answer; None for neither.
       stop: strings that end the generation; the returned text does not include them.
       stop_token_ids: token ids that end the generation, in addition to the model's EOS ids.
       ignore_eos: continue after the model's EOS ids.
@@ -30,6 +41,12 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    logprobs: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -40,6 +57,7 @@ class SamplingParams:
         Raises:
           SamplingError: a value is out of range; `param` is the field.
         """
+        most = MAX_TOP_K if self.max_tokens is None else self.max_tokens
         rules = (
             ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
             ("temperature", _within(self.temperature, 0, 2), "in [0, 2]"),
@@ -47,17 +65,43 @@ class SamplingParams:
             ("top_p", _within(self.top_p, 0, 1) and self.top_p > 0, "in (0, 1]"),
             ("min_p", _within(self.min_p, 0, 1), "in [0, 1]"),
             ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a 64-bit integer"),
+            ("presence_penalty", _within(self.presence_penalty, -2, 2), "in [-2, 2]"),
+            ("frequency_penalty", _within(self.frequency_penalty, -2, 2), "in [-2, 2]"),
+            ("repetition_penalty", _within(self.repetition_penalty, 1e-2, 1e2), "in [0.01, 100]"),
+            (
+                "logit_bias",
+                self._biases_in_range,
+                f"at most {MAX_LOGIT_BIAS} numbers in [-100, 100]",
+            ),
+            ("min_tokens", 0 <= self.min_tokens <= most, "in [0, max_tokens]"),
+            ("logprobs", 0 <= (self.logprobs or 0) <= MAX_LOGPROBS, f"in [0, {MAX_LOGPROBS}]"),
             ("stop", all(self.stop), "a list of non-empty strings"),
         )
         for name, holds, allowed in rules:
             if not holds:
-                value = getattr(self, name)
-                raise SamplingError(f"{name} must be {allowed}, got {value!r}.", name)
+                value = repr(getattr(self, name))
+                value = value if len(value) < 80 else f"{value[:80]}..."
+                raise SamplingError(f"{name} must be {allowed}, got {value}.", name)
 
     @property
     def greedy(self) -> bool:
         """Whether every token is the most likely one, with no random choice."""
         return self.temperature == 0
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether the logits depend on the tokens before, other than through the model."""
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether the logits may be changed before a token is chosen."""
+        return self.penalizes or bool(self.logit_bias) or self.min_tokens > 0
+
+    @property
+    def _biases_in_range(self) -> bool:
+        few = len(self.logit_bias) <= MAX_LOGIT_BIAS
+        return few and all(_within(bias, -100, 100) for _, bias in self.logit_bias)
 
 
 def _within(value: float, low: float, high: float) -> bool:

@@ -17,11 +17,16 @@ from llama_jax.engine.executor import CompileCounter, Executor
 from llama_jax.engine.interface import DeviceInfo, EngineInfo, Output, Progress, Stats
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.scheduler import Scheduler
-from llama_jax.engine.sizing import GPU_MEMORY_SHARE, check_options, choose_results_late
+from llama_jax.engine.sizing import (
+    GPU_MEMORY_SHARE,
+    check_options,
+    check_stages,
+    choose_results_late,
+)
 from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.model import Llama
 from llama_jax.ring.steps import check_model_class
-from sharding.mesh import make_mesh, mesh_shape
+from sharding.mesh import make_mesh, mesh_shape, parse_mesh
 from sharding.partition import split_layers
 
 
@@ -50,8 +55,11 @@ class Engine:
         check_model_class(model_class)
         start = time.perf_counter()
         with closing(open_checkpoint(options.path)) as reader, ExitStack() as stack:
+            if options.strict_config:  # the process that the user sees has warned already
+                reader.declared.report_unknown(strict=True)
             config = reader.config
             check_options(options, config)
+            check_stages(parse_mesh(options.mesh)[0], config)
             configure_jax()
             mesh = make_mesh(options.mesh)
             platform = mesh.devices.flat[0].platform
@@ -142,6 +150,7 @@ class Engine:
             pages_total=scheduler.pool.num_pages,
             pages_free=scheduler.pool.num_free,
             prompt_tokens=scheduler.num_prompt_tokens,
+            cached_tokens=scheduler.num_cached_tokens,
             generation_tokens=scheduler.num_generated_tokens,
             preemptions=scheduler.num_preemptions,
             ticks=loop.ticks,

@@ -38,5 +38,9 @@ class EngineDead(RuntimeError):
     """The engine has ended and answers no more requests."""
 
 
+class EngineClosed(EngineDead):
+    """The engine has been told to end: by `close`, or by a signal."""
+
+
 class GenerationFailed(RuntimeError):
     """The engine could not finish this request; other requests go on."""

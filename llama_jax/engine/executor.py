@@ -10,7 +10,7 @@ import time
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,20 +19,29 @@ from jax.sharding import Mesh
 
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
+from llama_jax.model.adjustments import HISTORY_CHUNK, encode_adjustments
+from llama_jax.model.logprobs import Logprobs
 from llama_jax.model.sampling import encode_controls
+from llama_jax.ring.choosing import (
+    adjusted_step,
+    history_shape,
+    history_step,
+    logprobs_step,
+    sample_step,
+)
 from llama_jax.ring.packet import encode_packet, packet_size
 from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.steps import (
-    SampleStep,
     State,
     Step,
     decode_step,
     init_state,
     prefill_step,
-    sample_step,
     state_shapes,
 )
 from llama_jax.weights.placement import Params
+
+T = TypeVar("T")
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -44,11 +53,30 @@ class TickResult(NamedTuple):
       tokens: `[segments]` int32, the sampled tokens.
       logits: `[segments, V']` float32, copied to the host only when read.
       bucket: the bucket of the program that ran.
+      logprobs: of the sampled tokens, if they were asked for.
     """
 
     tokens: jax.Array
     logits: jax.Array
     bucket: Bucket
+    logprobs: Logprobs | None = None
+
+
+class Choice(NamedTuple):
+    """How the tokens of the packet that leaves are chosen, if not all of them are the likeliest.
+
+    Attributes:
+      controls: from `encode_controls`; None if every segment is greedy.
+      adjustments: from `encode_adjustments`; None if no logits are changed.
+      logprobs: whether log-probabilities are wanted.
+    """
+
+    controls: np.ndarray | None = None
+    adjustments: np.ndarray | None = None
+    logprobs: bool = False
+
+
+GREEDY = Choice()
 
 
 class Executor:
@@ -91,36 +119,72 @@ class Executor:
             else decode_step(config, mesh, sizes, bucket.rows, model_class)
             for bucket in sizes.buckets()
         }
-        self._sample: SampleStep = sample_step(mesh, model_class)
+        self._sample = sample_step(mesh, model_class)
+        self._sample_adjusted = adjusted_step(mesh, model_class)
+        self._extend_history = history_step(mesh)
+        self._log_probabilities = logprobs_step(mesh)
+        history = history_shape(config, mesh, sizes)
+        self._history = jax.jit(
+            lambda: jnp.zeros(history.shape, history.dtype), out_shardings=history.sharding
+        )()
 
     @property
     def state(self) -> State:
         """The state on the devices."""
         return self._state
 
-    def run(self, bucket: Bucket, packed: np.ndarray, controls: np.ndarray | None) -> TickResult:
+    def run(self, bucket: Bucket, packed: np.ndarray, choice: Choice = GREEDY) -> TickResult:
         """Dispatches one tick.
 
         Args:
           bucket: a bucket large enough for every packet in flight, including this one.
           packed: the packet that enters, from `encode_packet`.
-          controls: the sampling parameters of the packet that leaves, from `encode_controls` for
-            the segments of this bucket; None if every segment is greedy.
+          choice: how the tokens of the packet that leaves are chosen, for the segments of this
+            bucket.
         """
         start = time.perf_counter()
         state, output = self._steps[bucket](self.params, self._state, packed)
-        tokens = output.tokens
-        if self._one_at_a_time:
-            tokens.block_until_ready()
-        if controls is not None:
-            kept, tokens = self._sample(state.tokens, output, controls)
-            state = state._replace(tokens=kept)
-            if self._one_at_a_time:
-                tokens.block_until_ready()
-        self._state = state
+        tokens, kept = self._finish(output.tokens), state.tokens
+        if choice.adjustments is not None:
+            controls = choice.controls
+            if controls is None:
+                controls = encode_controls(self.sizes.num_segments(bucket), [])
+            kept, self._history, tokens = self._sample_adjusted(
+                kept, self._history, output, controls, choice.adjustments
+            )
+        elif choice.controls is not None:
+            kept, tokens = self._sample(kept, output, choice.controls)
+        self._state = state._replace(tokens=kept)
+        self._finish(tokens)
+        logprobs = None
+        if choice.logprobs:
+            logprobs = self._finish(self._log_probabilities(output.logits, tokens))
+            jax.tree.map(lambda array: array.copy_to_host_async(), logprobs)
         tokens.copy_to_host_async()
         self.call_seconds += time.perf_counter() - start
-        return TickResult(tokens, output.logits, bucket)
+        return TickResult(tokens, output.logits, bucket, logprobs)
+
+    def set_history(self, slot: int, prompt: list[int], answer: list[int]) -> None:
+        """Sets the tokens before those that a slot will choose, for its penalties.
+
+        Call it between the last tick of the slot's previous owner and the first tick that chooses a
+        token for the new one.
+        """
+        tokens = np.array([*prompt, *answer], np.int32)
+        for first in range(0, len(tokens), HISTORY_CHUNK):
+            chunk = np.full(HISTORY_CHUNK, -1, np.int32)
+            part = tokens[first : first + HISTORY_CHUNK]
+            chunk[: len(part)] = part
+            num_prompt = np.int32(len(prompt) - first)
+            self._history = self._finish(
+                self._extend_history(
+                    self._history, np.int32(slot), chunk, np.bool_(first == 0), num_prompt
+                )
+            )
+
+    def _finish(self, arrays: T) -> T:
+        """Waits for a program where only one may be unfinished at a time."""
+        return jax.block_until_ready(arrays) if self._one_at_a_time else arrays
 
     def lowered(self, bucket: Bucket) -> jax.stages.Lowered:
         """Lowers the program of a bucket for inspection: `.compile().as_text()`.
@@ -139,8 +203,11 @@ class Executor:
         for done, bucket in enumerate(buckets):
             progress(done, len(buckets), f"{bucket.rows} rows, chunk of {bucket.chunk}")
             packed = encode_packet(self.sizes, bucket, tables, [], [], [])
-            controls = encode_controls(self.sizes.num_segments(bucket), [])
-            jax.block_until_ready(self.run(bucket, packed, controls).tokens)
+            n = self.sizes.num_segments(bucket)
+            controls = encode_controls(n, [])
+            for choice in (Choice(controls), Choice(controls, encode_adjustments(n, []), True)):
+                jax.block_until_ready(self.run(bucket, packed, choice).tokens)
+        self.set_history(0, [0], [])
         progress(len(buckets), len(buckets), "")
 
 

@@ -9,6 +9,18 @@ from typing import Literal, NamedTuple
 FinishReason = Literal["stop", "length", "error"]
 
 
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities at one token, before penalties, biases, temperature and filters.
+
+    Attributes:
+      logprob: of the token.
+      top: (token id, log-probability) of the most likely tokens, the likeliest first.
+    """
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
 class Output(NamedTuple):
     """One token of one request, or its end.
 
@@ -17,12 +29,17 @@ class Output(NamedTuple):
       token: the token, including the EOS or stop token that ends a request; None with "error".
       finish_reason: why the request ended, on its last output; else None.
       error: one sentence, if the finish reason is "error".
+      cached_tokens: tokens of the prompt that did not have to be computed, because a request before
+        began with them; the same in every output of a request.
+      logprobs: if the request asks for them.
     """
 
     request_id: int
     token: int | None
     finish_reason: FinishReason | None = None
     error: str | None = None
+    cached_tokens: int = 0
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +107,7 @@ class Stats:
     pages_total: int = 0
     pages_free: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     generation_tokens: int = 0
     preemptions: int = 0
     ticks: int = 0

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING
 import msgspec
 import zmq
 
-from llama_jax.engine.interface import Output, Progress
+from llama_jax.engine.interface import Progress
 from llama_jax.engine.messages import (
     Abort,
     Add,
+    Draining,
     Fatal,
     FromEngine,
     Outputs,
     Ready,
+    Refused,
     Report,
     Starting,
     ToEngine,
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 HEARTBEAT_SECONDS = 1.0
 REPORT_SECONDS = 0.25
-ENDING = "The engine is shutting down and takes no new requests."
+IDLE_SECONDS = 0.1  # a signal does not interrupt a wait for messages
 
 # Builds an engine. An exception that `progress` raises ends the build.
 BuildEngine = Callable[[EngineOptions, Callable[[Progress], None]], "Engine"]
@@ -51,7 +53,7 @@ def run_engine(
       socket: the connection to the client.
       options: `EngineOptions` as JSON.
       build: builds the engine.
-      on_ready: called with the engine's loop before its first step.
+      on_ready: called with the engine's loop before the client hears that it is ready.
       check_wanted: called before every tick and message; raises a `BaseException` that is no
         `Exception` to stop an engine that is no longer wanted.
 
@@ -70,10 +72,10 @@ def run_engine(
             msgspec.json.decode(options, type=EngineOptions),
             lambda progress: send(Starting(progress)),
         )
-        send(Report(engine.stats()))  # first, so that a client of a ready engine has its stats
-        send(Ready(engine.info))
         loop = MessageLoop(engine, socket, send, check_wanted)
         on_ready(loop)
+        send(Report(engine.stats()))  # first, so that a client of a ready engine has its stats
+        send(Ready(engine.info))
         loop.run()
     except Exception as error:
         send(Fatal(str(error) if isinstance(error, UserError) else _describe(error)))
@@ -102,22 +104,25 @@ class MessageLoop:
         self._send = send
         self._check_wanted = check_wanted
         self._decode = msgspec.msgpack.Decoder(ToEngine).decode
-        self._refused: list[Output] = []
         self._shutdown = False
         self._last_report = time.monotonic()
         self._report_after = HEARTBEAT_SECONDS
 
     def run(self) -> None:
         """Returns when the client sends `Shutdown`, or when the engine has drained."""
-        while not self._shutdown and (self.engine.has_work or not self.draining):
+        told = False
+        while not self._shutdown:
+            if self.draining and not told:
+                self._send(Draining())
+                told = True
+            if told and not self.engine.has_work:
+                return
             self._check_wanted()
             self._receive()
-            outputs, self._refused = self._refused, []
             if self.engine.has_work:
-                outputs = outputs + self.engine.step()
+                if outputs := self.engine.step():
+                    self._send(Outputs(outputs))
                 self._report_after = REPORT_SECONDS
-            if outputs:
-                self._send(Outputs(outputs))
             self._report()
 
     def _receive(self) -> None:
@@ -125,7 +130,8 @@ class MessageLoop:
         the next report."""
         wait = 0.0
         if not self.engine.has_work:
-            wait = max(0.0, self._last_report + self._report_after - time.monotonic())
+            due = self._last_report + self._report_after - time.monotonic()
+            wait = min(max(0.0, due), IDLE_SECONDS)
         if not self._socket.poll(int(wait * 1000)):
             return
         while not self._shutdown:
@@ -138,7 +144,7 @@ class MessageLoop:
     def _handle(self, message: ToEngine) -> None:
         if isinstance(message, Add):
             if self.draining:
-                self._refused.append(Output(message.request_id, None, "error", ENDING))
+                self._send(Refused(message.request_id))
             else:
                 self.engine.add(message.request_id, message.prompt, message.params)
         elif isinstance(message, Abort):

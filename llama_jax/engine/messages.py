@@ -1,8 +1,8 @@
 """The wire protocol between an engine and its client: msgpack over a Unix socket.
 
 Client to engine: `Add`, `Abort`, `Shutdown`. Engine to client: `Starting` while it starts, then
-`Report` and `Ready`, then `Outputs` and more `Report`s. `Fatal` may end it at any time. Imports no
-JAX.
+`Report` and `Ready`, then `Outputs` and more `Report`s, and after a signal `Draining` and
+`Refused`. `Fatal` may end it at any time. Imports no JAX.
 """
 
 import msgspec
@@ -59,5 +59,15 @@ class Report(msgspec.Struct, tag=True, frozen=True):
     stats: Stats
 
 
+class Draining(msgspec.Struct, tag=True, frozen=True):
+    """Reports that a signal has told the engine to end when the requests in flight have."""
+
+
+class Refused(msgspec.Struct, tag=True, frozen=True):
+    """Reports that the engine drains and did not start a request; no output comes for it."""
+
+    request_id: int
+
+
 ToEngine = Add | Abort | Shutdown
-FromEngine = Starting | Ready | Fatal | Outputs | Report
+FromEngine = Starting | Ready | Fatal | Outputs | Report | Draining | Refused

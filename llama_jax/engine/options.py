@@ -46,6 +46,8 @@ class Option:
     @property
     def default_text(self) -> str:
         """The default in words."""
+        if self.type is bool:
+            return "on" if self.default else "off"
         return str(self.default) if self.unset is None else self.unset
 
     def check(self, value: object) -> None:
@@ -54,6 +56,10 @@ class Option:
         Raises:
           OptionError: it has the wrong type or is out of range.
         """
+        if self.type is bool:
+            if not isinstance(value, bool):
+                raise OptionError(f"{self.name} must be True or False, got {value!r}.")
+            return
         if not isinstance(value, self.type) or isinstance(value, bool):
             kind = "an integer" if issubclass(int, self.type) else "a string"
             raise OptionError(f"{self.name} must be {kind}, got {value!r}.")
@@ -126,6 +132,11 @@ class EngineOptions:
         unset="2 on a GPU; 0 on CPU, which runs one program at a time",
         unit="TICKS",
         minimum=0,
+    )
+    strict_config: bool = _option(
+        False,
+        "refuse a checkpoint whose config.json or generation_config.json has unknown keys, instead "
+        "of warning",
     )
 
     def check(self) -> None:

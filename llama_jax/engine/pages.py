@@ -1,33 +1,116 @@
-"""The pool of free KV-cache pages."""
+"""The pool of KV-cache pages, and which of them hold the beginning of a known text."""
+
+from hashlib import blake2b
+
+import numpy as np
+
+
+def page_key(parent: bytes, tokens: list[int]) -> bytes:
+    """Returns the key of a full page: a hash of its tokens and of all tokens before it.
+
+    A cryptographic hash, because two texts with one key would share their keys and values: a client
+    who could find such a pair would read another's text.
+
+    Args:
+      parent: the key of the page before it; for the first page, the salt of its request.
+      tokens: the tokens of the page.
+    """
+    return blake2b(parent + np.asarray(tokens, np.int32).tobytes(), digest_size=16).digest()
 
 
 class PagePool:
     """Hands out page numbers and takes them back. A page has the same number on every stage.
 
     A page may be reused as soon as the last packet that refers to it has *entered* the ring: the
-    packets of its next owner enter later, so every stage sees them later.
+    packets of its next owner enter later, so every stage sees them later. For the same reason a
+    page may be shared as soon as the packet that fills it has entered.
+
+    A full page can be published under the key of its content. Sequences that begin alike then
+    share it. When the last of them gives it back it is free, but keeps its content until it is
+    needed: pages without a key are taken first, then those that were given back longest ago.
     """
 
     def __init__(self, num_pages: int):
         self.num_pages = num_pages
-        self._free = list(range(num_pages - 1, -1, -1))  # a stack: freed last, reused first
-        self._taken = bytearray(num_pages)
+        self._empty = list(range(num_pages - 1, -1, -1))  # a stack: freed last, reused first
+        self._kept: dict[int, None] = {}  # free, but with a key; given back longest ago first
+        self._owners = [0] * num_pages
+        self._keys: list[bytes | None] = [None] * num_pages
+        self._pages: dict[bytes, int] = {}  # by key
 
     @property
     def num_free(self) -> int:
-        """Number of free pages."""
-        return len(self._free)
+        """Number of pages that nobody owns."""
+        return len(self._empty) + len(self._kept)
+
+    def num_owners(self, page: int) -> int:
+        """Number of sequences that share a page."""
+        return self._owners[page]
 
     def take(self) -> int:
         """Takes a free page. Raises IndexError if there is none: check `num_free` first."""
-        page = self._free.pop()
-        self._taken[page] = 1
+        if self._empty or not self._kept:
+            page = self._empty.pop()
+        else:
+            page = next(iter(self._kept))
+            del self._kept[page]
+            self._forget(page)
+        self._owners[page] = 1
         return page
 
     def give_back(self, pages: list[int]) -> None:
-        """Frees pages. Raises ValueError for a page that is already free."""
-        for page in pages:
-            if not self._taken[page]:
+        """Gives up one share of each page. Raises ValueError for a page that is already free.
+
+        Args:
+          pages: of one sequence, in order.
+        """
+        # The last page first: what is evicted first should be the end of a text, not its beginning,
+        # without which the rest cannot be found.
+        for page in reversed(pages):
+            if not self._owners[page]:
                 raise ValueError(f"Page {page} was given back twice: two sequences owned it.")
-            self._taken[page] = 0
-            self._free.append(page)
+            self._owners[page] -= 1
+            if self._owners[page]:
+                continue
+            if self._keys[page] is None:
+                self._empty.append(page)
+            else:
+                self._kept[page] = None
+
+    def publish(self, page: int, key: bytes) -> None:
+        """Makes a full page known by its content; no-op if another page has the same content."""
+        if self._keys[page] is None and key not in self._pages:
+            self._keys[page], self._pages[key] = key, page
+
+    def find(self, keys: list[bytes]) -> list[int]:
+        """Returns the published pages of the longest known beginning of a text."""
+        pages = []
+        for key in keys:
+            page = self._pages.get(key)
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def share(self, pages: list[int]) -> None:
+        """Adds an owner to each page, free or not."""
+        for page in pages:
+            self._kept.pop(page, None)
+            self._owners[page] += 1
+
+    def withdraw(self, keys: list[bytes]) -> None:
+        """Takes back what was published under these keys; no-op for a key that is not known."""
+        for key in keys:
+            page = self._pages.get(key)
+            if page is None:
+                continue
+            self._forget(page)
+            if page in self._kept:
+                del self._kept[page]
+                self._empty.append(page)
+
+    def _forget(self, page: int) -> None:
+        key = self._keys[page]
+        assert key is not None
+        self._keys[page] = None
+        del self._pages[key]

@@ -23,6 +23,7 @@ import zmq
 from llama_jax.engine.interface import Progress
 from llama_jax.engine.message_loop import BuildEngine, MessageLoop, run_engine
 from llama_jax.engine.options import EngineOptions
+from llama_jax.terminal.output import protect_output
 from sharding.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None, build: BuildEngine | None = None) ->
       argv: command-line arguments; None for those of this process.
       build: builds the engine; None for the real one.
     """
+    protect_output()
     arguments = _parse_arguments(argv)
     _die_with_parent(arguments.parent)
     # Ctrl-C in a terminal reaches the whole process group; the parent decides what it means.
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None, build: BuildEngine | None = None) ->
             os._exit(1)
 
     options = arguments.options.encode()
-    error = run_engine(socket, options, build or _build_engine, _drain_on_sigterm, check_parent)
+    error = run_engine(socket, options, build or _build_engine, _drain_on_signals, check_parent)
     expected = isinstance(error, UserError)
     if error is not None and not expected:
         traceback.print_exception(error)
@@ -67,19 +69,25 @@ def main(argv: Sequence[str] | None = None, build: BuildEngine | None = None) ->
     os._exit(0 if error is None else 1 if expected else 70)
 
 
-def _drain_on_sigterm(loop: MessageLoop) -> None:
-    """Makes the first SIGTERM finish the requests in flight, and a second one exit at once.
+def _drain_on_signals(loop: MessageLoop) -> None:
+    """Makes SIGTERM and SIGHUP finish the requests in flight, and a second SIGTERM exit at once.
 
-    A service manager signals parent and engine alike, which would otherwise cut requests off.
-    SIGTERM keeps its default action while the engine starts: there is nothing to finish yet.
+    A service manager signals parent and engine alike, which would otherwise cut requests off. Some
+    send SIGTERM and SIGHUP together, so a SIGHUP never counts as the second signal. Both keep their
+    default action while the engine starts: there is nothing to finish yet.
     """
+    terminated = False
 
-    def terminate(signal_number: int, frame: FrameType | None) -> None:
-        if loop.draining:
+    def terminate(number: int, frame: FrameType | None) -> None:
+        nonlocal terminated
+        if number == signal.SIGTERM and terminated:
             os._exit(0)
+        terminated |= number == signal.SIGTERM
         loop.draining = True
 
     signal.signal(signal.SIGTERM, terminate)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup
+        signal.signal(signal.SIGHUP, terminate)
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -62,7 +62,8 @@ class TickRecord:
         time; the time between two starts is then the better measure.
       bucket: the bucket of the program that ran.
       packet: the packet that entered stage 0.
-      pages: KV-cache pages by request id, for live requests, at the end of the step.
+      pages: KV-cache pages by request id, for live requests, at the end of the step. A page that
+        several requests share counts for the oldest.
       pages_free, pages_total: free pages and all pages, at the end of the step.
       num_waiting: requests in the queue, at the end of the step.
     """
@@ -183,14 +184,15 @@ def _loop(engine: Any) -> TickLoop:
 
 def _tick_record(tick: Tick, scheduler: Scheduler, began: float) -> TickRecord:
     prefilling = [scheduler.prefilling] if scheduler.prefilling else []
-    live = chain(prefilling, *scheduler.microbatches)
+    live = sorted(chain(prefilling, *scheduler.microbatches), key=lambda s: s.arrival)
+    owners = {page: s.request_id for s in reversed(live) for page in s.pages}
     return TickRecord(
         number=tick.number,
         start=tick.start - began,
         seconds=tick.seconds,
         bucket=tick.bucket,
         packet=_packet_record(tick.in_flight[-1]),
-        pages={sequence.request_id: len(sequence.pages) for sequence in live},
+        pages=Counter(owners.values()),
         pages_free=scheduler.pool.num_free,
         pages_total=scheduler.pool.num_pages,
         num_waiting=len(scheduler.waiting),

@@ -17,7 +17,8 @@ from itertools import chain, islice
 import numpy as np
 
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.engine.interface import FinishReason, Output
+from llama_jax.engine.interface import FinishReason, Output, TokenLogprobs
+from llama_jax.engine.page_tables import PageTables
 from llama_jax.engine.pages import PagePool
 from llama_jax.engine.sequence import Sequence
 from llama_jax.ring.sizes import RingSizes
@@ -82,22 +83,22 @@ class Scheduler:
     Args:
       sizes: the sizes of the ring.
       num_microbatches: M, equal to the number of stages P.
+      prefix_caching: whether sequences that begin alike share pages.
 
     Attributes:
-      page_tables: `[num_slots, pages_per_sequence]` int32, the pages of each slot in order. A
-        packet takes a snapshot of the rows that it needs.
+      pages: the pages of the live sequences. A packet takes a snapshot of the rows that it needs.
     """
 
-    def __init__(self, sizes: RingSizes, num_microbatches: int):
+    def __init__(self, sizes: RingSizes, num_microbatches: int, *, prefix_caching: bool = True):
         self.sizes = sizes
-        self.pool = PagePool(sizes.num_pages)
-        self.page_tables = np.zeros((sizes.num_slots, sizes.pages_per_sequence), np.int32)
+        self.pages = PageTables(sizes, prefix_caching)
         self.waiting: deque[Sequence] = deque()
         self.prefilling: Sequence | None = None  # one at a time; the youngest live sequence
         # Each in order of arrival.
         self.microbatches: list[list[Sequence]] = [[] for _ in range(num_microbatches)]
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0  # of the prompt tokens: those found in the pool
         self.num_generated_tokens = 0
         self._free_slots = list(range(sizes.num_slots - 1, -1, -1))
         self._sequences: dict[int, Sequence] = {}  # the unfinished ones, by request id
@@ -115,6 +116,7 @@ class Scheduler:
         max_model_len: int,
         seed: int,
         stop_ids: frozenset[int],
+        salt: bytes = b"",
     ) -> None:
         """Queues a request, which the caller has checked (`client.request_check`).
 
@@ -125,15 +127,26 @@ class Scheduler:
           max_model_len: maximum number of tokens of prompt and answer together.
           seed: the seed of the request's random stream.
           stop_ids: tokens that end the request.
+          salt: only requests with the same salt share pages.
         """
         assert request_id not in self._sequences, "the request id is in use"
         assert 0 < len(prompt) < max_model_len, "the prompt must leave room for one token"
         wanted = max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
         max_length = min(wanted, max_model_len)
         # The last token of an answer is never written to the cache.
-        assert self._pages_for(max_length - 1) <= self.sizes.num_pages, "it can never fit the cache"
+        assert self.pages.count(max_length - 1) <= self.sizes.num_pages, (
+            "it can never fit the cache"
+        )
         sequence = Sequence(
-            request_id, self._arrivals, list(prompt), max_length, params, seed, stop_ids
+            request_id,
+            self._arrivals,
+            list(prompt),
+            len(prompt),
+            max_length,
+            params,
+            seed,
+            stop_ids,
+            salt=salt,
         )
         self._arrivals += 1
         self._sequences[request_id] = sequence
@@ -145,6 +158,16 @@ class Scheduler:
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self._finish(sequence)
+
+    @property
+    def pool(self) -> PagePool:
+        """All pages of the KV cache."""
+        return self.pages.pool
+
+    @property
+    def page_tables(self) -> np.ndarray:
+        """`[num_slots, pages_per_sequence]` int32, the pages of each slot in order."""
+        return self.pages.rows
 
     @property
     def num_running(self) -> int:
@@ -197,6 +220,7 @@ class Scheduler:
                 tokens = sequence.tokens[start : min(start + tile, first + count)]
                 packet.tiles.append(self._send(sequence, tokens, len(tokens)))
                 tiles_left -= 1
+            self.pages.publish(sequence)
             if ends:
                 self.prefilling = None
                 insort(microbatch, sequence, key=_arrival)
@@ -206,12 +230,17 @@ class Scheduler:
         if not self.waiting or not self._free_slots:
             return None
         sequence = self.waiting[0]
-        if self.pool.num_free < self._pages_to_begin(sequence):
+        found = self.pages.find(sequence)
+        live = sum(self.pool.num_owners(page) > 0 for page in found)
+        if self.pool.num_free < self._pages_to_begin(sequence) - live:
             return None
         self.waiting.popleft()
         sequence.slot = self._free_slots.pop()
-        sequence.next_position = 0
+        sequence.next_position = self.pages.begin(sequence, found)
         sequence.prefill_until = len(sequence.tokens)
+        if not sequence.epoch:  # otherwise it was preempted, and finds what it computed itself
+            sequence.num_cached = sequence.next_position
+            self.num_cached_tokens += sequence.num_cached
         self.prefilling = sequence
         return sequence
 
@@ -232,7 +261,7 @@ class Scheduler:
     def _pages_to_begin(self, sequence: Sequence) -> int:
         # Room for one token more than the prompt, if another will be written: a sequence preempted
         # after its first token would have been computed in vain.
-        return self._pages_for(min(len(sequence.tokens) + 1, sequence.max_length - 1))
+        return self.pages.count(min(len(sequence.tokens) + 1, sequence.max_length - 1))
 
     def _send(self, sequence: Sequence, tokens: list[int] | None, count: int) -> Segment:
         assert sequence.slot is not None
@@ -243,16 +272,13 @@ class Scheduler:
 
     # --- pages -------------------------------------------------------------------------------
 
-    def _pages_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.sizes.page_size)
-
     def _make_room(self, sequence: Sequence, count: int) -> bool:
         """Gives a sequence the pages for its next `count` tokens, preempting younger sequences.
 
         Returns False if there are still too few; a decoding sequence is then preempted itself.
         """
         while True:
-            missing = self._pages_for(sequence.next_position + count) - len(sequence.pages)
+            missing = self.pages.missing(sequence, sequence.next_position + count)
             if missing <= self.pool.num_free:
                 break
             victim = self._youngest()
@@ -261,10 +287,7 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return False
-        for _ in range(missing):
-            page = self.pool.take()
-            self.page_tables[sequence.slot, len(sequence.pages)] = page
-            sequence.pages.append(page)
+        self.pages.extend(sequence, missing)
         return True
 
     def _youngest(self) -> Sequence:
@@ -285,9 +308,9 @@ class Scheduler:
         for microbatch in self.microbatches:
             if sequence in microbatch:
                 microbatch.remove(sequence)
-        self.pool.give_back(sequence.pages)
+        self.pages.release(sequence)
         self._free_slots.append(sequence.slot)
-        sequence.pages, sequence.slot = [], None
+        sequence.slot = None
 
     def _finish(self, sequence: Sequence) -> None:
         sequence.epoch += 1
@@ -299,7 +322,13 @@ class Scheduler:
 
     # --- results -----------------------------------------------------------------------------
 
-    def process(self, packet: Packet, tokens: list[int], bucket_rows: int) -> list[Output]:
+    def process(
+        self,
+        packet: Packet,
+        tokens: list[int],
+        bucket_rows: int,
+        logprobs: list[TokenLogprobs] | None = None,
+    ) -> list[Output]:
         """Processes the result of a packet.
 
         Args:
@@ -307,6 +336,7 @@ class Scheduler:
           tokens: one token for each segment of the program that ran when the packet left the ring;
             negative if the logits were NaN.
           bucket_rows: decode rows of that program; the tokens of the tiles come after them.
+          logprobs: of each token, and of the most likely tokens, if a segment asks for them.
 
         Returns:
           The outputs for the client. Tokens of sequences that have ended or been preempted since
@@ -316,13 +346,24 @@ class Scheduler:
         for index, segment in packet.results(bucket_rows):
             sequence = segment.sequence
             if segment.epoch == sequence.epoch:
-                outputs.append(self._take_token(sequence, tokens[index]))
+                output = self._take_token(sequence, tokens[index])
+                wanted = sequence.params.logprobs
+                if logprobs is not None and wanted is not None and output.token is not None:
+                    output = output._replace(
+                        logprobs=TokenLogprobs(
+                            logprobs[index].logprob, logprobs[index].top[:wanted]
+                        )
+                    )
+                outputs.append(output)
         return outputs
 
     def _take_token(self, sequence: Sequence, token: int) -> Output:
         if token < 0:
             self._finish(sequence)
-            return Output(sequence.request_id, None, "error", NOT_A_NUMBER)
+            self.pool.withdraw(sequence.page_keys)  # nobody else shall read what led to this
+            return Output(
+                sequence.request_id, None, "error", NOT_A_NUMBER, cached_tokens=sequence.num_cached
+            )
         sequence.tokens.append(token)
         self.num_generated_tokens += 1
         reason: FinishReason | None = None
@@ -332,7 +373,9 @@ class Scheduler:
             reason = "length"
         if reason:
             self._finish(sequence)
-        return Output(sequence.request_id, token, reason)
+        elif sequence.slot is not None:
+            self.pages.publish(sequence)
+        return Output(sequence.request_id, token, reason, cached_tokens=sequence.num_cached)
 
 
 def _arrival(sequence: Sequence) -> int:

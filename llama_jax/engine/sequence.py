@@ -13,6 +13,7 @@ class Sequence:
       request_id: the client's number for the request.
       arrival: its rank in the order of arrival, the oldest first.
       tokens: prompt and answer, as far as the host knows them.
+      num_prompt: how many of them are the prompt.
       max_length: number of tokens, prompt included, at which it ends.
       params: sampling parameters.
       seed: the seed of its random stream.
@@ -21,6 +22,10 @@ class Sequence:
         result counts only if its packet entered in the current epoch.
       slot: its slot on the device while it is live, else None.
       pages: its pages, in order.
+      page_keys: the keys of its full pages, as far as they were needed.
+      num_published: how many of its pages have been published.
+      num_cached: prompt tokens whose keys and values were found when it was first admitted.
+      salt: the key before its first page; only requests with the same salt share pages.
       next_position: the position of the next token to send to the device.
       prefill_until: the position at which prefill ends and decoding begins: the number of tokens
         that it had when it was admitted.
@@ -30,6 +35,7 @@ class Sequence:
     request_id: int
     arrival: int
     tokens: list[int]
+    num_prompt: int
     max_length: int
     params: SamplingParams
     seed: int
@@ -37,6 +43,10 @@ class Sequence:
     epoch: int = 0
     slot: int | None = None
     pages: list[int] = field(default_factory=list)
+    page_keys: list[bytes] = field(default_factory=list)
+    num_published: int = 0
+    num_cached: int = 0
+    salt: bytes = b""
     next_position: int = 0
     prefill_until: int = 0
     finished: bool = False

@@ -27,10 +27,22 @@ def check_options(options: EngineOptions, config: LlamaConfig) -> None:
     """
     options.check()
     longest = options.max_model_len
-    if longest is not None and longest > config.max_position_embeddings:
+    if longest is not None and longest > config.max_context:
         raise SizingError(
-            f"max_model_len must be between 2 and the model's {config.max_position_embeddings}, "
-            f"got {longest}."
+            f"max_model_len must be between 2 and the model's {config.max_context}, got {longest}."
+        )
+
+
+def check_stages(num_stages: int, config: LlamaConfig) -> None:
+    """Checks that every stage of a mesh gets a layer.
+
+    Raises:
+      SizingError: there are more stages than layers.
+    """
+    if num_stages > config.num_layers:
+        raise SizingError(
+            f"The mesh has {num_stages} stages, but the model has only {config.num_layers} layers: "
+            "use a mesh with fewer stages."
         )
 
 
@@ -74,7 +86,7 @@ def choose_sizes(
       SizingError: the cache cannot hold a sequence of `options.max_model_len`.
     """
     page_size = options.page_size
-    longest = options.max_model_len or config.max_position_embeddings
+    longest = options.max_model_len or config.max_context
     max_rows = -(-options.max_num_seqs // num_stages)
     useful_pages = options.max_num_seqs * -(-longest // page_size)
     num_pages = min(cache_bytes // page_bytes, useful_pages)

@@ -5,6 +5,7 @@ and the results that are due are read and passed to the scheduler. The loop wait
 when more results are unread than `results_late` allows.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -12,9 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llama_jax.engine.executor import Executor, TickResult
-from llama_jax.engine.interface import Output
+from llama_jax.engine.executor import Choice, Executor, TickResult
+from llama_jax.engine.interface import Output, TokenLogprobs
 from llama_jax.engine.scheduler import Packet, Scheduler
+from llama_jax.model.adjustments import encode_adjustments
+from llama_jax.model.logprobs import Logprobs
 from llama_jax.model.sampling import encode_controls
 from llama_jax.ring.packet import encode_packet
 from llama_jax.ring.sizes import Bucket
@@ -116,13 +119,8 @@ class TickLoop:
             [(tile.slot, tile.position, tile.ends, tile.tokens or []) for tile in entering.tiles],
         )
         leaving = self._in_flight[0]
-        sampled = [
-            (i, s.seed, segment.position + segment.length, s.params)
-            for i, segment in leaving.results(bucket.rows)
-            if not (s := segment.sequence).params.greedy
-        ]
-        controls = encode_controls(self.sizes.num_segments(bucket), sampled) if sampled else None
-        self._unread.append((leaving, self.executor.run(bucket, packed, controls)))
+        choice = self._choice(leaving, bucket)
+        self._unread.append((leaving, self.executor.run(bucket, packed, choice)))
 
         self.ticks += 1
         self.stage_ticks_busy += sum(1 for packet in self._in_flight if packet)
@@ -130,11 +128,45 @@ class TickLoop:
         self.token_slots_used += sum(packet.num_tokens for packet in self._in_flight)
         return bucket
 
+    def _choice(self, leaving: Packet, bucket: Bucket) -> Choice:
+        """How to choose the tokens of the packet that leaves, in a program of this bucket."""
+        sampled, adjusted, logprobs = [], [], False
+        for i, segment in leaving.results(bucket.rows):
+            s, params = segment.sequence, segment.sequence.params
+            index = segment.position + segment.length  # of the token that is chosen
+            if not params.greedy:
+                sampled.append((i, s.seed, index, params))
+            if params.adjusts and segment.epoch == s.epoch:
+                biases = dict(params.logit_bias)
+                if index < s.num_prompt + params.min_tokens:
+                    biases |= dict.fromkeys(s.stop_ids, -math.inf)
+                adjusted.append((i, params, biases))
+                if params.penalizes and segment.tokens is not None:
+                    known = s.tokens[s.num_prompt : s.prefill_until]
+                    self.executor.set_history(segment.slot, s.tokens[: s.num_prompt], known)
+            logprobs |= params.logprobs is not None
+        n = self.sizes.num_segments(bucket)
+        return Choice(
+            encode_controls(n, sampled) if sampled else None,
+            encode_adjustments(n, adjusted) if adjusted else None,
+            logprobs,
+        )
+
     def _read(self, packet: Packet, result: TickResult) -> list[Output]:
         if not packet:
             return []
         self.on_result(packet, result)
         start = time.perf_counter()
         tokens = np.asarray(result.tokens).tolist()
+        logprobs = None if result.logprobs is None else _as_lists(result.logprobs)
         self.wait_seconds += time.perf_counter() - start
-        return self.scheduler.process(packet, tokens, result.bucket.rows)
+        return self.scheduler.process(packet, tokens, result.bucket.rows, logprobs)
+
+
+def _as_lists(logprobs: Logprobs) -> list[TokenLogprobs]:
+    chosen, ids, values = (np.asarray(array).tolist() for array in logprobs)
+    return [
+        # -inf marks places past the end of a small vocabulary.
+        TokenLogprobs(own, [(i, x) for i, x in zip(*row, strict=True) if x > -math.inf])
+        for own, *row in zip(chosen, ids, values, strict=True)
+    ]

@@ -47,6 +47,7 @@ class Session:
         """Starts an engine and returns when it can generate. Raises the errors of `LLM`."""
         # Opening the checkpoint here finds most errors without starting an engine.
         with closing(open_checkpoint(options.path)) as reader:
+            reader.declared.report_unknown(options.strict_config)
             self.defaults = reader.declared.generation_defaults()
             self.tokenizer = Tokenizer(options.path)
         self.options = options
@@ -60,8 +61,6 @@ class Session:
             if shown is not None:
                 shown.failed()
             raise
-        # The engine refuses more requests than this, so the others wait here.
-        self._slots = asyncio.Semaphore(self.engine.client.max_in_flight)
         cell_watch.watch(self.engine)
         if shown is not None:
             shown.ready(self.engine.client.info)
@@ -110,9 +109,8 @@ class Session:
     async def _deltas(
         self, prompt: list[int], params: SamplingParams
     ) -> AsyncGenerator[TextDelta, None]:
-        async with self._slots:
-            outputs = self.engine.client.generate(prompt, params)
-            detokenizer = Detokenizer(self.tokenizer, params.stop)
-            async with aclosing(read_text(outputs, detokenizer)) as deltas:
-                async for delta in deltas:
-                    yield delta
+        outputs = self.engine.client.generate(prompt, params, wait=True)
+        detokenizer = Detokenizer(self.tokenizer, params.stop)
+        async with aclosing(read_text(outputs, detokenizer)) as deltas:
+            async for delta in deltas:
+                yield delta

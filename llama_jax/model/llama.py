@@ -25,7 +25,7 @@ from flax import nnx
 
 from llama_jax.config import LlamaConfig
 from llama_jax.model.attention import Attend, causal_attention
-from llama_jax.model.rope import inverse_frequencies, rotate
+from llama_jax.model.rope import attention_factor, check_length, inverse_frequencies, rotate
 from llama_jax.model.sampling import Sampler
 from llama_jax.model.tap import TappedModule
 from llama_jax.quantization import Quantized
@@ -93,9 +93,9 @@ class Attention(TappedModule):
                 linear(x, w.get_value()).reshape(*x.shape[:-1], -1, self.config.head_dim)
                 for w in (self.wq, self.wk, self.wv)
             )
-        frequencies = inverse_frequencies(self.config)
-        q = self.tap("query", rotate(q, positions, frequencies))
-        k = self.tap("key", rotate(k, positions, frequencies))
+        frequencies, factor = inverse_frequencies(self.config), attention_factor(self.config)
+        q = self.tap("query", rotate(q, positions, frequencies, factor))
+        k = self.tap("key", rotate(k, positions, frequencies, factor))
         v = self.tap("value", v)
         out = self.tap("heads", attend(q, k, v, score_mod=self.score_mod, tap=self.tap))
         return linear(out.reshape(*x.shape[:-1], -1), self.wo.get_value())
@@ -203,11 +203,13 @@ class Llama(TappedModule):
         """tokens [B, T] int32 in [0, V) -> logits [B, T, V] float32.
 
         Raises:
-          ValueError: a token is out of range, which JAX would silently clamp. Inside `jax.jit`,
-            where the values of the tokens are unknown, they are not checked.
+          ValueError: a token is out of range, which JAX would silently clamp, or the sequence is
+            too long for dynamic rope scaling. Inside `jax.jit`, where the values of the tokens are
+            unknown, they are not checked.
         """
         check_tokens(tokens, self.config.vocab_size)
         tokens = jnp.asarray(tokens)
+        check_length(self.config, tokens.shape[1])
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x = self.tap("embedding", self.embedding[...][tokens])
         for layer in self.layers:
@@ -236,6 +238,7 @@ class Llama(TappedModule):
         from llama_jax.checkpoint.load import choose_dtype, load_whole
 
         with closing(open_checkpoint(path)) as reader:
+            reader.declared.report_unknown()
             kind = choose_dtype(dtype, reader.config, jax.default_backend())
             # eval_shape: no random weights are computed only to be replaced.
             model = nnx.eval_shape(lambda: cls(reader.config, rngs=nnx.Rngs(0), dtype=kind))

@@ -5,14 +5,42 @@ and JAX arrays in the model, and its arithmetic uses only methods that both have
 the arrays of a matrix: their names, shapes and dtypes. The tensors of a checkpoint, the partition
 specs and the memory follow from it.
 
-A new format is one such file and one entry in `FORMATS`.
+`--quantize` offers the formats in `QUANTIZERS`. The others store what the tools of other projects
+write and these cannot.
+
+A new format is one class and one entry in `FORMATS` or `QUANTIZERS`.
 """
 
-from llama_jax.quantization.format import Part, Quantized
+from llama_jax.quantization.act_order import Int4ActOrder, Int8ActOrder
+from llama_jax.quantization.format import Part, Quantized, Quantizer
 from llama_jax.quantization.fp8 import Fp8
+from llama_jax.quantization.grouped import Fp8Grouped, Int8Grouped
 from llama_jax.quantization.int4 import Int4
 from llama_jax.quantization.int8 import Int8
 
-FORMATS: dict[str, type[Quantized]] = {"int8": Int8, "fp8": Fp8, "int4": Int4}
+QUANTIZERS: dict[str, type[Quantizer]] = {"int8": Int8, "fp8": Fp8, "int4": Int4}
+FORMATS: dict[str, type[Quantized]] = {
+    **QUANTIZERS,
+    "int8_grouped": Int8Grouped,
+    "fp8_grouped": Fp8Grouped,
+    "int4_act_order": Int4ActOrder,
+    "int8_act_order": Int8ActOrder,
+}
+# A format with groups → its form for act-order, where the columns of a group are not adjacent.
+ACT_ORDER = {"int4": "int4_act_order", "int8_grouped": "int8_act_order"}
 
-__all__ = ["FORMATS", "Fp8", "Int4", "Int8", "Part", "Quantized"]
+__all__ = [
+    "ACT_ORDER",
+    "FORMATS",
+    "QUANTIZERS",
+    "Fp8",
+    "Fp8Grouped",
+    "Int4",
+    "Int4ActOrder",
+    "Int8",
+    "Int8ActOrder",
+    "Int8Grouped",
+    "Part",
+    "Quantized",
+    "Quantizer",
+]

@@ -13,13 +13,14 @@ class Part(NamedTuple):
       shape: of this array.
       dtype: its NumPy name (`ml_dtypes` included).
       axes: for each axis of this array, the axis of the matrix (0: out, 1: in) that it runs along.
-        To split the matrix into n pieces along an axis, split this array into n along it.
+        To split the matrix into n pieces along an axis, split this array into n along it. None for
+        an axis that is never split.
     """
 
     suffix: str
     shape: tuple[int, ...]
     dtype: str
-    axes: tuple[int, ...]
+    axes: tuple[int | None, ...]
 
 
 class Quantized(Protocol):
@@ -38,17 +39,21 @@ class Quantized(Protocol):
         """
         ...
 
-    @classmethod
-    def quantize(cls, matrix: np.ndarray, group: int) -> Self:
-        """Quantizes rows of a matrix, finite float32 [rows, in]. Rows never share a scale."""
-        ...
-
     def dequantize(self) -> Any:
         """The matrix that the arrays represent, float32 [..., out, in]."""
         ...
 
     def linear(self, x: Any) -> Any:
         """Multiplies x [..., in] by the transposed matrix: [..., out], in the dtype of `x`."""
+        ...
+
+
+class Quantizer(Quantized, Protocol):
+    """A format that this project quantizes to."""
+
+    @classmethod
+    def quantize(cls, matrix: np.ndarray, group: int) -> Self:
+        """Quantizes rows of a matrix, finite float32 [rows, in]. Rows never share a scale."""
         ...
 
     @classmethod

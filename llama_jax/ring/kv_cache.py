@@ -11,18 +11,20 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import LlamaConfig
+from llama_jax.weights.axes import kv_replicas
 from sharding.axes import MODEL, STAGE
 from sharding.mesh import mesh_shape
 from sharding.partition import positions_per_stage
 
-SPEC = P(STAGE, MODEL)  # of [num_stages, K, num_pages, page_size, h]
+SPEC = P(STAGE, MODEL)  # of [num_stages, K', num_pages, page_size, h]
 
 
 class KVCache(NamedTuple):
     """An array of keys and one of values per layer position of a stage, or their specs or shapes.
 
-    Each is `[num_stages, K, num_pages, page_size, h]`; the stages are split over `stage`, the heads
-    over `model`. A sequence uses the same page numbers in all of these arrays.
+    Each is `[num_stages, K', num_pages, page_size, h]`; the stages are split over `stage`, the
+    heads over `model`. K' is K or, if there are more ranks than KV heads, the number of ranks:
+    neighbors then hold the same head. A sequence uses the same page numbers in all of these arrays.
     """
 
     keys: tuple[Any, ...]
@@ -33,7 +35,7 @@ def page_bytes(config: LlamaConfig, mesh: Mesh, page_size: int, dtype: jnp.dtype
     """Bytes per page on each device, over all of its layers, padding layers included."""
     num_stages, num_ranks = mesh_shape(mesh)
     positions = positions_per_stage(config.num_layers, num_stages)
-    heads = config.num_kv_heads // num_ranks
+    heads = _num_heads(config, num_ranks) // num_ranks
     return 2 * positions * heads * page_size * config.head_dim * jnp.dtype(dtype).itemsize
 
 
@@ -41,11 +43,17 @@ def cache_shapes(
     config: LlamaConfig, mesh: Mesh, num_pages: int, page_size: int, dtype: jnp.dtype
 ) -> KVCache:
     """KVCache of ShapeDtypeStruct with shardings."""
-    num_stages, _ = mesh_shape(mesh)
-    shape = (num_stages, config.num_kv_heads, num_pages, page_size, config.head_dim)
+    num_stages, num_ranks = mesh_shape(mesh)
+    heads = _num_heads(config, num_ranks)
+    shape = (num_stages, heads, num_pages, page_size, config.head_dim)
     array = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, SPEC))
     positions = positions_per_stage(config.num_layers, num_stages)
     return KVCache((array,) * positions, (array,) * positions)
+
+
+def _num_heads(config: LlamaConfig, num_ranks: int) -> int:
+    """K': the KV heads of all ranks, replicas included."""
+    return config.num_kv_heads * kv_replicas(config, num_ranks)
 
 
 def init_cache(shapes: KVCache, fill: float = 0.0) -> KVCache:

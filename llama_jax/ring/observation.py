@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -22,7 +23,12 @@ from llama_jax.ring.kv_cache import KVCache
 from llama_jax.ring.stage import PagedAttend, Program, make_layer, run_layers
 from llama_jax.ring.steps import LOGITS_SPEC, on_mesh, state_specs
 from llama_jax.ring.tick import State, advance_ring, final_norm, local_logits
-from llama_jax.weights.placement import Params, param_shapes, param_specs
+from llama_jax.weights.placement import (
+    Params,
+    param_shapes,
+    param_specs,
+    unsharded_placements,
+)
 from sharding.axes import MODEL, STAGE
 from sharding.collectives import psum, rank
 from sharding.mesh import mesh_shape
@@ -145,6 +151,21 @@ def _spec(program: Program, mesh: Mesh, name: str) -> P:
     )
     shapes = zip(_shape(program, whole, name), _shape(program, local, name), strict=True)
     return P(STAGE, *(MODEL if total != part else None for total, part in shapes))
+
+
+def replicas_by_axis(program: Program, mesh: Mesh, name: str) -> tuple[int, ...]:
+    """How many neighboring copies each axis of an activation of a layer, `[C, ...]`, holds.
+
+    It is more than 1 along KV heads, if the mesh has more ranks than KV heads.
+    """
+    placed = param_shapes(program.config, mesh, jnp.dtype(jnp.float32)).layers[0]
+    replicated = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), placed)
+    single = jax.tree.map(
+        lambda place: jax.ShapeDtypeStruct(place.shape, place.dtype(np.dtype(np.float32))),
+        unsharded_placements(program.config).layers[0],
+    )
+    shapes = zip(_shape(program, replicated, name), _shape(program, single, name), strict=True)
+    return tuple(have // want for have, want in shapes)
 
 
 def _shape(program: Program, weights: dict[str, Any], name: str) -> tuple[int, ...]:

@@ -20,12 +20,14 @@ from llama_jax.checkpoint.load import choose_dtype, load_params
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
 from llama_jax.model.llama import check_tokens
-from llama_jax.ring.observation import WEIGHTS, LayerActivation, observed_step
+from llama_jax.model.rope import check_length
+from llama_jax.ring.observation import WEIGHTS, LayerActivation, observed_step, replicas_by_axis
 from llama_jax.ring.packet import encode_packet
 from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.stage import Program
 from llama_jax.ring.steps import LOGITS_SPEC, check_model_class, init_state, on_mesh, state_shapes
 from llama_jax.ring.tick import State, local_logits
+from llama_jax.weights.axes import kv_replicas
 from llama_jax.weights.placement import Params, param_specs
 from sharding.axes import STAGE
 from sharding.mesh import make_mesh, mesh_shape
@@ -96,6 +98,7 @@ class ShardedLlama:
         """
         check_model_class(model_class)
         with closing(open_checkpoint(path)) as reader:
+            reader.declared.report_unknown()
             mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
             kind = choose_dtype(dtype, reader.config, mesh.devices.flat[0].platform)
             return cls(reader.config, mesh, load_params(reader, mesh, kind), kind, model_class)
@@ -127,7 +130,8 @@ class ShardedLlama:
           Logits `[B, T, V]` float32, and the activations by name, in the shapes of `Llama`.
 
         Raises:
-          ValueError: a token is out of range, or this is inside `jax.jit` or `jax.grad`.
+          ValueError: a token is out of range, the sequence is too long for dynamic rope scaling,
+            or this is inside `jax.jit` or `jax.grad`.
         """
         if isinstance(tokens, jax.core.Tracer):
             raise ValueError(
@@ -135,6 +139,7 @@ class ShardedLlama:
                 "compiled programs and is not differentiable: use Llama on one device."
             )
         check_tokens(tokens, self.config.vocab_size)
+        check_length(self.config, np.shape(tokens)[1])
         values = np.asarray(tokens, np.int32)
         found = {name: _Collected() for name in names}
         logits = self._run(values, found)
@@ -154,9 +159,11 @@ class ShardedLlama:
         sizes, state = self._state
         batch, num_tokens = np.shape(tokens)
         stages = split_layers(self.config.num_layers, mesh_shape(self.mesh)[0])
+        replicas = kv_replicas(self.config, mesh_shape(self.mesh)[1])
         keys_and_values = []
         for arrays in (state.cache.keys, state.cache.values):
-            host = [np.asarray(array) for array in arrays]  # [P, K, num_pages, page_size, h]
+            # [P, K, num_pages, page_size, h]
+            host = [np.asarray(array)[:, ::replicas] for array in arrays]
             layers = []
             for stage, stage_layers in enumerate(stages):
                 for position, layer in enumerate(stage_layers):
@@ -174,7 +181,8 @@ class ShardedLlama:
         sizes, bucket = _sizes(*tokens.shape)
         places = {name: self._place(name) for name in found if name.startswith("layers.")}
         activations = tuple(sorted({activation for _, activation in places.values()}))
-        step = _step(Program(self.config, sizes, bucket, self.model_class), self.mesh, activations)
+        program = Program(self.config, sizes, bucket, self.model_class)
+        step = _step(program, self.mesh, activations)
         packets = _packets(tokens, sizes, bucket)
         tables = np.arange(sizes.num_pages, dtype=np.int32).reshape(sizes.num_slots, -1)
         state = self._state_for(sizes)
@@ -199,6 +207,11 @@ class ShardedLlama:
                     value = observed.layers[activation][stage]
                     found[name].put(tokens.shape, packets[tick - stage], value)
         self._state = (sizes, state)
+        if kv_replicas(self.config, mesh_shape(self.mesh)[1]) > 1:
+            for name, (_, activation) in places.items():
+                steps = replicas_by_axis(program, self.mesh, activation.name)
+                one_of_each = (slice(None, None, step) for step in steps)
+                found[name].whole = found[name].whole[:, *one_of_each]
         for name in found:
             if name.endswith(WEIGHTS):  # [B, T, H, S], where S is T rounded up to whole pages
                 whole = found[name].whole[..., : tokens.shape[1]]

@@ -38,8 +38,6 @@ LOGITS_SPEC = P(None, AXES)  # [segments, V']
 
 # (params, state, packed packet) -> (state, output)
 Step = Callable[[Params, State, Any], tuple[State, StepOutput]]
-# (tokens of State, output of the step, packed controls) -> (tokens of State, tokens [segments])
-SampleStep = Callable[[jax.Array, StepOutput, Any], tuple[jax.Array, jax.Array]]
 
 
 def decode_step(
@@ -60,22 +58,6 @@ def prefill_step(
     """The jitted tick whose largest chunk in flight fits `chunk` tokens. Donates the state."""
     program = Program(config, sizes, Bucket(rows, chunk), model_class)
     return _jit_step(mesh, program, f"prefill_step_{chunk}")
-
-
-def sample_step(mesh: Mesh, model_class: type[Llama] = Llama) -> SampleStep:
-    """The jitted second program of a tick, for packets with a row that is not greedy.
-
-    Replaces the greedy choices of such rows before the next tick reads them. Donates the tokens.
-    """
-
-    def replace_tokens(tokens: jax.Array, output: StepOutput, controls: jax.Array) -> Any:
-        chosen = model_class.sampler.sample(output.logits, output.tokens, controls)
-        return tokens.at[output.slots].set(chosen, mode="drop"), chosen
-
-    out_spec = StepOutput(LOGITS_SPEC, P(), P())
-    mapped = on_mesh(replace_tokens, mesh, (P(), out_spec, P()), (P(), P()))
-    mapped.__name__ = "sample_step"
-    return jax.jit(mapped, donate_argnums=0)
 
 
 def state_specs(config: LlamaConfig, mesh: Mesh) -> State:

@@ -3,10 +3,12 @@
 import argparse
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from llama_jax.engine.options import OPTIONS, EngineOptions, Option, OptionError
+from llama_jax.serve.foreign_flags import find_foreign_flag
 from llama_jax.serve.metrics import PREFIXES
 from llama_jax.serve.middleware import MAX_BODY_BYTES
 from llama_jax.terminal.arguments import Parser, size
@@ -34,8 +36,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     Returns:
       path, served_model_name, host, port, api_key, max_body_size (bytes), metrics_prefix,
-      shutdown_timeout (seconds), and the fields of `EngineOptions`. path and served_model_name may
-      be None.
+      shutdown_timeout and write_timeout (seconds), and the fields of `EngineOptions`. path and
+      served_model_name may be None.
     """
     parser = Parser(
         prog="python -m llama_jax.serve",
@@ -47,6 +49,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     _add_engine(parser)
     _add_http(parser)
+    if foreign := find_foreign_flag(sys.argv[1:] if argv is None else argv):
+        flag, answer = foreign
+        parser.error(f"there is no {flag} here: {answer}")
     return parser.parse_args(argv)
 
 
@@ -73,9 +78,13 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     )
     engine = parser.add_argument_group("engine")
     for option in OPTIONS:
+        flag = f"--{option.name.replace('_', '-')}"
+        if option.type is bool:
+            engine.add_argument(flag, action="store_true", help=option.help)
+            continue
         example = ", such as 2GB" if option.unit == "BYTES" else ""
         engine.add_argument(
-            f"--{option.name.replace('_', '-')}",
+            flag,
             type=_parser_of(option),
             default=option.default,
             choices=option.choices,
@@ -149,6 +158,14 @@ def _add_http(parser: argparse.ArgumentParser) -> None:
         help="time for running requests to finish after SIGTERM or Ctrl-C; a second signal ends "
         "them at once (default: %(default)g)",
     )
+    http.add_argument(
+        "--write-timeout",
+        type=_positive_seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="time after which a client is disconnected if it reads nothing of a response that "
+        "waits for it (default: %(default)g)",
+    )
 
 
 def _port(text: str) -> int:
@@ -164,6 +181,13 @@ def _seconds(text: str) -> float:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds (0 or more)")
+    return seconds
+
+
+def _positive_seconds(text: str) -> float:
+    seconds = _seconds(text)
+    if seconds == 0:
+        raise argparse.ArgumentTypeError("it must be more than 0 seconds")
     return seconds
 
 

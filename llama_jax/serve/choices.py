@@ -12,6 +12,8 @@ from llama_jax.serve.admission import Place
 from llama_jax.serve.served_model import ServedModel
 from llama_jax.text.detokenizer import Detokenizer
 
+MERGE_AHEAD = 16
+
 
 @dataclass(frozen=True, slots=True)
 class ChoiceDelta:
@@ -53,20 +55,23 @@ async def generate_choice(
       RequestError, EngineDead: as `EngineClient.generate`.
     """
     detokenizer = Detokenizer(served.tokenizer, params.stop)
+    tokens = 0
     with place, served.metrics.request(arrived, len(prompt)) as timer:
-        deltas = read_text(served.engine.generate(prompt, params), detokenizer)
-        async with aclosing(deltas):
+        outputs = served.engine.generate(prompt, params, on_token=timer.token)
+        async with aclosing(read_text(outputs, detokenizer)) as deltas:
             async for delta in deltas:
-                timer.token()
+                tokens += 1
                 if delta.finish_reason is not None:
                     timer.finish(delta.finish_reason)
-                yield ChoiceDelta(choice, delta.text, timer.tokens, delta.finish_reason)
+                yield ChoiceDelta(choice, delta.text, tokens, delta.finish_reason)
 
 
 async def merge(
     streams: Sequence[AsyncGenerator[ChoiceDelta, None]],
 ) -> AsyncGenerator[ChoiceDelta, None]:
     """Yields the deltas of several choices as they arrive. Closes all streams at its end.
+
+    Reads at most `MERGE_AHEAD` deltas ahead; the rest stays in the streams, which take less memory.
 
     Raises:
       The first error that any stream raises.
@@ -76,16 +81,16 @@ async def merge(
             async for delta in only:
                 yield delta
         return
-    arrived: asyncio.Queue[ChoiceDelta | Exception | None] = asyncio.Queue()
+    arrived: asyncio.Queue[ChoiceDelta | Exception | None] = asyncio.Queue(MERGE_AHEAD)
 
     async def pump(stream: AsyncGenerator[ChoiceDelta, None]) -> None:
         try:
             async with aclosing(stream):
                 async for delta in stream:
-                    arrived.put_nowait(delta)
-            arrived.put_nowait(None)
+                    await arrived.put(delta)
+            await arrived.put(None)
         except Exception as error:
-            arrived.put_nowait(error)
+            await arrived.put(error)
 
     tasks = [asyncio.create_task(pump(stream)) for stream in streams]
     try:

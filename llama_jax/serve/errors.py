@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llama_jax.engine.errors import EngineDead, GenerationFailed, RequestError
+from llama_jax.engine.errors import EngineClosed, EngineDead, GenerationFailed, RequestError
 from llama_jax.engine.interface import EngineInfo
 from llama_jax.serve.json_response import JsonResponse
 
@@ -69,6 +69,11 @@ class ApiError(Exception):
 def unavailable(reason: str, code: str) -> ApiError:
     """503: the server cannot generate at the moment."""
     return ApiError(503, reason, code=code)
+
+
+def shutting_down() -> ApiError:
+    """503: the server has been told to end, and accepts no new requests."""
+    return unavailable("The server is shutting down.", "shutting_down")
 
 
 def engine_dead() -> ApiError:
@@ -145,6 +150,8 @@ def as_api_error(error: Exception) -> ApiError:
             return error
         case RequestError():
             return ApiError(400, str(error), param=error.param, code=error.code)
+        case EngineClosed():
+            return shutting_down()
         case EngineDead():  # its message names files of this machine
             return engine_dead()
         case GenerationFailed():

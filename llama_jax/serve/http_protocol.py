@@ -14,6 +14,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llama_jax.serve.errors import ApiError
+from llama_jax.serve.write_deadline import WriteDeadline
 
 MAX_HEADER_BYTES = 64 * 1024
 SLICE_BYTES = 16 * 1024
@@ -27,7 +28,7 @@ RESET_SECONDS = 0.1
 PROBE_GROWTH = 2
 
 
-class HttpProtocol(H11Protocol):
+class HttpProtocol(WriteDeadline, H11Protocol):
     """One connection.
 
     Uvicorn itself waits for headers forever, answers what is not HTTP with plain text, and takes a

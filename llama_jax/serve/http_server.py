@@ -70,11 +70,18 @@ class HttpServer(uvicorn.Server):
     The caller handles signals: Uvicorn would close the socket at the first one.
     """
 
-    def __init__(self, app: ASGIApp, listener: socket.socket) -> None:
+    def __init__(self, app: ASGIApp, listener: socket.socket, write_seconds: float) -> None:
+        """Prepares a server.
+
+        Args:
+          app: the application.
+          listener: an open socket of `listen`.
+          write_seconds: how long a client that has data to read may read nothing.
+        """
         super().__init__(
             uvicorn.Config(
                 app,
-                http=HttpProtocol,
+                http=type("Http", (HttpProtocol,), {"write_seconds": write_seconds}),
                 ws="none",
                 lifespan="off",
                 log_config=None,

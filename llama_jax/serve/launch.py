@@ -17,10 +17,11 @@ from rich.console import Console
 
 from llama_jax.client.client import EngineClient
 from llama_jax.client.engine_process import ENGINE_COMMAND
-from llama_jax.config.huggingface import generation_defaults
+from llama_jax.config.huggingface import read_checkpoint_config
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead, EngineStartError
 from llama_jax.engine.options import EngineOptions
+from llama_jax.gguf import find_gguf
 from llama_jax.serve.app import create_app
 from llama_jax.serve.arguments import (
     DEMO_CHECKPOINT,
@@ -34,6 +35,7 @@ from llama_jax.serve.metrics import Metrics
 from llama_jax.serve.middleware import Door
 from llama_jax.serve.ready import show_ready
 from llama_jax.serve.served_model import ServedModel
+from llama_jax.terminal.output import protect_output
 from llama_jax.terminal.progress import TerminalDisplay
 from llama_jax.text.tokenizer import Tokenizer
 from sharding.errors import UserError
@@ -66,45 +68,50 @@ def main(argv: list[str] | None = None, engine_command: Sequence[str] = ENGINE_C
       engine_command: the command that runs an engine process.
 
     Returns:
-      The exit code: 0 after a signal, 1 if the server could not start or its engine died, 130 if it
-      was interrupted before it could handle signals.
+      The exit code: 0 after a signal, 1 if the server could not start or its engine died.
+
+    Raises:
+      KeyboardInterrupt: Ctrl-C was pressed before the server was ready.
     """
+    protect_output()
     arguments = parse_arguments(argv)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     console = Console()
     try:
-        setup = _prepare(arguments)
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(setup, engine_command, console))
+        path, name = _find_checkpoint(arguments.path)
+        # Before anything is loaded: the port is the most likely thing to be wrong.
+        with listen(arguments.host, arguments.port) as listener:
+            setup = _prepare(arguments, path, name, listener)
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(_serve(setup, engine_command, console))
     except (UserError, EngineStartError, EngineDead) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
     return 0
 
 
-def _prepare(arguments: argparse.Namespace) -> Setup:
-    """Checks what takes only a second or two, cheapest first.
+def _prepare(
+    arguments: argparse.Namespace, path: Path, name: str, listener: socket.socket
+) -> Setup:
+    """Loads what the server needs besides the engine, which takes a second or two.
 
     Raises:
-      CheckpointMissing, ConfigError, TokenizerError, ListenError: it cannot be served.
+      ConfigError, TokenizerError: it cannot be served.
     """
-    path, name = _find_checkpoint(arguments.path)
-    defaults = generation_defaults(path)
-    tokenizer = Tokenizer(path)
+    declared = read_checkpoint_config(path)
+    declared.report_unknown(arguments.strict_config)
     return Setup(
         arguments=arguments,
         options=engine_options(arguments, path),
         model=arguments.served_model_name or name,
-        tokenizer=tokenizer,
-        defaults=defaults,
-        listener=listen(arguments.host, arguments.port),
+        defaults=declared.generation_defaults(),  # cheaper than the tokenizer, so first
+        tokenizer=Tokenizer(path),
+        listener=listener,
     )
 
 
 def _find_checkpoint(path: Path | None) -> tuple[Path, str]:
-    """Returns the checkpoint's directory and its name for requests."""
+    """Returns the checkpoint's directory or GGUF file, and its name for requests."""
     if path is None:
         if not DEMO_CHECKPOINT.is_dir():
             raise CheckpointMissing(
@@ -112,10 +119,13 @@ def _find_checkpoint(path: Path | None) -> tuple[Path, str]:
                 "give the path of a checkpoint."
             )
         return DEMO_CHECKPOINT, DEMO_NAME
+    path = path.expanduser()  # `make serve MODEL=~/...` quotes it
+    if path.is_file() and find_gguf(path):
+        return path, path.stem
     if not path.is_dir():
         raise CheckpointMissing(
-            f"There is no directory {path}: give the directory of a checkpoint on this machine "
-            "(the server downloads nothing)."
+            f"There is no directory {path}: give the directory of a checkpoint on this machine, or "
+            "a GGUF file (the server downloads nothing)."
         )
     return path, path.resolve().name
 
@@ -124,13 +134,14 @@ async def _serve(setup: Setup, engine_command: Sequence[str], console: Console) 
     """Starts the engine, serves, and shuts down after a signal.
 
     Raises:
+      KeyboardInterrupt: Ctrl-C was pressed before the server was ready.
       EngineStartError: the engine cannot start.
       EngineDead: the engine died; every request has been answered with an error.
     """
     started = time.perf_counter()
     stop = StopSignals()
     door = Door(setup.arguments.api_key, setup.arguments.max_body_size)
-    server = HttpServer(door, setup.listener)
+    server = HttpServer(door, setup.listener, setup.arguments.write_timeout)
     async with server.running():  # during the start, requests are told that it is starting
         try:
             with TerminalDisplay(console) as display:
@@ -141,6 +152,8 @@ async def _serve(setup: Setup, engine_command: Sequence[str], console: Console) 
                 )
                 engine = await unless(stop.asked.wait(), start)
         except Interrupted:
+            if stop.first == signal.SIGINT:
+                raise KeyboardInterrupt from None
             return
         try:
             served = _served_model(setup, engine)
@@ -152,7 +165,8 @@ async def _serve(setup: Setup, engine_command: Sequence[str], console: Console) 
                 served.draining = True
                 await _drain(server, stop, setup.arguments.shutdown_timeout, console)
             else:
-                raise EngineDead(reason)
+                if not stop.asked.is_set():  # else the same signal has ended both
+                    raise EngineDead(reason)
         finally:
             if stop.repeated.is_set():
                 engine.kill()
@@ -161,21 +175,35 @@ async def _serve(setup: Setup, engine_command: Sequence[str], console: Console) 
 
 
 class StopSignals:
-    """SIGTERM and SIGINT: the first asks for a graceful shutdown, the second for an immediate one.
+    """SIGTERM, SIGINT and SIGHUP: the first asks for a graceful shutdown.
+
+    A second SIGTERM or SIGINT asks for an immediate one. SIGHUP never counts as the second signal,
+    nor one after it: a service manager may send it together with SIGTERM.
 
     Attributes:
       asked: set by the first signal.
+      first: the first signal.
       repeated: set by the second.
     """
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
         self.repeated = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._received)
+        self.first: signal.Signals | None = None
+        self._terminated = False
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            # Under nohup, SIGHUP is ignored and must stay so.
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                loop.add_signal_handler(number, self._received, number)
 
-    def _received(self) -> None:
-        (self.repeated if self.asked.is_set() else self.asked).set()
+    def _received(self, number: signal.Signals) -> None:
+        self.first = self.first or number
+        self.asked.set()
+        if number != signal.SIGHUP:
+            if self._terminated:
+                self.repeated.set()
+            self._terminated = True
 
 
 async def _drain(server: HttpServer, stop: StopSignals, seconds: float, console: Console) -> None:
@@ -191,7 +219,10 @@ async def _drain(server: HttpServer, stop: StopSignals, seconds: float, console:
 
 def _served_model(setup: Setup, engine: EngineClient) -> ServedModel:
     metrics = Metrics(
-        setup.model, lambda: engine.stats, lambda: engine.alive, setup.arguments.metrics_prefix
+        setup.model,
+        lambda: engine.stats,
+        lambda: engine.alive and engine.responds,
+        setup.arguments.metrics_prefix,
     )
     return ServedModel(
         name=setup.model,

@@ -1,7 +1,8 @@
 """The metrics of /metrics, under vLLM's names, which dashboards and load generators know.
 
 The engine's counters come from its latest report at the time of the scrape. Latencies are measured
-here, from the arrival of a request to the tokens sent to the client.
+here, from the arrival of a request to the arrival of its tokens from the engine. How fast a client
+reads them makes no difference.
 """
 
 import time
@@ -77,7 +78,7 @@ class Metrics:
         self,
         model: str,
         stats: Callable[[], Stats],
-        alive: Callable[[], bool],
+        up: Callable[[], bool],
         prefix: str,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -86,7 +87,7 @@ class Metrics:
         Args:
           model: the value of the label `model_name`.
           stats: returns the engine's latest report; called at each scrape.
-          alive: returns whether the engine runs; called at each scrape.
+          up: returns whether the engine runs and answers; called at each scrape.
           prefix: one of `PREFIXES`; metrics are named `prefix:name`.
           clock: returns the time in seconds.
         """
@@ -94,7 +95,7 @@ class Metrics:
         self._labels = {"model_name": model, "engine": "0"}
         self._prefix = prefix
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(prefix, self._labels, stats, alive))
+        self._registry.register(_EngineCollector(prefix, self._labels, stats, up))
         ProcessCollector(registry=self._registry)
 
         self.time_to_first_token = self._histogram(
@@ -153,7 +154,7 @@ class RequestTimer:
     """Measures one sequence, from its arrival to the end of the `with` block of this timer.
 
     Attributes:
-      tokens: the number of tokens generated so far.
+      tokens: the number of tokens that have arrived.
     """
 
     def __init__(self, metrics: Metrics, arrived: float, prompt_tokens: int) -> None:
@@ -164,7 +165,7 @@ class RequestTimer:
         self._reason: str | None = None
 
     def token(self) -> None:
-        """Records the arrival of a token."""
+        """Records the arrival of a token from the engine."""
         now = self._metrics.clock()
         if self.tokens == 0:
             self._first = now
@@ -206,17 +207,17 @@ class _EngineCollector(Collector):
         prefix: str,
         labels: dict[str, str],
         stats: Callable[[], Stats],
-        alive: Callable[[], bool],
+        up: Callable[[], bool],
     ) -> None:
         self._prefix = prefix
         self._labels = labels
         self._stats = stats
-        self._alive = alive
+        self._up = up
 
     def collect(self) -> Iterator[Metric]:
         """Called by the registry at each scrape."""
         stats = self._stats()
-        up = ("engine_up", "1 while the engine runs.", lambda _: float(self._alive()))
+        up = ("engine_up", "1 while the engine runs and answers.", lambda _: float(self._up()))
         for reports, family in (
             ((*_GAUGES, up), GaugeMetricFamily),
             (_COUNTERS, CounterMetricFamily),

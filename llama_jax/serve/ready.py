@@ -37,7 +37,8 @@ def show_ready(
     text.append(f" in {info.dtype} on the mesh {info.mesh} ({shape}, {info.platform})")
     console.print(text)
     for index, devices in enumerate(stages):
-        console.print(_stage(devices, next_stage=(index + 1) % len(stages)))
+        onwards = (index + 1) % len(stages)
+        console.print(_stage(devices, onwards, ascii_only=console.options.ascii_only))
     console.print(_pool(info))
     console.print(_seconds(info, seconds))
     console.print()
@@ -63,7 +64,7 @@ def curl_line(address: str, *, chat: bool, key: bool) -> str:
     return " \\\n  ".join(lines)
 
 
-def _stage(devices: list[DeviceInfo], next_stage: int) -> Panel:
+def _stage(devices: list[DeviceInfo], next_stage: int, ascii_only: bool) -> Panel:
     """Draws one stage: its layers, its devices, and where its output goes."""
     width = max(len(device.name) for device in devices)
     lines = [
@@ -74,7 +75,8 @@ def _stage(devices: list[DeviceInfo], next_stage: int) -> Panel:
         )
         for device in devices
     ]
-    onwards = f"↓ stage {next_stage}" if next_stage else "↑ sampled, and back to stage 0"
+    down, up = ("v", "^") if ascii_only else ("↓", "↑")
+    onwards = f"{down} stage {next_stage}" if next_stage else f"{up} sampled, and back to stage 0"
     return Panel(
         Text("\n").join(lines),
         title=f"stage {devices[0].stage}: {layers_text(devices[0].layers)}",

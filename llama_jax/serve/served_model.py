@@ -9,12 +9,15 @@ from typing import Any, TypeVar
 from llama_jax.client.client import EngineClient
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.serve.admission import Admission
-from llama_jax.serve.errors import ApiError, engine_dead, prompt_too_long, unavailable
+from llama_jax.serve.errors import (
+    ApiError,
+    engine_dead,
+    prompt_too_long,
+    shutting_down,
+    unavailable,
+)
 from llama_jax.serve.metrics import Metrics
 from llama_jax.text.tokenizer import Tokenizer
-
-# An engine reports at least once a second, or once a tick if a tick takes longer.
-SILENCE_LIMIT_SECONDS = 10.0
 
 T = TypeVar("T")
 
@@ -50,20 +53,12 @@ class ServedModel:
 
     def check_available(self) -> None:
         """Raises `ApiError` 503 if the server accepts no requests."""
-        if self.draining:
-            raise unavailable("The server is shutting down.", "shutting_down")
+        if self.draining or self.engine.draining:
+            raise shutting_down()
         if not self.engine.alive:
             raise engine_dead()
-
-    def check_healthy(self) -> None:
-        """Raises `ApiError` 503 unless the server can generate right now.
-
-        A silent engine makes the server unhealthy, but requests are still accepted: the engine may
-        only be in a long tick.
-        """
-        self.check_available()
-        silence = self.engine.seconds_since_report
-        if silence > SILENCE_LIMIT_SECONDS:
+        if not self.engine.responds:
+            silence = self.engine.seconds_since_report
             raise unavailable(
                 f"The engine has sent no report for {silence:.0f} seconds.", "engine_silent"
             )

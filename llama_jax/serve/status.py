@@ -16,7 +16,7 @@ def status_routes(served: ServedModel) -> list[Route]:
     """GET (and HEAD) /health, /metrics, /version, /v1/models and /v1/models/{name}."""
 
     async def health(request: Request) -> Response:
-        served.check_healthy()
+        served.check_available()
         return JsonResponse({"status": "ok"})
 
     async def metrics(request: Request) -> Response:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama_jax.gguf.tokenizer import tokenizer_files
 from sharding.errors import UserError
 
 ROLES = ("system", "user", "assistant")
@@ -35,17 +36,21 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Loads `path`/tokenizer.json and its settings; never downloads anything.
+        """Loads `path`/tokenizer.json and its settings, or the tokenizer of a GGUF file.
+
+        Never downloads anything.
 
         Raises:
+          GgufError: the tokenizer of a GGUF file cannot be translated.
           TokenizerError: there is no tokenizer, or it is not a byte-level one.
         """
         self.path = Path(path)
-        if not (self.path / "tokenizer.json").is_file():
-            raise TokenizerError(
-                f"{self.path} has no tokenizer.json: copy the model's tokenizer files there."
-            )
-        self._transformers = _load(self.path)
+        with tokenizer_files(self.path) as folder:
+            if not (folder / "tokenizer.json").is_file():
+                raise TokenizerError(
+                    f"{self.path} has no tokenizer.json: copy the model's tokenizer files there."
+                )
+            self._transformers = _load(folder)
         # Two tokenizers, because recognizing special tokens is a setting of the whole object, and
         # other threads may be encoding meanwhile.
         self._raw = self._transformers.backend_tokenizer

@@ -16,7 +16,17 @@ MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
     "kv_heads": MODEL,
     "mlp": MODEL,
     "vocab": (STAGE, MODEL),
+    "groups": None,  # of an array that has every group of a row, though the mesh splits the row
 }
+
+
+def kv_replicas(config: LlamaConfig, num_ranks: int) -> int:
+    """How many consecutive tensor-parallel ranks hold the same KV head.
+
+    It is 1 unless there are more ranks than KV heads. Each rank then holds one KV head, which its
+    query heads share with those of its neighbors.
+    """
+    return max(1, num_ranks // config.num_kv_heads)
 
 
 def axis_sizes(config: LlamaConfig) -> dict[str, int]:

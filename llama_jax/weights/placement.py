@@ -1,6 +1,7 @@
 """The weights on the mesh: the pytree that holds them, its shapes and its partition specs."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import LlamaConfig
-from llama_jax.weights.axes import MESH_AXES
+from llama_jax.weights.axes import MESH_AXES, kv_replicas
 from llama_jax.weights.table import (
     EMBEDDING,
     FINAL_NORM,
@@ -19,6 +20,7 @@ from llama_jax.weights.table import (
     StoredTensor,
     Weight,
     is_quantized,
+    quantized_tree,
     stored_tree,
 )
 from sharding.errors import UserError
@@ -35,7 +37,9 @@ class Params(NamedTuple):
       lm_head: `[V', D]`; None if the embeddings are tied.
       layers: for each layer position of a stage, weight name → `[num_stages, ...]`, or a named
         tuple of such arrays for a quantized weight. Each position has its own arrays: XLA would
-        copy the slices of one stacked array in every tick.
+        copy the slices of one stacked array in every tick. All stages run the same program, so a
+        matrix is quantized at a position only if it is on every stage: in a partly quantized
+        checkpoint, the others at that position are dequantized.
     """
 
     embedding: Any
@@ -52,18 +56,39 @@ class Placement:
       tensor: the checkpoint's tensor; for a stacked array, with `{layer}` in its name.
       layers: for a stacked array, the layer of each stage, None for a padding layer (all zeros);
         None for an array that is not stacked.
-      shape: of the global array, with padding and the axis over stages.
+      shape: of the global array, with padding, replicas and the axis over stages.
       spec: its partition spec.
+      dequantize: for an array that is not quantized, each layer that the checkpoint stores
+        quantized → the tensors of its format, with their full names.
+      kv_replicas: see `weights.axes.kv_replicas`; the array holds each KV head this many times.
     """
 
     tensor: StoredTensor
     layers: tuple[int | None, ...] | None
     shape: tuple[int, ...]
     spec: P
+    dequantize: Mapping[int, Any] = field(default_factory=dict)
+    kv_replicas: int = 1
 
     def dtype(self, activations: np.dtype) -> np.dtype:
         """The array's dtype: that of its quantization format, or else that of the activations."""
         return jnp.dtype(self.tensor.dtype or activations)
+
+    def stored(self, axis: int, start: int, stop: int) -> slice:
+        """The slice of the tensor that one device holds.
+
+        Args:
+          axis: of the tensor.
+          start, stop: the device's slice of the array, along this axis.
+
+        Returns:
+          The slice along this axis of the tensor; shorter, or empty, where the array is padded.
+        """
+        if self.tensor.axes[axis] == "kv_heads" and self.kv_replicas > 1:
+            width = stop - start  # one head
+            head = start // width // self.kv_replicas
+            return slice(head * width, (head + 1) * width)
+        return slice(start, min(stop, self.tensor.shape[axis]))
 
 
 class ShardingError(UserError):
@@ -74,13 +99,14 @@ def placements(config: LlamaConfig, num_stages: int, num_ranks: int) -> Params:
     """Params of `Placement`, for a mesh of this shape.
 
     Raises:
-      ShardingError: the KV heads, the MLP width or the groups of a quantized matrix cannot be
-        divided evenly among the tensor-parallel ranks.
+      ShardingError: the heads, the MLP width or the groups of a quantized matrix cannot be divided
+        evenly among the tensor-parallel ranks.
     """
     _check(config, num_ranks)
+    replicas = kv_replicas(config, num_ranks)
 
     def unstacked(weight: Weight) -> Placement:
-        tensor = stored_tree(weight, config)
+        tensor = stored_tree(weight, config, 0)
         sizes = [
             round_up(size, num_stages * num_ranks) if axis == "vocab" else size
             for axis, size in zip(tensor.axes, tensor.shape, strict=True)
@@ -88,12 +114,22 @@ def placements(config: LlamaConfig, num_stages: int, num_ranks: int) -> Params:
         return Placement(tensor, None, tuple(sizes), partition_spec(tensor.axes, MESH_AXES))
 
     def stacked(weight: Weight, layers: tuple[int | None, ...]) -> Any:
-        def place(tensor: StoredTensor) -> Placement:
-            shape = (num_stages, *tensor.shape)
-            spec = partition_spec(tensor.axes, MESH_AXES, stacked=True)
-            return Placement(tensor, layers, shape, spec)
+        here = [layer for layer in layers if layer is not None]
+        quantized = [layer for layer in here if is_quantized(weight, config, layer)]
+        # If any layer is plain, its array is, too, and the others are dequantized.
+        plain = next((layer for layer in here if layer not in quantized), None)
+        dequantize = {} if plain is None else {n: _parts(weight, config, n) for n in quantized}
 
-        return jax.tree.map(place, stored_tree(weight, config))
+        def place(tensor: StoredTensor) -> Placement:
+            sizes = [
+                size * replicas if axis == "kv_heads" else size
+                for axis, size in zip(tensor.axes, tensor.shape, strict=True)
+            ]
+            spec = partition_spec(tensor.axes, MESH_AXES, stacked=True)
+            shape = (num_stages, *sizes)
+            return Placement(tensor, layers, shape, spec, dequantize, replicas)
+
+        return jax.tree.map(place, stored_tree(weight, config, here[0] if plain is None else plain))
 
     return Params(
         embedding=unstacked(EMBEDDING),
@@ -103,6 +139,14 @@ def placements(config: LlamaConfig, num_stages: int, num_ranks: int) -> Params:
             {weight.name: stacked(weight, layers) for weight in LAYER_WEIGHTS}
             for layers in zip(*split_layers(config.num_layers, num_stages), strict=True)
         ),
+    )
+
+
+def _parts(weight: Weight, config: LlamaConfig, layer: int) -> Any:
+    """The tensors of a quantized matrix of one layer, with their full names."""
+    return jax.tree.map(
+        lambda tensor: replace(tensor, hf_name=tensor.hf_name.format(layer=layer)),
+        quantized_tree(weight, config),
     )
 
 
@@ -140,17 +184,26 @@ def unsharded_placements(config: LlamaConfig) -> Params:
 
 
 def _check(config: LlamaConfig, num_ranks: int) -> None:
-    split = {"KV heads": config.num_kv_heads, "MLP columns": config.mlp_dim}
+    split = {"attention heads": config.num_heads, "MLP columns": config.mlp_dim}
     # The arrays of a quantized matrix are split like the matrix. They have its rows, but fewer
     # columns: several packed in a byte, or one per group.
+    layers = range(config.num_layers)
     for weight in LAYER_WEIGHTS:
-        for part in stored_tree(weight, config) if is_quantized(weight, config) else ():
+        quantized = any(is_quantized(weight, config, layer) for layer in layers)
+        for part in quantized_tree(weight, config) if quantized else ():
             if len(part.axes) == 2 and MESH_AXES[part.axes[1]]:
                 split[f"columns of {part.hf_name.format(layer=0)}"] = part.shape[1]
-    for what, size in split.items():
-        if size % num_ranks:
-            fits = [n for n in range(1, num_ranks) if not any(s % n for s in split.values())]
-            raise ShardingError(
-                f"{num_ranks} tensor-parallel ranks do not divide the {size} {what} of this "
-                f"model: use a mesh whose second number is {max(fits)}."
-            )
+
+    def uneven(num_ranks: int) -> str | None:
+        """What this many ranks cannot share evenly."""
+        num_kv_heads = config.num_kv_heads
+        if num_kv_heads % num_ranks and num_ranks % num_kv_heads:
+            return f"{num_kv_heads} KV heads"
+        return next((f"{size} {what}" for what, size in split.items() if size % num_ranks), None)
+
+    if problem := uneven(num_ranks):
+        fits = max(n for n in range(1, num_ranks) if not uneven(n))
+        raise ShardingError(
+            f"{num_ranks} tensor-parallel ranks cannot share the {problem} of this model evenly: "
+            f"use a mesh whose second number is {fits}."
+        )

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llama_jax.config import LlamaConfig
-from llama_jax.quantization import FORMATS, Part
+from llama_jax.quantization import ACT_ORDER, FORMATS, Part
 from llama_jax.weights.axes import axis_sizes
 
 
@@ -82,58 +82,78 @@ class StoredTensor:
       shape: its global shape, without padding.
       dtype: its NumPy name if it is part of a quantized matrix; None for any other tensor, which
         may have any of `config.llama_config.DTYPES`.
+      by_row: whether its first axis is that of the weight, so that rows of the weight are rows of
+        the tensor.
     """
 
     hf_name: str
     axes: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: str | None
+    by_row: bool = True
 
 
-def stored_tree(weight: Weight, config: LlamaConfig) -> Any:
-    """The tensors of a checkpoint that make up a weight, as a pytree.
+def stored_tree(weight: Weight, config: LlamaConfig, layer: int) -> Any:
+    """The tensors of a checkpoint that make up a weight of one layer, as a pytree.
 
     Returns:
-      A `StoredTensor`, or the named tuple of a quantized format with one in place of each array.
+      A `StoredTensor`, or the named tuple of a quantized format with one in place of each array;
+      their names still contain `{layer}`.
     """
-    shape = weight.shape(config)
-    if not is_quantized(weight, config):
-        return StoredTensor(weight.hf_name, weight.axes, shape, None)
+    if not is_quantized(weight, config, layer):
+        return StoredTensor(weight.hf_name, weight.axes, weight.shape(config), None)
+    return quantized_tree(weight, config)
+
+
+def quantized_tree(weight: Weight, config: LlamaConfig) -> Any:
+    """As `stored_tree`, for a matrix that is quantized as `config.quantization` says."""
     assert config.quantization is not None
     kind = FORMATS[config.quantization.format]
 
     def tensor(part: Part) -> StoredTensor:
-        axes = tuple(weight.axes[axis] for axis in part.axes)
-        return StoredTensor(weight.hf_name + part.suffix, axes, part.shape, part.dtype)
+        axes = tuple("groups" if axis is None else weight.axes[axis] for axis in part.axes)
+        name = weight.hf_name + part.suffix
+        return StoredTensor(name, axes, part.shape, part.dtype, part.axes[0] == 0)
 
-    num_out, num_in = shape
-    parts = kind.parts((num_out, num_in), group_columns(weight, config))
+    num_out, num_in = weight.shape(config)
+    parts: Any = kind.parts((num_out, num_in), group_columns(weight, config))
     return type(parts)(*map(tensor, parts))
 
 
 def stored_tensors(weight: Weight, config: LlamaConfig, layer: int) -> tuple[StoredTensor, ...]:
     """The tensors of a checkpoint that make up a weight of one layer, with their full names."""
-    parts = stored_tree(weight, config)
+    parts = stored_tree(weight, config, layer)
     tensors = (parts,) if isinstance(parts, StoredTensor) else parts
     return tuple(replace(tensor, hf_name=tensor.hf_name.format(layer=layer)) for tensor in tensors)
 
 
-def is_quantized(weight: Weight, config: LlamaConfig) -> bool:
-    """Whether a checkpoint with this config stores the weight quantized: if it is a matrix of a
-    layer, and the config has a quantization."""
-    return config.quantization is not None and weight in LAYER_WEIGHTS and len(weight.axes) == 2
+def is_quantized(weight: Weight, config: LlamaConfig, layer: int) -> bool:
+    """Whether a checkpoint with this config stores a weight of a layer quantized."""
+    quantization = config.quantization
+    if quantization is None or len(weight.axes) != 2 or weight not in LAYER_WEIGHTS:
+        return False
+    return module_name(weight, layer) not in quantization.plain
+
+
+def module_name(weight: Weight, layer: int) -> str:
+    """The module that a weight belongs to, such as "model.layers.0.mlp.up_proj"."""
+    return weight.hf_name.format(layer=layer).removesuffix(".weight")
 
 
 def group_columns(weight: Weight, config: LlamaConfig) -> int:
     """Input columns of a matrix that share a scale, in formats with groups."""
     assert config.quantization is not None
     columns = weight.shape(config)[1]
+    group = config.quantization.group_size
+    group = columns if group == -1 else group
+    if config.quantization.format in ACT_ORDER.values():
+        return group
     # A mesh splits the columns into at most as many pieces as there are KV heads, and every split
     # is at a boundary of these pieces, so no group may straddle one. If the pieces are odd or
     # uneven, a group may; `placements` then refuses the meshes that would split it.
     even = columns % (2 * config.num_kv_heads) == 0
     piece = columns // config.num_kv_heads if even else columns
-    return math.gcd(config.quantization.group_size, piece)
+    return math.gcd(group, piece)
 
 
 def checkpoint_tensors(config: LlamaConfig) -> dict[str, StoredTensor]:

@@ -20,8 +20,8 @@ from llama_jax.checkpoint.foreign import LAYOUTS, Translated, translation
 from llama_jax.checkpoint.reader import TensorInfo
 from llama_jax.config import LlamaConfig, Quantization
 from llama_jax.model import Llama
-from llama_jax.quantization import FORMATS
-from llama_jax.weights.table import LAYER_WEIGHTS, checkpoint_tensors, is_quantized, stored_tree
+from llama_jax.quantization import ACT_ORDER, FORMATS, QUANTIZERS
+from llama_jax.weights.table import checkpoint_tensors, each_weight, is_quantized, stored_tensors
 from tests.support import foreign_writer as writer
 from tests.support.foreign_writer import (
     AWQ,
@@ -83,7 +83,68 @@ CASES = {
         partial(writer.gptq, group=32),
         "int4",
     ),
+    "gptq of one group per row": (
+        GPTQ | {"group_size": -1},
+        partial(writer.gptq, group=None),
+        "int4",
+    ),
+    "gptq act-order": (
+        GPTQ | {"desc_act": True},
+        partial(writer.gptq, act_order=True),
+        "int4_act_order",
+    ),
+    "gptq act-order, not announced": (
+        GPTQ_V2,
+        partial(writer.gptq, v2=True, act_order=True),
+        "int4_act_order",
+    ),
+    "gptq of 8 bits": (GPTQ | {"bits": 8}, partial(writer.gptq, bits=8), "int8_grouped"),
+    "gptq_v2 of 8 bits, act-order": (
+        GPTQ_V2 | {"bits": 8, "desc_act": True},
+        partial(writer.gptq, bits=8, v2=True, act_order=True),
+        "int8_act_order",
+    ),
     "awq": (AWQ, writer.awq, "int4"),
+    "fp8 in blocks": (
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [12, 20]},
+        partial(writer.fp8_blocks, rows=12, columns=20),
+        "fp8_grouped",
+    ),
+    "compressed-tensors fp8 in blocks": (
+        compressed_tensors("float-quantized", strategy="block", block_structure=[16, 16]),
+        partial(writer.fp8_blocks, rows=16, columns=16, suffix=".weight_scale"),
+        "fp8_grouped",
+    ),
+    "compressed-tensors int8 in groups": (
+        compressed_tensors("int-quantized", type="int", strategy="group", group_size=16),
+        partial(writer.int8_groups, symmetric=True),
+        "int8_grouped",
+    ),
+    "compressed-tensors int8 with zero points": (
+        compressed_tensors("int-quantized", type="int", symmetric=False),
+        partial(writer.int8_groups, symmetric=False, group=None),
+        "int8_grouped",
+    ),
+    "compressed-tensors packed int8 rows": (
+        packed_config(num_bits=8, strategy="channel", group_size=None),
+        partial(writer.packed, bits=8, group=None),
+        "int8",
+    ),
+    "compressed-tensors packed int8 groups, zero points": (
+        packed_config(num_bits=8, symmetric=False),
+        partial(writer.packed, bits=8, symmetric=False),
+        "int8_grouped",
+    ),
+    "compressed-tensors int4 rows": (
+        packed_config(strategy="channel", group_size=None),
+        partial(writer.packed, group=None),
+        "int4",
+    ),
+    "compressed-tensors int4, act-order": (
+        packed_config(actorder="group"),
+        partial(writer.packed, act_order=True),
+        "int4_act_order",
+    ),
 }
 
 
@@ -99,13 +160,11 @@ def dequantized(reader) -> dict[str, np.ndarray]:
     """All dequantized matrices of a reader, by name."""
     config = reader.config
     matrices = {}
-    for weight in LAYER_WEIGHTS:
-        if is_quantized(weight, config):
-            parts = stored_tree(weight, config)
-            for layer in range(config.num_layers):
-                arrays = [read(reader, part.hf_name.format(layer=layer)) for part in parts]
-                matrix = FORMATS[config.quantization.format](*arrays).dequantize()
-                matrices[weight.hf_name.format(layer=layer)] = matrix
+    for weight, layer in each_weight(config):
+        if is_quantized(weight, config, layer):
+            arrays = [read(reader, part.hf_name) for part in stored_tensors(weight, config, layer)]
+            matrix = FORMATS[config.quantization.format](*arrays).dequantize()
+            matrices[weight.hf_name.format(layer=layer)] = matrix
     return matrices
 
 
@@ -120,8 +179,13 @@ def assert_exact(reader, exact):
 def test_matrices_are_exact(case):
     path, exact, format = case
     reader = open_checkpoint(path)
-    assert reader.config == LlamaConfig.from_pretrained(path)
+    announced = LlamaConfig.from_pretrained(path)
+    # Only the stored tensors show that columns are in act-order.
+    assert reader.config == replace(announced, quantization=reader.config.quantization)
     assert reader.config.quantization.format == format
+    assert ACT_ORDER.get(announced.quantization.format, format) == format or (
+        announced.quantization == reader.config.quantization
+    )
     assert reader.config.dtype == "float16"
     assert_exact(reader, exact)
     assert all(np.abs(matrix).max() > 0 for matrix in exact.values())
@@ -168,11 +232,11 @@ def test_modelopt_with_a_separate_quantization_config(tmp_path):
     assert_exact(open_checkpoint(tmp_path), exact)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", QUANTIZERS)
 def test_our_own_layouts(tmp_path, format):
     """As `convert` writes them: all arrays of a format as they are."""
     quantization = Quantization(format=format, group_size=16)
-    kind = FORMATS[format]
+    kind = QUANTIZERS[format]
 
     def matrix(rng, num_out, num_in):
         # This project's groups never cross from one KV head's columns into the next.
@@ -203,7 +267,7 @@ def as_torch(array):
 @pytest.mark.parametrize(
     ("name", "shapes"),
     [
-        ("gptq", {".qweight": (512, 4096)}),
+        ("gptq4", {".qweight": (512, 4096)}),
         ("awq", {".qweight": (4096, 512)}),
     ],
 )
@@ -220,7 +284,19 @@ def test_memory_is_bounded(name, shapes):
     assert peak < 4 << 20
 
 
-@pytest.mark.parametrize("name", ["modelopt", "compressed-tensors int8", "gptq", "awq"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "modelopt",
+        "compressed-tensors int8",
+        "gptq",
+        "awq",
+        "gptq act-order",
+        "gptq of 8 bits",
+        "gptq_v2 of 8 bits, act-order",
+        "fp8 in blocks",
+    ],
+)
 def test_the_model_runs(tmp_path, name):
     """The logits are those of transformers with the exact matrices."""
     config, matrix, _ = CASES[name]

@@ -11,8 +11,8 @@ from llama_jax.config import ConfigError, LlamaConfig
 from tests.support import foreign_writer as writer
 from tests.support.conversions import refusal
 from tests.support.foreign_writer import (
+    AUTO_ROUND,
     AWQ,
-    FBGEMM,
     GPTQ,
     MODELOPT,
     compressed_tensors,
@@ -36,13 +36,14 @@ def group_of(config, **changes):
 
 
 WITHOUT_METHOD = {key: value for key, value in GPTQ.items() if key != "quant_method"}
-TWO_GROUPS = {name: FP8["config_groups"]["group_0"] for name in ("group_0", "group_1")}
+TWO_GROUPS = FP8["config_groups"] | {
+    "group_1": {"format": "pack-quantized", **packed_config()["config_groups"]["group_0"]}
+}
 KEYS_OF_TOOLS = {
     "bitsandbytes": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    "fp8": {"activation_scheme": "dynamic", "weight_block_size": [128, 128]},
     "mxfp4": {"modules_to_not_convert": ["lm_head"]},
 }
-MORE_TOOLS = "hqq aqlm eetq quanto torchao exl2 gguf bitnet higgs vptq auto-round".split()
+MORE_TOOLS = "hqq aqlm eetq quanto torchao exl2 gguf bitnet higgs vptq quark".split()
 
 
 @pytest.mark.parametrize("method", [*KEYS_OF_TOOLS, *MORE_TOOLS])
@@ -55,47 +56,44 @@ def test_other_tools(plain, tmp_path, method):
     ("config", "what"),
     [
         # Known methods in a form that is not supported.
-        (GPTQ | {"bits": 8}, "8-bit GPTQ"),
         (GPTQ | {"bits": 3}, "3-bit GPTQ"),
         (GPTQ | {"bits": None}, "GPTQ"),
-        (GPTQ | {"group_size": -1}, "group_size"),
+        (GPTQ | {"group_size": -2}, "group_size"),
         (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format"),
         (GPTQ | {"is_marlin_format": True}, "is_marlin_format"),
-        (GPTQ | {"dynamic": {"-:.*down_proj": {}}}, "dynamic"),
-        (GPTQ | {"lm_head": True}, "lm_head"),
+        (GPTQ | {"dynamic": {"+:.*down_proj": {"bits": 8}}}, "bits"),
+        (GPTQ | {"dynamic": {".*down_proj": {"group_size": 32}}}, "group_size"),
+        (GPTQ | {"adapter": {"rank": 8}}, "adapter"),
+        (GPTQ | {"rotation": "hadamard"}, "rotation"),
         (GPTQ | {"pack_dtype": "int16"}, "pack_dtype"),
         (AWQ | {"version": "gemv"}, "gemv"),
         (AWQ | {"version": "gemv_fast"}, "gemv_fast"),
-        (AWQ | {"zero_point": False}, "zero_point"),
         (AWQ | {"bits": 8}, "8-bit AWQ"),
-        (AWQ | {"group_size": -1}, "group_size"),
+        (AUTO_ROUND | {"packing_format": "auto_round:fp8"}, "auto_round:fp8"),
+        (AUTO_ROUND | {"data_type": "mx_fp"}, "mx_fp"),
+        (AUTO_ROUND | {"extra_config": {"lm_head": {"bits": 8}}}, "lm_head"),
         (AWQ | {"desc_act": True}, "desc_act"),
         (MODELOPT | {"quant_algo": "NVFP4"}, "NVFP4"),
         (MODELOPT | {"quant_algo": "FP8_PB_WO"}, "FP8_PB_WO"),
-        (MODELOPT | {"quant_algo": None}, "modelopt"),
         (FP8 | {"format": "nvfp4-pack-quantized"}, "nvfp4-pack-quantized"),
         (FP8 | {"format": None}, "compressed-tensors"),
         (FP8 | {"config_groups": TWO_GROUPS}, "compressed-tensors"),
-        (FP8 | {"config_groups": None}, "compressed-tensors"),
         (group_of(FP8, format="int-quantized"), "int-quantized"),
         (FP8 | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
         (FP8 | {"transform_config": {"config_groups": {"v": {}}}}, "transform_config"),
-        (compressed_tensors("float-quantized", strategy="block"), "strategy"),
-        (compressed_tensors("float-quantized", block_structure=[8, 8]), "block_structure"),
+        (compressed_tensors("float-quantized", strategy="block"), "blocks"),
+        (compressed_tensors("float-quantized", symmetric=False), "symmetric"),
+        (compressed_tensors("dense"), "dense"),
+        ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "blocks"),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "e5m2"),
         (compressed_tensors("float-quantized", dynamic=True), "dynamic"),
-        (compressed_tensors("int-quantized", type="int", symmetric=False), "symmetric"),
+        (
+            compressed_tensors("int-quantized", type="int", symmetric=False, strategy="tensor"),
+            "symmetric",
+        ),
         (compressed_tensors("int-quantized"), "type"),
-        (packed_config(num_bits=8), "num_bits"),
-        (packed_config(strategy="channel"), "strategy"),
-        (packed_config(actorder="group"), "actorder"),
-        # Unknown keys.
-        (FP8 | {"twist": 1}, "twist"),
-        (group_of(FP8, twist=1), "twist"),
-        (compressed_tensors("float-quantized", twist=1), "twist"),
-        (FBGEMM | {"twist": 1, "turn": 2}, "turn, twist"),
-        (MODELOPT | {"twist": 1}, "twist"),
-        (GPTQ | {"twist": 1}, "twist"),
-        (AWQ | {"twist": 1}, "twist"),
+        (packed_config(num_bits=6), "num_bits"),
+        (packed_config(strategy="tensor"), "strategy"),
         # Malformed descriptions.
         (WITHOUT_METHOD, "config.json"),
         ("gptq", "quantization_config"),
@@ -200,7 +198,8 @@ def give(tensor):
         ("gptq", set_tensor(".qzeros", to(torch.int16)), ".qzeros is stored as I16"),
         ("gptq", set_tensor(".scales", columns(40)), ".scales has shape [2, 40]"),
         ("gptq", lambda t: t.pop(f"{GATE}.qzeros"), f"{GATE}.qzeros"),
-        ("gptq", set_tensor(".g_idx", first(1)), "act-order"),
+        ("gptq", set_tensor(".g_idx", first(2)), "g_idx"),
+        ("gptq", set_tensor(".g_idx", first(-1)), "g_idx"),
         ("gptq", set_tensor(".bias", give(torch.ones(48))), " bias"),
         ("gptq", set_tensor(".perm", give(torch.ones(48))), f"{GATE}.perm"),
         ("gptq desc_act", lambda t: None, f"{GATE}.g_idx"),
@@ -225,28 +224,6 @@ def test_tensors_that_do_not_match_the_layout(checkpoints, tmp_path, name, chang
     shutil.copytree(checkpoints[name], tmp_path, dirs_exist_ok=True)
     writer.change_tensors(tmp_path, change)
     assert what in refusal(open_checkpoint, tmp_path)
-
-
-@pytest.mark.parametrize("name", ["fp8", "gptq", "awq", "packed"])
-def test_a_partly_quantized_checkpoint(checkpoints, tmp_path, name):
-    """Like Meta's own FP8 checkpoint of 405B, whose attention is in bfloat16."""
-    shutil.copytree(checkpoints[name], tmp_path, dirs_exist_ok=True)
-
-    def restore_attention(tensors):
-        for key in [key for key in tensors if "self_attn" in key]:
-            del tensors[key]
-        for layer in range(3):
-            for matrix, shape in {
-                "q": (64, 32),
-                "k": (32, 32),
-                "v": (32, 32),
-                "o": (32, 64),
-            }.items():
-                key = f"model.layers.{layer}.self_attn.{matrix}_proj.weight"
-                tensors[key] = torch.zeros(shape, dtype=torch.bfloat16)
-
-    writer.change_tensors(tmp_path, restore_attention)
-    assert "model.layers.0.self_attn.q_proj.weight" in refusal(open_checkpoint, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["fp8", "gptq", "awq", "packed"])

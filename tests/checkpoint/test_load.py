@@ -107,6 +107,22 @@ def test_every_device_holds_the_right_slices(checkpoint, layout, mesh_shape):
 
 
 @pytest.mark.parametrize("layout", ["hf", "orbax"])
+def test_ranks_beyond_the_kv_heads_share_them(checkpoint, layout):
+    """Four ranks, two KV heads: ranks 0 and 1 hold the first, 2 and 3 the second."""
+    weights, paths = checkpoint
+    mesh = make_mesh("2x4")
+    [first, *_] = load_params(open_checkpoint(paths[layout]), mesh, FLOAT32).layers
+    assert first["attention.wk"].shape == first["attention.wv"].shape == (2, 4 * 16, 32)
+    assert first["attention.wq"].shape == (2, 4 * 16, 32)
+    for ours, theirs in (("attention.wk", "k_proj"), ("attention.wv", "v_proj")):
+        for shard in first[ours].addressable_shards:
+            [[stage], [rank]] = np.nonzero(mesh.devices == shard.device)
+            whole = weights[f"model.layers.{3 * stage}.self_attn.{theirs}.weight"].numpy()
+            head = rank // 2
+            assert bits(np.asarray(shard.data[0])) == bits(whole[16 * head : 16 * (head + 1)])
+
+
+@pytest.mark.parametrize("layout", ["hf", "orbax"])
 def test_every_device_reads_its_own_slices_once_and_nothing_else(checkpoint, layout):
     weights, paths = checkpoint
     spy = Spy(paths[layout])
@@ -208,7 +224,11 @@ def test_a_truncated_file_allocates_nothing(tmp_path, no_arrays):
         Llama.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("changes", [{"num_key_value_heads": 1}, {"intermediate_size": 49}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_attention_heads": 1, "num_key_value_heads": 1}, {"intermediate_size": 49}],
+    ids=["heads", "MLP"],
+)
 def test_a_model_that_cannot_be_split_is_not_read(tmp_path, no_arrays, changes):
     write_checkpoint(tmp_path, **changes)
     spy = Spy(tmp_path)

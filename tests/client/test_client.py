@@ -2,16 +2,18 @@
 
 import asyncio
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
 import uvloop
 
-from llama_jax.client.client import EngineClient
+from llama_jax.client.client import SILENCE_TICKS, EngineClient
+from llama_jax.client.output_stream import OutputStream
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead, QueueFull, RequestError
-from llama_jax.engine.interface import Output
+from llama_jax.engine.interface import Output, Stats
 from llama_jax.engine.options import EngineOptions
 from tests.support.engine_clients import FOREVER, Body, collect, run_with_engine, tokens, until
 from tests.support.fake_engine import VOCAB_SIZE
@@ -98,6 +100,20 @@ def test_the_age_of_the_last_report(run: Run, monkeypatch: pytest.MonkeyPatch) -
     run(body)
 
 
+def test_silence_is_measured_by_the_length_of_ticks(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(client: EngineClient) -> None:
+        await collect(client, [5], max_tokens=1)
+        assert client.responds
+        monkeypatch.setattr(EngineClient, "seconds_since_report", 60.0)
+        for tick_seconds, responds in ((0.03, False), (61.0 / SILENCE_TICKS, True)):
+            client.stats = Stats(ticks=100, tick_seconds=100 * tick_seconds)
+            assert client.responds == responds
+
+    run(body)
+
+
 # Aborts
 
 
@@ -124,6 +140,74 @@ def test_a_stream_that_is_closed_early_is_aborted(run: Run, how: str) -> None:
         assert tokens(await collect(client, [5], max_tokens=2)) == [6, 7]
 
     run(body)
+
+
+# Readers that stop
+
+
+def test_a_finished_answer_that_is_not_read_holds_no_place() -> None:
+    async def body(client: EngineClient) -> None:
+        params = SamplingParams(max_tokens=200)
+        streams = [client.generate([100 * i], params) for i in range(1, 7)]
+        for stream in streams:
+            await anext(stream)
+        with pytest.raises(QueueFull):
+            await collect(client, [1])
+        waiting = asyncio.create_task(
+            anext(client.generate([5], SamplingParams(max_tokens=2), wait=True))
+        )
+        assert (await waiting).token == 6
+        await until(lambda: client.stats.generation_tokens == 6 * 200 + 2)
+        assert tokens(await collect(client, [5], max_tokens=2)) == [6, 7]
+        for i, stream in enumerate(streams, start=1):  # nothing is lost meanwhile
+            rest = [output async for output in stream]
+            assert tokens(rest) == [100 * i + 2 + n for n in range(199)]
+            assert rest[-1].finish_reason == "length"
+
+    run_with_engine(body, max_num_seqs=4, max_queue=2)
+
+
+def test_tokens_are_announced_when_they_arrive(run: Run) -> None:
+    async def body(client: EngineClient) -> None:
+        arrived: list[None] = []
+        params = SamplingParams(max_tokens=30)
+        stream = client.generate([1], params, on_token=lambda: arrived.append(None))
+        await anext(stream)
+        await until(lambda: len(arrived) == 30)
+        assert len([output async for output in stream]) == 29
+        assert len(arrived) == 30
+
+    run(body)
+
+
+def test_unread_tokens_take_four_bytes_each() -> None:
+    count = 100_000
+    outputs = [Output(1, token) for token in range(count)]
+    stream = OutputStream(1, lambda: None)
+    tracemalloc.start()
+    try:
+        for output in outputs:
+            stream.put(output)
+        assert tracemalloc.get_traced_memory()[0] < 6 * count
+    finally:
+        tracemalloc.stop()
+
+    async def read() -> list[int | None]:
+        return [(await stream.get()).token for _ in outputs]
+
+    assert asyncio.run(read()) == list(range(count))
+
+
+def test_outputs_that_arrived_before_an_error_are_read_before_it() -> None:
+    async def scenario() -> None:
+        stream = OutputStream(1, lambda: None)
+        stream.put(Output(1, 5))
+        stream.fail(EngineDead("gone"))
+        assert await stream.get() == Output(1, 5)
+        with pytest.raises(EngineDead, match="gone"):
+            await stream.get()
+
+    asyncio.run(scenario())
 
 
 # Requests that are refused

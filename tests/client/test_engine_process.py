@@ -13,9 +13,8 @@ import pytest
 
 from llama_jax.client.client import EngineClient
 from llama_jax.client.engine_process import telling_line
-from llama_jax.engine.errors import EngineDead, EngineStartError
-from llama_jax.engine.interface import Output, Progress
-from llama_jax.engine.message_loop import ENDING
+from llama_jax.engine.errors import EngineClosed, EngineDead, EngineStartError
+from llama_jax.engine.interface import Progress
 from llama_jax.engine.options import EngineOptions
 from tests.support.engine_clients import FOREVER, collect, run_with_engine, tokens, until
 from tests.support.fake_engine import VOCAB_SIZE
@@ -201,9 +200,9 @@ def test_close_fails_open_streams_and_may_be_repeated() -> None:
         waiting = asyncio.create_task(collect(client, [1], ignore_eos=True))
         await until(lambda: client.stats.num_running == 1)
         await asyncio.gather(client.close(), client.close())
-        with pytest.raises(EngineDead, match="closed"):
+        with pytest.raises(EngineClosed):
             await waiting
-        with pytest.raises(EngineDead, match="closed"):
+        with pytest.raises(EngineClosed):
             client.check([1], FOREVER)
         assert_gone(client.pid)
         assert client.host.exit_code == 0  # it exited by itself, and was not killed
@@ -231,20 +230,49 @@ def test_the_engine_ignores_ctrl_c() -> None:
     run_with_engine(body)
 
 
-def test_sigterm_finishes_requests_in_flight_and_refuses_new_ones() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_finishes_requests_in_flight_and_refuses_new_ones(number: signal.Signals) -> None:
     async def body(client: EngineClient) -> None:
         stream = client.generate([1], FOREVER)
         received = [(await anext(stream)).token]
-        os.kill(client.pid, signal.SIGTERM)
-        refused = Output(0, None)
-        while refused.error != ENDING:  # the signal may arrive after the request
-            (refused,) = await collect(client, [5], max_tokens=1)
-        assert (refused.token, refused.finish_reason) == (None, "error")
+        os.kill(client.pid, number)
+        with pytest.raises(EngineClosed):
+            while True:  # the signal may arrive after the first request
+                assert tokens(await collect(client, [5], max_tokens=1)) == [6]
+        await until(lambda: client.draining)
+        assert not client.alive
+        with pytest.raises(EngineClosed):
+            client.check([5], FOREVER)
+        os.kill(client.pid, signal.SIGHUP)  # never counts as a second signal
         received += [(await anext(stream)).token for _ in range(500)]
         assert received == [(2 + i) % VOCAB_SIZE for i in range(501)]
         await stream.aclose()  # the last request in flight
         await client.wait_dead()
         assert client.host.exit_code == 0
+
+    run_with_engine(body)
+
+
+def test_a_second_sigterm_cuts_requests_which_is_no_crash() -> None:
+    async def body(client: EngineClient) -> None:
+        stream = client.generate([1], FOREVER)
+        await anext(stream)
+        os.kill(client.pid, signal.SIGTERM)
+        await until(lambda: client.draining)
+        os.kill(client.pid, signal.SIGTERM)
+        with pytest.raises(EngineClosed):
+            async for _ in stream:
+                pass
+
+    run_with_engine(body)
+
+
+def test_an_idle_engine_ends_at_a_signal() -> None:
+    async def body(client: EngineClient) -> None:
+        os.kill(client.pid, signal.SIGTERM)
+        await client.wait_dead()
+        with pytest.raises(EngineClosed):
+            client.check([5], FOREVER)
 
     run_with_engine(body)
 

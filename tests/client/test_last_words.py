@@ -3,14 +3,13 @@
 import asyncio
 import selectors
 from collections.abc import Callable
-from pathlib import Path
 
 import msgspec
 import pytest
 import zmq
 
 from llama_jax.client.client import EngineClient
-from llama_jax.client.engine_process import SOCKET_NAME
+from llama_jax.client.private_directory import PrivateDirectory
 from llama_jax.engine.errors import EngineStartError
 from llama_jax.engine.interface import Progress
 from llama_jax.engine.messages import Fatal, FromEngine, Starting
@@ -23,10 +22,10 @@ LATER = 0.05  # seconds
 class DyingEngine:
     """A host whose engine has nothing but last words; the test decides when it exits."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: PrivateDirectory) -> None:
         self.exited = asyncio.Event()
         self.pid, self.engine, self.cause = 0, None, None
-        self._address = f"ipc://{directory / SOCKET_NAME}"
+        self._address = f"ipc://{directory.socket}"
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.PAIR)
 
@@ -69,7 +68,7 @@ def end_of(
     """
     engines: list[DyingEngine] = []
 
-    def start_host(directory: Path, options: EngineOptions) -> DyingEngine:
+    def start_host(directory: PrivateDirectory, options: EngineOptions) -> DyingEngine:
         engines.append(DyingEngine(directory))
         on_host(engines[0])
         return engines[0]

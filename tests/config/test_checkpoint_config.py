@@ -8,7 +8,8 @@ import pytest
 
 from llama_jax.checkpoint import open_checkpoint
 from llama_jax.config import ConfigError, Quantization
-from llama_jax.config.huggingface import generation_defaults, read_checkpoint_config
+from llama_jax.config.huggingface import read_checkpoint_config
+from llama_jax.config.huggingface_quantization import StoredQuantization
 from tests.support.tiny_checkpoint import write_checkpoint
 
 
@@ -30,7 +31,7 @@ def test_each_file_is_read_once(tmp_path, monkeypatch):
     assert defaults.temperature == 0.5
     assert declared.config.eos_token_ids == (3, 4)
     assert declared.quantization is None
-    assert generation_defaults(tmp_path) == defaults
+    assert read_checkpoint_config(tmp_path).generation_defaults() == defaults
 
 
 def test_unsupported_defaults_do_not_prevent_reading(tmp_path):
@@ -49,5 +50,7 @@ def test_the_tool_that_quantized_is_known(tmp_path):
         json.dumps(json.loads(file.read_text()) | {"quantization_config": quantization})
     )
     declared = read_checkpoint_config(tmp_path)
-    assert declared.quantization == ("fbgemm_fp8", "fp8", Quantization(format="fp8"))
+    assert declared.quantization == StoredQuantization(
+        "fbgemm_fp8", "fp8", Quantization(format="fp8")
+    )
     assert declared.config.quantization == Quantization(format="fp8")

@@ -6,15 +6,11 @@ import json
 import math
 import re
 
-import numpy as np
 import pytest
 import torch
 import transformers
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llama_jax.config import ConfigError, LlamaConfig, RopeScaling
-from llama_jax.config.huggingface import generation_defaults
-from llama_jax.model.rope import inverse_frequencies
+from llama_jax.config import ConfigError, Llama3Scaling, LlamaConfig
 from llama_jax.weights.table import checkpoint_tensors
 
 # As published with the checkpoints, with the bookkeeping keys, which must be accepted.
@@ -153,17 +149,7 @@ SCALINGS = [
     },
 ]
 
-
-@pytest.mark.parametrize("scaling", SCALINGS, ids=["plain", "llama3.1", "odd"])
-@pytest.mark.parametrize(("head_dim", "theta"), [(128, 500000.0), (16, 10000.0), (64, 12345.0)])
-def test_rope_frequencies_are_those_of_transformers(head_dim, theta, scaling):
-    published = LLAMA_3_8B | {"head_dim": head_dim, "rope_theta": theta, "rope_scaling": scaling}
-    config = LlamaConfig.from_dict(published)
-    rope = LlamaRotaryEmbedding(by_transformers(published))
-    frequencies = inverse_frequencies(config)
-    assert frequencies.dtype == np.float32
-    np.testing.assert_allclose(frequencies, rope.inv_freq.numpy(), rtol=1e-6)
-    assert rope.attention_scaling == 1
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
@@ -246,20 +232,26 @@ def test_eos_ids_come_from_the_files(tmp_path):
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "'yarn'"),
-        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "'linear'"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "'longrope'"),
+        ({"rope_scaling": {"type": ["linear"], "factor": 8.0}}, "'linear'"),
+        ({"rope_scaling": {"type": "linear"}}, "factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 8.0, "alpha": 1000}}, "alpha"),
+        ({"rope_scaling": YARN | {"beta_fast": 1, "beta_slow": 32}}, "beta_slow"),
+        ({"rope_scaling": YARN | {"attention_factor": -1.0}}, "attention_factor"),
+        ({"rope_scaling": YARN | {"attn_factor": 2.0}}, "attn_factor"),
+        ({"rope_scaling": YARN | {"truncate": 1}}, "truncate"),
+        ({"rope_scaling": YARN, "rope_theta": 1.0}, "rope_theta"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
-        ({"rope_scaling": SCALINGS[1] | {"beta_fast": 32}}, "beta_fast"),
         ({"rope_scaling": {"factor": 8.0}}, "factor"),
         ({"rope_scaling": SCALINGS[1] | {"factor": 0.5}}, "factor"),
         ({"rope_scaling": SCALINGS[1] | {"high_freq_factor": 1}}, "high_freq_factor"),
         ({"rope_scaling": SCALINGS[1] | {"type": "linear"}}, "type"),
         ({"rope_scaling": "llama3"}, "rope_scaling"),
         ({"rope_parameters": {"rope_theta": 10000.0}}, "rope_theta"),
-        ({"rope_scaling": SCALINGS[1], "rope_parameters": SCALINGS[0]}, "rope_parameters"),
+        ({"rope_scaling": SCALINGS[1], "rope_parameters": SCALINGS[0]}, "rope_type"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"rope_theta": None}, "rope_theta"),
         ({"rope_theta": float("inf")}, "rope_theta"),
         ({"num_key_value_heads": 5}, "32 attention heads"),
         ({"num_attention_heads": 33}, "33"),
@@ -281,7 +273,15 @@ def test_eos_ids_come_from_the_files(tmp_path):
         ({"eos_token_id": [-1]}, "-1"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
         ({"quantization_config": {"quant_method": "hqq"}}, "hqq"),
-        ({"sliding_window": 4096, "logit_scale": 2}, "logit_scale, sliding_window"),
+        ({"sliding_window": 4096}, "sliding_window"),
+        ({"logit_scale": 2}, "logit_scale"),
+        ({"num_local_experts": 8}, "num_local_experts"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"rope_interleaved": True}, "rope_interleaved"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
+        ({"hidden_size": 10**400}, "hidden_size"),
     ],
 )
 def test_another_model_is_refused(change, token):
@@ -316,38 +316,4 @@ def test_a_directory_without_config(tmp_path):
 
 def test_a_config_is_hashable():
     assert len({preset("llama3_1_8b"), preset("llama3_1_8b"), preset("llama3_8b")}) == 2
-    assert isinstance(preset("llama3_1_8b").rope_scaling, RopeScaling)
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        (None, (0.0, 0, 1.0, 0.0)),
-        ({"temperature": 0.6, "top_p": 0.9}, (0.0, 0, 0.9, 0.0)),
-        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, (0.6, 0, 0.9, 0.0)),
-        ({"do_sample": True, "top_k": 40, "min_p": 0.05}, (1.0, 40, 1.0, 0.05)),
-        ({"do_sample": True, "top_k": None, "num_beams": 1}, (1.0, 0, 1.0, 0.0)),
-    ],
-)
-def test_default_sampling_is_the_checkpoints(tmp_path, content, expected):
-    if content is not None:
-        (tmp_path / "generation_config.json").write_text(json.dumps(content))
-    params = generation_defaults(tmp_path)
-    assert (params.temperature, params.top_k, params.top_p, params.min_p) == expected
-
-
-@pytest.mark.parametrize(
-    ("content", "field"),
-    [
-        ({"num_beams": 4}, "num_beams"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty"),
-        ({"do_sample": True, "temperature": "hot"}, "temperature"),
-        ({"do_sample": True, "top_k": 2.5}, "top_k"),
-        ({"top_p": 0}, "top_p"),
-    ],
-)
-def test_unsupported_sampling_is_refused(tmp_path, content, field):
-    (tmp_path / "generation_config.json").write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=field) as caught:
-        generation_defaults(tmp_path)
-    assert "generation_config.json" in str(caught.value)
+    assert isinstance(preset("llama3_1_8b").rope_scaling, Llama3Scaling)

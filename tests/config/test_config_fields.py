@@ -11,15 +11,26 @@ import zlib
 
 import numpy as np
 import pytest
+import transformers
 from flax import nnx
+from transformers.models.llama import modeling_llama
 
 from llama_jax.checkpoint.load import choose_dtype
-from llama_jax.config import LlamaConfig, Quantization, RopeScaling
+from llama_jax.config import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LlamaConfig,
+    Quantization,
+    YarnScaling,
+)
+from llama_jax.config.rope_scaling import ROPE_TYPES
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.core import Engine
 from llama_jax.engine.device_memory import choose_mesh_sizes
 from llama_jax.engine.options import EngineOptions
 from llama_jax.model import Llama
+from llama_jax.model.rope import attention_factor, inverse_frequencies
 from llama_jax.quantization import FORMATS
 from llama_jax.weights.table import checkpoint_tensors
 from sharding.mesh import make_mesh
@@ -34,7 +45,7 @@ BASE = LlamaConfig(
     head_dim=8,
     mlp_dim=24,
     rope_theta=100.0,  # small enough that 40 tokens reach every band of the scaled frequencies
-    rope_scaling=RopeScaling(
+    rope_scaling=Llama3Scaling(
         factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
     ),
     norm_eps=1e-5,
@@ -65,9 +76,23 @@ ROPE_SCALING = {
     "high_freq_factor": 8.0,
     "original_max_position_embeddings": 16,
 }
+# Other scalings, with another value for each of their fields. `DynamicScaling.factor` has no effect
+# on the sequences that are supported.
+OTHER_SCALINGS = {
+    LinearScaling(factor=8.0): {"factor": 4.0},
+    DynamicScaling(factor=8.0): {},
+    YarnScaling(factor=8.0, original_max_position_embeddings=32, attention_factor=1.2): {
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "attention_factor": 1.1,
+        "beta_fast": 2.0,
+        "beta_slow": 0.1,
+        "truncate": False,
+    },
+}
 
 # Compared with int4 in groups of 8.
-QUANTIZATION = {"format": "fp8", "group_size": 4}
+QUANTIZATION = {"format": "fp8", "group_size": 4, "plain": ("model.layers.0.mlp.up_proj",)}
 
 
 def write(path, config: LlamaConfig) -> str:
@@ -82,7 +107,9 @@ def write(path, config: LlamaConfig) -> str:
     weights = {name: _pattern(name, tensor.shape) for name, tensor in plain.items()}
     if config.quantization:
         how = config.quantization
-        weights = quantize(weights, config.num_kv_heads, how.format, how.group_size)
+        quantized = quantize(weights, config.num_kv_heads, how.format, how.group_size)
+        plain = {f"{module}.weight" for module in how.plain}
+        weights = {name: weights[name] if name in plain else quantized[name] for name in weights}
     save_weights(weights, path)
     return str(path)
 
@@ -106,7 +133,11 @@ def logits(path, config: LlamaConfig) -> np.ndarray:
 def test_every_field_has_a_perturbation():
     names = {field.name for field in dataclasses.fields(LlamaConfig)}
     assert names == IN_THE_LOGITS.keys() | ELSEWHERE.keys()
-    assert {field.name for field in dataclasses.fields(RopeScaling)} == ROPE_SCALING.keys()
+    assert {field.name for field in dataclasses.fields(Llama3Scaling)} == ROPE_SCALING.keys()
+    assert {Llama3Scaling, *map(type, OTHER_SCALINGS)} == set(ROPE_TYPES.values())
+    for scaling, changes in OTHER_SCALINGS.items():
+        if not isinstance(scaling, DynamicScaling):
+            assert {field.name for field in dataclasses.fields(scaling)} == changes.keys()
     assert {field.name for field in dataclasses.fields(Quantization)} == QUANTIZATION.keys()
 
 
@@ -123,6 +154,31 @@ def test_a_field_of_the_rope_scaling_changes_the_logits(tmp_path, base_logits, n
     assert _differ(base_logits, changed)
 
 
+@pytest.mark.parametrize(
+    ("scaling", "name"),
+    [(scaling, name) for scaling, changes in OTHER_SCALINGS.items() for name in changes],
+)
+def test_a_field_of_another_scaling_changes_the_rotation(scaling, name):
+    def rotation(scaling):
+        config = dataclasses.replace(BASE, rope_scaling=scaling, head_dim=32)
+        return attention_factor(config) * np.cos(40 * inverse_frequencies(config))
+
+    changed = dataclasses.replace(scaling, **{name: OTHER_SCALINGS[scaling][name]})
+    assert _differ(rotation(scaling), rotation(changed))
+
+
+@pytest.mark.parametrize("scaling", OTHER_SCALINGS, ids=lambda scaling: type(scaling).__name__)
+def test_a_scaling_survives_config_json(scaling):
+    config = dataclasses.replace(BASE, rope_scaling=scaling)
+    content = json.loads(json.dumps(config.to_dict()))
+    assert LlamaConfig.from_dict(content) == config
+    theirs = transformers.LlamaConfig(**content)
+    assert LlamaConfig.from_dict(theirs.to_dict()) == config
+    rope = modeling_llama.LlamaRotaryEmbedding(theirs)
+    np.testing.assert_allclose(inverse_frequencies(config), rope.inv_freq.numpy(), rtol=1e-6)
+    assert rope.attention_scaling == attention_factor(config)
+
+
 @pytest.mark.parametrize("name", QUANTIZATION)
 def test_a_field_of_the_quantization_changes_the_logits(tmp_path, name):
     base = Quantization(format="int4", group_size=8)
@@ -136,7 +192,8 @@ def test_a_field_of_the_quantization_changes_the_logits(tmp_path, name):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_quantization_survives_config_json(name):
-    config = dataclasses.replace(BASE, quantization=Quantization(format=name, group_size=32))
+    quantization = Quantization(format=name, group_size=-1, plain=("model.layers.1.mlp.up_proj",))
+    config = dataclasses.replace(BASE, quantization=quantization)
     assert LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 

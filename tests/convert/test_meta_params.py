@@ -7,7 +7,7 @@ import pytest
 
 from convert.meta.params import parse_params, read_params
 from llama_jax.checkpoint.reader import CheckpointError
-from llama_jax.config import ConfigError, LlamaConfig, RopeScaling
+from llama_jax.config import ConfigError, Llama3Scaling, LlamaConfig
 
 # The fields of the files of Meta's releases.
 COMMON = {"vocab_size": 128256, "n_kv_heads": 8, "norm_eps": 1e-5, "rope_theta": 500000.0}
@@ -96,7 +96,7 @@ def test_the_mlp_width_is_truncated_at_every_step():
 
 def test_rope_scaling_of_the_file():
     params = LLAMA_1B | SCALED | {"rope_scaling_factor": 16, "rope_high_freq_factor": 2.0}
-    assert parse(params).rope_scaling == RopeScaling(
+    assert parse(params).rope_scaling == Llama3Scaling(
         factor=16.0,
         low_freq_factor=1.0,
         high_freq_factor=2.0,

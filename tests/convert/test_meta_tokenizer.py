@@ -20,7 +20,7 @@ from convert.meta.reader import MetaReader
 from convert.meta.tiktoken_file import eos_token_ids, read_tokens, special_tokens
 from convert.meta.tokenizer import write_tokenizer
 from llama_jax.checkpoint.reader import CheckpointError
-from llama_jax.config.huggingface import generation_defaults
+from llama_jax.config.huggingface_generation import parse_generation_config
 from llama_jax.text.tokenizer import Tokenizer
 from tests.support.meta_checkpoint import PARAMS, meta_weights, shard, tiktoken_form, write_meta
 
@@ -213,11 +213,12 @@ def test_transformers_opens_it(converted):
 
 def test_generation_defaults_are_those_of_metas_program(converted):
     folder, config, special, _ = converted
-    params = generation_defaults(folder)
+    file = folder / "generation_config.json"
+    params = parse_generation_config(json.loads(file.read_text()), file)
     assert (params.temperature, params.top_p) == (0.6, 0.9)
     names = ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"]
     eos = [special[name] for name in names if name in special]
-    written = json.loads((folder / "generation_config.json").read_text())
+    written = json.loads(file.read_text())
     assert written["eos_token_id"] == eos == list(config.eos_token_ids)
     assert len(eos) == (3 if config.rope_scaling else 2)
 

@@ -29,6 +29,8 @@ FIELDS = [field.name for field in dataclasses.fields(EngineOptions)]
         {"page_size": 0},
         {"max_chunk": 0},
         {"results_late": -1},
+        {"strict_config": 1},
+        {"strict_config": None},
     ],
 )
 def test_a_wrong_value_is_refused_by_name(wrong: dict[str, object]) -> None:

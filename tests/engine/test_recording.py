@@ -139,7 +139,8 @@ def test_pages_and_queue_are_those_of_the_scheduler_after_each_step():
     loop = TickLoop(scheduler, MockExecutor(sizes, 2), 0)  # type: ignore[arg-type]
     for request_id in range(8):
         params = SamplingParams(temperature=0, max_tokens=12)
-        scheduler.add(request_id, [20] * 14, params, max_model_len=40, seed=0, stop_ids=frozenset())
+        prompt = [20 + request_id] * 14
+        scheduler.add(request_id, prompt, params, max_model_len=40, seed=0, stop_ids=frozenset())
     with record(loop) as recording:
         while loop.has_work:
             loop.step()
@@ -220,3 +221,26 @@ def test_stages_and_ticks_that_do_not_exist():
         empty.holds(0, 0)
     with pytest.raises(IndexError, match="-1"):
         empty.holds(-1, 0)
+
+
+def test_a_shared_page_counts_once():
+    sizes = RingSizes(
+        num_slots=4,
+        num_pages=13,
+        page_size=4,
+        pages_per_sequence=10,
+        row_buckets=(2,),
+        chunk_buckets=(0, 8),
+        tile=4,
+    )
+    scheduler = Scheduler(sizes, 2)
+    loop = TickLoop(scheduler, MockExecutor(sizes, 2), 0)  # type: ignore[arg-type]
+    for request_id in range(2):
+        params = SamplingParams(temperature=0, max_tokens=12)
+        scheduler.add(request_id, [20] * 14, params, max_model_len=40, seed=0, stop_ids=frozenset())
+    with record(loop) as recording:
+        while loop.has_work:
+            loop.step()
+    for tick in recording.ticks:
+        assert sum(tick.pages.values()) + tick.pages_free == 13
+    assert any(tick.pages == {0: 4, 1: 1} for tick in recording.ticks)

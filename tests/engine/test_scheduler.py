@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llama_jax.engine.pages import PagePool
 from llama_jax.ring.sizes import RingSizes
 from tests.support.mock_executor import POISON, generate
-from tests.support.scheduler_trial import Request, Trial, make_sizes
+from tests.support.scheduler_trial import Request, Trial, make_sizes, numbered
 
 
 def cost(request: Request, trial: Trial) -> int:
@@ -76,20 +76,25 @@ def traces(draw):
         max_len=max_len,
     )
     late = draw(st.lists(st.integers(0, stages + 5), min_size=1, max_size=7))
-    requests = []
+    requests: list[Request] = []
     arrival = 0
+    stems = draw(st.lists(st.lists(st.integers(0, POISON), min_size=1, max_size=3), min_size=1))
     for _ in range(draw(st.integers(2, 14))):
         arrival += draw(st.sampled_from([0, 0, 0, 1, 2, 9]))
         abort = draw(st.sampled_from([None, None, None, 0, 1, 2, 5, 10, 30]))
         length = draw(st.integers(1, max_len - 1))
-        prompt = draw(st.lists(st.integers(0, POISON), min_size=1, max_size=3))
+        prompt = draw(st.sampled_from(stems)) * length
+        if requests and draw(st.booleans()):  # the next turn of a chat
+            earlier = draw(st.sampled_from(requests))
+            prompt = [*earlier.prompt, *earlier.answer[0], *prompt]
         requests.append(
             Request(
-                prompt=(prompt * length)[:length],
+                prompt=prompt[:length],
                 max_tokens=max_len - length - draw(st.integers(0, max_len - length - 1)),
                 arrival=arrival,
                 abort=None if abort is None else arrival + abort,
                 stop_ids=frozenset(draw(st.sets(st.integers(0, 20), max_size=2))),
+                salt=draw(st.sampled_from([b"", b"", b"salt"])),
             )
         )
     return sizes, stages, late, requests
@@ -101,6 +106,7 @@ def test_any_trace(trace):
     trial = run(*trace)
     event(f"preemptions: {min(trial.scheduler.num_preemptions, 3)}")
     event(f"mixed packets: {any(p.rows and p.tiles for p in trial.packets)}")
+    event(f"cached pages: {min(trial.cached_tokens // trial.sizes.page_size, 10)}")
 
 
 @pytest.mark.slow
@@ -111,11 +117,6 @@ def test_any_of_many_traces(trace):
 
 
 # --- limits -----------------------------------------------------------------------------------
-
-
-def numbered(length: int, first: int = 0) -> list[int]:
-    """A prompt without `POISON`."""
-    return [14 + (first + i) % 30 for i in range(length)]
 
 
 def test_a_request_may_fill_the_cache_but_for_its_last_token():

@@ -1,5 +1,6 @@
 """The sizes that an engine chooses, the memory that it counts, and the options that it refuses."""
 
+import dataclasses
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.config import LlamaConfig
+from llama_jax.config import DynamicScaling, LinearScaling, LlamaConfig
 from llama_jax.engine import core
 from llama_jax.engine.device_memory import bytes_by_device, choose_mesh_sizes, free_bytes
 from llama_jax.engine.options import EngineOptions
@@ -17,6 +18,7 @@ from llama_jax.engine.sizing import (
     CPU_CACHE_BYTES,
     SizingError,
     check_options,
+    check_stages,
     choose_results_late,
     choose_sizes,
     gpu_cache_bytes,
@@ -36,14 +38,15 @@ CONFIG = LlamaConfig(
     norm_eps=1e-5,
     max_position_embeddings=512,
 )
-MESHES = ("1x1", "2x1", "4x1", "1x2", "2x2", "4x2")
+MESHES = ("1x1", "2x1", "4x1", "1x2", "2x2", "4x2", "1x4", "2x4")
 
 
 def bytes_of_a_page(mesh: str, page_size: int, itemsize: int) -> int:
     """Keys and values on one device: of its heads in each of its layers, padding included."""
     stages, ranks = map(int, mesh.split("x"))
     layers = -(-CONFIG.num_layers // stages)
-    return 2 * layers * (CONFIG.num_kv_heads // ranks) * page_size * CONFIG.head_dim * itemsize
+    heads = max(CONFIG.num_kv_heads // ranks, 1)
+    return 2 * layers * heads * page_size * CONFIG.head_dim * itemsize
 
 
 def choose(mesh: str = "1x1", dtype=jnp.float32, **options):
@@ -230,3 +233,23 @@ def test_options_at_their_limits():
 def test_the_memory_that_the_error_asks_for_is_enough():
     sizes, longest = choose(kv_cache_memory=49152, max_model_len=64)
     assert (sizes.num_pages, longest) == (4, 64)
+
+
+def test_every_stage_needs_a_layer():
+    check_stages(CONFIG.num_layers, CONFIG)
+    with pytest.raises(SizingError):
+        check_stages(CONFIG.num_layers + 1, CONFIG)
+
+
+@pytest.mark.parametrize(("factor", "longest"), [(4.0, 2048), (1.5, 768)])
+def test_linear_scaling_extends_the_context(factor, longest):
+    config = dataclasses.replace(CONFIG, rope_scaling=LinearScaling(factor=factor))
+    check_options(EngineOptions(path="", max_model_len=longest), config)
+    with pytest.raises(SizingError, match=str(longest)):
+        check_options(EngineOptions(path="", max_model_len=longest + 1), config)
+
+
+def test_dynamic_scaling_does_not_extend_the_context():
+    config = dataclasses.replace(CONFIG, rope_scaling=DynamicScaling(factor=4.0))
+    with pytest.raises(SizingError, match="512"):
+        check_options(EngineOptions(path="", max_model_len=513), config)

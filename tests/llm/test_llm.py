@@ -170,6 +170,15 @@ def test_more_prompts_than_the_engine_accepts_at_once(start: StartLLM) -> None:
     assert [answer.token_ids for answer in answers] == [[n + 1, n + 2] for n in range(1, 101)]
 
 
+def test_streams_that_are_not_read_hold_no_place(start: StartLLM) -> None:
+    llm = start(max_num_seqs=1, max_queue=1)
+    streams = [llm.stream("A", SamplingParams(max_tokens=9)) for _ in range(2)]
+    assert [next(stream) for stream in streams] == ["B", "B"]
+    answers = llm.generate(["A"] * 5, LETTERS)
+    assert [answer.text for answer in answers] == ["BCDEF"] * 5
+    assert ["".join(stream) for stream in streams] == ["CDEFGHIJ"] * 2
+
+
 def test_a_request_that_the_engine_refuses_does_not_harm_the_others(start: StartLLM) -> None:
     llm = start("fake:refuse")
     refused, answered = llm.generate([[13, 1], [1, 13]], SamplingParams(max_tokens=1))
@@ -423,9 +432,9 @@ def llm_of_64_tokens(checkpoint: Path) -> Iterator[LLM]:
 def test_a_model_without_a_chat_template(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_tokenizer(tmp_path, chat_template=False)
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(checkpoint / name)
+    make_tokenizer(tmp_path, chat_template=False)
     monkeypatch.setattr("llama_jax.llm.llm.ENGINE_COMMAND", FAKE)
     with LLM(tmp_path) as llm:
         with pytest.raises(TokenizerError):

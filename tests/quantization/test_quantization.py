@@ -10,11 +10,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llama_jax.quantization import FORMATS, Fp8, Int4, Int8
+from llama_jax.quantization import FORMATS, QUANTIZERS, Fp8, Int4, Int4ActOrder, Int8
 
 TINY = float(np.finfo(np.float32).tiny)  # XLA flushes what is smaller to zero
 GROUPS = (2, 16)
 NUM_GROUPS = 2
+each_quantizer = pytest.mark.parametrize("name", QUANTIZERS)
 each_format = pytest.mark.parametrize("name", FORMATS)
 
 
@@ -70,19 +71,41 @@ def random_matrix(rows: int, columns: int, seed: int = 0) -> np.ndarray:
     return (rng.standard_normal((rows, columns)) * np.logspace(-3, 2, rows)[:, None]).astype("f4")
 
 
+def random_quantized(name: str, rows: int, columns: int, group: int):
+    """Random arrays of a format."""
+    rng = np.random.default_rng(0)
+
+    def array(field, part):
+        if field == "scale":
+            return rng.uniform(1e-3, 1, part.shape).astype(np.float32)
+        if field == "group":
+            return (rng.permutation(columns) // group).astype(np.int32)
+        codes = rng.integers(0, 256 if part.dtype != "float8_e4m3fn" else 127, part.shape)
+        if field == "zero" and name.startswith("int4"):
+            codes %= 16
+        return codes.astype(np.uint8).view(getattr(ml_dtypes, part.dtype, part.dtype))
+
+    parts = FORMATS[name].parts((rows, columns), group)
+    return type(parts)(*map(array, parts._fields, parts))
+
+
 def exact(quantized) -> np.ndarray:
     """`dequantize` by the definition of each layout, element by element, in float64."""
-    values, scale, *rest = (np.asarray(part) for part in quantized)
-    scale = scale.astype(np.float64)
-    if not rest:
-        return values.astype(np.float64) * scale[:, None]
-    group = 2 * values.shape[1] // scale.shape[1]
-    matrix = np.empty((len(values), 2 * values.shape[1]))
+    values, scale, zero, group = (
+        np.asarray(getattr(quantized, field)) if hasattr(quantized, field) else None
+        for field in ("values", "scale", "zero", "group")
+    )
+    packed = isinstance(quantized, Int4 | Int4ActOrder)
+    matrix = np.empty((len(values), values.shape[1] * (2 if packed else 1)))
+    scale = scale.reshape(len(values), -1).astype(np.float64)
+    if group is None:
+        group = np.arange(matrix.shape[1]) // (matrix.shape[1] // scale.shape[1])
     for row, column in np.ndindex(matrix.shape):
-        byte = int(values[row, column // 2])
-        nibble = byte // 16 if column % 2 else byte % 16
-        where = row, column // group
-        matrix[row, column] = (nibble - int(rest[0][where])) * scale[where]
+        value = values[row, column // 2 if packed else column].item()
+        if packed:
+            value = value // 16 if column % 2 else value % 16
+        where = row, group[column]
+        matrix[row, column] = (value - (0 if zero is None else int(zero[where]))) * scale[where]
     return matrix
 
 
@@ -107,12 +130,12 @@ def theory(name: str, matrix: np.ndarray, group: int) -> np.ndarray:
     return bound * (1 + 1e-4)
 
 
-@each_format
+@each_quantizer
 @given(rows=ROWS, group=st.sampled_from(GROUPS))
 @example(rows=[(normal, -40, 1), (normal, 37, 1)], group=16)
 def test_the_error_is_within_the_bound_of_theory(name, rows, group):
     matrix = matrix_of(rows, group)
-    quantized = FORMATS[name].quantize(matrix, group)
+    quantized = QUANTIZERS[name].quantize(matrix, group)
     for part in quantized:
         assert np.isfinite(part.astype(np.float32)).all()
     error = np.abs(exact(quantized) - matrix.astype(np.float64))
@@ -120,25 +143,25 @@ def test_the_error_is_within_the_bound_of_theory(name, rows, group):
     assert (error <= bound).all()
     # The bound that the converter checks is at most twice as large: just above a power of two, the
     # steps of fp8 are as long as those up to the next power.
-    announced = FORMATS[name].error_bound(matrix, group).astype(np.float64)
+    announced = QUANTIZERS[name].error_bound(matrix, group).astype(np.float64)
     assert announced.shape == matrix.shape
     assert (error <= announced).all()
     assert (announced <= 2.001 * bound).all()
 
 
-@each_format
+@each_quantizer
 def test_the_bound_is_reached(name):
     """So the bound is as tight as it can be."""
     matrix = np.linspace(-1, 1, 4096, dtype=np.float32).reshape(1, -1)
-    error = np.abs(exact(FORMATS[name].quantize(matrix, 4096)) - matrix)
+    error = np.abs(exact(QUANTIZERS[name].quantize(matrix, 4096)) - matrix)
     assert (error / theory(name, matrix, 4096)).max() > 0.98
 
 
-@each_format
+@each_quantizer
 @given(rows=ROWS, group=st.sampled_from(GROUPS))
 def test_quantizing_again_changes_nothing(name, rows, group):
-    first = FORMATS[name].quantize(matrix_of(rows, group), group)
-    again = FORMATS[name].quantize(first.dequantize(), group)
+    first = QUANTIZERS[name].quantize(matrix_of(rows, group), group)
+    again = QUANTIZERS[name].quantize(first.dequantize(), group)
     same = np.ones(first.scale.shape, bool)
     if name == "int4":  # a group that did not use the last step has shorter steps now
         groups = exact(first).reshape(*same.shape, -1)
@@ -154,11 +177,11 @@ def test_quantizing_again_changes_nothing(name, rows, group):
 dequantize = jax.jit(lambda quantized: quantized.dequantize())
 
 
-@each_format
+@each_quantizer
 @given(rows=ROWS, group=st.sampled_from(GROUPS))
 def test_numpy_and_jax_dequantize_alike(name, rows, group):
     matrix = matrix_of(rows, group)
-    quantized = FORMATS[name].quantize(matrix, group)
+    quantized = QUANTIZERS[name].quantize(matrix, group)
     in_jax = dequantize(type(quantized)(*map(jnp.asarray, quantized)))
     in_numpy = quantized.dequantize()
     assert in_jax.dtype == in_numpy.dtype == np.float32
@@ -166,12 +189,12 @@ def test_numpy_and_jax_dequantize_alike(name, rows, group):
     np.testing.assert_allclose(in_numpy, exact(quantized), rtol=1e-6, atol=TINY)
 
 
-@each_format
+@each_quantizer
 @pytest.mark.parametrize("shape", [(1, 16), (6, 48), (64, 32)])
 def test_parts_describe_the_arrays(name, shape):
-    parts = FORMATS[name].parts(shape, 16)
-    made = FORMATS[name].quantize(random_matrix(*shape), 16)
-    assert type(parts) is type(made) is FORMATS[name]
+    parts = QUANTIZERS[name].parts(shape, 16)
+    made = QUANTIZERS[name].quantize(random_matrix(*shape), 16)
+    assert type(parts) is type(made) is QUANTIZERS[name]
     for part, array in zip(parts, made, strict=True):
         assert (part.shape, part.dtype) == (array.shape, array.dtype.name)
         assert len(part.axes) == array.ndim
@@ -182,11 +205,10 @@ def test_parts_describe_the_arrays(name, shape):
 @each_format
 @pytest.mark.parametrize(("axis", "pieces"), [*itertools.product((0, 1), (2, 4))])
 def test_arrays_split_as_their_matrix_does(name, axis, pieces):
-    kind, matrix = FORMATS[name], random_matrix(8, 64)
-    whole = kind.quantize(matrix, 16)
+    kind, whole = FORMATS[name], random_quantized(name, 8, 64, 16)
     parts = [
         np.split(array, pieces, part.axes.index(axis)) if axis in part.axes else [array] * pieces
-        for array, part in zip(whole, kind.parts(matrix.shape, 16), strict=True)
+        for array, part in zip(whole, kind.parts((8, 64), 16), strict=True)
     ]
     expected = np.split(whole.dequantize(), pieces, axis)
     for piece, wanted in zip(zip(*parts, strict=True), expected, strict=True):
@@ -194,10 +216,20 @@ def test_arrays_split_as_their_matrix_does(name, axis, pieces):
 
 
 @each_format
+def test_dequantize(name):
+    quantized = random_quantized(name, 8, 48, 16)
+    expected = exact(quantized)
+    np.testing.assert_allclose(quantized.dequantize(), expected, rtol=1e-6)
+    in_jax = type(quantized)(*map(jnp.asarray, quantized)).dequantize()
+    assert in_jax.dtype == quantized.dequantize().dtype == np.float32
+    np.testing.assert_allclose(in_jax, expected, rtol=1e-6)
+
+
+@each_format
 @pytest.mark.parametrize(("dtype", "allowed"), [("float32", 1e-6), ("bfloat16", 2.0**-7)])
 def test_linear(name, dtype, allowed):
     """Relative to the sum of the terms' magnitudes; the exact product is in float64."""
-    quantized = FORMATS[name].quantize(random_matrix(24, 96), 16)
+    quantized = random_quantized(name, 24, 96, 16)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 5, 96)), dtype)
     found = jax.jit(lambda q, x: q.linear(x))(type(quantized)(*map(jnp.asarray, quantized)), x)
     assert found.dtype == x.dtype and found.shape == (2, 5, 24)
@@ -284,7 +316,10 @@ def test_int4_quantizes_by_hand():
     assert two.values.tobytes().hex() == "f0f0"
 
 
-@pytest.mark.parametrize(("columns", "group"), [(48, 32), (30, 15)])
-def test_columns_that_int4_cannot_group_are_refused(columns, group):
+@pytest.mark.parametrize(
+    ("name", "columns", "group"),
+    [("int4", 48, 32), ("int4", 30, 15), ("int8_grouped", 48, 32), ("fp8_grouped", 48, 32)],
+)
+def test_columns_that_a_format_cannot_group_are_refused(name, columns, group):
     with pytest.raises(ValueError, match=f"{columns} columns"):
-        Int4.parts((8, columns), group)
+        FORMATS[name].parts((8, columns), group)

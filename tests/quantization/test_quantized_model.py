@@ -14,7 +14,7 @@ from llama_jax.checkpoint.load import load_params
 from llama_jax.config import LlamaConfig, Quantization
 from llama_jax.engine.device_memory import bytes_by_device, weight_bytes
 from llama_jax.model import Llama
-from llama_jax.quantization import FORMATS, Int4
+from llama_jax.quantization import QUANTIZERS, Int4
 from llama_jax.weights.placement import ShardingError, param_shapes, param_specs, placements
 from sharding.mesh import make_mesh
 from tests.support.quantized_checkpoint import save_quantized
@@ -59,14 +59,14 @@ def checkpoint(tmp_path_factory):
     [
         pytest.param(shape, name, marks=[] if i == j else [pytest.mark.slow])
         for i, shape in enumerate(SHAPES)
-        for j, name in enumerate(FORMATS)
+        for j, name in enumerate(QUANTIZERS)
     ],
 )
 def test_on_one_device(checkpoint, shape, name):
     theirs, path = checkpoint(shape, name)
     ours = Llama.from_pretrained(path)
     for layer in ours.layers:
-        assert isinstance(layer.attention.wq.get_value(), FORMATS[name])
+        assert isinstance(layer.attention.wq.get_value(), QUANTIZERS[name])
     expected = reference_logits(theirs, TOKENS)
     tokens = np.array([TOKENS])
     for found in (ours(tokens), jax.jit(lambda model, tokens: model(tokens))(ours, tokens)):
@@ -75,7 +75,9 @@ def test_on_one_device(checkpoint, shape, name):
 
 def test_the_formats_differ(checkpoint):
     """So a test that ran the wrong one would fail."""
-    found = [np.asarray(Llama.from_pretrained(checkpoint("one", f)[1])([TOKENS])) for f in FORMATS]
+    found = [
+        np.asarray(Llama.from_pretrained(checkpoint("one", f)[1])([TOKENS])) for f in QUANTIZERS
+    ]
     plain = reference_logits(make_model(**SHAPES["one"]), TOKENS)
     for one, other in [(0, 1), (0, 2), (1, 2)]:
         assert np.abs(found[one] - found[other]).max() > 1e-3 * np.abs(plain).max()
@@ -84,7 +86,7 @@ def test_the_formats_differ(checkpoint):
         assert least < np.corrcoef(logits.ravel(), plain.ravel())[0, 1] < 1
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", QUANTIZERS)
 def test_in_bfloat16(checkpoint, name):
     theirs, path = checkpoint("one", name)
     ours = Llama.from_pretrained(path, dtype="bfloat16")
@@ -102,7 +104,7 @@ RUNS = [
         id=f"{shape}-{name}-{mesh}",
     )
     for i, shape in enumerate(SHAPES)
-    for j, name in enumerate(FORMATS)
+    for j, name in enumerate(QUANTIZERS)
     for k, mesh in enumerate(MESHES)
 ]
 
@@ -146,7 +148,7 @@ def quantized_config(name: str, config: LlamaConfig = LLAMA_70B, **changes) -> L
     return replace(config, quantization=Quantization(format=name), **changes)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", QUANTIZERS)
 def test_specs_of_a_quantized_matrix(name):
     layer = param_specs(quantized_config(name), 4, 2).layers[0]
     rows, columns = P("stage", "model", None), P("stage", None, "model")
@@ -160,7 +162,7 @@ def test_specs_of_a_quantized_matrix(name):
         if name == "int4":  # scales and zero points go with their columns
             assert layer[weight] == Int4(of_values, of_values, of_values)
         else:
-            assert layer[weight] == FORMATS[name](of_values, of_rows)
+            assert layer[weight] == QUANTIZERS[name](of_values, of_rows)
     assert layer["mlp_norm.scale"] == by_stage
 
 
@@ -183,7 +185,7 @@ def test_bytes_of_70b_on_each_device(name):
     assert weight_bytes(config, make_mesh("4x2"), jnp.bfloat16) == WEIGHTS_OF_70B[name]
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", QUANTIZERS)
 def test_loaded_weights_have_the_predicted_sizes(checkpoint, name):
     mesh = make_mesh("4x2")
     with contextlib.closing(open_checkpoint(checkpoint("one", name)[1])) as reader:

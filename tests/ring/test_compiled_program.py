@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from bench.hlo import aliased_outputs, count_ops, large_copies, unordered_collectives
 from llama_jax.model import sampling
 from llama_jax.model.sampling import CONTROL_WIDTH
-from llama_jax.ring import kv_cache, stage, steps, tick
+from llama_jax.ring import choosing, kv_cache, stage, steps, tick
 from llama_jax.ring.packet import LENGTH
 from llama_jax.ring.sizes import Bucket
 from llama_jax.weights.placement import placements
@@ -52,7 +52,7 @@ def compile_sampling(mesh: str):
     output = steps.StepOutput(logits, tokens=chosen, slots=chosen)
     tokens = jax.ShapeDtypeStruct((SIZES.num_slots,), jnp.int32)
     controls = jax.ShapeDtypeStruct((rows, CONTROL_WIDTH), jnp.int32)
-    return steps.sample_step(device_mesh).lower(tokens, output, controls).compile()
+    return choosing.sample_step(device_mesh).lower(tokens, output, controls).compile()
 
 
 @pytest.fixture(scope="module", params=BUCKETS, ids=str)

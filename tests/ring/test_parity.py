@@ -102,3 +102,23 @@ def test_long_answers(pair):
     for request in requests:
         if run.tokens[request.request_id]:
             assert_agrees(model, request, run)
+
+
+def test_shared_beginnings(pair):
+    """Prompts that begin alike share pages: at once, during the answer, and after its end."""
+    model, compiled, results_late = pair
+    loop = restart(compiled, results_late)
+    lengths = (90, 17, 30, 5, 40)
+    requests = greedy_requests(lengths, vocab_size=model.config.vocab_size, max_tokens=6)
+    system = requests[0].prompt[:75]  # 9 pages of 8 tokens, and 3 tokens
+    ticks = (0, 0, 3, 9, 200)
+    requests = [
+        request._replace(tick=tick, prompt=[*system, *request.prompt])
+        for request, tick in zip(requests, ticks, strict=True)
+    ]
+    run = drive(loop, requests)
+    assert loop.scheduler.num_preemptions == 0
+    assert loop.scheduler.num_cached_tokens >= 4 * 72
+    for request in requests:
+        assert len(run.tokens[request.request_id]) == 6
+        assert_agrees(model, request, run)

@@ -34,9 +34,10 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.engine.executor import Executor
+from llama_jax.engine.executor import Choice, Executor
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.model import Llama
+from llama_jax.model.adjustments import encode_adjustments
 from llama_jax.model.sampling import encode_controls
 from llama_jax.ring import kv_cache, steps
 from llama_jax.ring.packet import PAGES, SLOT, encode_packet
@@ -296,14 +297,14 @@ def test_a_burst_spreads_over_the_microbatches(fair, monkeypatch):
 # --- 6: records ----------------------------------------------------------------------------------
 
 
-def by_slot(self, packet, tokens, bucket_rows):
+def by_slot(self, packet, tokens, bucket_rows, logprobs):
     """Gives a result to the current owner of its slot."""
     owners = {s.slot: s for s in self._sequences.values()}
     results = [(owners.get(s.slot), tokens[i]) for i, s in packet.results(bucket_rows)]
     return [self._take_token(s, token) for s, token in results if s and not s.finished]
 
 
-def without_epochs(self, packet, tokens, bucket_rows):
+def without_epochs(self, packet, tokens, bucket_rows, logprobs):
     """Gives a result to its sequence, even if that was preempted in the meantime."""
     results = [(s.sequence, tokens[i]) for i, s in packet.results(bucket_rows)]
     return [self._take_token(s, token) for s, token in results if not s.finished]
@@ -467,8 +468,10 @@ def test_empty_packets_change_nothing(loop):
     before = jax.tree.map(lambda a: np.array(a).view(np.int32), executor.state[1:])
     tables = np.zeros((loop.sizes.num_slots, loop.sizes.pages_per_sequence), np.int32)
     for bucket in loop.sizes.buckets() * loop.num_stages:
-        controls = encode_controls(loop.sizes.num_segments(bucket), [])
-        executor.run(bucket, encode_packet(loop.sizes, bucket, tables, [], [], []), controls)
+        n = loop.sizes.num_segments(bucket)
+        packed = encode_packet(loop.sizes, bucket, tables, [], [], [])
+        executor.run(bucket, packed, Choice(encode_controls(n, [])))
+        executor.run(bucket, packed, Choice(adjustments=encode_adjustments(n, []), logprobs=True))
     after = jax.tree.map(lambda a: np.array(a).view(np.int32), executor.state[1:])
     jax.tree.map(np.testing.assert_array_equal, before, after)
     assert len(jax.tree.leaves(before)) == 1 + 2  # tokens, and keys and values of one layer

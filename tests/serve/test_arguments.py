@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from llama_jax.serve.arguments import (
     engine_options,
     parse_arguments,
 )
+from llama_jax.serve.foreign_flags import ANSWERS
 from llama_jax.serve.http_server import ListenError, address_of, is_loopback, listen
 from llama_jax.serve.ready import show_ready
 from tests.support.fake_client import FakeServer, events, make_info
@@ -34,7 +36,8 @@ def test_defaults_are_those_of_the_engine():
 def test_every_option_reaches_the_engine():
     line = (
         "models/x --mesh 4x2 --dtype bfloat16 --max-model-len 100 --max-num-seqs 5 --max-queue 6 "
-        "--page-size 32 --kv-cache-memory 2GiB --max-chunk 64 --results-late 1"
+        "--page-size 32 --kv-cache-memory 2GiB --max-chunk 64 --results-late 1 "
+        "--strict-config"
     )
     arguments = parse_arguments(line.split())
     assert engine_options(arguments, arguments.path) == EngineOptions(
@@ -48,6 +51,7 @@ def test_every_option_reaches_the_engine():
         kv_cache_memory=2 * 1024**3,
         max_chunk=64,
         results_late=1,
+        strict_config=True,
     )
 
 
@@ -90,6 +94,36 @@ def test_wrong_usage_prints_one_line_and_exits_with_2(line, said, capsys):
     [message] = capsys.readouterr().err.splitlines()
     assert said in message
     assert message.startswith("python -m llama_jax.serve: ")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("models/x -tp 4", "--mesh"),
+        ("models/x --tensor-parallel-size=4", "--mesh"),
+        ("--pp_size 4", "--mesh"),
+        ("models/x --gpu-memory-utilization 0.9", "--kv-cache-memory"),
+        ("--model models/x", "without a flag"),
+        ("models/x --max-num-batched-tokens 512", "--max-chunk"),
+        ("models/x --enforce-eager", "compiled"),
+        ("--mem-fraction-static nonsense --port x", "--kv-cache-memory"),
+    ],
+)
+def test_a_flag_of_another_server_is_answered(line, said, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(line.split())
+    assert caught.value.code == 2
+    [message] = capsys.readouterr().err.splitlines()
+    assert said in message
+
+
+def test_the_answers_to_other_flags_name_flags_that_exist(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    own = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+    named = {flag for answer in ANSWERS.values() for flag in re.findall(r"--[a-z-]+", answer)}
+    assert "--mesh" in named <= own
+    assert not own & set(ANSWERS)
 
 
 def test_the_help_names_defaults_units_and_an_example(capsys):

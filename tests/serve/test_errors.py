@@ -7,6 +7,8 @@ import json
 import httpx
 import pytest
 
+from llama_jax.engine.errors import EngineClosed, EngineDead
+from llama_jax.serve.errors import as_api_error
 from llama_jax.serve.middleware import MAX_BODY_BYTES, Door
 from tests.support.fake_client import FakeServer, error_of, events, user
 
@@ -417,9 +419,9 @@ def test_the_engines_death_ends_a_stream_with_an_error_event(n):
     tokens = 0
     generate = server.engine.generate
 
-    async def mortal(prompt, params):
+    async def mortal(prompt, params, **options):
         nonlocal tokens
-        async for output in generate(prompt, params):
+        async for output in generate(prompt, params, **options):
             yield output
             tokens += 1
             if tokens == 3:
@@ -469,8 +471,22 @@ def test_a_server_that_is_shutting_down_accepts_no_requests():
     refused(server.get("/health"), 503, code="shutting_down")
 
 
-def test_a_silent_engine_is_unhealthy_but_gets_requests():
+def test_an_engine_that_has_stopped_answering_gets_no_requests():
     server = FakeServer()
-    server.engine.seconds_since_report = 60.0
+    server.engine.responds = False
     refused(server.get("/health"), 503, code="engine_silent")
-    server.complete()
+    refused(server.post(CHAT, {"messages": user("Hi")}), 503, code="engine_silent")
+    assert not server.engine.requests
+
+
+def test_an_engine_that_drains_makes_the_server_shut_down():
+    server = FakeServer()
+    server.engine.draining = True
+    server.engine.alive = False
+    refused(server.get("/health"), 503, code="shutting_down")
+    refused(server.post(CHAT, {"messages": user("Hi")}), 503, code="shutting_down")
+
+
+def test_a_wanted_end_is_no_crash():
+    assert as_api_error(EngineClosed("x")).code == "shutting_down"
+    assert as_api_error(EngineDead("x")).code == "engine_dead"

@@ -214,10 +214,13 @@ def timed(server: FakeServer, gaps: list[float]) -> Clock:
     clock = server.served.metrics.clock = Clock()
     generate: Callable[..., AsyncGenerator[Output, None]] = server.engine.generate
 
-    async def slow(prompt: list[int], params: SamplingParams) -> AsyncGenerator[Output, None]:
+    async def slow(
+        prompt: list[int], params: SamplingParams, *, on_token: Callable[[], None]
+    ) -> AsyncGenerator[Output, None]:
         times = iter(gaps)
         async for output in generate(prompt, params):
             clock.now += next(times)
+            on_token()
             yield output
 
     server.engine.generate = slow
@@ -242,6 +245,29 @@ def test_a_request_over_http_is_measured(path: str, stream: bool) -> None:
     assert found["request_prompt_tokens_sum"] == len(prompt)
     assert found["request_generation_tokens_sum"] == 3
     assert found["request_success_total{length}"] == 1
+
+
+def test_a_pause_of_the_reader_is_no_latency() -> None:
+    """The tokens arrive while the client reads none of them."""
+    server = FakeServer("Hello!")
+    clock = server.served.metrics.clock = Clock()
+    generate = server.engine.generate
+
+    async def ahead_of_the_reader(
+        prompt: list[int], params: SamplingParams, *, on_token: Callable[[], None]
+    ) -> AsyncGenerator[Output, None]:
+        outputs = [output async for output in generate(prompt, params)]
+        for _ in outputs:
+            clock.now += 0.25
+            on_token()
+        for output in outputs:
+            clock.now += 30.0
+            yield output
+
+    server.engine.generate = ahead_of_the_reader
+    server.stream("/v1/completions", max_tokens=3)
+    found = samples(server.get("/metrics").text)
+    assert [found[f"{name}_sum"] for name in LATENCIES] == [0.25, 0.5, 0.25, 0.75]
 
 
 def test_a_stop_string_is_a_stop_and_a_refused_request_is_nothing() -> None:

@@ -3,16 +3,23 @@
 Tests wait for conditions and do not measure time.
 """
 
+import contextlib
 import json
+import os
+import shlex
+import shutil
 import signal
 import socket
+import subprocess
 import threading
 
 import httpx
 import pytest
 
+from llama_jax.serve.__main__ import main as entry_point
 from llama_jax.serve.launch import main
-from tests.support.processes import FAKE, wait_until
+from tests.support.paths import ROOT
+from tests.support.processes import FAKE, children, wait_until
 from tests.support.server_process import FAKE_SERVER, ServerProcess, is_running, kill
 from tests.support.tiny_tokenizer import make_tokenizer
 
@@ -58,6 +65,13 @@ class Reader:
         return [json.loads(block.removeprefix("data: ")) for block in blocks]
 
 
+def up(url: str) -> float:
+    """The metric engine_up."""
+    text = httpx.get(url + "/metrics").text
+    [line] = [line for line in text.splitlines() if line.startswith("llama_jax:engine_up{")]
+    return float(line.split()[-1])
+
+
 def health(url: str) -> int:
     return httpx.get(url + "/health").status_code
 
@@ -73,7 +87,7 @@ def assert_gone(server: ServerProcess, engine: int) -> None:
 # Ends
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_server_and_engine(checkpoints, number):
     with start(checkpoints).wait_ready() as server:
         engine = server.engine_pid()
@@ -101,7 +115,7 @@ def test_requests_that_outlast_the_shutdown_timeout_end_with_an_error(checkpoint
     with start(checkpoints, "--shutdown-timeout", "0.2").wait_ready() as server:
         reader = Reader(server.url, max_tokens=100_000)
         server.signal()
-        assert reader.events()[-1]["error"]["type"] == "server_error"
+        assert reader.events()[-1]["error"]["code"] == "shutting_down"
         assert server.end() == 0
 
 
@@ -110,14 +124,17 @@ def test_a_second_signal_ends_it_at_once(checkpoints):
         reader, engine = Reader(server.url, max_tokens=100_000), server.engine_pid()
         server.signal()
         server.wait_for("Shutting down")
+        server.signal(signal.SIGHUP)  # never counts as the second
         assert server.process.poll() is None
+        assert health(server.url) == 503
         server.signal()
-        assert reader.events()[-1]["error"]["type"] == "server_error"
+        assert reader.events()[-1]["error"]["code"] == "shutting_down"
         assert server.end() == 0
         assert_gone(server, engine)
 
 
-def test_a_start_is_reported_and_can_be_interrupted(checkpoints):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_start_is_reported_and_can_be_interrupted(checkpoints, number, code):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     server = ServerProcess(FAKE_SERVER, str(checkpoints["fake:hang"]), port=port)
@@ -125,9 +142,68 @@ def test_a_start_is_reported_and_can_be_interrupted(checkpoints):
         server.wait_for("Loading")
         assert httpx.get(server.url + "/health").json()["error"]["code"] == "starting"
         engine = server.engine_pid()
-        server.signal()
-        assert server.end() == 0
+        server.signal(number)
+        assert server.end() == code
         assert_gone(server, engine)
+        assert len(server.err) == (number == signal.SIGINT)
+
+
+def test_ctrl_c_before_anything_is_started(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llama_jax.serve.launch.main", interrupted)
+    assert entry_point() == 130
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_an_engine_that_drains_makes_the_server_refuse_requests_and_end(checkpoints):
+    with start(checkpoints).wait_ready() as server:
+        reader = Reader(server.url, max_tokens=1500)
+        os.kill(server.engine_pid(), signal.SIGTERM)
+        wait_until(lambda: health(server.url) == 503)
+        refused = httpx.post(server.url + "/v1/completions", json={"prompt": "Hi"})
+        assert refused.json()["error"]["code"] == "shutting_down"
+        assert len(reader.events()) == 1500
+        assert server.end() == 1
+
+
+@pytest.mark.slow
+def test_an_engine_that_stops_answering_gets_no_requests_until_it_answers_again(checkpoints):
+    with start(checkpoints).wait_ready() as server:
+        engine = server.engine_pid()
+        os.kill(engine, signal.SIGSTOP)
+        wait_until(lambda: health(server.url) == 503)
+        refused = httpx.post(server.url + "/v1/completions", json={"prompt": "Hi"})
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "engine_silent"
+        assert up(server.url) == 0
+        os.kill(engine, signal.SIGCONT)
+        wait_until(lambda: health(server.url) == 200)
+        assert up(server.url) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("redirection", [">&- 2>&-", "> /dev/full 2> /dev/full", "| true"])
+def test_a_server_whose_output_cannot_be_written_serves(checkpoints, redirection):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [*FAKE_SERVER, str(checkpoints["fake"]), f"--port={port}"]
+    shell = f"{shlex.join(command)} {redirection}; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    process = subprocess.Popen(["bash", "-c", shell], cwd=ROOT, env=environment)
+    url = f"http://127.0.0.1:{port}"
+
+    def ready() -> bool:
+        with contextlib.suppress(httpx.ConnectError):
+            return health(url) == 200
+        return False
+
+    wait_until(ready, 60)
+    [server] = children(process.pid)
+    os.kill(server, signal.SIGTERM)
+    assert process.wait(60) == 0
 
 
 def test_the_engines_death_ends_streams_and_the_server(checkpoints):
@@ -178,7 +254,8 @@ def test_a_path_that_is_a_file(failed, tmp_path):
     assert "model.safetensors" in failed(str(tmp_path / "model.safetensors"))
 
 
-def test_a_checkpoint_without_a_tokenizer(failed, tmp_path):
+def test_a_checkpoint_without_a_tokenizer(failed, checkpoints, tmp_path):
+    shutil.copy(checkpoints["fake"] / "config.json", tmp_path)
     assert "tokenizer.json" in failed(str(tmp_path))
 
 
@@ -186,6 +263,12 @@ def test_a_port_in_use(failed, checkpoints):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert str(port) in failed(str(checkpoints["fake"]), port=port)
+
+
+def test_a_port_in_use_is_found_before_anything_is_loaded(failed, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert str(port) in failed(str(tmp_path), port=port)  # without a tokenizer
 
 
 def test_an_engine_that_cannot_start(failed, checkpoints):
@@ -204,6 +287,6 @@ def test_a_defect_of_the_server_is_raised_with_its_traceback(tmp_path, monkeypat
     def defect(path):
         raise ValueError("cannot reshape array")
 
-    monkeypatch.setattr("llama_jax.serve.launch.generation_defaults", defect)
+    monkeypatch.setattr("llama_jax.serve.launch.read_checkpoint_config", defect)
     with pytest.raises(ValueError, match="reshape"):
-        main([str(tmp_path)])
+        main([str(tmp_path), "--port=0"])

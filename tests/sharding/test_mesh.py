@@ -171,8 +171,8 @@ def test_shapes_of_70b_on_8_gpus():
     assert placements(LlamaConfig.llama3_2_1b(), 4, 2).lm_head is None
 
 
-@pytest.mark.parametrize(("num_stages", "num_ranks", "fits"), [(1, 3, 2), (4, 16, 8)])
-def test_ranks_that_do_not_divide_the_kv_heads(num_stages, num_ranks, fits):
+@pytest.mark.parametrize(("num_stages", "num_ranks", "fits"), [(1, 3, 2), (4, 12, 8), (1, 128, 64)])
+def test_ranks_that_cannot_share_the_heads(num_stages, num_ranks, fits):
     with pytest.raises(ShardingError, match=rf"\b{fits}\b"):  # it names a number that does
         placements(LLAMA_70B, num_stages, num_ranks)
 

@@ -73,6 +73,8 @@ class FakeClient:
         self.script, self.eos = script, eos
         self.max_in_flight = max_in_flight
         self.alive = True
+        self.draining = False
+        self.responds = True
         self.seconds_since_report = 0.1
         self.hold = asyncio.Event()
         self.hold.set()
@@ -92,7 +94,11 @@ class FakeClient:
         check_request(prompt, params, self.info)
 
     async def generate(
-        self, prompt: list[int], params: SamplingParams
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        on_token: Callable[[], None] = lambda: None,
     ) -> AsyncGenerator[Output, None]:
         self.check(prompt, params)
         if self.running >= self.max_in_flight:
@@ -114,6 +120,7 @@ class FakeClient:
                 )
                 reason = "stop" if stops else "length" if index + 1 == limit else None
                 finished = reason is not None
+                on_token()
                 yield Output(0, token, reason)
                 if finished:
                     return

@@ -5,7 +5,7 @@ The name of the checkpoint directory is the mode of the engine.
 
 import sys
 
-from llama_jax.serve.launch import main
+from llama_jax.serve.__main__ import main
 from tests.support.processes import FAKE
 
 if __name__ == "__main__":

@@ -17,16 +17,20 @@ GROUP = 16  # does not divide the columns of all matrices of tiny_checkpoint
 MATRICES = (".q_proj.", ".k_proj.", ".v_proj.", ".o_proj.", ".gate_proj.", ".up_proj.", ".down_")
 
 
-def write_foreign(path: Path, quantization_config: dict | None, matrix, **config):
+def write_foreign(
+    path: Path, quantization_config: dict | None, matrix, *, plain=(), head=False, **config
+):
     """Writes a tiny checkpoint whose matrices are written by `matrix(rng, num_out, num_in)`.
 
-    Returns the exact matrices by name.
+    Those with a name that contains an entry of `plain` stay as they are. `head` quantizes the LM
+    head, too. Returns the exact quantized matrices by name.
     """
     weights = write_checkpoint(path, **({"dtype": "float16"} | config))
     rng = np.random.default_rng(0)
     stored, exact = {}, {}
     for name, weight in weights.items():
-        if any(part in name for part in MATRICES):
+        quantized = any(part in name for part in MATRICES) or (head and "lm_head" in name)
+        if quantized and not any(part in name for part in plain):
             tensors, exact[name] = matrix(rng, *weight.shape)
             module = name.removesuffix(".weight")
             stored |= {module + suffix: tensor for suffix, tensor in tensors.items()}
@@ -88,20 +92,50 @@ def decode_e4m3(code: int) -> float:
     return -number if sign else number
 
 
-# --- four bits in groups -------------------------------------------------------------------------
+def fp8_blocks(rng, num_out, num_in, *, rows, columns, suffix=".weight_scale_inv"):
+    """`weight` in e4m3, and one scale per block."""
+    tensors, exact = fp8(rng, num_out, num_in, scale_shape="scalar")
+    exact /= tensors[".weight_scale"].float().numpy()
+    shape = (-(-num_out // rows), -(-num_in // columns))
+    scale = rng.uniform(1e-4, 1e-3, shape).astype(np.float32)
+    for o in range(num_out):
+        for i in range(num_in):
+            exact[o, i] *= scale[o // rows, i // columns]
+    return {".weight": tensors[".weight"], suffix: torch.from_numpy(scale)}, exact
 
 
-def numbers(rng, num_out, num_in, zeros, group=GROUP):
-    """Integers [out][in], zero points and scales [out][group], and the matrix."""
+def int8_groups(rng, num_out, num_in, *, symmetric, group=GROUP):
+    """`weight` in int8, and one scale and zero point per group."""
+    q, zero, scale, exact = numbers(
+        rng, num_out, num_in, (128, 128) if symmetric else (0, 255), group or num_in, bits=8
+    )
+    tensors = {
+        ".weight": torch.from_numpy((q - 128).astype(np.int8)),
+        ".weight_scale": torch.from_numpy(scale),
+    }
+    if not symmetric:
+        tensors[".weight_zero_point"] = torch.from_numpy((zero - 128).astype(np.int8))
+    return tensors, exact
+
+
+# --- four and eight bits in groups ---------------------------------------------------------------
+
+
+def numbers(rng, num_out, num_in, zeros, group=GROUP, bits=4, order=None):
+    """Integers [out][in], zero points and scales [out][group], and the matrix.
+
+    Column i belongs to group `order[i]`, by default i // group.
+    """
     groups = -(-num_in // group)
-    q = rng.integers(0, 16, (num_out, num_in))
+    order = [i // group for i in range(num_in)] if order is None else order
+    q = rng.integers(0, 1 << bits, (num_out, num_in))
     zero = rng.integers(zeros[0], zeros[1] + 1, (num_out, groups))
     scale = rng.uniform(1e-3, 1e-2, (num_out, groups)).astype(np.float16)
     exact = np.empty((num_out, num_in), np.float32)
     for o in range(num_out):
         for i in range(num_in):
-            steps = np.float32(q[o, i] - zero[o, i // group])
-            exact[o, i] = steps * np.float32(scale[o, i // group])
+            steps = np.float32(q[o, i] - zero[o, order[i]])
+            exact[o, i] = steps * np.float32(scale[o, order[i]])
     return q, zero, scale, exact
 
 
@@ -110,19 +144,36 @@ def words(rows: list[list[int]]) -> torch.Tensor:
     return torch.tensor([[n - (n >> 31 << 32) for n in row] for row in rows], dtype=torch.int32)
 
 
-def gptq(rng, num_out, num_in, *, v2=False, group=GROUP, zeros=None, g_idx=True, bias=False):
-    """GPTQ: word w has input columns 8 w to 8 w + 7, and output channels for zeros."""
-    zeros = zeros or ((0, 15) if v2 else (1, 15))
-    q, zero, scale, exact = numbers(rng, num_out, num_in, zeros, group)
+def gptq(
+    rng,
+    num_out,
+    num_in,
+    *,
+    bits=4,
+    v2=False,
+    group=GROUP,
+    zeros=None,
+    g_idx=True,
+    bias=False,
+    act_order=False,
+):
+    """GPTQ: word w has 32 / bits input columns from 32 w / bits on, and output channels for zeros.
+
+    With `act_order`, the columns of a group are those that a permutation puts side by side.
+    """
+    n, group = 32 // bits, group or num_in
+    order = [i // group for i in (rng.permutation(num_in) if act_order else range(num_in))]
+    zeros = zeros or (0 if v2 else 1, (1 << bits) - 1)
+    q, zero, scale, exact = numbers(rng, num_out, num_in, zeros, group, bits, order)
     less = 0 if v2 else 1
     qweight = [
-        [sum(int(q[o, 8 * w + k]) << 4 * k for k in range(8)) for o in range(num_out)]
-        for w in range(num_in // 8)
+        [sum(int(q[o, n * w + k]) << bits * k for k in range(n)) for o in range(num_out)]
+        for w in range(num_in // n)
     ]
     qzeros = [
         [
-            sum(int(zero[8 * w + k, g]) - less << 4 * k for k in range(8))
-            for w in range(num_out // 8)
+            sum(int(zero[n * w + k, g]) - less << bits * k for k in range(n))
+            for w in range(num_out // n)
         ]
         for g in range(zero.shape[1])
     ]
@@ -132,7 +183,6 @@ def gptq(rng, num_out, num_in, *, v2=False, group=GROUP, zeros=None, g_idx=True,
         ".scales": torch.from_numpy(scale.T.copy()),
     }
     if g_idx:
-        order = [i // group for i in range(num_in)]
         tensors[".g_idx"] = torch.tensor(order, dtype=torch.int32)
     if bias:
         tensors[".bias"] = torch.zeros(num_out, dtype=torch.float16)
@@ -158,13 +208,22 @@ def awq(rng, num_out, num_in):
     return tensors, exact
 
 
-def packed(rng, num_out, num_in, *, symmetric=True):
-    """compressed-tensors: signed numbers plus 8, columns in words along the rows."""
-    q, zero, scale, exact = numbers(rng, num_out, num_in, (8, 8) if symmetric else (0, 15))
+def packed(rng, num_out, num_in, *, bits=4, symmetric=True, group=GROUP, act_order=False):
+    """compressed-tensors: signed numbers plus half their range, columns in words along the rows.
+
+    `group` None is one group per row.
+    """
+    n, group, half = 32 // bits, group or num_in, 1 << bits - 1
+    zeros = (half, half) if symmetric else (0, 2 * half - 1)
+    order = [i // group for i in (rng.permutation(num_in) if act_order else range(num_in))]
+    q, zero, scale, exact = numbers(rng, num_out, num_in, zeros, group, bits, order)
     tensors = {
         ".weight_packed": words(
             [
-                [sum(int(q[o, 8 * w + k]) << 4 * k for k in range(8)) for w in range(num_in // 8)]
+                [
+                    sum(int(q[o, n * w + k]) << bits * k for k in range(n))
+                    for w in range(num_in // n)
+                ]
                 for o in range(num_out)
             ]
         ),
@@ -175,12 +234,14 @@ def packed(rng, num_out, num_in, *, symmetric=True):
         tensors[".weight_zero_point"] = words(
             [
                 [
-                    sum(int(zero[8 * w + k, g]) << 4 * k for k in range(8))
+                    sum(int(zero[n * w + k, g]) << bits * k for k in range(n))
                     for g in range(len(zero[0]))
                 ]
-                for w in range(num_out // 8)
+                for w in range(num_out // n)
             ]
         )
+    if act_order:
+        tensors[".weight_g_idx"] = torch.tensor(order, dtype=torch.int32)
     return tensors, exact
 
 
@@ -216,6 +277,7 @@ def compressed_tensors(format, **weights):
 
 
 def packed_config(**weights):
+    """As llm-compressor writes it for weights in groups of 16."""
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16} | weights
     return compressed_tensors("pack-quantized", **weights)
 
@@ -248,6 +310,16 @@ GPTQ = {
     "dynamic": None,
 }
 GPTQ_V2 = GPTQ | {"checkpoint_format": "gptq_v2"}
+AUTO_ROUND = {
+    "quant_method": "auto-round",
+    "packing_format": "auto_round:auto_gptq",
+    "bits": 4,
+    "data_type": "int",
+    "group_size": 16,
+    "sym": True,
+    "autoround_version": "0.15.1",
+    "block_name_to_quantize": "model.layers",
+}
 AWQ = {
     "quant_method": "awq",
     "bits": 4,

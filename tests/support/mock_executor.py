@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llama_jax.engine.executor import TickResult
+from llama_jax.engine.executor import GREEDY, Choice, TickResult
 from llama_jax.ring.sizes import Bucket, RingSizes
 
 VOCAB_SIZE = 50
@@ -93,7 +93,8 @@ class MockExecutor:
         empty: list[tuple[int, int]] = []
         self._ring = deque([(empty, empty)] * num_stages, maxlen=num_stages)
 
-    def run(self, bucket: Bucket, packed: np.ndarray, controls: np.ndarray | None) -> TickResult:
+    def run(self, bucket: Bucket, packed: np.ndarray, choice: Choice = GREEDY) -> TickResult:
+        controls = choice.controls
         self.buckets.append(bucket)
         self._ring.append(self._enter(*read_packet(self.sizes, bucket, packed)))
         for rows, tiles in self._ring:

@@ -17,6 +17,7 @@ from llama_jax.checkpoint.load import choose_dtype, load_params
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.device_memory import choose_mesh_sizes
 from llama_jax.engine.executor import Executor
+from llama_jax.engine.interface import TokenLogprobs
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.tick_loop import TickLoop
@@ -110,11 +111,15 @@ class Run:
       tokens: request id -> its tokens.
       logits: request id -> token index -> the logits of that token, `[V']` float32.
       reasons: request id -> finish reason: "stop", "length", "error" or "abort".
+      logprobs: request id -> those of each token, None if they were not asked for.
     """
 
     tokens: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     logits: dict[int, dict[int, np.ndarray]] = field(default_factory=lambda: defaultdict(dict))
     reasons: dict[int, str] = field(default_factory=dict)
+    logprobs: dict[int, list[TokenLogprobs | None]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
 
 
 def greedy_requests(
@@ -207,6 +212,7 @@ def drive(
             assert output.request_id not in run.reasons, "an output after the finish reason"
             if output.token is not None:
                 run.tokens[output.request_id].append(output.token)
+                run.logprobs[output.request_id].append(output.logprobs)
             if output.finish_reason:
                 run.reasons[output.request_id] = output.finish_reason
     raise AssertionError(f"not finished after {max_ticks} ticks")

@@ -1,6 +1,6 @@
 """A scheduler driven by hand, with a ring, a host that reads late, and checks of invariants."""
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -23,6 +23,11 @@ def make_sizes(*, num_pages, page_size=4, max_rows=2, stages=2, tile=4, tiles=1,
     )
 
 
+def numbered(length: int, first: int = 0) -> list[int]:
+    """A prompt whose answer is not NaN."""
+    return [14 + (first + i) % 30 for i in range(length)]
+
+
 @dataclass
 class Request:
     """One request of a trace. `arrival` and `abort` are ticks; it is never aborted if None."""
@@ -32,6 +37,7 @@ class Request:
     arrival: int = 0
     abort: int | None = None
     stop_ids: frozenset[int] = frozenset()
+    salt: bytes = b""
 
     @property
     def max_length(self) -> int:
@@ -53,17 +59,19 @@ class Trial:
     sizes: RingSizes
     stages: int
     late: list[int] = field(default_factory=lambda: [0])
+    prefix_caching: bool = True
     tick: int = 0
     tokens: dict[int, list[int]] = field(default_factory=dict)
     ended: dict[int, tuple[str, int]] = field(default_factory=dict)  # reason, tick
 
     def __post_init__(self):
-        self.scheduler = Scheduler(self.sizes, self.stages)
+        self.scheduler = Scheduler(self.sizes, self.stages, prefix_caching=self.prefix_caching)
         self.executor = MockExecutor(self.sizes, self.stages)
         self.ring = deque([Packet()] * self.stages, maxlen=self.stages)
         self.unread: deque = deque()
         self.packets: list[Packet] = []
         self.sent: dict[tuple[int, int], int] = {}  # (arrival, epoch) -> next position
+        self.cached_tokens = 0  # that did not have to be sent, over all admissions
 
     def add(self, request_id: int, request: Request, max_model_len: int = 1000) -> None:
         self.scheduler.add(
@@ -73,6 +81,7 @@ class Trial:
             max_model_len=max_model_len,
             seed=0,
             stop_ids=request.stop_ids,
+            salt=request.salt,
         )
         self.tokens[request_id] = []
 
@@ -113,7 +122,7 @@ class Trial:
             [s.position for s in packet.rows],
             [(s.slot, s.position, s.ends, s.tokens) for s in packet.tiles],
         )
-        result = self.executor.run(bucket, packed, None)
+        result = self.executor.run(bucket, packed)
         self.unread.append((self.ring[0], result))
 
     def read(self) -> None:
@@ -146,17 +155,26 @@ class Trial:
     @property
     def half_sent(self):
         """(sequence, epoch) of the prompt that is partly sent, if there is one."""
-        return [(s, s.epoch) for s in [self.scheduler.prefilling] if s and s.next_position]
+        prefilling = [s for s in [self.scheduler.prefilling] if s]
+        return [(s, s.epoch) for s in prefilling if (s.arrival, s.epoch) in self.sent]
 
     # --- invariants --------------------------------------------------------------------------
 
     def check_memory(self) -> None:
-        """No page or slot has two owners or leaks, and the page tables match the pages."""
-        scheduler = self.scheduler
-        owned = [page for s in self.live for page in s.pages]
-        assert len(set(owned)) == len(owned), "a page is owned twice"
+        """No slot has two owners, no page or slot leaks, and the page tables match the pages."""
+        scheduler, size = self.scheduler, self.sizes.page_size
+        owned = Counter(page for s in self.live for page in s.pages)
         assert all(0 <= page < self.sizes.num_pages for page in owned)
+        for page in range(self.sizes.num_pages):
+            assert scheduler.pool.num_owners(page) == owned[page], "owners do not add up"
         assert scheduler.pool.num_free + len(owned) == self.sizes.num_pages, "a page is leaked"
+        contents: dict[int, list[int]] = {}  # page -> all tokens up to its end
+        for s in self.live:
+            for i, page in enumerate(s.pages):
+                if owned[page] > 1:
+                    assert len(s.tokens) >= (i + 1) * size, "a page is shared before it is full"
+                    tokens = s.tokens[: (i + 1) * size]
+                    assert contents.setdefault(page, tokens) == tokens, "another text's page"
         slots = [s.slot for s in self.live]
         assert len(set(slots)) == len(slots) == scheduler.num_running, "slots do not add up"
         assert all(0 <= slot < self.sizes.num_slots for slot in slots)
@@ -173,15 +191,20 @@ class Trial:
         assert len(packet.rows) <= sizes.max_rows
         assert len(packet.tiles) * sizes.tile <= sizes.max_chunk
         assert all(0 < s.length <= sizes.tile for s in packet.tiles)
-        owner: dict[int, int] = {}  # page -> the request that this packet uses it for
+        written: dict[int, int] = {}  # page -> the request that this packet writes it for
         for segment in chain(packet.rows, packet.tiles):
             s = segment.sequence
             end = segment.position + segment.length
-            pages = self.scheduler.page_tables[segment.slot, : -(-end // sizes.page_size)]
+            first = segment.position // sizes.page_size
+            pages = self.scheduler.page_tables[segment.slot, first : -(-end // sizes.page_size)]
             for page in pages.tolist():
-                assert owner.setdefault(page, s.request_id) == s.request_id, "shared in a packet"
+                assert written.setdefault(page, s.request_id) == s.request_id, "written by two"
             key = (s.arrival, segment.epoch)
-            assert segment.position == self.sent.get(key, 0), "tokens are left out or sent again"
+            if key not in self.sent:
+                assert segment.position % sizes.page_size == 0, "it begins inside a page"
+                self.cached_tokens += segment.position
+            else:
+                assert segment.position == self.sent[key], "tokens are left out or sent again"
             self.sent[key] = end
             assert segment.epoch == s.epoch, "preempted by its own packet"
             assert end < s.max_length, "sent beyond its length limit"

@@ -1,17 +1,17 @@
-"""4-bit GPTQ.
+"""4-bit and 8-bit GPTQ.
 
 From https://github.com/ModelCloud/GPTQModel and https://github.com/AutoGPTQ/AutoGPTQ
-(nn_modules/qlinear): each word holds eight nibbles, the first one lowest. `qweight` [in / 8, out]
-has words of adjacent input columns, so the words of its transpose have the bytes of `Int4`;
-`qzeros` [groups, out / 8] has words of adjacent output channels; `scales` is [groups, out]. `g_idx`
-[in] is the group of each column, and must be the column divided by the group size.
+(nn_modules/qlinear): each word holds eight or four numbers, the first one lowest. `qweight`
+[words, out] has words of adjacent input columns, so the words of its transpose have the bytes of
+`Int4` or `Int8Grouped`; `qzeros` [groups, words] has words of adjacent output channels; `scales` is
+[groups, out]. `g_idx` [in] is the group of each column.
 
 A row of the matrix is spread over all of `qweight`, so a slice of a few rows touches every page.
 
-Version 1 of the format stores zero points minus one. Tools disagree about a stored 15: AutoGPTQ
-wraps it to a zero point of 0, others read 16, and GPTQModel carries into the next nibble
-(utils/model.py, convert_gptq_v1_to_v2_format). Such a tensor is rejected; symmetric quantization,
-whose zero points are all 8, never produces one.
+Version 1 of the format stores zero points minus one. Tools disagree about a stored maximum (15 or
+255): AutoGPTQ wraps it to a zero point of 0, others read 16 or 256, and GPTQModel carries into the
+next number (utils/model.py, convert_gptq_v1_to_v2_format). Such a tensor is rejected; symmetric
+quantization never produces one.
 """
 
 from dataclasses import dataclass
@@ -20,28 +20,31 @@ from typing import ClassVar
 import numpy as np
 
 from llama_jax.checkpoint.foreign.layout import (
-    PER_WORD,
+    G_IDX,
     Arrays,
     ContentError,
     ForeignTensor,
     Index,
     as_bytes,
     covering,
-    nibbles,
+    per_word,
+    unpack,
 )
 from llama_jax.config.llama_config import DTYPES
 
 
 @dataclass(frozen=True)
 class Gptq:
-    """A `Layout` that is translated to `Int4`.
+    """A `Layout` that is translated to `Int4` or `Int8Grouped`, or to one of act-order.
 
     Attributes:
+      bits: 4 or 8.
       subtracted: the amount subtracted from each stored zero point: 1, or 0 in version 2.
       ordered: whether the matrix was quantized in act-order (`desc_act`), so that `g_idx` is
         required.
     """
 
+    bits: int
     subtracted: int
     ordered: bool = False
     passed_over: ClassVar[tuple[str, ...]] = ()
@@ -49,25 +52,22 @@ class Gptq:
     def tensors(self, shape: tuple[int, int], group: int) -> tuple[ForeignTensor, ...]:
         """The stored tensors of a matrix."""
         num_out, num_in = shape
-        groups = -(-num_in // group)
+        groups, words = -(-num_in // group), per_word(self.bits)
         return (
-            ForeignTensor(".qweight", ((num_in // PER_WORD, num_out),), ("int32",)),
-            ForeignTensor(".qzeros", ((groups, num_out // PER_WORD),), ("int32",)),
+            ForeignTensor(".qweight", ((num_in // words, num_out),), ("int32",)),
+            ForeignTensor(".qzeros", ((groups, num_out // words),), ("int32",)),
             ForeignTensor(".scales", ((groups, num_out),), DTYPES),
-            ForeignTensor(".g_idx", ((num_in,),), ("int32",), required=self.ordered),
+            ForeignTensor(G_IDX, ((num_in,),), ("int32",), required=self.ordered),
             ForeignTensor(".bias", ((num_out,),), DTYPES, required=False),
         )
 
     def check(self, arrays: Arrays, group: int) -> None:
-        """Rejects act-order groups and biases; old versions of AutoGPTQ stored a bias of zeros."""
-        order = arrays.get(".g_idx")
-        if order is not None and (order != np.arange(len(order)) // group).any():
-            raise ContentError("has a g_idx of act-order, which is not supported")
+        """Rejects biases; old versions of AutoGPTQ stored a bias of zeros."""
         if ".bias" in arrays and arrays[".bias"].astype(np.float32).any():
             raise ContentError("has a bias, which Llama models do not have")
 
     def values(self, arrays: Arrays, index: Index) -> np.ndarray:
-        """A slice of [out, in / 2]."""
+        """A slice of the packed matrix, whose bytes are those of the words."""
         rows, columns = index
         words, inside = covering(columns, 4)
         return as_bytes(arrays[".qweight"][words, rows].T)[:, inside]
@@ -80,11 +80,16 @@ class Gptq:
     def zero(self, arrays: Arrays, index: Index) -> np.ndarray:
         """A slice of [out, groups]."""
         rows, groups = index
-        words, inside = covering(rows, PER_WORD)
-        stored = nibbles(arrays[".qzeros"][groups, words])[:, inside].T
-        if self.subtracted and (stored == 15).any():
+        words, inside = covering(rows, per_word(self.bits))
+        stored = unpack(arrays[".qzeros"][groups, words], self.bits)[:, inside].T
+        largest = (1 << self.bits) - 1
+        if self.subtracted and (stored == largest).any():
             raise ContentError(
-                "a zero point is stored as 15, which tools read as 0 or as 16: save the checkpoint "
-                "with checkpoint_format gptq_v2"
+                f"a zero point is stored as {largest}, which tools read as 0 or as {largest + 1}: "
+                "save the checkpoint with checkpoint_format gptq_v2"
             )
         return stored + np.uint8(self.subtracted)
+
+    def group(self, arrays: Arrays, index: Index) -> np.ndarray:
+        """A slice of [in]."""
+        return arrays[G_IDX][index]

@@ -1,7 +1,7 @@
 """8-bit values with one scale per output channel or one for the whole matrix.
 
 Used by compressed-tensors "float-quantized" and "int-quantized"
-(https://github.com/neuralmagic/compressed-tensors, compressors/naive_quantized), of its predecessor
+(https://github.com/neuralmagic/compressed-tensors, compressors/naive_quantized), by its predecessor
 AutoFP8 (https://github.com/neuralmagic/AutoFP8), fbgemm_fp8
 (https://huggingface.co/docs/transformers/quantization/fbgemm_fp8) and modelopt's FP8
 (https://nvidia.github.io/Model-Optimizer/deployment/3_unified_hf.html): `weight` [out, in] is
@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from llama_jax.checkpoint.foreign.layout import OF_ACTIVATIONS, Arrays, ForeignTensor, Index
+from llama_jax.checkpoint.foreign.layout import Arrays, ForeignTensor, Index
 from llama_jax.config.llama_config import DTYPES
 
 
@@ -29,14 +29,14 @@ class ScaledRows:
     """
 
     dtype: str
-    passed_over: ClassVar[tuple[str, ...]] = OF_ACTIVATIONS
+    passed_over: ClassVar[tuple[str, ...]] = ()
 
     def tensors(self, shape: tuple[int, int], group: int) -> tuple[ForeignTensor, ...]:
         """The stored tensors of a matrix."""
-        scales = ((shape[0], 1), shape[:1], (1,), ())
+        scales = ((shape[0], 1), shape[:1], (1,), (1, 1), ())
         return (
             ForeignTensor(".weight", (shape,), (self.dtype,)),
-            ForeignTensor(".weight_scale", scales, DTYPES),
+            ForeignTensor(".weight_scale", scales, DTYPES, alias=".weight_scale_inv"),
         )
 
     def check(self, arrays: Arrays, group: int) -> None:

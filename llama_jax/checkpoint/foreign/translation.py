@@ -2,24 +2,37 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from llama_jax.checkpoint.dequantized import read_dequantized
 from llama_jax.checkpoint.foreign.layout import (
-    Arrays,
+    G_IDX,
+    OF_ACTIVATIONS,
     ContentError,
     ForeignTensor,
     Index,
     Layout,
     covering,
+    is_act_order,
 )
-from llama_jax.checkpoint.reader import CheckpointError, TensorInfo, refuse
+from llama_jax.checkpoint.reader import TensorInfo, refuse
 from llama_jax.config import LlamaConfig
 from llama_jax.config.llama_config import DTYPES
-from llama_jax.weights.table import LAYER_WEIGHTS, Weight, group_columns, is_quantized, stored_tree
+from llama_jax.quantization import ACT_ORDER
+from llama_jax.weights.table import (
+    EMBEDDING,
+    LAYER_WEIGHTS,
+    Weight,
+    each_weight,
+    group_columns,
+    module_name,
+    quantized_tree,
+)
 
 TILE = 512  # rows and columns translated at a time; a tile and its sources fit in a cache
 
@@ -46,14 +59,60 @@ class Translated:
             out[place] = self.part(tuple(tile))
 
 
+@dataclass(frozen=True)
+class Dequantized:
+    """A matrix that a tool quantized and this package does not: the LM head.
+
+    Attributes:
+      info: its shape, and float32, in which it is exact.
+      parts: its quantized tensors, as a named tuple of `StoredTensor`.
+      translated: these by name.
+    """
+
+    info: TensorInfo
+    parts: Any
+    translated: Mapping[str, Translated]
+
+    def read_into(self, index: Index, out: np.ndarray) -> None:
+        """Fills `out` with a slice; raises ContentError."""
+        read_dequantized(self._read, self.parts, index, out)
+
+    def _read(self, name: str, index: Index, out: np.ndarray) -> None:
+        self.translated[name].read_into(index, out)
+
+
+class Translation(NamedTuple):
+    """The outcome of `translate`.
+
+    Attributes:
+      config: of the model, with the format and the plain matrices that the tensors show.
+      tensors: computed tensors by their names in `weights.table.checkpoint_tensors`.
+      used: names of the stored tensors that they consist of, or that are ignored.
+    """
+
+    config: LlamaConfig
+    tensors: dict[str, Translated | Dequantized]
+    used: set[str]
+
+
+class _Matrix(NamedTuple):
+    """A quantized matrix: its weight and layer, and the stored arrays by suffix."""
+
+    weight: Weight
+    layer: int
+    arrays: dict[str, np.ndarray]
+
+
 def translate(
     path: Path,
     layout: Layout,
     tensors: Mapping[str, TensorInfo],
     view: Callable[[str], np.ndarray],
     config: LlamaConfig,
-) -> tuple[dict[str, Translated], set[str]]:
+) -> Translation:
     """Finds and checks the stored tensors of every quantized matrix.
+
+    A matrix that is stored as a plain `weight` is not quantized.
 
     Args:
       path: of the checkpoint, for error messages.
@@ -62,49 +121,102 @@ def translate(
       view: returns a stored tensor, memory-mapped.
       config: of the model, quantized as the layout requires.
 
-    Returns:
-      The translated tensors by their names in `weights.table.checkpoint_tensors`, and the names of
-      the stored tensors that they consist of or that are ignored.
-
     Raises:
       CheckpointError: names all tensors that are missing or do not match the layout.
     """
-    assert config.quantization is not None
-    group = config.quantization.group_size
-    used = {name for name in tensors if name.endswith(layout.passed_over)}
-    translated: dict[str, Translated] = {}
+    used = {name for name in tensors if name.endswith((*OF_ACTIVATIONS, *layout.passed_over))}
+    matrices: list[_Matrix] = []
     plain: list[str] = []
     problems: list[str] = []
-    for layer, weight in itertools.product(range(config.num_layers), LAYER_WEIGHTS):
-        if not is_quantized(weight, config):
+    ordered = False
+    for weight, layer in each_weight(config):
+        if len(weight.axes) != 2 or weight == EMBEDDING:
             continue
-        name = weight.hf_name.format(layer=layer)
-        module = name.removesuffix(".weight")
-        if name in tensors and tensors[name].dtype in DTYPES:
-            plain.append(name)
+        module, group = module_name(weight, layer), _group_size(weight, config)
+        stored = tensors.get(f"{module}.weight")
+        if stored is not None and stored.dtype in DTYPES:
+            if weight in LAYER_WEIGHTS:
+                plain.append(module)
             continue
         num_out, num_in = weight.shape(config)
         wanted = layout.tensors((num_out, num_in), group)
-        found = [_problem(tensors, module, tensor) for tensor in wanted]
+        names = {tensor.suffix: _stored_name(tensors, module, tensor) for tensor in wanted}
+        if weight not in LAYER_WEIGHTS and not tensors.keys() & names.values():
+            continue  # there is no head at all, which `check_tensors` reports
+        found = [_problem(tensors, names[tensor.suffix], tensor) for tensor in wanted]
         problems += filter(None, found)
         if any(found):
             continue
-        names = {t.suffix: module + t.suffix for t in wanted if module + t.suffix in tensors}
+        names = {suffix: name for suffix, name in names.items() if name in tensors}
         used.update(names.values())
-        arrays = {suffix: view(stored_name) for suffix, stored_name in names.items()}
+        arrays = {suffix: view(name) for suffix, name in names.items()}
         try:
             layout.check(arrays, group)
+            ordered |= _check_order(arrays, group)
         except ContentError as error:
             problems.append(f"{module} {error}")
-        translated |= _parts(layout, arrays, weight, layer, config)
-    _refuse_mixed(path, plain)
+        matrices.append(_Matrix(weight, layer, arrays))
     refuse(f"{path} does not hold the quantized weights that its config.json describes", problems)
-    return translated, used
+    config = _with_format(config, ordered)
+    translated: dict[str, Translated | Dequantized] = {}
+    for matrix in matrices:
+        parts = _parts(layout, matrix, config)
+        if matrix.weight in LAYER_WEIGHTS:
+            translated |= parts
+        else:
+            info = TensorInfo(matrix.weight.shape(config), "float32")
+            head = Dequantized(info, quantized_tree(matrix.weight, config), parts)
+            translated[matrix.weight.hf_name] = head
+    return Translation(_with_plain(config, plain), translated, used)
 
 
-def _problem(tensors: Mapping[str, TensorInfo], module: str, wanted: ForeignTensor) -> str | None:
-    """Describes what is wrong with a stored tensor, if anything."""
+def _group_size(weight: Weight, config: LlamaConfig) -> int:
+    """The tool's number of columns per group."""
+    assert config.quantization is not None
+    size = config.quantization.group_size
+    return weight.shape(config)[1] if size == -1 else size
+
+
+def _check_order(arrays: dict[str, np.ndarray], group: int) -> bool:
+    """Whether a matrix is in act-order; raises ContentError if its groups do not exist."""
+    if not is_act_order(arrays, group):
+        arrays.pop(G_IDX, None)
+        return False
+    order = arrays[G_IDX]
+    if order.min() < 0 or order.max() > (len(order) - 1) // group:
+        raise ContentError(f"has groups in {G_IDX} that do not exist")
+    return True
+
+
+def _with_format(config: LlamaConfig, ordered: bool) -> LlamaConfig:
+    """The config with the format of act-order, if any matrix needs it."""
+    assert config.quantization is not None
+    format = config.quantization.format
+    return _with(config, format=ACT_ORDER[format] if ordered else format)
+
+
+def _with_plain(config: LlamaConfig, plain: list[str]) -> LlamaConfig:
+    """The config with these modules not quantized."""
+    if len(plain) == config.num_layers * sum(len(weight.axes) == 2 for weight in LAYER_WEIGHTS):
+        return replace(config, quantization=None)
+    return _with(config, plain=tuple(plain))
+
+
+def _with(config: LlamaConfig, **changes: Any) -> LlamaConfig:
+    assert config.quantization is not None
+    return replace(config, quantization=replace(config.quantization, **changes))
+
+
+def _stored_name(tensors: Mapping[str, TensorInfo], module: str, wanted: ForeignTensor) -> str:
+    """The name of a stored tensor, by its alias if only that exists."""
     name = module + wanted.suffix
+    if name not in tensors and wanted.alias is not None and module + wanted.alias in tensors:
+        return module + wanted.alias
+    return name
+
+
+def _problem(tensors: Mapping[str, TensorInfo], name: str, wanted: ForeignTensor) -> str | None:
+    """Describes what is wrong with a stored tensor, if anything."""
     info = tensors.get(name)
     if info is None:
         return f"{name} is missing" if wanted.required else None
@@ -115,18 +227,19 @@ def _problem(tensors: Mapping[str, TensorInfo], module: str, wanted: ForeignTens
     return None
 
 
-def _parts(
-    layout: Layout, arrays: Arrays, weight: Weight, layer: int, config: LlamaConfig
-) -> dict[str, Translated]:
+def _parts(layout: Layout, matrix: _Matrix, config: LlamaConfig) -> dict[str, Translated]:
     """The translated tensors of one matrix, by name."""
-    assert config.quantization is not None
-    parts = stored_tree(weight, config)
+    weight, layer, arrays = matrix
+    parts = quantized_tree(weight, config)
+    group, columns = _group_size(weight, config), weight.shape(config)[1]
+    if "group" in parts._fields:
+        arrays.setdefault(G_IDX, (np.arange(columns) // group).astype(np.int32))
     translated = {}
     for field, tensor in zip(parts._fields, parts, strict=True):
         part = partial(getattr(layout, field), arrays)
-        if field != "values" and len(tensor.shape) == 2:  # one column per group
+        if field in ("scale", "zero") and len(tensor.shape) == 2:  # one column per group
             here = group_columns(weight, config)
-            part = partial(_split_groups, part, config.quantization.group_size // here)
+            part = partial(_split_groups, part, group // here)
         info = TensorInfo(tensor.shape, tensor.dtype)
         translated[tensor.hf_name.format(layer=layer)] = Translated(info, part)
     return translated
@@ -143,12 +256,3 @@ def _tiles(shape: tuple[int, ...]) -> Iterator[Index]:
     """Cuts an array into tiles of at most `TILE` elements along each axis."""
     cuts = ([slice(at, min(at + TILE, size)) for at in range(0, size, TILE)] for size in shape)
     return itertools.product(*cuts)
-
-
-def _refuse_mixed(path: Path, plain: list[str]) -> None:
-    if plain:
-        raise CheckpointError(
-            f"{path} is only partly quantized, which is not supported: {plain[0]} and "
-            f"{len(plain) - 1} more matrices are not quantized; use the original bfloat16 "
-            "checkpoint, and convert it with --quantize if you need to."
-        )

@@ -1,0 +1,116 @@
+"""The outputs of requests between the engine and their readers. Imports no JAX."""
+
+import asyncio
+import itertools
+from array import array
+from collections.abc import Callable
+
+from llama_jax.engine.errors import EngineDead
+from llama_jax.engine.interface import Output
+
+
+class OutputStream:
+    """Keeps the outputs of one request until they are read, in any number of pauses.
+
+    The engine never waits for a reader, so a reader that stops leaves a whole answer here. It takes
+    four bytes per token, and so at most four times the maximum length of a sequence.
+    """
+
+    def __init__(self, request_id: int, on_token: Callable[[], None]) -> None:
+        """Creates an empty stream; `on_token` is called when a token arrives."""
+        self._request_id = request_id
+        self._on_token = on_token
+        self._tokens = array("i")
+        self._read = 0  # of `_tokens`
+        self._end: Output | EngineDead | None = None
+        self._changed = asyncio.Event()
+
+    def put(self, output: Output) -> None:
+        """Adds an output. One with a finish reason is the last."""
+        if output.token is not None:
+            self._on_token()
+        if output.finish_reason is None:
+            assert output.token is not None
+            self._tokens.append(output.token)
+        else:
+            self._end = output
+        self._changed.set()
+
+    def fail(self, error: EngineDead) -> None:
+        """Ends the stream with an error, which is raised after the outputs before it are read."""
+        self._end = error
+        self._changed.set()
+
+    async def get(self) -> Output:
+        """Waits for the next output and removes it. For one reader, and not beyond the end.
+
+        Raises:
+          EngineDead: the stream ended with this error.
+        """
+        while self._read == len(self._tokens) and self._end is None:
+            self._changed.clear()
+            await self._changed.wait()
+        if self._read < len(self._tokens):
+            token = self._tokens[self._read]
+            self._read += 1
+            if self._read == len(self._tokens):
+                del self._tokens[:]
+                self._read = 0
+            return Output(self._request_id, token)
+        assert self._end is not None
+        if isinstance(self._end, EngineDead):
+            raise self._end
+        return self._end
+
+
+class OpenStreams:
+    """The streams of the requests in flight: those whose last output has not arrived.
+
+    A request leaves when its last output arrives, whether or not that has been read.
+    """
+
+    def __init__(self, places: int) -> None:
+        """Makes room for this many requests."""
+        self._places = asyncio.Semaphore(places)
+        self._streams: dict[int, OutputStream] = {}
+        self._ids = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    @property
+    def full(self) -> bool:
+        """Whether the next request must wait."""
+        return self._places.locked()
+
+    async def open(self, on_token: Callable[[], None]) -> tuple[int, OutputStream]:
+        """Waits for a place and opens a stream; returns the id of its request, and the stream."""
+        await self._places.acquire()
+        request_id = next(self._ids)
+        stream = self._streams[request_id] = OutputStream(request_id, on_token)
+        return request_id, stream
+
+    def put(self, output: Output) -> None:
+        """Passes an output on to its stream, unless that has been closed meanwhile."""
+        if stream := self._streams.get(output.request_id):
+            stream.put(output)
+            if output.finish_reason is not None:
+                self.close(output.request_id)
+
+    def fail(self, request_id: int, error: EngineDead) -> None:
+        """Ends a stream with an error, unless it has been closed meanwhile."""
+        if stream := self._streams.get(request_id):
+            stream.fail(error)
+            self.close(request_id)
+
+    def fail_all(self, error: Callable[[], EngineDead]) -> None:
+        """Ends every stream with an error of its own."""
+        for request_id in list(self._streams):
+            self.fail(request_id, error())
+
+    def close(self, request_id: int) -> bool:
+        """Frees the place of a request. False if it had left already."""
+        if self._streams.pop(request_id, None) is None:
+            return False
+        self._places.release()
+        return True

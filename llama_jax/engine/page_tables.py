@@ -1,0 +1,85 @@
+"""The KV-cache pages of every live sequence, shared where texts begin alike (prefix caching)."""
+
+import numpy as np
+
+from llama_jax.engine.pages import PagePool, page_key
+from llama_jax.engine.sequence import Sequence
+from llama_jax.ring.sizes import RingSizes
+
+
+class PageTables:
+    """Gives sequences their pages, and takes them back.
+
+    Sequences that begin with the same tokens share the full pages of that beginning, whether they
+    are live or have ended, as long as the pages were not needed for something else. So the next
+    turn of a chat finds the turns before it, and a preempted sequence finds its own pages.
+
+    Args:
+      sizes: the sizes of the ring.
+      prefix_caching: whether to share pages.
+
+    Attributes:
+      rows: `[num_slots, pages_per_sequence]` int32, the pages of each slot in order.
+      pool: all pages.
+    """
+
+    def __init__(self, sizes: RingSizes, prefix_caching: bool):
+        self.rows = np.zeros((sizes.num_slots, sizes.pages_per_sequence), np.int32)
+        self.pool = PagePool(sizes.num_pages)
+        self._page_size = sizes.page_size
+        self._prefix_caching = prefix_caching
+
+    def count(self, num_tokens: int) -> int:
+        """Returns the number of pages that hold this many tokens."""
+        return -(-num_tokens // self._page_size)
+
+    def missing(self, sequence: Sequence, num_tokens: int) -> int:
+        """Returns how many pages a sequence lacks to hold this many tokens."""
+        return self.count(num_tokens) - len(sequence.pages)
+
+    def extend(self, sequence: Sequence, num_pages: int) -> None:
+        """Gives a sequence free pages; the caller has checked that there are enough."""
+        self._append(sequence, [self.pool.take() for _ in range(num_pages)])
+
+    def find(self, sequence: Sequence) -> list[int]:
+        """Finds pages that hold its beginning. Its last token is left, to compute its logits."""
+        if not self._prefix_caching:
+            return []
+        num_pages = (len(sequence.tokens) - 1) // self._page_size
+        return self.pool.find(self._keys(sequence, num_pages))
+
+    def begin(self, sequence: Sequence, found: list[int]) -> int:
+        """Gives a sequence the pages that `find` found; returns the number of tokens in them."""
+        self.pool.share(found)
+        self._append(sequence, found)
+        return len(found) * self._page_size
+
+    def publish(self, sequence: Sequence) -> None:
+        """Lets others find its pages whose tokens are all known and have entered the ring."""
+        known = min(len(sequence.tokens), sequence.next_position) // self._page_size
+        if known <= sequence.num_published or not self._prefix_caching:
+            return
+        keys = self._keys(sequence, known)
+        for i in range(sequence.num_published, known):
+            self.pool.publish(sequence.pages[i], keys[i])
+        sequence.num_published = known
+
+    def release(self, sequence: Sequence) -> None:
+        """Takes back its pages. Others find what they hold until they are needed."""
+        self.publish(sequence)
+        self.pool.give_back(sequence.pages)
+        sequence.pages, sequence.num_published = [], 0
+
+    def _append(self, sequence: Sequence, pages: list[int]) -> None:
+        first = len(sequence.pages)
+        self.rows[sequence.slot, first : first + len(pages)] = pages
+        sequence.pages += pages
+
+    def _keys(self, sequence: Sequence, num_pages: int) -> list[bytes]:
+        """Returns the keys of its first pages, computing those that are new."""
+        keys, size = sequence.page_keys, self._page_size
+        while len(keys) < num_pages:
+            start = len(keys) * size
+            parent = keys[-1] if keys else sequence.salt
+            keys.append(page_key(parent, sequence.tokens[start : start + size]))
+        return keys[:num_pages]

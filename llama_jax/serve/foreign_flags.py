@@ -1,0 +1,99 @@
+"""Flags of vLLM, SGLang and TensorRT-LLM, and what to use here instead."""
+
+_ROWS: tuple[tuple[str, str], ...] = (
+    ("--model --model-path", "give the directory of the checkpoint without a flag"),
+    (
+        "--tensor-parallel-size -tp --tp-size --tp",
+        "use --mesh SxT, where T is the number of tensor-parallel ranks",
+    ),
+    (
+        "--pipeline-parallel-size -pp --pp-size --pp",
+        "use --mesh SxT, where S is the number of pipeline stages",
+    ),
+    (
+        "--gpu-memory-utilization --mem-fraction-static --kv-cache-free-gpu-memory-fraction "
+        "--kv-cache-memory-bytes --num-gpu-blocks-override --max-total-tokens",
+        "use --kv-cache-memory, the bytes of KV cache on each device",
+    ),
+    ("--block-size --tokens-per-block", "use --page-size"),
+    (
+        "--max-num-batched-tokens --chunked-prefill-size --max-prefill-tokens --max-num-tokens",
+        "use --max-chunk, the maximum number of prompt tokens per tick",
+    ),
+    ("--enable-chunked-prefill", "every prompt is computed in chunks of up to --max-chunk tokens"),
+    ("--context-length --max-seq-len", "use --max-model-len"),
+    ("--max-running-requests --max-batch-size", "use --max-num-seqs"),
+    ("--max-num-queued-reqs --max-queued-requests", "use --max-queue"),
+    ("--async-scheduling --no-async-scheduling", "use --results-late"),
+    ("--kv-cache-dtype", "the KV cache has the dtype of the activations: use --dtype"),
+    (
+        "--enforce-eager --compilation-config -cc -O --disable-cuda-graph --cuda-graph-max-bs",
+        "every program is compiled when the server starts, and none after that",
+    ),
+    (
+        "--quantization -q",
+        "the checkpoint says how it is quantized, and `python -m convert quantize` quantizes one",
+    ),
+    ("--load-format", "the layout of a checkpoint is recognized"),
+    (
+        "--download-dir --revision --tokenizer-revision --code-revision",
+        "the server downloads nothing: give the directory of a checkpoint",
+    ),
+    ("--trust-remote-code", "the server never runs code from a checkpoint"),
+    ("--tokenizer --tokenizer-path --tokenizer-mode", "the tokenizer is that of the checkpoint"),
+    (
+        "--chat-template --chat-template-content-format",
+        "the chat template is that of the checkpoint",
+    ),
+    (
+        "--hf-overrides --json-model-override-args",
+        "the model is what the checkpoint's config.json says",
+    ),
+    (
+        "--generation-config --override-generation-config",
+        "the default sampling parameters are those of the checkpoint's generation_config.json",
+    ),
+    ("--seed --random-seed", "each request sets its own seed"),
+    (
+        "--data-parallel-size -dp --dp-size --api-server-count -asc",
+        "one server runs one copy of the model: start several behind a load balancer",
+    ),
+    (
+        "--nnodes -n --node-rank -r --master-addr --master-port --distributed-executor-backend "
+        "--dist-init-addr",
+        "one server uses the devices of one machine",
+    ),
+    (
+        "--cpu-offload-gb --swap-space",
+        "the weights and the KV cache stay on the devices",
+    ),
+    ("--scheduling-policy --schedule-policy", "requests are served in the order of their arrival"),
+    ("--speculative-config -sc --speculative-algorithm", "there is no speculative decoding"),
+    ("--enable-lora --lora-modules --lora-paths --max-loras --max-lora-rank", "there is no LoRA"),
+    (
+        "--ssl-keyfile --ssl-certfile --uds --root-path --allowed-origins --middleware",
+        "the server speaks plain HTTP over TCP: put a proxy in front of it",
+    ),
+    (
+        "--disable-log-stats --enable-log-requests --disable-log-requests --max-log-len "
+        "--uvicorn-log-level --disable-uvicorn-access-log --log-level",
+        "requests are not logged, and the statistics are at /metrics",
+    ),
+    ("--stream-interval", "a stream has one event per token"),
+    ("--config", "options are given on the command line"),
+)
+
+ANSWERS = {flag: answer for flags, answer in _ROWS for flag in flags.split()}
+
+
+def find_foreign_flag(arguments: list[str]) -> tuple[str, str] | None:
+    """Returns the first flag of another server on a command line, and the answer to it.
+
+    Underscores count as hyphens: some of these servers accept both.
+    """
+    for argument in arguments:
+        flag = argument.split("=")[0]
+        answer = ANSWERS.get(flag.replace("_", "-"))
+        if answer is not None:
+            return flag, answer
+    return None

@@ -1,0 +1,70 @@
+"""The Makefile, run without its commands: which environment is made, and how paths are passed."""
+
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A directory with a space, and an environment that `sys.executable` made and is installed."""
+    clone = tmp_path / "a clone"
+    (clone / ".venv/bin").mkdir(parents=True)
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, clone)
+    (clone / ".venv/bin/python").symlink_to(sys.executable)
+    (clone / ".venv/installed").touch()
+    return clone
+
+
+def commands(clone: Path, *arguments: str) -> list[list[str]]:
+    """The words of each command that `make serve` would run."""
+    done = subprocess.run(
+        ["make", "-n", "serve", *arguments],
+        cwd=clone,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": "/usr/bin:/bin"},
+    )
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def test_an_installed_environment_is_used(clone: Path) -> None:
+    for arguments in ((), (f"PYTHON={sys.executable}",), ("PYTHON=.venv/bin/python",)):
+        [serve] = commands(clone, *arguments)
+        assert serve[:3] == [".venv/bin/python", "-m", "llama_jax.serve"]
+
+
+def test_an_environment_of_another_interpreter_is_made_anew(clone: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other python"
+    other.write_text("#!/bin/sh\necho /usr/bin/other\n")
+    other.chmod(0o755)
+    said, venv, install, *_ = commands(clone, f"PYTHON={other}")
+    assert said[0] == "echo"
+    assert venv == [str(other), "-m", "venv", "--clear", ".venv"]
+    assert install[:3] == [".venv/bin/python", "-m", "pip"]
+
+
+def test_an_installation_is_announced(clone: Path) -> None:
+    shutil.rmtree(clone / ".venv")
+    said, venv, install, *_, serve = commands(clone)
+    assert said[0] == "echo"
+    assert venv[1:] == ["-m", "venv", ".venv"]
+    assert "--quiet" not in install
+    assert serve[1:3] == ["-m", "llama_jax.serve"]
+
+
+def test_a_checkpoint_may_have_a_space_in_its_path(clone: Path) -> None:
+    [serve] = commands(clone, "MODEL=/models/my model", "MESH=2x1", "PORT=0")
+    assert serve[3:] == ["/models/my model", "--mesh", "2x1", "--port", "0"]
+    [serve] = commands(clone)
+    assert serve[3:] == ["--mesh", "4x2", "--port", "8000"]
