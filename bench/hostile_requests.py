@@ -139,7 +139,7 @@ async def measure(max_model_len: int, repeats: int) -> dict[str, dict[str, float
     listener = listen("127.0.0.1", 0)
     address = address_of(listener)
     results = {}
-    async with HttpServer(server.app, listener).running():
+    async with HttpServer(server.app, listener, write_seconds=60.0).running():
         await asyncio.to_thread(post, address, CHAT, b"{}")
         for name, (path, body) in bodies().items():
             rows = [await measure_one(address, path, body) for _ in range(repeats)]
