@@ -42,7 +42,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        # These may quote the request, which may contain unpaired surrogates (JSON allows "\ud800").
+        # These may quote the request, which may contain line breaks and unpaired surrogates.
         self.message = _writable(message)
         self.param = None if param is None else _writable(param)
         self.code = code
@@ -183,4 +183,7 @@ def install_handlers(app: Starlette) -> None:
 
 
 def _writable(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()
+    """Escapes what does not belong in one line of text."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )

@@ -75,6 +75,14 @@ def test_a_client_that_leaves_while_it_waits_gives_its_places_back():
     ok(server.run(scenario))
 
 
+def test_places_that_are_not_taken_are_free_again():
+    server = FakeServer(max_in_flight=4)
+    for _ in range(2):
+        with server.served.admission.reserve(4):
+            pass
+    assert rejections(server) == 0
+
+
 def retry_after(ended: int, busy_seconds: float, waiting: int) -> int:
     """The header if so many answers have ended in a busy time, and so many requests wait."""
     now = 0.0

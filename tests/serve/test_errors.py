@@ -202,6 +202,7 @@ COMPLETION_CASES = [
     ({"prompt": "x", "temprature": 1}, "temprature", UNKNOWN),
     ({"prompt": "x", "\ud800": 1}, None, VALUE),
     ({"prompt": "x", "x" * 5000: 1}, "x" * 100, UNKNOWN),
+    ({"prompt": "x", "two\nlines": 1}, "two\\nlines", UNKNOWN),
     ({"prompt": "x", "echo": True}, "echo", UNSUPPORTED),
     ({"prompt": "x", "best_of": 2}, "best_of", UNSUPPORTED),
     ({"prompt": "x", "suffix": "y"}, "suffix", UNSUPPORTED),

@@ -184,6 +184,34 @@ def test_empty_lines_before_a_request_are_skipped(server, address):
     assert response.status_code == 200
 
 
+def test_a_client_may_wait_until_its_body_is_asked_for(address):
+    """As curl does with bodies above 1 MB."""
+    request = chat(BODY, "Expect: 100-continue", "Connection: close")
+    with connect(address) as connection:
+        connection.sendall(request[: -len(BODY)])
+        assert connection.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(BODY)
+        assert Response(read_all(connection)).text == "Hello!"
+    too_large = chat(b"x" * 3_000_000, "Expect: 100-continue", "Connection: close")
+    with connect(address) as connection:
+        connection.sendall(too_large[:-3_000_000])
+        assert Response(read_all(connection)).status_code == 413
+
+
+def test_a_body_may_come_in_chunks(address):
+    pieces = [b"%x\r\n%c\r\n" % (1, byte) for byte in BODY]
+    head = chat(b"", "Transfer-Encoding: chunked", "Connection: close")
+    head = head.replace(b"Content-Length: 0\r\n", b"")
+    response = Response(answer_to(address, [head, *pieces, b"0\r\n\r\n"]))
+    assert response.text == "Hello!"
+
+
+@pytest.mark.parametrize("target", ["http://x/health", "HTTP://x:8000/health?a=http://y/"])
+def test_a_target_may_be_a_whole_url(address, target):
+    request = f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
+    assert Response(answer_to(address, [request])).status_code == 200
+
+
 # Clients that close their sending side
 
 
@@ -205,8 +233,8 @@ def test_a_half_closed_client_is_answered(server, address, version, body, reques
 
 @pytest.fixture
 def probes(monkeypatch):
-    monkeypatch.setattr("llama_jax.serve.http_protocol.PROBE_SECONDS", 0.02)
     monkeypatch.setattr("llama_jax.serve.http_protocol.RESET_SECONDS", 0.02)
+    monkeypatch.setattr("llama_jax.serve.http_protocol.PROBE_SECONDS", 0.02)
 
 
 def test_a_half_closed_client_gets_interim_responses_meanwhile(server, address, probes):
@@ -225,7 +253,9 @@ def test_a_half_closed_client_gets_interim_responses_meanwhile(server, address, 
 
 
 @pytest.mark.parametrize("body", [BODY, STREAM])
-def test_a_client_that_is_gone_before_its_answer_is_noticed(server, address, probes, body):
+def test_a_client_that_is_gone_is_noticed_at_once(server, address, probes, monkeypatch, body):
+    """By the first interim response: the next one comes much later here."""
+    monkeypatch.setattr("llama_jax.serve.http_protocol.PROBE_GROWTH", 10_000)
     server.engine.hold.clear()
     with connect(address) as connection:
         connection.sendall(chat(body))

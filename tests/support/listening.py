@@ -19,7 +19,7 @@ def listening(server: FakeServer, host: str = "127.0.0.1"):
     async def serve() -> None:
         end = asyncio.Event()
         ending.extend((asyncio.get_running_loop(), end))
-        async with HttpServer(server.app, listener).running():
+        async with HttpServer(server.app, listener, write_seconds=60.0).running():
             ready.set()
             await end.wait()
 
@@ -29,7 +29,7 @@ def listening(server: FakeServer, host: str = "127.0.0.1"):
 
     thread = threading.Thread(target=main)
     thread.start()
-    ready.wait()
+    assert ready.wait(30), "the server did not start"
     try:
         yield address_of(listener)
     finally:
