@@ -5,15 +5,20 @@ import itertools
 from array import array
 from collections.abc import Callable
 
+import msgspec
+
 from llama_jax.engine.errors import EngineDead
-from llama_jax.engine.interface import Output
+from llama_jax.engine.interface import Output, TokenLogprobs
+
+_ENCODE = msgspec.msgpack.Encoder().encode
+_DECODE = msgspec.msgpack.Decoder(TokenLogprobs).decode
 
 
 class OutputStream:
     """Keeps the outputs of one request until they are read.
 
     The engine never waits for a reader, so a reader that stops may leave a whole answer here. Each
-    unread token takes four bytes.
+    unread token takes four bytes, and with log-probabilities up to 300 more.
     """
 
     def __init__(self, request_id: int, on_token: Callable[[], None]) -> None:
@@ -21,7 +26,9 @@ class OutputStream:
         self._request_id = request_id
         self._on_token = on_token
         self._tokens = array("i")
+        self._logprobs: list[bytes] = []  # of `_tokens`, if the request asks for them; encoded
         self._read = 0  # of `_tokens`
+        self._cached_tokens = 0
         self._end: Output | EngineDead | None = None
         self._changed = asyncio.Event()
 
@@ -32,6 +39,9 @@ class OutputStream:
         if output.finish_reason is None:
             assert output.token is not None
             self._tokens.append(output.token)
+            self._cached_tokens = output.cached_tokens
+            if output.logprobs is not None:
+                self._logprobs.append(_ENCODE(output.logprobs))
         else:
             self._end = output
         self._changed.set()
@@ -52,11 +62,14 @@ class OutputStream:
             await self._changed.wait()
         if self._read < len(self._tokens):
             token = self._tokens[self._read]
+            logprobs = _DECODE(self._logprobs[self._read]) if self._logprobs else None
             self._read += 1
             if self._read == len(self._tokens):
-                del self._tokens[:]
+                del self._tokens[:], self._logprobs[:]
                 self._read = 0
-            return Output(self._request_id, token)
+            return Output(
+                self._request_id, token, cached_tokens=self._cached_tokens, logprobs=logprobs
+            )
         assert self._end is not None
         if isinstance(self._end, EngineDead):
             raise self._end

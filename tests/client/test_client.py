@@ -13,7 +13,7 @@ from llama_jax.client.client import SILENCE_TICKS, EngineClient
 from llama_jax.client.output_stream import OutputStream
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead, QueueFull, RequestError
-from llama_jax.engine.interface import Output, Stats
+from llama_jax.engine.interface import Output, Stats, TokenLogprobs
 from llama_jax.engine.options import EngineOptions
 from tests.support.engine_clients import FOREVER, Body, collect, run_with_engine, tokens, until
 from tests.support.fake_engine import VOCAB_SIZE
@@ -55,6 +55,28 @@ def test_streams_are_kept_apart(run: Run) -> None:
         assert tokens(second) == [101, 102, 103, 104]
         assert tokens(third) == [998, 999, 0]
         assert third[-1].finish_reason == "stop"
+
+    run(body)
+
+
+def test_an_output_has_all_that_the_engine_says_of_a_token(run: Run) -> None:
+    """Whether it is read when it arrives or later."""
+
+    async def body(client: EngineClient) -> None:
+        for seconds in (0, 0.1):
+            stream = client.generate([5], SamplingParams(max_tokens=3, logprobs=1))
+            outputs = [await anext(stream)]
+            await asyncio.sleep(seconds)
+            outputs += [output async for output in stream]
+            for output, token in zip(outputs, (6, 7, 8), strict=True):
+                assert output[1:2] + output[3:] == (
+                    token,
+                    None,
+                    3,
+                    TokenLogprobs(-token / 1000, [(token, -0.5)]),
+                )
+        [plain, *_] = await collect(client, [5], max_tokens=3)
+        assert plain.logprobs is None and plain.cached_tokens == 3
 
     run(body)
 

@@ -218,7 +218,7 @@ def test_a_truncated_file_of_weights(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("mesh", "named"),
     [
-        ("1x8", "KV heads"),
+        ("1x8", "attention heads"),
         pytest.param("4", "4", marks=pytest.mark.slow),
         pytest.param("0x2", "0x2", marks=pytest.mark.slow),
     ],

@@ -1,6 +1,7 @@
 """An engine whose outputs can be computed by hand, in the real process loop, without JAX.
 
-Token i of an answer is (last token of the prompt + 1 + i) mod 1000; token 0 is EOS. The rest of its
+Token i of an answer is (last token of the prompt + 1 + i) mod 1000; token 0 is EOS. Three
+tokens of every prompt are cached, and the log-probability of token t is -t / 1000. The rest of its
 behavior is in `EngineOptions.path`: "fake", "fake:MODE" or "fake:MODE:NUMBER", where MODE is
 
   hang      never becomes ready
@@ -20,7 +21,14 @@ from collections.abc import Callable
 
 from llama_jax.config import ConfigError
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.engine.interface import DeviceInfo, EngineInfo, Output, Progress, Stats
+from llama_jax.engine.interface import (
+    DeviceInfo,
+    EngineInfo,
+    Output,
+    Progress,
+    Stats,
+    TokenLogprobs,
+)
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.process import main
 
@@ -61,6 +69,7 @@ class FakeEngine:
         )
         self.live: dict[int, list[int]] = {}  # request: next token, tokens left, stops at EOS
         self.unlucky: set[int] = set()
+        self.scored: dict[int, bool] = {}  # whether a request asks for log-probabilities
         self.made = 0
 
     def add(self, request_id: int, prompt: list[int], params: SamplingParams) -> None:
@@ -69,6 +78,7 @@ class FakeEngine:
             left = min(left, params.max_tokens)
         if prompt[0] == 13:
             self.unlucky.add(request_id)
+        self.scored[request_id] = params.logprobs is not None
         self.live[request_id] = [(prompt[-1] + 1) % VOCAB_SIZE, left, not params.ignore_eos]
 
     def abort(self, request_id: int) -> None:
@@ -84,7 +94,10 @@ class FakeEngine:
                 del self.live[request_id]
                 continue
             reason = "stop" if stops and token == EOS else "length" if left == 1 else None
-            outputs.append(Output(request_id, token, reason))
+            logprobs = (
+                TokenLogprobs(-token / 1000, [(token, -0.5)]) if self.scored[request_id] else None
+            )
+            outputs.append(Output(request_id, token, reason, cached_tokens=3, logprobs=logprobs))
             state[:2] = [(token + 1) % VOCAB_SIZE, left - 1]
             if reason is not None:
                 del self.live[request_id]
