@@ -8,8 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llama_jax.checkpoint.directory import meta_file
 from llama_jax.checkpoint.reader import CheckpointError
 from llama_jax.config import ConfigError, Llama3Scaling, LlamaConfig
+from llama_jax.terminal.units import list_text
 
 FILE = "params.json"
 _READ = frozenset(
@@ -44,7 +46,7 @@ def read_params(folder: Path) -> dict[str, Any]:
     Raises:
       CheckpointError: the file does not exist or is not a JSON object.
     """
-    file = folder / FILE
+    file = meta_file(folder, FILE)
     try:
         params = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -56,6 +58,9 @@ def read_params(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}.") from None
     if not isinstance(params, dict):
         raise CheckpointError(f"{file} must hold a JSON object, not a {type(params).__name__}.")
+    inner = params.get("model")
+    if isinstance(inner, dict):  # with the settings of a training around it
+        params = {key: value for key, value in params.items() if key in _REFUSED} | inner
     return {key: value for key, value in params.items() if value is not None}
 
 
@@ -131,7 +136,7 @@ def _refuse_other_maths(params: dict[str, Any]) -> None:
     unknown = sorted(params.keys() - _READ - _HARMLESS - _REFUSED.keys())
     if unknown:
         raise ConfigError(
-            f"Unknown keys may change the computation: {', '.join(unknown)}; delete those that you "
+            f"Unknown keys may change the computation: {list_text(unknown)}; delete those that you "
             "know to be harmless."
         )
 

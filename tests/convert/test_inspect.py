@@ -125,11 +125,11 @@ def test_a_checkpoint_quantized_by_another_tool(tmp_path):
     assert all(token in line for token in ("int4", str(GROUP), "gptq"))
 
 
-def test_an_unfinished_conversion(source, tmp_path, capsys):
+def test_an_incomplete_copy_of_a_conversion(source, tmp_path, capsys):
     convert_to(tmp_path / "new", source)
     (tmp_path / "new" / "llama_jax.json").unlink()
     assert main(["inspect", str(tmp_path / "new")]) == 1
-    assert "--resume" in capsys.readouterr().err
+    assert "llama_jax.json" in capsys.readouterr().err
 
 
 # The devices.
