@@ -35,7 +35,7 @@ def open_meta(given: Path) -> Source:
             f"{given} is in {LAYOUT_NAMES[layout]}, not in Meta's: use `python -m convert hf "
             f"{given} DST`."
         )
-    if path.name == "mp8" and any(path.with_name("mp16").glob("*.pth")):
+    if path.name == "mp8" and path.with_name("mp16").is_dir():
         log.warning(
             "%s holds the same weights in 8 and in 16 shards: reading those in mp8.", path.parent
         )

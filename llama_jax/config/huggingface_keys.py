@@ -29,7 +29,8 @@ CONFIG_HARMLESS = frozenset(
     cls_token_id embd_pdrop finetuning_task gradient_checkpointing hidden_dropout id2label
     initializer_range is_decoder is_llama_config keys_to_ignore_at_inference label2id license
     mask_token_id max_sequence_length max_window_layers mlp_bias model_max_length model_name
-    name_or_path num_labels output_attentions output_hidden_states padding_side prefix pretraining_tp problem_type
+    name_or_path num_labels output_attentions output_hidden_states padding_side prefix
+    pretraining_tp problem_type
     resid_pdrop return_dict sep_token_id seq_length task_specific_params tf_legacy_loss
     tie_last_hidden_states tokenizer_class tokenizer_model_max_length tokenizer_padding_side
     torchscript transformers.js_config transformers_version unk_token_id unsloth_fixed
