@@ -11,6 +11,7 @@ from typing import Any
 from llama_jax.checkpoint.directory import meta_file
 from llama_jax.checkpoint.reader import CheckpointError
 from llama_jax.config import ConfigError, Llama3Scaling, LlamaConfig
+from llama_jax.config.json_values import quoted
 from llama_jax.terminal.units import list_text
 
 FILE = "params.json"
@@ -59,7 +60,8 @@ def read_params(folder: Path) -> dict[str, Any]:
     if not isinstance(params, dict):
         raise CheckpointError(f"{file} must hold a JSON object, not a {type(params).__name__}.")
     inner = params.get("model")
-    if isinstance(inner, dict):  # with the settings of a training around it
+    # Training programs write the model's parameters among others; transformers reads both forms.
+    if isinstance(inner, dict):
         params = {key: value for key, value in params.items() if key in _REFUSED} | inner
     return {key: value for key, value in params.items() if value is not None}
 
@@ -116,7 +118,7 @@ def _rope_scaling(params: dict[str, Any], small: bool) -> Llama3Scaling | None:
     """None for Llama 3.0, whose context was not extended."""
     scaled = params.get("use_scaled_rope", False)
     if not isinstance(scaled, bool):
-        raise ConfigError(f"use_scaled_rope must be true or false, got {scaled!r}.")
+        raise ConfigError(f"use_scaled_rope must be true or false, got {quoted(scaled)}.")
     if not scaled:
         return None
     return Llama3Scaling(
@@ -150,6 +152,6 @@ def _positive(
     allowed = int if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value < _MAX_NUMBER:
         raise ConfigError(
-            f"{key} must be a positive {'integer' if kind is int else 'number'}, got {value!r}."
+            f"{key} must be a positive {'integer' if kind is int else 'number'}, got {quoted(value)}."
         )
     return kind(value)
