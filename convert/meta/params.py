@@ -152,6 +152,7 @@ def _positive(
     allowed = int if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value < _MAX_NUMBER:
         raise ConfigError(
-            f"{key} must be a positive {'integer' if kind is int else 'number'}, got {quoted(value)}."
+            f"{key} must be a positive {'integer' if kind is int else 'number'}, got "
+            f"{quoted(value)}."
         )
     return kind(value)

@@ -9,6 +9,7 @@ from convert.meta.tiktoken_file import TOKENIZER
 from convert.meta.tokenizer import write_tokenizer
 from convert.source import LICENSE, Source, copy_files, find_files, write_config
 from llama_jax.checkpoint.directory import (
+    GGUF,
     LAYOUT_NAMES,
     check_directory,
     find_layout,
@@ -27,13 +28,15 @@ def open_meta(given: Path) -> Source:
     Raises:
       ConfigError, CheckpointError: it is incomplete, damaged, not supported, or something else.
     """
-    check_directory(given)
+    if not given.is_file():
+        check_directory(given)
     path = meta_folder(given)
     if path is None:
         layout = find_layout(given)
+        command = GGUF if layout == GGUF else "hf"
         raise CheckpointError(
-            f"{given} is in {LAYOUT_NAMES[layout]}, not in Meta's: use `python -m convert hf "
-            f"{given} DST`."
+            f"{given} is in {LAYOUT_NAMES[layout]}, not in Meta's: use `python -m convert "
+            f"{command} {given} DST`."
         )
     if path.name == "mp8" and path.with_name("mp16").is_dir():
         log.warning(

@@ -95,7 +95,9 @@ def check_directory(path: Path) -> None:
     if entered:
         return
     if os.path.exists(path):
-        raise CheckpointError(f"{path} is a file: give the directory that holds the checkpoint.")
+        raise CheckpointError(
+            f"{path} is a file, but not in GGUF: give the directory that holds the checkpoint."
+        )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise CheckpointError(
             f"There is no directory {path}: if this is a model on the Hugging Face Hub, download "

@@ -30,6 +30,7 @@ COMMANDS: dict[str, Callable[[Path], int]] = {
     "serve": lambda path: serve_main([str(path), "--port=0"], NO_ENGINE),
     "hf": lambda path: convert_main(["hf", str(path), f"{path}-new"]),
     "meta": lambda path: convert_main(["meta", str(path), f"{path}-new"]),
+    "gguf": lambda path: convert_main(["gguf", str(path), f"{path}-new"]),
     "inspect": lambda path: convert_main(["inspect", str(path)]),
 }
 
@@ -153,7 +154,12 @@ def a_broken_link(path: Path, whole: Path) -> None:
     path.symlink_to("nowhere")
 
 
-# For `convert meta`, a directory in Hugging Face layout is that, whatever is wrong with it.
+def lfs_gguf(path: Path, whole: Path) -> None:
+    path.mkdir()
+    (path / "model-Q4_K_M.gguf").write_text(POINTER)
+
+
+# For `meta` and `gguf`, a directory in Hugging Face layout is that, whatever is wrong with it.
 KINDS = [
     (lora, "merge_and_unload", None),
     (lora_beside_config_and_tokenizer, "merge_and_unload", None),
@@ -164,6 +170,7 @@ KINDS = [
     (flax, "flax_model.msgpack", None),
     (lfs_weights, "git lfs pull", None),
     (lfs_tokenizer, "git lfs pull", None),
+    (lfs_gguf, "git lfs pull", None),
     (unfinished, "--resume", None),
     (config_only, "model.safetensors", None),
     (in_a_folder, "/weights", None),
@@ -192,11 +199,11 @@ def refused(capsys):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize(("kind", "token", "for_meta"), KINDS, ids=[k[0].__name__ for k in KINDS])
-def test_it_is_named(whole, tmp_path, refused, command, kind, token, for_meta):
+@pytest.mark.parametrize(("kind", "token", "for_others"), KINDS, ids=[k[0].__name__ for k in KINDS])
+def test_it_is_named(whole, tmp_path, refused, command, kind, token, for_others):
     path = tmp_path / "given"
     kind(path, whole)
-    wanted = for_meta if command == "meta" and for_meta else token
+    wanted = for_others if command in ("meta", "gguf") and for_others else token
     assert wanted in refused(command, path)
 
 
@@ -204,14 +211,19 @@ def test_a_release_of_meta_is_converted_first(tmp_path, refused):
     release = write_meta(tmp_path / "model" / "original", shard(meta_weights(), 1))
     for path in (release, release.parent):
         assert f"convert meta {path}" in refused("serve", path)
+    assert f"convert meta {release}" in refused("gguf", release)
     for command in ("hf", "meta", "inspect"):
         assert COMMANDS[command](release) == 0
         shutil.rmtree(f"{release}-new", ignore_errors=True)
 
 
-def test_hugging_face_layout_is_not_metas(whole, converted, refused):
+def test_each_layout_has_its_command(whole, converted, tmp_path, refused):
     for path in (whole, converted):
-        assert f"convert hf {path}" in refused("meta", path)
+        for command in ("meta", "gguf"):
+            assert f"convert hf {path}" in refused(command, path)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert f"convert gguf {tmp_path}" in refused("meta", tmp_path)
+    assert "convert gguf" in refused("meta", tmp_path / "model.gguf")
 
 
 def test_pointers_in_a_release_of_meta(tmp_path, refused):
