@@ -1,7 +1,7 @@
 """Downloads checkpoints from the Hugging Face Hub to its cache.
 
-The small files come first, because they tell which of the large ones belong to the model: the
-index names the shards, and a release of Meta's 405B model is there twice.
+The small files are downloaded first, because they tell which of the large ones are needed: the
+index names the shards, and of the two copies of Meta's 405B model one is enough.
 """
 
 import glob

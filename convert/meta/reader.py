@@ -68,7 +68,7 @@ class _Source(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor; a part that lacks the axis keeps its shape, which is then wrong."""
+        """The whole tensor's shape. It is wrong if a part lacks the axis; callers check it."""
         return tuple(
             size * len(self.parts) if axis == self.axis else size
             for axis, size in enumerate(self.parts[0].shape)

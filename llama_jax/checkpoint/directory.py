@@ -1,7 +1,7 @@
-"""Recognizes what a directory holds, and refuses by name what is not a checkpoint to open.
+"""Recognizes the layout of a checkpoint, and says what a directory is if it is not a checkpoint.
 
-The first question about a path that a user gives. It looks at the names of files and at the first
-bytes of the small ones; `llama_jax.checkpoint` and `convert` then open what it has recognized.
+Every path that a user gives is checked here before anything is opened. Only the names of files
+count, and the first bytes of some, so this takes no time.
 """
 
 import json
@@ -34,8 +34,8 @@ LAYOUT_NAMES = {
 INDEX = "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"
 _PARAMS = "params.json"
-# Where the shards of Meta's release may be. The 405B model comes twice with the same weights, in 8
-# and in 16 shards; the one with fewer files is taken.
+# Where the shards of Meta's release may be. The 405B model comes in 8 and in 16 shards, with the
+# same weights; of the two, the first one here is read.
 _META_FOLDERS = ("", "original", "mp8", "original/mp8", "mp16", "original/mp16")
 _READ_FIRST = ("config.json", INDEX, "tokenizer.json", "tokenizer_config.json")
 _LFS_POINTER = b"version https://git-lfs"
@@ -52,7 +52,7 @@ _OTHER_FORMATS = {
     "*.nemo": "NeMo's format",
     "*.engine": "TensorRT's format",
 }
-# What a trainer keeps in these formats beside the weights.
+# Files in these formats that trainers write beside the weights.
 _NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state)\b.*")
 
 
@@ -74,7 +74,11 @@ def find_layout(path: Path) -> str:
 
 
 def servable_layout(path: Path) -> str:
-    """As `find_layout`, but refuses Meta's, which must be converted first."""
+    """Returns the layout of a checkpoint that can be opened without a conversion.
+
+    Raises:
+      CheckpointError, GgufError: `find_layout` refuses it, or it is in Meta's layout.
+    """
     layout = find_layout(path)
     if layout == META:
         raise CheckpointError(
@@ -107,7 +111,7 @@ def check_directory(path: Path) -> None:
 
 
 def refuse_lfs_pointer(file: Path) -> None:
-    """Raises CheckpointError if a file is what git leaves where git-lfs is not installed."""
+    """Raises CheckpointError if a file is the pointer that git checks out without git-lfs."""
     with file.open("rb") as opened:
         if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise CheckpointError(

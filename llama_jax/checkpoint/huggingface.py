@@ -39,11 +39,11 @@ _BLOCK_BYTES = 1 << 26  # compared at a time
 class HuggingFaceReader:
     """A `CheckpointReader`.
 
-    It passes over tensors that say nothing new: rotary frequencies; biases that are zero; scales of
-    activations or the KV cache; and, with tied embeddings, an `lm_head.weight` that equals the
-    embedding table bit for bit. If only `lm_head.weight` is stored, as by `save_model` of
-    safetensors, it is the table. An LM head that a tool quantized is dequantized, to float32, as it
-    is read.
+    It ignores tensors that do not change the model: rotary frequencies, biases that are zero,
+    scales of activations or the KV cache, and, with tied embeddings, an `lm_head.weight` that
+    equals the embedding table bit for bit. If a tied model stores only `lm_head.weight`, as
+    `save_model` of safetensors does, that is the table. An LM head that a tool quantized is
+    dequantized to float32 as it is read.
     """
 
     def __init__(self, path: Path):

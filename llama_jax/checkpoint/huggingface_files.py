@@ -28,11 +28,11 @@ class StoredTensor(NamedTuple):
         return self.file.tensors[self.name]
 
     def mapped(self) -> np.ndarray:
-        """As `SafetensorsFile.mapped`."""
+        """The whole tensor, memory-mapped and read-only."""
         return self.file.mapped(self.name)
 
     def read_into(self, index: tuple[slice, ...], out: np.ndarray) -> None:
-        """As `SafetensorsFile.read_into`."""
+        """Fills `out` with a slice, cast to its dtype."""
         self.file.read_into(self.name, index, out)
 
 
@@ -41,10 +41,10 @@ def open_files(
 ) -> tuple[list[SafetensorsFile], dict[str, StoredTensor]]:
     """Opens the weight files of a directory.
 
-    They are those that the index names, under any name. Without an index, they are
-    model.safetensors or, as old versions of AutoGPTQ and AutoAWQ name it differently, all
-    safetensors files. What the index says about single tensors matters only where it contradicts
-    the files: a checkpoint is complete if the files together hold every weight once.
+    The index may give them any name. Without an index, model.safetensors is opened if it exists,
+    and otherwise every safetensors file: old versions of AutoGPTQ and AutoAWQ chose other names. An
+    index may list tensors that are in no file, and may miss some. The caller checks that the files
+    hold every weight.
 
     Args:
       path: the directory.

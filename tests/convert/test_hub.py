@@ -108,7 +108,7 @@ def repository(tmp_path_factory):
     for name in ("pytorch_model.bin", "consolidated.pth", "onnx/model.safetensors", "README.md"):
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text("something else")
-    (path / "LICENSE").write_text("the licence")
+    (path / "LICENSE").write_text("the license")
     return path
 
 
@@ -189,7 +189,7 @@ def test_shards_of_any_name(repository, tmp_path):
 
 
 def test_one_of_two_releases_is_downloaded(tmp_path):
-    """Llama 3.1 405B is there in 8 and in 16 shards."""
+    """Llama 3.1 405B comes in 8 and in 16 shards."""
     for count in (8, 16):
         folder = tmp_path / "repository" / "original" / f"mp{count}"
         parts = shard(meta_weights(n_kv_heads=16), count)

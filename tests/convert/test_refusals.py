@@ -251,7 +251,7 @@ def test_a_directory_that_may_not_be_read(whole, refused, command, mode):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_running_conversion(whole, tmp_path, refused, command):
-    """Nobody is told to delete it."""
+    """No message says to delete it."""
     path = tmp_path / "given"
     unfinished(path, whole)
     journal = Journal(path, "x")
@@ -278,7 +278,7 @@ def test_an_incomplete_copy_of_a_conversion(converted, tmp_path, refused, comman
     assert MANIFEST in refused(command, path)
 
 
-# What looks like something else, but is a checkpoint.
+# Checkpoints that look like something else.
 
 
 def test_a_folder_called_weights_means_nothing(whole, tmp_path):

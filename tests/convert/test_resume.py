@@ -75,7 +75,7 @@ def assert_not_half(path, source, whole) -> None:
             found = read(path)
         except Exception:
             continue
-        for name, tensor in found.items():  # quantised by now, or the source's
+        for name, tensor in found.items():  # quantized by now, or the source's
             assert bits(tensor) == bits(expected[name].to(tensor.dtype)), name
         assert found.keys() == expected.keys()
 
