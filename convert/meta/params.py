@@ -12,7 +12,7 @@ from llama_jax.checkpoint.directory import meta_file
 from llama_jax.checkpoint.reader import CheckpointError
 from llama_jax.config import ConfigError, Llama3Scaling, LlamaConfig
 from llama_jax.config.json_values import quoted
-from llama_jax.terminal.units import list_text
+from sharding.errors import list_text
 
 FILE = "params.json"
 _READ = frozenset(

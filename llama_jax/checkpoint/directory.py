@@ -22,7 +22,7 @@ from llama_jax.checkpoint.manifest import (
 from llama_jax.checkpoint.orbax import STATE, WEIGHTS
 from llama_jax.checkpoint.reader import CheckpointError
 from llama_jax.gguf import find_gguf
-from llama_jax.terminal.units import list_text
+from sharding.errors import list_text
 
 HUGGINGFACE, ORBAX, META, GGUF = "huggingface", "orbax", "meta", "gguf"
 LAYOUT_NAMES = {

@@ -11,9 +11,8 @@ import numpy as np
 
 from llama_jax.config import LlamaConfig
 from llama_jax.config.llama_config import DTYPES
-from llama_jax.terminal.units import list_text
 from llama_jax.weights.table import checkpoint_tensors
-from sharding.errors import UserError
+from sharding.errors import UserError, list_text
 
 
 class CheckpointError(UserError):

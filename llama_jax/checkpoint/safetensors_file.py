@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from llama_jax.checkpoint.directory import refuse_lfs_pointer
 from llama_jax.checkpoint.file_array import FileArray
 from llama_jax.checkpoint.reader import CheckpointError, TensorInfo, numpy_dtype
-from llama_jax.terminal.units import list_text
+from sharding.errors import list_text
 
 _DTYPES = {
     "BF16": "bfloat16",

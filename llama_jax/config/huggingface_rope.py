@@ -26,7 +26,7 @@ from llama_jax.config.rope_scaling import (
     RopeScaling,
     YarnScaling,
 )
-from llama_jax.terminal.units import list_text
+from sharding.errors import list_text
 
 _DEFAULT_THETA = 10000.0  # of transformers, which did not write it before version 4.33
 _LLAMA3 = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}

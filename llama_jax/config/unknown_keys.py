@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 
 from llama_jax.config.errors import ConfigError
-from llama_jax.terminal.units import list_text
+from sharding.errors import list_text
 
 log = logging.getLogger("llama_jax")
 

@@ -1,11 +1,6 @@
-"""Bytes, durations, counts, layers and lists as text, the same wherever people read them."""
+"""Bytes, durations, counts and layers as text, the same wherever people read them."""
 
 from collections.abc import Sequence
-
-# In a list of things.
-_MAX_ITEMS = 4
-_MAX_ITEM = 160  # characters
-_MAX_CHARACTERS = 400
 
 
 def bytes_text(number: float) -> str:
@@ -41,26 +36,3 @@ def layers_text(layers: Sequence[int]) -> str:
     if len(layers) < 2:
         return f"layer {layers[0]}" if layers else "no layers"
     return f"layers {layers[0]}-{layers[-1]}"
-
-
-def list_text(items: Sequence[str], separator: str = ", ") -> str:
-    """The first few of many things: "a, b, c, d, and 12 more". Fits in a message of one line.
-
-    Long items are cut in the middle, and characters that do not print are escaped, since the names
-    may come from a damaged file.
-    """
-    shown: list[str] = []
-    for item in map(_printable, items[:_MAX_ITEMS]):
-        if shown and sum(map(len, shown)) + len(item) > _MAX_CHARACTERS:
-            break
-        shown.append(item)
-    if len(shown) < len(items):
-        shown.append(f"and {len(items) - len(shown):,} more")
-    return separator.join(shown)
-
-
-def _printable(item: str) -> str:
-    half = _MAX_ITEM // 2
-    if len(item) > _MAX_ITEM:
-        item = f"{item[:half]}…{item[-half:]}"
-    return item if item.isprintable() else repr(item)[1:-1][:_MAX_ITEM]

@@ -266,6 +266,7 @@ def test_a_path_that_is_a_file(failed, tmp_path):
 
 def test_a_checkpoint_without_a_tokenizer(failed, checkpoints, tmp_path):
     shutil.copy(checkpoints["fake"] / "config.json", tmp_path)
+    (tmp_path / "model.safetensors").touch()
     assert "tokenizer.json" in failed(str(tmp_path))
 
 
@@ -276,6 +277,7 @@ def test_a_port_in_use(failed, checkpoints):
 
 
 def test_a_port_in_use_is_found_before_anything_is_loaded(failed, tmp_path):
+    (tmp_path / "model.safetensors").touch()
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert str(port) in failed(str(tmp_path), port=port)  # without a tokenizer

@@ -3,7 +3,7 @@
 import pytest
 
 from llama_jax.terminal.arguments import size
-from llama_jax.terminal.units import bytes_text, count_text, duration_text, layers_text, list_text
+from llama_jax.terminal.units import bytes_text, count_text, duration_text, layers_text
 
 
 @pytest.mark.parametrize(
@@ -68,13 +68,3 @@ def test_counts_and_layers() -> None:
 )
 def test_sizes_are_parsed(text: str, expected: int) -> None:
     assert size(text) == expected
-
-
-def test_lists_are_short():
-    assert list_text([]) == ""
-    assert list_text(["a", "b", "c", "d"]) == "a, b, c, d"
-    assert list_text(["a"] * 1005, "; ") == "a; a; a; a; and 1,001 more"
-    assert list_text(["x" * 1000, "b"]).endswith("…" + "x" * 80 + ", b")
-    assert list_text(["y" * 160] * 4).count("y") == 320
-    assert list_text(["a\nb", "\ud800"]) == r"a\nb, \ud800"
-    assert all(len(list_text([c * 10**6] * 10**4)) < 500 for c in "x\0\U000f0000")
