@@ -255,7 +255,7 @@ def test_a_running_conversion(whole, tmp_path, refused, command):
     path = tmp_path / "given"
     unfinished(path, whole)
     journal = Journal(path, "x")
-    assert "running" in refused(command, path)
+    assert "is running" in refused(command, path)
     journal.close()
     assert "--resume" in refused(command, path)
 
@@ -267,7 +267,7 @@ def test_a_conversion_that_runs_is_not_begun_again(whole, tmp_path, capsys):
     for arguments in ([], ["--resume"]):
         assert convert_main(["hf", str(whole), str(path), *arguments]) == 1
         message = capsys.readouterr().err
-        assert "running" in message and "delete" not in message
+        assert "is running" in message and "delete" not in message
     journal.close()
 
 

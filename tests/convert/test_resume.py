@@ -371,7 +371,7 @@ def test_two_conversions_at_once(source, tmp_path, pieces, whole):
             messages.append(refusal(convert_to, tmp_path / "new", source, resume=True))
 
     convert_to(tmp_path / "new", source, progress)
-    assert all("running" in message and "delete" not in message for message in messages)
+    assert all("is running" in message and "delete" not in message for message in messages)
     assert all(str(tmp_path / "new") in message for message in messages)
     assert files(tmp_path / "new") == whole
 
