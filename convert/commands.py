@@ -16,12 +16,12 @@ from convert.conversion import Report, convert
 from convert.gguf import open_gguf
 from convert.hub import local_directory
 from convert.inspection import Inspection, inspect, stored_bytes
-from convert.meta.source import is_meta, open_meta
+from convert.meta.source import open_meta
 from convert.sample import sample_windows
 from convert.source import Source, open_source
 from convert.verification import check_checksums, compare
 from llama_jax.checkpoint import CheckpointError, CheckpointReader, open_checkpoint
-from llama_jax.gguf import find_gguf
+from llama_jax.checkpoint.directory import GGUF, META, find_layout
 
 if TYPE_CHECKING:
     from convert.divergence import Divergence
@@ -151,6 +151,7 @@ def open_any(path: Path, strict_config: bool = False) -> Source:
     Raises:
       ConfigError, CheckpointError, GgufError: it is incomplete, damaged or not supported.
     """
-    if find_gguf(path):
-        return open_gguf(path, strict_config)
-    return open_meta(path) if is_meta(path) else open_source(path, strict_config)
+    layout = find_layout(path)
+    if layout == META:
+        return open_meta(path)
+    return (open_gguf if layout == GGUF else open_source)(path, strict_config)

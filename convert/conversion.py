@@ -1,8 +1,6 @@
 """One conversion from start to end: check, write, verify, and write the manifest."""
 
-import errno
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from convert import huggingface_layout, orbax_layout
+from convert.destination import (
+    check_destination,
+    check_space,
+    delete_parts,
+    explain,
+    find_finished,
+    list_files,
+    sync_all,
+)
 from convert.journal import Journal, identify
 from convert.source import Source
 from convert.task import WORKER_BYTES, Task, TaskResult, run_task
@@ -21,23 +28,11 @@ from convert.transform import Loss, target_config, transforms
 from convert.verification import compare
 from llama_jax.checkpoint import CheckpointReader
 from llama_jax.checkpoint.huggingface import HuggingFaceReader
-from llama_jax.checkpoint.manifest import (
-    JOURNAL,
-    MANIFEST,
-    PART,
-    FileRecord,
-    Manifest,
-    check_files,
-    checksum,
-    read_manifest,
-    sync,
-    write_manifest,
-)
+from llama_jax.checkpoint.manifest import JOURNAL, Manifest, write_manifest
 from llama_jax.checkpoint.orbax import OrbaxReader
 from llama_jax.checkpoint.reader import CheckpointError, refuse
 from llama_jax.config import LlamaConfig
 from llama_jax.terminal.interrupts import held_interrupts
-from llama_jax.terminal.units import bytes_text
 
 LAYOUTS: dict[str, tuple[Any, Callable[[Path], CheckpointReader]]] = {
     "orbax": (orbax_layout, OrbaxReader),
@@ -119,29 +114,29 @@ def convert(
     total = sum(task.num_bytes for task in tasks)
     try:
         plan = identify(
-            reader.path,
+            source,
             {
                 "dtype": options.dtype,
                 "quantize": options.quantize,
                 "files": [task.files for task in tasks],
             },
         )
-        if options.resume and (finished := _finished(destination, plan)):
+        if options.resume and (finished := find_finished(destination, plan)):
             return Report(config, total, total, 0.0, None, dict(finished.quantization_error))
-        _check_destination(reader.path, destination, options.resume)
+        check_destination(reader.path, destination, options.resume)
         if not (destination / JOURNAL).is_file():
-            _check_space(destination, total)
+            check_space(destination, total)
         destination.mkdir(parents=True, exist_ok=True)
         with closing(Journal(destination, plan)) as journal:
-            _drop_parts(destination)
+            delete_parts(destination)
             resumed = sum(task.num_bytes for task in tasks if task.name in journal.done)
-            _check_space(destination, total - resumed)
+            check_space(destination, total - resumed)
             results = _run(tasks, destination, journal, workers, progress)
             layout.finish(destination, weights)
-            _sync(destination)  # before config.json: without it, no program opens the directory
+            sync_all(destination)  # before config.json: without it, no program opens the directory
             source.write_companions(destination, config)
-            _sync(destination)
-            files = _records(destination, results)
+            sync_all(destination)
+            files = list_files(destination, results)
             seconds = time.monotonic() - start
             verify_seconds = None
             if options.verify:
@@ -151,7 +146,7 @@ def convert(
             write_manifest(destination, Manifest(options.layout, plan, files, lost))
             journal.remove()
     except OSError as error:
-        raise _explained(error, destination) from None
+        raise explain(error, destination) from None
     return Report(config, total, resumed, seconds, verify_seconds, lost)
 
 
@@ -167,57 +162,6 @@ def _workers(max_memory: int) -> int:
             f"A conversion needs at least {WORKER_BYTES >> 20} MiB: increase --max-memory."
         )
     return min(max_memory // WORKER_BYTES, os.cpu_count() or 1)
-
-
-def _check_destination(source: Path, destination: Path, resume: bool) -> None:
-    if destination.resolve().is_relative_to(source.resolve()):
-        raise CheckpointError(f"{destination} is inside the source: choose another directory.")
-    if destination.exists() and not destination.is_dir():
-        raise CheckpointError(f"{destination} is a file: choose another name.")
-    if not destination.is_dir() or not any(destination.iterdir()):
-        return
-    if (destination / MANIFEST).is_file():
-        raise CheckpointError(
-            f"{destination} already holds a complete checkpoint: choose another directory, or "
-            "delete it."
-        )
-    if not (destination / JOURNAL).is_file():
-        raise CheckpointError(
-            f"{destination} is not empty: choose another directory, or delete its contents."
-        )
-    if not resume:
-        raise CheckpointError(
-            f"{destination} holds an unfinished conversion: add --resume to continue, or delete it."
-        )
-
-
-def _finished(destination: Path, plan: str) -> Manifest | None:
-    """Returns the manifest of a destination that an equal conversion has completed, or None."""
-    if not (destination / MANIFEST).is_file():
-        return None
-    manifest = read_manifest(destination)
-    if manifest.plan != plan:
-        return None
-    check_files(destination, manifest)
-    # The journal remains if the process was killed right after it wrote the manifest.
-    (destination / JOURNAL).unlink(missing_ok=True)
-    return manifest
-
-
-def _drop_parts(destination: Path) -> None:
-    """Deletes files that an earlier run did not complete."""
-    for file in destination.rglob(f"*{PART}"):
-        file.unlink()
-
-
-def _check_space(destination: Path, needed: int) -> None:
-    place = next(path for path in (destination, *destination.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise CheckpointError(
-            f"The disk of {destination} has {bytes_text(free)} free, but the conversion needs "
-            f"{bytes_text(needed)} more: free space, or choose another disk."
-        )
 
 
 def _run(
@@ -261,22 +205,6 @@ def _run(
     return sorted(results, key=lambda result: result.name)
 
 
-def _records(destination: Path, results: Sequence[TaskResult]) -> dict[str, FileRecord]:
-    """Lists every file of the checkpoint; small files that no task wrote are read again."""
-    records = {name: record for result in results for name, record in result.files.items()}
-    for file in sorted(destination.rglob("*")):
-        name = str(file.relative_to(destination))
-        if file.is_file() and name not in records and name != JOURNAL:
-            records[name] = FileRecord(file.stat().st_size, checksum(file))
-    return dict(sorted(records.items()))
-
-
-def _sync(destination: Path) -> None:
-    """Flushes all files and directories to disk."""
-    for path in (destination, *destination.rglob("*")):
-        sync(path)
-
-
 def _verify(
     source: CheckpointReader, written: CheckpointReader, workers: int, progress: Progress
 ) -> None:
@@ -302,12 +230,3 @@ def _relative_error(results: Sequence[TaskResult]) -> dict[str, float]:
         for kind, loss in result.losses.items():
             sums[kind] = Loss(*map(sum, zip(sums.get(kind, Loss()), loss, strict=True)))
     return {kind: (loss.changed / loss.of) ** 0.5 for kind, loss in sorted(sums.items())}
-
-
-def _explained(error: OSError, destination: Path) -> CheckpointError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CheckpointError(
-            f"The disk of {destination} is full: free space, and run the same command again with "
-            "--resume."
-        )
-    return CheckpointError(f"{error.filename or destination} cannot be used: {error.strerror}.")

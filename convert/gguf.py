@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 from convert.source import Source, write_config
+from llama_jax.checkpoint.directory import GGUF, LAYOUT_NAMES, META, find_layout
 from llama_jax.checkpoint.gguf import GgufReader
-from llama_jax.checkpoint.reader import CheckpointError, check_directory
+from llama_jax.checkpoint.reader import CheckpointError
 from llama_jax.config import LlamaConfig
 from llama_jax.gguf import find_gguf
 from llama_jax.gguf.config import generation_config_json
@@ -23,13 +24,14 @@ def open_gguf(path: Path, strict_config: bool = False) -> Source:
     Raises:
       GgufError, ConfigError, CheckpointError: it is incomplete, damaged or not supported.
     """
-    parts = find_gguf(path)
-    if not parts:
-        if not path.is_file():
-            check_directory(path)
+    layout = find_layout(path)
+    if layout != GGUF:
+        command = "meta" if layout == META else "hf"
         raise CheckpointError(
-            f"{path} is not a model in GGUF: try the commands hf or meta for another layout."
+            f"{path} is in {LAYOUT_NAMES[layout]}, not in GGUF: use `python -m convert {command} "
+            f"{path} DST`."
         )
+    parts = find_gguf(path)
     reader = GgufReader(path, parts)
     reader.declared.report_unknown(strict_config)
 

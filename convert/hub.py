@@ -1,25 +1,32 @@
-"""Downloads checkpoints from the Hugging Face Hub to its cache."""
+"""Downloads checkpoints from the Hugging Face Hub to its cache.
 
+The small files are downloaded first, because they tell which of the large ones are needed: the
+index names the shards, and of the two copies of Meta's 405B model one is enough.
+"""
+
+import glob
 import io
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llama_jax.checkpoint.directory import INDEX, meta_folder, weight_files
+from llama_jax.checkpoint.huggingface_files import SINGLE, read_index
 from sharding.errors import UserError
 
 Progress = Callable[[str, int, int], None]
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-# Layout → the files of a repository that are downloaded. Meta's release is in its own folder; other
-# formats of the same weights are not downloaded.
-_NEEDED = {
+# Layout → the small files of a repository. Meta's release is in its own folder.
+_SMALL_FILES = {
     "hf": [
         "config.json",
         "generation_config.json",
         "hf_quant_config.json",
-        "model*.safetensors",
-        "model.safetensors.index.json",
+        "adapter_config.json",
+        INDEX,
         "tokenizer*",
         "special_tokens_map.json",
         "added_tokens.json",
@@ -28,10 +35,10 @@ _NEEDED = {
         "NOTICE*",
         "USE_POLICY*",
     ],
-    "meta": ["original/*"],
+    "meta": ["original/*params.json", "original/*tokenizer.model"],
 }
 _LAYOUT = {
-    "hf": "Hugging Face layout: try the command meta",
+    "hf": "safetensors files: try the command meta, or another repository of the same model",
     "meta": "Meta's layout (a folder named original): try the command hf",
 }
 _CHOICE = {"hf": "", "meta": " --include 'original/*'"}
@@ -60,9 +67,11 @@ def local_directory(name: str, layout: str, progress: Progress) -> Path:
 
     disable_progress_bars()
     try:
-        directory = snapshot_download(
-            name, allow_patterns=_NEEDED[layout], tqdm_class=_silent_bar(progress)
-        )
+        download = partial(snapshot_download, name, tqdm_class=_silent_bar(progress))
+        directory = Path(download(allow_patterns=_SMALL_FILES[layout]))
+        found = (_download_meta if layout == "meta" else _download_weights)(directory, download)
+    except UserError:
+        raise
     except errors.GatedRepoError:
         raise HubError(
             f"You must accept the license of {name} first: do so at "
@@ -84,9 +93,31 @@ def local_directory(name: str, layout: str, progress: Progress) -> Path:
         ) from None
     except Exception as error:  # HTTP, OS and Xet errors, whose classes depend on the version
         raise _broken_off(name, error) from None
-    if not Path(directory).is_dir():
+    if not found:
         raise HubError(f"{name} on the Hugging Face Hub has no weights in {_LAYOUT[layout]}.")
-    return Path(directory)
+    return directory
+
+
+def _download_weights(directory: Path, download: Callable[..., str]) -> bool:
+    """Downloads the weights of a model whose small files are in `directory`, if it has any."""
+    if (directory / INDEX).is_file():
+        shards = sorted(set(read_index(directory / INDEX).values()))
+        download(allow_patterns=[glob.escape(name) for name in shards])
+        return True
+    if (directory / "config.json").is_file():
+        download(allow_patterns=[SINGLE])
+        if not (directory / SINGLE).is_file():
+            download(allow_patterns=["*.safetensors"], ignore_patterns=["*/*"])
+    return bool(weight_files(directory)) or (directory / "adapter_config.json").is_file()
+
+
+def _download_meta(directory: Path, download: Callable[..., str]) -> bool:
+    """Downloads one release of Meta's, if there is any."""
+    folder = meta_folder(directory)
+    if folder is None:
+        return False
+    download(allow_patterns=[f"{folder.relative_to(directory)}/*"])
+    return True
 
 
 def _broken_off(name: str, error: Exception) -> HubError:

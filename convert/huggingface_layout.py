@@ -6,7 +6,8 @@ from pathlib import Path
 
 from convert.task import RowBlock, Task
 from convert.transform import Transform, tensor_bytes
-from llama_jax.checkpoint.huggingface import INDEX, SINGLE
+from llama_jax.checkpoint.directory import INDEX
+from llama_jax.checkpoint.huggingface_files import SINGLE
 from llama_jax.checkpoint.reader import CheckpointError
 
 SHARD_BYTES = 5 * 10**9  # as on the Hugging Face Hub

@@ -1,6 +1,5 @@
 """Describes a checkpoint and its distribution over a mesh, without reading weights."""
 
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -9,10 +8,11 @@ from typing import Any
 
 from convert.meta.reader import MetaReader
 from llama_jax.checkpoint import CheckpointReader
+from llama_jax.checkpoint.directory import GGUF, HUGGINGFACE, META, ORBAX
 from llama_jax.checkpoint.gguf import GgufReader
 from llama_jax.checkpoint.huggingface import HuggingFaceReader
 from llama_jax.checkpoint.manifest import MANIFEST, VERSION, read_manifest
-from llama_jax.checkpoint.orbax import ARRAY, STATE, WEIGHTS, OrbaxReader
+from llama_jax.checkpoint.orbax import ZARR_FORMAT, OrbaxReader
 from llama_jax.checkpoint.reader import numpy_dtype
 from llama_jax.config import LlamaConfig
 from llama_jax.config.llama_config import QUANT_METHOD
@@ -53,7 +53,7 @@ class Inspection:
       path: its directory.
       layout: "orbax", "huggingface", "meta" or "gguf".
       formats: file format → version, or None if it has none.
-      num_files: number of weight files.
+      num_files: number of weight files that belong to the model.
       config: its architecture, dtype and quantization.
       quantized_by: the tool that quantized it, if it was not this program.
       quantization_error: as in `Manifest`.
@@ -85,7 +85,7 @@ def inspect(reader: CheckpointReader, mesh: str | None) -> Inspection:
       MeshError, ShardingError: the mesh is malformed, or the model cannot be split over it.
     """
     path, config = reader.path, reader.config
-    layout, formats, num_files = _files(reader)
+    layout, formats = _layout(reader)
     quantization_error = {}
     if (path / MANIFEST).is_file():
         formats["manifest"] = VERSION
@@ -94,7 +94,7 @@ def inspect(reader: CheckpointReader, mesh: str | None) -> Inspection:
         path=path,
         layout=layout,
         formats=formats,
-        num_files=num_files,
+        num_files=len(reader.files),
         config=config,
         quantized_by=_quantized_by(reader),
         quantization_error=quantization_error,
@@ -189,18 +189,15 @@ def _share(count: int, rank: int, num_ranks: int, replicas: int = 1) -> range:
     return range(first, first + each)
 
 
-def _files(reader: CheckpointReader) -> tuple[str, dict[str, int | None], int]:
-    """Returns the layout, the file formats, and the number of weight files."""
-    path = reader.path
+def _layout(reader: CheckpointReader) -> tuple[str, dict[str, int | None]]:
+    """Returns the layout and the file formats."""
     if isinstance(reader, OrbaxReader):
-        arrays = path / WEIGHTS / STATE
-        version = json.loads(next(arrays.glob(f"*/{ARRAY}")).read_text())["zarr_format"]
-        return "orbax", {"zarr": version}, sum(file.is_file() for file in arrays.glob("*/c/**/*"))
+        return ORBAX, {"zarr": ZARR_FORMAT}
     if isinstance(reader, GgufReader):
-        return "gguf", {"gguf": None}, reader.num_files
+        return GGUF, {"gguf": None}
     if isinstance(reader, MetaReader):
-        return "meta", {"pytorch": None}, len(list(path.glob("consolidated.*.pth")))
-    return "huggingface", {"safetensors": None}, len(list(path.glob("*.safetensors")))
+        return META, {"pytorch": None}
+    return HUGGINGFACE, {"safetensors": None}
 
 
 def _quantized_by(reader: CheckpointReader) -> str | None:

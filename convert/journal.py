@@ -8,35 +8,38 @@ the journal records each boot, and files written during an earlier boot are veri
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from convert.source import Source
 from convert.task import TaskResult
 from convert.transform import Loss
-from llama_jax.checkpoint.manifest import JOURNAL, FileRecord, checksum
+from llama_jax.checkpoint.manifest import JOURNAL, FileRecord, checksum, running
 from llama_jax.checkpoint.reader import CheckpointError
-from llama_jax.gguf import find_gguf
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-def identify(source: Path, options: Mapping[str, Any]) -> str:
-    """Returns a fingerprint of a source and the options of its conversion.
+def identify(source: Source, options: Mapping[str, Any]) -> str:
+    """Returns a fingerprint of the files that a conversion reads and of its options.
 
-    It covers the names, lengths and modification times of the source's files, because reading them
-    would take as long as converting them. Hidden files do not count.
+    It covers the names, lengths and modification times of the weight files, because reading them
+    would take as long as converting them, and the contents of the small files.
     """
-    folder = source.parent if source.is_file() else source
-    files = find_gguf(source) or [file for file in source.rglob("*") if file.is_file()]
-    names = sorted(str(file.relative_to(folder)) for file in files)
-    content = [
-        [name, (stat := (folder / name).stat()).st_size, stat.st_mtime_ns]
-        for name in names
-        if not any(part.startswith(".") for part in Path(name).parts)
+    weights = [
+        (_name(file, source), (stat := file.stat()).st_size, stat.st_mtime_ns)
+        for file in source.reader.files
     ]
-    return hashlib.sha256(json.dumps([content, dict(options)]).encode()).hexdigest()
+    companions = [(_name(file, source), checksum(file)) for file in source.companions]
+    content = [sorted(weights), sorted(companions), dict(options)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _name(file: Path, source: Source) -> str:
+    return os.path.relpath(file, source.reader.path)
 
 
 class Journal:
@@ -85,9 +88,7 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CheckpointError(
-                f"Another conversion is writing to {self._path.parent}: wait until it ends."
-            ) from None
+            raise running(self._path.parent) from None
 
     def _append(self, line: dict[str, Any]) -> None:
         # The newline comes first, so that a truncated line does not corrupt the next one.

@@ -11,9 +11,11 @@ from llama_jax.checkpoint import CheckpointReader, open_checkpoint
 from llama_jax.config import LlamaConfig
 
 LICENSE = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+_CONFIG = ("config.json", "generation_config.json", "hf_quant_config.json")
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+_BIAS_KEYS = ("attention_bias", "mlp_bias")
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,12 @@ class Source:
       reader: of its weights.
       write_companions: writes config.json for the given configuration, and the other files of the
         checkpoint (tokenizer, generation config, license), to a directory.
+      companions: the small files that are read, for the reader or for `write_companions`.
     """
 
     reader: CheckpointReader
     write_companions: Callable[[Path, LlamaConfig], None]
+    companions: tuple[Path, ...] = ()
 
 
 def open_source(path: Path, strict_config: bool = False) -> Source:
@@ -48,15 +52,19 @@ def open_source(path: Path, strict_config: bool = False) -> Source:
         content = json.loads((path / "config.json").read_text(encoding="utf-8"))
         write_config(directory, _adapted(content, config))
 
-    return Source(reader, write_companions)
+    return Source(reader, write_companions, find_files(path, (*_CONFIG, *TOKENIZER, *LICENSE)))
+
+
+def find_files(directory: Path, patterns: Iterable[str]) -> tuple[Path, ...]:
+    """Returns the files of a directory that match any of the patterns."""
+    found = {file for pattern in patterns for file in directory.glob(pattern)}
+    return tuple(sorted(file for file in found if file.is_file()))
 
 
 def copy_files(source: Path, destination: Path, patterns: Iterable[str]) -> None:
     """Copies the files of a directory that match any of the patterns."""
-    for pattern in patterns:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, destination / file.name)
+    for file in find_files(source, patterns):
+        shutil.copyfile(file, destination / file.name)
 
 
 def write_config(directory: Path, content: dict[str, Any]) -> None:
@@ -70,6 +78,8 @@ def _adapted(content: dict[str, Any], want: LlamaConfig) -> dict[str, Any]:
     written = want.to_dict()
     for key in [key for key in _DTYPE_KEYS if key in content] or ["torch_dtype"]:
         content[key] = want.dtype
+    for key in [key for key in _BIAS_KEYS if key in content]:
+        content[key] = False  # those of the source are zero, and are not written
     content = {key: value for key, value in content.items() if key not in _QUANTIZATION_KEYS}
     if want.quantization is not None:
         content["quantization_config"] = written["quantization_config"]

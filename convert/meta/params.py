@@ -8,8 +8,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llama_jax.checkpoint.directory import meta_file
 from llama_jax.checkpoint.reader import CheckpointError
 from llama_jax.config import ConfigError, Llama3Scaling, LlamaConfig
+from llama_jax.config.json_values import quoted
+from sharding.errors import list_text
 
 FILE = "params.json"
 _READ = frozenset(
@@ -44,7 +47,7 @@ def read_params(folder: Path) -> dict[str, Any]:
     Raises:
       CheckpointError: the file does not exist or is not a JSON object.
     """
-    file = folder / FILE
+    file = meta_file(folder, FILE)
     try:
         params = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -56,6 +59,10 @@ def read_params(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}.") from None
     if not isinstance(params, dict):
         raise CheckpointError(f"{file} must hold a JSON object, not a {type(params).__name__}.")
+    inner = params.get("model")
+    # Training programs write the model's parameters among others; transformers reads both forms.
+    if isinstance(inner, dict):
+        params = {key: value for key, value in params.items() if key in _REFUSED} | inner
     return {key: value for key, value in params.items() if value is not None}
 
 
@@ -111,7 +118,7 @@ def _rope_scaling(params: dict[str, Any], small: bool) -> Llama3Scaling | None:
     """None for Llama 3.0, whose context was not extended."""
     scaled = params.get("use_scaled_rope", False)
     if not isinstance(scaled, bool):
-        raise ConfigError(f"use_scaled_rope must be true or false, got {scaled!r}.")
+        raise ConfigError(f"use_scaled_rope must be true or false, got {quoted(scaled)}.")
     if not scaled:
         return None
     return Llama3Scaling(
@@ -131,7 +138,7 @@ def _refuse_other_maths(params: dict[str, Any]) -> None:
     unknown = sorted(params.keys() - _READ - _HARMLESS - _REFUSED.keys())
     if unknown:
         raise ConfigError(
-            f"Unknown keys may change the computation: {', '.join(unknown)}; delete those that you "
+            f"Unknown keys may change the computation: {list_text(unknown)}; delete those that you "
             "know to be harmless."
         )
 
@@ -145,6 +152,7 @@ def _positive(
     allowed = int if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value < _MAX_NUMBER:
         raise ConfigError(
-            f"{key} must be a positive {'integer' if kind is int else 'number'}, got {value!r}."
+            f"{key} must be a positive {'integer' if kind is int else 'number'}, got "
+            f"{quoted(value)}."
         )
     return kind(value)

@@ -15,12 +15,12 @@ from typing import BinaryIO
 import numpy as np
 
 from convert.meta.tensor_pickle import PickleError, Tensor, read_tensors
+from llama_jax.checkpoint.directory import refuse_lfs_pointer
 from llama_jax.checkpoint.reader import CheckpointError, TensorInfo, numpy_dtype
 
 MAX_PICKLE = 4 << 20  # bytes; a shard of 405B has 0.3 MB
 _LOCAL_HEADER = struct.Struct("<4s22x2H")  # signature, lengths of the name and the extra field
 _OLD_FORMAT = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # torch's magic number, pickled
-_LFS_POINTER = b"version https://git-lfs"
 
 
 class PthFile:
@@ -39,6 +39,7 @@ class PthFile:
         """
         self.path = path
         try:
+            refuse_lfs_pointer(path)
             with path.open("rb") as file:
                 entries = _read_directory(file, path)
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -137,7 +138,7 @@ class PthFile:
 
 def _read_directory(file: BinaryIO, path: Path) -> dict[str, zipfile.ZipInfo]:
     """Returns the entries of the archive by name; checks that all are uncompressed."""
-    first = file.read(len(_LFS_POINTER))
+    first = file.read(len(_OLD_FORMAT))
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
@@ -159,8 +160,6 @@ def _read_directory(file: BinaryIO, path: Path) -> dict[str, zipfile.ZipInfo]:
 
 
 def _no_archive(first: bytes) -> str:
-    if first == _LFS_POINTER:
-        return "is a Git LFS pointer, not the weights: run `git lfs pull` in its directory"
     if first.startswith(_OLD_FORMAT):
         return "is in torch's format from before version 1.6: load it with torch and save it again"
     if first.startswith(b"PK\3\4"):

@@ -22,10 +22,10 @@ import numpy as np
 from convert.meta.params import FILE, parse_params, read_params
 from convert.meta.pth_file import PthFile
 from convert.meta.tiktoken_file import NUM_SPECIAL, TOKENIZER, eos_token_ids, read_tokens
+from llama_jax.checkpoint.directory import meta_file
 from llama_jax.checkpoint.reader import (
     CheckpointError,
     TensorInfo,
-    check_directory,
     refuse,
     with_stored_dtype,
 )
@@ -68,7 +68,7 @@ class _Source(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor; a part that lacks the axis keeps its shape, which is then wrong."""
+        """The whole tensor's shape. It is wrong if a part lacks the axis; callers check it."""
         return tuple(
             size * len(self.parts) if axis == self.axis else size
             for axis, size in enumerate(self.parts[0].shape)
@@ -87,10 +87,10 @@ class MetaReader:
         Raises:
           ConfigError, CheckpointError: anything is missing or wrong.
         """
-        check_directory(path)
         self.path = path
         params = read_params(path)
         shards = _open_shards(path)
+        self.files = tuple(shard.path for shard in shards)
         embedding = _embedding(path, shards, params.get("dim"))
         tied = _HEAD not in shards[0].tensors or _same_bytes(
             embedding, _Source([shard.array(_HEAD) for shard in shards], axis=0)
@@ -104,7 +104,7 @@ class MetaReader:
             name: TensorInfo(source.shape, source.parts[0].dtype.name)
             for name, source in self._sources.items()
         }
-        eos = _eos_token_ids(path / TOKENIZER, config)
+        eos = _eos_token_ids(meta_file(path, TOKENIZER), config)
         self.config = with_stored_dtype(replace(config, eos_token_ids=eos), self.tensors)
 
     def read_into(self, name: str, index: tuple[slice, ...], out: np.ndarray) -> None:
@@ -168,10 +168,8 @@ def _open_shards(path: Path) -> list[PthFile]:
     """Opens all shards in order; checks that their tensors have equal names, shapes and dtypes."""
     found = sorted(file for file in path.iterdir() if _SHARD.fullmatch(file.name))
     if not found:
-        others = sorted(file.name for file in path.glob("*.safetensors"))
         raise CheckpointError(
-            f"{path} holds no consolidated.00.pth"
-            + (f" but {others[0]}: it is in Hugging Face layout." if others else ".")
+            f"{path} holds a {FILE} but no consolidated.00.pth: copy the weights there."
         )
     last = int(found[-1].name.split(".")[1])
     wanted = [f"consolidated.{number:02}.pth" for number in range(last + 1)]

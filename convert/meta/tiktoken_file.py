@@ -8,6 +8,7 @@ of the Hugging Face tokenizer of each version.
 import base64
 from pathlib import Path
 
+from llama_jax.checkpoint.directory import refuse_lfs_pointer
 from llama_jax.checkpoint.reader import CheckpointError
 
 TOKENIZER = "tokenizer.model"
@@ -27,6 +28,7 @@ def read_tokens(file: Path) -> list[bytes]:
       CheckpointError: the file is missing, damaged, or in another format.
     """
     try:
+        refuse_lfs_pointer(file)
         if file.stat().st_size > _MAX_BYTES:
             raise CheckpointError(f"{file} is too large to be a Llama 3 tokenizer.")
         data = file.read_bytes()

@@ -2,16 +2,12 @@
 
 from pathlib import Path
 
+from llama_jax.checkpoint.directory import GGUF, ORBAX, servable_layout
 from llama_jax.checkpoint.gguf import GgufReader
 from llama_jax.checkpoint.huggingface import HuggingFaceReader
-from llama_jax.checkpoint.manifest import JOURNAL, MANIFEST, check_files, read_manifest
-from llama_jax.checkpoint.orbax import WEIGHTS, OrbaxReader
-from llama_jax.checkpoint.reader import (
-    CheckpointError,
-    CheckpointReader,
-    TensorInfo,
-    check_directory,
-)
+from llama_jax.checkpoint.manifest import MANIFEST, check_files, read_manifest
+from llama_jax.checkpoint.orbax import OrbaxReader
+from llama_jax.checkpoint.reader import CheckpointError, CheckpointReader, TensorInfo
 from llama_jax.gguf import find_gguf
 
 __all__ = ["CheckpointError", "CheckpointReader", "TensorInfo", "open_checkpoint"]
@@ -23,22 +19,17 @@ def open_checkpoint(path: str | Path) -> HuggingFaceReader | OrbaxReader | GgufR
     `path` is the checkpoint's directory, or a GGUF file (`find_gguf`).
 
     Checks the config, the files and their lengths, and the names and shapes of all tensors. Tensors
-    are not read, except for a stored `lm_head.weight` with tied embeddings, which is compared with
-    the embedding table, and the small ones that GPTQ needs to check (`g_idx` and `bias`).
+    are not read, except for biases, which must be zero, a stored `lm_head.weight` with tied
+    embeddings, which is compared with the embedding table, and GPTQ's `g_idx`.
 
     Raises:
-      ConfigError, CheckpointError, GgufError: the checkpoint is incomplete, damaged or not
-        supported.
+      ConfigError, CheckpointError, GgufError: it is something else, which the message names, or it
+        is incomplete, damaged or not supported.
     """
     path = Path(path)
-    if parts := find_gguf(path):
-        return GgufReader(path, parts)
-    check_directory(path)
+    layout = servable_layout(path)
+    if layout == GGUF:
+        return GgufReader(path, find_gguf(path))
     if (path / MANIFEST).is_file():
         check_files(path, read_manifest(path))
-    elif (path / JOURNAL).is_file() or (path / WEIGHTS).is_dir():
-        raise CheckpointError(
-            f"{path} holds an unfinished conversion (no {MANIFEST}): run the same command again "
-            "with --resume, or delete it."
-        )
-    return OrbaxReader(path) if (path / WEIGHTS).is_dir() else HuggingFaceReader(path)
+    return OrbaxReader(path) if layout == ORBAX else HuggingFaceReader(path)

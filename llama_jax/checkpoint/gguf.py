@@ -50,7 +50,6 @@ class GgufReader:
 
     Attributes:
       stored_bytes: bytes in the files, by the type of the tensors ("Q4_K").
-      num_files: into which the model is split.
     """
 
     def __init__(self, path: Path, parts: Sequence[Path]):
@@ -60,7 +59,7 @@ class GgufReader:
           GgufError, ConfigError, CheckpointError: anything is missing, wrong or not supported.
         """
         self.path = path
-        self.num_files = len(parts)
+        self.files = tuple(parts)
         self.declared = read_checkpoint_config(path)
         config = self.declared.config
         stored = {

@@ -3,7 +3,6 @@
 Matrices quantized by another tool are translated as they are read.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from llama_jax.checkpoint.foreign import (
     translate,
 )
 from llama_jax.checkpoint.foreign.layout import ContentError
+from llama_jax.checkpoint.huggingface_files import StoredTensor, open_files
 from llama_jax.checkpoint.reader import (
     CheckpointError,
     TensorInfo,
@@ -25,13 +25,13 @@ from llama_jax.checkpoint.reader import (
     refuse,
     with_stored_dtype,
 )
-from llama_jax.checkpoint.safetensors_file import SafetensorsFile
 from llama_jax.config import LlamaConfig
 from llama_jax.config.huggingface import read_checkpoint_config
+from llama_jax.config.llama_config import DTYPES
+from llama_jax.weights.table import EMBEDDING, LM_HEAD
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-_LEGACY = "rotary_emb.inv_freq"  # a buffer that old versions saved; it follows from the config
+_ROTARY = "rotary_emb."  # buffers of old versions of transformers; they follow from the config
+_BIAS = ".bias"
 _QUANTIZED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax", ".SCB")
 _BLOCK_BYTES = 1 << 26  # compared at a time
 
@@ -39,16 +39,17 @@ _BLOCK_BYTES = 1 << 26  # compared at a time
 class HuggingFaceReader:
     """A `CheckpointReader`.
 
-    It ignores three kinds of extra tensors: rotary frequencies that old versions of transformers
-    saved; with tied embeddings, a `lm_head.weight` that equals the embedding table bit for bit; and
-    the scales with which a tool quantizes activations or the KV cache. An LM head that a tool
-    quantized is dequantized, to float32, as it is read.
+    It ignores tensors that do not change the model: rotary frequencies, biases that are zero,
+    scales of activations or the KV cache, and, with tied embeddings, an `lm_head.weight` that
+    equals the embedding table bit for bit. If a tied model stores only `lm_head.weight`, as
+    `save_model` of safetensors does, that is the table. An LM head that a tool quantized is
+    dequantized to float32 as it is read.
     """
 
     def __init__(self, path: Path):
         """Opens the directory and checks the tensors without reading them.
 
-        Only GPTQ's `g_idx` and `bias` and a stored head that is tied are read.
+        Only biases, GPTQ's `g_idx`, and a stored head that is tied are read.
 
         Raises:
           ConfigError, CheckpointError: anything is missing or wrong.
@@ -56,17 +57,20 @@ class HuggingFaceReader:
         self.path = path
         self.declared = read_checkpoint_config(path)
         config = self.declared.config
-        self._files: dict[str, SafetensorsFile] = {}
-        for file in _open_files(path):
-            for name in file.tensors:
-                if not name.endswith(_LEGACY):
-                    self._files[name] = file
+
+        def optional(name: str) -> bool:
+            return _ROTARY in name or (config.tie_embeddings and name == LM_HEAD.hf_name)
+
+        files, found = open_files(path, optional)
+        self.files = tuple(file.path for file in files)
+        self._stored = {name: tensor for name, tensor in found.items() if _ROTARY not in name}
+        self._drop_zero_biases()
         if config.tie_embeddings:
-            self._drop_tied_head()
-        infos = {name: file.tensors[name] for name, file in self._files.items()}
+            self._resolve_tied_head()
+        infos = {name: tensor.info for name, tensor in self._stored.items()}
         config, self._translated = self._translate(config, infos)
         self.tensors: dict[str, TensorInfo] = {
-            **{name: infos[name] for name in self._files},
+            **{name: infos[name] for name in self._stored},
             **{name: tensor.info for name, tensor in self._translated.items()},
         }
         check_tensors(path, self.tensors, config)
@@ -76,7 +80,7 @@ class HuggingFaceReader:
     def read_into(self, name: str, index: tuple[slice, ...], out: np.ndarray) -> None:
         """Fills `out` with a slice, translated if another tool quantized the matrix."""
         if name not in self._translated:
-            self._files[name].read_into(name, index, out)
+            self._stored[name].read_into(index, out)
             return
         try:
             self._translated[name].read_into(index, out)
@@ -85,7 +89,7 @@ class HuggingFaceReader:
 
     def close(self) -> None:
         """Releases the files; one that is mapped is unmapped with its last view."""
-        self._files.clear()
+        self._stored.clear()
         self._translated.clear()
 
     def _translate(
@@ -107,7 +111,7 @@ class HuggingFaceReader:
         if quantization is None or layout is None:
             for name in infos:
                 if name.endswith(OF_ACTIVATIONS):
-                    del self._files[name]
+                    del self._stored[name]
             return config, {}
         layers = head = Described(layout, config)
         if quantization.head is not None and (head_layout := layout_of(quantization.head)):
@@ -115,79 +119,44 @@ class HuggingFaceReader:
             head = Described(head_layout, head_config)
         config, translated, used = translate(self.path, infos, self._mapped, layers, head)
         for name in used:
-            del self._files[name]
+            del self._stored[name]
         return config, translated
 
     def _mapped(self, name: str) -> np.ndarray:
-        return self._files[name].mapped(name)
+        return self._stored[name].mapped()
 
-    def _drop_tied_head(self) -> None:
-        head, table = (self._files.get(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
-        if head is None or table is None:
+    def _drop_zero_biases(self) -> None:
+        """Refuses other biases: Llama 3 has none, but some tools write zeros for them."""
+        biases = [name for name in self._stored if name.endswith(_BIAS)]
+        wrong = [name for name in biases if not _is_zero(self._stored[name])]
+        refuse(f"{self.path} has biases that are not zero, which Llama 3 does not have", wrong)
+        for name in biases:
+            del self._stored[name]
+
+    def _resolve_tied_head(self) -> None:
+        head, table = (self._stored.get(weight.hf_name) for weight in (LM_HEAD, EMBEDDING))
+        if head is None:
             return
-        if not _same_bytes(head, "lm_head.weight", table, "model.embed_tokens.weight"):
+        if table is None:
+            self._stored[EMBEDDING.hf_name] = head
+        elif not _same_bytes(head, table):
             raise CheckpointError(
                 f"The config.json of {self.path} ties the embeddings, but lm_head.weight differs "
                 "from model.embed_tokens.weight: set tie_word_embeddings to false, or delete the "
                 "wrong tensor."
             )
-        del self._files["lm_head.weight"]
+        del self._stored[LM_HEAD.hf_name]
 
 
-def _same_bytes(one: SafetensorsFile, name: str, other: SafetensorsFile, other_name: str) -> bool:
-    if one.tensors[name] != other.tensors[other_name]:
+def _is_zero(tensor: StoredTensor) -> bool:
+    return tensor.info.dtype in DTYPES and not np.count_nonzero(tensor.mapped())
+
+
+def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
+    if one.info != other.info or one.info.dtype not in DTYPES:
         return False
-    a, b = (f.mapped(n).reshape(-1).view(np.uint8) for f, n in ((one, name), (other, other_name)))
+    a, b = (tensor.mapped().reshape(-1).view(np.uint8) for tensor in (one, other))
     return all(
         np.array_equal(a[at : at + _BLOCK_BYTES], b[at : at + _BLOCK_BYTES])
         for at in range(0, a.size, _BLOCK_BYTES)
     )
-
-
-def _open_files(path: Path) -> list[SafetensorsFile]:
-    """Opens the weight files and checks that they hold the tensors that the index names."""
-    if not (path / INDEX).is_file():
-        if not (path / SINGLE).is_file():
-            raise CheckpointError(_no_weights(path))
-        return [SafetensorsFile(path / SINGLE)]
-    weight_map = _read_index(path / INDEX)
-    names = sorted(set(weight_map.values()))
-    if (path / SINGLE).is_file() and SINGLE not in names:
-        raise CheckpointError(
-            f"{path} holds both {SINGLE} and an index of other files: delete one of the two."
-        )
-    missing = [name for name in names if not (path / name).is_file()]
-    refuse(f"{path / INDEX} names files that do not exist", missing)
-    files = [SafetensorsFile(path / name) for name in names]
-    stored = {(name, file.path.name) for file in files for name in file.tensors}
-    problems = [
-        *(f"{name} is not in {file}" for name, file in sorted(weight_map.items() - stored)),
-        *(f"{file} also holds {name}" for name, file in sorted(stored - weight_map.items())),
-    ]
-    refuse(f"{path / INDEX} does not match the files", problems)
-    return files
-
-
-def _read_index(file: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        if not all(isinstance(name, str) for name in weight_map.values()):
-            raise TypeError
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise CheckpointError(
-            f"{file} is not an index: it must be a JSON object whose weight_map names the file of "
-            "each tensor."
-        ) from None
-    outside = sorted(name for name in set(weight_map.values()) if Path(name).name != name)
-    refuse(f"{file} names files outside its directory", outside)
-    return weight_map
-
-
-def _no_weights(path: Path) -> str:
-    found = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pth", ".pt", ".gguf"))
-    if found:
-        return (
-            f"{path} holds {found[0]}, but neither {SINGLE} nor {INDEX}: convert it to safetensors "
-            "first, for example with transformers' save_pretrained."
-        )
-    return f"{path} holds no weights: there is neither {SINGLE} nor {INDEX}."

@@ -5,10 +5,11 @@ can be detected: lengths are checked when a checkpoint is opened, checksums by `
 manifest also identifies the source of the weights and records the error of quantization.
 """
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ JOURNAL = "llama_jax.journal"  # of an unfinished conversion (`convert.journal`)
 PART = ".part"  # suffix of a file that is not complete yet
 FORMAT = "llama_jax checkpoint"
 VERSION = 2
+LAYOUTS = ("orbax", "huggingface")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Manifest:
     """The contents of a manifest.
 
     Attributes:
-      layout: "orbax" or "huggingface".
+      layout: one of `LAYOUTS`.
       plan: identifies the source and the options of the conversion (`convert.journal.identify`).
       files: relative path → record, for every file except the manifest.
       quantization_error: kind of matrix → root mean square of the quantization error, relative to
@@ -82,17 +84,40 @@ def read_manifest(path: Path) -> Manifest:
         files = {name: _record(**record) for name, record in content.pop("files").items()}
         error = {kind: float(x) for kind, x in content.pop("quantization_error").items()}
         manifest = Manifest(files=files, quantization_error=error, **content)
+        LAYOUTS.index(manifest.layout)
     except (TypeError, ValueError, KeyError, AttributeError):
         raise CheckpointError(f"{file} is damaged: convert the checkpoint again.") from None
-    outside = [name for name in files if name.startswith("/") or ".." in Path(name).parts]
-    refuse(f"{file} names files outside its directory", outside)
+    refuse_outside(file, files)
     return manifest
+
+
+def refuse_outside(file: Path, names: Iterable[str]) -> None:
+    """Raises CheckpointError if a list of relative paths in `file` leaves its directory."""
+    outside = [name for name in names if name.startswith("/") or ".." in Path(name).parts]
+    refuse(f"{file} names files outside its directory", outside)
 
 
 def _record(bytes: int, sha256: str) -> FileRecord:
     if not isinstance(bytes, int) or not isinstance(sha256, str):
         raise TypeError
     return FileRecord(bytes, sha256)
+
+
+def is_being_written(path: Path) -> bool:
+    """Whether a running conversion holds the lock of the journal in this directory."""
+    with (path / JOURNAL).open("rb") as journal:
+        try:
+            fcntl.flock(journal, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks
+            return False
+    return False
+
+
+def running(path: Path) -> CheckpointError:
+    """Returns the error for a directory that a running conversion is writing."""
+    return CheckpointError(f"A conversion that is running writes to {path}: wait until it ends.")
 
 
 def checksum(path: Path) -> str:
@@ -107,7 +132,7 @@ def check_files(path: Path, manifest: Manifest) -> None:
     The small files beside the weights may have been edited; `convert verify` tells.
 
     Raises:
-      CheckpointError: names every file that is missing or has another length.
+      CheckpointError: a file is missing or has another length.
     """
     problems = []
     for name, record in manifest.files.items():

@@ -35,6 +35,7 @@ from llama_jax.config.huggingface import read_checkpoint_config
 WEIGHTS = "weights"
 STATE = "state"  # Orbax's name for an unnamed tree
 ARRAY = "zarr.json"
+ZARR_FORMAT = 3
 
 
 def array_metadata(
@@ -43,7 +44,7 @@ def array_metadata(
     """Returns the zarr.json of a chunked array; the last chunk of an axis may be padded."""
     endian = {} if numpy_dtype(dtype).itemsize == 1 else {"configuration": {"endian": "little"}}
     return {
-        "zarr_format": 3,
+        "zarr_format": ZARR_FORMAT,
         "node_type": "array",
         "shape": list(shape),
         "data_type": dtype,
@@ -78,6 +79,7 @@ class OrbaxReader:
         self._arrays = {file.parent.name: _Array(path, file) for file in files}
         self.tensors = {name: array.info for name, array in self._arrays.items()}
         check_tensors(path, self.tensors, config)
+        self.files = tuple(file for array in self._arrays.values() for file in array.files())
         self.config = with_stored_dtype(config, self.tensors)
 
     def read_into(self, name: str, index: tuple[slice, ...], out: np.ndarray) -> None:
@@ -133,6 +135,12 @@ class _Array:
             ]
             inside, at = zip(*cuts, strict=True)
             yield _Overlap(self._chunk(place), inside, at)
+
+    def files(self) -> Iterator[Path]:
+        """Yields the file of every chunk."""
+        sizes = zip(self.info.shape, self._chunk_shape, strict=True)
+        for place in itertools.product(*(range(-(-size // chunk)) for size, chunk in sizes)):
+            yield self._chunk(place).path
 
     def _chunk(self, place: tuple[int, ...]) -> FileArray:
         file = self._path / chunk_file(self._name, *place)

@@ -1,7 +1,6 @@
 """The interface of all checkpoint readers, and the check that a checkpoint is complete."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from llama_jax.config import LlamaConfig
 from llama_jax.config.llama_config import DTYPES
 from llama_jax.weights.table import checkpoint_tensors
-from sharding.errors import UserError
+from sharding.errors import UserError, list_text
 
 
 class CheckpointError(UserError):
@@ -42,11 +41,13 @@ class CheckpointReader(Protocol):
         in which most of the unquantized weights are stored, and `quantization.plain`.
       tensors: Hugging Face name → shape and dtype, for each tensor in
         `weights.table.checkpoint_tensors(config)`.
+      files: the weight files that belong to the model.
     """
 
     path: Path
     config: LlamaConfig
     tensors: dict[str, TensorInfo]
+    files: tuple[Path, ...]
 
     def read_into(self, name: str, index: tuple[slice, ...], out: np.ndarray) -> None:
         """Fills `out` with a slice of a tensor, cast to the dtype of `out`.
@@ -74,25 +75,11 @@ def numpy_dtype(name: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
-def check_directory(path: Path) -> None:
-    """Raises CheckpointError if there is no such directory."""
-    if path.is_dir():
-        return
-    if path.exists():
-        raise CheckpointError(f"{path} is a file: give the directory that holds the checkpoint.")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        raise CheckpointError(
-            f"There is no directory {path}: if this is a model on the Hugging Face Hub, download "
-            f"it first with `hf download {path} --local-dir DIR`, and give DIR instead."
-        )
-    raise CheckpointError(f"There is no directory {path}.")
-
-
 def check_tensors(path: Path, tensors: Mapping[str, TensorInfo], config: LlamaConfig) -> None:
     """Checks that a checkpoint holds every tensor of the config, in its shape, and no others.
 
     Raises:
-      CheckpointError: names all tensors that are missing, unexpected, or of a wrong shape or dtype.
+      CheckpointError: tensors are missing, unexpected, or of a wrong shape or dtype.
     """
     wanted = checkpoint_tensors(config)
     problems = [f"{name} is missing" for name in wanted if name not in tensors]
@@ -110,9 +97,9 @@ def check_tensors(path: Path, tensors: Mapping[str, TensorInfo], config: LlamaCo
 
 
 def refuse(what: str, problems: list[str]) -> None:
-    """Raises CheckpointError with all problems in one sentence, if there are any."""
+    """Raises CheckpointError with the first problems and their number, if there are any."""
     if problems:
-        raise CheckpointError(f"{what}: {'; '.join(problems)}.")
+        raise CheckpointError(f"{what}: {list_text(problems, '; ')}.")
 
 
 def with_stored_dtype(config: LlamaConfig, tensors: Mapping[str, TensorInfo]) -> LlamaConfig:

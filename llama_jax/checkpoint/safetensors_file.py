@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from llama_jax.checkpoint.directory import refuse_lfs_pointer
 from llama_jax.checkpoint.file_array import FileArray
 from llama_jax.checkpoint.reader import CheckpointError, TensorInfo, numpy_dtype
+from sharding.errors import list_text
 
 _DTYPES = {
     "BF16": "bfloat16",
@@ -27,7 +29,6 @@ _DTYPES = {
     "U8": "uint8",
     "I32": "int32",
 }
-_LFS_POINTER = b"version https://git-lfs"
 
 
 class SafetensorsFile:
@@ -47,13 +48,9 @@ class SafetensorsFile:
         """
         self.path = path
         try:
+            refuse_lfs_pointer(path)
             with path.open("rb") as file:
-                start = file.read(len(_LFS_POINTER))
-            if start == _LFS_POINTER:
-                raise CheckpointError(
-                    f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its "
-                    "directory."
-                )
+                header_size = int.from_bytes(file.read(8), "little")
             with safe_open(path, framework="numpy") as opened:
                 slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
                 described = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
@@ -61,11 +58,11 @@ class SafetensorsFile:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
         except SafetensorError as error:
             raise CheckpointError(
-                f"{path} is truncated or corrupt ({error}): copy it again."
+                f"{path} is truncated or corrupt ({list_text([str(error)])}): copy it again."
             ) from None
         self.tensors: dict[str, TensorInfo] = {}
         self._arrays: dict[str, FileArray] = {}
-        offset = 8 + int.from_bytes(start[:8], "little")  # the header follows its own length
+        offset = 8 + header_size  # the header follows its own length
         for name, (dtype, shape) in described.items():
             self.tensors[name] = TensorInfo(shape, _DTYPES.get(dtype, dtype))
             if dtype in _DTYPES:
@@ -77,7 +74,11 @@ class SafetensorsFile:
         self._arrays[name].read_into(index, out)
 
     def mapped(self, name: str) -> np.ndarray:
-        """The whole tensor, memory-mapped and read-only; nothing is read until it is used."""
+        """The whole tensor, memory-mapped and read-only; nothing is read until it is used.
+
+        Raises:
+          CheckpointError: the file cannot be mapped.
+        """
         array = self._arrays[name]
         size = math.prod(array.shape) * array.dtype.itemsize
         data = self._map[array.offset : array.offset + size]
@@ -86,7 +87,10 @@ class SafetensorsFile:
     @functools.cached_property
     def _map(self) -> np.ndarray:
         """The file, mapped once: every map takes a file descriptor."""
-        return np.asarray(np.memmap(self.path, np.uint8, "r"))
+        try:
+            return np.asarray(np.memmap(self.path, np.uint8, "r"))
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}.") from None
 
 
 def _bits(dtype: str) -> int:

@@ -19,16 +19,18 @@ CONFIG_READ = frozenset(
     """.split()
 )
 # Training, output formats and bookkeeping; the tokenizer adds BOS. `pretraining_tp` > 1 only splits
-# the same matrix products into pieces; transformers ignores it, too.
+# the same matrix products into pieces; transformers ignores it, too. Biases must be zero, which the
+# stored tensors show.
 CONFIG_HARMLESS = frozenset(
     """
     __version__ _attn_implementation _attn_implementation_autoset _attn_implementation_internal
     _commit_hash _experts_implementation _flash_attn_2_enabled _model_name_or_path _name_or_path
-    attention_dropout attn_implementation attn_pdrop chunk_size_feed_forward cls_token_id
-    embd_pdrop finetuning_task gradient_checkpointing hidden_dropout id2label initializer_range
-    is_decoder is_llama_config keys_to_ignore_at_inference label2id license mask_token_id
-    max_sequence_length max_window_layers model_max_length model_name name_or_path num_labels
-    output_attentions output_hidden_states padding_side prefix pretraining_tp problem_type
+    attention_bias attention_dropout attn_implementation attn_pdrop chunk_size_feed_forward
+    cls_token_id embd_pdrop finetuning_task gradient_checkpointing hidden_dropout id2label
+    initializer_range is_decoder is_llama_config keys_to_ignore_at_inference label2id license
+    mask_token_id max_sequence_length max_window_layers mlp_bias model_max_length model_name
+    name_or_path num_labels output_attentions output_hidden_states padding_side prefix
+    pretraining_tp problem_type
     resid_pdrop return_dict sep_token_id seq_length task_specific_params tf_legacy_loss
     tie_last_hidden_states tokenizer_class tokenizer_model_max_length tokenizer_padding_side
     torchscript transformers.js_config transformers_version unk_token_id unsloth_fixed
@@ -41,8 +43,8 @@ CONFIG_ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "is_causal": (True,),
     "position_embedding_type": ("rope", "rotary"),
     **dict.fromkeys(
-        "add_cross_attention alibi attention_bias is_encoder_decoder mlp_bias parallel_attn "
-        "qk_layernorm qk_norm qkv_bias rope_interleaved tie_encoder_decoder use_alibi use_bias "
+        "add_cross_attention alibi is_encoder_decoder parallel_attn qk_layernorm "
+        "qk_norm qkv_bias rope_interleaved tie_encoder_decoder use_alibi use_bias "
         "use_bidirectional_attention use_dynamic_ntk use_logn_attn use_mrope "
         "use_parallel_residual use_qk_norm use_sliding_window".split(),
         (False,),
@@ -125,9 +127,9 @@ def refuse_other_models(config: Object) -> None:
         )
     if isinstance(config.get("quantization"), dict):
         raise ConfigError(
-            "The checkpoint is in MLX's format (quantization in its config.json), which is not "
-            "supported: use the original checkpoint, and convert it with --quantize if you need a "
-            "smaller one."
+            "The checkpoint is quantized by MLX (quantization in its config.json), whose format is "
+            "not supported: use the original checkpoint, or what `mlx_lm.convert --dequantize "
+            "--hf-path DIR --mlx-path DST` writes to DST."
         )
     for key, values in CONFIG_ONLY_VALUE.items():
         if key in config and config[key] not in values:

@@ -26,6 +26,7 @@ from llama_jax.config.rope_scaling import (
     RopeScaling,
     YarnScaling,
 )
+from sharding.errors import list_text
 
 _DEFAULT_THETA = 10000.0  # of transformers, which did not write it before version 4.33
 _LLAMA3 = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
@@ -90,7 +91,7 @@ def parse_rope(config: Object) -> Rope:
     surplus = rope.keys() - _USED.get(kind or "", set()) - {"rope_type", "rope_theta"} - _HARMLESS
     if kind is None and surplus & (_LLAMA3 | _YARN):
         raise ConfigError(
-            f"The rope parameters have no rope_type, but {', '.join(sorted(surplus))}: add the "
+            f"The rope parameters have no rope_type, but {list_text(sorted(surplus))}: add the "
             "rope_type of the model."
         )
     where = "rope_parameters" if spellings[0] else "rope_scaling"

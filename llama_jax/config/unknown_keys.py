@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 
 from llama_jax.config.errors import ConfigError
-
-_SHOWN = 8  # names in a message
+from sharding.errors import list_text
 
 log = logging.getLogger("llama_jax")
 
@@ -26,7 +25,7 @@ def report_unknown(where: str, unknown: Mapping[str, Sequence[str]], strict: boo
     Raises:
       ConfigError: there are some, and `strict` is set.
     """
-    listed = "; ".join(f"{_listed(keys)} ({file})" for file, keys in unknown.items() if keys)
+    listed = "; ".join(f"{list_text(keys)} ({file})" for file, keys in unknown.items() if keys)
     if not listed:
         return
     if strict:
@@ -38,12 +37,6 @@ def report_unknown(where: str, unknown: Mapping[str, Sequence[str]], strict: boo
         f"{where} has settings that llama-jax does not know and ignores: {listed}. If one of them "
         "changes what the model computes, its answers will be wrong."
     )
-
-
-def _listed(keys: Sequence[str]) -> str:
-    shown = [key if len(key) <= 60 else f"{key[:57]}..." for key in keys[:_SHOWN]]
-    more = [f"and {len(keys) - _SHOWN} more"] if len(keys) > _SHOWN else []
-    return ", ".join(shown + more)
 
 
 @cache

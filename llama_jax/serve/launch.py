@@ -15,13 +15,13 @@ from pathlib import Path
 import uvloop
 from rich.console import Console
 
+from llama_jax.checkpoint.directory import servable_layout
 from llama_jax.client.client import EngineClient
 from llama_jax.client.engine_process import ENGINE_COMMAND
 from llama_jax.config.huggingface import read_checkpoint_config
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead, EngineStartError
 from llama_jax.engine.options import EngineOptions
-from llama_jax.gguf import find_gguf
 from llama_jax.serve.app import create_app
 from llama_jax.serve.arguments import (
     DEMO_CHECKPOINT,
@@ -126,13 +126,9 @@ def _find_checkpoint(path: Path | None) -> tuple[Path, str]:
             )
         return DEMO_CHECKPOINT, DEMO_NAME
     path = path.expanduser()  # `make serve MODEL=~/...` quotes it
-    if path.is_file() and find_gguf(path):
+    servable_layout(path)
+    if path.is_file():
         return path, path.stem
-    if not path.is_dir():
-        raise CheckpointMissing(
-            f"There is no directory {path}: give the directory of a checkpoint on this machine, or "
-            "a GGUF file (the server downloads nothing)."
-        )
     return path, path.resolve().name
 
 

@@ -101,21 +101,6 @@ def test_the_dtype_is_that_of_the_weights_not_of_the_config(copy):
     assert read(reader, "lm_head.weight").dtype == ml_dtypes.bfloat16
 
 
-def test_rotary_buffers_of_old_versions_are_ignored(copy):
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    change_weights(copy, lambda w: w.update({name: torch.ones(8)}))
-    assert name not in open_checkpoint(copy).tensors
-
-
-def test_a_tied_head_is_ignored_if_it_equals_the_embedding(tmp_path):
-    write_checkpoint(tmp_path, tie_word_embeddings=True)
-    table = "model.embed_tokens.weight"
-    change_weights(tmp_path, lambda w: w.update({"lm_head.weight": w[table].clone()}))
-    assert "lm_head.weight" not in open_checkpoint(tmp_path).tensors
-    change_weights(tmp_path, lambda w: w["lm_head.weight"][95, 31].add_(1))
-    assert "tie_word_embeddings" in refusal(open_checkpoint, tmp_path)
-
-
 def test_all_wrong_tensors_are_named_at_once(copy):
     def change(weights):
         del weights["model.layers.1.mlp.up_proj.weight"]
@@ -134,10 +119,10 @@ def test_all_wrong_tensors_are_named_at_once(copy):
         assert token in message
 
 
-def test_every_missing_tensor_is_named(copy):
+def test_many_missing_tensors_are_counted(copy):
     change_json(copy / "config.json", num_hidden_layers=9)
     message = refusal(open_checkpoint, copy)
-    assert all(message.count(f"model.layers.{layer}.") == 9 for layer in range(3, 9))
+    assert message.count("model.layers.3.") == 4 and f"{6 * 9 - 4} more" in message
 
 
 @pytest.mark.parametrize("name", ["nowhere", "meta-llama/Meta-Llama-3-8B-Instruct"])
@@ -149,15 +134,6 @@ def test_a_missing_path(monkeypatch, tmp_path, name):
 
 def test_a_file_instead_of_a_directory(single):
     assert "model.safetensors" in refusal(open_checkpoint, single / "model.safetensors")
-
-
-def test_directories_without_config_or_weights(copy):
-    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-    assert "pytorch_model.bin" in refusal(open_checkpoint, copy)
-    (copy / "pytorch_model.bin").unlink()
-    assert "model.safetensors" in refusal(open_checkpoint, copy)
-    (copy / "config.json").unlink()
-    assert "config.json" in refusal(open_checkpoint, copy)
 
 
 def test_every_truncation_is_noticed(copy):
@@ -208,11 +184,6 @@ def test_impossible_headers(copy, entries):
     assert str(file) in refusal(open_checkpoint, copy)
 
 
-def test_a_git_lfs_pointer(copy):
-    (copy / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid\n")
-    assert "git lfs pull" in refusal(open_checkpoint, copy)
-
-
 def test_an_index_of_missing_files(sharded_copy):
     gone = sorted(sharded_copy.glob("*.safetensors"))[:2]
     for file in gone:
@@ -221,7 +192,7 @@ def test_an_index_of_missing_files(sharded_copy):
     assert all(file.name in message for file in gone)
 
 
-@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/hostname", "sub/x.safetensors"])
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/hostname", "sub/../../x"])
 def test_an_index_that_leaves_the_directory(sharded_copy, name):
     weight_map = json.loads((sharded_copy / INDEX).read_text())["weight_map"]
     change_json(sharded_copy / INDEX, weight_map=weight_map | {"lm_head.weight": name})
@@ -245,7 +216,7 @@ def test_an_index_that_contradicts_the_files(sharded_copy):
     message = refusal(open_checkpoint, sharded_copy)
     assert second.name in message and name in message
     del weights[name]
-    safetensors.torch.save_file(weights, first)
+    safetensors.torch.save_file(weights, first, {"format": "pt"})
     message = refusal(open_checkpoint, sharded_copy)
     assert first.name in message and name in message
 

@@ -191,7 +191,7 @@ def give(tensor):
             set_tensor(".weight_zero_point", give(torch.zeros(1))),
             f"{GATE}.weight_zero_point",
         ),
-        ("fp8", set_tensor(".bias", give(torch.zeros(48))), f"{GATE}.bias"),
+        ("fp8", set_tensor(".bias", give(torch.ones(48))), f"{GATE}.bias"),
         ("packed", set_tensor(".weight_packed", columns(3)), ".weight_packed has shape [48, 3]"),
         ("packed", lambda t: t.pop(f"{GATE}.weight_zero_point"), f"{GATE}.weight_zero_point"),
         ("packed", set_tensor(".weight_g_idx", give(torch.zeros(32))), f"{GATE}.weight_g_idx"),
@@ -203,10 +203,10 @@ def give(tensor):
         ("gptq", set_tensor(".g_idx", first(-1)), "g_idx"),
         ("gptq", set_tensor(".bias", give(torch.ones(48))), " bias"),
         ("gptq", set_tensor(".perm", give(torch.ones(48))), f"{GATE}.perm"),
-        ("gptq desc_act", lambda t: None, f"{GATE}.g_idx"),
+        ("gptq desc_act", lambda t: None, "q_proj.g_idx"),
         ("awq", set_tensor(".qweight", columns(5)), ".qweight has shape [32, 5]"),
         ("awq", lambda t: t.pop(f"{GATE}.scales"), f"{GATE}.scales"),
-        ("awq", set_tensor(".bias", give(torch.zeros(48))), f"{GATE}.bias"),
+        ("awq", set_tensor(".bias", give(torch.ones(48))), f"{GATE}.bias"),
         # Other weights than the matrices of the layers are quantized.
         (
             "fp8",
@@ -238,7 +238,7 @@ def test_a_config_of_another_layout(checkpoints, tmp_path):
     """The tensors of GPTQ and AWQ have the same names but other shapes."""
     shutil.copytree(checkpoints["gptq"], tmp_path, dirs_exist_ok=True)
     writer.change_config(tmp_path, quantization_config=AWQ)
-    assert f"{GATE}.qweight has shape [4, 48]" in refusal(open_checkpoint, tmp_path)
+    assert "q_proj.qweight has shape [4, 64]" in refusal(open_checkpoint, tmp_path)
 
 
 def test_a_zero_point_that_tools_read_differently(checkpoints, tmp_path):

@@ -250,8 +250,6 @@ def test_the_tokenizer_may_name_one_more_eos_token(tmp_path, vocab_size, file, i
         ({"model_type": "mistral"}, "model_type"),
         ({"model_type": None}, "model_type"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "'longrope'"),
         ({"rope_scaling": {"type": ["linear"], "factor": 8.0}}, "'linear'"),

@@ -265,7 +265,7 @@ def test_errors_are_one_sentence(source, quantized, tmp_path, capsys):
         (quantized, "hf", source, quantized),
         (source, "hf", quantized, source),
         (__file__, "hf", source, __file__),
-        ("params.json", "meta", source, new),
+        ("convert hf", "meta", source, new),
         ("--max-memory", "hf", source, new, "--max-memory", "1MiB"),
         ("int8", "hf", quantized, new, "--quantize", "fp8"),
         ("/none", "verify", source, "/none"),

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections import namedtuple
 from pathlib import Path
@@ -16,6 +17,7 @@ import transformers
 from convert import conversion
 from convert.task import WORKER_BYTES
 from llama_jax.checkpoint import manifest, open_checkpoint
+from tests.support.another_user import as_another_user
 from tests.support.conversions import change_weights, convert_to, files, refusal, small_pieces
 from tests.support.tiny_checkpoint import write_checkpoint
 
@@ -134,7 +136,7 @@ def test_too_little_memory(hf, new):
 def test_free_space_is_checked_first(hf, new, tmp_path, pieces):
     usage = namedtuple("usage", "total used free")
     size = sum(f.stat().st_size for f in hf.glob("*.safetensors"))
-    pieces.setattr(conversion.shutil, "disk_usage", lambda path: usage(0, 0, size // 2))
+    pieces.setattr(shutil, "disk_usage", lambda path: usage(0, 0, size // 2))
     assert str(new / "deep") in refusal(convert_to, new / "deep", hf)
     assert not new.exists()
     new.mkdir()
@@ -157,7 +159,7 @@ def test_resuming_needs_space_only_for_the_rest(hf, new, pieces):
         asked.append([*new.rglob("*.part")])
         return namedtuple("usage", "total used free")(0, 0, 25_000)
 
-    pieces.setattr(conversion.shutil, "disk_usage", disk_usage)
+    pieces.setattr(shutil, "disk_usage", disk_usage)
     report = convert_to(new, hf, resume=True)
     assert report.bytes - report.resumed < 25_000 < report.bytes
     assert asked == [[]]
@@ -205,18 +207,6 @@ def test_a_destination_without_write_permission(pieces):
             assert f"{path}/locked/new" in message
             assert f"{path}/locked" in refusal(convert_to, path / "locked", path / "hf")
         assert not list((path / "locked").iterdir())
-
-
-@contextlib.contextmanager
-def as_another_user():
-    """Root can write anywhere, so it becomes the user nobody."""
-    own = os.geteuid()
-    if own == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(own)
 
 
 @pytest.mark.parametrize("layout", ["orbax", "huggingface"])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from convert.__main__ import main
+from convert.gguf import open_gguf
 from convert.journal import identify
 from llama_jax.checkpoint import open_checkpoint
 from llama_jax.text.tokenizer import Tokenizer
@@ -71,10 +72,11 @@ def test_exported_to_hugging_face_layout(file, tmp_path):
 def test_a_conversion_is_resumed_unless_a_part_has_changed(tmp_path):
     write_gguf(tmp_path / "model.gguf", tiny_model(), split=7)
     first, *others = sorted(tmp_path.iterdir())
-    before = identify(first, {})
-    assert identify(first, {}) == before
+    before = identify(open_gguf(first), {})
+    (tmp_path / "README.md").write_text("A model.")
+    assert identify(open_gguf(first), {}) == before
     os.utime(others[-1], ns=(1, 1))
-    assert identify(first, {}) != before
+    assert identify(open_gguf(first), {}) != before
 
 
 def test_inspect_counts_the_bytes_of_the_file(file, capsys):
@@ -94,8 +96,8 @@ def test_a_tokenizer_that_cannot_be_written_is_found_before_the_weights(tmp_path
 
 
 def test_other_layouts_are_named_with_their_commands(tmp_path, capsys):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
     assert main(["gguf", str(tmp_path), str(tmp_path / "new")]) == 1
-    assert "hf or meta" in capsys.readouterr().err
+    assert "convert hf" in capsys.readouterr().err
     assert main(["gguf", str(tmp_path / "none.gguf"), str(tmp_path / "new")]) == 1
     assert "none.gguf" in capsys.readouterr().err

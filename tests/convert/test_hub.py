@@ -4,10 +4,12 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import threading
+import urllib.parse
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,11 +19,12 @@ import pytest
 from convert.hub import local_directory
 from llama_jax.checkpoint import open_checkpoint
 from tests.support.conversions import load_weights
-from tests.support.meta_checkpoint import meta_weights, shard, write_meta
+from tests.support.meta_checkpoint import PARAMS, meta_weights, shard, write_meta
 from tests.support.paths import ROOT
 from tests.support.tiny_checkpoint import bits, read, write_checkpoint
 from tests.support.tiny_tokenizer import make_tokenizer
 
+INDEX = "model.safetensors.index.json"
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
@@ -74,7 +77,7 @@ class Hub:
             ]
             return 200, {}, json.dumps(tree).encode()
         if path.startswith(prefix := f"/owner/model/resolve/{COMMIT}/"):
-            name = path.removeprefix(prefix)
+            name = urllib.parse.unquote(path.removeprefix(prefix))
             self.asked.add(name)
             if name in self.refusals:
                 status, code = self.refusals[name]
@@ -105,7 +108,7 @@ def repository(tmp_path_factory):
     for name in ("pytorch_model.bin", "consolidated.pth", "onnx/model.safetensors", "README.md"):
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text("something else")
-    (path / "LICENSE").write_text("the licence")
+    (path / "LICENSE").write_text("the license")
     return path
 
 
@@ -166,6 +169,50 @@ def test_only_metas_release_is_downloaded(hub, tmp_path):
     assert hub.asked == {f"original/{name}" for name in
                          ("consolidated.00.pth", "params.json", "tokenizer.model")}  # fmt: skip
     assert open_checkpoint(tmp_path / "new").config.embed_dim == 128
+
+
+def test_shards_of_any_name(repository, tmp_path):
+    """The index names them; other weights are not downloaded."""
+    path = shutil.copytree(repository, tmp_path / "repository")
+    index = json.loads((path / INDEX).read_text())
+    names = {old: f"part {old.split('-')[1]}.safetensors" for old in index["weight_map"].values()}
+    for old, new in names.items():
+        (path / old).rename(path / new)
+    index["weight_map"] = {tensor: names[old] for tensor, old in index["weight_map"].items()}
+    (path / INDEX).write_text(json.dumps(index))
+    (path / "consolidated.safetensors").write_text("something else")
+    hub = Hub(path)
+    with hub.serving():
+        assert run(hub.address, tmp_path, "hf", "owner/model", tmp_path / "new")[0] == 0
+    weights = {name for name in hub.asked if name.endswith(".safetensors")}
+    assert weights == set(names.values())
+
+
+def test_one_of_two_releases_is_downloaded(tmp_path):
+    """Llama 3.1 405B comes in 8 and in 16 shards."""
+    for count in (8, 16):
+        folder = tmp_path / "repository" / "original" / f"mp{count}"
+        parts = shard(meta_weights(n_kv_heads=16), count)
+        write_meta(folder, parts, PARAMS | {"n_kv_heads": 16})
+    hub = Hub(tmp_path / "repository")
+    with hub.serving():
+        code, _, err = run(hub.address, tmp_path, "meta", "owner/model", tmp_path / "new")
+    assert code == 0 and "mp8" in err
+    shards = {name for name in hub.asked if name.endswith(".pth")}
+    assert shards == {f"original/mp8/consolidated.{rank:02}.pth" for rank in range(8)}
+
+
+@pytest.mark.parametrize(
+    ("file", "token"), [("adapter_config.json", "merge_and_unload"), ("pytorch_model.bin", "meta")]
+)
+def test_a_repository_that_cannot_be_converted(tmp_path, file, token):
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository" / "README.md").write_text("A model.")
+    (tmp_path / "repository" / file).write_text("{}")
+    hub = Hub(tmp_path / "repository")
+    with hub.serving():
+        assert token in failure(hub.address, tmp_path, "hf", "owner/model")
+    assert "pytorch_model.bin" not in hub.asked
 
 
 def test_downloaded_files_are_not_downloaded_again(hub, tmp_path):

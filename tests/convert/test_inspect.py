@@ -4,11 +4,13 @@ import contextlib
 import io
 import json
 import math
+import shutil
 from collections import Counter
 
 import jax
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from convert.__main__ import main
@@ -20,7 +22,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.weights.table import checkpoint_tensors
 from sharding.errors import UserError
 from sharding.mesh import make_mesh
-from tests.support.conversions import FORMATS, convert_to
+from tests.support.conversions import FORMATS, change_weights, convert_to
 from tests.support.foreign_writer import GROUP, gptq, write_foreign
 from tests.support.meta_checkpoint import meta_weights, shard, write_meta
 from tests.support.paths import DEMO_CHECKPOINT
@@ -116,6 +118,32 @@ def test_a_release_of_meta(tmp_path):
     assert "Meta" in shown(found, 80)[2]
 
 
+def test_other_files_do_not_count(source, tmp_path):
+    hf = shutil.copytree(source, tmp_path / "hf")
+    orbax, meta = tmp_path / "orbax", tmp_path / "meta"
+    convert_to(orbax, source)
+    write_meta(meta, shard(meta_weights(), 2))
+    before = [inspected(path) for path in (hf, orbax, meta)]
+    for name in ("consolidated.safetensors", "adapter_model.safetensors"):
+        (hf / name).write_bytes(b"of another program")
+    array = orbax / "weights" / "state" / "model.norm.weight"
+    (array / "c" / "0.backup").write_bytes(b"")
+    (meta / "consolidated.old.pth").write_bytes(b"")
+    assert [inspected(path) for path in (hf, orbax, meta)] == before
+
+
+def test_tensors_that_are_passed_over_do_not_count(tmp_path):
+    weights = write_checkpoint(tmp_path, tie_word_embeddings=True)
+    before = inspected(tmp_path)
+    extra = {
+        "lm_head.weight": weights["model.embed_tokens.weight"].clone(),
+        "model.rotary_emb.inv_freq": torch.ones(8),
+        "model.layers.0.self_attn.q_proj.bias": torch.zeros(64),
+    }
+    change_weights(tmp_path, lambda stored: stored.update(extra))
+    assert inspected(tmp_path) == before
+
+
 def test_a_checkpoint_quantized_by_another_tool(tmp_path):
     gptq_config = {"quant_method": "gptq", "bits": 4, "group_size": GROUP}
     write_foreign(tmp_path, gptq_config, gptq)
@@ -125,11 +153,11 @@ def test_a_checkpoint_quantized_by_another_tool(tmp_path):
     assert all(token in line for token in ("int4", str(GROUP), "gptq"))
 
 
-def test_an_unfinished_conversion(source, tmp_path, capsys):
+def test_an_incomplete_copy_of_a_conversion(source, tmp_path, capsys):
     convert_to(tmp_path / "new", source)
     (tmp_path / "new" / "llama_jax.json").unlink()
     assert main(["inspect", str(tmp_path / "new")]) == 1
-    assert "--resume" in capsys.readouterr().err
+    assert "llama_jax.json" in capsys.readouterr().err
 
 
 # The devices.

@@ -150,6 +150,24 @@ def test_keys_without_a_value_are_absent(tmp_path):
     assert parse(read_params(tmp_path) | text_model) == parse(LLAMA_8B)
 
 
+def test_parameters_below_model(tmp_path):
+    nested = {"model": LLAMA_8B | {"new": None}, "data": {"path": "x"}, "optim": {"lr": 1e-4}}
+    (tmp_path / "params.json").write_text(json.dumps(nested))
+    assert parse(read_params(tmp_path)) == parse(LLAMA_8B)
+    (tmp_path / "params.json").write_text(json.dumps(nested | {"lora_args": {"rank": 16}}))
+    with pytest.raises(ConfigError, match="lora_args"):
+        parse(read_params(tmp_path))
+    (tmp_path / "params.json").write_text(json.dumps({"model": LLAMA_8B | {"use_qk_norm": True}}))
+    with pytest.raises(ConfigError, match="use_qk_norm"):
+        parse(read_params(tmp_path))
+
+
+def test_long_values_are_shortened():
+    with pytest.raises(ConfigError, match="dim") as error:
+        parse(LLAMA_8B | {"dim": "x" * 10_000})
+    assert len(str(error.value)) < 300
+
+
 @pytest.mark.parametrize("content", [None, b"[]", b"{", b"[" * 100_000, b"\xff"])
 def test_a_file_that_is_not_an_object_is_rejected(tmp_path, content):
     if content is not None:

@@ -31,10 +31,13 @@ STREAM = {"prompt": [5], "stream": True, "ignore_eos": True}
 def checkpoints(tmp_path_factory):
     """A directory per mode of the fake engine."""
     parent = tmp_path_factory.mktemp("checkpoints")
-    return {
+    paths = {
         mode: make_tokenizer(parent / mode)
         for mode in ("fake", "fake:hang", "fake:fatal", "fake:bug")
     }
+    for path in paths.values():
+        (path / "model.safetensors").touch()
+    return paths
 
 
 def start(checkpoints, *arguments: str, mode: str = "fake") -> ServerProcess:
@@ -263,6 +266,7 @@ def test_a_path_that_is_a_file(failed, tmp_path):
 
 def test_a_checkpoint_without_a_tokenizer(failed, checkpoints, tmp_path):
     shutil.copy(checkpoints["fake"] / "config.json", tmp_path)
+    (tmp_path / "model.safetensors").touch()
     assert "tokenizer.json" in failed(str(tmp_path))
 
 
@@ -273,6 +277,7 @@ def test_a_port_in_use(failed, checkpoints):
 
 
 def test_a_port_in_use_is_found_before_anything_is_loaded(failed, tmp_path):
+    (tmp_path / "model.safetensors").touch()
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert str(port) in failed(str(tmp_path), port=port)  # without a tokenizer
@@ -290,6 +295,7 @@ def test_a_defect_in_the_engines_start_names_its_log(failed, checkpoints):
 
 def test_a_chat_template_that_cannot_be_used_is_named_at_the_start(tmp_path, caplog):
     write_tokenizer(make_tokenizer(tmp_path), template="{{ messages | nosuchfilter }}")
+    (tmp_path / "model.safetensors").touch()
     assert main([str(tmp_path), "--port=0"], engine_command=["false"]) == 1
     (record,) = caplog.records
     assert record.levelname == "WARNING" and "nosuchfilter" in record.getMessage()
@@ -302,5 +308,6 @@ def test_a_defect_of_the_server_is_raised_with_its_traceback(tmp_path, monkeypat
         raise ValueError("cannot reshape array")
 
     monkeypatch.setattr("llama_jax.serve.launch.read_checkpoint_config", defect)
+    (tmp_path / "model.safetensors").touch()
     with pytest.raises(ValueError, match="reshape"):
         main([str(tmp_path), "--port=0"])

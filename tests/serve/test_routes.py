@@ -76,6 +76,7 @@ def test_the_http_process_loads_no_jax(tmp_path):
         "print(code, [name for name in ('jax', 'flax', 'torch') if name in sys.modules])"
     )
     folder = make_tokenizer(tmp_path)
+    (folder / "model.safetensors").touch()
     run = subprocess.run(
         [sys.executable, "-c", code, str(folder), "--port", "0"], capture_output=True, text=True
     )

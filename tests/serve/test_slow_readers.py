@@ -131,8 +131,10 @@ def test_a_server_outlives_clients_that_never_read(tmp_path) -> None:
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         b"Content-Length: %d\r\n\r\n"
     )
+    checkpoint = make_tokenizer(tmp_path / "fake")
+    (checkpoint / "model.safetensors").touch()
     with (
-        ServerProcess(FAKE_SERVER, str(make_tokenizer(tmp_path / "fake")), *arguments) as server,
+        ServerProcess(FAKE_SERVER, str(checkpoint), *arguments) as server,
         contextlib.ExitStack() as stack,
     ):
         server.wait_ready()
