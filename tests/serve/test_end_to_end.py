@@ -96,8 +96,10 @@ def test_logprobs_and_cached_tokens_with_the_official_client(server, checkpoint)
             with torch.no_grad():
                 want = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
             best = want.topk(3)
-            assert given == pytest.approx(best.values[0].item(), abs=1e-4)
-            assert sorted(top.values())[-3:] == pytest.approx(best.values.tolist()[::-1], abs=1e-4)
+            assert given == max(top.values()) == pytest.approx(best.values[0].item(), abs=1e-4)
+            # Tokens that are no whole character share a text, and thus an entry.
+            for value in top.values():
+                assert (best.values - value).abs().min().item() <= 1e-4
             tokens.append(best.indices[0].item())
     assert metric(server, "prefix_cache_hits_total") >= cached
 
