@@ -92,7 +92,8 @@ def state_shapes(config: LlamaConfig, mesh: Mesh, sizes: RingSizes, dtype: jnp.d
         return jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, spec))
 
     segments = (num_stages, sizes.max_segments, segment_width(sizes))
-    capacities = (sizes.max_rows, sizes.max_chunk)
+    # At least 1: XLA:CPU of jaxlib 0.11.2 crashes on arguments of `shard_map` with size 0.
+    capacities = (max(1, sizes.max_rows), max(1, sizes.max_chunk))
     ring = RingState(
         tick=array((), jnp.int32, P()),
         metadata=array(segments, jnp.int32, P()),

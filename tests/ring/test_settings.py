@@ -1,5 +1,6 @@
-"""JAX settings of the session change no answer."""
+"""JAX settings of the session change no answer, and zero-size arrays do not reach the compiler."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,12 @@ from llama_jax.interpret import (
     logit_lens,
     patched,
 )
+from llama_jax.ring import steps
+from llama_jax.ring.packet import packet_size
+from llama_jax.ring.sizes import Bucket, RingSizes
+from llama_jax.weights.placement import param_shapes
+from sharding.mesh import make_mesh
+from tests.support.programs import CONFIG
 from tests.support.reference import make_model, save_model
 from tests.support.tiny_tokenizer import make_tokenizer
 
@@ -122,3 +129,19 @@ def test_the_plain_model_gives_the_same_numbers(path, expected, name, value):
             np.testing.assert_allclose(now, before, rtol=1e-4, atol=1e-5)
         else:
             np.testing.assert_array_equal(now, before)
+
+
+def test_no_program_has_an_argument_of_size_zero():
+    """XLA:CPU of jaxlib 0.11.2 crashes on one, also if it is a constant that JAX has hoisted."""
+    mesh, bucket = make_mesh("2x1"), Bucket(0, 16)
+    sizes = RingSizes(
+        num_slots=1, num_pages=1, page_size=16, pages_per_sequence=1,
+        row_buckets=(0,), chunk_buckets=(16,), tile=16,
+    )  # fmt: skip
+    state = steps.state_shapes(CONFIG, mesh, sizes, jnp.dtype(jnp.float32))
+    assert all(leaf.size for leaf in jax.tree.leaves(state))
+    packed = jax.ShapeDtypeStruct((packet_size(sizes, bucket),), jnp.int32)
+    step = steps.prefill_step(CONFIG, mesh, sizes, *bucket)
+    text = step.lower(param_shapes(CONFIG, mesh, jnp.dtype(jnp.float32)), state, packed).as_text()
+    (body,) = re.findall(r"sdy.manual_computation.* manual_axes=.*? \((.*)\) {", text)
+    assert "tensor<" in body and "tensor<0x" not in body and "x0x" not in body
