@@ -2,16 +2,16 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 
 import jax
 import numpy as np
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from llama_jax.checkpoint import open_checkpoint
 from llama_jax.checkpoint.load import choose_dtype, load_params
 from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.compilation_cache import compilation_cache
 from llama_jax.engine.device_memory import bytes_by_device, choose_mesh_sizes
 from llama_jax.engine.executor import CompileCounter, Executor
 from llama_jax.engine.interface import DeviceInfo, EngineInfo, Output, Progress, Stats
@@ -173,33 +173,3 @@ def configure_jax() -> None:
     # The share of each GPU's memory that JAX takes when it starts, unless the user has set it.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
-
-
-@contextmanager
-def compilation_cache() -> Iterator[None]:
-    """Caches every program that is compiled inside on disk, however fast it compiled.
-
-    The settings are restored afterwards: the process may be a notebook kernel, whose own programs
-    do not belong in this project's cache directory.
-    """
-    settings: dict[str, object] = {
-        # By default, JAX caches only programs that took a second to compile.
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        home = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
-        settings["jax_compilation_cache_dir"] = os.path.join(home, "llama-jax", "xla")
-    before = {name: getattr(jax.config, name) for name in settings}
-    _apply(settings)
-    try:
-        yield
-    finally:
-        _apply(before)
-
-
-def _apply(settings: dict[str, object]) -> None:
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    if "jax_compilation_cache_dir" in settings:
-        reset_cache()  # JAX reads the directory only once

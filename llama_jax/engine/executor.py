@@ -29,6 +29,7 @@ from llama_jax.ring.choosing import (
     logprobs_step,
     sample_step,
 )
+from llama_jax.ring.kv_cache import allocate
 from llama_jax.ring.packet import encode_packet, packet_size
 from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.steps import (
@@ -123,10 +124,7 @@ class Executor:
         self._sample_adjusted = adjusted_step(mesh, model_class)
         self._extend_history = history_step(mesh)
         self._log_probabilities = logprobs_step(mesh)
-        history = history_shape(config, mesh, sizes)
-        self._history = jax.jit(
-            lambda: jnp.zeros(history.shape, history.dtype), out_shardings=history.sharding
-        )()
+        self._history = allocate(history_shape(config, mesh, sizes))
 
     @property
     def state(self) -> State:

@@ -77,7 +77,10 @@ class _Combine(Patch):
 
     def __init__(self, value: Any, at: Index = ...):
         super().__init__(at)
-        self.value = nnx.Variable(jnp.asarray(value))
+        value = jnp.asarray(value)
+        if value.dtype == jnp.float64:  # only under jax_enable_x64, where it would change rounding
+            value = value.astype(jnp.float32)
+        self.value = nnx.Variable(value)
 
     def change(self, selected: jax.Array) -> jax.Array:
         """The result of `combine`.

@@ -65,8 +65,8 @@ def causal_attention(
         num_tokens, num_heads, head_dim = q.shape[1:]
         grouped = q.reshape(*q.shape[:2], k.shape[2], -1, head_dim)
         scores = jnp.einsum("BTKGh,BSKh->BKGTS", grouped, k, preferred_element_type=jnp.float32)
-        position = jnp.arange(num_tokens)
-        head = jnp.arange(num_heads).reshape(k.shape[2], -1, 1, 1)
+        position = jnp.arange(num_tokens, dtype=jnp.int32)
+        head = jnp.arange(num_heads, dtype=jnp.int32).reshape(k.shape[2], -1, 1, 1)
         scores = score_mod(scores * head_dim**-0.5, head, position[:, None], position)
         scores = jnp.where(position[:, None] >= position, scores, MASKED)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)

@@ -30,6 +30,7 @@ from llama_jax.model.sampling import Sampler
 from llama_jax.model.tap import TappedModule
 from llama_jax.quantization import Quantized
 from llama_jax.weights.table import EMBEDDING, LAYER_WEIGHTS, LM_HEAD
+from sharding.settings import default_promotion
 
 Reduce = Callable[[jax.Array], jax.Array]
 
@@ -199,6 +200,7 @@ class Llama(TappedModule):
         if not config.tie_embeddings:
             self.lm_head = _param(config, "lm_head", rngs, dtype)
 
+    @default_promotion()
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """tokens [B, T] int32 in [0, V) -> logits [B, T, V] float32.
 
@@ -210,12 +212,13 @@ class Llama(TappedModule):
         check_tokens(tokens, self.config.vocab_size)
         tokens = jnp.asarray(tokens)
         check_length(self.config, tokens.shape[1])
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         x = self.tap("embedding", self.embedding[...][tokens])
         for layer in self.layers:
             x = layer(x, positions, causal_attention)
         return self.tap("logits", self.unembed(x))
 
+    @default_promotion()
     def unembed(self, x: jax.Array) -> jax.Array:
         """Output of a layer [..., D] -> logits [..., V] float32: final norm and LM head."""
         head = self.embedding if self.config.tie_embeddings else self.lm_head

@@ -144,7 +144,7 @@ def _uniform(controls: Controls) -> jax.Array:
 
     def draw(key: jax.Array, index: jax.Array) -> jax.Array:
         stream = jax.random.wrap_key_data(key, impl="threefry2x32")
-        return jax.random.uniform(jax.random.fold_in(stream, index))
+        return jax.random.uniform(jax.random.fold_in(stream, index), dtype=jnp.float32)
 
     return jax.vmap(draw)(controls.key, controls.token_index)
 

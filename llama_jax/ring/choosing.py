@@ -19,10 +19,11 @@ from llama_jax.model.adjustments import adjust, count_tokens, extend_history
 from llama_jax.model.logprobs import Logprobs, log_probabilities
 from llama_jax.model.sampling import NO_TOKEN
 from llama_jax.ring.sizes import RingSizes
-from llama_jax.ring.steps import LOGITS_SPEC, on_mesh
+from llama_jax.ring.steps import LOGITS_SPEC
 from llama_jax.ring.tick import StepOutput
 from sharding.axes import AXES
 from sharding.partition import round_up
+from sharding.program import MeshProgram
 
 HISTORY_SPEC = P(None, AXES)  # [slots, V']
 _OUTPUT_SPEC = StepOutput(LOGITS_SPEC, P(), P())
@@ -50,9 +51,8 @@ def sample_step(mesh: Mesh, model_class: type[Llama] = Llama) -> SampleStep:
         chosen = model_class.sampler.sample(output.logits, output.tokens, controls)
         return tokens.at[output.slots].set(chosen, mode="drop"), chosen
 
-    mapped = on_mesh(replace_tokens, mesh, (P(), _OUTPUT_SPEC, P()), (P(), P()))
-    mapped.__name__ = "sample_step"
-    return jax.jit(mapped, donate_argnums=0)
+    in_specs = (P(), _OUTPUT_SPEC, P())
+    return MeshProgram(replace_tokens, mesh, in_specs, (P(), P()), name="sample_step", donate=(0,))
 
 
 def adjusted_step(mesh: Mesh, model_class: type[Llama] = Llama) -> AdjustedStep:
@@ -78,29 +78,29 @@ def adjusted_step(mesh: Mesh, model_class: type[Llama] = Llama) -> AdjustedStep:
         tokens = tokens.at[output.slots].set(chosen, mode="drop")
         return tokens, count_tokens(history, output.slots, chosen), chosen
 
-    mapped = on_mesh(
+    return MeshProgram(
         replace_tokens,
         mesh,
         (P(), HISTORY_SPEC, _OUTPUT_SPEC, P(), P()),
         (P(), HISTORY_SPEC, P()),
+        name="adjusted_step",
+        donate=(0, 1),
     )
-    mapped.__name__ = "adjusted_step"
-    return jax.jit(mapped, donate_argnums=(0, 1))
 
 
 def history_step(mesh: Mesh) -> HistoryStep:
     """The jitted program that adds known tokens to the history of a slot. Donates the history."""
-    mapped = on_mesh(extend_history, mesh, (HISTORY_SPEC, P(), P(), P(), P()), HISTORY_SPEC)
-    mapped.__name__ = "history_step"
-    return jax.jit(mapped, donate_argnums=0)
+    in_specs = (HISTORY_SPEC, P(), P(), P(), P())
+    return MeshProgram(
+        extend_history, mesh, in_specs, HISTORY_SPEC, name="history_step", donate=(0,)
+    )
 
 
 def logprobs_step(mesh: Mesh) -> LogprobsStep:
     """The jitted program that computes the log-probabilities of a packet."""
     specs: Any = Logprobs(*[P()] * 3)  # type: ignore[arg-type]
-    mapped = on_mesh(log_probabilities, mesh, (LOGITS_SPEC, P()), specs)
-    mapped.__name__ = "logprobs_step"
-    return jax.jit(mapped)
+    in_specs = (LOGITS_SPEC, P())
+    return MeshProgram(log_probabilities, mesh, in_specs, specs, name="logprobs_step")
 
 
 def history_shape(config: LlamaConfig, mesh: Mesh, sizes: RingSizes) -> jax.ShapeDtypeStruct:

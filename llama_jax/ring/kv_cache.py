@@ -15,6 +15,7 @@ from llama_jax.weights.axes import kv_replicas
 from sharding.axes import MODEL, STAGE
 from sharding.mesh import mesh_shape
 from sharding.partition import positions_per_stage
+from sharding.settings import default_settings
 
 SPEC = P(STAGE, MODEL)  # of [num_stages, K', num_pages, page_size, h]
 
@@ -58,14 +59,17 @@ def _num_heads(config: LlamaConfig, num_ranks: int) -> int:
 
 def init_cache(shapes: KVCache, fill: float = 0.0) -> KVCache:
     """Allocates the cache on its devices. Tests fill it with NaN, which must reach no result."""
+    return jax.tree.map(lambda array: allocate(array, fill), shapes)
 
-    def allocate(array: jax.ShapeDtypeStruct) -> jax.Array:
-        def full() -> jax.Array:
-            return jnp.full(array.shape, fill, array.dtype)
 
-        return jax.jit(full, out_shardings=array.sharding)()
+@default_settings()
+def allocate(array: jax.ShapeDtypeStruct, fill: float = 0.0) -> jax.Array:
+    """Allocates an array on its devices, filled with one number."""
 
-    return jax.tree.map(allocate, shapes)
+    def full() -> jax.Array:
+        return jnp.full(array.shape, fill, array.dtype)
+
+    return jax.jit(full, out_shardings=array.sharding)()
 
 
 def write(

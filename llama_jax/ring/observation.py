@@ -21,7 +21,7 @@ from llama_jax.model.attention import ScoreMod, Tap, paged_weights
 from llama_jax.model.tap import captured_by_name
 from llama_jax.ring.kv_cache import KVCache
 from llama_jax.ring.stage import PagedAttend, Program, make_layer, run_layers
-from llama_jax.ring.steps import LOGITS_SPEC, on_mesh, state_specs
+from llama_jax.ring.steps import LOGITS_SPEC, state_specs
 from llama_jax.ring.tick import State, advance_ring, final_norm, local_logits
 from llama_jax.weights.placement import (
     Params,
@@ -32,6 +32,8 @@ from llama_jax.weights.placement import (
 from sharding.axes import MODEL, STAGE
 from sharding.collectives import psum, rank
 from sharding.mesh import mesh_shape
+from sharding.program import MeshProgram
+from sharding.settings import default_settings
 
 WEIGHTS = "attention.weights"  # the name, in a layer, of the softmax weights
 
@@ -77,8 +79,8 @@ def observed_step(
     layers = {each: _spec(program, mesh, each.name) for each in activations}
     shown = Observation(LOGITS_SPEC, P(), P(STAGE), layers)
     in_specs = (param_specs(program.config, *mesh_shape(mesh)), specs, P())
-    mapped = on_mesh(partial(_observed_tick, program, activations), mesh, in_specs, (specs, shown))
-    return jax.jit(mapped, donate_argnums=1)
+    function = partial(_observed_tick, program, activations)
+    return MeshProgram(function, mesh, in_specs, (specs, shown), name="observed_step", donate=(1,))
 
 
 def _observed_tick(
@@ -139,6 +141,7 @@ class _TappedPagedAttend(PagedAttend):
         return out
 
 
+@default_settings()
 def _spec(program: Program, mesh: Mesh, name: str) -> P:
     """The spec of an activation of a layer, `[P, C, ...]`.
 

@@ -75,6 +75,10 @@ def decode_packet(
     empty = np.zeros((sizes.max_segments, segment_width(sizes)), np.int32)
     mark_empty(sizes, empty)
     rows, tiles = segments[: bucket.rows], segments[bucket.rows :]
+    if sizes.max_segments in (len(rows), len(tiles)):
+        # Nothing to fill up. `at[:].set` would pass `shard_map` an index of size 0, on which
+        # XLA:CPU of jaxlib 0.11.2 crashes.
+        return segments, tokens
     full = jnp.asarray(empty).at[: bucket.rows].set(rows)
     return full.at[sizes.max_rows : sizes.max_rows + len(tiles)].set(tiles), tokens
 

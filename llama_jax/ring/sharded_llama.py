@@ -4,10 +4,10 @@ The ring runs it: prompts are cut into chunks that enter in consecutive ticks, a
 on a different chunk. For an engine with a scheduler and sampling, use `LLM`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +25,14 @@ from llama_jax.ring.observation import WEIGHTS, LayerActivation, observed_step, 
 from llama_jax.ring.packet import encode_packet
 from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.stage import Program
-from llama_jax.ring.steps import LOGITS_SPEC, check_model_class, init_state, on_mesh, state_shapes
+from llama_jax.ring.steps import LOGITS_SPEC, check_model_class, init_state, state_shapes
 from llama_jax.ring.tick import State, local_logits
 from llama_jax.weights.axes import kv_replicas
 from llama_jax.weights.placement import Params, param_specs
 from sharding.axes import STAGE
 from sharding.mesh import make_mesh, mesh_shape
 from sharding.partition import split_layers
+from sharding.program import MeshProgram
 
 PAGE_SIZE = 16
 TILE = 64  # maximum tokens per prompt segment
@@ -241,10 +242,10 @@ _step = lru_cache(maxsize=64)(observed_step)
 
 
 @lru_cache(maxsize=64)
-def _unembed(config: LlamaConfig, mesh: Mesh) -> Callable[[Params, Any], jax.Array]:
-    """The jitted final norm and LM head: (weights, `[n, D]`) -> `[n, V']` float32."""
+def _unembed(config: LlamaConfig, mesh: Mesh) -> MeshProgram:
+    """The final norm and LM head: (weights, `[n, D]`) -> `[n, V']` float32."""
     specs = (param_specs(config, *mesh_shape(mesh)), P())
-    return jax.jit(on_mesh(partial(local_logits, config), mesh, specs, LOGITS_SPEC))
+    return MeshProgram(partial(local_logits, config), mesh, specs, LOGITS_SPEC, name="unembed")
 
 
 class _Tile(NamedTuple):

@@ -31,6 +31,7 @@ from sharding.axes import AXES, STAGE
 from sharding.errors import UserError
 from sharding.mesh import mesh_shape
 from sharding.partition import positions_per_stage
+from sharding.program import MeshProgram
 from sharding.ring import RingState
 
 LOGITS_SPEC = P(None, AXES)  # [segments, V']
@@ -75,7 +76,8 @@ def state_shapes(config: LlamaConfig, mesh: Mesh, sizes: RingSizes, dtype: jnp.d
         return jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, spec))
 
     segments = (num_stages, sizes.max_segments, segment_width(sizes))
-    capacities = (sizes.max_rows, sizes.max_chunk)
+    # At least 1: XLA:CPU of jaxlib 0.11.2 crashes on arguments of `shard_map` with size 0.
+    capacities = (max(1, sizes.max_rows), max(1, sizes.max_chunk))
     ring = RingState(
         tick=array((), jnp.int32, P()),
         metadata=array(segments, jnp.int32, P()),
@@ -92,25 +94,20 @@ def init_state(shapes: State, sizes: RingSizes, fill: float = 0.0) -> State:
     """Allocates the state on its devices: an empty ring, and a cache filled with `fill`."""
     metadata = np.zeros(shapes.ring.metadata.shape, np.int32)
     mark_empty(sizes, metadata)
-
-    def zeros(array: jax.ShapeDtypeStruct) -> jax.Array:
-        return jax.jit(lambda: jnp.zeros(array.shape, array.dtype), out_shardings=array.sharding)()
-
     ring = RingState(
-        tick=zeros(shapes.ring.tick),
+        tick=kv_cache.allocate(shapes.ring.tick),
         metadata=jax.device_put(metadata, shapes.ring.metadata.sharding),
-        activations=jax.tree.map(zeros, shapes.ring.activations),
+        activations=jax.tree.map(kv_cache.allocate, shapes.ring.activations),
     )
-    return State(ring, zeros(shapes.tokens), kv_cache.init_cache(shapes.cache, fill))
+    tokens = kv_cache.allocate(shapes.tokens)
+    return State(ring, tokens, kv_cache.init_cache(shapes.cache, fill))
 
 
 def _jit_step(mesh: Mesh, program: Program, name: str) -> Step:
     specs = state_specs(program.config, mesh)
     in_specs = (param_specs(program.config, *mesh_shape(mesh)), specs, P())
     out_specs = (specs, StepOutput(LOGITS_SPEC, P(), P()))
-    mapped = on_mesh(partial(tick, program), mesh, in_specs, out_specs)
-    mapped.__name__ = name
-    return jax.jit(mapped, donate_argnums=1)
+    return MeshProgram(partial(tick, program), mesh, in_specs, out_specs, name=name, donate=(1,))
 
 
 def check_model_class(model_class: type[Llama]) -> None:
@@ -129,12 +126,3 @@ def check_model_class(model_class: type[Llama]) -> None:
                 f"{model_class.__name__} overrides {name}, which a model on a mesh does not call: "
                 "change the layers (layer_class) or the sampler instead."
             )
-
-
-def on_mesh(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Any:
-    """`jax.shard_map`, manual over both axes."""
-    # check_vma would require a collective for each replicated result, even over an axis of size 1,
-    # where the functions of `sharding.collectives` issue none.
-    return jax.shard_map(
-        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-    )

@@ -1,0 +1,51 @@
+"""A function compiled for all devices of a mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from sharding.settings import default_settings
+
+
+class MeshProgram:
+    """A function that every device of a mesh runs on its shares of the arguments, jitted.
+
+    It is the same program whatever JAX settings the session has (`sharding.settings`).
+
+    Args:
+      function: the code inside `shard_map`, manual over all axes of the mesh.
+      mesh: the devices.
+      in_specs, out_specs: as for `jax.shard_map`.
+      name: of the compiled program.
+      donate: numbers of the arguments whose memory the results take over.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        mesh: Mesh,
+        in_specs: Any,
+        out_specs: Any,
+        *,
+        name: str,
+        donate: tuple[int, ...] = (),
+    ):
+        # check_vma would require a collective for each replicated result, even over an axis of
+        # size 1, where the functions of `sharding.collectives` issue none.
+        mapped = jax.shard_map(
+            function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+        mapped.__name__ = name
+        self._jitted = jax.jit(mapped, donate_argnums=donate)
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs the program; compiles it first if the shapes of the arguments are new."""
+        with default_settings():
+            return self._jitted(*args)
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """Lowers the program for arguments of these shapes; nothing runs."""
+        with default_settings():
+            return self._jitted.lower(*args)
