@@ -13,7 +13,17 @@ from llama_jax.ring.sizes import RingSizes
 from sharding.errors import UserError
 from tests.engine.test_tick_loop import STAGES, make_loop, make_requests, make_sizes, run
 from tests.support.mock_executor import MockExecutor
-from tests.support.scheduler_trial import Trial
+from tests.support.scheduler_trial import Request, Trial
+
+SIZES = RingSizes(
+    num_slots=4,
+    num_pages=13,
+    page_size=4,
+    pages_per_sequence=12,
+    row_buckets=(2,),
+    chunk_buckets=(0, 8),
+    tile=4,
+)
 
 
 def plain(packet: Packet) -> PacketRecord:
@@ -90,10 +100,11 @@ def test_it_agrees_with_a_scheduler_driven_by_hand(stages):
     loop = TickLoop(scheduler, MockExecutor(sizes, stages), 0)  # type: ignore[arg-type]
     with record(loop) as recording:
         for request_id, _, prompt, params, _ in make_requests(12, seed=3):
+            trial.add(request_id, Request(prompt, params.max_tokens), max_model_len=64)
             params = SamplingParams(temperature=0, max_tokens=params.max_tokens)
-            for one in (trial.scheduler, scheduler):
-                one.add(request_id, prompt, params, max_model_len=64, seed=0, stop_ids=frozenset())
-            trial.tokens[request_id] = []
+            scheduler.add(
+                request_id, prompt, params, max_model_len=64, seed=0, stop_ids=frozenset()
+            )
             trial.step(), loop.step()
             ring = [plain(packet) for packet in reversed(trial.ring)]  # the last entered first
             assert as_table(recording)[-1] == ring
@@ -126,17 +137,8 @@ def test_a_recording_may_begin_and_end_while_requests_run(stages):
 
 def test_pages_and_queue_are_those_of_the_scheduler_after_each_step():
     """The pool is so small that requests wait and are preempted."""
-    sizes = RingSizes(
-        num_slots=4,
-        num_pages=13,
-        page_size=4,
-        pages_per_sequence=12,
-        row_buckets=(2,),
-        chunk_buckets=(0, 8),
-        tile=4,
-    )
-    scheduler = Scheduler(sizes, 2)
-    loop = TickLoop(scheduler, MockExecutor(sizes, 2), 0)  # type: ignore[arg-type]
+    scheduler = Scheduler(SIZES, 2)
+    loop = TickLoop(scheduler, MockExecutor(SIZES, 2), 0)  # type: ignore[arg-type]
     for request_id in range(8):
         params = SamplingParams(temperature=0, max_tokens=12)
         prompt = [20 + request_id] * 14
@@ -224,17 +226,8 @@ def test_stages_and_ticks_that_do_not_exist():
 
 
 def test_a_shared_page_counts_once():
-    sizes = RingSizes(
-        num_slots=4,
-        num_pages=13,
-        page_size=4,
-        pages_per_sequence=10,
-        row_buckets=(2,),
-        chunk_buckets=(0, 8),
-        tile=4,
-    )
-    scheduler = Scheduler(sizes, 2)
-    loop = TickLoop(scheduler, MockExecutor(sizes, 2), 0)  # type: ignore[arg-type]
+    scheduler = Scheduler(SIZES, 2)
+    loop = TickLoop(scheduler, MockExecutor(SIZES, 2), 0)  # type: ignore[arg-type]
     for request_id in range(2):
         params = SamplingParams(temperature=0, max_tokens=12)
         scheduler.add(request_id, [20] * 14, params, max_model_len=40, seed=0, stop_ids=frozenset())
