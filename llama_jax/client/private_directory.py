@@ -55,10 +55,12 @@ class PrivateDirectory:
 
     def remove(self) -> None:
         """Removes the directory. No-op in a fork of its owner, and if repeated."""
-        if os.getpid() == self._owner and self._lock is not None:
+        if os.getpid() != self._owner:
+            return
+        lock, self._lock = self._lock, None  # at once: two threads may come here at the exit
+        if lock is not None:
             shutil.rmtree(self.path, ignore_errors=True)
-            os.close(self._lock)
-            self._lock = None
+            os.close(lock)
 
 
 def _create(parent: Path) -> tuple[Path, int]:

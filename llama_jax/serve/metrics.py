@@ -58,7 +58,7 @@ _COUNTERS: tuple[_Report, ...] = (
     (
         "prefix_cache_queries",
         "Prompt tokens looked up in the cache.",
-        lambda s: s.prompt_tokens,
+        lambda s: s.prompt_tokens + s.cached_tokens,
     ),
     ("prefix_cache_hits", "Prompt tokens found in the cache.", lambda s: s.cached_tokens),
     ("generation_tokens", "Tokens generated.", lambda s: s.generation_tokens),

@@ -1,6 +1,7 @@
 """The directory of an engine: private, locked by its owner, and swept when the owner is dead."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,20 @@ def test_only_the_user_may_enter_it_and_it_can_be_removed_twice() -> None:
     assert directory.path.stat().st_mode & 0o777 == 0o700
     directory.log.write_text("x")
     directory.remove()
+    directory.remove()
+    assert not directory.path.exists()
+
+
+def test_it_can_be_removed_by_two_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = PrivateDirectory()
+    rmtree = shutil.rmtree
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        monkeypatch.setattr(shutil, "rmtree", rmtree)
+        directory.remove()  # as another thread would between any two steps
+        rmtree(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
     directory.remove()
     assert not directory.path.exists()
 

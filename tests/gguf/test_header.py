@@ -88,7 +88,7 @@ def test_a_file_with_wrong_bytes_is_refused_or_opened(file, tmp_path_factory, da
 def test_other_files_are_named_for_what_they_are(tmp_path, content, named):
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
-    with pytest.raises(GgufError, match=named):
+    with pytest.raises(UserError, match=named):
         open_checkpoint(path)
 
 

@@ -107,7 +107,7 @@ def test_choices_are_not_read_far_ahead_of_the_client() -> None:
     async def endless(choice: int) -> AsyncGenerator[ChoiceDelta, None]:
         while True:
             made[choice] += 1
-            yield ChoiceDelta(choice, "x", made[choice], None)
+            yield ChoiceDelta(choice, "x", 5, made[choice], None)
             await asyncio.sleep(0)
 
     async def scenario() -> None:
