@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.checkpoint import CheckpointReader, open_checkpoint
+from llama_jax.checkpoint.huggingface import HuggingFaceReader
 from llama_jax.config import LlamaConfig
 
 LICENSE = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 _CONFIG = ("config.json", "generation_config.json", "hf_quant_config.json")
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+# The scales of the KV cache, by the name of the tensor that a tool stored them in.
+KV_CACHE_SCALES = "kv_cache_scales.json"
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 _BIAS_KEYS = ("attention_bias", "mlp_bias")
@@ -48,11 +51,15 @@ def open_source(path: Path, strict_config: bool = False) -> Source:
     reader.declared.report_unknown(strict_config)
 
     def write_companions(directory: Path, config: LlamaConfig) -> None:
-        copy_files(path, directory, ("generation_config.json", *TOKENIZER, *LICENSE))
+        copied = ("generation_config.json", KV_CACHE_SCALES, *TOKENIZER, *LICENSE)
+        copy_files(path, directory, copied)
+        if isinstance(reader, HuggingFaceReader) and (scales := reader.kv_cache_scales()):
+            (directory / KV_CACHE_SCALES).write_text(json.dumps(scales, indent=1) + "\n")
         content = json.loads((path / "config.json").read_text(encoding="utf-8"))
         write_config(directory, _adapted(content, config))
 
-    return Source(reader, write_companions, find_files(path, (*_CONFIG, *TOKENIZER, *LICENSE)))
+    small = (*_CONFIG, KV_CACHE_SCALES, *TOKENIZER, *LICENSE)
+    return Source(reader, write_companions, find_files(path, small))
 
 
 def find_files(directory: Path, patterns: Iterable[str]) -> tuple[Path, ...]:

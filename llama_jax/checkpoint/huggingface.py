@@ -16,7 +16,7 @@ from llama_jax.checkpoint.foreign import (
     layout_of,
     translate,
 )
-from llama_jax.checkpoint.foreign.layout import ContentError
+from llama_jax.checkpoint.foreign.layout import OF_KV_CACHE, ContentError
 from llama_jax.checkpoint.huggingface_files import StoredTensor, open_files
 from llama_jax.checkpoint.reader import (
     CheckpointError,
@@ -64,6 +64,9 @@ class HuggingFaceReader:
         files, found = open_files(path, optional)
         self.files = tuple(file.path for file in files)
         self._stored = {name: tensor for name, tensor in found.items() if _ROTARY not in name}
+        self._kv_cache_scales = {
+            name: tensor for name, tensor in self._stored.items() if name.endswith(OF_KV_CACHE)
+        }
         self._drop_zero_biases()
         if config.tie_embeddings:
             self._resolve_tied_head()
@@ -87,9 +90,17 @@ class HuggingFaceReader:
         except ContentError as error:
             raise CheckpointError(f"{self.path}: {name} cannot be read: {error}.") from None
 
+    def kv_cache_scales(self) -> dict[str, list[float]]:
+        """Reads the scales with which a tool would quantize the KV cache, by tensor name."""
+        return {
+            name: tensor.mapped().astype(np.float32).ravel().tolist()
+            for name, tensor in self._kv_cache_scales.items()
+        }
+
     def close(self) -> None:
         """Releases the files; one that is mapped is unmapped with its last view."""
         self._stored.clear()
+        self._kv_cache_scales.clear()
         self._translated.clear()
 
     def _translate(

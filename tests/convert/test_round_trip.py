@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from llama_jax.checkpoint import open_checkpoint
 from tests.support.conversions import (
@@ -208,3 +209,26 @@ def test_a_converted_checkpoint_can_be_moved(tmp_path):
     (tmp_path / "orbax").rename(tmp_path / "elsewhere")
     convert_to(tmp_path / "back", tmp_path / "elsewhere", layout="huggingface")
     assert bits(load_weights(tmp_path / "back")[EMBEDDING]) == bits(expected[EMBEDDING])
+
+
+def test_the_scales_of_the_kv_cache_are_kept(tmp_path):
+    """The cache is not quantized here, but a program that does needs what a tool has measured."""
+    write_checkpoint(tmp_path / "hf")
+    scales = {
+        "model.layers.0.self_attn.k_scale": np.float32([0.25]),
+        "model.layers.0.self_attn.v_scale": np.array(0.5, np.float32),
+        "model.layers.1.self_attn.k_proj.output_scale": np.float32([0.125, 2]),
+    }
+    others = {"model.layers.0.self_attn.q_scale": np.float32([3])}
+    weights = load_weights(tmp_path / "hf")
+    save_file(
+        weights | {name: torch.from_numpy(array) for name, array in (scales | others).items()},
+        tmp_path / "hf" / "model.safetensors",
+        {"format": "pt"},
+    )
+    convert_to(tmp_path / "orbax", tmp_path / "hf")
+    convert_to(tmp_path / "back", tmp_path / "orbax", layout="huggingface")
+    for directory in ("orbax", "back"):
+        kept = json.loads((tmp_path / directory / "kv_cache_scales.json").read_text())
+        assert kept == {name: array.ravel().tolist() for name, array in scales.items()}
+    assert load_weights(tmp_path / "back").keys() == weights.keys()

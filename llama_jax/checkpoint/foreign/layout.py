@@ -24,6 +24,15 @@ OF_ACTIVATIONS = (
     ".v_scale",
     ".v_zero_point",
 )
+# Those of the KV cache, after the name of a layer's attention or of one of its projections.
+OF_KV_CACHE = (
+    ".k_scale",
+    ".k_zero_point",
+    ".kv_scale",
+    ".v_scale",
+    ".v_zero_point",
+    *(f".{name}_proj.output_{part}" for name in "kv" for part in ("scale", "zero_point")),
+)
 G_IDX = ".g_idx"  # the group of each column, whatever a tool calls it
 
 Arrays = Mapping[str, np.ndarray]
