@@ -56,7 +56,7 @@ def uniform(monkeypatch):
     def set_numbers(numbers):
         table = jnp.asarray(numbers)
         monkeypatch.setattr(jax.random, "fold_in", lambda stream, index: index)
-        monkeypatch.setattr(jax.random, "uniform", lambda index: table[index])
+        monkeypatch.setattr(jax.random, "uniform", lambda index, dtype: table[index])
         sampler.cache_clear()
 
     yield set_numbers
