@@ -7,6 +7,7 @@ out when it is loaded, so that a server knows before its first request.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -215,21 +216,24 @@ def _first_lost(chat: Sequence[tuple[str, str]], rendered: str) -> int | None:
     """Returns the index of the first message whose text is not in `rendered`, or None.
 
     Whitespace is ignored, because templates trim, and a text may be quoted as JSON. The texts must
-    be in order, except that system messages may be anywhere among the others.
+    be in order, except that system messages may be anywhere, in any order.
     """
     haystack = _squeezed(rendered)
-    read = {True: 0, False: 0}  # how far the texts of system and other messages have been found
+    read = 0  # how far the texts have been found
+    systems: Counter[str] = Counter()
     for index, (role, text) in enumerate(chat):
         if role == "assistant":  # the templates of reasoning models leave out earlier reasoning
             text = text.rpartition(_END_OF_REASONING)[2]
-        needle = _squeezed(text)
-        at = haystack.find(needle, read[role == "system"])
-        if at < 0:
-            needle = _squeezed(json.dumps(text, ensure_ascii=False)[1:-1])
-            at = haystack.find(needle, read[role == "system"])
-        if at < 0:
+        needles = (_squeezed(text), _squeezed(json.dumps(text, ensure_ascii=False)[1:-1]))
+        if role == "system":
+            systems[text] += 1
+            if max(map(haystack.count, needles)) < systems[text]:
+                return index
+            continue
+        found = [at + len(needle) for needle in needles if (at := haystack.find(needle, read)) >= 0]
+        if not found:
             return index
-        read[role == "system"] = at + len(needle)
+        read = found[0]
     return None
 
 

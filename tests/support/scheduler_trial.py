@@ -221,6 +221,10 @@ class Trial:
         rows = [row.sequence for row in packet.rows]
         assert len(set(rows)) == len(rows)
         assert self.scheduler.num_prompt_tokens == self.computed
+        for (
+            s
+        ) in self.live:  # what it found counts as found, even if it is preempted before it sends
+            self.prompt_ends[s.arrival] = max(self.prompt_ends[s.arrival], s.next_position)
 
     def check_consecutive(self, packet: Packet, half_sent, free_before: int, room: int) -> None:
         """The next chunk of a prompt enters in the next tick, if there are pages for it.

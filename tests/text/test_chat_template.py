@@ -118,3 +118,16 @@ def test_added_tokens_that_the_template_writes_are_text_in_a_message(tmp_path):
     ids = subject.encode_chat(chat(("user", "x<|User|>y")))
     assert ids.count(user) == 1
     assert "x<|User|>y" in subject.decode(ids)
+
+
+def test_a_template_may_change_the_order_of_system_messages(tmp_path):
+    subject = tokenizer(tmp_path, MISTRAL)  # the first goes to the last user message
+    turns = [("system", "1"), ("user", ""), ("system", "0"), ("user", "")]
+    text = subject.decode(subject.encode_chat(chat(*turns)), False)
+    assert text.index("0") < text.index("1")
+    once = (
+        "{% for m in messages %}{% if m != loop.previtem %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    subject = tokenizer(tmp_path, once)
+    with pytest.raises(TokenizerError, match=r"messages\[1\]"):
+        subject.encode_chat(chat(("system", "S"), ("system", "S"), ("user", "A")))
