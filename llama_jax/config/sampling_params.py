@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from llama_jax.config.errors import SamplingError
 
@@ -86,20 +87,25 @@ class SamplingParams:
                 value = value if len(value) < 80 else f"{value[:80]}..."
                 raise SamplingError(f"{name} must be {allowed}, got {value}.", name)
 
-    @property
+    @cached_property  # like those below, asked for every token
     def greedy(self) -> bool:
         """Whether every token is the most likely one, with no random choice."""
         return self.temperature == 0
 
-    @property
+    @cached_property
     def penalizes(self) -> bool:
         """Whether the logits depend on the tokens before, other than through the model."""
         return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
 
-    @property
+    @cached_property
     def adjusts(self) -> bool:
         """Whether the logits may be changed before a token is chosen."""
         return self.penalizes or bool(self.logit_bias) or self.min_tokens > 0
+
+    @cached_property
+    def takes_the_likeliest(self) -> bool:
+        """Whether each token is the most likely one, and nothing else is asked of it."""
+        return self.greedy and not self.adjusts and self.logprobs is None
 
     @property
     def _biases_in_range(self) -> bool:

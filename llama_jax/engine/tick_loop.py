@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llama_jax.engine.executor import Choice, Executor, TickResult
+from llama_jax.engine.executor import GREEDY, Choice, Executor, TickResult
 from llama_jax.engine.interface import Output, TokenLogprobs
 from llama_jax.engine.scheduler import Packet, Scheduler
 from llama_jax.model.adjustments import encode_adjustments
@@ -133,6 +133,8 @@ class TickLoop:
         sampled, adjusted, logprobs = [], [], False
         for i, segment in leaving.results(bucket.rows):
             s, params = segment.sequence, segment.sequence.params
+            if params.takes_the_likeliest:
+                continue
             index = segment.position + segment.length  # of the token that is chosen
             if not params.greedy:
                 sampled.append((i, s.seed, index, params))
@@ -145,6 +147,8 @@ class TickLoop:
                     known = s.tokens[s.num_prompt : s.prefill_until]
                     self.executor.set_history(segment.slot, s.tokens[: s.num_prompt], known)
             logprobs |= params.logprobs is not None
+        if not (sampled or adjusted or logprobs):
+            return GREEDY
         n = self.sizes.num_segments(bucket)
         return Choice(
             encode_controls(n, sampled) if sampled else None,
