@@ -55,6 +55,7 @@ bench: .venv/installed-test  ## every measurement that runs on a CPU: one hour, 
 	.venv/bin/python -m bench.conversion
 	.venv/bin/python -m bench.quantization
 	.venv/bin/python -m bench.load_speed
+	.venv/bin/python -m bench.hostile_requests
 
 demo: .venv/installed-test  ## retrain the demo checkpoint
 	.venv/bin/python demo/train.py

@@ -18,6 +18,7 @@ from llama_jax.quantization import FORMATS
 DTYPES = ("bfloat16", "float16", "float32")  # of stored weights that are not quantized
 QUANT_METHOD = "llama_jax"  # `quant_method` of the formats in `llama_jax.quantization`
 _MAX_POSITIONS = 2**31 - 1  # int32 on the device
+MAX_EOS_TOKEN_IDS = 64  # `min_tokens` bans each of them
 _MAX_LAYERS = 1000  # an absurd config.json must not fill the memory with tensor names
 
 
@@ -125,6 +126,11 @@ class LlamaConfig:
         if self.dtype not in DTYPES:
             raise ConfigError(
                 f"Weights of dtype {self.dtype!r} are not supported, only {', '.join(DTYPES)}."
+            )
+        if len(set(self.eos_token_ids)) > MAX_EOS_TOKEN_IDS:
+            raise ConfigError(
+                f"There are {len(self.eos_token_ids)} EOS token ids: at most {MAX_EOS_TOKEN_IDS} "
+                "are supported."
             )
         outside = [token for token in self.eos_token_ids if not 0 <= token < self.vocab_size]
         if outside:

@@ -8,6 +8,7 @@ from llama_jax.config.errors import SamplingError
 
 MAX_TOP_K = 2**31 - 1  # an int32 on the device
 MAX_LOGIT_BIAS = 300  # entries, as in the OpenAI API
+MAX_STOP_TOKEN_IDS = 256  # with `min_tokens`, which bans each of them
 MAX_LOGPROBS = 20
 
 
@@ -78,6 +79,7 @@ class SamplingParams:
                 f"at most {MAX_LOGIT_BIAS} numbers in [-100, 100]",
             ),
             ("min_tokens", 0 <= self.min_tokens <= most, "in [0, max_tokens]"),
+            ("stop_token_ids", self._bans_fit, f"at most {MAX_STOP_TOKEN_IDS} with min_tokens"),
             ("logprobs", 0 <= (self.logprobs or 0) <= MAX_LOGPROBS, f"in [0, {MAX_LOGPROBS}]"),
             ("stop", all(self.stop), "a list of non-empty strings"),
         )
@@ -106,6 +108,10 @@ class SamplingParams:
     def takes_the_likeliest(self) -> bool:
         """Whether each token is the most likely one, and nothing else is asked of it."""
         return self.greedy and not self.adjusts and self.logprobs is None
+
+    @property
+    def _bans_fit(self) -> bool:
+        return self.min_tokens == 0 or len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS
 
     @property
     def _biases_in_range(self) -> bool:

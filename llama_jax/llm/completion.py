@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from llama_jax.engine.interface import FinishReason
+from llama_jax.engine.interface import FinishReason, TokenLogprobs
 from llama_jax.llm.notebook.html import completion_html
 
 
@@ -18,6 +18,8 @@ class Completion:
       error: one sentence if the reason is "error"; `text` then has what came before it.
       prompt: the text of the prompt, with the special tokens of a chat; None if it was given as
         token ids.
+      logprobs: the log-probabilities at each generated token, if `SamplingParams.logprobs` asks for
+        them; else None.
     """
 
     text: str
@@ -26,6 +28,7 @@ class Completion:
     prompt_token_ids: list[int]
     error: str | None = None
     prompt: str | None = None
+    logprobs: list[TokenLogprobs] | None = None
 
     def _repr_html_(self) -> str:
         return completion_html(

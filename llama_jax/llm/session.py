@@ -104,7 +104,9 @@ class Session:
         count.done += 1
         text = "".join(delta.text for delta in deltas)
         tokens = [delta.token for delta in deltas]
-        return Completion(text, tokens, reason, prompt.token_ids, error, prompt.text)
+        found = [delta.output.logprobs for delta in deltas if delta.output.logprobs is not None]
+        logprobs = None if params.logprobs is None else found
+        return Completion(text, tokens, reason, prompt.token_ids, error, prompt.text, logprobs)
 
     async def _deltas(
         self, prompt: list[int], params: SamplingParams

@@ -9,7 +9,7 @@ from typing import Self
 from llama_jax.client.blocking import BlockingClient
 from llama_jax.client.text import TextDelta
 from llama_jax.engine.errors import EngineDead
-from llama_jax.engine.interface import FinishReason
+from llama_jax.engine.interface import FinishReason, TokenLogprobs
 from llama_jax.llm.notebook.cells import cell_watch, in_notebook
 from llama_jax.llm.notebook.display import LiveOutput, running_text
 
@@ -23,11 +23,13 @@ class TextStream(Iterator[str]):
 
     Attributes:
       token_ids: the tokens generated so far.
+      logprobs: the log-probabilities at each of them; empty unless `SamplingParams.logprobs` asks.
       finish_reason: "stop" or "length" once the answer is complete, else None.
     """
 
     def __init__(self, engine: BlockingClient, deltas: AsyncGenerator[TextDelta, None]) -> None:
         self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: FinishReason | None = None
         self._engine = engine
         # If the stream is dropped, asyncio closes this generator on the engine's event loop.
@@ -116,6 +118,8 @@ class TextStream(Iterator[str]):
             # Here rather than in `__next__`: an interrupt in between must not lose a token.
             self._texts.append(delta.text)
             self.token_ids.append(delta.token)
+            if delta.output.logprobs is not None:
+                self.logprobs.append(delta.output.logprobs)
             self.finish_reason = delta.finish_reason
         return delta
 

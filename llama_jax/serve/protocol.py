@@ -17,6 +17,7 @@ from msgspec import Meta, Raw
 from llama_jax.config.sampling_params import (
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
+    MAX_STOP_TOKEN_IDS,
     MAX_TOP_K,
     SamplingParams,
 )
@@ -42,7 +43,6 @@ from llama_jax.serve.messages import Message, read_messages, refuse_missing
 from llama_jax.serve.unsupported import without_no_ops
 
 MAX_CHOICES = 16
-MAX_STOP_TOKEN_IDS = 256
 MAX_SALT_CHARACTERS = 1024
 DEFAULT_COMPLETION_TOKENS = 16  # as in the OpenAI API
 

@@ -291,6 +291,7 @@ def test_the_tokenizer_may_name_one_more_eos_token(tmp_path, vocab_size, file, i
         ({"eos_token_id": 128256}, "128256"),
         ({"eos_token_id": [-1]}, "-1"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"eos_token_id": list(range(65))}, "65 EOS"),
         ({"quantization_config": {"quant_method": "hqq"}}, "hqq"),
         ({"sliding_window": 4096}, "sliding_window"),
         ({"logit_scale": 2}, "logit_scale"),

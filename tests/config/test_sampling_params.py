@@ -5,7 +5,13 @@ import math
 import pytest
 
 from llama_jax.config.errors import SamplingError
-from llama_jax.config.sampling_params import MAX_TOP_K, SamplingParams
+from llama_jax.config.sampling_params import (
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TOP_K,
+    SamplingParams,
+)
 
 
 @pytest.mark.parametrize(
@@ -23,6 +29,13 @@ from llama_jax.config.sampling_params import MAX_TOP_K, SamplingParams
         {"seed": -(2**63)},
         {"seed": 2**63 - 1},
         {"stop": ("a", "\n")},
+        {"presence_penalty": -2.0, "frequency_penalty": 2.0, "repetition_penalty": 0.01},
+        {"logit_bias": tuple((i, 100.0) for i in range(MAX_LOGIT_BIAS))},
+        {"min_tokens": 5, "max_tokens": 5},
+        {"min_tokens": 5, "stop_token_ids": (1,) * MAX_STOP_TOKEN_IDS},
+        {"stop_token_ids": (1,) * (MAX_STOP_TOKEN_IDS + 1)},
+        {"logprobs": 0},
+        {"logprobs": MAX_LOGPROBS},
     ],
 )
 def test_bounds_are_allowed(params):
@@ -47,9 +60,31 @@ def test_bounds_are_allowed(params):
         ("seed", 2**63),
         ("seed", -(2**63) - 1),
         ("stop", ("a", "")),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", math.nan),
+        ("repetition_penalty", 0.0),
+        ("logit_bias", ((5, -100.1),)),
+        ("logit_bias", ((5, math.inf),)),
+        ("logit_bias", tuple((i, 1.0) for i in range(MAX_LOGIT_BIAS + 1))),
+        ("min_tokens", -1),
+        ("logprobs", -1),
+        ("logprobs", MAX_LOGPROBS + 1),
     ],
 )
 def test_values_out_of_range_are_refused(field, value):
     with pytest.raises(SamplingError) as caught:
         SamplingParams(**{field: value}).check()
+    assert caught.value.param == field
+
+
+@pytest.mark.parametrize(
+    ("field", "params"),
+    [
+        ("min_tokens", {"min_tokens": 6, "max_tokens": 5}),
+        ("stop_token_ids", {"min_tokens": 1, "stop_token_ids": (1,) * (MAX_STOP_TOKEN_IDS + 1)}),
+    ],
+)
+def test_values_that_do_not_go_together_are_refused(field, params):
+    with pytest.raises(SamplingError) as caught:
+        SamplingParams(**params).check()
     assert caught.value.param == field

@@ -16,7 +16,7 @@ import pytest
 
 from llama_jax import LLM, SamplingParams
 from llama_jax.engine.errors import EngineDead, EngineStartError, RequestError
-from llama_jax.engine.interface import Progress
+from llama_jax.engine.interface import Progress, TokenLogprobs
 from llama_jax.engine.options import OptionError
 from llama_jax.text.tokenizer import TokenizerError
 from sharding.errors import UserError
@@ -464,3 +464,18 @@ else:
     raise AssertionError
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120, cwd=ROOT)
+
+
+def test_log_probabilities(llm: LLM) -> None:
+    """Of an answer and of a stream; the fake engine gives token t the log-probability -t / 1000."""
+    params = SamplingParams(max_tokens=3, logprobs=1)
+    answer = llm.generate([65], params)
+    wanted = [TokenLogprobs(-t / 1000, [(t, -0.5)]) for t in answer.token_ids]
+    assert len(wanted) == 3 and answer.logprobs == wanted
+    stream = llm.stream([65], params)
+    list(stream)
+    assert stream.logprobs == wanted
+    assert llm.generate([65], LETTERS).logprobs is None
+    other = llm.stream([65], LETTERS)
+    list(other)
+    assert other.logprobs == []

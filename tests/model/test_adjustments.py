@@ -5,7 +5,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from llama_jax.config.sampling_params import MAX_LOGIT_BIAS, SamplingParams
+from llama_jax.config.llama_config import MAX_EOS_TOKEN_IDS
+from llama_jax.config.sampling_params import (
+    MAX_LOGIT_BIAS,
+    MAX_STOP_TOKEN_IDS,
+    SamplingParams,
+)
 from llama_jax.model.adjustments import (
     HISTORY_CHUNK,
     MAX_BIASES,
@@ -109,7 +114,6 @@ def test_history(mesh):
 
 
 def test_a_row_has_room_for_all_biases_and_bans():
-    stop_token_ids, eos_ids = 256, 16
-    assert MAX_BIASES >= MAX_LOGIT_BIAS + stop_token_ids + eos_ids
+    assert MAX_BIASES >= MAX_LOGIT_BIAS + MAX_STOP_TOKEN_IDS + MAX_EOS_TOKEN_IDS
     biases = dict.fromkeys(range(MAX_BIASES), 1.0)
     assert encode_adjustments(1, [(0, SamplingParams(), biases)]).shape[0] == 1

@@ -43,9 +43,6 @@ class Awq:
             ForeignTensor(".scales", ((groups, num_out),), DTYPES),
         )
 
-    def check(self, arrays: Arrays, group: int) -> None:
-        """AWQ has no contents to check."""
-
     def values(self, arrays: Arrays, index: Index) -> np.ndarray:
         """A slice of [out, in / 2]."""
         rows, columns = index

@@ -58,13 +58,7 @@ class Gptq:
             ForeignTensor(".qzeros", ((groups, num_out // words),), ("int32",)),
             ForeignTensor(".scales", ((groups, num_out),), DTYPES),
             ForeignTensor(G_IDX, ((num_in,),), ("int32",), required=self.ordered),
-            ForeignTensor(".bias", ((num_out,),), DTYPES, required=False),
         )
-
-    def check(self, arrays: Arrays, group: int) -> None:
-        """Rejects biases; old versions of AutoGPTQ stored a bias of zeros."""
-        if ".bias" in arrays and arrays[".bias"].astype(np.float32).any():
-            raise ContentError("has a bias, which Llama models do not have")
 
     def values(self, arrays: Arrays, index: Index) -> np.ndarray:
         """A slice of the packed matrix, whose bytes are those of the words."""

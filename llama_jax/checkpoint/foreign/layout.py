@@ -78,10 +78,6 @@ class Layout(Protocol):
         """The stored tensors of a matrix [out, in] with one scale per `group` input columns."""
         ...
 
-    def check(self, arrays: Arrays, group: int) -> None:
-        """Checks the contents of small tensors; raises ContentError."""
-        ...
-
 
 def per_word(bits: int) -> int:
     """Numbers of so many bits in an int32."""

@@ -55,9 +55,6 @@ class Packed:
             *(() if self.symmetric else (zeros,)),
         )
 
-    def check(self, arrays: Arrays, group: int) -> None:
-        """The layout has no contents to check."""
-
     def values(self, arrays: Arrays, index: Index) -> np.ndarray:
         """A slice of the packed matrix, whose bytes are those of the words."""
         return arrays[".weight_packed"].view(np.uint8)[index]
@@ -92,9 +89,6 @@ class PackedRows:
             ForeignTensor(".weight_packed", ((shape[0], shape[1] // 4),), ("int32",)),
             ForeignTensor(".weight_scale", ((shape[0], 1),), DTYPES),
         )
-
-    def check(self, arrays: Arrays, group: int) -> None:
-        """The layout has no contents to check."""
 
     def values(self, arrays: Arrays, index: Index) -> np.ndarray:
         """A slice of [out, in]."""

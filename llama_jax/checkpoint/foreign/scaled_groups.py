@@ -34,9 +34,6 @@ class ScaledBlocks:
             ForeignTensor(".weight_scale", (blocks,), DTYPES, alias=".weight_scale_inv"),
         )
 
-    def check(self, arrays: Arrays, group: int) -> None:
-        """The layout has no contents to check."""
-
     def values(self, arrays: Arrays, index: Index) -> np.ndarray:
         """A slice of [out, in]."""
         return arrays[".weight"][index]
@@ -67,9 +64,6 @@ class ScaledGroups:
             ForeignTensor(".weight_scale", (groups,), DTYPES),
             *(() if self.symmetric else (zeros,)),
         )
-
-    def check(self, arrays: Arrays, group: int) -> None:
-        """The layout has no contents to check."""
 
     def values(self, arrays: Arrays, index: Index) -> np.ndarray:
         """A slice of [out, in]."""

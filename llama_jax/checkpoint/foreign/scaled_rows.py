@@ -39,9 +39,6 @@ class ScaledRows:
             ForeignTensor(".weight_scale", scales, DTYPES, alias=".weight_scale_inv"),
         )
 
-    def check(self, arrays: Arrays, group: int) -> None:
-        """The layout has no contents to check."""
-
     def values(self, arrays: Arrays, index: Index) -> np.ndarray:
         """A slice of [out, in]."""
         return arrays[".weight"][index]

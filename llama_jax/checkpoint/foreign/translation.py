@@ -166,7 +166,6 @@ def translate(
         used.update(names.values())
         arrays = {suffix: view(name) for suffix, name in names.items()}
         try:
-            layout.check(arrays, group)
             act_order = _check_order(arrays, group)
         except ContentError as error:
             problems.append(f"{module} {error}")
