@@ -21,8 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.machine import describe
-from llama_jax.serve.http_server import HttpServer, address_of, listen
-from llama_jax.serve.middleware import MAX_BODY_BYTES
+from llama_jax.serve.transport.door import MAX_BODY_BYTES
+from llama_jax.serve.transport.http_server import HttpServer, address_of, listen
 from tests.support.fake_client import FakeServer
 
 RESULT = Path(__file__).parent / "results" / "hostile_requests.json"

@@ -1,4 +1,4 @@
-"""`python -m llama_jax.serve`; its options are in `llama_jax.serve.arguments`."""
+"""`python -m llama_jax.serve`; its options are in `llama_jax.serve.command_line.arguments`."""
 
 import signal
 import sys

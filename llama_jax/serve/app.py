@@ -2,19 +2,21 @@
 
 from starlette.applications import Starlette
 
-from llama_jax.serve.completions import completion_routes
 from llama_jax.serve.errors import install_handlers
-from llama_jax.serve.openapi import openapi_routes
+from llama_jax.serve.routes.chat import chat_route
+from llama_jax.serve.routes.completions import completions_route
+from llama_jax.serve.routes.openapi import openapi_routes
+from llama_jax.serve.routes.status import package_version, status_routes
+from llama_jax.serve.routes.tokenization import tokenization_routes
 from llama_jax.serve.served_model import ServedModel
-from llama_jax.serve.status import package_version, status_routes
-from llama_jax.serve.tokenization import tokenization_routes
 
 
 def create_app(served: ServedModel) -> Starlette:
     """Creates the application for one model; requests reach it through a `Door`."""
     app = Starlette(
         routes=[
-            *completion_routes(served),
+            completions_route(served),
+            chat_route(served),
             *tokenization_routes(served),
             *status_routes(served),
             *openapi_routes(package_version()),

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from llama_jax.engine.errors import EngineClosed, EngineDead, GenerationFailed, RequestError
 from llama_jax.engine.interface import EngineInfo
-from llama_jax.serve.json_response import JsonResponse
+from llama_jax.serve.transport.json_response import JsonResponse
 
 log = logging.getLogger("llama_jax.serve")
 

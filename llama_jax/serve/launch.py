@@ -23,18 +23,18 @@ from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead, EngineStartError
 from llama_jax.engine.options import EngineOptions
 from llama_jax.serve.app import create_app
-from llama_jax.serve.arguments import (
+from llama_jax.serve.command_line.arguments import (
     DEMO_CHECKPOINT,
     DEMO_NAME,
     engine_options,
     parse_arguments,
 )
-from llama_jax.serve.http_server import HttpServer, address_of, is_loopback, listen
-from llama_jax.serve.interrupt import Interrupted, unless
-from llama_jax.serve.metrics import Metrics
-from llama_jax.serve.middleware import Door
-from llama_jax.serve.ready import show_ready
+from llama_jax.serve.command_line.ready import show_ready
+from llama_jax.serve.monitoring.metrics import Metrics
 from llama_jax.serve.served_model import ServedModel
+from llama_jax.serve.transport.door import Door
+from llama_jax.serve.transport.http_server import HttpServer, address_of, is_loopback, listen
+from llama_jax.serve.transport.interrupt import Interrupted, unless
 from llama_jax.terminal.output import protect_output
 from llama_jax.terminal.progress import TerminalDisplay
 from llama_jax.text.tokenizer import Tokenizer

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 from llama_jax.client.client import EngineClient
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.serve.admission import Admission
 from llama_jax.serve.errors import (
     ApiError,
     engine_dead,
@@ -16,7 +15,8 @@ from llama_jax.serve.errors import (
     shutting_down,
     unavailable,
 )
-from llama_jax.serve.metrics import Metrics
+from llama_jax.serve.generation.admission import Admission
+from llama_jax.serve.monitoring.metrics import Metrics
 from llama_jax.text.tokenizer import Tokenizer
 
 T = TypeVar("T")

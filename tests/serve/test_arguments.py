@@ -12,15 +12,15 @@ from rich.console import Console
 
 from llama_jax.engine.interface import DeviceInfo
 from llama_jax.engine.options import EngineOptions
-from llama_jax.serve.arguments import (
+from llama_jax.serve.command_line.arguments import (
     API_KEY_VARIABLE,
     DEMO_CHECKPOINT,
     engine_options,
     parse_arguments,
 )
-from llama_jax.serve.foreign_flags import ANSWERS
-from llama_jax.serve.http_server import ListenError, address_of, is_loopback, listen
-from llama_jax.serve.ready import show_ready
+from llama_jax.serve.command_line.foreign_flags import ANSWERS
+from llama_jax.serve.command_line.ready import show_ready
+from llama_jax.serve.transport.http_server import ListenError, address_of, is_loopback, listen
 from tests.support.fake_client import FakeServer, events, make_info
 
 # The command line

@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from llama_jax.serve import messages, request_body
-from llama_jax.serve.middleware import MAX_BODY_BYTES
+from llama_jax.serve.protocol import messages, request_body
+from llama_jax.serve.transport.door import MAX_BODY_BYTES
 from tests.support.fake_client import FakeServer, error_of
 
 CHAT = "/v1/chat/completions"

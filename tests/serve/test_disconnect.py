@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from llama_jax.serve.interrupt import Interrupted, unless
+from llama_jax.serve.transport.interrupt import Interrupted, unless
 from tests.support.fake_client import FakeServer, user
 
 SCOPE = {

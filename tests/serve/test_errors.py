@@ -9,7 +9,7 @@ import pytest
 
 from llama_jax.engine.errors import EngineClosed, EngineDead
 from llama_jax.serve.errors import as_api_error
-from llama_jax.serve.middleware import MAX_BODY_BYTES, Door
+from llama_jax.serve.transport.door import MAX_BODY_BYTES, Door
 from tests.support.fake_client import FakeServer, error_of, events, user
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -105,7 +105,7 @@ def test_a_compressed_body_is_refused(server):
 
 
 def test_a_body_that_is_too_slow_is_refused(server, monkeypatch):
-    monkeypatch.setattr("llama_jax.serve.middleware.BODY_SECONDS", 0.05)
+    monkeypatch.setattr("llama_jax.serve.transport.door.BODY_SECONDS", 0.05)
 
     async def pieces():
         yield b"{"

@@ -233,8 +233,8 @@ def test_a_half_closed_client_is_answered(server, address, version, body, reques
 
 @pytest.fixture
 def probes(monkeypatch):
-    monkeypatch.setattr("llama_jax.serve.http_protocol.RESET_SECONDS", 0.02)
-    monkeypatch.setattr("llama_jax.serve.http_protocol.PROBE_SECONDS", 0.02)
+    monkeypatch.setattr("llama_jax.serve.transport.http_protocol.RESET_SECONDS", 0.02)
+    monkeypatch.setattr("llama_jax.serve.transport.http_protocol.PROBE_SECONDS", 0.02)
 
 
 def test_a_half_closed_client_gets_interim_responses_meanwhile(server, address, probes):
@@ -255,7 +255,7 @@ def test_a_half_closed_client_gets_interim_responses_meanwhile(server, address, 
 @pytest.mark.parametrize("body", [BODY, STREAM])
 def test_a_client_that_is_gone_is_noticed_at_once(server, address, probes, monkeypatch, body):
     """By the first interim response: the next one comes much later here."""
-    monkeypatch.setattr("llama_jax.serve.http_protocol.PROBE_GROWTH", 10_000)
+    monkeypatch.setattr("llama_jax.serve.transport.http_protocol.PROBE_GROWTH", 10_000)
     server.engine.hold.clear()
     with connect(address) as connection:
         connection.sendall(chat(body))
@@ -348,12 +348,12 @@ def test_endless_headers_are_cut_off(server, address):
 
 @pytest.mark.parametrize("said", [b"", b"\r\n", b"GET /health HTTP/1.1\r\nX: "])
 def test_a_request_that_does_not_come_times_out(address, monkeypatch, said):
-    monkeypatch.setattr("llama_jax.serve.http_protocol.HEADER_SECONDS", 0.05)
+    monkeypatch.setattr("llama_jax.serve.transport.http_protocol.HEADER_SECONDS", 0.05)
     assert answer_to(address, [said]) == b""
 
 
 def test_a_body_that_goes_on_after_its_refusal_times_out(address, monkeypatch):
-    monkeypatch.setattr("llama_jax.serve.http_protocol.HEADER_SECONDS", 0.05)
+    monkeypatch.setattr("llama_jax.serve.transport.http_protocol.HEADER_SECONDS", 0.05)
     with connect(address) as connection:
         connection.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9000000\r\n\r\n")
         assert b" 413 " in connection.recv(65536)
@@ -362,13 +362,13 @@ def test_a_body_that_goes_on_after_its_refusal_times_out(address, monkeypatch):
 
 
 def test_a_second_request_that_does_not_end_times_out(server, address, monkeypatch):
-    monkeypatch.setattr("llama_jax.serve.http_protocol.HEADER_SECONDS", 0.05)
+    monkeypatch.setattr("llama_jax.serve.transport.http_protocol.HEADER_SECONDS", 0.05)
     received = answer_to(address, [HEALTH + b"\r\n", HEALTH])
     assert received.count(b" 200 OK") == 1
 
 
 def test_a_slow_body_does_not_time_out_with_the_headers(server, address, monkeypatch):
-    monkeypatch.setattr("llama_jax.serve.http_protocol.HEADER_SECONDS", 0.5)
+    monkeypatch.setattr("llama_jax.serve.transport.http_protocol.HEADER_SECONDS", 0.5)
     request = chat(BODY, "Connection: close")
 
     def slowly():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llama_jax.serve.logprobs import LEAST
+from llama_jax.serve.generation.logprobs import LEAST
 from tests.support.fake_client import EOT, FakeServer, user
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead, QueueFull, RequestError
 from llama_jax.engine.interface import Output, Stats
-from llama_jax.serve.metrics import Metrics
+from llama_jax.serve.monitoring.metrics import Metrics
 from tests.support.fake_client import FakeServer
 
 TTFT = "time_to_first_token_seconds"

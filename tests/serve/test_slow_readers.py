@@ -9,9 +9,9 @@ from collections.abc import AsyncGenerator
 import httpx
 import pytest
 
-from llama_jax.serve.choices import MERGE_AHEAD, ChoiceDelta, merge
-from llama_jax.serve.http_server import HttpServer, listen
-from llama_jax.serve.write_deadline import WriteDeadline
+from llama_jax.serve.generation.choices import MERGE_AHEAD, ChoiceDelta, merge
+from llama_jax.serve.transport.http_server import HttpServer, listen
+from llama_jax.serve.transport.write_deadline import WriteDeadline
 from tests.support.processes import wait_until
 from tests.support.server_process import FAKE_SERVER, ServerProcess
 from tests.support.tiny_tokenizer import make_tokenizer

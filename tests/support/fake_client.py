@@ -12,9 +12,9 @@ from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead, QueueFull
 from llama_jax.engine.interface import DeviceInfo, EngineInfo, Output, Stats, TokenLogprobs
 from llama_jax.serve.app import create_app
-from llama_jax.serve.metrics import Metrics
-from llama_jax.serve.middleware import Door
+from llama_jax.serve.monitoring.metrics import Metrics
 from llama_jax.serve.served_model import ServedModel
+from llama_jax.serve.transport.door import Door
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 EOT = "<|eot_id|>"

@@ -6,7 +6,7 @@ import threading
 
 import uvloop
 
-from llama_jax.serve.http_server import HttpServer, address_of, listen
+from llama_jax.serve.transport.http_server import HttpServer, address_of, listen
 from tests.support.fake_client import FakeServer
 
 

@@ -14,7 +14,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llama_jax.serve.errors import ApiError
-from llama_jax.serve.write_deadline import WriteDeadline
+from llama_jax.serve.transport.write_deadline import WriteDeadline
 
 MAX_HEADER_BYTES = 64 * 1024
 SLICE_BYTES = 16 * 1024

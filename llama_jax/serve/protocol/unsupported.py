@@ -8,7 +8,7 @@ refused unless it is null.
 from collections.abc import Collection
 from typing import Any, Literal
 
-from llama_jax.serve.json_reader import Fields, is_null, refuse, small_value
+from llama_jax.serve.protocol.json_reader import Fields, is_null, refuse, small_value
 
 _ANYTHING = object()  # any value: the field is only a label for the client's own use
 

@@ -7,15 +7,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from llama_jax.serve.json_response import JsonResponse
-from llama_jax.serve.messages import Message
-from llama_jax.serve.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-)
-from llama_jax.serve.response_types import (
+from llama_jax.serve.protocol.chat import ChatRequest
+from llama_jax.serve.protocol.completion import CompletionRequest
+from llama_jax.serve.protocol.messages import Message
+from llama_jax.serve.protocol.response_types import (
     ChatCompletion,
     ChatCompletionChunk,
     Completion,
@@ -28,7 +23,9 @@ from llama_jax.serve.response_types import (
     Tokens,
     Version,
 )
-from llama_jax.serve.unsupported import no_op_schemas
+from llama_jax.serve.protocol.tokenize import DetokenizeRequest, TokenizeRequest
+from llama_jax.serve.protocol.unsupported import no_op_schemas
+from llama_jax.serve.transport.json_response import JsonResponse
 
 _REQUESTS = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
 _CHUNKS = (CompletionChunk, ChatCompletionChunk)

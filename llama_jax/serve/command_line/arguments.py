@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llama_jax.engine.options import OPTIONS, EngineOptions, Option, OptionError
-from llama_jax.serve.foreign_flags import find_foreign_flag
-from llama_jax.serve.metrics import PREFIXES
-from llama_jax.serve.middleware import MAX_BODY_BYTES
+from llama_jax.serve.command_line.foreign_flags import find_foreign_flag
+from llama_jax.serve.monitoring.metrics import PREFIXES
+from llama_jax.serve.transport.door import MAX_BODY_BYTES
 from llama_jax.terminal.arguments import Parser, size
 
 API_KEY_VARIABLE = "LLAMA_JAX_API_KEY"

@@ -7,9 +7,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from llama_jax.serve.json_response import JsonResponse
-from llama_jax.serve.response_types import ModelCard
+from llama_jax.serve.protocol.response_types import ModelCard
 from llama_jax.serve.served_model import ServedModel
+from llama_jax.serve.transport.json_response import JsonResponse
 
 
 def status_routes(served: ServedModel) -> list[Route]:

@@ -4,7 +4,7 @@ import msgspec
 from msgspec import Raw
 
 from llama_jax.config.sampling_params import MAX_LOGIT_BIAS
-from llama_jax.serve.json_reader import (
+from llama_jax.serve.protocol.json_reader import (
     decode,
     read_integer,
     read_integers,

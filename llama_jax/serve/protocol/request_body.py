@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from starlette.requests import Request
 
-from llama_jax.serve.protocol import RequestBody, read_request
+from llama_jax.serve.protocol.body import RequestBody, read_request
 
 R = TypeVar("R", bound=RequestBody)
 

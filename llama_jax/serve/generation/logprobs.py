@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from llama_jax.engine.interface import TokenLogprobs
-from llama_jax.serve.response_types import (
+from llama_jax.serve.protocol.response_types import (
     ChatLogprob,
     ChatLogprobs,
     CompletionLogprobs,

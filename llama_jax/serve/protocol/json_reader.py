@@ -42,6 +42,11 @@ def refuse(message: str, param: str | None = None, code: str = "invalid_value") 
     raise ApiError(400, message, param=param, code=code)
 
 
+def refuse_missing(param: str) -> NoReturn:
+    """Raises `ApiError` for a required field that is not there."""
+    refuse(f"The field {param} is missing.", param, "missing_required_parameter")
+
+
 def read_body(body: bytes) -> Fields:
     """Returns the fields of a request's body, whose values are not decoded yet.
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Generator
 import uvicorn
 from starlette.types import ASGIApp
 
-from llama_jax.serve.http_protocol import HttpProtocol
+from llama_jax.serve.transport.http_protocol import HttpProtocol
 from sharding.errors import UserError
 
 BACKLOG = 2048

@@ -1,12 +1,19 @@
 """The messages of a chat, as clients write them and send them back."""
 
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta, Raw
 
-from llama_jax.serve.json_reader import Fields, decode, read_items, read_object, refuse
-from llama_jax.serve.unsupported import without_no_ops
+from llama_jax.serve.protocol.json_reader import (
+    Fields,
+    decode,
+    read_items,
+    read_object,
+    refuse,
+    refuse_missing,
+)
+from llama_jax.serve.protocol.unsupported import without_no_ops
 
 # OpenAI renamed the role "system" to "developer"; Llama 3 was trained with "system".
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -85,8 +92,3 @@ def _text(fields: Fields, name: str, path: str) -> str:
     if name not in fields:
         refuse_missing(f"{path}.{name}")
     return decode(_STRING, fields[name], f"{path}.{name}")
-
-
-def refuse_missing(param: str) -> NoReturn:
-    """Raises `ApiError` for a required field that is not there."""
-    refuse(f"The field {param} is missing.", param, "missing_required_parameter")

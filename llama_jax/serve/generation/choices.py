@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from llama_jax.client.text import read_text
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.interface import FinishReason, TokenLogprobs
-from llama_jax.serve.admission import Place
+from llama_jax.serve.generation.admission import Place
 from llama_jax.serve.served_model import ServedModel
 from llama_jax.text.detokenizer import Detokenizer
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from llama_jax.client.client import EngineClient
 from llama_jax.serve.errors import queue_full
-from llama_jax.serve.metrics import Metrics
+from llama_jax.serve.monitoring.metrics import Metrics
 
 MAX_RETRY_SECONDS = 60
 

@@ -5,11 +5,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from llama_jax.serve.errors import ApiError
-from llama_jax.serve.json_response import JsonResponse
-from llama_jax.serve.messages import Message
-from llama_jax.serve.protocol import DetokenizeRequest, TokenizeRequest
-from llama_jax.serve.request_body import read
+from llama_jax.serve.protocol.messages import Message
+from llama_jax.serve.protocol.request_body import read
+from llama_jax.serve.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from llama_jax.serve.served_model import ServedModel
+from llama_jax.serve.transport.json_response import JsonResponse
 from llama_jax.text.tokenizer import Tokenizer, TokenizerError
 
 

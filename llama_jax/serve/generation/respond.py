@@ -15,14 +15,14 @@ from starlette.types import Receive, Scope, Send
 
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.interface import FinishReason
-from llama_jax.serve.choices import ChoiceDelta, generate_choice, merge
 from llama_jax.serve.errors import answer_too_long, as_api_error, prompt_too_long
-from llama_jax.serve.interrupt import Interrupted, disconnected, unless
-from llama_jax.serve.json_response import JsonResponse
-from llama_jax.serve.logprobs import TokenWithLogprobs
-from llama_jax.serve.protocol import StreamOptions
-from llama_jax.serve.response_types import Usage
+from llama_jax.serve.generation.choices import ChoiceDelta, generate_choice, merge
+from llama_jax.serve.generation.logprobs import TokenWithLogprobs
+from llama_jax.serve.protocol.generation import GenerationRequest, StreamOptions
+from llama_jax.serve.protocol.response_types import Usage
 from llama_jax.serve.served_model import ServedModel
+from llama_jax.serve.transport.interrupt import Interrupted, disconnected, unless
+from llama_jax.serve.transport.json_response import JsonResponse
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's status code, for logs; no client receives it
 
@@ -83,6 +83,33 @@ class Job:
     def num_choices(self) -> int:
         """The number of choices for all prompts. Those of one prompt are adjacent."""
         return len(self.prompts) * len(self.params)
+
+
+def make_job(
+    param: Literal["prompt", "messages"],
+    prompts: list[list[int]],
+    params: list[SamplingParams],
+    body: GenerationRequest,
+    arrived: float,
+) -> Job:
+    """Collects what a request asks to generate.
+
+    Args:
+      param: the field that the prompts come from.
+      prompts: the token ids of each prompt.
+      params: the sampling parameters of each choice.
+      body: the request.
+      arrived: when it arrived, by the clock of the metrics.
+    """
+    return Job(
+        param=param,
+        prompts=prompts,
+        params=params,
+        limit_param=body.limit_param,
+        stream=bool(body.stream),
+        options=body.stream_options or StreamOptions(),
+        arrived=arrived,
+    )
 
 
 async def respond(

@@ -1,0 +1,1 @@
+"""From a checked request to its tokens, and from tokens to a response."""

@@ -1,0 +1,47 @@
+"""The body of POST /v1/chat/completions."""
+
+from typing import Annotated
+
+from llama_jax.config.sampling_params import MAX_LOGPROBS
+from llama_jax.serve.protocol.body import schema
+from llama_jax.serve.protocol.generation import AtLeastOne, GenerationRequest
+from llama_jax.serve.protocol.json_reader import refuse
+from llama_jax.serve.protocol.messages import Message, read_messages
+
+Messages = Annotated[list[Message], schema(read_messages, minItems=1)]
+_TopLogprobs = Annotated[int, schema(minimum=0, maximum=MAX_LOGPROBS)]
+
+
+class ChatRequest(GenerationRequest, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: Messages
+    max_completion_tokens: AtLeastOne | None = None
+    logprobs: bool | None = None
+    top_logprobs: _TopLogprobs | None = None
+
+    def check(self) -> None:
+        """Checks the fields against each other."""
+        super().check()
+        if not 0 <= (self.top_logprobs or 0) <= MAX_LOGPROBS:
+            refuse(f"top_logprobs must be between 0 and {MAX_LOGPROBS}.", "top_logprobs")
+        if self.top_logprobs and not self.logprobs:
+            refuse("top_logprobs needs logprobs to be true.", "top_logprobs")
+        if None not in (given := (self.max_tokens, self.max_completion_tokens)):
+            if given[0] != given[1]:
+                refuse("max_tokens and max_completion_tokens disagree: send one.", "max_tokens")
+
+    @property
+    def limit(self) -> int | None:
+        """The maximum number of tokens per choice."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def top_alternatives(self) -> int | None:
+        """The number of log-probabilities per token, beside its own; None for none at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def limit_param(self) -> str:
+        """The name of the field that sets `limit`."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"

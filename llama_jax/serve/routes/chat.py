@@ -1,0 +1,29 @@
+"""POST /v1/chat/completions."""
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from llama_jax.serve.generation.chat_format import ChatFormat
+from llama_jax.serve.generation.respond import make_job, respond
+from llama_jax.serve.protocol.chat import ChatRequest
+from llama_jax.serve.protocol.request_body import read
+from llama_jax.serve.routes.tokenization import encode_messages
+from llama_jax.serve.served_model import ServedModel
+
+
+def chat_route(served: ServedModel) -> Route:
+    """The route of chats."""
+
+    async def chat(request: Request) -> Response:
+        arrived = served.metrics.clock()
+        body = await read(ChatRequest, request)
+        served.check_available()
+        served.check_name(body.model)
+        served.check_room(1, body.choices)
+        prompt = await encode_messages(served, body.messages)
+        params = body.sampling_params(served.defaults)
+        job = make_job("messages", [prompt], params, body, arrived)
+        return await respond(served, request, ChatFormat(served.tokenizer), job)
+
+    return Route("/v1/chat/completions", chat, methods=["POST"])

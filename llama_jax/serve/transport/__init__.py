@@ -1,0 +1,1 @@
+"""HTTP itself: the socket, the protocol, and the checks before any route."""
