@@ -37,6 +37,7 @@ class SamplingParams:
       ignore_eos: continue after the model's EOS ids.
       cache_salt: requests share computed prompts only with requests of the same salt, so that the
         time to the first token does not tell what others have asked.
+      grammar: the grammar that the answer must match (`llama_jax.text.grammar`); "" for none.
     """
 
     max_tokens: int | None = None
@@ -55,6 +56,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     cache_salt: str = ""
+    grammar: str = ""
 
     def check(self) -> None:
         """Checks every range. Types are not checked, nor ids against a vocabulary.
