@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from sharding.errors import UserError
 
 if TYPE_CHECKING:
-    from llguidance import LLTokenizer
+    from llguidance import LLParserLimits, LLTokenizer
 
 MAX_GRAMMAR_CHARACTERS = 131_072
 # Between two tokens of JSON: enough to indent, but a model cannot go on with it for ever.
 _OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}"}
+_MAX_LEXER_STATES = 20_000  # of up to 2 kB each
 _MAX_REASON = 300  # characters
 
 
@@ -98,7 +99,9 @@ def lark_grammar(text: str) -> str:
     try:
         return gbnf_to_lark.gbnf_to_lark(text)
     except Exception as error:  # its own class is not public, and it may recurse too deeply
-        raise GrammarError(f"The grammar is not valid GBNF: {_reason(str(error))}.") from None
+        raise GrammarError(
+            f"The grammar is not valid GBNF: {describe_error(str(error))}."
+        ) from None
 
 
 def check_grammar(grammar: str) -> None:
@@ -110,12 +113,12 @@ def check_grammar(grammar: str) -> None:
     from llguidance import LLMatcher
 
     _check_text(grammar)
-    matcher = LLMatcher(_byte_tokenizer(), grammar, log_level=0)
+    matcher = LLMatcher(_byte_tokenizer(), grammar, log_level=0, limits=parser_limits())
     if matcher.is_error():
-        raise GrammarError(f"The grammar cannot be used: {_reason(matcher.get_error())}.")
+        raise GrammarError(f"The grammar cannot be used: {describe_error(matcher.get_error())}.")
     matcher.compute_bitmask()
     if matcher.is_error():
-        reason = _reason(matcher.get_error())
+        reason = describe_error(matcher.get_error())
         raise GrammarError(f"No text matches the grammar, or it is too complex: {reason}.")
 
 
@@ -133,8 +136,15 @@ def _check_text(grammar: str) -> None:
         ) from None
 
 
-def _reason(message: str) -> str:
-    """The line of an error of llguidance that says what is wrong; others repeat the grammar."""
+def parser_limits() -> "LLParserLimits":
+    """What a grammar may cost, in time and memory; llguidance gives up beyond."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
+
+
+def describe_error(message: str) -> str:
+    """Returns the line of a message of llguidance that says what is wrong, without a full stop."""
     lines = message.splitlines() or [""]
     line = next((line[7:] for line in lines if line.startswith("error: ")), lines[0])
     line = line.removesuffix(".")
