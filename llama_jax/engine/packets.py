@@ -31,10 +31,15 @@ class Segment:
         return 1 if self.tokens is None else len(self.tokens)
 
     @property
+    def current(self) -> bool:
+        """Whether its result will count."""
+        return self.epoch == self.sequence.epoch
+
+    @property
     def targets(self) -> list[int]:
         """The prompt tokens that follow each of its tokens, if they are to be scored."""
         s, first = self.sequence, self.position + 1
-        if s.scoring is None or self.epoch != s.epoch:
+        if s.scoring is None or not self.current:
             return []
         return s.tokens[first : min(first + self.length, s.num_prompt)]
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.constraint import Constraint
 from llama_jax.engine.prompt_logprobs import PromptScoring
 
 
@@ -34,6 +35,7 @@ class Sequence:
         that it had when it was admitted.
       prompt_sent: prompt tokens that have been sent to the device, or found in the cache, at least
         once.
+      constraint: which tokens it may choose, if not all.
       finished: whether no further output will come.
     """
 
@@ -56,6 +58,7 @@ class Sequence:
     next_position: int = 0
     prefill_until: int = 0
     prompt_sent: int = 0
+    constraint: Constraint | None = None
     finished: bool = False
 
     @property
