@@ -35,6 +35,8 @@ class ServedModel:
       defaults: the sampling parameters that a request does not set.
       created: when the server started, in seconds since 1970.
       draining: whether the server is shutting down and accepts no new requests.
+      keep_alive_seconds: the time without an event after which a stream gets a comment; None for no
+        comments.
       admission: admits requests while the engine has room.
     """
 
@@ -46,6 +48,7 @@ class ServedModel:
     defaults: SamplingParams
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
+    keep_alive_seconds: float | None = 15.0
     admission: Admission = field(init=False)
 
     def __post_init__(self) -> None:

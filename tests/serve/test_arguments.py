@@ -81,6 +81,7 @@ def test_the_api_key_can_be_set_in_the_environment(monkeypatch):
         ("--dtype float16", "--dtype"),
         ("--shutdown-timeout nan", "--shutdown-timeout"),
         ("--shutdown-timeout soon", "--shutdown-timeout"),
+        ("--sse-keep-alive-interval -1", "--sse-keep-alive-interval"),
         ("--api-key ''", "--api-key"),
         ("--nonsense", "--nonsense"),
         ("a b", ": b "),
