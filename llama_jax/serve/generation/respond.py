@@ -56,7 +56,7 @@ class Job:
     """What one HTTP request asks to generate.
 
     Attributes:
-      param: the field that the prompts come from, "prompt" or "messages".
+      param: the field that the prompts come from, "prompt", "messages" or "input".
       prompts: the token ids of each prompt.
       params: the sampling parameters of each choice; the same for every prompt.
       limit_param: the field that limits the number of tokens per choice.
@@ -65,7 +65,7 @@ class Job:
       arrived: when the request arrived, by the clock of the metrics.
     """
 
-    param: Literal["prompt", "messages"]
+    param: Literal["prompt", "messages", "input"]
     prompts: Sequence[list[int]]
     params: Sequence[SamplingParams]
     limit_param: str
@@ -85,7 +85,7 @@ class Job:
 
 
 def make_job(
-    param: Literal["prompt", "messages"],
+    param: Literal["prompt", "messages", "input"],
     prompts: list[list[int]],
     params: list[SamplingParams],
     body: GenerationRequest,
