@@ -12,7 +12,7 @@ from llama_jax.engine.interface import FinishReason
 from llama_jax.serve.errors import ApiError
 from llama_jax.serve.protocol.response_types import ChatLogprob
 from llama_jax.serve.protocol.responses_types import (
-    FunctionCall,
+    FunctionCallItem,
     ItemStatus,
     OutputMessage,
     OutputText,
@@ -35,7 +35,7 @@ class ResponseWriter:
         """Starts with a response that has no output."""
         self.response = response
         self._number = 0
-        self._item: OutputMessage | FunctionCall | None = None  # the last of `output`, while open
+        self._item: OutputMessage | FunctionCallItem | None = None  # the last of `output`, while open
         self._pieces: list[str] = []  # of the open item's text or arguments
         self._logprobs: list[ChatLogprob] = []
 
@@ -57,7 +57,7 @@ class ResponseWriter:
     def call(self, name: str, call_id: str) -> Iterator[StreamEvent]:
         """Begins a call of a function."""
         yield from self._end_item("completed")
-        item: FunctionCall = {
+        item: FunctionCallItem = {
             "id": _id("fc"),
             "type": "function_call",
             "call_id": call_id,
@@ -106,7 +106,7 @@ class ResponseWriter:
         yield self._event("response.content_part.added", **self._part, part={**part})
         item["content"].append(part)
 
-    def _begin(self, item: OutputMessage | FunctionCall) -> StreamEvent:
+    def _begin(self, item: OutputMessage | FunctionCallItem) -> StreamEvent:
         self._item = item
         self._pieces, self._logprobs = [], []
         self.response["output"].append(item)

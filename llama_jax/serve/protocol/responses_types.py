@@ -38,7 +38,7 @@ class OutputMessage(TypedDict):
     content: list[OutputText]
 
 
-class FunctionCall(TypedDict):
+class FunctionCallItem(TypedDict):
     """A call of a function by the assistant."""
 
     id: str
@@ -49,7 +49,7 @@ class FunctionCall(TypedDict):
     status: ItemStatus
 
 
-OutputItem = Annotated[Any, _any_of("OutputMessage", "FunctionCall")]
+OutputItem = Annotated[Any, _any_of("OutputMessage", "FunctionCallItem")]
 
 
 class InputTokensDetails(TypedDict):

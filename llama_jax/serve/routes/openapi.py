@@ -30,7 +30,7 @@ from llama_jax.serve.protocol.responses import (
     ResponseStreamOptions,
     TextOptions,
 )
-from llama_jax.serve.protocol.responses_types import EVENTS, FunctionCall, OutputMessage
+from llama_jax.serve.protocol.responses_types import EVENTS, FunctionCallItem, OutputMessage
 from llama_jax.serve.protocol.responses_types import Response as ResponseObject
 from llama_jax.serve.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from llama_jax.serve.protocol.unsupported import NoOps, no_op_schemas
@@ -38,7 +38,7 @@ from llama_jax.serve.transport.json_response import JsonResponse
 
 _REQUESTS = (CompletionRequest, ChatRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest)
 _OPTIONS = (StreamOptions, TextOptions, ReasoningOptions, ResponseStreamOptions)
-_CHUNKS = (CompletionChunk, ChatCompletionChunk, OutputMessage, FunctionCall, *EVENTS)
+_CHUNKS = (CompletionChunk, ChatCompletionChunk, OutputMessage, FunctionCallItem, *EVENTS)
 _RESPONSES = (
     *(Completion, ChatCompletion, ResponseObject, Tokens, Text),
     *(ModelCard, ModelList, Health, Version),
