@@ -12,9 +12,9 @@ from llama_jax.serve.generation.event_stream import KEEP_ALIVE
 from tests.support.asgi_connection import Connection, until
 from tests.support.fake_client import FakeServer, error_of, user
 from tests.support.listening import listening
+from tests.support.pausing import SHORT, Pausing
 
 TEXT = "Hello, hello, hello, world!"
-SHORT = 0.001  # seconds
 BODY = {"messages": user("Hi"), "stream": True}
 
 
@@ -176,36 +176,10 @@ def test_a_whole_answer_gets_no_comments(server):
 # Clients
 
 
-class Pausing:
-    """An application in front of a server that lets tokens come after two comments each.
-
-    Attributes:
-      comments: the number of comments sent.
-    """
-
-    def __init__(self, server: FakeServer) -> None:
-        self._app, self._engine = server.app, server.engine
-        self.comments = 0
-
-    async def __call__(self, scope, receive, send) -> None:
-        async def watch(message):
-            await send(message)
-            if message.get("body") == KEEP_ALIVE:
-                self.comments += 1
-                if self.comments % 2 == 0:
-                    self._engine.hold.set()
-            elif message.get("body"):
-                self._engine.hold.clear()
-
-        self._engine.hold.clear()
-        await self._app(scope, receive, watch)
-
-
 @pytest.fixture
 def address():
     server = FakeServer("Hello!")
-    server.served.keep_alive_seconds = SHORT
-    server.app = pausing = Pausing(server)
+    pausing = Pausing(server)
     with listening(server) as url:
         yield url
     assert pausing.comments >= 2 * len(server.engine.script)

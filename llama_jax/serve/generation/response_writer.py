@@ -35,7 +35,8 @@ class ResponseWriter:
         """Starts with a response that has no output."""
         self.response = response
         self._number = 0
-        self._item: OutputMessage | FunctionCallItem | None = None  # the last of `output`, while open
+        # The last of `output`, while it grows.
+        self._item: OutputMessage | FunctionCallItem | None = None
         self._pieces: list[str] = []  # of the open item's text or arguments
         self._logprobs: list[ChatLogprob] = []
 

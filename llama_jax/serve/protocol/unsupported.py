@@ -84,6 +84,7 @@ _NO_OP_VALUES_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "function_call": (),
     "reasoning": (),
     "reasoning_content": (),
+    "provider_specific_fields": (_ANYTHING,),  # LiteLLM's own, with every answer
 }
 
 # The same for a part of a message.
