@@ -71,7 +71,8 @@ def _read_item(raw: Raw, param: str) -> Message | None:
         return None
     if kind == "item_reference":
         refuse(
-            f"{param}: this server stores no items, so a reference leads nowhere; send the item.",
+            f"{param}: this server stores no items, so send the item itself; clients do that if "
+            "store is false.",
             f"{param}.type",
             "unsupported_parameter",
         )
