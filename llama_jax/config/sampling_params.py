@@ -32,6 +32,8 @@ class SamplingParams:
       min_tokens: number of tokens before which neither an EOS id nor a stop token id is chosen.
       logprobs: how many of the most likely tokens to return with their log-probabilities, beside
         the log-probability of each token of the answer; None for neither.
+      prompt_logprobs: the same for each token of the prompt after the first. The prompt is then
+        computed whole, whatever of it was computed before.
       stop: strings that end the generation; the returned text does not include them.
       stop_token_ids: token ids that end the generation, in addition to the model's EOS ids.
       ignore_eos: continue after the model's EOS ids.
@@ -51,6 +53,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     min_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -81,6 +84,11 @@ class SamplingParams:
             ("min_tokens", 0 <= self.min_tokens <= most, "in [0, max_tokens]"),
             ("stop_token_ids", self._bans_fit, f"at most {MAX_STOP_TOKEN_IDS} with min_tokens"),
             ("logprobs", 0 <= (self.logprobs or 0) <= MAX_LOGPROBS, f"in [0, {MAX_LOGPROBS}]"),
+            (
+                "prompt_logprobs",
+                0 <= (self.prompt_logprobs or 0) <= MAX_LOGPROBS,
+                f"in [0, {MAX_LOGPROBS}]",
+            ),
             ("stop", all(self.stop), "a list of non-empty strings"),
         )
         for name, holds, allowed in rules:

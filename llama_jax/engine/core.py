@@ -1,6 +1,7 @@
 """The engine: loads a checkpoint onto a mesh, and answers requests tick by tick."""
 
 import os
+import random
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -60,7 +61,7 @@ class Engine:
             config = reader.config
             check_options(options, config)
             check_stages(parse_mesh(options.mesh)[0], config)
-            configure_jax()
+            configure_jax(options.gpu_memory_utilization)
             mesh = make_mesh(options.mesh)
             platform = mesh.devices.flat[0].platform
             dtype = choose_dtype(options.dtype, config, platform)
@@ -82,6 +83,7 @@ class Engine:
         scheduler = Scheduler(sizes, mesh_shape(mesh)[0], prefix_caching=options.prefix_caching)
         self.loop = TickLoop(scheduler, executor, choose_results_late(options, platform))
         self._stop_ids = frozenset(config.eos_token_ids)
+        self._seeds = seed_source(options.seed)
         executor.call_seconds = 0.0  # without the warm-up
 
         weights = bytes_by_device(params, mesh)
@@ -124,7 +126,7 @@ class Engine:
             prompt,
             params,
             max_model_len=self.info.max_model_len,
-            seed=int.from_bytes(os.urandom(8), "big") if params.seed is None else params.seed,
+            seed=self._seeds.getrandbits(64) if params.seed is None else params.seed,
             stop_ids=frozenset(params.stop_token_ids)
             | (frozenset() if params.ignore_eos else self._stop_ids),
             salt=params.cache_salt.encode(),
@@ -166,10 +168,22 @@ class Engine:
         )
 
 
-def configure_jax() -> None:
-    """Configures JAX for the whole process; call it before JAX initializes its devices."""
+def seed_source(seed: int | None) -> random.Random:
+    """Returns the source of the seeds of requests that have none: repeatable, or random if None."""
+    return random.SystemRandom() if seed is None else random.Random(seed)
+
+
+def configure_jax(gpu_memory_utilization: float | None = None) -> None:
+    """Configures JAX for the whole process; call it before JAX initializes its devices.
+
+    Args:
+      gpu_memory_utilization: the fraction of each GPU's memory that JAX takes when it starts; None
+        for what the user's environment says, or `GPU_MEMORY_SHARE`.
+    """
     # Several unfinished programs with collectives starve XLA:CPU's threads and hang it.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    # The share of each GPU's memory that JAX takes when it starts, unless the user has set it.
-    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+    if gpu_memory_utilization is not None:
+        os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)  # the older name, which wins
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = str(gpu_memory_utilization)
+    elif "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))

@@ -8,7 +8,7 @@ parameters of a packet, and passes them in the tick in which the packet leaves.
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -31,6 +31,7 @@ from llama_jax.ring.choosing import (
 )
 from llama_jax.ring.kv_cache import allocate
 from llama_jax.ring.packet import encode_packet, packet_size
+from llama_jax.ring.scoring import TileScores, score_inputs, score_step
 from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.steps import (
     State,
@@ -55,12 +56,14 @@ class TickResult(NamedTuple):
       logits: `[segments, V']` float32, copied to the host only when read.
       bucket: the bucket of the program that ran.
       logprobs: of the sampled tokens, if they were asked for.
+      scores: of the prompt tokens that follow those of a tile, by the tile's index in the packet.
     """
 
     tokens: jax.Array
     logits: jax.Array
     bucket: Bucket
     logprobs: Logprobs | None = None
+    scores: Mapping[int, TileScores] = {}
 
 
 class Choice(NamedTuple):
@@ -124,6 +127,7 @@ class Executor:
         self._sample_adjusted = adjusted_step(mesh, model_class)
         self._extend_history = history_step(mesh)
         self._log_probabilities = logprobs_step(mesh)
+        self._score = score_step(config, mesh, sizes)
         self._history = allocate(history_shape(config, mesh, sizes))
 
     @property
@@ -161,6 +165,25 @@ class Executor:
         tokens.copy_to_host_async()
         self.call_seconds += time.perf_counter() - start
         return TickResult(tokens, output.logits, bucket, logprobs)
+
+    def score(self, tile: int, targets: list[int]) -> TileScores:
+        """Dispatches the log-probabilities of prompt tokens.
+
+        Call it between the tick in which their packet leaves and the next.
+
+        Args:
+          tile: the index of a tile in the packet that left in the latest tick.
+          targets: the token that follows each of its tokens; there may be fewer.
+        """
+        start = time.perf_counter()
+        padded = np.zeros(self.sizes.tile, np.int32)
+        padded[: len(targets)] = targets
+        first = np.int32(tile * self.sizes.tile)
+        inputs = score_inputs(self.params, self._state)
+        scores = self._finish(self._score(*inputs, first, padded))
+        jax.tree.map(lambda array: array.copy_to_host_async(), scores)
+        self.call_seconds += time.perf_counter() - start
+        return scores
 
     def set_history(self, slot: int, prompt: list[int], answer: list[int]) -> None:
         """Sets the tokens before those that a slot will choose, for its penalties.
@@ -206,6 +229,8 @@ class Executor:
             for choice in (Choice(controls), Choice(controls, encode_adjustments(n, []), True)):
                 jax.block_until_ready(self.run(bucket, packed, choice).tokens)
         self.set_history(0, [0], [])
+        if self.sizes.max_chunk:
+            jax.block_until_ready(self.score(0, [0]))
         progress(len(buckets), len(buckets), "")
 
 

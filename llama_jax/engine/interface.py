@@ -6,6 +6,8 @@ They are plain Python. `messages` puts them on the wire.
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from llama_jax.engine.prompt_logprobs import PromptLogprobs
+
 FinishReason = Literal["stop", "length", "error"]
 
 
@@ -32,6 +34,7 @@ class Output(NamedTuple):
       cached_tokens: tokens of the prompt that did not have to be computed, because a request before
         began with them; the same in every output of a request.
       logprobs: if the request asks for them.
+      prompt_logprobs: in the request's first output, if the request asks for them.
     """
 
     request_id: int
@@ -40,6 +43,7 @@ class Output(NamedTuple):
     error: str | None = None
     cached_tokens: int = 0
     logprobs: TokenLogprobs | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,9 @@ class Option:
       unset: the meaning of None, if None is allowed.
       unit: what its value is or counts, such as "TOKENS".
       minimum: the least valid number.
+      maximum: the greatest valid number of a fraction, which must be more than 0.
       choices: the valid texts, if they are few.
+      aliases: flags of other servers that mean the same.
     """
 
     name: str
@@ -41,7 +43,9 @@ class Option:
     unset: str | None = None
     unit: str = "N"
     minimum: int | None = None
+    maximum: float | None = None
     choices: tuple[str, ...] | None = None
+    aliases: tuple[str, ...] = ()
 
     @property
     def default_text(self) -> str:
@@ -60,9 +64,19 @@ class Option:
             if not isinstance(value, bool):
                 raise OptionError(f"{self.name} must be True or False, got {value!r}.")
             return
-        if not isinstance(value, self.type) or isinstance(value, bool):
-            kind = "an integer" if issubclass(int, self.type) else "a string"
+        kinds = self.type | int if issubclass(float, self.type) else self.type
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            kind = (
+                "a number"
+                if self.maximum
+                else "an integer"
+                if issubclass(int, self.type)
+                else "a string"
+            )
             raise OptionError(f"{self.name} must be {kind}, got {value!r}.")
+        if self.maximum is not None and isinstance(value, int | float):
+            if not 0 < value <= self.maximum:  # also false for NaN
+                raise OptionError(f"{self.name} must be in (0, {self.maximum:g}], got {value}.")
         if self.choices is not None and value not in self.choices:
             known = ", ".join(self.choices)
             raise OptionError(f"{self.name} must be one of {known}, got {value!r}.")
@@ -103,14 +117,19 @@ class EngineOptions:
         unset="the model's limit, or less if the KV cache holds less",
         unit="TOKENS",
         minimum=2,
+        aliases=("--context-length", "--max-seq-len"),
     )
     max_num_seqs: int = _option(
-        32, "maximum number of sequences that are generated at once", minimum=1
+        32,
+        "maximum number of sequences that are generated at once",
+        minimum=1,
+        aliases=("--max-running-requests", "--max-batch-size"),
     )
     max_queue: int = _option(
         256,
         "maximum number of requests that wait; more are refused, with HTTP status 429",
         minimum=1,
+        aliases=("--max-num-queued-reqs", "--max-queued-requests"),
     )
     kv_cache_memory: int | None = _option(
         None,
@@ -118,14 +137,30 @@ class EngineOptions:
         unset="the free memory of a GPU; about 1 GB for all devices together on CPU",
         unit="BYTES",
         minimum=1,
+        aliases=("--kv-cache-memory-bytes",),
     )
-    page_size: int = _option(16, "tokens per KV-cache page", unit="TOKENS", minimum=1)
+    gpu_memory_utilization: float | None = _option(
+        None,
+        "fraction of a GPU's memory for weights, KV cache and temporaries together; not for CPUs",
+        unset="0.85",
+        unit="FRACTION",
+        maximum=1.0,
+        aliases=("--mem-fraction-static",),
+    )
+    page_size: int = _option(
+        16,
+        "tokens per KV-cache page",
+        unit="TOKENS",
+        minimum=1,
+        aliases=("--block-size", "--tokens-per-block"),
+    )
     max_chunk: int = _option(
         128,
         "maximum number of prompt tokens per tick, rounded up to a multiple of 64; more gives "
         "faster first tokens and slower streams",
         unit="TOKENS",
         minimum=1,
+        aliases=("--chunked-prefill-size",),
     )
     results_late: int | None = _option(
         None,
@@ -135,7 +170,17 @@ class EngineOptions:
         minimum=0,
     )
     prefix_caching: bool = _option(
-        True, "whether requests that begin alike share the computed beginning"
+        True,
+        "whether requests that begin alike share the computed beginning",
+        aliases=("--enable-prefix-caching",),
+    )
+    seed: int | None = _option(
+        None,
+        "seed from which requests without one get theirs, in the order of their arrival",
+        unset="random",
+        unit="SEED",
+        minimum=0,
+        aliases=("--random-seed",),
     )
     strict_config: bool = _option(
         False,

@@ -42,10 +42,10 @@ class PageTables:
         self._append(sequence, [self.pool.take() for _ in range(num_pages)])
 
     def find(self, sequence: Sequence) -> list[int]:
-        """Finds pages that hold its beginning. Its last token is left, to compute its logits."""
+        """Finds pages that hold its beginning, as far as it may skip it."""
         if not self._prefix_caching:
             return []
-        num_pages = (len(sequence.tokens) - 1) // self._page_size
+        num_pages = sequence.num_skippable // self._page_size
         return self.pool.find(self._keys(sequence, num_pages))
 
     def begin(self, sequence: Sequence, found: list[int]) -> int:

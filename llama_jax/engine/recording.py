@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Self
 
-from llama_jax.engine.scheduler import Packet, Scheduler
+from llama_jax.engine.packets import Packet
+from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.tick_loop import Tick, TickLoop
 from llama_jax.ring.sizes import Bucket
 from sharding.errors import UserError

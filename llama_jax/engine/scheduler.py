@@ -11,66 +11,20 @@ is at stage 0, and the packet with the last chunk becomes the sequence's microba
 
 from bisect import insort
 from collections import deque
-from dataclasses import dataclass, field
 from itertools import chain, islice
 
 import numpy as np
 
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.interface import FinishReason, Output, TokenLogprobs
+from llama_jax.engine.packets import Packet, Segment
 from llama_jax.engine.page_tables import PageTables
 from llama_jax.engine.pages import PagePool
+from llama_jax.engine.prompt_logprobs import PromptScoring
 from llama_jax.engine.sequence import Sequence
 from llama_jax.ring.sizes import RingSizes
 
 NOT_A_NUMBER = "The model's output is not a number (NaN) for this request: check the weights."
-
-
-@dataclass(slots=True)
-class Segment:
-    """Consecutive tokens of one sequence in a packet, as `llama_jax.ring.packet` encodes them.
-
-    Attributes:
-      sequence: the sequence.
-      epoch: the sequence's epoch when the packet entered.
-      slot: the sequence's slot when the packet entered.
-      position: the position of the first token.
-      tokens: prompt tokens; None for a decode row, whose one token only the device knows.
-      ends: whether to sample the token that follows.
-    """
-
-    sequence: Sequence
-    epoch: int
-    slot: int
-    position: int
-    tokens: list[int] | None = None
-    ends: bool = True
-
-    @property
-    def length(self) -> int:
-        """Number of tokens."""
-        return 1 if self.tokens is None else len(self.tokens)
-
-
-@dataclass(slots=True)
-class Packet:
-    """The tokens that enter in one tick, kept to match the packet's result to sequences later."""
-
-    rows: list[Segment] = field(default_factory=list)
-    tiles: list[Segment] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens in all segments."""
-        return len(self.rows) + sum(tile.length for tile in self.tiles)
-
-    def results(self, bucket_rows: int) -> list[tuple[int, Segment]]:
-        """The segments whose next token is sampled, each with its index in the tick's result."""
-        ends = [(bucket_rows + i, tile) for i, tile in enumerate(self.tiles) if tile.ends]
-        return [*enumerate(self.rows), *ends]
-
-    def __bool__(self) -> bool:
-        return bool(self.rows or self.tiles)
 
 
 class Scheduler:
@@ -148,6 +102,8 @@ class Scheduler:
             stop_ids,
             salt=salt,
         )
+        if params.prompt_logprobs is not None:
+            sequence.scoring = PromptScoring(len(prompt), params.prompt_logprobs)
         self._arrivals += 1
         self._sequences[request_id] = sequence
         self.waiting.append(sequence)
@@ -327,6 +283,20 @@ class Scheduler:
 
     # --- results -----------------------------------------------------------------------------
 
+    def score(self, tile: Segment, *scores: np.ndarray) -> None:
+        """Takes the scores of the prompt tokens that follow those of a tile.
+
+        Call it in the order in which the packets entered, and before `process` for the same packet.
+        Scores of a sequence that has ended or been preempted since are dropped.
+
+        Args:
+          tile: of a packet.
+          scores: as in `PromptScoring.put`; there may be more of them than tokens.
+        """
+        if tile.epoch == tile.sequence.epoch and tile.sequence.scoring is not None:
+            scores = tuple(array[: tile.length] for array in scores)
+            tile.sequence.scoring.put(tile.position, *scores)
+
     def process(
         self,
         packet: Packet,
@@ -359,6 +329,9 @@ class Scheduler:
                             logprobs[index].logprob, logprobs[index].top[:wanted]
                         )
                     )
+                if sequence.scoring is not None and output.token is not None:
+                    output = output._replace(prompt_logprobs=sequence.scoring.result())
+                    sequence.scoring = None
                 outputs.append(output)
         return outputs
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.prompt_logprobs import PromptScoring
 
 
 @dataclass(eq=False, slots=True)
@@ -25,6 +26,8 @@ class Sequence:
       page_keys: the keys of its full pages, as far as they were needed.
       num_published: how many of its pages have been published.
       num_cached: prompt tokens whose keys and values were found when it was first admitted.
+      scoring: collects the log-probabilities of its prompt, until they have all been returned; None
+        if it asks for none.
       salt: the key before its first page; only requests with the same salt share pages.
       next_position: the position of the next token to send to the device.
       prefill_until: the position at which prefill ends and decoding begins: the number of tokens
@@ -48,11 +51,19 @@ class Sequence:
     page_keys: list[bytes] = field(default_factory=list)
     num_published: int = 0
     num_cached: int = 0
+    scoring: PromptScoring | None = None
     salt: bytes = b""
     next_position: int = 0
     prefill_until: int = 0
     prompt_sent: int = 0
     finished: bool = False
+
+    @property
+    def num_skippable(self) -> int:
+        """How many tokens need not be computed if their keys and values are found: all but the
+        last, and while the prompt is being scored, those that have done their part."""
+        last = len(self.tokens) - 1
+        return last if self.scoring is None else min(last, self.scoring.count)
 
     @property
     def prefilling(self) -> bool:

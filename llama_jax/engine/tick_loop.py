@@ -15,11 +15,13 @@ import numpy as np
 
 from llama_jax.engine.executor import GREEDY, Choice, Executor, TickResult
 from llama_jax.engine.interface import Output, TokenLogprobs
-from llama_jax.engine.scheduler import Packet, Scheduler
+from llama_jax.engine.packets import Packet
+from llama_jax.engine.scheduler import Scheduler
 from llama_jax.model.adjustments import encode_adjustments
 from llama_jax.model.logprobs import Logprobs
 from llama_jax.model.sampling import encode_controls
 from llama_jax.ring.packet import encode_packet
+from llama_jax.ring.scoring import TileScores
 from llama_jax.ring.sizes import Bucket
 
 
@@ -120,7 +122,8 @@ class TickLoop:
         )
         leaving = self._in_flight[0]
         choice = self._choice(leaving, bucket)
-        self._unread.append((leaving, self.executor.run(bucket, packed, choice)))
+        result = self.executor.run(bucket, packed, choice)
+        self._unread.append((leaving, result._replace(scores=self._scores(leaving))))
 
         self.ticks += 1
         self.stage_ticks_busy += sum(1 for packet in self._in_flight if packet)
@@ -156,6 +159,11 @@ class TickLoop:
             logprobs,
         )
 
+    def _scores(self, left: Packet) -> dict[int, TileScores]:
+        """Scores the prompts in the packet that has just left, where that is asked for."""
+        targets = {i: tile.targets for i, tile in enumerate(left.tiles)}
+        return {i: self.executor.score(i, tokens) for i, tokens in targets.items() if tokens}
+
     def _read(self, packet: Packet, result: TickResult) -> list[Output]:
         if not packet:
             return []
@@ -163,7 +171,10 @@ class TickLoop:
         start = time.perf_counter()
         tokens = np.asarray(result.tokens).tolist()
         logprobs = None if result.logprobs is None else _as_lists(result.logprobs)
+        scores = {i: [np.asarray(array) for array in each] for i, each in result.scores.items()}
         self.wait_seconds += time.perf_counter() - start
+        for i, arrays in scores.items():
+            self.scheduler.score(packet.tiles[i], *arrays)
         return self.scheduler.process(packet, tokens, result.bucket.rows, logprobs)
 
 

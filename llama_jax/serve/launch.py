@@ -26,9 +26,10 @@ from llama_jax.serve.app import create_app
 from llama_jax.serve.command_line.arguments import (
     DEMO_CHECKPOINT,
     DEMO_NAME,
-    engine_options,
     parse_arguments,
 )
+from llama_jax.serve.command_line.engine_arguments import engine_options
+from llama_jax.serve.command_line.model_arguments import check_quantization, default_params
 from llama_jax.serve.command_line.ready import show_ready
 from llama_jax.serve.monitoring.metrics import Metrics
 from llama_jax.serve.served_model import ServedModel
@@ -53,7 +54,7 @@ class Setup:
 
     arguments: argparse.Namespace
     options: EngineOptions
-    model: str
+    names: tuple[str, ...]
     tokenizer: Tokenizer
     defaults: SamplingParams
     listener: socket.socket
@@ -101,15 +102,17 @@ def _prepare(
       ConfigError, TokenizerError: it cannot be served.
     """
     declared = read_checkpoint_config(path)
-    declared.report_unknown(arguments.strict_config)
-    defaults = declared.generation_defaults()  # cheaper than the tokenizer, so first
-    tokenizer = Tokenizer(path)
+    options = engine_options(arguments, path)
+    declared.report_unknown(options.strict_config)
+    check_quantization(declared, arguments.quantization)
+    defaults = default_params(declared, arguments)  # cheaper than the tokenizer, so first
+    tokenizer = Tokenizer(path, arguments.chat_template)
     if tokenizer.chat_problem is not None:
         log.warning(tokenizer.chat_problem)
     return Setup(
         arguments=arguments,
-        options=engine_options(arguments, path),
-        model=arguments.served_model_name or name,
+        options=options,
+        names=tuple(arguments.served_model_name or [name]),
         defaults=defaults,
         tokenizer=tokenizer,
         listener=listener,
@@ -221,13 +224,14 @@ async def _drain(server: HttpServer, stop: StopSignals, seconds: float, console:
 
 def _served_model(setup: Setup, engine: EngineClient) -> ServedModel:
     metrics = Metrics(
-        setup.model,
+        setup.names[0],
         lambda: engine.stats,
         lambda: engine.alive and engine.responds,
         setup.arguments.metrics_prefix,
     )
     return ServedModel(
-        name=setup.model,
+        name=setup.names[0],
+        aliases=setup.names[1:],
         root=setup.options.path,
         engine=engine,
         tokenizer=setup.tokenizer,
@@ -242,7 +246,7 @@ def _show_ready(setup: Setup, engine: EngineClient, seconds: float, console: Con
     show_ready(
         console,
         engine.info,
-        model=setup.model,
+        model=setup.names[0],
         address=address_of(setup.listener),
         seconds=seconds,
         chat=setup.tokenizer.has_chat_template,

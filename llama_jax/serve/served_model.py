@@ -27,12 +27,13 @@ class ServedModel:
     """One model as it is offered over HTTP.
 
     Attributes:
-      name: the model name in requests.
+      name: the model name in requests and responses.
       root: the checkpoint's path, as given on the command line.
       engine: the client of the engine.
       tokenizer: the checkpoint's tokenizer.
       metrics: the metrics of this server.
       defaults: the sampling parameters that a request does not set.
+      aliases: other names that requests may use.
       created: when the server started, in seconds since 1970.
       draining: whether the server is shutting down and accepts no new requests.
       keep_alive_seconds: the time without an event after which a stream gets a comment; None for no
@@ -46,6 +47,7 @@ class ServedModel:
     tokenizer: Tokenizer
     metrics: Metrics
     defaults: SamplingParams
+    aliases: tuple[str, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     keep_alive_seconds: float | None = 15.0
@@ -68,7 +70,7 @@ class ServedModel:
 
     def check_name(self, name: str | None) -> None:
         """Raises `ApiError` 404 if a request names another model; None means this one."""
-        if name not in (None, self.name):
+        if name is not None and name not in (self.name, *self.aliases):
             raise ApiError(
                 404,
                 f"The model {name[:100]!r} does not exist; this server has {self.name!r}.",

@@ -34,10 +34,14 @@ class Tokenizer:
       chat_problem: one sentence on why `encode_chat` cannot be used; None if it can.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, chat_template: Path | None = None) -> None:
         """Loads `path`/tokenizer.json and its settings, or the tokenizer of a GGUF file.
 
         Never downloads anything.
+
+        Args:
+          path: of a checkpoint.
+          chat_template: a file with a template to use instead of the checkpoint's own.
 
         Raises:
           GgufError: the tokenizer of a GGUF file cannot be translated.
@@ -50,6 +54,8 @@ class Tokenizer:
                     f"{self.path} has no tokenizer.json: copy the model's tokenizer files there."
                 )
             transformers = _load(folder)
+        if chat_template is not None:
+            transformers.chat_template = _read_template(chat_template)
         self._backend = transformers.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -160,6 +166,13 @@ class Tokenizer:
                 ]
             self._as_text[token] = known
         return known
+
+
+def _read_template(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"The chat template {file} cannot be read: {error}.") from None
 
 
 def _load(path: Path) -> Any:

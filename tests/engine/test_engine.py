@@ -14,7 +14,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from bench.hlo import count_ops
 from llama_jax.checkpoint import CheckpointError
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.engine.core import Engine
+from llama_jax.engine.core import Engine, seed_source
 from llama_jax.engine.options import EngineOptions, OptionError
 from llama_jax.engine.sizing import SizingError
 from llama_jax.weights.placement import ShardingError
@@ -234,6 +234,15 @@ def test_a_seed_fixes_the_answer_and_no_seed_does_not(idle):
     assert draw(None) != draw(None)
 
 
+def test_the_seed_of_an_engine_fixes_those_of_its_requests():
+    one, two, other = seed_source(7), seed_source(7), seed_source(8)
+    seeds = [one.getrandbits(64) for _ in range(3)]
+    assert seeds == [two.getrandbits(64) for _ in range(3)]
+    assert seeds != [other.getrandbits(64) for _ in range(3)]
+    assert len(set(seeds)) == 3
+    assert seed_source(None).getrandbits(64) != seed_source(None).getrandbits(64)
+
+
 @pytest.mark.parametrize(
     ("prompt", "stop"), [([1, VOCAB], ()), ([-1], ()), ([1], (VOCAB,)), ([1], (-1,)), ([], ())]
 )
@@ -253,6 +262,7 @@ def test_a_request_that_the_client_should_have_refused_is_a_defect(idle, prompt,
         ({"dtype": "int8"}, UserError, "int8"),
         ({"page_size": 0}, OptionError, "page_size"),
         ({"max_model_len": 10_000}, SizingError, "max_model_len"),
+        ({"gpu_memory_utilization": 0.9}, SizingError, "gpu_memory_utilization"),
         ({"kv_cache_memory": 4000, "max_model_len": 256}, SizingError, "kv_cache_memory"),
         ({"path": "/nowhere/at/all"}, CheckpointError, "/nowhere/at/all"),
     ],

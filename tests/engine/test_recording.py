@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.packets import Packet
 from llama_jax.engine.recording import PacketRecord, Recording, record
-from llama_jax.engine.scheduler import Packet, Scheduler
+from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.ring.sizes import RingSizes
 from sharding.errors import UserError

@@ -7,7 +7,7 @@ import scipy.special
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import sampling_params
-from llama_jax.model.logprobs import MAX_LOGPROBS, Logprobs, log_probabilities
+from llama_jax.model.logprobs import MAX_LOGPROBS, Logprobs, scores
 from sharding.axes import AXES
 from sharding.mesh import make_mesh
 from sharding.partition import round_up
@@ -28,13 +28,13 @@ def test_log_probabilities(mesh, vocab_size):
     padding = round_up(vocab_size, device_mesh.size) - vocab_size
     padded = np.pad(logits, ((0, 0), (0, padding)), constant_values=-np.inf)
     run = jax.shard_map(
-        log_probabilities,
+        scores,
         mesh=device_mesh,
         in_specs=(P(None, AXES), P()),
-        out_specs=Logprobs(P(), P(), P()),
+        out_specs=(Logprobs(P(), P(), P()), P()),
         check_vma=False,
     )
-    found = jax.tree.map(np.asarray, jax.jit(run)(padded, chosen))
+    found, ranks = jax.tree.map(np.asarray, jax.jit(run)(padded, chosen))
     want = scipy.special.log_softmax(logits.astype(np.float64), axis=-1)
     np.testing.assert_allclose(found.chosen, want[np.arange(6), chosen], rtol=1e-5, atol=1e-5)
     order = np.argsort(-logits, axis=-1, kind="stable")[:, :MAX_LOGPROBS]
@@ -44,6 +44,8 @@ def test_log_probabilities(mesh, vocab_size):
         found.top[:, :kept], np.take_along_axis(want, order, axis=1), rtol=1e-5, atol=1e-5
     )
     assert (found.top[:, kept:] == -np.inf).all()
+    own = logits[np.arange(6), chosen]
+    assert ranks.tolist() == (1 + np.sum(logits > own[:, None], axis=1)).tolist()
 
 
 def test_a_request_may_ask_for_as_many_as_there_are():

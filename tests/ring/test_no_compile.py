@@ -15,6 +15,7 @@ KINDS = [
     SamplingParams(temperature=0.7, seed=1),
     SamplingParams(temperature=1.3, top_k=7, top_p=0.8, min_p=0.01, seed=2),
     SamplingParams(repetition_penalty=1.2, logit_bias=((5, 1.0),), logprobs=3, seed=3),
+    SamplingParams(temperature=0, prompt_logprobs=2),
 ]
 
 
@@ -64,7 +65,7 @@ def test_nothing_compiles_after_the_warm_up(mesh, max_num_seqs, num_pages, path)
     result = drive(loop, requests, aborts=aborts, keep_logits=False)
     assert counter.count == 0
     assert loop.scheduler.num_preemptions > 0
-    assert len(result.reasons) == len(requests)
+    assert len(result.reasons) == len(requests) and result.prompt_logprobs
     # The run was varied enough: with and without a chunk, small and large, greedy and sampled.
     assert {bucket for bucket, _ in buckets} == programs
     assert {greedy for _, greedy in buckets} == {True, False}

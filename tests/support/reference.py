@@ -19,6 +19,7 @@ from llama_jax.engine.device_memory import choose_mesh_sizes
 from llama_jax.engine.executor import Executor
 from llama_jax.engine.interface import TokenLogprobs
 from llama_jax.engine.options import EngineOptions
+from llama_jax.engine.prompt_logprobs import PromptLogprobs
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.ring.kv_cache import page_bytes
@@ -112,6 +113,7 @@ class Run:
       logits: request id -> token index -> the logits of that token, `[V']` float32.
       reasons: request id -> finish reason: "stop", "length", "error" or "abort".
       logprobs: request id -> those of each token, None if they were not asked for.
+      prompt_logprobs: request id -> those of its prompt, if they were asked for.
     """
 
     tokens: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
@@ -120,6 +122,7 @@ class Run:
     logprobs: dict[int, list[TokenLogprobs | None]] = field(
         default_factory=lambda: defaultdict(list)
     )
+    prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)
 
 
 def greedy_requests(
@@ -213,6 +216,9 @@ def drive(
             if output.token is not None:
                 run.tokens[output.request_id].append(output.token)
                 run.logprobs[output.request_id].append(output.logprobs)
+            if output.prompt_logprobs is not None:
+                assert len(run.tokens[output.request_id]) == 1, "not in the first output"
+                run.prompt_logprobs[output.request_id] = output.prompt_logprobs
             if output.finish_reason:
                 run.reasons[output.request_id] = output.finish_reason
     raise AssertionError(f"not finished after {max_ticks} ticks")

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.engine.scheduler import Packet, Scheduler
+from llama_jax.engine.packets import Packet
+from llama_jax.engine.scheduler import Scheduler
 from llama_jax.ring.packet import encode_packet
 from llama_jax.ring.sizes import RingSizes
 from tests.support.mock_executor import MockExecutor, generate

@@ -4,17 +4,23 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from llama_jax.engine.options import OPTIONS, EngineOptions, Option, OptionError
+from llama_jax.serve.command_line.config_file import parse_config_file
+from llama_jax.serve.command_line.engine_arguments import (
+    add_engine_arguments,
+    check_mesh,
+    sets_mesh,
+    without_mesh,
+)
 from llama_jax.serve.command_line.foreign_flags import find_foreign_flag
+from llama_jax.serve.command_line.model_arguments import add_model_arguments, check_path
 from llama_jax.serve.monitoring.metrics import PREFIXES
 from llama_jax.serve.transport.door import MAX_BODY_BYTES
 from llama_jax.terminal.arguments import Parser, size
 
 API_KEY_VARIABLE = "LLAMA_JAX_API_KEY"
-DEMO_CHECKPOINT = Path(__file__).parents[2] / "demo" / "checkpoint"
+DEMO_CHECKPOINT = Path(__file__).parents[3] / "demo" / "checkpoint"
 DEMO_NAME = "llama-jax-demo"
 
 _EXAMPLES = f"""\
@@ -32,12 +38,13 @@ With --host 0.0.0.0 anyone who can reach this machine can use the server: set {A
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line; if it is wrong, prints one sentence and exits with code 2.
+    """Parses the command line and --config; if one is wrong, prints a sentence and exits with 2.
 
     Returns:
       path, served_model_name, host, port, api_key, max_body_size (bytes), metrics_prefix,
-      shutdown_timeout, write_timeout and sse_keep_alive_interval (seconds), and the fields of
-      `EngineOptions`. path and served_model_name may be None.
+      shutdown_timeout, write_timeout and sse_keep_alive_interval (seconds), those of
+      `add_model_arguments`, and for `engine_options` what is given of the engine's. path and
+      served_model_name may be None.
     """
     parser = Parser(
         prog="python -m llama_jax.serve",
@@ -47,74 +54,32 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    _add_engine(parser)
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="YAML file of flags and their values, such as `max-num-seqs: 64`; those on the "
+        "command line win",
+    )
+    add_model_arguments(parser)
+    add_engine_arguments(parser)
     _add_http(parser)
-    if foreign := find_foreign_flag(sys.argv[1:] if argv is None else argv):
+    argv = sys.argv[1:] if argv is None else argv
+    if foreign := find_foreign_flag(argv):
         flag, answer = foreign
         parser.error(f"there is no {flag} here: {answer}")
-    return parser.parse_args(argv)
-
-
-def engine_options(arguments: argparse.Namespace, path: Path) -> EngineOptions:
-    """The engine's options as given on the command line."""
-    given = {option.name: getattr(arguments, option.name) for option in OPTIONS}
-    return EngineOptions(path=str(path), **given)
-
-
-def _add_engine(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "path",
-        nargs="?",
-        metavar="PATH",
-        type=Path,
-        help="checkpoint directory, in Hugging Face layout or as written by `python -m convert`, "
-        "or a GGUF file (default: the demo checkpoint of the repository)",
-    )
-    model.add_argument(
-        "--served-model-name",
-        metavar="NAME",
-        help="model name that requests use (default: the name of PATH)",
-    )
-    engine = parser.add_argument_group("engine")
-    for option in OPTIONS:
-        flag = f"--{option.name.replace('_', '-')}"
-        if option.type is bool and option.default:
-            negated, help = flag.replace("--", "--no-"), f"turn off {flag[2:].replace('-', ' ')}"
-            engine.add_argument(negated, action="store_false", dest=option.name, help=help)
-            continue
-        if option.type is bool:
-            engine.add_argument(flag, action="store_true", help=option.help)
-            continue
-        example = ", such as 2GB" if option.unit == "BYTES" else ""
-        engine.add_argument(
-            flag,
-            type=_parser_of(option),
-            default=option.default,
-            choices=option.choices,
-            metavar=None if option.choices else option.unit,
-            help=f"{option.help}{example} (default: {option.default_text})",
-        )
-
-
-def _parser_of(option: Option) -> Callable[[str], object]:
-    """Converts the text of an argument to a valid value of its option."""
-
-    def parse(text: str) -> object:
-        value: object = text
-        if option.unit == "BYTES":
-            value = size(text)
-        elif option.minimum is not None:
-            value = int(text)  # argparse reports the ValueError
-        if option.choices is None:  # else argparse checks them
-            try:
-                option.check(value)
-            except OptionError as error:
-                raise argparse.ArgumentTypeError(str(error).rstrip(".")) from None
-        return value
-
-    parse.__name__ = "integer"  # argparse quotes it: "invalid integer value: 'x'"
-    return parse
+    arguments = parser.parse_args(argv)
+    if arguments.config is not None:
+        from_file = vars(parse_config_file(parser, arguments.config))
+        if sets_mesh(arguments):
+            without_mesh(from_file)
+        if arguments.path or arguments.model:
+            from_file["path"] = from_file["model"] = None
+        parser.set_defaults(**from_file)
+        arguments = parser.parse_args(argv)
+    check_path(parser, arguments)
+    check_mesh(parser, arguments)
+    return arguments
 
 
 def _add_http(parser: argparse.ArgumentParser) -> None:

@@ -26,11 +26,13 @@ def status_routes(served: ServedModel) -> list[Route]:
         return JsonResponse({"version": package_version()})
 
     async def models(request: Request) -> Response:
-        return JsonResponse({"object": "list", "data": [_card(served)]})
+        names = (served.name, *served.aliases)
+        return JsonResponse({"object": "list", "data": [_card(served, name) for name in names]})
 
     async def model(request: Request) -> Response:
-        served.check_name(request.path_params["name"])
-        return JsonResponse(_card(served))
+        name = request.path_params["name"]
+        served.check_name(name)
+        return JsonResponse(_card(served, name))
 
     return [
         Route("/health", health),
@@ -41,9 +43,9 @@ def status_routes(served: ServedModel) -> list[Route]:
     ]
 
 
-def _card(served: ServedModel) -> ModelCard:
+def _card(served: ServedModel, name: str) -> ModelCard:
     return {
-        "id": served.name,
+        "id": name,
         "object": "model",
         "created": served.created,
         "owned_by": "llama-jax",
