@@ -18,6 +18,8 @@ endif
 # Shown, because it takes a minute or two.
 INSTALL = -m pip install --disable-pip-version-check
 
+NODE_MODULES = tests/clients/node/node_modules/installed
+
 .PHONY: FORCE serve lint test test-all notebooks audit bench demo clean
 
 serve: .venv/installed  ## serve the demo checkpoint on 8 virtual CPU devices
@@ -33,7 +35,7 @@ lint: .venv/installed-test  ## style, formatting, types, and declared dependenci
 test: .venv/installed-test  ## the quick tests
 	$(PYTEST)
 
-test-all: .venv/installed-models .venv-clients/installed  ## the slow rest, and the notebooks
+test-all: .venv/installed-models .venv-clients/installed $(NODE_MODULES)  ## the slow rest, and the notebooks
 	$(PYTEST) -m "slow or hypothesis" --hypothesis-profile=full
 	.venv/bin/python -m pytest --nbmake --nbmake-timeout=180 notebooks
 
@@ -89,6 +91,10 @@ demo: .venv/installed-test  ## retrain the demo checkpoint
 	.venv-clients/bin/python $(INSTALL) -r tests/clients/requirements.txt
 	touch $@
 
+$(NODE_MODULES): tests/clients/node/package-lock.json
+	npm ci --no-audit --no-fund --prefix tests/clients/node
+	touch $@
+
 .venv-cuda/installed: pyproject.toml $(if $(call foreign,.venv-cuda),FORCE)
 	@echo "Installing llama-jax with CUDA into .venv-cuda; the first time, this takes minutes."
 	"$(PYTHON)" -m venv $(if $(call foreign,.venv-cuda),--clear) .venv-cuda
@@ -96,4 +102,5 @@ demo: .venv/installed-test  ## retrain the demo checkpoint
 	touch $@
 
 clean:
-	rm -rf .venv .venv-clients .venv-cuda .pytest_cache .mypy_cache .ruff_cache .hypothesis .jax_cache *.egg-info
+	rm -rf .venv .venv-clients .venv-cuda .pytest_cache .mypy_cache .ruff_cache .hypothesis .jax_cache *.egg-info \
+		tests/clients/node/node_modules

@@ -18,8 +18,9 @@ def clone(tmp_path: Path) -> Path:
     """A directory with a space, and an environment that `sys.executable` made and is installed."""
     clone = tmp_path / "a clone"
     (clone / ".venv/bin").mkdir(parents=True)
-    (clone / "tests/clients").mkdir(parents=True)
-    for name in ("Makefile", "pyproject.toml", "tests/clients/requirements.txt"):
+    (clone / "tests/clients/node").mkdir(parents=True)
+    clients = ("tests/clients/requirements.txt", "tests/clients/node/package-lock.json")
+    for name in ("Makefile", "pyproject.toml", *clients):
         shutil.copy(ROOT / name, clone / name)
     (clone / ".venv/bin/python").symlink_to(sys.executable)
     (clone / ".venv/installed").touch()
@@ -77,5 +78,9 @@ def test_the_clients_have_an_environment_of_their_own(clone: Path) -> None:
     assert [words[1:] for words in installed if words[1:3] == made[:2]] == [made]
     [pip] = [words for words in installed if words[1:3] == ["-m", "pip"]]
     assert pip[0] == ".venv-clients/bin/python" and "tests/clients/requirements.txt" in pip
-    assert installed[0] in commands(clone, target="test-all")
+    everything = commands(clone, target="test-all")
+    assert installed[0] in everything
+    assert [words[-1] for words in everything if words[:2] == ["npm", "ci"]] == [
+        "tests/clients/node"
+    ]
     assert ".venv-clients" in commands(clone, target="clean")[0]

@@ -6,6 +6,7 @@ from llama_jax.serve.errors import install_handlers
 from llama_jax.serve.routes.chat import chat_route
 from llama_jax.serve.routes.completions import completions_route
 from llama_jax.serve.routes.openapi import openapi_routes
+from llama_jax.serve.routes.responses import responses_routes
 from llama_jax.serve.routes.status import package_version, status_routes
 from llama_jax.serve.routes.tokenization import tokenization_routes
 from llama_jax.serve.served_model import ServedModel
@@ -17,6 +18,7 @@ def create_app(served: ServedModel) -> Starlette:
         routes=[
             completions_route(served),
             chat_route(served),
+            *responses_routes(served),
             *tokenization_routes(served),
             *status_routes(served),
             *openapi_routes(package_version()),

@@ -106,7 +106,7 @@ def prompt_too_long(info: EngineInfo, param: str, prompt: int, at_least: bool = 
 
     Args:
       info: the engine's limits.
-      param: "prompt" or "messages".
+      param: "prompt", "messages" or "input".
       prompt: the number of its tokens.
       at_least: whether it may have more.
     """
@@ -128,7 +128,7 @@ def answer_too_long(
 
     Args:
       info: the engine's limits.
-      param: "prompt" or "messages".
+      param: "prompt", "messages" or "input".
       prompt: the number of its tokens.
       answer: the maximum number of tokens of the answer.
       limit_param: the field that asks for so many.

@@ -237,6 +237,7 @@ def _served_model(setup: Setup, engine: EngineClient) -> ServedModel:
         tokenizer=setup.tokenizer,
         metrics=metrics,
         defaults=setup.defaults,
+        keep_alive_seconds=setup.arguments.sse_keep_alive_interval or None,
     )
 
 

@@ -36,6 +36,8 @@ class ServedModel:
       aliases: other names that requests may use.
       created: when the server started, in seconds since 1970.
       draining: whether the server is shutting down and accepts no new requests.
+      keep_alive_seconds: the time without an event after which a stream gets a comment; None for no
+        comments.
       admission: admits requests while the engine has room.
     """
 
@@ -48,6 +50,7 @@ class ServedModel:
     aliases: tuple[str, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
+    keep_alive_seconds: float | None = 15.0
     admission: Admission = field(init=False)
 
     def __post_init__(self) -> None:

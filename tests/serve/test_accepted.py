@@ -31,7 +31,7 @@ DUMPED = {
     "function_call": None,
     "tool_calls": None,
     "reasoning_content": None,
-    "provider_specific_fields": None,
+    "provider_specific_fields": {"refusal": None},
 }
 
 

@@ -265,6 +265,7 @@ def test_the_api_key_can_be_set_in_the_environment(monkeypatch):
         ("--config nowhere.yaml", "nowhere.yaml"),
         ("--shutdown-timeout nan", "--shutdown-timeout"),
         ("--shutdown-timeout soon", "--shutdown-timeout"),
+        ("--sse-keep-alive-interval -1", "--sse-keep-alive-interval"),
         ("--api-key ''", "--api-key"),
         ("--nonsense", "--nonsense"),
         ("a b", ": b "),

@@ -4,54 +4,16 @@ Requests are counted while the event loop still runs, because its end cancels ev
 """
 
 import asyncio
-import json
 
 import pytest
 
 from llama_jax.serve.transport.interrupt import Interrupted, unless
+from tests.support.asgi_connection import SCOPE, Connection, until
 from tests.support.fake_client import FakeServer, user
-
-SCOPE = {
-    "type": "http",
-    "method": "POST",
-    "path": "/v1/chat/completions",
-    "query_string": b"",
-    "headers": [(b"content-type", b"application/json")],
-}
-
-
-class Connection:
-    """A client at the level of ASGI, because HTTP libraries cannot disconnect halfway.
-
-    Attributes:
-      sent: the messages from the server.
-      gone: set it to disconnect.
-    """
-
-    def __init__(self, server: FakeServer, body: dict, send=None) -> None:
-        self.sent: list[dict] = []
-        self.gone = asyncio.Event()
-        self._body = [json.dumps(body).encode()]
-        self.task = asyncio.create_task(server.app(SCOPE, self._receive, send or self._send))
-
-    async def _receive(self) -> dict:
-        if self._body:
-            return {"type": "http.request", "body": self._body.pop(), "more_body": False}
-        await self.gone.wait()
-        return {"type": "http.disconnect"}
-
-    async def _send(self, message: dict) -> None:
-        await asyncio.sleep(0)
-        self.sent.append(message)
 
 
 def request(stream: bool, n: int) -> dict:
     return {"messages": user("Hi"), "stream": stream, "n": n, "ignore_eos": True}
-
-
-async def until(condition) -> None:
-    while not condition():
-        await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize("n", [1, 3])

@@ -37,6 +37,31 @@ BODIES = {
         "tools": [],
         "tool_choice": "auto",
     },
+    "/v1/responses": {
+        "input": [
+            {"role": "user", "content": "Hi"},
+            {"type": "reasoning", "id": "rs_1", "summary": []},
+            {
+                "type": "message",
+                "id": "msg_1",
+                "role": "assistant",
+                "status": "completed",
+                "content": [
+                    {"type": "output_text", "text": "Yes?", "annotations": [], "logprobs": []}
+                ],
+            },
+            {"role": "user", "content": [{"type": "input_text", "text": "So"}]},
+        ],
+        "instructions": "Be brief.",
+        "max_output_tokens": 4,
+        "include": ["message.output_text.logprobs"],
+        "top_logprobs": 2,
+        "text": {"format": {"type": "text"}},
+        "reasoning": {"effort": None},
+        "metadata": {"a": "b"},
+        "store": False,
+        "stream": True,
+    },
     "/tokenize": {"messages": [{"role": "user", "content": "Hi"}], "return_token_strs": True},
     "/detokenize": {"tokens": [5, 6]},
 }
@@ -80,7 +105,7 @@ def check(path: str, content: bytes) -> None:
         assert response.status_code in (400, 404)
         error_of(response)
     else:
-        assert b'"error"' not in response.content
+        assert b'"error":{' not in response.content
     assert SERVER.engine.running == 0
 
 

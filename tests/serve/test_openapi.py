@@ -5,9 +5,10 @@ import asyncio
 import jsonschema
 import pytest
 
-from tests.support.fake_client import FakeServer, events, user
+from llama_jax.serve.protocol.responses_types import EVENTS
+from tests.support.fake_client import FakeServer, events, named_events, user
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,8 @@ def test_the_schemas_are_valid_and_complete(document):
     used = {reference.removeprefix("#/components/schemas/") for reference in references(document)}
     assert used <= set(schemas)
     assert set(document["paths"]) == {
-        *(COMPLETIONS, CHAT, "/tokenize", "/detokenize", "/v1/models", "/v1/models/{name}"),
+        *(COMPLETIONS, CHAT, RESPONSES, RESPONSES + "/{id}"),
+        *("/tokenize", "/detokenize", "/v1/models", "/v1/models/{name}"),
         *("/health", "/version", "/metrics", "/openapi.json"),
     }
 
@@ -59,6 +61,10 @@ def test_the_schemas_are_valid_and_complete(document):
         (COMPLETIONS, {"prompt": "Hi"}),
         (COMPLETIONS, {"prompt": ["Hi"], "n": 2}),
         (CHAT, {"messages": user("Hi")}),
+        (RESPONSES, {"input": "Hi", "metadata": {"a": "b"}}),
+        (RESPONSES, {"input": "Hi", "include": ["message.output_text.logprobs"]}),
+        (RESPONSES, {"input": "Hi", "max_output_tokens": 1}),
+        (RESPONSES, {"input": "Hi", "store": True}),
         ("/tokenize", {"prompt": "Hi", "return_token_strs": True}),
         ("/tokenize", {"messages": user("Hi")}),
         ("/detokenize", {"tokens": [5]}),
@@ -85,6 +91,28 @@ def test_events_are_as_described(server, document, path, given, chunk, options):
     assert chunk in schema_of(document, path, response)["description"]
     for event in events(response):
         assert accepts(document, {"$ref": f"#/components/schemas/{chunk}"}, event)
+
+
+@pytest.mark.parametrize("fail_after", [None, 2])
+def test_named_events_are_as_described(document, fail_after):
+    server = FakeServer("Hello!")
+    server.engine.fail_after = fail_after
+    body = {"input": "Hi", "stream": True, "include": ["message.output_text.logprobs"]}
+    response = server.post(RESPONSES, body)
+    described = schema_of(document, RESPONSES, response)["description"]
+    kinds = [kind.__name__ for kind in EVENTS if f"`{kind.__name__}`" in described]
+    assert len(kinds) == len(EVENTS)
+    schemas = [{"$ref": f"#/components/schemas/{kind}"} for kind in kinds]
+    for event in named_events(response):
+        assert [accepts(document, schema, event) for schema in schemas].count(True) == 1
+
+
+@pytest.mark.parametrize("method", ["get", "head", "delete"])
+def test_a_stored_response_is_described_as_missing(server, document, method):
+    described = document["paths"][RESPONSES + "/{id}"][method]
+    response = server.run(lambda client: client.request(method, RESPONSES + "/resp_1"))
+    assert response.status_code == 404 and "404" in described["responses"]
+    assert "200" not in described["responses"]
 
 
 @pytest.mark.parametrize(
@@ -177,3 +205,47 @@ def test_the_server_accepts_the_messages_that_it_describes(server, document, mes
     described = accepts(document, {"$ref": "#/components/schemas/Message"}, message)
     response = server.post(CHAT, {"messages": [message, *user("Hi")]})
     assert (response.status_code == 200) == described
+
+
+TEXT = {"type": "input_text", "text": "Hi"}
+RESPONSES_VALUES = {
+    "input": [
+        *("", "Hi", [], None, 5, ["Hi"], [{}], [{"type": "message"}], [{"type": "banana"}]),
+        [{"role": "user", "content": "Hi"}],
+        [{"role": "user", "content": [TEXT]}],
+        [{"role": "user", "content": [{**TEXT, "type": "text"}]}],
+        [{"role": "tool", "content": "Hi"}],
+        [{"type": "reasoning", "summary": []}, {"role": "user", "content": "Hi"}],
+        [{"type": "reasoning", "summary": [{}]}],
+    ],
+    "instructions": ["Hi", 5, None],
+    "max_output_tokens": [0, 1, "5", 5.0, None],
+    "text": [{}, {"format": {"type": "text"}}, {"verbosity": "low"}, "text", {"x": 1}],
+    "reasoning": [{}, {"effort": "none"}, {"effort": "high"}, {"summary": None}],
+    "include": [[], ["reasoning.encrypted_content"], ["x"], "x", None],
+    "top_logprobs": [0, 21, None],
+    "stream_options": [{}, {"include_obfuscation": False}, {"include_usage": True}],
+    "metadata": [{}, {"a": "b"}, {"a": 5}, {"a" * 65: "b"}, []],
+    "store": [False, True, None],
+    "previous_response_id": ["x", None],
+    "truncation": ["disabled", "auto"],
+    "max_tokens": [5, None],
+    "n": [1, None],
+    "seed": [7, "7"],
+    "user": ["me", 5],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name, values in RESPONSES_VALUES.items() for value in values],
+)
+def test_the_server_accepts_the_responses_that_it_describes(server, document, name, value):
+    body = {
+        "input": "Hi",
+        "max_output_tokens": 2,
+        "stream": name == "stream_options",
+        name: value,
+    }
+    described = accepts(document, {"$ref": "#/components/schemas/ResponsesRequest"}, body)
+    assert (server.post(RESPONSES, body).status_code == 200) == described

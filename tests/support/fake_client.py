@@ -219,6 +219,19 @@ class FakeServer:
         return events(ok(self.post(path, {**given, "stream": True, **body})))
 
 
+def named_events(response: httpx.Response) -> list[dict]:
+    """The data of the events of /v1/responses; asserts their exact format and their numbers."""
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert response.content.endswith(b"\n\n")
+    found = []
+    for block in response.content.decode().removesuffix("\n\n").split("\n\n"):
+        name, data = block.split("\n")
+        found.append(json.loads(data.removeprefix("data: ")))
+        assert name == "event: " + found[-1]["type"]
+    assert [event["sequence_number"] for event in found] == [*range(len(found))]
+    return found
+
+
 def user(content: str) -> list[dict]:
     return [{"role": "user", "content": content}]
 

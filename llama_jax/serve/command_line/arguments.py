@@ -42,8 +42,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     Returns:
       path, served_model_name, host, port, api_key, max_body_size (bytes), metrics_prefix,
-      shutdown_timeout and write_timeout (seconds), those of `add_model_arguments`, and for
-      `engine_options` what is given of the engine's. path and served_model_name may be None.
+      shutdown_timeout, write_timeout and sse_keep_alive_interval (seconds), those of
+      `add_model_arguments`, and for `engine_options` what is given of the engine's. path and
+      served_model_name may be None.
     """
     parser = Parser(
         prog="python -m llama_jax.serve",
@@ -125,6 +126,14 @@ def _add_http(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="time for running requests to finish after SIGTERM or Ctrl-C; a second signal ends "
         "them at once (default: %(default)g)",
+    )
+    http.add_argument(
+        "--sse-keep-alive-interval",
+        type=_seconds,
+        default=15.0,
+        metavar="SECONDS",
+        help="a stream that has sent nothing for this long, also while its request waits, sends a "
+        "comment, so that no proxy takes it for dead; 0 sends none (default: %(default)g)",
     )
     http.add_argument(
         "--write-timeout",

@@ -3,20 +3,19 @@
 import itertools
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.interface import FinishReason
 from llama_jax.serve.errors import answer_too_long, as_api_error, prompt_too_long
 from llama_jax.serve.generation.choices import ChoiceDelta, generate_choice, merge
+from llama_jax.serve.generation.event_stream import EventStream, StartedDeltas, sse_event
 from llama_jax.serve.generation.logprobs import TokenWithLogprobs
 from llama_jax.serve.protocol.generation import GenerationRequest, StreamOptions
 from llama_jax.serve.protocol.response_types import Usage
@@ -57,7 +56,7 @@ class Job:
     """What one HTTP request asks to generate.
 
     Attributes:
-      param: the field that the prompts come from, "prompt" or "messages".
+      param: the field that the prompts come from, "prompt", "messages" or "input".
       prompts: the token ids of each prompt.
       params: the sampling parameters of each choice; the same for every prompt.
       limit_param: the field that limits the number of tokens per choice.
@@ -66,7 +65,7 @@ class Job:
       arrived: when the request arrived, by the clock of the metrics.
     """
 
-    param: Literal["prompt", "messages"]
+    param: Literal["prompt", "messages", "input"]
     prompts: Sequence[list[int]]
     params: Sequence[SamplingParams]
     limit_param: str
@@ -86,7 +85,7 @@ class Job:
 
 
 def make_job(
-    param: Literal["prompt", "messages"],
+    param: Literal["prompt", "messages", "input"],
     prompts: list[list[int]],
     params: list[SamplingParams],
     body: GenerationRequest,
@@ -115,21 +114,51 @@ def make_job(
 async def respond(
     served: ServedModel, request: Request, format: ResponseFormat, job: Job
 ) -> Response:
-    """Generates the choices of a request, until they end or the client disconnects.
-
-    A stream starts with its first token, so that an error before it still has its own HTTP status.
+    """Writes `choices`, in the format of a route.
 
     Raises:
-      ApiError: the request cannot be accepted.
-      RequestError, EngineDead, GenerationFailed: as `generate_choice`.
+      ApiError, RequestError, EngineDead, GenerationFailed: as `generate`.
     """
-    _check_job(served, job)
     head = {
         "id": f"{format.id_prefix}-{uuid.uuid4().hex}",
         "object": format.chunk_object if job.stream else format.whole_object,
         "created": int(time.time()),
         "model": served.name,
     }
+    return await generate(
+        served,
+        request,
+        job,
+        whole=lambda deltas: _whole(deltas, head, format, job),
+        events=lambda deltas: _events(deltas, head, format, job),
+    )
+
+
+async def generate(
+    served: ServedModel,
+    request: Request,
+    job: Job,
+    *,
+    whole: Callable[[AsyncGenerator[ChoiceDelta, None]], Coroutine[Any, Any, Any]],
+    events: Callable[[StartedDeltas], AsyncGenerator[bytes, None]],
+) -> Response:
+    """Generates the choices of a job, until they end or the client disconnects.
+
+    A stream starts with its first token, so that an error before it still has its own HTTP status;
+    or, if that takes longer than `keep_alive_seconds`, with a comment.
+
+    Args:
+      served: the model.
+      request: the request, whose body has been read.
+      job: what it asks for.
+      whole: makes the JSON of a whole response from the deltas of all choices.
+      events: makes the events of a stream from them.
+
+    Raises:
+      ApiError: the request cannot be accepted.
+      RequestError, EngineDead, GenerationFailed: as `generate_choice`.
+    """
+    _check_job(served, job)
     with served.admission.reserve(job.num_choices) as places:
         choices = itertools.product(job.prompts, job.params)
         deltas = merge(
@@ -141,49 +170,17 @@ async def respond(
         gone = disconnected(request.receive)
         try:
             if job.stream:
-                first = await unless(gone, _first(deltas))
-                return EventStream(_events(first, deltas, head, format, job), deltas)
-            body = await unless(gone, _whole(deltas, head, format, job))
+                started = StartedDeltas(deltas)
+                try:
+                    await unless(gone, started.wait(served.keep_alive_seconds))
+                except BaseException:
+                    await started.aclose()
+                    raise
+                return EventStream(events(started), started, served.keep_alive_seconds)
+            body = await unless(gone, whole(deltas))
         except Interrupted:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
     return JsonResponse(body)
-
-
-class EventStream(Response):
-    """Sends server-sent events until they end or the client disconnects."""
-
-    media_type = "text/event-stream"
-
-    def __init__(
-        self, events: AsyncGenerator[bytes, None], source: AsyncGenerator[ChoiceDelta, None]
-    ) -> None:
-        """Both generators are closed at the end.
-
-        Args:
-          events: the events.
-          source: the deltas that `events` reads. If no event was read `events` has not started, and
-            closing it would not close `source`.
-        """
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self._events = events
-        self._source = source
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends the events."""
-        try:
-            await unless(disconnected(receive), self._send(send))
-        except (Interrupted, OSError):  # `send` may raise OSError after a disconnect
-            pass
-        finally:
-            await self._events.aclose()
-            await self._source.aclose()
-
-    async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for event in self._events:
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _check_job(served: ServedModel, job: Job) -> None:
@@ -197,10 +194,6 @@ def _check_job(served: ServedModel, job: Job) -> None:
         answer = params.max_tokens or 0
         if len(prompt) + answer > info.max_model_len:
             raise answer_too_long(info, job.param, len(prompt), answer, job.limit_param)
-
-
-async def _first(deltas: AsyncGenerator[ChoiceDelta, None]) -> ChoiceDelta:
-    return await anext(deltas)
 
 
 async def _whole(
@@ -226,8 +219,7 @@ async def _whole(
 
 
 async def _events(
-    first: ChoiceDelta,
-    deltas: AsyncGenerator[ChoiceDelta, None],
+    deltas: StartedDeltas,
     head: dict[str, Any],
     format: ResponseFormat,
     job: Job,
@@ -238,26 +230,20 @@ async def _events(
     every, last = job.options.continuous_usage_stats, job.options.include_usage
     # OpenAI sends usage: null in every chunk before the usage.
     head = {**head, "usage": None} if last or every else head
-    delta: ChoiceDelta | None = first
     try:
-        while delta is not None:
+        async for delta in deltas:
             seen[delta.choice] = delta
             entry = format.chunk(delta, offsets.get(delta.choice))
             offsets[delta.choice] = offsets.get(delta.choice, 0) + len(delta.text)
             chunk = {**head, "choices": [entry]}
             if every:
                 chunk["usage"] = _usage(job, seen)
-            yield _event(chunk)
-            delta = await anext(deltas, None)
+            yield sse_event(chunk)
         if last:
-            yield _event({**head, "choices": [], "usage": _usage(job, seen)})
+            yield sse_event({**head, "choices": [], "usage": _usage(job, seen)})
     except Exception as error:  # the status has been sent, so an event must do
-        yield _event(as_api_error(error).body)
+        yield sse_event(as_api_error(error).body)
     yield b"data: [DONE]\n\n"
-
-
-def _event(data: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
 def _usage(job: Job, last: Mapping[int, ChoiceDelta]) -> Usage:

@@ -8,7 +8,7 @@ is null. Token ids, lengths and the ranges of sampling parameters are checked la
 import functools
 import types
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta, Raw
@@ -21,7 +21,7 @@ from llama_jax.serve.protocol.json_reader import (
     read_object,
     refuse_missing,
 )
-from llama_jax.serve.protocol.unsupported import without_no_ops
+from llama_jax.serve.protocol.unsupported import NoOps, without_no_ops
 
 R = TypeVar("R", bound="RequestBody")
 Reader = Callable[[Raw, str], Any]
@@ -44,6 +44,11 @@ class RequestBody(msgspec.Struct, kw_only=True):
             for name, hint in get_type_hints(cls, include_extras=True).items()
         }
 
+    @classmethod
+    def no_ops(cls) -> Literal["request", "options"] | NoOps:
+        """Returns the unsupported fields that are accepted, as `without_no_ops` takes them."""
+        return "request"
+
     def check(self) -> None:
         """Checks the fields against each other; raises `ApiError`."""
 
@@ -63,7 +68,7 @@ def read_request(kind: type[R], body: bytes) -> R:
 
 def _read(kind: type[R], given: Fields, path: str = "") -> R:
     readers = kind.readers()
-    fields = without_no_ops(given, readers, "options" if path else "request", path)
+    fields = without_no_ops(given, readers, kind.no_ops(), path)
     for field in msgspec.structs.fields(kind):
         if field.required and field.name not in fields:
             if field.name not in given:

@@ -1,7 +1,7 @@
 """The fields that every request for generated text shares."""
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from llama_jax.config.sampling_params import (
     MAX_LOGIT_BIAS,
@@ -66,6 +66,11 @@ class StreamOptions(RequestBody):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: Annotated[bool, schema(const=False)] | None = None
+
+    @classmethod
+    def no_ops(cls) -> Literal["options"]:
+        """Returns the unsupported fields that are accepted: none."""
+        return "options"
 
     def check(self) -> None:
         """Refuses what is not supported."""

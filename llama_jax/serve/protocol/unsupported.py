@@ -5,14 +5,17 @@ otherwise: nothing is accepted and then ignored. A field that is neither here no
 refused unless it is null.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from llama_jax.serve.protocol.json_reader import Fields, is_null, refuse, small_value
 
 _ANYTHING = object()  # any value: the field is only a label for the client's own use
+LABEL = (_ANYTHING,)
 
 # Field -> the values, besides null, that have no effect.
+NoOps = Mapping[str, tuple[Any, ...]]
+
 _NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
     # labels
     "user": (_ANYTHING,),
@@ -81,6 +84,7 @@ _NO_OP_VALUES_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "function_call": (),
     "reasoning": (),
     "reasoning_content": (),
+    "provider_specific_fields": (_ANYTHING,),  # LiteLLM's own, with every answer
 }
 
 # The same for a part of a message.
@@ -90,7 +94,7 @@ _NO_OP_VALUES_IN_PART: dict[str, tuple[Any, ...]] = {
 }
 
 _Kind = Literal["request", "options", "message", "part"]
-_TABLES: dict[_Kind, dict[str, tuple[Any, ...]]] = {
+_TABLES: dict[_Kind, NoOps] = {
     "request": _NO_OP_VALUES,
     "options": {},
     "message": _NO_OP_VALUES_IN_MESSAGE,
@@ -101,7 +105,7 @@ _TABLES: dict[_Kind, dict[str, tuple[Any, ...]]] = {
 def without_no_ops(
     fields: Fields,
     known: Collection[str],
-    kind: _Kind,
+    kind: _Kind | NoOps,
     path: str = "",
 ) -> Fields:
     """Returns the supported fields, without those that are null.
@@ -109,13 +113,14 @@ def without_no_ops(
     Args:
       fields: the fields of a request, of its stream_options, of a message or of a part of one.
       known: the names of supported fields.
-      kind: what `fields` belong to.
+      kind: what `fields` belong to, or a table of the unsupported fields and their values without
+        effect.
       path: where they are in the request, such as "messages[0].".
 
     Raises:
       ApiError: an unsupported field asks for something.
     """
-    table = _TABLES[kind]
+    table = _TABLES[kind] if isinstance(kind, str) else kind
     kept = {}
     for name, value in fields.items():
         if is_null(value):
@@ -125,7 +130,7 @@ def without_no_ops(
         elif name not in table:
             param = f"{path}{name}"[:100]
             refuse(f"The field {param} does not exist.", param, "unknown_parameter")
-        elif table[name] != (_ANYTHING,):
+        elif table[name] != LABEL:
             param = f"{path}{name}"
             if not _is_no_op(small_value(value, param), table[name]):
                 refuse(
@@ -136,11 +141,11 @@ def without_no_ops(
     return kept
 
 
-def no_op_schemas(kind: _Kind) -> dict[str, Any]:
+def no_op_schemas(kind: _Kind | NoOps) -> dict[str, Any]:
     """Returns the JSON schema of each unsupported field, which allows the values without effect."""
+    table = _TABLES[kind] if isinstance(kind, str) else kind
     return {
-        name: {} if values == (_ANYTHING,) else {"enum": [None, *values]}
-        for name, values in _TABLES[kind].items()
+        name: {} if values == LABEL else {"enum": [None, *values]} for name, values in table.items()
     }
 
 

@@ -9,6 +9,7 @@ from starlette.routing import Route
 
 from llama_jax.serve.protocol.chat import ChatRequest
 from llama_jax.serve.protocol.completion import CompletionRequest
+from llama_jax.serve.protocol.generation import StreamOptions
 from llama_jax.serve.protocol.messages import Message
 from llama_jax.serve.protocol.response_types import (
     ChatCompletion,
@@ -23,19 +24,31 @@ from llama_jax.serve.protocol.response_types import (
     Tokens,
     Version,
 )
+from llama_jax.serve.protocol.responses import (
+    ReasoningOptions,
+    ResponsesRequest,
+    ResponseStreamOptions,
+    TextOptions,
+)
+from llama_jax.serve.protocol.responses_types import EVENTS, FunctionCallItem, OutputMessage
+from llama_jax.serve.protocol.responses_types import Response as ResponseObject
 from llama_jax.serve.protocol.tokenize import DetokenizeRequest, TokenizeRequest
-from llama_jax.serve.protocol.unsupported import no_op_schemas
+from llama_jax.serve.protocol.unsupported import NoOps, no_op_schemas
 from llama_jax.serve.transport.json_response import JsonResponse
 
-_REQUESTS = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
-_CHUNKS = (CompletionChunk, ChatCompletionChunk)
-_RESPONSES = (Completion, ChatCompletion, Tokens, Text, ModelCard, ModelList, Health, Version)
+_REQUESTS = (CompletionRequest, ChatRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest)
+_OPTIONS = (StreamOptions, TextOptions, ReasoningOptions, ResponseStreamOptions)
+_CHUNKS = (CompletionChunk, ChatCompletionChunk, OutputMessage, FunctionCallItem, *EVENTS)
+_RESPONSES = (
+    *(Completion, ChatCompletion, ResponseObject, Tokens, Text),
+    *(ModelCard, ModelList, Health, Version),
+)
 _SCHEMAS = "#/components/schemas/"
 
 _ERRORS = {
     400: "The request is wrong; `param` names the field.",
     401: "The API key is missing or wrong.",
-    404: "There is no such model.",
+    404: "There is no such model or response.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
     415: "The body is not JSON.",
@@ -86,13 +99,13 @@ def openapi_document(version: str) -> dict[str, Any]:
             "/v1/chat/completions": {
                 "post": _generate("Answer a chat", ChatRequest, ChatCompletion)
             },
+            "/v1/responses": {"post": _respond("Answer a conversation")},
+            "/v1/responses/{id}": _stored(),
             "/tokenize": {"post": _post("Encode a text or a chat", TokenizeRequest, Tokens)},
             "/detokenize": {"post": _post("Decode token ids", DetokenizeRequest, Text)},
             "/v1/models": _get("List the models", ModelList),
             "/v1/models/{name}": {
-                "parameters": [
-                    {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
-                ],
+                "parameters": [_path("name")],
                 **_get("Show a model", ModelCard, 404),
             },
             "/health": _get("Tell whether the server can generate", Health, key=False),
@@ -110,18 +123,48 @@ def openapi_document(version: str) -> dict[str, Any]:
 
 
 def _generate(summary: str, body: type, whole: type) -> dict[str, Any]:
-    operation = _post(summary, body, whole, 429)
     chunk = {Completion: CompletionChunk, ChatCompletion: ChatCompletionChunk}[whole]
+    return _or_stream(
+        _post(summary, body, whole, 429),
+        f"a line `data: ` with a `{chunk.__name__}` for each token, or an `ErrorResponse`, and at "
+        "the end `data: [DONE]`",
+    )
+
+
+def _respond(summary: str) -> dict[str, Any]:
+    kinds = ", ".join(f"`{kind.__name__}`" for kind in EVENTS)
+    return _or_stream(
+        _post(summary, ResponsesRequest, ResponseObject, 429),
+        f"a line `event: ` with the type of an event and a line `data: ` with the event: {kinds}",
+    )
+
+
+def _or_stream(operation: dict[str, Any], events: str) -> dict[str, Any]:
     operation["responses"]["200"]["content"]["text/event-stream"] = {
         "schema": {
             "type": "string",
             "contentMediaType": "text/event-stream",
-            "description": f"If `stream` is true: a line `data: ` with a `{chunk.__name__}` for "
-            "each token, or an `ErrorResponse`, and at the end `data: [DONE]`; an empty line after "
-            "each.",
+            "description": f"If `stream` is true: {events}; an empty line after each. While "
+            "nothing else is sent, there are comments: lines that begin with a colon.",
         }
     }
     return operation
+
+
+def _stored() -> dict[str, Any]:
+    """GET and DELETE of a stored response: there is none."""
+    responses = _responses(None, (*_EVERY_ROUTE, 404))
+    del responses["200"]
+    operation = {"summary": "Tell that no response is stored", "responses": responses}
+    head = {
+        **operation,
+        "responses": {status: {"description": _ERRORS[int(status)]} for status in responses},
+    }
+    return {"parameters": [_path("id")], "get": operation, "head": head, "delete": operation}
+
+
+def _path(name: str) -> dict[str, Any]:
+    return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
 
 
 def _post(summary: str, body: type, response: type, *errors: int) -> dict[str, Any]:
@@ -174,9 +217,11 @@ def _schemas() -> dict[str, Any]:
     """The schemas of all bodies, with the unsupported fields that a request may still contain."""
     kinds = (*_REQUESTS, Message, *_RESPONSES, *_CHUNKS, ErrorResponse)
     _, schemas = msgspec.json.schema_components(kinds, ref_template=_SCHEMAS + "{name}")
-    for kind in _REQUESTS:
-        _add_no_ops(schemas[kind.__name__], "request")
-    _add_no_ops(schemas["StreamOptions"], "options")
+    for kind in (*_REQUESTS, *_OPTIONS):
+        properties = schemas[kind.__name__]["properties"]
+        for name in properties.keys() - kind.readers().keys():  # inherited, but not read
+            del properties[name]
+        _add_no_ops(schemas[kind.__name__], kind.no_ops())
     _add_no_ops(schemas["Message"], "message")
     schemas["Message"]["properties"]["content"] = {
         "description": "Required, except of the assistant.",
@@ -196,7 +241,7 @@ def _schemas() -> dict[str, Any]:
 
 
 def _add_no_ops(
-    schema: dict[str, Any], kind: Literal["request", "options", "message", "part"]
+    schema: dict[str, Any], kind: Literal["request", "options", "message", "part"] | NoOps
 ) -> None:
     schema["properties"] = {**no_op_schemas(kind), **schema["properties"]}
     schema["additionalProperties"] = {"type": "null"}

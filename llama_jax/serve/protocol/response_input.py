@@ -1,0 +1,158 @@
+"""The input of POST /v1/responses: a text, or a list of items, as clients write them and get them.
+
+The items of a conversation become the messages of a chat.
+"""
+
+from typing import Any
+
+import msgspec
+from msgspec import Raw
+
+from llama_jax.serve.protocol.json_reader import (
+    Fields,
+    decode,
+    is_null,
+    read_items,
+    read_object,
+    refuse,
+    refuse_missing,
+)
+from llama_jax.serve.protocol.messages import Message
+from llama_jax.serve.protocol.unsupported import LABEL, NoOps, no_op_schemas, without_no_ops
+
+# "developer" is OpenAI's newer name of "system", with which Llama 3 was trained.
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+# What an answer of this API contains besides, which clients send back.
+_ITEM_NO_OPS: NoOps = {"id": LABEL, "status": LABEL, "phase": LABEL}
+_PART_NO_OPS: NoOps = {"annotations": ([],), "logprobs": LABEL, "cache_control": LABEL}
+# Llama 3 writes no reasoning items, and cannot read those of other models.
+_REASONING_NO_OPS: NoOps = {
+    "id": LABEL,
+    "status": LABEL,
+    "summary": ([],),
+    "content": ([],),
+    "encrypted_content": (),
+}
+
+NULL = Raw(b"null")
+_STRING = msgspec.json.Decoder(str)
+
+
+def read_input(raw: Raw, param: str) -> list[Message]:
+    """Reads the input of a response.
+
+    Args:
+      raw: a string, which is a message of the user, or an array of items.
+      param: the name of its field.
+
+    Raises:
+      ApiError: with the first error found.
+    """
+    if not bytes(raw).startswith(b"["):
+        return [Message("user", decode(_STRING, raw, param))]
+    items = read_items(raw, param)
+    if not items:
+        refuse(f"{param} is empty: give at least one item.", param)
+    read = [_read_item(item, f"{param}[{index}]") for index, item in enumerate(items)]
+    return [message for message in read if message is not None]
+
+
+def _read_item(raw: Raw, param: str) -> Message | None:
+    """Reads one item; None if it adds nothing to the conversation."""
+    fields = read_object(raw, param)
+    kind = "message"  # which has other fields to be known by
+    if not is_null(fields.get("type", NULL)):
+        kind = _text(fields, "type", param)
+    if kind == "message":
+        return _read_message(fields, param)
+    if kind == "reasoning":
+        without_no_ops(fields, ("type",), _REASONING_NO_OPS, f"{param}.")
+        return None
+    if kind == "item_reference":
+        refuse(
+            f"{param}: this server stores no items, so send the item itself; clients do that if "
+            "store is false.",
+            f"{param}.type",
+            "unsupported_parameter",
+        )
+    refuse(
+        f"{param}: items of type {kind[:40]!r} are not supported.",
+        f"{param}.type",
+        "unsupported_parameter",
+    )
+
+
+def _read_message(fields: Fields, param: str) -> Message:
+    fields = without_no_ops(fields, ("type", "role", "content"), _ITEM_NO_OPS, f"{param}.")
+    role = _text(fields, "role", param)
+    if role not in ROLES:
+        refuse(
+            f"{param}.role must be one of {', '.join(ROLES)}, got {role[:40]!r}.", f"{param}.role"
+        )
+    if "content" not in fields:
+        refuse_missing(f"{param}.content")
+    return Message(ROLES[role], _read_content(fields["content"], f"{param}.content"))
+
+
+def _read_content(raw: Raw, param: str) -> str:
+    """Turns the content of an item into a text, with a line per part if it has several."""
+    if not bytes(raw).startswith(b"["):
+        return decode(_STRING, raw, param)
+    parts = enumerate(read_items(raw, param))
+    return "\n".join(_read_part(part, f"{param}[{index}]") for index, part in parts)
+
+
+def _read_part(raw: Raw, param: str) -> str:
+    fields = read_object(raw, param)
+    kind = _text(fields, "type", param)
+    if kind not in ("input_text", "output_text"):
+        refuse(f"{param}: only text parts are supported, not {kind[:40]!r}.", f"{param}.type")
+    fields = without_no_ops(fields, ("type", "text"), _PART_NO_OPS, f"{param}.")
+    return _text(fields, "text", param)
+
+
+def _text(fields: Fields, name: str, path: str) -> str:
+    if name not in fields:
+        refuse_missing(f"{path}.{name}")
+    return decode(_STRING, fields[name], f"{path}.{name}")
+
+
+def _object_schema(properties: dict[str, Any], required: list[str], no_ops: NoOps) -> Any:
+    return {
+        "type": "object",
+        "properties": {**no_op_schemas(no_ops), **properties},
+        "required": required,
+        "additionalProperties": {"type": "null"},
+    }
+
+
+_TEXT_PART_SCHEMA = _object_schema(
+    {"type": {"enum": ["input_text", "output_text"]}, "text": {"type": "string"}},
+    ["type", "text"],
+    _PART_NO_OPS,
+)
+_CONTENT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART_SCHEMA}]}
+INPUT_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "anyOf": [
+                    _object_schema(
+                        {
+                            "type": {"enum": ["message", None]},
+                            "role": {"enum": [*ROLES]},
+                            "content": _CONTENT_SCHEMA,
+                        },
+                        ["role", "content"],
+                        _ITEM_NO_OPS,
+                    ),
+                    _object_schema({"type": {"const": "reasoning"}}, ["type"], _REASONING_NO_OPS),
+                ]
+            },
+        },
+    ]
+}
