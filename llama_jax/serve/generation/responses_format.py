@@ -80,6 +80,7 @@ class ResponsesFormat:
 
 def new_response(model: str, body: ResponsesRequest, params: SamplingParams) -> Response:
     """Returns the response to a request before its first token; arguments as above."""
+    text_format = None if body.text is None else body.text.format
     return {
         "id": f"resp_{uuid.uuid4().hex}",
         "object": "response",
@@ -100,7 +101,7 @@ def new_response(model: str, body: ResponsesRequest, params: SamplingParams) -> 
         "reasoning": {"effort": None, "summary": None},
         "store": False,
         "temperature": params.temperature,
-        "text": {"format": {"type": "text"}},
+        "text": {"format": text_format.definition if text_format else {"type": "text"}},
         "tool_choice": "auto",
         "tools": [],
         "top_logprobs": body.top_logprobs or 0,

@@ -12,6 +12,7 @@ from llama_jax.serve.protocol.generation import AtLeastOne, GenerationRequest, S
 from llama_jax.serve.protocol.json_reader import decode, refuse
 from llama_jax.serve.protocol.messages import Message
 from llama_jax.serve.protocol.response_input import INPUT_SCHEMA, read_input
+from llama_jax.serve.protocol.text_format import TextOptions
 from llama_jax.serve.protocol.unsupported import LABEL, NoOps
 
 LOGPROBS = "message.output_text.logprobs"
@@ -28,7 +29,8 @@ MAX_METADATA_VALUE = 512
 _SHARED = (
     *("model", "stream", "temperature", "top_p", "top_k", "min_p", "seed"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),
-    *("min_tokens", "ignore_eos", "stop", "stop_token_ids", "cache_salt"),
+    *("min_tokens", "ignore_eos", "stop", "stop_token_ids", "cache_salt", "allowed_token_ids"),
+    *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
 )
 
 _NO_OPS: NoOps = {
@@ -104,15 +106,6 @@ _Metadata = Annotated[
 ]
 
 
-class TextOptions(RequestBody):
-    """The format of the text: plain text."""
-
-    @classmethod
-    def no_ops(cls) -> NoOps:
-        """Returns the unsupported fields that are accepted."""
-        return {"format": ({"type": "text"},), "verbosity": ("medium",)}
-
-
 class ReasoningOptions(RequestBody):
     """How to reason, which Llama 3 does not."""
 
@@ -161,6 +154,8 @@ class ResponsesRequest(GenerationRequest, kw_only=True):
 
     def check(self) -> None:
         """Checks the fields against each other."""
+        if self.text is not None and self.text.format is not None:
+            self.response_format = self.text.format.wanted
         super().check()
         if self.max_output_tokens is not None and not 1 <= self.max_output_tokens < 2**63:
             refuse("max_output_tokens must be at least 1, and fit 64 bits.", "max_output_tokens")

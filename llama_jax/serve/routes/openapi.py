@@ -28,10 +28,10 @@ from llama_jax.serve.protocol.responses import (
     ReasoningOptions,
     ResponsesRequest,
     ResponseStreamOptions,
-    TextOptions,
 )
 from llama_jax.serve.protocol.responses_types import EVENTS, FunctionCallItem, OutputMessage
 from llama_jax.serve.protocol.responses_types import Response as ResponseObject
+from llama_jax.serve.protocol.text_format import TextOptions
 from llama_jax.serve.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from llama_jax.serve.protocol.unsupported import NoOps, no_op_schemas
 from llama_jax.serve.transport.json_response import JsonResponse
