@@ -15,7 +15,7 @@ from llama_jax.client.client import OnProgress
 from llama_jax.client.host import StartHost
 from llama_jax.client.text import TextDelta, read_text
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.engine.errors import GenerationFailed
+from llama_jax.engine.errors import GenerationFailed, RequestError
 from llama_jax.engine.interface import FinishReason
 from llama_jax.engine.options import EngineOptions
 from llama_jax.llm.completion import Completion
@@ -24,6 +24,7 @@ from llama_jax.llm.notebook.progress import RequestProgress, StartProgress, make
 from llama_jax.llm.prompts import EncodedPrompt
 from llama_jax.llm.text_stream import TextStream
 from llama_jax.text.detokenizer import Detokenizer
+from llama_jax.text.grammar import GrammarError, check_grammar
 from llama_jax.text.tokenizer import Tokenizer
 
 
@@ -73,8 +74,7 @@ class Session:
     ) -> list[Completion]:
         """Answers every prompt with its params, and returns the completions in the same order."""
         requests = list(zip(prompts, params, strict=True))
-        for prompt, each in requests:
-            self.engine.client.check(prompt.token_ids, each)
+        self._check(requests)
         count = RequestProgress(make_display(progress), len(requests))
 
         async def answer_all() -> list[Completion]:
@@ -85,8 +85,17 @@ class Session:
 
     def stream(self, prompt: EncodedPrompt, params: SamplingParams) -> TextStream:
         """Streams the answer to one prompt."""
-        self.engine.client.check(prompt.token_ids, params)
+        self._check([(prompt, params)])
         return TextStream(self.engine, self._deltas(prompt.token_ids, params))
+
+    def _check(self, requests: Sequence[tuple[EncodedPrompt, SamplingParams]]) -> None:
+        for prompt, params in requests:
+            self.engine.client.check(prompt.token_ids, params)
+        for grammar in {params.grammar for _, params in requests if params.grammar}:
+            try:
+                check_grammar(grammar)
+            except GrammarError as error:
+                raise RequestError(str(error), "grammar") from None
 
     async def _answer(
         self, prompt: EncodedPrompt, params: SamplingParams, count: RequestProgress
@@ -99,7 +108,7 @@ class Session:
                 deltas.append(delta)
                 reason = delta.finish_reason or reason
                 count.tokens += 1
-        except GenerationFailed as failure:
+        except (GenerationFailed, RequestError) as failure:
             error = str(failure)
         count.done += 1
         text = "".join(delta.text for delta in deltas)
