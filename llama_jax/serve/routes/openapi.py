@@ -9,7 +9,7 @@ from starlette.routing import Route
 
 from llama_jax.serve.protocol.chat import ChatRequest
 from llama_jax.serve.protocol.completion import CompletionRequest
-from llama_jax.serve.protocol.messages import Message
+from llama_jax.serve.protocol.messages import MAX_CALLS, Message
 from llama_jax.serve.protocol.response_types import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -24,7 +24,8 @@ from llama_jax.serve.protocol.response_types import (
     Version,
 )
 from llama_jax.serve.protocol.tokenize import DetokenizeRequest, TokenizeRequest
-from llama_jax.serve.protocol.unsupported import no_op_schemas
+from llama_jax.serve.protocol.tools import NAME
+from llama_jax.serve.protocol.unsupported import Kind, no_op_schemas
 from llama_jax.serve.transport.json_response import JsonResponse
 
 _REQUESTS = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
@@ -177,9 +178,10 @@ def _schemas() -> dict[str, Any]:
     for kind in _REQUESTS:
         _add_no_ops(schemas[kind.__name__], "request")
     _add_no_ops(schemas["StreamOptions"], "options")
+    _describe_tool_messages(schemas)
     _add_no_ops(schemas["Message"], "message")
     schemas["Message"]["properties"]["content"] = {
-        "description": "Required, except of the assistant.",
+        "description": "Required, except of the assistant and of a tool.",
         "anyOf": [
             {"type": "string"},
             {"type": "array", "items": {"$ref": _SCHEMAS + "TextPart"}},
@@ -195,8 +197,39 @@ def _schemas() -> dict[str, Any]:
     return schemas
 
 
-def _add_no_ops(
-    schema: dict[str, Any], kind: Literal["request", "options", "message", "part"]
-) -> None:
+def _describe_tool_messages(schemas: dict[str, Any]) -> None:
+    """Only the assistant calls tools, and only a tool's message has the id of a call."""
+    name, text = {"type": "string", "pattern": f"^{NAME}$"}, {"type": ["string", "null"]}
+    function = {
+        "type": "object",
+        "properties": {"name": name, "arguments": {"type": ["string", "null"]}},
+        "required": ["name"],
+    }
+    call = {
+        "type": "object",
+        "properties": {
+            "id": {"type": "string"},
+            "type": {"enum": ["function", None]},
+            "function": function,
+        },
+        "required": ["id", "function"],
+    }
+    for part in (function, call):
+        _add_no_ops(part, "call")
+    of_assistant = {"type": ["array", "null"], "items": call, "maxItems": MAX_CALLS}
+    schemas["Message"]["properties"] |= {"tool_calls": of_assistant, "tool_call_id": text}
+    schemas["Message"]["allOf"] = [
+        _if_role(("tool",), {"tool_call_id": {"type": "string"}}, required=["tool_call_id"]),
+        _if_role(("system", "developer", "user", "assistant"), {"tool_call_id": {"const": None}}),
+        _if_role(("system", "developer", "user", "tool"), {"tool_calls": {"enum": [None, []]}}),
+    ]
+
+
+def _if_role(roles: tuple[str, ...], properties: dict[str, Any], **more: Any) -> dict[str, Any]:
+    condition = {"properties": {"role": {"enum": [*roles]}}}
+    return {"if": condition, "then": {"properties": properties, **more}}
+
+
+def _add_no_ops(schema: dict[str, Any], kind: Kind) -> None:
     schema["properties"] = {**no_op_schemas(kind), **schema["properties"]}
     schema["additionalProperties"] = {"type": "null"}
