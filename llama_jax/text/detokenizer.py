@@ -16,7 +16,7 @@ that is returned. The stop string "|" does not match a special token.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from llama_jax.text.byte_decoder import ByteDecoder
 from llama_jax.text.tokenizer import Tokenizer
@@ -35,14 +35,29 @@ class Detokenizer:
       stopped: whether a stop string was found; no more text follows then.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        """`stop`: strings that end the text; none may be empty."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        marks: Mapping[int, str] | None = None,
+    ) -> None:
+        """Begins with no text.
+
+        Args:
+          tokenizer: of the tokens.
+          stop: strings that end the text; none may be empty.
+          marks: special tokens that have a text after all, one character that no text contains.
+        """
         self._tokenizer = tokenizer
         spelled = _spelled(tokenizer, stop)
         symbol_of = dict(zip(spelled.values(), _SYMBOLS, strict=False))
+        hidden = "".join(symbol_of.values())
+        for token_id, mark in (marks or {}).items():
+            symbol_of[tokenizer.decode([token_id], False)] = mark
         self._symbols = {i: symbol_of[text] for i, text in spelled.items() if text in symbol_of}
+        self._symbols |= marks or {}
         self._stop = (*stop, *_replaced(stop, symbol_of))
-        self._hidden = str.maketrans("", "", "".join(symbol_of.values()))
+        self._hidden = str.maketrans("", "", hidden)
         self._decoder = ByteDecoder()
         self._withheld = ""
         self.stopped = False

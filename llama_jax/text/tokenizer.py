@@ -32,6 +32,7 @@ class Tokenizer:
       max_token_length: maximum number of characters per token.
       special_token_ids: ids of control tokens, which have no text in an answer.
       chat_problem: one sentence on why `encode_chat` cannot be used; None if it can.
+      tools_problem: one sentence on why `encode_chat` cannot take tools; None if it can.
     """
 
     def __init__(self, path: str | Path, chat_template: Path | None = None) -> None:
@@ -74,6 +75,7 @@ class Tokenizer:
         self.bos_token_id = prompt[0] if prompt[:1] != text[:1] else None
         self._chat_template = ChatTemplate(transformers, self.path)
         self.chat_problem = self._chat_template.problem
+        self.tools_problem = self.chat_problem or self._chat_template.tools.problem
         self._as_text: dict[str, list[int]] = {}
 
     @property
@@ -95,22 +97,33 @@ class Tokenizer:
         check_text(text, "The prompt")
         return self._encode([text], add_bos)[0]
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """Encodes a conversation, ready for the assistant's next answer.
 
         Args:
-          messages: each {"role": one of `ROLES`, "content": text}; checked here.
+          messages: each {"role": one of `ROLES`, "content": text}; an assistant's may have
+            "tool_calls", a list of `Call`, and a tool's "tool_call_id". Checked here.
+          tools: the functions that the model may call, as in the OpenAI API.
 
         Raises:
           TokenizerError: the messages are malformed, there is no chat template that works, it
             rejects the messages, or it leaves out the text of one.
         """
-        pieces = self._chat_template.render(messages)
+        pieces = self._chat_template.render(messages, tools)
         encoded = iter(self._encode([piece.text for piece in pieces if not piece.plain], False))
         ids: list[int] = []
         for piece in pieces:
             ids += self._encode_as_text(piece.text) if piece.plain else next(encoded)
         return ids
+
+    def special_token_id(self, text: str) -> int | None:
+        """Returns the id of a special token; None if this is none."""
+        token_id: int | None = self._backend.token_to_id(text)
+        return token_id if token_id in self.special_token_ids else None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Decodes token ids; bytes that are not UTF-8 become U+FFFD."""

@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 
-from llama_jax.engine.interface import FinishReason
 from llama_jax.serve.generation.choices import ChoiceDelta
 from llama_jax.serve.generation.logprobs import TokenWithLogprobs, chat_logprobs
+from llama_jax.serve.generation.tool_use import call_deltas, whole_calls
 from llama_jax.serve.protocol.response_types import (
+    AnswerEnd,
     AssistantMessage,
     ChatChoice,
     ChatChunkChoice,
     Delta,
 )
 from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tool_calls import CallDelta
 
 
 class ChatFormat:
@@ -21,18 +23,25 @@ class ChatFormat:
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, tools: bool = False) -> None:
+        """`tools`: whether a token without text may belong to a call."""
         self._tokenizer = tokenizer
+        self._tools = tools
 
     def whole(
         self,
         index: int,
         text: str,
-        reason: FinishReason | None,
+        reason: AnswerEnd | None,
         logprobs: Sequence[TokenWithLogprobs],
+        *,
+        calls: Sequence[CallDelta] = (),
     ) -> ChatChoice:
         """An entry of `choices`."""
         message: AssistantMessage = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message["content"] = text or None
+            message["tool_calls"] = whole_calls(calls)
         return {
             "index": index,
             "message": message,
@@ -46,9 +55,15 @@ class ChatFormat:
         The role is sent with the first token, not before it: clients that measure latency take the
         first chunk for the first token.
         """
-        part: Delta = {"content": delta.text}
+        part: Delta = {}
         if offset is None:
-            part = {"role": "assistant", **part}
+            part["role"] = "assistant"
+        if delta.text or not self._tools:
+            part["content"] = delta.text
+        elif offset is None:
+            part["content"] = None
+        if delta.calls:
+            part["tool_calls"] = call_deltas(delta.calls)
         logprobs = None
         if delta.logprobs is not None:
             logprobs = chat_logprobs(self._tokenizer, [(delta.token, delta.logprobs)])

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 from llama_jax.client.text import read_text
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.engine.interface import FinishReason, TokenLogprobs
+from llama_jax.engine.interface import TokenLogprobs
 from llama_jax.serve.generation.admission import Place
+from llama_jax.serve.generation.tool_use import ParsedDelta, ToolUse, parse_delta, tag_marks
+from llama_jax.serve.protocol.response_types import AnswerEnd
 from llama_jax.serve.served_model import ServedModel
 from llama_jax.text.detokenizer import Detokenizer
+from llama_jax.text.tool_calls import CallDelta
 
 MERGE_AHEAD = 16
 
@@ -25,6 +28,7 @@ class ChoiceDelta:
       token: the token.
       tokens: the number of tokens of this choice so far.
       finish_reason: why the choice ended, on its last delta; else None.
+      calls: parts of calls that the token adds; the text is what stands beside the calls.
       logprobs: those of the token, if the request asks for them.
       cached_tokens: tokens of the prompt that did not have to be computed.
     """
@@ -33,9 +37,10 @@ class ChoiceDelta:
     text: str
     token: int
     tokens: int
-    finish_reason: FinishReason | None
+    finish_reason: AnswerEnd | None
     logprobs: TokenLogprobs | None = None
     cached_tokens: int = 0
+    calls: Sequence[CallDelta] = ()
 
 
 async def generate_choice(
@@ -45,6 +50,7 @@ async def generate_choice(
     prompt: list[int],
     params: SamplingParams,
     arrived: float,
+    tools: ToolUse | None = None,
 ) -> AsyncGenerator[ChoiceDelta, None]:
     """Yields one delta per token. Closing the generator early aborts the generation.
 
@@ -55,29 +61,38 @@ async def generate_choice(
       prompt: token ids.
       params: the sampling parameters of this choice.
       arrived: when the HTTP request arrived, by the clock of the metrics.
+      tools: those that the model may call.
 
     Raises:
       GenerationFailed: the engine could not finish.
       RequestError, EngineDead: as `EngineClient.generate`.
     """
-    detokenizer = Detokenizer(served.tokenizer, params.stop)
+    parser = None if tools is None else tools.parser()
+    marks = None if tools is None else tag_marks(served)
+    detokenizer = Detokenizer(served.tokenizer, params.stop, marks)
     tokens = 0
     with place, served.metrics.request(arrived, len(prompt)) as timer:
         outputs = served.engine.generate(prompt, params, on_token=timer.token)
         async with aclosing(read_text(outputs, detokenizer)) as deltas:
             async for delta in deltas:
                 tokens += 1
-                if delta.finish_reason is not None:
-                    timer.finish(delta.finish_reason)
+                parsed = ParsedDelta(delta.text, (), delta.finish_reason)
+                if parser is not None:
+                    parsed = parse_delta(parser, delta)
+                if parsed.finish_reason is not None:
+                    timer.finish(delta.finish_reason or "stop")
                 yield ChoiceDelta(
                     choice,
-                    delta.text,
+                    parsed.text,
                     delta.token,
                     tokens,
-                    delta.finish_reason,
+                    parsed.finish_reason,
                     delta.output.logprobs,
                     delta.output.cached_tokens,
+                    parsed.calls,
                 )
+                if parsed.finish_reason is not None:
+                    return
 
 
 async def merge(

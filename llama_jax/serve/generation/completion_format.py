@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from llama_jax.engine.interface import FinishReason
 from llama_jax.serve.generation.choices import ChoiceDelta
 from llama_jax.serve.generation.logprobs import TokenWithLogprobs, completion_logprobs
-from llama_jax.serve.protocol.response_types import CompletionChoice
+from llama_jax.serve.protocol.response_types import AnswerEnd, CompletionChoice
 from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tool_calls import CallDelta
 
 
 class CompletionFormat:
@@ -22,11 +22,13 @@ class CompletionFormat:
         self,
         index: int,
         text: str,
-        reason: FinishReason | None,
+        reason: AnswerEnd | None,
         logprobs: Sequence[TokenWithLogprobs],
         offset: int = 0,
+        calls: Sequence[CallDelta] = (),
     ) -> CompletionChoice:
         """An entry of `choices`; `offset` is where its text begins in the answer."""
+        assert not calls and reason != "tool_calls", "a completion has no tools"
         return {
             "index": index,
             "text": text,

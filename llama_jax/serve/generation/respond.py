@@ -12,16 +12,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.engine.interface import FinishReason
 from llama_jax.serve.errors import answer_too_long, as_api_error, prompt_too_long
 from llama_jax.serve.generation.choices import ChoiceDelta, generate_choice, merge
 from llama_jax.serve.generation.event_stream import EventStream, StartedDeltas, sse_event
 from llama_jax.serve.generation.logprobs import TokenWithLogprobs
+from llama_jax.serve.generation.tool_use import ToolUse
 from llama_jax.serve.protocol.generation import GenerationRequest, StreamOptions
-from llama_jax.serve.protocol.response_types import Usage
+from llama_jax.serve.protocol.response_types import AnswerEnd, Usage
 from llama_jax.serve.served_model import ServedModel
 from llama_jax.serve.transport.interrupt import Interrupted, disconnected, unless
 from llama_jax.serve.transport.json_response import JsonResponse
+from llama_jax.text.tool_calls import CallDelta
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's status code, for logs; no client receives it
 
@@ -37,8 +38,10 @@ class ResponseFormat(Protocol):
         self,
         index: int,
         text: str,
-        reason: FinishReason | None,
+        reason: AnswerEnd | None,
         logprobs: Sequence[TokenWithLogprobs],
+        *,
+        calls: Sequence[CallDelta] = (),
     ) -> Mapping[str, object]:
         """An entry of `choices` in a whole response."""
 
@@ -63,6 +66,7 @@ class Job:
       stream: whether to stream the response.
       options: when to send the usage in a stream.
       arrived: when the request arrived, by the clock of the metrics.
+      tools: those that the model may call.
     """
 
     param: Literal["prompt", "messages", "input"]
@@ -72,6 +76,7 @@ class Job:
     stream: bool
     options: StreamOptions
     arrived: float
+    tools: ToolUse | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -90,6 +95,7 @@ def make_job(
     params: list[SamplingParams],
     body: GenerationRequest,
     arrived: float,
+    tools: ToolUse | None = None,
 ) -> Job:
     """Collects what a request asks to generate.
 
@@ -99,6 +105,7 @@ def make_job(
       params: the sampling parameters of each choice.
       body: the request.
       arrived: when it arrived, by the clock of the metrics.
+      tools: those that the model may call.
     """
     return Job(
         param=param,
@@ -108,6 +115,7 @@ def make_job(
         stream=bool(body.stream),
         options=body.stream_options or StreamOptions(),
         arrived=arrived,
+        tools=tools,
     )
 
 
@@ -163,7 +171,7 @@ async def generate(
         choices = itertools.product(job.prompts, job.params)
         deltas = merge(
             [
-                generate_choice(served, place, index, prompt, params, job.arrived)
+                generate_choice(served, place, index, prompt, params, job.arrived, job.tools)
                 for index, (place, (prompt, params)) in enumerate(zip(places, choices, strict=True))
             ]
         )
@@ -204,15 +212,23 @@ async def _whole(
 ) -> dict[str, Any]:
     texts: list[list[str]] = [[] for _ in range(job.num_choices)]
     logprobs: list[list[TokenWithLogprobs]] = [[] for _ in range(job.num_choices)]
+    calls: list[list[CallDelta]] = [[] for _ in range(job.num_choices)]
     last: dict[int, ChoiceDelta] = {}
     async with aclosing(deltas):
         async for delta in deltas:
             texts[delta.choice].append(delta.text)
+            calls[delta.choice] += delta.calls
             if delta.logprobs is not None:
                 logprobs[delta.choice].append((delta.token, delta.logprobs))
             last[delta.choice] = delta
     choices = [
-        format.whole(index, "".join(texts[index]), last[index].finish_reason, logprobs[index])
+        format.whole(
+            index,
+            "".join(texts[index]),
+            last[index].finish_reason,
+            logprobs[index],
+            calls=calls[index],
+        )
         for index in range(job.num_choices)
     ]
     return {**head, "choices": choices, "usage": _usage(job, last)}

@@ -7,6 +7,7 @@ from llama_jax.serve.protocol.body import schema
 from llama_jax.serve.protocol.generation import AtLeastOne, GenerationRequest
 from llama_jax.serve.protocol.json_reader import refuse
 from llama_jax.serve.protocol.messages import Message, read_messages
+from llama_jax.serve.protocol.tools import Choice, Tools, check_tools
 
 Messages = Annotated[list[Message], schema(read_messages, minItems=1)]
 _TopLogprobs = Annotated[int, schema(minimum=0, maximum=MAX_LOGPROBS)]
@@ -19,10 +20,14 @@ class ChatRequest(GenerationRequest, kw_only=True):
     max_completion_tokens: AtLeastOne | None = None
     logprobs: bool | None = None
     top_logprobs: _TopLogprobs | None = None
+    tools: Tools = None
+    tool_choice: Choice = None
+    parallel_tool_calls: bool | None = None
 
     def check(self) -> None:
         """Checks the fields against each other."""
         super().check()
+        check_tools(self.tools or (), self.tool_choice)
         if not 0 <= (self.top_logprobs or 0) <= MAX_LOGPROBS:
             refuse(f"top_logprobs must be between 0 and {MAX_LOGPROBS}.", "top_logprobs")
         if self.top_logprobs and not self.logprobs:

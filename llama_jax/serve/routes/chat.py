@@ -7,6 +7,7 @@ from starlette.routing import Route
 from llama_jax.serve.generation.chat_format import ChatFormat
 from llama_jax.serve.generation.grammar_check import grammar_of
 from llama_jax.serve.generation.respond import make_job, respond
+from llama_jax.serve.generation.tool_use import constrained, tool_use
 from llama_jax.serve.protocol.chat import ChatRequest
 from llama_jax.serve.protocol.request_body import read
 from llama_jax.serve.routes.tokenization import encode_messages
@@ -22,9 +23,13 @@ def chat_route(served: ServedModel) -> Route:
         served.check_available()
         served.check_name(body.model)
         served.check_room(1, body.choices)
-        prompt = await encode_messages(served, body.messages)
+        tools = tool_use(served, body)
+        definitions = None if tools is None else tools.definitions
+        prompt = await encode_messages(served, body.messages, definitions)
         params = body.sampling_params(served.defaults, await grammar_of(body))
-        job = make_job("messages", [prompt], params, body, arrived)
-        return await respond(served, request, ChatFormat(served.tokenizer), job)
+        params = await constrained(served, params, tools)
+        job = make_job("messages", [prompt], params, body, arrived, tools)
+        format = ChatFormat(served.tokenizer, tools is not None)
+        return await respond(served, request, format, job)
 
     return Route("/v1/chat/completions", chat, methods=["POST"])

@@ -1,5 +1,7 @@
 """Text to token ids and back: for the routes that generate, POST /tokenize and POST /detokenize."""
 
+from typing import Any
+
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -10,6 +12,7 @@ from llama_jax.serve.protocol.request_body import read
 from llama_jax.serve.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from llama_jax.serve.served_model import ServedModel
 from llama_jax.serve.transport.json_response import JsonResponse
+from llama_jax.text.conversation import map_strings
 from llama_jax.text.tokenizer import Tokenizer, TokenizerError
 
 
@@ -20,7 +23,8 @@ def tokenization_routes(served: ServedModel) -> list[Route]:
         body = await read(TokenizeRequest, request)
         served.check_name(body.model)
         if body.messages is not None:
-            ids = await encode_messages(served, body.messages)
+            tools = None if body.tools is None else [tool.definition for tool in body.tools]
+            ids = await encode_messages(served, body.messages, tools)
         else:
             ids = await encode_text(served, body.prompt or "", body.add_special_tokens is not False)
         strings = None
@@ -69,16 +73,25 @@ async def encode_text(served: ServedModel, text: str, add_bos: bool = True) -> l
         raise ApiError(400, str(error), param="prompt", code="invalid_value") from error
 
 
-async def encode_messages(served: ServedModel, messages: list[Message]) -> list[int]:
+async def encode_messages(
+    served: ServedModel, messages: list[Message], tools: list[dict[str, Any]] | None = None
+) -> list[int]:
     """Encodes a conversation.
+
+    Args:
+      served: the model.
+      messages: of the conversation.
+      tools: the definitions of the tools that the model may call.
 
     Raises:
       ApiError: it is too long, or it cannot be encoded.
     """
-    served.check_text_length([message.content for message in messages], "messages")
-    chat = [{"role": message.role, "content": message.content} for message in messages]
+    texts = [text for message in messages for text in message.texts]
+    map_strings(tools, texts.append)
+    served.check_text_length(texts, "messages")
+    chat = [message.turn for message in messages]
     try:
-        return await served.in_thread(served.tokenizer.encode_chat, chat)
+        return await served.in_thread(served.tokenizer.encode_chat, chat, tools or None)
     except TokenizerError as error:
         raise ApiError(400, str(error), param="messages", code="invalid_value") from error
 

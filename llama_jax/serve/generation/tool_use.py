@@ -1,0 +1,149 @@
+"""What a chat request makes of its tools: a prompt, a constraint, and a parser of the answer."""
+
+import dataclasses
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from llama_jax.client.text import TextDelta
+from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.serve.errors import ApiError
+from llama_jax.serve.protocol.chat import ChatRequest
+from llama_jax.serve.protocol.response_types import (
+    AnswerEnd,
+    FunctionCall,
+    FunctionCallDelta,
+    ToolCall,
+    ToolCallDelta,
+)
+from llama_jax.serve.protocol.tools import ToolChoice
+from llama_jax.serve.served_model import ServedModel
+from llama_jax.text.grammar import GrammarError, check_grammar
+from llama_jax.text.tool_calls import PYTHON_TAG, TAG, CallDelta, ToolCallParser
+from llama_jax.text.tool_grammar import Function, tool_grammar
+
+
+class ToolUse(NamedTuple):
+    """The tools of one request, whose choice is not "none".
+
+    Attributes:
+      definitions: of all tools, for the prompt.
+      functions: those that may be called.
+      choice: what the model is to do with them.
+      parallel: whether an answer may have several calls; None if the client does not say.
+    """
+
+    definitions: list[dict[str, Any]]
+    functions: list[Function]
+    choice: ToolChoice
+    parallel: bool | None
+
+    @property
+    def grammar(self) -> str:
+        """What answers must match; empty if they need not.
+
+        An answer that must be a call is one call, as Llama 3.1 was trained, unless the client asks
+        for several: a model that knows no end would go on calling.
+        """
+        required = self.choice.mode == "required"
+        strict = any(function.strict for function in self.functions)
+        if not (required or strict or self.choice.names):
+            return ""
+        several = self.parallel is True or (self.parallel is None and not required)
+        return tool_grammar(self.functions, required=required, several=several)
+
+    def parser(self) -> ToolCallParser:
+        """Returns a parser for one answer."""
+        names = {function.name for function in self.functions}
+        return ToolCallParser(names, several=self.parallel is not False)
+
+
+def tool_use(served: ServedModel, body: ChatRequest) -> ToolUse | None:
+    """Returns what a request makes of its tools; None if it has none or must not use them.
+
+    Raises:
+      ApiError: the chat template of the model does not know tools.
+    """
+    choice = body.tool_choice or ToolChoice()
+    if not body.tools or choice.mode == "none":
+        return None
+    if served.tokenizer.tools_problem is not None:
+        raise ApiError(
+            400, served.tokenizer.tools_problem, param="tools", code="unsupported_parameter"
+        )
+    functions = [tool.function for tool in body.tools]
+    if choice.names is not None:
+        functions = [function for function in functions if function.name in choice.names]
+    definitions = [tool.definition for tool in body.tools]
+    return ToolUse(definitions, functions, choice, body.parallel_tool_calls)
+
+
+async def constrained(
+    served: ServedModel, params: list[SamplingParams], tools: ToolUse | None
+) -> list[SamplingParams]:
+    """Returns the parameters of each choice, with the grammar that the tools ask for.
+
+    Raises:
+      ApiError: a schema cannot be obeyed.
+    """
+    grammar = "" if tools is None else tools.grammar
+    if not grammar:
+        return params
+    try:
+        await served.in_thread(check_grammar, grammar)
+    except GrammarError as error:
+        raise ApiError(400, str(error), param="tools", code="invalid_value") from error
+    return [dataclasses.replace(choice, grammar=grammar) for choice in params]
+
+
+class ParsedDelta(NamedTuple):
+    """What a token adds to an answer: text, parts of calls, and why the answer ends with it."""
+
+    text: str
+    calls: Sequence[CallDelta]
+    finish_reason: AnswerEnd | None
+
+
+def parse_delta(parser: ToolCallParser, delta: TextDelta) -> ParsedDelta:
+    """Adds a token to an answer."""
+    text, calls = parser.push(delta.text)
+    reason: AnswerEnd | None = delta.finish_reason
+    if reason is not None:
+        text += parser.finish().text  # nothing held back is a part of a call
+    if parser.ended or (reason == "stop" and parser.complete):
+        reason = "tool_calls"
+    return ParsedDelta(text, calls, reason)
+
+
+def whole_calls(deltas: Iterable[CallDelta]) -> list[ToolCall]:
+    """Joins the parts of calls."""
+    calls: list[ToolCall] = []
+    for delta in deltas:
+        if delta.name is not None:
+            function: FunctionCall = {"name": delta.name, "arguments": ""}
+            calls.append({"id": _new_id(), "type": "function", "function": function})
+        calls[delta.index]["function"]["arguments"] += delta.arguments
+    return calls
+
+
+def call_deltas(deltas: Iterable[CallDelta]) -> list[ToolCallDelta]:
+    """Returns parts of calls as a stream has them: the name comes with no arguments yet."""
+    parts: list[ToolCallDelta] = []
+    for delta in deltas:
+        index = delta.index
+        if delta.name is not None:
+            head: FunctionCallDelta = {"name": delta.name, "arguments": ""}
+            parts.append({"index": index, "id": _new_id(), "type": "function", "function": head})
+        if delta.arguments:
+            parts.append({"index": index, "function": {"arguments": delta.arguments}})
+    return parts
+
+
+def _new_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"  # as OpenAI's look
+
+
+def tag_marks(served: ServedModel) -> dict[int, str]:
+    """Returns what stands for <|python_tag|> in the text of an answer, by its token id."""
+    token = served.tokenizer.special_token_id(PYTHON_TAG)
+    return {} if token is None else {token: TAG}
