@@ -303,6 +303,7 @@ def test_bad_formats_are_refused(server, fields, param):
         {"reasoning": {"effort": None, "summary": None}},
         {"reasoning": {"effort": "none"}, "include": ["reasoning.encrypted_content"]},
         {"tool_choice": "auto", "parallel_tool_calls": False, "service_tier": "auto"},
+        {"tools": None, "tool_choice": "none"},
         {"stream": True, "stream_options": {"include_obfuscation": False}},
         {"prompt_cache_key": "x", "safety_identifier": "y", "prompt_cache_retention": "24h"},
     ],

@@ -1,4 +1,4 @@
-"""What a chat request makes of its tools: a prompt, a constraint, and a parser of the answer."""
+"""What a request makes of its tools: a prompt, a constraint, and a parser of the answer."""
 
 import dataclasses
 import uuid
@@ -16,6 +16,7 @@ from llama_jax.serve.protocol.response_types import (
     ToolCall,
     ToolCallDelta,
 )
+from llama_jax.serve.protocol.responses import ResponsesRequest
 from llama_jax.serve.protocol.tools import ToolChoice
 from llama_jax.serve.served_model import ServedModel
 from llama_jax.text.grammar import GrammarError, check_grammar
@@ -58,7 +59,7 @@ class ToolUse(NamedTuple):
         return ToolCallParser(names, several=self.parallel is not False)
 
 
-def tool_use(served: ServedModel, body: ChatRequest) -> ToolUse | None:
+def tool_use(served: ServedModel, body: ChatRequest | ResponsesRequest) -> ToolUse | None:
     """Returns what a request makes of its tools; None if it has none or must not use them.
 
     Raises:
@@ -121,7 +122,7 @@ def whole_calls(deltas: Iterable[CallDelta]) -> list[ToolCall]:
     for delta in deltas:
         if delta.name is not None:
             function: FunctionCall = {"name": delta.name, "arguments": ""}
-            calls.append({"id": _new_id(), "type": "function", "function": function})
+            calls.append({"id": new_call_id(), "type": "function", "function": function})
         calls[delta.index]["function"]["arguments"] += delta.arguments
     return calls
 
@@ -133,13 +134,15 @@ def call_deltas(deltas: Iterable[CallDelta]) -> list[ToolCallDelta]:
         index = delta.index
         if delta.name is not None:
             head: FunctionCallDelta = {"name": delta.name, "arguments": ""}
-            parts.append({"index": index, "id": _new_id(), "type": "function", "function": head})
+            call_id = new_call_id()
+            parts.append({"index": index, "id": call_id, "type": "function", "function": head})
         if delta.arguments:
             parts.append({"index": index, "function": {"arguments": delta.arguments}})
     return parts
 
 
-def _new_id() -> str:
+def new_call_id() -> str:
+    """Returns an id that no other call has."""
     return f"call_{uuid.uuid4().hex[:24]}"  # as OpenAI's look
 
 

@@ -12,7 +12,9 @@ from llama_jax.serve.protocol.generation import AtLeastOne, GenerationRequest, S
 from llama_jax.serve.protocol.json_reader import decode, refuse
 from llama_jax.serve.protocol.messages import Message
 from llama_jax.serve.protocol.response_input import INPUT_SCHEMA, read_input
+from llama_jax.serve.protocol.response_tools import Choice, Tools
 from llama_jax.serve.protocol.text_format import TextOptions
+from llama_jax.serve.protocol.tools import check_tools
 from llama_jax.serve.protocol.unsupported import LABEL, NoOps
 
 LOGPROBS = "message.output_text.logprobs"
@@ -47,9 +49,6 @@ _NO_OPS: NoOps = {
     "prompt": (),
     "context_management": ([],),
     # other
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),  # without tools there is nothing to choose
-    "parallel_tool_calls": (True, False),
     "max_tool_calls": (),
     "moderation": (),
     "truncation": ("disabled",),
@@ -136,6 +135,9 @@ class ResponsesRequest(GenerationRequest, kw_only=True):
     reasoning: ReasoningOptions | None = None
     include: _Include = None
     top_logprobs: Annotated[int, schema(minimum=0, maximum=MAX_LOGPROBS)] | None = None
+    tools: Tools = None
+    tool_choice: Choice = None
+    parallel_tool_calls: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     metadata: _Metadata = None
     user: str | None = None
@@ -157,6 +159,7 @@ class ResponsesRequest(GenerationRequest, kw_only=True):
         if self.text is not None and self.text.format is not None:
             self.response_format = self.text.format.wanted
         super().check()
+        check_tools(self.tools or (), self.tool_choice)
         if self.max_output_tokens is not None and not 1 <= self.max_output_tokens < 2**63:
             refuse("max_output_tokens must be at least 1, and fit 64 bits.", "max_output_tokens")
         if not 0 <= (self.top_logprobs or 0) <= MAX_LOGPROBS:

@@ -1,7 +1,7 @@
 """The tools of a chat request, and which of them the model must or may call."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
@@ -17,14 +17,14 @@ from llama_jax.serve.protocol.json_reader import (
     refuse,
     refuse_missing,
 )
-from llama_jax.serve.protocol.unsupported import without_no_ops
+from llama_jax.serve.protocol.unsupported import Kind, NoOps, without_no_ops
 from llama_jax.text.tool_grammar import Function
 
 MAX_TOOLS = 128
 MAX_TOOLS_BYTES = 131_072  # of their JSON, in all
 MAX_DEPTH = 64  # of objects and arrays in a schema
 NAME = r"[a-zA-Z0-9_-]{1,64}"  # as in the OpenAI API
-_MODES = ("none", "auto", "required")
+MODES = ("none", "auto", "required")
 
 _STRING = msgspec.json.Decoder(str)
 _BOOL = msgspec.json.Decoder(bool)
@@ -55,8 +55,19 @@ class ToolChoice(NamedTuple):
     names: tuple[str, ...] | None = None
 
 
-def read_tools(raw: Raw, param: str) -> list[Tool]:
+def read_tools(
+    raw: Raw,
+    param: str,
+    read: Callable[[Raw, str], Tool] | None = None,
+    name_at: str = ".function.name",
+) -> list[Tool]:
     """Reads the tools of a request.
+
+    Args:
+      raw: an array.
+      param: the name of its field.
+      read: reads one tool; by default in the form of a chat.
+      name_at: where a tool has its name.
 
     Raises:
       ApiError: with the first error found.
@@ -68,9 +79,9 @@ def read_tools(raw: Raw, param: str) -> list[Tool]:
         refuse(f"{param} may have at most {MAX_TOOLS} functions, not {len(items)}.", param)
     tools: dict[str, Tool] = {}
     for index, item in enumerate(items):
-        tool = _read_tool(item, f"{param}[{index}]")
+        tool = (read or _read_tool)(item, f"{param}[{index}]")
         if tool.function.name in tools:
-            where = f"{param}[{index}].function.name"
+            where = f"{param}[{index}]{name_at}"
             refuse(f"Two tools have the name {tool.function.name!r}.", where)
         tools[tool.function.name] = tool
     return [*tools.values()]
@@ -78,34 +89,59 @@ def read_tools(raw: Raw, param: str) -> list[Tool]:
 
 def _read_tool(raw: Raw, param: str) -> Tool:
     fields = without_no_ops(read_object(raw, param), ("type", "function"), "tool", f"{param}.")
-    kind = _required(fields, "type", param)
-    if (name := decode(_STRING, kind, f"{param}.type")) != "function":
-        refuse(f"{param}: only functions are supported, not {name[:40]!r}.", f"{param}.type")
+    check_kind(fields, param)
     where = f"{param}.function"
-    given = without_no_ops(
-        read_object(_required(fields, "function", param), where),
-        ("name", "description", "parameters", "strict"),
-        "options",
-        f"{where}.",
-    )
-    values: dict[str, Any] = {}  # in the order of the client, as the prompt shows them
-    for key, value in given.items():
-        if key == "parameters":
-            values[key] = _read_parameters(value, f"{where}.{key}")
-        elif key == "strict":
-            values[key] = decode(_BOOL, value, f"{where}.{key}")
-        else:
-            values[key] = decode(_STRING, value, f"{where}.{key}")
-    _required(given, "name", where)
-    if not re.fullmatch(NAME, values["name"]):
-        refuse(
-            f"{where}.name must have 1 to 64 letters, digits, dashes and underscores, got "
-            f"{values['name'][:80]!r}.",
-            f"{where}.name",
-        )
-    function = Function(values["name"], values.get("parameters"), values.get("strict", False))
+    given = read_object(required(fields, "function", param), where)
+    function, values = read_function(given, "options", where)
     definition = {key: values if key == "function" else "function" for key in fields}
     return Tool(function, definition)
+
+
+def check_kind(fields: Fields, param: str) -> None:
+    """Refuses a tool that is no function."""
+    kind = required(fields, "type", param)
+    if (name := decode(_STRING, kind, f"{param}.type")) != "function":
+        refuse(f"{param}: only functions are supported, not {name[:40]!r}.", f"{param}.type")
+
+
+def read_function(
+    fields: Fields, no_ops: Kind | NoOps, param: str
+) -> tuple[Function, dict[str, Any]]:
+    """Reads the definition of a function.
+
+    Args:
+      fields: the fields of the definition.
+      no_ops: the unsupported ones that are accepted, as `without_no_ops` takes them.
+      param: the name of its field.
+
+    Returns:
+      The function, and the values of the fields in the order of the client, as the prompt shows
+      them.
+    """
+    known = ("name", "description", "parameters", "strict")
+    given = without_no_ops(fields, known, no_ops, f"{param}.")
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        where = f"{param}.{key}"
+        if key == "parameters":
+            values[key] = _read_parameters(value, where)
+        elif key == "strict":
+            values[key] = decode(_BOOL, value, where)
+        else:
+            values[key] = decode(_STRING, value, where)
+    required(given, "name", param)
+    check_name(values["name"], f"{param}.name")
+    return Function(values["name"], values.get("parameters"), values.get("strict", False)), values
+
+
+def check_name(name: str, param: str) -> None:
+    """Refuses what cannot be the name of a function."""
+    if not re.fullmatch(NAME, name):
+        refuse(
+            f"{param} must have 1 to 64 letters, digits, dashes and underscores, got "
+            f"{name[:80]!r}.",
+            param,
+        )
 
 
 def _read_parameters(raw: Raw, param: str) -> dict[str, Any]:
@@ -137,9 +173,9 @@ def read_tool_choice(raw: Raw, param: str) -> ToolChoice:
       ApiError: with the first error found.
     """
     if not bytes(raw).startswith(b"{"):
-        return ToolChoice(_read_mode(raw, param, _MODES))
+        return ToolChoice(read_mode(raw, param, MODES))
     fields = read_object(raw, param)
-    kind = decode(_STRING, _required(fields, "type", param), f"{param}.type")
+    kind = decode(_STRING, required(fields, "type", param), f"{param}.type")
     if kind == "function":
         fields = without_no_ops(fields, ("type", "function"), "options", f"{param}.")
         return ToolChoice("required", (_read_name(fields, param),))
@@ -150,13 +186,13 @@ def read_tool_choice(raw: Raw, param: str) -> ToolChoice:
     fields = without_no_ops(fields, ("type", "allowed_tools"), "options", f"{param}.")
     param = f"{param}.allowed_tools"
     allowed = without_no_ops(
-        read_object(_required(fields, "allowed_tools", param.rpartition(".")[0]), param),
+        read_object(required(fields, "allowed_tools", param.rpartition(".")[0]), param),
         ("mode", "tools"),
         "options",
         f"{param}.",
     )
-    mode = _read_mode(_required(allowed, "mode", param), f"{param}.mode", _MODES[1:])
-    items = read_items(_required(allowed, "tools", param), f"{param}.tools")
+    mode = read_mode(required(allowed, "mode", param), f"{param}.mode", MODES[1:])
+    items = read_items(required(allowed, "tools", param), f"{param}.tools")
     if not 1 <= len(items) <= MAX_TOOLS:
         refuse(f"{param}.tools must have 1 to {MAX_TOOLS} functions.", f"{param}.tools")
     names = []
@@ -169,7 +205,8 @@ def read_tool_choice(raw: Raw, param: str) -> ToolChoice:
     return ToolChoice(mode, tuple(names))
 
 
-def _read_mode(raw: Raw, param: str, modes: Sequence[str]) -> Any:
+def read_mode(raw: Raw, param: str, modes: Sequence[str]) -> Any:
+    """Reads one of these words."""
     mode = decode(_STRING, raw, param)
     if mode not in modes:
         refuse(f"{param} must be one of {', '.join(modes)}, got {mode[:40]!r}.", param)
@@ -178,12 +215,13 @@ def _read_mode(raw: Raw, param: str, modes: Sequence[str]) -> Any:
 
 def _read_name(fields: Fields, param: str) -> str:
     where = f"{param}.function"
-    given = read_object(_required(fields, "function", param), where)
+    given = read_object(required(fields, "function", param), where)
     function = without_no_ops(given, ("name",), "options", f"{where}.")
-    return decode(_STRING, _required(function, "name", where), f"{where}.name")
+    return decode(_STRING, required(function, "name", where), f"{where}.name")
 
 
-def _required(fields: Fields, name: str, path: str) -> Raw:
+def required(fields: Fields, name: str, path: str) -> Raw:
+    """Returns the value of a field; raises `ApiError` if it is missing or null."""
     if name not in fields or is_null(fields[name]):
         refuse_missing(f"{path}.{name}")
     return fields[name]
@@ -205,7 +243,7 @@ def check_tools(tools: Sequence[Tool], choice: ToolChoice | None) -> None:
             refuse(f"tool_choice names {name[:64]!r}, which is not among the tools.", "tool_choice")
 
 
-_FUNCTION_SCHEMA = {
+FUNCTION_SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
         "name": {"type": "string", "pattern": f"^{NAME}$"},
@@ -240,7 +278,7 @@ Tools = Annotated[
             "type": "object",
             "properties": {
                 "type": {"const": "function"},
-                "function": _FUNCTION_SCHEMA,
+                "function": FUNCTION_SCHEMA,
                 "cache_control": {},
             },
             "required": ["type", "function"],
@@ -253,7 +291,7 @@ Choice = Annotated[
     schema(
         read_tool_choice,
         anyOf=[
-            {"enum": [None, *_MODES]},
+            {"enum": [None, *MODES]},
             _NAMED_SCHEMA,
             {
                 "type": "object",
@@ -262,7 +300,7 @@ Choice = Annotated[
                     "allowed_tools": {
                         "type": "object",
                         "properties": {
-                            "mode": {"enum": [*_MODES[1:]]},
+                            "mode": {"enum": [*MODES[1:]]},
                             "tools": {"type": "array", "items": _NAMED_SCHEMA, "minItems": 1},
                         },
                         "required": ["mode", "tools"],
