@@ -95,7 +95,10 @@ class ResponseWriter:
         """Ends the response with an error."""
         yield from self._end_item("incomplete")
         self.response["status"] = "failed"
-        self.response["error"] = {"code": "server_error", "message": error.message}
+        self.response["error"] = {
+            "code": "server_error" if error.status >= 500 else "invalid_prompt",
+            "message": error.message,
+        }
         yield self._of_response("response.failed")
 
     def _begin_message(self) -> Iterator[StreamEvent]:
