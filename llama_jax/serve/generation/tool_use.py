@@ -128,16 +128,18 @@ def whole_calls(deltas: Iterable[CallDelta]) -> list[ToolCall]:
 
 
 def call_deltas(deltas: Iterable[CallDelta]) -> list[ToolCallDelta]:
-    """Returns parts of calls as a stream has them: the name comes with no arguments yet."""
+    """Returns parts of calls as a stream has them.
+
+    An event has one part of a call: the OpenAI SDK takes two for two calls.
+    """
     parts: list[ToolCallDelta] = []
     for delta in deltas:
-        index = delta.index
+        function: FunctionCallDelta = {"arguments": delta.arguments}
+        part: ToolCallDelta = {"index": delta.index, "function": function}
         if delta.name is not None:
-            head: FunctionCallDelta = {"name": delta.name, "arguments": ""}
-            call_id = new_call_id()
-            parts.append({"index": index, "id": call_id, "type": "function", "function": head})
-        if delta.arguments:
-            parts.append({"index": index, "function": {"arguments": delta.arguments}})
+            part |= {"id": new_call_id(), "type": "function"}
+            function["name"] = delta.name
+        parts.append(part)
     return parts
 
 

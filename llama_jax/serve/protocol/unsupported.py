@@ -69,6 +69,7 @@ _NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
 _NO_OP_VALUES_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "name": (_ANYTHING,),  # no template of Llama 3 renders it
     "parsed": (_ANYTHING,),  # what the OpenAI SDK read from the content
+    "provider_specific_fields": (_ANYTHING,),  # LiteLLM's own
     "cache_control": (_ANYTHING,),
     "refusal": (),
     "audio": (),
@@ -78,7 +79,6 @@ _NO_OP_VALUES_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "function_call": (),
     "reasoning": (),
     "reasoning_content": (),
-    "provider_specific_fields": (_ANYTHING,),  # LiteLLM's own, with every answer
 }
 
 # The same for a part of a message.
@@ -92,6 +92,7 @@ _NO_OP_VALUES_IN_TOOL: dict[str, tuple[Any, ...]] = {"cache_control": (_ANYTHING
 _NO_OP_VALUES_IN_CALL: dict[str, tuple[Any, ...]] = {
     "index": (_ANYTHING,),  # from the deltas of a stream
     "parsed_arguments": (_ANYTHING,),  # what the OpenAI SDK read from the arguments
+    "provider_specific_fields": (_ANYTHING,),
     "cache_control": (_ANYTHING,),
 }
 
