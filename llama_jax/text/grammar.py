@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llguidance import LLParserLimits, LLTokenizer
 
 MAX_GRAMMAR_CHARACTERS = 131_072
+JSON_OBJECT = {"type": "object"}  # the schema of any object
 # Between two tokens of JSON: enough to indent, but a model cannot go on with it for ever.
 _OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}"}
 _MAX_LEXER_STATES = 20_000  # of up to 2 kB each
@@ -53,7 +54,7 @@ def json_schema_grammar(schema: Any) -> str:
 
 def json_object_grammar() -> str:
     """Any JSON object."""
-    return json_schema_grammar({"type": "object"})
+    return json_schema_grammar(JSON_OBJECT)
 
 
 def regex_grammar(pattern: str) -> str:
