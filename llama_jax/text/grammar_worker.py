@@ -47,8 +47,10 @@ class GrammarWorker:
         """
         try:
             request = json.dumps([kind, value])
-        except RecursionError:
-            raise GrammarError("The grammar is nested too deeply.") from None
+        except (RecursionError, ValueError):
+            raise GrammarError(
+                "The grammar is nested too deeply, or has too large a number."
+            ) from None
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "llama_jax.text.grammar_worker"],

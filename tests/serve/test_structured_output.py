@@ -91,6 +91,7 @@ def nested(depth: int) -> dict:
         (outputs(json_object=False), "structured_outputs"),
         (outputs(json=SCHEMA, regex="a"), "structured_outputs"),
         (outputs(structural_tag="x"), "structured_outputs.structural_tag"),
+        (outputs(json={"maximum": 10**30}), "structured_outputs.json"),
         (outputs(choice=[]), "structured_outputs.choice"),
         (outputs(choice="a"), "structured_outputs.choice"),
         (outputs(choice=["a", 1]), "structured_outputs.choice"),

@@ -30,7 +30,7 @@ class GrammarCheck:
         """
         if wanted is None:
             return ""
-        key = msgspec.msgpack.encode((wanted.kind, wanted.value))
+        key = msgspec.json.encode((wanted.kind, wanted.value))
         if key in self._known:  # it does not wait for the checks of others
             self._known.move_to_end(key)
             return self._known[key]
