@@ -22,6 +22,13 @@ MAX_GRAMMAR_CHARACTERS = 131_072
 JSON_OBJECT = {"type": "object"}  # the schema of any object
 # Between two tokens of JSON: enough to indent, but a model cannot go on with it for ever.
 _OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}"}
+# The formats that JSON Schema defines. Others, such as "password", only describe.
+_FORMATS = frozenset(
+    "date-time date time duration email idn-email hostname idn-hostname ipv4 ipv6 uri "
+    "uri-reference iri iri-reference uuid uri-template json-pointer relative-json-pointer "
+    "regex".split()
+)
+_DATA = frozenset(["const", "default", "enum", "examples"])  # not schemas
 _MAX_LEXER_STATES = 20_000  # of up to 2 kB each
 _MAX_REASON = 300  # characters
 
@@ -43,13 +50,26 @@ def json_schema_grammar(schema: Any) -> str:
         raise GrammarError(f"A JSON schema must be an object, not {type(schema).__name__}.")
     if schema is False:
         raise GrammarError("No JSON is valid under the schema false.")
-    schema = {} if schema is True else schema
     try:
+        schema = {} if schema is True else _without_descriptions(schema)
         return json.dumps({"grammars": [{"json_schema": {"x-guidance": _OPTIONS, **schema}}]})
     except (TypeError, ValueError, RecursionError):
         raise GrammarError(
             "The JSON schema cannot be written as JSON, or it is nested too deeply."
         ) from None
+
+
+def _without_descriptions(schema: Any) -> Any:
+    """Leaves out formats that JSON Schema does not define: llguidance does not know them."""
+    if isinstance(schema, list):
+        return [_without_descriptions(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        name: value if name in _DATA else _without_descriptions(value)
+        for name, value in schema.items()
+        if name != "format" or not isinstance(value, str) or value in _FORMATS
+    }
 
 
 def json_object_grammar() -> str:

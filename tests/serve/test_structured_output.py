@@ -107,6 +107,7 @@ def nested(depth: int) -> dict:
         ({"guided_json": SCHEMA, "guided_regex": "a"}, "guided_regex"),
         ({"response_format": {"type": "json_object"}, **outputs(regex="a")}, "structured_outputs"),
         ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [5] * 5000}, "allowed_token_ids"),
         ({"allowed_token_ids": [320]}, "allowed_token_ids"),
         ({"allowed_token_ids": [-1]}, "allowed_token_ids"),
         ({"allowed_token_ids": ["1"]}, "allowed_token_ids"),
