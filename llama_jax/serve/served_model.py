@@ -16,6 +16,7 @@ from llama_jax.serve.errors import (
     unavailable,
 )
 from llama_jax.serve.generation.admission import Admission
+from llama_jax.serve.generation.grammar_check import GrammarCheck
 from llama_jax.serve.monitoring.metrics import Metrics
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -35,6 +36,7 @@ class ServedModel:
       defaults: the sampling parameters that a request does not set.
       created: when the server started, in seconds since 1970.
       draining: whether the server is shutting down and accepts no new requests.
+      grammars: checks the grammars of requests.
       admission: admits requests while the engine has room.
     """
 
@@ -46,6 +48,7 @@ class ServedModel:
     defaults: SamplingParams
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
+    grammars: GrammarCheck = field(default_factory=GrammarCheck)
     admission: Admission = field(init=False)
 
     def __post_init__(self) -> None:

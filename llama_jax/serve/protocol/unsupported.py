@@ -26,7 +26,6 @@ _NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1,),
     "best_of": (1,),
     "use_beam_search": (False,),
-    "allowed_token_ids": (),
     "bad_words": ([],),
     "logits_processors": (),
     # the response
@@ -40,12 +39,6 @@ _NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
     "spaces_between_special_tokens": (True,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     # chat
     "tools": ([],),
     "tool_choice": ("none", "auto"),  # without tools there is nothing to choose

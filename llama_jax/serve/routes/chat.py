@@ -6,7 +6,7 @@ from starlette.routing import Route
 
 from llama_jax.serve.generation.chat_format import ChatFormat
 from llama_jax.serve.generation.respond import make_job, respond
-from llama_jax.serve.generation.tool_use import constrained, tool_use
+from llama_jax.serve.generation.tool_use import tool_use
 from llama_jax.serve.protocol.chat import ChatRequest
 from llama_jax.serve.protocol.request_body import read
 from llama_jax.serve.routes.tokenization import encode_messages
@@ -25,7 +25,8 @@ def chat_route(served: ServedModel) -> Route:
         tools = tool_use(served, body)
         definitions = None if tools is None else tools.definitions
         prompt = await encode_messages(served, body.messages, definitions)
-        params = await constrained(served, body.sampling_params(served.defaults), tools)
+        wanted = body.wanted_grammar if tools is None else tools.wanted_grammar
+        params = body.sampling_params(served.defaults, await served.grammars.grammar(wanted))
         job = make_job("messages", [prompt], params, body, arrived, tools)
         format = ChatFormat(served.tokenizer, tools is not None)
         return await respond(served, request, format, job)

@@ -25,7 +25,8 @@ def completions_route(served: ServedModel) -> Route:
             await encode_text(served, item) if isinstance(item, str) else item
             for item in body.prompt
         ]
-        params = body.sampling_params(served.defaults)
+        grammar = await served.grammars.grammar(body.wanted_grammar)
+        params = body.sampling_params(served.defaults, grammar)
         job = make_job("prompt", prompts, params, body, arrived)
         return await respond(served, request, CompletionFormat(served.tokenizer), job)
 
