@@ -8,11 +8,14 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from llama_jax.text.grammar import DATA, without_other_formats
+
 MAX_CALLS = 16  # in one answer
 
 # As `tojson` writes it in the chat template: a model that has seen calls has seen this.
 _ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _KEYS = "name|type|function|parameters|arguments"  # that a call may begin with
+_NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 _COMBINED = ("$ref", "allOf", "anyOf", "oneOf", "patternProperties", "if")
 
 
@@ -55,12 +58,65 @@ def tool_grammar(functions: Sequence[Function], *, required: bool, several: bool
     return "\n".join(rules) + "\n"
 
 
+def write_tools(value: tuple[Sequence[Sequence[Any]], bool, bool]) -> str:
+    """Returns `tool_grammar` of functions that were sent as JSON, `required` and `several`."""
+    functions, required, several = value
+    given = [Function(*function) for function in functions]
+    return tool_grammar(given, required=required, several=several)
+
+
+def calls_or_json(functions: Sequence[Function], answer: Any) -> dict[str, Any]:
+    """Returns the schema of answers that are a call, or JSON of another schema.
+
+    Args:
+      functions: those that may be called.
+      answer: a JSON schema.
+    """
+    definitions = {"answer": _moved(answer, "#/$defs/answer")}
+    calls = []
+    for index, function in enumerate(functions):
+        place = f"arguments_{index}"
+        definitions[place] = _moved(_closed(function), f"#/$defs/{place}")
+        calls.append(
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": function.name},
+                    "parameters": {"$ref": f"#/$defs/{place}"},
+                },
+                "required": ["name", "parameters"],
+                "additionalProperties": False,
+            }
+        )
+    return {"anyOf": [*calls, {"$ref": "#/$defs/answer"}], "$defs": definitions}
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """Returns a schema whose references hold when it stands at another place of a document."""
+    if isinstance(schema, list):
+        return [_moved(item, place) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key == "$ref" and isinstance(value, str) and value.startswith("#"):
+            moved[key] = place + value[1:]
+        elif key in _NAMED_SCHEMAS and isinstance(value, dict):
+            moved[key] = {name: _moved(item, place) for name, item in value.items()}
+        else:
+            moved[key] = value if key in DATA else _moved(value, place)
+    return moved
+
+
 def _arguments_schema(function: Function) -> dict[str, Any]:
-    given = function.parameters
-    if given is None:
-        given = {"properties": {}}
-    schema = {**given, "type": "object"}
-    # A function has the parameters that it declares, and no others.
+    options = {**_ONE_LINE, "lenient": not function.strict}
+    return {**_closed(function), "x-guidance": options}
+
+
+def _closed(function: Function) -> dict[str, Any]:
+    """The schema of the arguments: those that the function declares, and no others."""
+    given = {"properties": {}} if function.parameters is None else function.parameters
+    schema = {**without_other_formats(given), "type": "object"}
     if "properties" in schema and not any(key in schema for key in _COMBINED):
         schema.setdefault("additionalProperties", False)
-    return {**schema, "x-guidance": {**_ONE_LINE, "lenient": not function.strict}}
+    return schema

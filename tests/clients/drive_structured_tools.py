@@ -14,7 +14,7 @@ import litellm
 import openai
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel, Field
-from pydantic_ai import Agent, ToolOutput
+from pydantic_ai import Agent, NativeOutput, ToolOutput
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
@@ -67,18 +67,20 @@ def drive_openai(client: openai.OpenAI, model: str) -> None:
 
 def drive_instructor(client: openai.OpenAI, model: str) -> None:
     messages = [{"role": "user", "content": QUESTION}]
-    for mode in (instructor.Mode.TOOLS, instructor.Mode.TOOLS_STRICT):
+    for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON, instructor.Mode.JSON_SCHEMA):
         subject = instructor.from_openai(client, mode=mode)
         fields = {"model": model, "messages": messages, "max_retries": 0}
         assert isinstance(subject.create(response_model=Forecast, **fields), Forecast)
-        *_, place = subject.create_partial(response_model=Place, **fields)
-        assert isinstance(place.district, int)
+        if mode is instructor.Mode.TOOLS:
+            *_, place = subject.create_partial(response_model=Place, **fields)
+            assert isinstance(place.district, int)
 
 
 def drive_langchain(url: str, model: str) -> None:
     chat = ChatOpenAI(base_url=url, api_key="none", model=model, temperature=1, seed=3)
-    structured = chat.with_structured_output(Forecast, method="function_calling")
-    assert isinstance(structured.invoke(QUESTION), Forecast)
+    for method in ("function_calling", "json_schema"):
+        structured = chat.with_structured_output(Forecast, method=method)
+        assert isinstance(structured.invoke(QUESTION), Forecast)
     for choice in ("any", "Place", True):
         tools = [Place] if choice is True else [Forecast, Place]
         [call] = chat.bind_tools(tools, tool_choice=choice).invoke(QUESTION).tool_calls
@@ -101,7 +103,8 @@ def drive_litellm(url: str, model: str) -> None:
 
 def drive_pydantic_ai(url: str, model: str) -> None:
     provider = OpenAIProvider(base_url=url, api_key="none")
-    for output in (Forecast, [Forecast, Place], ToolOutput(Place, strict=True)):
+    outputs = (Forecast, [Forecast, Place], ToolOutput(Place, strict=True), NativeOutput(Place))
+    for output in outputs:
         agent = Agent(OpenAIChatModel(model, provider=provider), output_type=output, retries=0)
         assert isinstance(agent.run_sync(QUESTION).output, (Forecast, Place))
 

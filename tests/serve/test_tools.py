@@ -3,7 +3,9 @@
 import json
 
 import pytest
+from llguidance import LLMatcher
 
+from llama_jax.text import grammar
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.text.tool_grammar import Function, tool_grammar
 from tests.support.fake_client import FakeServer, error_of, ok, user
@@ -370,6 +372,37 @@ def test_only_allowed_tools_are_called():
     choice = server.chat(tools=[ADD, tool("sub")], tool_choice=ALLOWED)["choices"][0]
     assert (choice["message"]["content"], choice["finish_reason"]) == (CALL, "stop")
     assert "Adds two numbers." in server.tokenizer.decode(server.engine.requests[-1][0])
+
+
+JSON_ANSWER = {
+    "type": "json_schema",
+    "json_schema": {"name": "x", "schema": {"type": "object", "required": ["x"]}},
+}
+
+
+@pytest.mark.parametrize("choice", ["auto", "none", "required"])
+def test_tools_and_a_response_format(server, choice):
+    """An answer without calls has the format; one that must be a call has none."""
+    body = chat_with(tools=[ADD], tool_choice=choice, response_format=JSON_ANSWER)
+    ok(server.post(CHAT, body))
+    _, params = server.engine.requests.pop()
+    for answer, valid in (
+        ('{"x": 1}', choice != "required"),
+        ('{"name": "add", "parameters": {"a": 1}}', choice != "none"),
+        ('{"name": "add", "parameters": {}}', False),
+    ):
+        matcher = LLMatcher(grammar._byte_tokenizer(), params.grammar, log_level=0)
+        matched = matcher.consume_tokens(list(answer.encode())) and matcher.is_accepting()
+        assert matched == valid, answer
+
+
+def test_a_regex_cannot_be_combined_with_tools_that_may_be_called(server):
+    fields = {"tools": [ADD], "guided_regex": "a+"}
+    error = error_of(server.post(CHAT, chat_with(**fields)))
+    assert error["param"] == "guided_regex"
+    ok(server.post(CHAT, chat_with(**fields, tool_choice="none")))
+    ok(server.post(CHAT, chat_with(**fields, tool_choice="required")))
+    server.engine.requests.clear()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from llguidance import LLMatcher
 from llama_jax.text import grammar as grammars
 from llama_jax.text.grammar import GrammarError, check_grammar
 from llama_jax.text.tool_calls import ToolCallParser
-from llama_jax.text.tool_grammar import Function, tool_grammar
+from llama_jax.text.tool_grammar import Function, calls_or_json, tool_grammar
 
 CITY = {
     "type": "object",
@@ -46,7 +46,7 @@ CALLS = [
     ('{"name": "get_weather", "parameters": {"city": "Paris", "town": ""}}', False),
     ('{"name": "now", "parameters": {"x": 1}}', False),
     ('{"name": "later", "parameters": {}}', False),
-    ('{"name": "now"}', False),
+    ('{"name": "now", "x": 1}', False),
     (f"{NOW} ", False),
 ]
 TEXTS = ["", "Hello", "{", '{"answer": 1}', "[1]", "Use <function=now>", f"Like this: {NOW}"]
@@ -83,7 +83,7 @@ def test_a_schema_that_cannot_be_obeyed():
     def grammar_of(schema: dict, strict: bool) -> str:
         return tool_grammar([Function("f", schema, strict)], required=True, several=False)
 
-    unknown = {"properties": {"a": {"type": "string", "format": "haiku"}}}
+    unknown = {"properties": {"a": {"type": "array", "uniqueItems": True}}}
     check_grammar(grammar_of(unknown, strict=False))
     with pytest.raises(GrammarError):
         check_grammar(grammar_of(unknown, strict=True))
@@ -100,6 +100,25 @@ def test_a_client_cannot_write_grammar():
     arguments = json.dumps({next(iter(evil)): 'é"\\\n'}, ensure_ascii=False)
     assert accepts(grammar, f'{{"name": "f", "parameters": {arguments}}}')
     assert not accepts(grammar, "x")
+
+
+ANSWER = {
+    "type": "object",
+    "properties": {"name": {"$ref": "#/$defs/Days"}, "const": {"$ref": "#/$defs/Days"}},
+    "required": ["name"],
+    "additionalProperties": False,
+    "$defs": {"Days": {"type": "string"}},
+}
+
+
+@pytest.mark.parametrize(("text", "valid"), [case for case in CALLS if case[0] != f"{NOW} "])
+def test_a_call_or_json(text, valid):
+    grammar = grammars.json_schema_grammar(calls_or_json(FUNCTIONS, ANSWER))
+    check_grammar(grammar)
+    assert accepts(grammar, text) == valid
+    assert accepts(grammar, '{"name": "Bob", "const": "x"}')
+    assert not accepts(grammar, '{"name": 5}')
+    assert not accepts(grammar, "Hello")
 
 
 schemas = st.fixed_dictionaries(

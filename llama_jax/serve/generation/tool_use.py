@@ -1,12 +1,10 @@
 """What a request makes of its tools: a prompt, a constraint, and a parser of the answer."""
 
-import dataclasses
 import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from llama_jax.client.text import TextDelta
-from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.serve.errors import ApiError
 from llama_jax.serve.protocol.chat import ChatRequest
 from llama_jax.serve.protocol.response_types import (
@@ -17,11 +15,11 @@ from llama_jax.serve.protocol.response_types import (
     ToolCallDelta,
 )
 from llama_jax.serve.protocol.responses import ResponsesRequest
+from llama_jax.serve.protocol.structured_output import WantedGrammar
 from llama_jax.serve.protocol.tools import ToolChoice
 from llama_jax.serve.served_model import ServedModel
-from llama_jax.text.grammar import GrammarError, check_grammar
 from llama_jax.text.tool_calls import PYTHON_TAG, TAG, CallDelta, ToolCallParser
-from llama_jax.text.tool_grammar import Function, tool_grammar
+from llama_jax.text.tool_grammar import Function, calls_or_json
 
 
 class ToolUse(NamedTuple):
@@ -32,26 +30,30 @@ class ToolUse(NamedTuple):
       functions: those that may be called.
       choice: what the model is to do with them.
       parallel: whether an answer may have several calls; None if the client does not say.
+      answer: what an answer without calls must match.
     """
 
     definitions: list[dict[str, Any]]
     functions: list[Function]
     choice: ToolChoice
     parallel: bool | None
+    answer: WantedGrammar | None
 
     @property
-    def grammar(self) -> str:
-        """What answers must match; empty if they need not.
+    def wanted_grammar(self) -> WantedGrammar | None:
+        """What answers must match, if anything.
 
         An answer that must be a call is one call, as Llama 3.1 was trained, unless the client asks
         for several: a model that knows no end would go on calling.
         """
         required = self.choice.mode == "required"
         strict = any(function.strict for function in self.functions)
+        if self.answer is not None and not required:
+            return calls_or_answer(self.functions, self.answer)
         if not (required or strict or self.choice.names):
-            return ""
+            return None
         several = self.parallel is True or (self.parallel is None and not required)
-        return tool_grammar(self.functions, required=required, several=several)
+        return WantedGrammar("tools", "tools", [self.functions, required, several])
 
     def parser(self) -> ToolCallParser:
         """Returns a parser for one answer."""
@@ -76,25 +78,20 @@ def tool_use(served: ServedModel, body: ChatRequest | ResponsesRequest) -> ToolU
     if choice.names is not None:
         functions = [function for function in functions if function.name in choice.names]
     definitions = [tool.definition for tool in body.tools]
-    return ToolUse(definitions, functions, choice, body.parallel_tool_calls)
+    return ToolUse(definitions, functions, choice, body.parallel_tool_calls, body.wanted_grammar)
 
 
-async def constrained(
-    served: ServedModel, params: list[SamplingParams], tools: ToolUse | None
-) -> list[SamplingParams]:
-    """Returns the parameters of each choice, with the grammar that the tools ask for.
-
-    Raises:
-      ApiError: a schema cannot be obeyed.
-    """
-    grammar = "" if tools is None else tools.grammar
-    if not grammar:
-        return params
-    try:
-        await served.in_thread(check_grammar, grammar)
-    except GrammarError as error:
-        raise ApiError(400, str(error), param="tools", code="invalid_value") from error
-    return [dataclasses.replace(choice, grammar=grammar) for choice in params]
+def calls_or_answer(functions: Sequence[Function], answer: WantedGrammar) -> WantedGrammar:
+    """Returns what an answer must match that is a call, or matches something itself."""
+    if answer.kind != "json_schema":
+        raise ApiError(
+            400,
+            f"{answer.param} cannot be combined with tools that the model may or may not call: "
+            "leave one of them out, use a JSON schema, or set tool_choice to required or none.",
+            param=answer.param,
+            code="invalid_value",
+        )
+    return answer._replace(value=calls_or_json(functions, answer.value))
 
 
 class ParsedDelta(NamedTuple):

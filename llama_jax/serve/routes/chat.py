@@ -5,9 +5,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from llama_jax.serve.generation.chat_format import ChatFormat
-from llama_jax.serve.generation.grammar_check import grammar_of
 from llama_jax.serve.generation.respond import make_job, respond
-from llama_jax.serve.generation.tool_use import constrained, tool_use
+from llama_jax.serve.generation.tool_use import tool_use
 from llama_jax.serve.protocol.chat import ChatRequest
 from llama_jax.serve.protocol.request_body import read
 from llama_jax.serve.routes.tokenization import encode_messages
@@ -26,8 +25,8 @@ def chat_route(served: ServedModel) -> Route:
         tools = tool_use(served, body)
         definitions = None if tools is None else tools.definitions
         prompt = await encode_messages(served, body.messages, definitions)
-        params = body.sampling_params(served.defaults, await grammar_of(body))
-        params = await constrained(served, params, tools)
+        wanted = body.wanted_grammar if tools is None else tools.wanted_grammar
+        params = body.sampling_params(served.defaults, await served.grammars.grammar(wanted))
         job = make_job("messages", [prompt], params, body, arrived, tools)
         format = ChatFormat(served.tokenizer, tools is not None)
         return await respond(served, request, format, job)

@@ -5,10 +5,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from llama_jax.serve.errors import ApiError
-from llama_jax.serve.generation.grammar_check import grammar_of
 from llama_jax.serve.generation.respond import generate, make_job
 from llama_jax.serve.generation.responses_format import ResponsesFormat
-from llama_jax.serve.generation.tool_use import constrained, tool_use
+from llama_jax.serve.generation.tool_use import tool_use
 from llama_jax.serve.protocol.request_body import read
 from llama_jax.serve.protocol.responses import ResponsesRequest
 from llama_jax.serve.routes.tokenization import encode_messages
@@ -30,8 +29,8 @@ def responses_routes(served: ServedModel) -> list[Route]:
         except ApiError as error:
             error.param = "input"
             raise
-        params = body.sampling_params(served.defaults, await grammar_of(body))
-        params = await constrained(served, params, tools)
+        wanted = body.wanted_grammar if tools is None else tools.wanted_grammar
+        params = body.sampling_params(served.defaults, await served.grammars.grammar(wanted))
         job = make_job("input", [prompt], params, body, arrived, tools)
         format = ResponsesFormat(served.tokenizer, served.name, body, params[0], len(prompt))
         return await generate(served, request, job, whole=format.whole, events=format.events)
