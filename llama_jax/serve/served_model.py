@@ -16,6 +16,7 @@ from llama_jax.serve.errors import (
     unavailable,
 )
 from llama_jax.serve.generation.admission import Admission
+from llama_jax.serve.generation.grammar_check import GrammarCheck
 from llama_jax.serve.monitoring.metrics import Metrics
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -36,6 +37,7 @@ class ServedModel:
       aliases: other names that requests may use.
       created: when the server started, in seconds since 1970.
       draining: whether the server is shutting down and accepts no new requests.
+      grammars: checks the grammars of requests.
       keep_alive_seconds: the time without an event after which a stream gets a comment; None for no
         comments.
       admission: admits requests while the engine has room.
@@ -50,6 +52,7 @@ class ServedModel:
     aliases: tuple[str, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
+    grammars: GrammarCheck = field(default_factory=GrammarCheck)
     keep_alive_seconds: float | None = 15.0
     admission: Admission = field(init=False)
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Annotated, Any, Literal
 
 from llama_jax.config.sampling_params import (
+    MAX_ALLOWED_TOKEN_IDS,
     MAX_LOGIT_BIAS,
     MAX_STOP_TOKEN_IDS,
     MAX_TOP_K,
@@ -114,7 +115,10 @@ class GenerationRequest(RequestBody):
         Annotated[list[int], schema(read_integers, maxItems=MAX_STOP_TOKEN_IDS)] | None
     ) = None
     ignore_eos: bool | None = None
-    allowed_token_ids: Annotated[list[int], schema(read_integers, minItems=1)] | None = None
+    allowed_token_ids: (
+        Annotated[list[int], schema(read_integers, minItems=1, maxItems=MAX_ALLOWED_TOKEN_IDS)]
+        | None
+    ) = None
     response_format: ResponseFormat = None
     structured_outputs: StructuredOutputs = None
     guided_json: GuidedJson = None
@@ -134,8 +138,12 @@ class GenerationRequest(RequestBody):
             refuse(f"cache_salt may have at most {MAX_SALT_CHARACTERS} characters.", "cache_salt")
         if len(self.stop_token_ids or ()) > MAX_STOP_TOKEN_IDS:
             refuse(f"stop_token_ids may have at most {MAX_STOP_TOKEN_IDS} ids.", "stop_token_ids")
-        if self.allowed_token_ids == []:
-            refuse("allowed_token_ids is empty: no token could be chosen.", "allowed_token_ids")
+        if self.allowed_token_ids is not None:
+            if not 1 <= len(self.allowed_token_ids) <= MAX_ALLOWED_TOKEN_IDS:
+                refuse(
+                    f"allowed_token_ids must have 1 to {MAX_ALLOWED_TOKEN_IDS} ids.",
+                    "allowed_token_ids",
+                )
         ways = self._ways
         if len(ways) > 1:
             refuse(f"{ways[0]} and {ways[1]} cannot be combined: send one.", ways[1])

@@ -1,12 +1,10 @@
 """The fields of a request that say what its answer must look like.
 
 OpenAI has `response_format`, vLLM `structured_outputs` and before that `guided_json` and others.
-Each is read into a `WantedGrammar`; the grammar itself is written and checked later, in a thread
-(`llama_jax.serve.generation.grammar_check`).
+Each is read into a `WantedGrammar`; the grammar itself is written and checked later, in a process
+of its own (`llama_jax.text.grammar_worker`).
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -21,14 +19,7 @@ from llama_jax.serve.protocol.json_reader import (
     refuse,
     refuse_missing,
 )
-from llama_jax.text.grammar import (
-    MAX_GRAMMAR_CHARACTERS,
-    choice_grammar,
-    json_object_grammar,
-    json_schema_grammar,
-    lark_grammar,
-    regex_grammar,
-)
+from llama_jax.text.grammar import JSON_OBJECT, MAX_GRAMMAR_CHARACTERS
 
 _STRING = msgspec.json.Decoder(str)
 _STRINGS = msgspec.json.Decoder(list[str])
@@ -52,11 +43,13 @@ class WantedGrammar(NamedTuple):
 
     Attributes:
       param: the field that says so, such as "response_format.json_schema.schema".
-      write: writes the grammar; raises `GrammarError`.
+      kind: a key of `grammar_worker.WRITERS`.
+      value: what that function takes.
     """
 
     param: str
-    write: Callable[[], str]
+    kind: str
+    value: Any
 
 
 def read_json_schema(raw: Raw, param: str) -> WantedGrammar:
@@ -68,26 +61,25 @@ def read_json_schema(raw: Raw, param: str) -> WantedGrammar:
             value = _ANY.decode(value)
         except (msgspec.DecodeError, RecursionError):
             refuse(f"{param} is a string that is not valid JSON.", param)
-    return WantedGrammar(param, partial(json_schema_grammar, value))
+    return WantedGrammar(param, "json_schema", value)
 
 
 def read_regex(raw: Raw, param: str) -> WantedGrammar:
     """Reads a regular expression."""
     _check_size(raw, param)
-    return WantedGrammar(param, partial(regex_grammar, decode(_STRING, raw, param)))
+    return WantedGrammar(param, "regex", decode(_STRING, raw, param))
 
 
 def read_choice(raw: Raw, param: str) -> WantedGrammar:
     """Reads a list of texts to choose from."""
     _check_size(raw, param)
-    choices = decode(_STRINGS, raw, param)
-    return WantedGrammar(param, partial(choice_grammar, choices))
+    return WantedGrammar(param, "choice", decode(_STRINGS, raw, param))
 
 
 def read_grammar(raw: Raw, param: str) -> WantedGrammar:
     """Reads a context-free grammar."""
     _check_size(raw, param)
-    return WantedGrammar(param, partial(lark_grammar, decode(_STRING, raw, param)))
+    return WantedGrammar(param, "lark", decode(_STRING, raw, param))
 
 
 def read_response_format(raw: Raw, param: str) -> WantedGrammar | None:
@@ -99,7 +91,7 @@ def read_response_format(raw: Raw, param: str) -> WantedGrammar | None:
             refuse_missing(f"{param}.json_schema")
         wanted = _read_named_schema(fields.pop("json_schema"), f"{param}.json_schema")
     elif kind == "json_object":
-        wanted = WantedGrammar(param, json_object_grammar)
+        wanted = WantedGrammar(param, "json_schema", JSON_OBJECT)
         if "schema" in fields:  # as in llama.cpp
             wanted = read_json_schema(fields.pop("schema"), f"{param}.schema")
     elif kind == "text":
@@ -117,7 +109,7 @@ def _read_named_schema(raw: Raw, param: str) -> WantedGrammar:
             decode(_STRING, fields.pop(name), f"{param}.{name}")
     if "strict" in fields:  # the answer always follows the schema
         decode(_BOOL, fields.pop("strict"), f"{param}.strict")
-    wanted = WantedGrammar(param, json_object_grammar)
+    wanted = WantedGrammar(param, "json_schema", JSON_OBJECT)
     if "schema" in fields:
         wanted = read_json_schema(fields.pop("schema"), f"{param}.schema")
     _refuse_rest(fields, param)
@@ -142,7 +134,7 @@ def read_structured_outputs(raw: Raw, param: str) -> WantedGrammar:
     ]
     name = f"{param}.json_object"
     if "json_object" in fields and decode(_BOOL, fields.pop("json_object"), name):
-        wanted.append(WantedGrammar(name, json_object_grammar))
+        wanted.append(WantedGrammar(name, "json_schema", JSON_OBJECT))
     _refuse_rest(fields, param)
     if len(wanted) != 1:
         refuse(f"{param} must have one of {', '.join(_READERS)} and json_object.", param)

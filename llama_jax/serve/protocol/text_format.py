@@ -9,7 +9,7 @@ from llama_jax.serve.protocol.body import RequestBody, schema
 from llama_jax.serve.protocol.json_reader import decode, read_object, refuse, refuse_missing
 from llama_jax.serve.protocol.structured_output import WantedGrammar, read_json_schema
 from llama_jax.serve.protocol.unsupported import NoOps, without_no_ops
-from llama_jax.text.grammar import json_object_grammar
+from llama_jax.text.grammar import JSON_OBJECT
 
 _KINDS = ("text", "json_object", "json_schema")
 
@@ -46,7 +46,7 @@ def read_text_format(raw: Raw, param: str) -> TextFormat:
     fields = without_no_ops(given, ("type", *named), {}, f"{param}.")
     wanted = None
     if kind == "json_object":
-        wanted = WantedGrammar(param, json_object_grammar)
+        wanted = WantedGrammar(param, "json_schema", JSON_OBJECT)
     if kind == "json_schema":
         for name in ("name", "schema"):
             if name not in fields:

@@ -5,7 +5,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from llama_jax.serve.generation.chat_format import ChatFormat
-from llama_jax.serve.generation.grammar_check import grammar_of
 from llama_jax.serve.generation.respond import make_job, respond
 from llama_jax.serve.protocol.chat import ChatRequest
 from llama_jax.serve.protocol.request_body import read
@@ -23,7 +22,8 @@ def chat_route(served: ServedModel) -> Route:
         served.check_name(body.model)
         served.check_room(1, body.choices)
         prompt = await encode_messages(served, body.messages)
-        params = body.sampling_params(served.defaults, await grammar_of(body))
+        grammar = await served.grammars.grammar(body.wanted_grammar)
+        params = body.sampling_params(served.defaults, grammar)
         job = make_job("messages", [prompt], params, body, arrived)
         return await respond(served, request, ChatFormat(served.tokenizer), job)
 

@@ -5,7 +5,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from llama_jax.serve.generation.completion_format import CompletionFormat
-from llama_jax.serve.generation.grammar_check import grammar_of
 from llama_jax.serve.generation.respond import make_job, respond
 from llama_jax.serve.protocol.completion import CompletionRequest
 from llama_jax.serve.protocol.request_body import read
@@ -26,7 +25,8 @@ def completions_route(served: ServedModel) -> Route:
             await encode_text(served, item) if isinstance(item, str) else item
             for item in body.prompt
         ]
-        params = body.sampling_params(served.defaults, await grammar_of(body))
+        grammar = await served.grammars.grammar(body.wanted_grammar)
+        params = body.sampling_params(served.defaults, grammar)
         job = make_job("prompt", prompts, params, body, arrived)
         return await respond(served, request, CompletionFormat(served.tokenizer), job)
 

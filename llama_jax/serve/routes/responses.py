@@ -5,7 +5,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from llama_jax.serve.errors import ApiError
-from llama_jax.serve.generation.grammar_check import grammar_of
 from llama_jax.serve.generation.respond import generate, make_job
 from llama_jax.serve.generation.responses_format import ResponsesFormat
 from llama_jax.serve.protocol.request_body import read
@@ -27,7 +26,8 @@ def responses_routes(served: ServedModel) -> list[Route]:
         except ApiError as error:
             error.param = "input"
             raise
-        [params] = body.sampling_params(served.defaults, await grammar_of(body))
+        grammar = await served.grammars.grammar(body.wanted_grammar)
+        [params] = body.sampling_params(served.defaults, grammar)
         job = make_job("input", [prompt], [params], body, arrived)
         format = ResponsesFormat(served.tokenizer, served.name, body, params, len(prompt))
         return await generate(served, request, job, whole=format.whole, events=format.events)
