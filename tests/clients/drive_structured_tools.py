@@ -67,7 +67,7 @@ def drive_openai(client: openai.OpenAI, model: str) -> None:
 
 def drive_instructor(client: openai.OpenAI, model: str) -> None:
     messages = [{"role": "user", "content": QUESTION}]
-    for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON, instructor.Mode.JSON_SCHEMA):
+    for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA):
         subject = instructor.from_openai(client, mode=mode)
         fields = {"model": model, "messages": messages, "max_retries": 0}
         assert isinstance(subject.create(response_model=Forecast, **fields), Forecast)
