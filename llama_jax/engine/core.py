@@ -124,7 +124,7 @@ class Engine:
             prompt,
             params,
             max_model_len=self.info.max_model_len,
-            seed=int.from_bytes(os.urandom(8), "big") if params.seed is None else params.seed,
+            seed=_random_seed() if params.seed is None or params.seed == -1 else params.seed,
             stop_ids=frozenset(params.stop_token_ids)
             | (frozenset() if params.ignore_eos else self._stop_ids),
             salt=params.cache_salt.encode(),
@@ -173,3 +173,7 @@ def configure_jax() -> None:
     # The share of each GPU's memory that JAX takes when it starts, unless the user has set it.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
+
+
+def _random_seed() -> int:
+    return int.from_bytes(os.urandom(8), "big")
