@@ -61,6 +61,8 @@ class ChatRequest(GenerationRequest, kw_only=True):
             refuse(f"top_logprobs must be between 0 and {MAX_LOGPROBS}.", "top_logprobs")
         if self.top_logprobs and not self.logprobs:
             refuse("top_logprobs needs logprobs to be true.", "top_logprobs")
+        if self.max_completion_tokens is not None and self.max_completion_tokens < 1:
+            refuse("max_completion_tokens must be at least 1.", "max_completion_tokens")
         if None not in (given := (self.max_tokens, self.max_completion_tokens)):
             if given[0] != given[1]:
                 refuse("max_tokens and max_completion_tokens disagree: send one.", "max_tokens")

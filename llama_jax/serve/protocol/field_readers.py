@@ -83,8 +83,8 @@ def read_logprobs(raw: Raw, param: str) -> int | None:
 def read_truncation(raw: Raw, param: str) -> int:
     """Reads the number of a prompt's last tokens to keep; -1 is as many as fit."""
     keep = read_integer(raw, param)
-    if keep < 1 and keep != -1:
-        refuse(f"{param} must be -1 or at least 1, got {str(keep)[:20]}.", param)
+    if keep != -1 and not 1 <= keep < 2**63:
+        refuse(f"{param} must be -1 or from 1 to 2**63 - 1.", param)
     return keep
 
 

@@ -56,7 +56,7 @@ _LogitBias = Annotated[
 
 
 _Truncation = Annotated[
-    int, schema(read_truncation, anyOf=[{"const": -1}, {"minimum": 1}, {"type": "null"}])
+    int, schema(read_truncation, anyOf=[{"const": -1}, {"minimum": 1, "maximum": 2**63 - 1}])
 ]
 
 

@@ -36,6 +36,7 @@ _NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
     "watermarking": (False,),
     "repetition_detection": (),
     "custom_logit_processor": (),
+    "thinking": ({"type": "disabled"},),
     "thinking_token_budget": (),
     "allowed_token_ids": (),
     "bad_words": ([],),
