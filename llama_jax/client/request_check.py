@@ -40,8 +40,7 @@ def check_request(prompt: list[int], params: SamplingParams, info: EngineInfo) -
         params.check()
     except SamplingError as error:
         raise RequestError(str(error), error.param) from None
-    biased = [token for token, _ in params.logit_bias]
-    for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", biased)):
+    for name, tokens in params.token_ids().items():
         for token in tokens:
             if not 0 <= token < info.vocab_size:
                 raise RequestError(

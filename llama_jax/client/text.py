@@ -5,7 +5,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.engine.errors import GenerationFailed
+from llama_jax.engine.errors import GenerationFailed, RequestError
 from llama_jax.engine.interface import FinishReason, Output
 from llama_jax.text.detokenizer import Detokenizer
 from llama_jax.text.tokenizer import Tokenizer
@@ -52,10 +52,13 @@ async def read_text(
 
     Raises:
       GenerationFailed: the engine could not finish the request.
-      EngineDead, RequestError: as `EngineClient.generate`.
+      RequestError: its own constraints stopped it; or as `EngineClient.generate`.
+      EngineDead: as `EngineClient.generate`.
     """
     async with aclosing(outputs):
         async for output in outputs:
+            if output.param is not None:
+                raise RequestError(output.error or "The request cannot go on.", output.param)
             if output.token is None:
                 raise GenerationFailed(output.error or "The engine could not go on.")
             reason = output.finish_reason

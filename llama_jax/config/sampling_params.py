@@ -10,6 +10,8 @@ MAX_TOP_K = 2**31 - 1  # an int32 on the device
 MAX_LOGIT_BIAS = 300  # entries, as in the OpenAI API
 MAX_STOP_TOKEN_IDS = 256  # with `min_tokens`, which bans each of them
 MAX_LOGPROBS = 20
+MAX_BAD_WORDS = 1024
+MAX_BAD_WORD_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,10 @@ class SamplingParams:
         that ends it has none in any case, unless the end is included.
       cache_salt: requests share computed prompts only with requests of the same salt, so that the
         time to the first token does not tell what others have asked.
+      allowed_token_ids: the only tokens that may be chosen; empty for all.
+      bad_words: token sequences that the answer will not contain. The last token of each is never
+        chosen after the others.
+      grammar: the grammar that the answer must match (`llama_jax.text.grammar`); "" for none.
     """
 
     max_tokens: int | None = None
@@ -61,6 +67,9 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     cache_salt: str = ""
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    grammar: str = ""
 
     def check(self) -> None:
         """Checks every range. Types are not checked, nor ids against a vocabulary.
@@ -86,6 +95,11 @@ class SamplingParams:
             ),
             ("min_tokens", 0 <= self.min_tokens <= most, "in [0, max_tokens]"),
             ("stop_token_ids", self._bans_fit, f"at most {MAX_STOP_TOKEN_IDS} with min_tokens"),
+            (
+                "bad_words",
+                self._bad_words_fit,
+                f"at most {MAX_BAD_WORDS} sequences of 1 to {MAX_BAD_WORD_TOKENS} tokens",
+            ),
             ("logprobs", 0 <= (self.logprobs or 0) <= MAX_LOGPROBS, f"in [0, {MAX_LOGPROBS}]"),
             ("stop", all(self.stop), "a list of non-empty strings"),
         )
@@ -94,6 +108,15 @@ class SamplingParams:
                 value = repr(getattr(self, name))
                 value = value if len(value) < 80 else f"{value[:80]}..."
                 raise SamplingError(f"{name} must be {allowed}, got {value}.", name)
+
+    def token_ids(self) -> dict[str, list[int]]:
+        """Returns the token ids in each field that has any."""
+        return {
+            "stop_token_ids": [*self.stop_token_ids],
+            "logit_bias": [token for token, _ in self.logit_bias],
+            "allowed_token_ids": [*self.allowed_token_ids],
+            "bad_words": [token for word in self.bad_words for token in word],
+        }
 
     @cached_property  # like those below, asked for every token
     def greedy(self) -> bool:
@@ -113,11 +136,22 @@ class SamplingParams:
     @cached_property
     def takes_the_likeliest(self) -> bool:
         """Whether each token is the most likely one, and nothing else is asked of it."""
-        return self.greedy and not self.adjusts and self.logprobs is None
+        plain = self.greedy and not self.adjusts and self.logprobs is None
+        return plain and not self.constrains
+
+    @cached_property
+    def constrains(self) -> bool:
+        """Whether there are tokens that must not be chosen."""
+        return bool(self.grammar or self.allowed_token_ids or self.bad_words)
 
     @property
     def _bans_fit(self) -> bool:
         return self.min_tokens == 0 or len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS
+
+    @property
+    def _bad_words_fit(self) -> bool:
+        few = len(self.bad_words) <= MAX_BAD_WORDS
+        return few and all(1 <= len(word) <= MAX_BAD_WORD_TOKENS for word in self.bad_words)
 
     @property
     def _biases_in_range(self) -> bool:

@@ -4,6 +4,8 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from functools import partial
+from itertools import chain
 
 import jax
 import numpy as np
@@ -12,8 +14,11 @@ from llama_jax.checkpoint import open_checkpoint
 from llama_jax.checkpoint.load import choose_dtype, load_params
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.compilation_cache import compilation_cache
+from llama_jax.engine.compiling import CompilingRequests
+from llama_jax.engine.constraint import Constraint
 from llama_jax.engine.device_memory import bytes_by_device, choose_mesh_sizes
 from llama_jax.engine.executor import CompileCounter, Executor
+from llama_jax.engine.grammars import Grammars
 from llama_jax.engine.interface import DeviceInfo, EngineInfo, Output, Progress, Stats
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.scheduler import Scheduler
@@ -70,6 +75,7 @@ class Engine:
             sizes, max_model_len = choose_mesh_sizes(options, config, mesh, dtype)
             stack.enter_context(compilation_cache())
             self.compilations = CompileCounter()
+            grammars = Grammars(options.path, config.vocab_size, config.eos_token_ids)
             params = load_params(
                 reader, mesh, dtype, lambda done, total: progress(Progress("loading", done, total))
             )
@@ -82,6 +88,7 @@ class Engine:
         scheduler = Scheduler(sizes, mesh_shape(mesh)[0], prefix_caching=options.prefix_caching)
         self.loop = TickLoop(scheduler, executor, choose_results_late(options, platform))
         self._stop_ids = frozenset(config.eos_token_ids)
+        self._compiling = CompilingRequests(grammars)
         executor.call_seconds = 0.0  # without the warm-up
 
         weights = bytes_by_device(params, mesh)
@@ -117,38 +124,49 @@ class Engine:
         """Queues a request that `client.request_check.check_request` accepts."""
         # JAX would clamp a token id that is out of range, and answer another request.
         vocab_size = self.info.vocab_size
-        biased = (token for token, _ in params.logit_bias)
-        assert all(0 <= token < vocab_size for token in (*prompt, *params.stop_token_ids, *biased))
-        self.loop.scheduler.add(
+        named = chain.from_iterable(params.token_ids().values())
+        assert all(0 <= token < vocab_size for token in chain(prompt, named))
+        queue = partial(
+            self.loop.scheduler.add,
             request_id,
             prompt,
             params,
             max_model_len=self.info.max_model_len,
             seed=_random_seed() if params.seed is None or params.seed == -1 else params.seed,
             stop_ids=frozenset(params.stop_token_ids)
-            | (frozenset() if params.ignore_eos else self._stop_ids),
+            # What follows a complete grammar is EOS, even for those who ignore it elsewhere.
+            | (frozenset() if params.ignore_eos and not params.grammar else self._stop_ids),
             salt=params.cache_salt.encode(),
         )
+        if params.grammar:
+            self._compiling.add(request_id, params, vocab_size, queue)
+        elif params.constrains:
+            queue(constraint=Constraint(params, vocab_size))
+        else:
+            queue()
 
     def abort(self, request_id: int) -> None:
         """Drops a request and frees its pages; no further output comes for it."""
+        self._compiling.abort(request_id)
         self.loop.scheduler.abort(request_id)
 
     def step(self) -> list[Output]:
         """Runs one tick of the ring; returns the outputs that are due, of earlier ticks."""
-        return self.loop.step()
+        if self._compiling and not self.loop.has_work:
+            self._compiling.wait()
+        return self._compiling.queue_ready() + self.loop.step()
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do."""
-        return self.loop.has_work
+        return bool(self._compiling) or self.loop.has_work
 
     def stats(self) -> Stats:
         """Counters since the engine was ready (`compilations`: since its start), and gauges."""
         loop, scheduler = self.loop, self.loop.scheduler
         return Stats(
             num_running=scheduler.num_running,
-            num_waiting=len(scheduler.waiting),
+            num_waiting=len(scheduler.waiting) + len(self._compiling),
             pages_total=scheduler.pool.num_pages,
             pages_free=scheduler.pool.num_free,
             prompt_tokens=scheduler.num_prompt_tokens,

@@ -8,7 +8,7 @@ parameters of a packet, and passes them in the tick in which the packet leaves.
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,11 +22,13 @@ from llama_jax.model import Llama
 from llama_jax.model.adjustments import HISTORY_CHUNK, encode_adjustments
 from llama_jax.model.logprobs import Logprobs
 from llama_jax.model.sampling import encode_controls
+from llama_jax.model.token_masks import encode_masks
 from llama_jax.ring.choosing import (
     adjusted_step,
     history_shape,
     history_step,
     logprobs_step,
+    mask_step,
     sample_step,
 )
 from llama_jax.ring.kv_cache import allocate
@@ -40,6 +42,7 @@ from llama_jax.ring.steps import (
     prefill_step,
     state_shapes,
 )
+from llama_jax.ring.tick import StepOutput
 from llama_jax.weights.placement import Params
 
 T = TypeVar("T")
@@ -69,11 +72,14 @@ class Choice(NamedTuple):
     Attributes:
       controls: from `encode_controls`; None if every segment is greedy.
       adjustments: from `encode_adjustments`; None if no logits are changed.
+      masks: (segment, mask `[V / 32]` int32) of those that may not choose every token; None if all
+        may.
       logprobs: whether log-probabilities are wanted.
     """
 
     controls: np.ndarray | None = None
     adjustments: np.ndarray | None = None
+    masks: Sequence[tuple[int, np.ndarray]] | None = None
     logprobs: bool = False
 
 
@@ -122,6 +128,7 @@ class Executor:
         }
         self._sample = sample_step(mesh, model_class)
         self._sample_adjusted = adjusted_step(mesh, model_class)
+        self._mask = mask_step(mesh)
         self._extend_history = history_step(mesh)
         self._log_probabilities = logprobs_step(mesh)
         self._history = allocate(history_shape(config, mesh, sizes))
@@ -143,12 +150,9 @@ class Executor:
         start = time.perf_counter()
         state, output = self._steps[bucket](self.params, self._state, packed)
         tokens, kept = self._finish(output.tokens), state.tokens
-        if choice.adjustments is not None:
-            controls = choice.controls
-            if controls is None:
-                controls = encode_controls(self.sizes.num_segments(bucket), [])
+        if choice.adjustments is not None or choice.masks is not None:
             kept, self._history, tokens = self._sample_adjusted(
-                kept, self._history, output, controls, choice.adjustments
+                kept, self._history, *self._adjusted(output, bucket, choice)
             )
         elif choice.controls is not None:
             kept, tokens = self._sample(kept, output, choice.controls)
@@ -161,6 +165,22 @@ class Executor:
         tokens.copy_to_host_async()
         self.call_seconds += time.perf_counter() - start
         return TickResult(tokens, output.logits, bucket, logprobs)
+
+    def _adjusted(
+        self, output: StepOutput, bucket: Bucket, choice: Choice
+    ) -> tuple[StepOutput, np.ndarray, np.ndarray]:
+        """The last arguments of `adjusted_step`: masked output, controls and adjustments."""
+        n = self.sizes.num_segments(bucket)
+        if choice.masks is not None:
+            vocab_size, ranks = self.config.vocab_size, self.mesh.size
+            masks = encode_masks(n, choice.masks, vocab_size, ranks)
+            output = output._replace(logits=self._finish(self._mask(output.logits, masks)))
+        controls, adjustments = choice.controls, choice.adjustments
+        if controls is None:
+            controls = encode_controls(n, [])
+        if adjustments is None:
+            adjustments = encode_adjustments(n, [])
+        return output, controls, adjustments
 
     def set_history(self, slot: int, prompt: list[int], answer: list[int]) -> None:
         """Sets the tokens before those that a slot will choose, for its penalties.
@@ -203,7 +223,8 @@ class Executor:
             packed = encode_packet(self.sizes, bucket, tables, [], [], [])
             n = self.sizes.num_segments(bucket)
             controls = encode_controls(n, [])
-            for choice in (Choice(controls), Choice(controls, encode_adjustments(n, []), True)):
+            everything = Choice(controls, encode_adjustments(n, []), [], logprobs=True)
+            for choice in (Choice(controls), everything):
                 jax.block_until_ready(self.run(bucket, packed, choice).tokens)
         self.set_history(0, [0], [])
         progress(len(buckets), len(buckets), "")

@@ -29,6 +29,7 @@ class Output(NamedTuple):
       token: the token, including the EOS or stop token that ends a request; None with "error".
       finish_reason: why the request ended, on its last output; else None.
       error: one sentence, if the finish reason is "error".
+      param: the field of `SamplingParams` at fault, if there is an error and the request caused it.
       cached_tokens: tokens of the prompt that did not have to be computed, because a request before
         began with them; the same in every output of a request.
       logprobs: if the request asks for them.
@@ -40,6 +41,7 @@ class Output(NamedTuple):
     error: str | None = None
     cached_tokens: int = 0
     logprobs: TokenLogprobs | None = None
+    param: str | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from itertools import chain, islice
 import numpy as np
 
 from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.constraint import Constraint
+from llama_jax.engine.errors import RequestError
 from llama_jax.engine.interface import FinishReason, Output, TokenLogprobs
 from llama_jax.engine.page_tables import PageTables
 from llama_jax.engine.pages import PagePool
@@ -50,6 +52,11 @@ class Segment:
     def length(self) -> int:
         """Number of tokens."""
         return 1 if self.tokens is None else len(self.tokens)
+
+    @property
+    def current(self) -> bool:
+        """Whether its result will count."""
+        return self.epoch == self.sequence.epoch
 
 
 @dataclass(slots=True)
@@ -117,6 +124,7 @@ class Scheduler:
         seed: int,
         stop_ids: frozenset[int],
         salt: bytes = b"",
+        constraint: Constraint | None = None,
     ) -> None:
         """Queues a request, which the caller has checked (`client.request_check`).
 
@@ -128,6 +136,7 @@ class Scheduler:
           seed: the seed of the request's random stream.
           stop_ids: tokens that end the request.
           salt: only requests with the same salt share pages.
+          constraint: which tokens it may choose, if not all.
         """
         assert request_id not in self._sequences, "the request id is in use"
         assert 0 < len(prompt) < max_model_len, "the prompt must leave room for one token"
@@ -147,6 +156,7 @@ class Scheduler:
             seed,
             stop_ids,
             salt=salt,
+            constraint=constraint,
         )
         self._arrivals += 1
         self._sequences[request_id] = sequence
@@ -157,6 +167,18 @@ class Scheduler:
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self._finish(sequence)
+
+    def fail(self, sequence: Sequence, error: RequestError) -> Output:
+        """Ends a request that cannot go on, by a fault of its own."""
+        self._finish(sequence)
+        return Output(
+            sequence.request_id,
+            None,
+            "error",
+            str(error),
+            cached_tokens=sequence.num_cached,
+            param=error.param,
+        )
 
     @property
     def pool(self) -> PagePool:
@@ -350,7 +372,7 @@ class Scheduler:
         outputs = []
         for index, segment in packet.results(bucket_rows):
             sequence = segment.sequence
-            if segment.epoch == sequence.epoch:
+            if segment.current:
                 output = self._take_token(sequence, tokens[index])
                 wanted = sequence.params.logprobs
                 if logprobs is not None and wanted is not None and output.token is not None:
@@ -378,8 +400,11 @@ class Scheduler:
             reason = "length"
         if reason:
             self._finish(sequence)
-        elif sequence.slot is not None:
-            self.pages.publish(sequence)
+        else:
+            if sequence.constraint is not None:
+                sequence.constraint.take(token)
+            if sequence.slot is not None:
+                self.pages.publish(sequence)
         return Output(sequence.request_id, token, reason, cached_tokens=sequence.num_cached)
 
 

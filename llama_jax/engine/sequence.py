@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.constraint import Constraint
 
 
 @dataclass(eq=False, slots=True)
@@ -31,6 +32,7 @@ class Sequence:
         that it had when it was admitted.
       prompt_sent: prompt tokens that have been sent to the device, or found in the cache, at least
         once.
+      constraint: which tokens it may choose, if not all.
       finished: whether no further output will come.
     """
 
@@ -52,6 +54,7 @@ class Sequence:
     next_position: int = 0
     prefill_until: int = 0
     prompt_sent: int = 0
+    constraint: Constraint | None = None
     finished: bool = False
 
     @property

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llama_jax.engine.errors import RequestError
 from llama_jax.engine.executor import GREEDY, Choice, Executor, TickResult
 from llama_jax.engine.interface import Output, TokenLogprobs
 from llama_jax.engine.scheduler import Packet, Scheduler
@@ -85,7 +86,9 @@ class TickLoop:
         outputs: list[Output] = []
         bucket = None
         if self.scheduler.has_work or any(list(self._in_flight)[1:]):
-            bucket = self._dispatch(self.scheduler.schedule())
+            while self._unread and self._lacks_answers():
+                outputs += self._read(*self._unread.popleft())
+            bucket = self._dispatch(self.scheduler.schedule(), outputs)
             late = self.results_late
         else:
             late = 0  # nothing to dispatch: read the remaining results
@@ -104,7 +107,19 @@ class TickLoop:
         """Time spent in `step` outside the compiled programs and the wait for their results."""
         return self.seconds - self.executor.call_seconds - self.wait_seconds
 
-    def _dispatch(self, entering: Packet) -> Bucket:
+    def _lacks_answers(self) -> bool:
+        """Whether a mask of the packet that leaves in this step depends on tokens not yet read."""
+        if self.num_stages == 1:  # it has yet to enter
+            rows = [(s, s.next_position) for s in self.scheduler.microbatches[0]]
+        else:
+            rows = [(row.sequence, row.position) for row in self._in_flight[1].rows if row.current]
+        return any(
+            s.constraint is not None and s.constraint.follows_answer and len(s.tokens) <= position
+            for s, position in rows
+        )
+
+    def _dispatch(self, entering: Packet, outputs: list[Output]) -> Bucket:
+        """Dispatches a tick; adds the outputs of requests that cannot go on."""
         self._in_flight.append(entering)
         # The program must fit the largest packet in any stage, not just the one that enters.
         rows = max(len(packet.rows) for packet in self._in_flight)
@@ -119,7 +134,7 @@ class TickLoop:
             [(tile.slot, tile.position, tile.ends, tile.tokens or []) for tile in entering.tiles],
         )
         leaving = self._in_flight[0]
-        choice = self._choice(leaving, bucket)
+        choice = self._choice(leaving, bucket, outputs)
         self._unread.append((leaving, self.executor.run(bucket, packed, choice)))
 
         self.ticks += 1
@@ -128,9 +143,9 @@ class TickLoop:
         self.token_slots_used += sum(packet.num_tokens for packet in self._in_flight)
         return bucket
 
-    def _choice(self, leaving: Packet, bucket: Bucket) -> Choice:
+    def _choice(self, leaving: Packet, bucket: Bucket, outputs: list[Output]) -> Choice:
         """How to choose the tokens of the packet that leaves, in a program of this bucket."""
-        sampled, adjusted, logprobs = [], [], False
+        sampled, adjusted, masks, logprobs = [], [], [], False
         for i, segment in leaving.results(bucket.rows):
             s, params = segment.sequence, segment.sequence.params
             if params.takes_the_likeliest:
@@ -138,21 +153,27 @@ class TickLoop:
             index = segment.position + segment.length  # of the token that is chosen
             if not params.greedy:
                 sampled.append((i, s.seed, index, params))
-            if params.adjusts and segment.epoch == s.epoch:
-                biases = dict(params.logit_bias)
-                if index < s.num_prompt + params.min_tokens:
-                    biases |= dict.fromkeys(s.stop_ids, -math.inf)
+            early = s.stop_ids if index < s.num_prompt + params.min_tokens else ()
+            if s.constraint is not None and segment.current:
+                try:
+                    masks.append((i, s.constraint.mask(s.tokens, s.num_prompt, early)))
+                except RequestError as error:
+                    outputs.append(self.scheduler.fail(s, error))
+                early = ()
+            if params.adjusts and segment.current:
+                biases = dict(params.logit_bias) | dict.fromkeys(early, -math.inf)
                 adjusted.append((i, params, biases))
                 if params.penalizes and segment.tokens is not None:
                     known = s.tokens[s.num_prompt : s.prefill_until]
                     self.executor.set_history(segment.slot, s.tokens[: s.num_prompt], known)
             logprobs |= params.logprobs is not None
-        if not (sampled or adjusted or logprobs):
+        if not (sampled or adjusted or masks or logprobs):
             return GREEDY
         n = self.sizes.num_segments(bucket)
         return Choice(
             encode_controls(n, sampled) if sampled else None,
             encode_adjustments(n, adjusted) if adjusted else None,
+            masks or None,
             logprobs,
         )
 

@@ -15,7 +15,7 @@ from llama_jax.client.client import OnProgress
 from llama_jax.client.host import StartHost
 from llama_jax.client.text import TextDelta, detokenizer_for, read_text
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.engine.errors import GenerationFailed
+from llama_jax.engine.errors import GenerationFailed, RequestError
 from llama_jax.engine.interface import FinishReason
 from llama_jax.engine.options import EngineOptions
 from llama_jax.llm.completion import Completion
@@ -98,7 +98,7 @@ class Session:
                 deltas.append(delta)
                 reason = delta.finish_reason or reason
                 count.tokens += 1
-        except GenerationFailed as failure:
+        except (GenerationFailed, RequestError) as failure:
             error = str(failure)
         count.done += 1
         text = "".join(delta.text for delta in deltas)

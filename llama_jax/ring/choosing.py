@@ -2,7 +2,8 @@
 
 A tick ends with the greedy choices. `sample_step` replaces them if a row is sampled.
 `adjusted_step` takes its place if the logits of a row change first, and keeps the history of each
-slot for that (`llama_jax.model.adjustments`). `logprobs_step` runs if log-probabilities are wanted.
+slot for that (`llama_jax.model.adjustments`). `mask_step` runs before it if a row may not choose
+every token (`llama_jax.model.token_masks`). `logprobs_step` runs if log-probabilities are wanted.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from llama_jax.model import Llama
 from llama_jax.model.adjustments import adjust, count_tokens, extend_history
 from llama_jax.model.logprobs import Logprobs, log_probabilities
 from llama_jax.model.sampling import NO_TOKEN
+from llama_jax.model.token_masks import apply_masks
 from llama_jax.ring.sizes import RingSizes
 from llama_jax.ring.steps import LOGITS_SPEC
 from llama_jax.ring.tick import StepOutput
@@ -35,6 +37,8 @@ SampleStep = Callable[[jax.Array, StepOutput, Any], tuple[jax.Array, jax.Array]]
 AdjustedStep = Callable[
     [jax.Array, jax.Array, StepOutput, Any, Any], tuple[jax.Array, jax.Array, jax.Array]
 ]
+# (logits, packed masks) -> logits
+MaskStep = Callable[[jax.Array, Any], jax.Array]
 # (history, slot, tokens, whether they are the first, how many of them are of the prompt) -> history
 HistoryStep = Callable[[jax.Array, Any, Any, Any, Any], jax.Array]
 # (logits, chosen tokens) -> log-probabilities
@@ -86,6 +90,12 @@ def adjusted_step(mesh: Mesh, model_class: type[Llama] = Llama) -> AdjustedStep:
         name="adjusted_step",
         donate=(0, 1),
     )
+
+
+def mask_step(mesh: Mesh) -> MaskStep:
+    """The jitted program for packets with a row that may not choose every token."""
+    in_specs = (LOGITS_SPEC, P(None, AXES))
+    return MeshProgram(apply_masks, mesh, in_specs, LOGITS_SPEC, name="mask_step")
 
 
 def history_step(mesh: Mesh) -> HistoryStep:

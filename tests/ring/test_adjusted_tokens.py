@@ -1,4 +1,4 @@
-"""Penalties, biases, bans and log-probabilities of requests in the ring.
+"""Penalties, biases, bans, masks and log-probabilities of requests in the ring.
 
 The ring's own raw logits, which `test_parity` holds against transformers, are adjusted here in
 float64, token by token, as the definitions say.
@@ -49,6 +49,17 @@ ADJUSTED = (
     params(logit_bias=((EOS, 100.0),), min_tokens=9),
     params(logit_bias=((3, 100.0), (5, 99.5)), frequency_penalty=0.2),
     params(temperature=0.8, seed=5, repetition_penalty=1.5, top_k=20, logprobs=3),
+    params(allowed_token_ids=(3, 31, 32, 50, 99, 100), logprobs=2),
+    params(
+        allowed_token_ids=tuple(range(40, 60)), temperature=1.2, top_k=20, frequency_penalty=0.5
+    ),
+    params(
+        bad_words=(
+            *((token,) for token in range(60)),
+            *((a, b) for a in range(60, VOCAB) for b in range(60 + a % 2, VOCAB, 2)),
+        ),
+        min_tokens=3,
+    ),
 )
 
 
@@ -64,6 +75,11 @@ def requests():
 def adjusted(raw, prompt, answer, params, stop_ids) -> np.ndarray:
     """The logits of one token, as `llama_jax.model.adjustments` documents them."""
     logits = raw[:VOCAB].astype(np.float64)
+    if params.allowed_token_ids:
+        logits[[i for i in range(VOCAB) if i not in params.allowed_token_ids]] = -np.inf
+    for *before, last in params.bad_words:
+        if answer[len(answer) - len(before) :] == before:
+            logits[last] = -np.inf
     for token, bias in params.logit_bias:
         logits[token] += bias
     if len(answer) < params.min_tokens:
@@ -94,7 +110,8 @@ def test_every_token_is_chosen_from_the_adjusted_logits(compiled, results_late):
                 assert logits[token] >= logits.max() - 1e-5, "not the most likely token"
             else:
                 assert np.sum(logits > logits[token] + 1e-5) < params.top_k
-        assert bool(changed) == params.adjusts, "the adjustments did not matter"
+        matters = params.adjusts or params.constrains
+        assert bool(changed) == matters, "the adjustments did not matter"
     assert run.tokens[5].index(EOS) == 9 and run.reasons[5] == "stop"
     assert set(run.tokens[6]) == {3, 5}
 

@@ -15,6 +15,7 @@ KINDS = [
     SamplingParams(temperature=0.7, seed=1),
     SamplingParams(temperature=1.3, top_k=7, top_p=0.8, min_p=0.01, seed=2),
     SamplingParams(repetition_penalty=1.2, logit_bias=((5, 1.0),), logprobs=3, seed=3),
+    SamplingParams(temperature=0, allowed_token_ids=(1, 2, 200)),
 ]
 
 
@@ -55,7 +56,7 @@ def test_nothing_compiles_after_the_warm_up(mesh, max_num_seqs, num_pages, path)
 
     def run(bucket, packed, choice):
         buckets.add((bucket, choice.controls is None))
-        kinds.add((choice.adjustments is None, choice.logprobs))
+        kinds.add((choice.adjustments is None, choice.masks is None, choice.logprobs))
         return run_tick(bucket, packed, choice)
 
     loop.executor.run = run
@@ -68,7 +69,8 @@ def test_nothing_compiles_after_the_warm_up(mesh, max_num_seqs, num_pages, path)
     # The run was varied enough: with and without a chunk, small and large, greedy and sampled.
     assert {bucket for bucket, _ in buckets} == programs
     assert {greedy for _, greedy in buckets} == {True, False}
-    assert kinds >= {(True, False), (False, True)}  # adjusted, with log-probabilities
+    # Adjusted, masked, with log-probabilities.
+    assert kinds >= {(True, True, False), (False, True, True), (True, False, False)}
 
 
 def test_the_counter_sees_a_compilation():

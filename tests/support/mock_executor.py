@@ -3,7 +3,7 @@
 It decodes packets as `llama_jax.ring.packet` documents them, keeps tokens in place of keys and
 values, and answers each segment with a hash of what it *finds in the pages* of its sequence. So a
 page that is lost, shared or read too early changes tokens, as on the device. `generate` gives the
-correct tokens.
+correct tokens. A segment with a mask gets one of the tokens that it allows, by the same hash.
 """
 
 import zlib
@@ -49,14 +49,33 @@ def read_packet(
     return runs[: bucket.rows], runs[bucket.rows :]
 
 
-def next_token(history: list[int], seed: int | None = None) -> int:
-    """The next token: the greedy one, or a random one if there is a seed."""
+def next_token(
+    history: list[int], seed: int | None = None, allowed: list[int] | None = None
+) -> int:
+    """The next token: the greedy one, or a random one if there is a seed.
+
+    Args:
+      history: the tokens before.
+      seed: of the request.
+      allowed: the tokens to choose from, in ascending order; None for all.
+    """
     if POISON in history:
         return -1
     found = zlib.crc32(np.array(history, np.int32).tobytes())
     if seed is not None:
         found = _draw(found, np.array([seed % 2**64], np.uint64).view(np.int32), len(history))
-    return found % VOCAB_SIZE
+    return choose(found, allowed)
+
+
+def choose(found: int, allowed: list[int] | None = None) -> int:
+    """The token that a hash stands for."""
+    return found % VOCAB_SIZE if allowed is None else allowed[found % len(allowed)]
+
+
+def allowed_tokens(mask: np.ndarray) -> list[int]:
+    """The tokens of a mask, `[V / 32]` int32."""
+    words = mask.tolist()
+    return [token for token in range(VOCAB_SIZE) if words[token // 32] >> (token % 32) & 1]
 
 
 def generate(prompt: list[int], max_length: int, stop_ids=frozenset(), seed=None):
@@ -101,11 +120,12 @@ class MockExecutor:
             assert len(rows) <= bucket.rows, "rows that this program does not run"
             assert len(tiles) * self.sizes.tile <= bucket.chunk, "tiles that it does not run"
         rows, tiles = self._ring[0]
+        masks = {i: allowed_tokens(mask) for i, mask in choice.masks or ()}
         tokens = np.full(self.sizes.num_segments(bucket), GARBAGE, np.int32)
         for i, (slot, found) in [*enumerate(rows), *enumerate(tiles, bucket.rows)]:
             if controls is not None and controls[i, 4]:  # the temperature, as bits of a float
                 found = found if found < 0 else _draw(found, controls[i, :2], controls[i, 2])
-            tokens[i] = found if found < 0 else found % VOCAB_SIZE
+            tokens[i] = found if found < 0 else choose(found, masks.get(i))
             if slot < self.sizes.num_slots:
                 self._slots[slot] = int(tokens[i])
         return TickResult(tokens, np.empty(0), bucket)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ import transformers
 from llama_jax.checkpoint import open_checkpoint
 from llama_jax.checkpoint.load import choose_dtype, load_params
 from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.constraint import Constraint
 from llama_jax.engine.device_memory import choose_mesh_sizes
 from llama_jax.engine.executor import Executor
 from llama_jax.engine.interface import TokenLogprobs
@@ -200,6 +201,9 @@ def drive(
                 max_model_len=max_model_len,
                 seed=request.params.seed or 0,
                 stop_ids=stop_ids,
+                constraint=Constraint(request.params, loop.executor.config.vocab_size)
+                if request.params.constrains
+                else None,
             )
         for _, request_id in (abort for abort in aborts if abort[0] == tick):
             unfinished = loop.scheduler.num_unfinished

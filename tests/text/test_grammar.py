@@ -1,0 +1,86 @@
+"""Grammars, checked with a tokenizer of single bytes."""
+
+import pytest
+from llguidance import LLMatcher
+
+from llama_jax.text import grammar
+from llama_jax.text.grammar import GrammarError, check_grammar
+
+
+def matches(text: str, wanted: str) -> bool:
+    check_grammar(wanted)
+    matcher = LLMatcher(grammar._byte_tokenizer(), wanted, log_level=0)
+    data = list(text.encode())
+    return matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "valid", "invalid"),
+    [
+        (grammar.json_object_grammar(), ['{"a": [1, {}]}', "{\n  }"], ["[1]", "{", "{}x"]),
+        (
+            grammar.json_schema_grammar({"type": "array", "items": {"enum": [1, "é"]}}),
+            ['[1, "é"]', "[]"],
+            ["[2]", "{}"],
+        ),
+        (grammar.json_schema_grammar(True), ["1", '"x"', "{}"], ["x"]),
+        (grammar.regex_grammar("^a/b+$"), ["a/b", "a/bbb"], ["a/", "xa/b", "a/bc"]),
+        (
+            grammar.choice_grammar(["a", "ab", 'q"\\\n', "😀\u2028\x00"]),
+            ["a", "ab", 'q"\\\n', "😀\u2028\x00"],
+            ["b", "aba", ""],
+        ),
+        (grammar.lark_grammar('start: "x" a\na: "y"+'), ["xyy"], ["x"]),
+        (grammar.lark_grammar('root ::= "x" a\na ::= "y"+'), ["xyy"], ["x"]),
+    ],
+)
+def test_the_whole_text_must_match(wanted, valid, invalid):
+    assert all(matches(text, wanted) for text in valid)
+    assert not any(matches(text, wanted) for text in invalid)
+
+
+def test_white_space_in_json_ends():
+    assert matches("{" + " " * 64 + "}", grammar.json_object_grammar())
+    assert not matches("{" + " " * 65 + "}", grammar.json_object_grammar())
+
+
+def nested(depth: int) -> dict:
+    schema: dict = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+    return schema
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: grammar.regex_grammar("("),
+        lambda: grammar.regex_grammar("(?=a)b"),
+        lambda: grammar.regex_grammar(r"(a)\1"),
+        lambda: grammar.regex_grammar(r"[^\s\S]"),
+        lambda: grammar.regex_grammar("(" * 1000 + "a" + ")" * 1000),
+        lambda: grammar.regex_grammar("\ud800"),
+        lambda: grammar.choice_grammar([]),
+        lambda: grammar.lark_grammar("root ::= ((("),
+        lambda: grammar.lark_grammar("root ::= " + "(" * 50_000),
+        lambda: grammar.lark_grammar("start: " + "(" * 50_000),
+        lambda: grammar.lark_grammar("start: start"),
+        lambda: grammar.lark_grammar("start: missing"),
+        lambda: grammar.lark_grammar("start: <|eot_id|>"),
+        lambda: grammar.lark_grammar("x" * 1_000_000),
+        lambda: grammar.json_schema_grammar([]),
+        lambda: grammar.json_schema_grammar({"x": object()}),
+        lambda: grammar.json_schema_grammar(False),
+        lambda: grammar.json_schema_grammar({"type": "strin"}),
+        lambda: grammar.json_schema_grammar({"$ref": "#"}),
+        lambda: grammar.json_schema_grammar({"$ref": "file:///etc/passwd"}),
+        lambda: grammar.json_schema_grammar({"$ref": "http://localhost/schema"}),
+        lambda: grammar.json_schema_grammar({"not": {"type": "string"}}),
+        lambda: grammar.json_schema_grammar({"allOf": [{"type": "null"}, {"type": "string"}]}),
+        lambda: grammar.json_schema_grammar(nested(400)),
+        lambda: grammar.json_schema_grammar(nested(100_000)),
+    ],
+)
+def test_what_cannot_be_used_is_refused(make):
+    with pytest.raises(GrammarError):
+        check_grammar(make())
