@@ -87,6 +87,20 @@ def test_a_stop_string_across_two_special_tokens(path, stop, shown, text):
     assert texts(server, path, stop=stop, ignore_eos=True, max_tokens=9, **asked) == {text}
 
 
+@BOTH
+def test_bad_words_reach_the_engine_as_tokens(path):
+    server = FakeServer()
+    given = {"prompt": "Hi"} if path == COMPLETIONS else {"messages": user("Hi")}
+    ok(server.post(path, {**given, "bad_words": ["fox", EOT], "n": 2}))
+    (_, params), (_, other) = server.engine.requests
+    spelled = {server.tokenizer.decode(list(tokens), False) for tokens in params.bad_words}
+    assert {"fox", EOT} <= spelled <= {"fox", " fox", EOT, f" {EOT}"}
+    assert params.bad_words == other.bad_words
+    for words in (["x"] * 257, ["x" * 20_000], [" "], [""], ["x", 5], "x"):
+        response = server.post(path, {**given, "bad_words": words})
+        assert (response.status_code, error_of(response)["param"]) == (400, "bad_words")
+
+
 # Token ids
 
 

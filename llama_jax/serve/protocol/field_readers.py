@@ -17,6 +17,8 @@ from llama_jax.serve.protocol.json_reader import (
 MAX_PROMPTS = 1024
 MAX_STOP_STRINGS = 256
 MAX_STOP_CHARACTERS = 16_384  # in all; the longer they are, the more each token costs
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_CHARACTERS = 16_384  # in all
 MAX_TEMPLATE_VARIABLES = 32
 MAX_VARIABLE_CHARACTERS = 1000
 
@@ -61,6 +63,16 @@ def read_stop(raw: Raw, param: str) -> list[str]:
     if sum(map(len, strings)) > MAX_STOP_CHARACTERS:
         refuse(f"stop may have at most {MAX_STOP_CHARACTERS:,} characters in all.", param)
     return strings
+
+
+def read_bad_words(raw: Raw, param: str) -> list[str]:
+    """Reads the words that an answer must not contain."""
+    words = decode(_STRINGS, raw, param)
+    if len(words) > MAX_BAD_WORDS:
+        refuse(f"{param} may have at most {MAX_BAD_WORDS} words, not {len(words)}.", param)
+    if sum(map(len, words)) > MAX_BAD_WORD_CHARACTERS:
+        refuse(f"{param} may have at most {MAX_BAD_WORD_CHARACTERS:,} characters in all.", param)
+    return words
 
 
 def read_logit_bias(raw: Raw, param: str) -> tuple[tuple[int, float], ...]:

@@ -11,8 +11,10 @@ from llama_jax.config.sampling_params import (
 )
 from llama_jax.serve.protocol.body import RequestBody, schema
 from llama_jax.serve.protocol.field_readers import (
+    MAX_BAD_WORDS,
     MAX_STOP_CHARACTERS,
     MAX_STOP_STRINGS,
+    read_bad_words,
     read_logit_bias,
     read_stop,
     read_truncation,
@@ -55,6 +57,10 @@ _LogitBias = Annotated[
 ]
 
 
+_BadWords = Annotated[
+    list[str],
+    schema(read_bad_words, items={"type": "string", "pattern": "[^ ]"}, maxItems=MAX_BAD_WORDS),
+]
 _Truncation = Annotated[
     int, schema(read_truncation, anyOf=[{"const": -1}, {"minimum": 1, "maximum": 2**63 - 1}])
 ]
@@ -104,6 +110,7 @@ class GenerationRequest(RequestBody):
     stop_token_ids: (
         Annotated[list[int], schema(read_integers, maxItems=MAX_STOP_TOKEN_IDS)] | None
     ) = None
+    bad_words: _BadWords | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None

@@ -39,7 +39,6 @@ _NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
     "thinking": ({"type": "disabled"},),
     "thinking_token_budget": (),
     "allowed_token_ids": (),
-    "bad_words": ([],),
     "logits_processors": (),
     # the response
     "logprobs": (False,),

@@ -8,7 +8,7 @@ from llama_jax.serve.generation.completion_format import CompletionFormat
 from llama_jax.serve.generation.respond import make_job, respond
 from llama_jax.serve.protocol.completion import CompletionRequest
 from llama_jax.serve.protocol.request_body import read
-from llama_jax.serve.routes.tokenization import encode_prompt
+from llama_jax.serve.routes.tokenization import encode_prompt, sampling_params
 from llama_jax.serve.served_model import ServedModel
 
 
@@ -30,7 +30,7 @@ def completions_route(served: ServedModel) -> Route:
             )
             for item in body.prompt
         ]
-        params = body.sampling_params(served.defaults)
+        params = await sampling_params(served, body)
         job = make_job("prompt", prompts, params, body, arrived)
         format = CompletionFormat(served.tokenizer, body.return_tokens_as_token_ids is True)
         return await respond(served, request, format, job)

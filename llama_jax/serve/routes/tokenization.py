@@ -1,16 +1,21 @@
 """Text to token ids and back: for the routes that generate, POST /tokenize and POST /detokenize."""
 
+import dataclasses
+
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.serve.errors import ApiError
 from llama_jax.serve.protocol.chat import ChatRequest
+from llama_jax.serve.protocol.generation import GenerationRequest
 from llama_jax.serve.protocol.messages import Message
 from llama_jax.serve.protocol.request_body import read
 from llama_jax.serve.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from llama_jax.serve.served_model import ServedModel
 from llama_jax.serve.transport.json_response import JsonResponse
+from llama_jax.text.bad_words import bad_word_tokens
 from llama_jax.text.chat_template import NEXT_ANSWER, ChatOptions
 from llama_jax.text.errors import ChatVariableError
 from llama_jax.text.tokenizer import Tokenizer, TokenizerError
@@ -122,6 +127,22 @@ async def encode_messages(
     except TokenizerError as error:
         raise ApiError(400, str(error), param="messages", code="invalid_value") from error
     return _last(ids, keep)
+
+
+async def sampling_params(served: ServedModel, body: GenerationRequest) -> list[SamplingParams]:
+    """Returns the parameters of each choice for one prompt, not yet checked.
+
+    Raises:
+      ApiError: a bad word cannot be encoded.
+    """
+    params = body.sampling_params(served.defaults)
+    if not body.bad_words:
+        return params
+    try:
+        banned = await served.in_thread(bad_word_tokens, served.tokenizer, body.bad_words)
+    except TokenizerError as error:
+        raise ApiError(400, str(error), param="bad_words", code="invalid_value") from error
+    return [dataclasses.replace(each, bad_words=banned) for each in params]
 
 
 def chat_options(body: ChatRequest | TokenizeRequest) -> ChatOptions:
