@@ -24,7 +24,7 @@ class SamplingParams:
       top_k: keep the k most likely tokens; 0 keeps all. Ties with the k-th are kept.
       top_p: of the remaining tokens, keep the smallest set with this share of the probability.
       min_p: of the remaining tokens, keep those at least this likely relative to the most likely.
-      seed: fixes the request's random numbers, whatever else is in the batch; None picks one.
+      seed: fixes the request's random numbers, whatever else is in the batch; None and -1 pick one.
       presence_penalty: subtracted from the logits of tokens that the answer contains.
       frequency_penalty: subtracted from the logits of tokens once for each time that the answer
         contains them.
@@ -36,9 +36,13 @@ class SamplingParams:
         the log-probability of each token of the answer; None for neither.
       prompt_logprobs: the same for each token of the prompt after the first. The prompt is then
         computed whole, whatever of it was computed before.
-      stop: strings that end the generation; the returned text does not include them.
+      stop: strings that end the generation, if a token after the first `min_tokens` completes them.
       stop_token_ids: token ids that end the generation, in addition to the model's EOS ids.
       ignore_eos: continue after the model's EOS ids.
+      include_stop_str_in_output: whether the text includes what ended it: the stop string, or the
+        text of the stop token id.
+      skip_special_tokens: whether special tokens have no text in the answer. The EOS or stop token
+        that ends it has none in any case, unless the end is included.
       cache_salt: requests share computed prompts only with requests of the same salt, so that the
         time to the first token does not tell what others have asked.
       allowed_token_ids: the only tokens that may be chosen; empty for all.
@@ -63,6 +67,8 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     cache_salt: str = ""
     allowed_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()

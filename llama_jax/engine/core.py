@@ -134,7 +134,7 @@ class Engine:
             prompt,
             params,
             max_model_len=self.info.max_model_len,
-            seed=self._seeds.getrandbits(64) if params.seed is None else params.seed,
+            seed=self._seeds.getrandbits(64) if params.seed in (None, -1) else params.seed,
             stop_ids=frozenset(params.stop_token_ids)
             # What follows a complete grammar is EOS, even for those who ignore it elsewhere.
             | (frozenset() if params.ignore_eos and not params.grammar else self._stop_ids),

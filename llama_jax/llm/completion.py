@@ -11,7 +11,7 @@ class Completion:
     """The answer to one prompt.
 
     Attributes:
-      text: the answer without special tokens and without the stop string that ended it.
+      text: the answer, by default without special tokens and without the stop string that ended it.
       token_ids: every generated token, including an EOS or stop token.
       finish_reason: "stop" (an EOS token, a stop token or a stop string), "length" or "error".
       prompt_token_ids: the tokens of the prompt.

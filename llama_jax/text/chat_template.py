@@ -13,7 +13,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama_jax.text.errors import TokenizerError, check_text
+from llama_jax.text.errors import ChatVariableError, TokenizerError, check_text
+from llama_jax.text.template_variables import template_variables
 
 ROLES = ("system", "user", "assistant")
 
@@ -36,6 +37,23 @@ _END_OF_REASONING = "</think>"
 _LONGEST_REASON = 200  # characters of an error in another program that a message quotes
 
 
+class ChatOptions(NamedTuple):
+    """How to render a chat, as in `apply_chat_template` of transformers.
+
+    Attributes:
+      add_generation_prompt: end with the header of the assistant's next answer.
+      continue_final_message: leave the last message open, for the model to continue it. Not both.
+      variables: what the template's own variables are, by name: strings and booleans.
+    """
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    variables: Mapping[str, str | bool] = {}
+
+
+NEXT_ANSWER = ChatOptions()
+
+
 class Piece(NamedTuple):
     """A part of a rendered chat.
 
@@ -53,6 +71,7 @@ class ChatTemplate:
 
     Attributes:
       problem: one sentence on why no chat can be rendered; None if chats can be.
+      variables: names of the variables that `ChatOptions` may set.
     """
 
     def __init__(self, tokenizer: Any, path: Path) -> None:
@@ -66,6 +85,7 @@ class ChatTemplate:
         self._as_parts: frozenset[str] = frozenset()
         self._control = re.compile("(?!)")  # matches nothing
         self.problem: str | None = None
+        self.variables: frozenset[str] = frozenset()
         if tokenizer.chat_template is None:
             self.problem = (
                 f"The tokenizer of {path.resolve().name} has no chat template: request a "
@@ -79,6 +99,7 @@ class ChatTemplate:
         if rendered:
             self._as_parts = frozenset(best)
             self._control = _pattern(_control_tokens(tokenizer, rendered))
+            self.variables = template_variables(tokenizer)
         else:
             self.problem = (
                 f"The chat template of {path.resolve().name} cannot be used "
@@ -86,28 +107,33 @@ class ChatTemplate:
                 "chats."
             )
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> list[Piece]:
-        """Renders a conversation, ready for the assistant's next answer.
+    def render(
+        self, messages: Sequence[Mapping[str, str]], options: ChatOptions = NEXT_ANSWER
+    ) -> list[Piece]:
+        """Renders a conversation.
 
         Args:
           messages: each {"role": one of `ROLES`, "content": text}; checked here.
+          options: how to render it; the variables are checked here.
 
         Raises:
+          ChatVariableError: the template does not have a variable, or its value is not allowed.
           TokenizerError: the messages are malformed, there is no chat template that works, it
             rejects the messages, or the text of a message is missing from what it writes.
         """
         if self.problem is not None:
             raise TokenizerError(self.problem)
+        self._check_variables(options.variables)
         chat = _checked(messages)
         texts = [text for _, text in chat]
         if not any(map(self._control.search, texts)):
-            rendered = self._apply(chat)
+            rendered = self._apply(chat, options)
             pieces = [Piece(rendered, False)]
         else:
             # Control tokens stay in place, between marks: some templates look for them.
             mark = _unused_character(texts)
             marked = [(role, self._control.sub(rf"{mark}\g<0>{mark}", text)) for role, text in chat]
-            written = self._apply(marked)
+            written = self._apply(marked, options)
             pieces = _split(written, mark, self._control.pattern)
             rendered = written.replace(mark, "")
         lost = _first_lost(chat, rendered)
@@ -118,9 +144,24 @@ class ChatTemplate:
             )
         return pieces
 
-    def _apply(self, chat: Sequence[tuple[str, str]]) -> str:
+    def _check_variables(self, variables: Mapping[str, str | bool]) -> None:
+        for name, value in variables.items():
+            if name not in self.variables:
+                known = ", ".join(sorted(self.variables)) or "none"
+                raise ChatVariableError(
+                    f"The chat template of this model has no variable {name[:40]!r} to set; it "
+                    f"has {known}.",
+                    name,
+                )
+            if isinstance(value, bool):
+                continue
+            check_text(value, f"The variable {name}")
+            if self._control.search(value):
+                raise ChatVariableError(f"The variable {name} contains a control token.", name)
+
+    def _apply(self, chat: Sequence[tuple[str, str]], options: ChatOptions) -> str:
         try:
-            return self._write(chat, self._as_parts)
+            return self._write(chat, self._as_parts, options)
         except Exception as error:  # raised by the template, which may do anything
             raise TokenizerError(
                 f"The chat template of this model rejects the messages: {_reason(error)}."
@@ -143,7 +184,12 @@ class ChatTemplate:
                 failure = failure or "it leaves out the text of messages"
         return rendered, failure
 
-    def _write(self, chat: Sequence[tuple[str, str]], as_parts: Iterable[str]) -> str:
+    def _write(
+        self,
+        chat: Sequence[tuple[str, str]],
+        as_parts: Iterable[str],
+        options: ChatOptions = NEXT_ANSWER,
+    ) -> str:
         messages = [
             {
                 "role": role,
@@ -152,7 +198,11 @@ class ChatTemplate:
             for role, text in chat
         ]
         written: str = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
+            messages,
+            tokenize=False,
+            add_generation_prompt=options.add_generation_prompt,
+            continue_final_message=options.continue_final_message,
+            **options.variables,
         )
         return written
 

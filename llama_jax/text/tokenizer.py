@@ -17,7 +17,7 @@ from typing import Any
 
 from llama_jax.gguf.tokenizer import tokenizer_files
 from llama_jax.text.byte_decoder import Ambiguous, ByteDecoder
-from llama_jax.text.chat_template import ChatTemplate
+from llama_jax.text.chat_template import NEXT_ANSWER, ChatOptions, ChatTemplate
 from llama_jax.text.errors import TokenizerError, check_text
 
 __all__ = ["Tokenizer", "TokenizerError", "byte_alphabet"]
@@ -32,6 +32,7 @@ class Tokenizer:
       max_token_length: maximum number of characters per token.
       special_token_ids: ids of control tokens, which have no text in an answer.
       chat_problem: one sentence on why `encode_chat` cannot be used; None if it can.
+      chat_variables: names of the chat template's variables that `ChatOptions` may set.
     """
 
     def __init__(self, path: str | Path, chat_template: Path | None = None) -> None:
@@ -74,6 +75,7 @@ class Tokenizer:
         self.bos_token_id = prompt[0] if prompt[:1] != text[:1] else None
         self._chat_template = ChatTemplate(transformers, self.path)
         self.chat_problem = self._chat_template.problem
+        self.chat_variables = self._chat_template.variables
         self._as_text: dict[str, list[int]] = {}
 
     @property
@@ -95,19 +97,29 @@ class Tokenizer:
         check_text(text, "The prompt")
         return self._encode([text], add_bos)[0]
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        options: ChatOptions = NEXT_ANSWER,
+        add_bos: bool = False,
+    ) -> list[int]:
         """Encodes a conversation, ready for the assistant's next answer.
 
         Args:
           messages: each {"role": one of `ROLES`, "content": text}; checked here.
+          options: how to render the chat, if not for the next answer.
+          add_bos: whether to add BOS in front. The templates of Llama 3 write it themselves.
 
         Raises:
+          ChatVariableError: a variable of `options` cannot be set.
           TokenizerError: the messages are malformed, there is no chat template that works, it
             rejects the messages, or it leaves out the text of one.
         """
-        pieces = self._chat_template.render(messages)
+        pieces = self._chat_template.render(messages, options)
         encoded = iter(self._encode([piece.text for piece in pieces if not piece.plain], False))
         ids: list[int] = []
+        if add_bos and self.bos_token_id is not None:
+            ids.append(self.bos_token_id)
         for piece in pieces:
             ids += self._encode_as_text(piece.text) if piece.plain else next(encoded)
         return ids
@@ -115,16 +127,17 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Decodes token ids; bytes that are not UTF-8 become U+FFFD."""
         decoder = ByteDecoder()
-        find = self.token_bytes if skip_special_tokens else self._spelling
-        return "".join(decoder.push(find(token_id)) for token_id in ids) + decoder.finish()
+        parts = (self.token_bytes(token_id, skip_special_tokens) for token_id in ids)
+        return "".join(map(decoder.push, parts)) + decoder.finish()
 
-    def token_bytes(self, token_id: int) -> bytes | Ambiguous:
+    def token_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes | Ambiguous:
         """Returns the bytes that a token adds to the text; they may split a UTF-8 character.
 
-        Special tokens have none, nor have ids past the tokenizer's vocabulary, to which a model's
-        vocabulary may be padded. `ByteDecoder` turns the bytes into text.
+        Special tokens have none if they are skipped, nor have ids past the tokenizer's vocabulary,
+        to which a model's vocabulary may be padded. `ByteDecoder` turns the bytes into text.
         """
-        return b"" if token_id in self.special_token_ids else self._spelling(token_id)
+        skipped = skip_special_tokens and token_id in self.special_token_ids
+        return b"" if skipped else self._spelling(token_id)
 
     def _added(self, token_id: int) -> bytes | Ambiguous:
         """Returns the bytes of an added token. It is stored as text, not in the byte alphabet."""

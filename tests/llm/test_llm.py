@@ -139,6 +139,8 @@ def test_stop_strings(llm: LLM, stop: list[str], text: str, last: str) -> None:
     assert answer.finish_reason == ("length" if stop == ["Z"] else "stop")
     assert [answer.token_ids[-1]] == llm.tokenizer.encode(last, add_bos=False)
     assert "".join(llm.stream("A", params)) == text
+    shown = dataclasses.replace(params, include_stop_str_in_output=True)
+    assert llm.generate("A", shown).text == text + ("" if stop == ["Z"] else stop[-1])
     wait_until(lambda: llm.stats.num_running == 0)  # nothing is generated after the stop string
 
 

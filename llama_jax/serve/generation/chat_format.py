@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from llama_jax.engine.interface import FinishReason
 from llama_jax.serve.generation.choices import ChoiceDelta
-from llama_jax.serve.generation.logprobs import TokenWithLogprobs, chat_logprobs
+from llama_jax.serve.generation.logprobs import TokenNames, TokenWithLogprobs, chat_logprobs
 from llama_jax.serve.protocol.response_types import (
     AssistantMessage,
     ChatChoice,
@@ -21,8 +21,9 @@ class ChatFormat:
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, tokens_as_ids: bool = False) -> None:
+        """`tokens_as_ids`: whether log-probabilities name a token by its id."""
+        self._name = TokenNames(tokenizer, tokens_as_ids)
 
     def whole(
         self,
@@ -36,7 +37,7 @@ class ChatFormat:
         return {
             "index": index,
             "message": message,
-            "logprobs": chat_logprobs(self._tokenizer, logprobs) if logprobs else None,
+            "logprobs": chat_logprobs(self._name, logprobs) if logprobs else None,
             "finish_reason": reason,
         }
 
@@ -51,7 +52,7 @@ class ChatFormat:
             part = {"role": "assistant", **part}
         logprobs = None
         if delta.logprobs is not None:
-            logprobs = chat_logprobs(self._tokenizer, [(delta.token, delta.logprobs)])
+            logprobs = chat_logprobs(self._name, [(delta.token, delta.logprobs)])
         return {
             "index": delta.choice,
             "delta": part,

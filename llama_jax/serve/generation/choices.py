@@ -5,12 +5,11 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from llama_jax.client.text import read_text
+from llama_jax.client.text import detokenizer_for, read_text
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.interface import FinishReason, TokenLogprobs
 from llama_jax.serve.generation.admission import Place
 from llama_jax.serve.served_model import ServedModel
-from llama_jax.text.detokenizer import Detokenizer
 
 MERGE_AHEAD = 16
 
@@ -60,7 +59,7 @@ async def generate_choice(
       GenerationFailed: the engine could not finish.
       RequestError, EngineDead: as `EngineClient.generate`.
     """
-    detokenizer = Detokenizer(served.tokenizer, params.stop)
+    detokenizer = detokenizer_for(served.tokenizer, params)
     tokens = 0
     with place, served.metrics.request(arrived, len(prompt)) as timer:
         outputs = served.engine.generate(prompt, params, on_token=timer.token)

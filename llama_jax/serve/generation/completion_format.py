@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from llama_jax.engine.interface import FinishReason
 from llama_jax.serve.generation.choices import ChoiceDelta
-from llama_jax.serve.generation.logprobs import TokenWithLogprobs, completion_logprobs
+from llama_jax.serve.generation.logprobs import TokenNames, TokenWithLogprobs, completion_logprobs
 from llama_jax.serve.protocol.response_types import CompletionChoice
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -15,8 +15,9 @@ class CompletionFormat:
     id_prefix = "cmpl"
     whole_object = chunk_object = "text_completion"
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, tokens_as_ids: bool = False) -> None:
+        """`tokens_as_ids`: whether log-probabilities name a token by its id."""
+        self._name = TokenNames(tokenizer, tokens_as_ids)
 
     def whole(
         self,
@@ -30,9 +31,7 @@ class CompletionFormat:
         return {
             "index": index,
             "text": text,
-            "logprobs": completion_logprobs(self._tokenizer, logprobs, offset)
-            if logprobs
-            else None,
+            "logprobs": completion_logprobs(self._name, logprobs, offset) if logprobs else None,
             "finish_reason": reason,
         }
 

@@ -3,7 +3,8 @@
 import itertools
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from array import array
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -63,6 +64,7 @@ class Job:
       stream: whether to stream the response.
       options: when to send the usage in a stream.
       arrived: when the request arrived, by the clock of the metrics.
+      token_ids: whether to return the token ids of prompts and answers.
     """
 
     param: Literal["prompt", "messages", "input"]
@@ -72,6 +74,7 @@ class Job:
     stream: bool
     options: StreamOptions
     arrived: float
+    token_ids: bool = False
 
     @property
     def prompt_tokens(self) -> int:
@@ -108,6 +111,7 @@ def make_job(
         stream=bool(body.stream),
         options=body.stream_options or StreamOptions(),
         arrived=arrived,
+        token_ids=body.return_token_ids is True,
     )
 
 
@@ -204,18 +208,25 @@ async def _whole(
 ) -> dict[str, Any]:
     texts: list[list[str]] = [[] for _ in range(job.num_choices)]
     logprobs: list[list[TokenWithLogprobs]] = [[] for _ in range(job.num_choices)]
+    token_ids = [array("i") for _ in range(job.num_choices)]
     last: dict[int, ChoiceDelta] = {}
     async with aclosing(deltas):
         async for delta in deltas:
             texts[delta.choice].append(delta.text)
             if delta.logprobs is not None:
                 logprobs[delta.choice].append((delta.token, delta.logprobs))
+            if job.token_ids:
+                token_ids[delta.choice].append(delta.token)
             last[delta.choice] = delta
     choices = [
         format.whole(index, "".join(texts[index]), last[index].finish_reason, logprobs[index])
         for index in range(job.num_choices)
     ]
-    return {**head, "choices": choices, "usage": _usage(job, last)}
+    body = {**head, "choices": choices, "usage": _usage(job, last)}
+    if job.token_ids:
+        for index, tokens in enumerate(token_ids):
+            _add_token_ids(job, body, index, tokens, first=True)
+    return body
 
 
 async def _events(
@@ -236,6 +247,8 @@ async def _events(
             entry = format.chunk(delta, offsets.get(delta.choice))
             offsets[delta.choice] = offsets.get(delta.choice, 0) + len(delta.text)
             chunk = {**head, "choices": [entry]}
+            if job.token_ids:
+                _add_token_ids(job, chunk, delta.choice, [delta.token], first=delta.tokens == 1)
             if every:
                 chunk["usage"] = _usage(job, seen)
             yield sse_event(chunk)
@@ -244,6 +257,20 @@ async def _events(
     except Exception as error:  # the status has been sent, so an event must do
         yield sse_event(as_api_error(error).body)
     yield b"data: [DONE]\n\n"
+
+
+def _add_token_ids(
+    job: Job, body: dict[str, Any], index: int, tokens: Iterable[int], first: bool
+) -> None:
+    """Adds the token ids of one choice, and of its prompt if they come `first`, as vLLM does.
+
+    The prompt of a completion belongs to its choice, that of a chat to the response.
+    """
+    choice = next(choice for choice in body["choices"] if choice["index"] == index)
+    choice["token_ids"] = list(tokens)
+    if first:
+        owner = choice if job.param == "prompt" else body
+        owner["prompt_token_ids"] = job.prompts[index // len(job.params)]
 
 
 def _usage(job: Job, last: Mapping[int, ChoiceDelta]) -> Usage:

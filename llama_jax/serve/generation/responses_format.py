@@ -9,7 +9,7 @@ from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.serve.errors import as_api_error
 from llama_jax.serve.generation.choices import ChoiceDelta
 from llama_jax.serve.generation.event_stream import sse_event
-from llama_jax.serve.generation.logprobs import chat_logprobs
+from llama_jax.serve.generation.logprobs import TokenNames, chat_logprobs
 from llama_jax.serve.generation.response_writer import ResponseWriter
 from llama_jax.serve.protocol.responses import ResponsesRequest
 from llama_jax.serve.protocol.responses_types import Response, ResponseUsage, StreamEvent
@@ -36,7 +36,7 @@ class ResponsesFormat:
           params: its sampling parameters, with the defaults of the server.
           prompt_tokens: the number of tokens of its prompt.
         """
-        self._tokenizer = tokenizer
+        self._names = TokenNames(tokenizer)
         self._prompt_tokens = prompt_tokens
         self._writer = ResponseWriter(new_response(model, body, params))
 
@@ -63,7 +63,7 @@ class ResponsesFormat:
     def _add(self, delta: ChoiceDelta) -> Iterator[StreamEvent]:
         logprobs = []
         if delta.logprobs is not None:
-            logprobs = chat_logprobs(self._tokenizer, [(delta.token, delta.logprobs)])["content"]
+            logprobs = chat_logprobs(self._names, [(delta.token, delta.logprobs)])["content"]
         yield from self._writer.text(delta.text, logprobs)
         if delta.finish_reason is not None:
             yield from self._writer.finish(delta.finish_reason, self._usage(delta))

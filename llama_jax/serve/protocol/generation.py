@@ -11,10 +11,13 @@ from llama_jax.config.sampling_params import (
 )
 from llama_jax.serve.protocol.body import RequestBody, schema
 from llama_jax.serve.protocol.field_readers import (
+    MAX_BAD_WORDS,
     MAX_STOP_CHARACTERS,
     MAX_STOP_STRINGS,
+    read_bad_words,
     read_logit_bias,
     read_stop,
+    read_truncation,
 )
 from llama_jax.serve.protocol.json_reader import read_integers, refuse
 
@@ -51,6 +54,15 @@ _LogitBias = Annotated[
             {"type": "null"},
         ],
     ),
+]
+
+
+_BadWords = Annotated[
+    list[str],
+    schema(read_bad_words, items={"type": "string", "pattern": "[^ ]"}, maxItems=MAX_BAD_WORDS),
+]
+_Truncation = Annotated[
+    int, schema(read_truncation, anyOf=[{"const": -1}, {"minimum": 1, "maximum": 2**63 - 1}])
 ]
 
 
@@ -103,7 +115,14 @@ class GenerationRequest(RequestBody):
     stop_token_ids: (
         Annotated[list[int], schema(read_integers, maxItems=MAX_STOP_TOKEN_IDS)] | None
     ) = None
+    bad_words: _BadWords | None = None
     ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: _Truncation | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -117,6 +136,8 @@ class GenerationRequest(RequestBody):
             refuse(f"cache_salt may have at most {MAX_SALT_CHARACTERS} characters.", "cache_salt")
         if len(self.stop_token_ids or ()) > MAX_STOP_TOKEN_IDS:
             refuse(f"stop_token_ids may have at most {MAX_STOP_TOKEN_IDS} ids.", "stop_token_ids")
+        if self.return_tokens_as_token_ids and self.top_alternatives is None:
+            refuse("return_tokens_as_token_ids needs logprobs.", "return_tokens_as_token_ids")
 
     @property
     def choices(self) -> int:
@@ -138,6 +159,12 @@ class GenerationRequest(RequestBody):
         """The number of log-probabilities per token, beside its own; None for none at all."""
         raise NotImplementedError
 
+    def prompt_limit(self, max_model_len: int) -> int | None:
+        """The number of a prompt's last tokens that are used, as vLLM counts it; None for all."""
+        if self.truncate_prompt_tokens != -1:
+            return self.truncate_prompt_tokens
+        return max(1, max_model_len - (self.limit or 1))
+
     def sampling_params(self, defaults: SamplingParams) -> list[SamplingParams]:
         """Returns the parameters of each choice for one prompt, not yet checked.
 
@@ -153,6 +180,8 @@ class GenerationRequest(RequestBody):
             "min_p": self.min_p,
             "seed": self.seed,
             "ignore_eos": self.ignore_eos,
+            "include_stop_str_in_output": self.include_stop_str_in_output,
+            "skip_special_tokens": self.skip_special_tokens,
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
             "repetition_penalty": self.repetition_penalty,
@@ -165,7 +194,7 @@ class GenerationRequest(RequestBody):
         }
         given = {name: value for name, value in given.items() if value is not None}
         params = dataclasses.replace(defaults, **given)
-        if params.seed is None:
+        if params.seed is None or params.seed == -1:
             return [params] * self.choices
         # The seed itself is not wrapped, so that one out of range is refused.
         seeds = [params.seed, *(_wrap(params.seed + i) for i in range(1, self.choices))]

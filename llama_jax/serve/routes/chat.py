@@ -8,7 +8,7 @@ from llama_jax.serve.generation.chat_format import ChatFormat
 from llama_jax.serve.generation.respond import make_job, respond
 from llama_jax.serve.protocol.chat import ChatRequest
 from llama_jax.serve.protocol.request_body import read
-from llama_jax.serve.routes.tokenization import encode_messages
+from llama_jax.serve.routes.tokenization import chat_options, encode_messages, sampling_params
 from llama_jax.serve.served_model import ServedModel
 
 
@@ -21,9 +21,16 @@ def chat_route(served: ServedModel) -> Route:
         served.check_available()
         served.check_name(body.model)
         served.check_room(1, body.choices)
-        prompt = await encode_messages(served, body.messages)
-        params = body.sampling_params(served.defaults)
+        prompt = await encode_messages(
+            served,
+            body.messages,
+            chat_options(body),
+            body.add_special_tokens is True,
+            body.prompt_limit(served.engine.info.max_model_len),
+        )
+        params = await sampling_params(served, body)
         job = make_job("messages", [prompt], params, body, arrived)
-        return await respond(served, request, ChatFormat(served.tokenizer), job)
+        format = ChatFormat(served.tokenizer, body.return_tokens_as_token_ids is True)
+        return await respond(served, request, format, job)
 
     return Route("/v1/chat/completions", chat, methods=["POST"])

@@ -8,7 +8,7 @@ from llama_jax.serve.generation.completion_format import CompletionFormat
 from llama_jax.serve.generation.respond import make_job, respond
 from llama_jax.serve.protocol.completion import CompletionRequest
 from llama_jax.serve.protocol.request_body import read
-from llama_jax.serve.routes.tokenization import encode_text
+from llama_jax.serve.routes.tokenization import encode_prompt, sampling_params
 from llama_jax.serve.served_model import ServedModel
 
 
@@ -22,11 +22,17 @@ def completions_route(served: ServedModel) -> Route:
         served.check_name(body.model)
         served.check_room(len(body.prompt), body.choices)
         prompts = [
-            await encode_text(served, item) if isinstance(item, str) else item
+            await encode_prompt(
+                served,
+                item,
+                body.add_special_tokens is not False,
+                body.prompt_limit(served.engine.info.max_model_len),
+            )
             for item in body.prompt
         ]
-        params = body.sampling_params(served.defaults)
+        params = await sampling_params(served, body)
         job = make_job("prompt", prompts, params, body, arrived)
-        return await respond(served, request, CompletionFormat(served.tokenizer), job)
+        format = CompletionFormat(served.tokenizer, body.return_tokens_as_token_ids is True)
+        return await respond(served, request, format, job)
 
     return Route("/v1/completions", completions, methods=["POST"])
