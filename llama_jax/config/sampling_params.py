@@ -10,6 +10,7 @@ MAX_TOP_K = 2**31 - 1  # an int32 on the device
 MAX_LOGIT_BIAS = 300  # entries, as in the OpenAI API
 MAX_STOP_TOKEN_IDS = 256  # with `min_tokens`, which bans each of them
 MAX_LOGPROBS = 20
+MAX_PRIORITY = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,7 @@ class SamplingParams:
       ignore_eos: continue after the model's EOS ids.
       cache_salt: requests share computed prompts only with requests of the same salt, so that the
         time to the first token does not tell what others have asked.
+      priority: requests with a lower number run earlier, and lose their pages later.
     """
 
     max_tokens: int | None = None
@@ -55,6 +57,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     cache_salt: str = ""
+    priority: int = 0
 
     def check(self) -> None:
         """Checks every range. Types are not checked, nor ids against a vocabulary.
@@ -82,6 +85,7 @@ class SamplingParams:
             ("stop_token_ids", self._bans_fit, f"at most {MAX_STOP_TOKEN_IDS} with min_tokens"),
             ("logprobs", 0 <= (self.logprobs or 0) <= MAX_LOGPROBS, f"in [0, {MAX_LOGPROBS}]"),
             ("stop", all(self.stop), "a list of non-empty strings"),
+            ("priority", abs(self.priority) <= MAX_PRIORITY, "in (-2**31, 2**31)"),
         )
         for name, holds, allowed in rules:
             if not holds:

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Self
 
-from llama_jax.engine.scheduler import Packet, Scheduler
+from llama_jax.engine.packets import Packet
+from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.tick_loop import Tick, TickLoop
 from llama_jax.ring.sizes import Bucket
 from sharding.errors import UserError
@@ -183,8 +184,7 @@ def _loop(engine: Any) -> TickLoop:
 
 
 def _tick_record(tick: Tick, scheduler: Scheduler, began: float) -> TickRecord:
-    prefilling = [scheduler.prefilling] if scheduler.prefilling else []
-    live = sorted(chain(prefilling, *scheduler.microbatches), key=lambda s: s.arrival)
+    live = sorted(scheduler.roster.live, key=lambda s: s.arrival)
     owners = {page: s.request_id for s in reversed(live) for page in s.pages}
     return TickRecord(
         number=tick.number,

@@ -15,7 +15,8 @@ import numpy as np
 
 from llama_jax.engine.executor import GREEDY, Choice, Executor, TickResult
 from llama_jax.engine.interface import Output, TokenLogprobs
-from llama_jax.engine.scheduler import Packet, Scheduler
+from llama_jax.engine.packets import Packet
+from llama_jax.engine.scheduler import Scheduler
 from llama_jax.model.adjustments import encode_adjustments
 from llama_jax.model.logprobs import Logprobs
 from llama_jax.model.sampling import encode_controls

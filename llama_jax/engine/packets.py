@@ -1,0 +1,52 @@
+"""What enters the ring in one tick, and the record by which its result is matched to sequences."""
+
+from dataclasses import dataclass, field
+
+from llama_jax.engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class Segment:
+    """Consecutive tokens of one sequence in a packet, as `llama_jax.ring.packet` encodes them.
+
+    Attributes:
+      sequence: the sequence.
+      epoch: the sequence's epoch when the packet entered.
+      slot: the sequence's slot when the packet entered.
+      position: the position of the first token.
+      tokens: prompt tokens; None for a decode row, whose one token only the device knows.
+      ends: whether to sample the token that follows.
+    """
+
+    sequence: Sequence
+    epoch: int
+    slot: int
+    position: int
+    tokens: list[int] | None = None
+    ends: bool = True
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return 1 if self.tokens is None else len(self.tokens)
+
+
+@dataclass(slots=True)
+class Packet:
+    """The tokens that enter in one tick, kept to match the packet's result to sequences later."""
+
+    rows: list[Segment] = field(default_factory=list)
+    tiles: list[Segment] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens in all segments."""
+        return len(self.rows) + sum(tile.length for tile in self.tiles)
+
+    def results(self, bucket_rows: int) -> list[tuple[int, Segment]]:
+        """The segments whose next token is sampled, each with its index in the tick's result."""
+        ends = [(bucket_rows + i, tile) for i, tile in enumerate(self.tiles) if tile.ends]
+        return [*enumerate(self.rows), *ends]
+
+    def __bool__(self) -> bool:
+        return bool(self.rows or self.tiles)
