@@ -1,16 +1,14 @@
 """Chooses the prompt tokens of each packet: which prompts begin, and how they share the chunk."""
 
 from itertools import islice
-from typing import Literal
 
+from llama_jax.engine.interface import WaitReason
 from llama_jax.engine.packets import Packet
 from llama_jax.engine.roster import Roster
 from llama_jax.engine.sequence import Sequence
 from llama_jax.ring.sizes import RingSizes
 
 SHORT_CHUNKS = 8  # a prompt that needs no more chunks than this may overtake a long one
-
-WaitReason = Literal["slot", "pages", "prefill"]
 
 
 class Prefill:

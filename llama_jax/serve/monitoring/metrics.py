@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 
 from llama_jax.engine.errors import QueueFull, RequestError
 from llama_jax.engine.interface import Stats
+from llama_jax.serve.monitoring.ring_metrics import ring_families
 
 PREFIXES = ("llama_jax", "vllm")
 FINISHED = ("stop", "length", "abort", "error")
@@ -233,6 +234,7 @@ class _EngineCollector(Collector):
                 metric = family(f"{self._prefix}:{name}", about, labels=list(self._labels))
                 metric.add_metric(list(self._labels.values()), value(stats))
                 yield metric
+        yield from ring_families(self._prefix, self._labels, stats)
 
 
 def _pages_used(stats: Stats) -> float:
