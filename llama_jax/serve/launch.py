@@ -233,6 +233,8 @@ def _served_model(setup: Setup, engine: EngineClient) -> ServedModel:
         tokenizer=setup.tokenizer,
         metrics=metrics,
         defaults=setup.defaults,
+        max_queue_tokens=setup.arguments.max_queue_tokens,
+        request_timeout=setup.arguments.request_timeout,
     )
 
 

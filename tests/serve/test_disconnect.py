@@ -28,11 +28,14 @@ class Connection:
       gone: set it to disconnect.
     """
 
-    def __init__(self, server: FakeServer, body: dict, send=None) -> None:
+    def __init__(
+        self, server: FakeServer, body: dict, send=None, path: str = SCOPE["path"]
+    ) -> None:
         self.sent: list[dict] = []
         self.gone = asyncio.Event()
+        scope = {**SCOPE, "path": path}
         self._body = [json.dumps(body).encode()]
-        self.task = asyncio.create_task(server.app(SCOPE, self._receive, send or self._send))
+        self.task = asyncio.create_task(server.app(scope, self._receive, send or self._send))
 
     async def _receive(self) -> dict:
         if self._body:

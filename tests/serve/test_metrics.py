@@ -219,7 +219,11 @@ def timed(server: FakeServer, gaps: list[float]) -> Clock:
     generate: Callable[..., AsyncGenerator[Output, None]] = server.engine.generate
 
     async def slow(
-        prompt: list[int], params: SamplingParams, *, on_token: Callable[[], None]
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        on_token: Callable[[], None],
+        deadline: float | None,
     ) -> AsyncGenerator[Output, None]:
         times = iter(gaps)
         async for output in generate(prompt, params):
@@ -258,7 +262,11 @@ def test_a_pause_of_the_reader_is_no_latency() -> None:
     generate = server.engine.generate
 
     async def ahead_of_the_reader(
-        prompt: list[int], params: SamplingParams, *, on_token: Callable[[], None]
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        on_token: Callable[[], None],
+        deadline: float | None,
     ) -> AsyncGenerator[Output, None]:
         outputs = [output async for output in generate(prompt, params)]
         for _ in outputs:

@@ -1,11 +1,12 @@
 """Writes the response of a route that generates, whole or as a stream of server-sent events."""
 
+import asyncio
 import itertools
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -64,6 +65,7 @@ class Job:
       stream: whether to stream the response.
       options: when to send the usage in a stream.
       arrived: when the request arrived, by the clock of the metrics.
+      timeout: seconds from its arrival after which it is aborted; None for the server's default.
     """
 
     param: Literal["prompt", "messages"]
@@ -73,6 +75,7 @@ class Job:
     stream: bool
     options: StreamOptions
     arrived: float
+    timeout: float | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -109,6 +112,7 @@ def make_job(
         stream=bool(body.stream),
         options=body.stream_options or StreamOptions(),
         arrived=arrived,
+        timeout=body.timeout,
     )
 
 
@@ -121,17 +125,19 @@ async def respond(
 
     Raises:
       ApiError: the request cannot be accepted.
-      RequestError, EngineDead, GenerationFailed: as `generate_choice`.
+      RequestError, RequestTimeout, EngineDead, GenerationFailed: as `generate_choice`.
     """
     _check_job(served, job)
+    params = job.params if served.engine.info.prefix_caching else _with_private_salt(job.params)
+    lengths = [len(prompt) for prompt in job.prompts]
     head = {
         "id": f"{format.id_prefix}-{uuid.uuid4().hex}",
         "object": format.chunk_object if job.stream else format.whole_object,
         "created": int(time.time()),
         "model": served.name,
     }
-    with served.admission.reserve(job.num_choices) as places:
-        choices = itertools.product(job.prompts, job.params)
+    with served.admission.reserve(lengths, len(params), _deadline(served, job)) as places:
+        choices = itertools.product(job.prompts, params)
         deltas = merge(
             [
                 generate_choice(served, place, index, prompt, params, job.arrived)
@@ -197,6 +203,21 @@ def _check_job(served: ServedModel, job: Job) -> None:
         answer = params.max_tokens or 0
         if len(prompt) + answer > info.max_model_len:
             raise answer_too_long(info, job.param, len(prompt), answer, job.limit_param)
+
+
+def _with_private_salt(params: Sequence[SamplingParams]) -> list[SamplingParams]:
+    """Lets only the choices of this request share their prompt."""
+    salt = uuid.uuid4().hex if len(params) > 1 else ""
+    return [replace(choice, cache_salt=salt) for choice in params]
+
+
+def _deadline(served: ServedModel, job: Job) -> float | None:
+    """The event loop's time at which the request is aborted, or None."""
+    timeout = served.request_timeout if job.timeout is None else job.timeout
+    if timeout is None:
+        return None
+    elapsed = served.metrics.clock() - job.arrived
+    return asyncio.get_running_loop().time() + timeout - elapsed
 
 
 async def _first(deltas: AsyncGenerator[ChoiceDelta, None]) -> ChoiceDelta:

@@ -64,7 +64,6 @@ _NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
     "documents": (),
     # other
-    "priority": (0,),
     "add_special_tokens": (True,),
     "truncate_prompt_tokens": (),
 }
