@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import msgspec
 
-from llama_jax.engine.errors import EngineDead
+from llama_jax.engine.errors import EngineDead, RequestTimeout
 from llama_jax.engine.interface import Output, TokenLogprobs
+
+StreamError = EngineDead | RequestTimeout
 
 _ENCODE = msgspec.msgpack.Encoder().encode
 _DECODE = msgspec.msgpack.Decoder(TokenLogprobs).decode
@@ -29,7 +31,7 @@ class OutputStream:
         self._logprobs: list[bytes] = []  # of `_tokens`, if the request asks for them; encoded
         self._read = 0  # of `_tokens`
         self._cached_tokens = 0
-        self._end: Output | EngineDead | None = None
+        self._end: Output | StreamError | None = None
         self._changed = asyncio.Event()
 
     def put(self, output: Output) -> None:
@@ -46,7 +48,7 @@ class OutputStream:
             self._end = output
         self._changed.set()
 
-    def fail(self, error: EngineDead) -> None:
+    def fail(self, error: StreamError) -> None:
         """Ends the stream with an error, which is raised after the outputs before it are read."""
         self._end = error
         self._changed.set()
@@ -55,7 +57,7 @@ class OutputStream:
         """Waits for the next output and removes it. For one reader, and not beyond the end.
 
         Raises:
-          EngineDead: the stream ended with this error.
+          EngineDead, RequestTimeout: the stream ended with this error.
         """
         while self._read == len(self._tokens) and self._end is None:
             self._changed.clear()
@@ -71,7 +73,7 @@ class OutputStream:
                 self._request_id, token, cached_tokens=self._cached_tokens, logprobs=logprobs
             )
         assert self._end is not None
-        if isinstance(self._end, EngineDead):
+        if isinstance(self._end, Exception):
             raise self._end
         return self._end
 
@@ -110,11 +112,11 @@ class OpenStreams:
             if output.finish_reason is not None:
                 self.close(output.request_id)
 
-    def fail(self, request_id: int, error: EngineDead) -> None:
-        """Ends a stream with an error, unless it has been closed meanwhile."""
+    def fail(self, request_id: int, error: StreamError) -> bool:
+        """Ends a stream with an error. False if it had left already."""
         if stream := self._streams.get(request_id):
             stream.fail(error)
-            self.close(request_id)
+        return self.close(request_id)
 
     def fail_all(self, error: Callable[[], EngineDead]) -> None:
         """Ends every stream with an error of its own."""

@@ -12,6 +12,7 @@ MAX_STOP_TOKEN_IDS = 256  # with `min_tokens`, which bans each of them
 MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 1024
 MAX_BAD_WORD_TOKENS = 64
+MAX_PRIORITY = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,7 @@ class SamplingParams:
       bad_words: token sequences that the answer will not contain. The last token of each is never
         chosen after the others.
       grammar: the grammar that the answer must match (`llama_jax.text.grammar`); "" for none.
+      priority: requests with a lower number run earlier, and lose their pages later.
     """
 
     max_tokens: int | None = None
@@ -73,6 +75,7 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
     grammar: str = ""
+    priority: int = 0
 
     def check(self) -> None:
         """Checks every range. Types are not checked, nor ids against a vocabulary.
@@ -110,6 +113,7 @@ class SamplingParams:
                 f"in [0, {MAX_LOGPROBS}]",
             ),
             ("stop", all(self.stop), "a list of non-empty strings"),
+            ("priority", abs(self.priority) <= MAX_PRIORITY, "in (-2**31, 2**31)"),
         )
         for name, holds, allowed in rules:
             if not holds:

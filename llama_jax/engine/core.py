@@ -17,7 +17,11 @@ from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.compilation_cache import compilation_cache
 from llama_jax.engine.compiling import CompilingRequests
 from llama_jax.engine.constraint import Constraint
-from llama_jax.engine.device_memory import bytes_by_device, choose_mesh_sizes
+from llama_jax.engine.device_memory import (
+    bytes_by_device,
+    choose_mesh_sizes,
+    memory_stats,
+)
 from llama_jax.engine.executor import CompileCounter, Executor
 from llama_jax.engine.grammars import Grammars
 from llama_jax.engine.interface import DeviceInfo, EngineInfo, Output, Progress, Stats
@@ -93,6 +97,7 @@ class Engine:
         self._compiling = CompilingRequests(grammars)
         executor.call_seconds = 0.0  # without the warm-up
 
+        self._devices = mesh.devices.flatten().tolist()
         weights = bytes_by_device(params, mesh)
         cache = bytes_by_device(executor.state.cache, mesh)
         layers = split_layers(config.num_layers, mesh_shape(mesh)[0])
@@ -118,6 +123,7 @@ class Engine:
                 for (stage, rank), device in np.ndenumerate(mesh.devices)
             ],
             num_programs=len(sizes.buckets()),
+            prefix_caching=options.prefix_caching,
             load_seconds=loaded - start,
             compile_seconds=time.perf_counter() - loaded,
         )
@@ -183,6 +189,12 @@ class Engine:
             compilations=self.compilations.count,
             tick_seconds=loop.seconds,
             host_seconds=loop.host_seconds,
+            wait_reason=scheduler.prefill.wait_reason(),
+            queue_tokens=scheduler.num_queued_tokens,
+            pages_cached=scheduler.pool.num_cached,
+            programs=loop.program_stats,
+            stages=loop.stage_stats,
+            memory=memory_stats(self._devices),
         )
 
 

@@ -62,7 +62,6 @@ CASES: dict[str, list[Case]] = {
         completion("n", TYPE, n="2"),
         completion("n", TYPE, n=[2]),
         chat("n", VALUE, n=128),
-        completion("n", VALUE, prompt=["x"] * 8, n=2),
         completion("best_of", None, best_of=10**9),
         completion("best_of", None, best_of=-1),
         completion("best_of", None, best_of="many"),

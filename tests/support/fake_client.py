@@ -9,7 +9,7 @@ import httpx
 
 from llama_jax.client.request_check import check_request
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.engine.errors import EngineDead, QueueFull
+from llama_jax.engine.errors import EngineDead, QueueFull, RequestTimeout
 from llama_jax.engine.interface import DeviceInfo, EngineInfo, Output, Stats, TokenLogprobs
 from llama_jax.serve.app import create_app
 from llama_jax.serve.monitoring.metrics import Metrics
@@ -102,6 +102,7 @@ class FakeClient:
         params: SamplingParams,
         *,
         on_token: Callable[[], None] = lambda: None,
+        deadline: float | None = None,
     ) -> AsyncGenerator[Output, None]:
         self.check(prompt, params)
         if self.running >= self.max_in_flight:
@@ -112,7 +113,7 @@ class FakeClient:
         try:
             limit = params.max_tokens or self.info.max_model_len - len(prompt)
             for index in range(limit):
-                await self._wait()
+                await self._wait(deadline)
                 if index == self.fail_after:
                     finished = True
                     yield Output(0, None, "error", "The logits are not finite.")
@@ -138,9 +139,13 @@ class FakeClient:
             self.running -= 1
             self.aborted += not finished
 
-    async def _wait(self) -> None:
-        await self.hold.wait()
-        await asyncio.sleep(0)
+    async def _wait(self, deadline: float | None) -> None:
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self.hold.wait()
+                await asyncio.sleep(0)
+        except TimeoutError:
+            raise RequestTimeout from None
         if not self.alive:
             raise EngineDead("killed, see /tmp/secret.log")
 

@@ -49,7 +49,7 @@ async def generate_choice(
 
     Args:
       served: the model.
-      place: a place in the engine, reserved for this choice.
+      place: a place in the engine for this choice.
       choice: the index of this choice in its HTTP request.
       prompt: token ids.
       params: the sampling parameters of this choice.
@@ -57,26 +57,34 @@ async def generate_choice(
 
     Raises:
       GenerationFailed: the engine could not finish.
-      RequestError, EngineDead: as `EngineClient.generate`.
+      RequestError, RequestTimeout, EngineDead: as `EngineClient.generate`.
     """
     detokenizer = detokenizer_for(served.tokenizer, params)
     tokens = 0
-    with place, served.metrics.request(arrived, len(prompt)) as timer:
-        outputs = served.engine.generate(prompt, params, on_token=timer.token)
-        async with aclosing(read_text(outputs, detokenizer)) as deltas:
-            async for delta in deltas:
-                tokens += 1
-                if delta.finish_reason is not None:
-                    timer.finish(delta.finish_reason)
-                yield ChoiceDelta(
-                    choice,
-                    delta.text,
-                    delta.token,
-                    tokens,
-                    delta.finish_reason,
-                    delta.output.logprobs,
-                    delta.output.cached_tokens,
-                )
+    with served.metrics.request(arrived, len(prompt)) as timer:
+
+        def on_token() -> None:
+            timer.token()
+            place.begun()
+
+        async with place:
+            outputs = served.engine.generate(
+                prompt, params, on_token=on_token, deadline=place.deadline
+            )
+            async with aclosing(read_text(outputs, detokenizer)) as deltas:
+                async for delta in deltas:
+                    tokens += 1
+                    if delta.finish_reason is not None:
+                        timer.finish(delta.finish_reason)
+                    yield ChoiceDelta(
+                        choice,
+                        delta.text,
+                        delta.token,
+                        tokens,
+                        delta.finish_reason,
+                        delta.output.logprobs,
+                        delta.output.cached_tokens,
+                    )
 
 
 async def merge(

@@ -1,12 +1,13 @@
 """Writes the response of a route that generates, whole or as a stream of server-sent events."""
 
+import asyncio
 import itertools
 import time
 import uuid
 from array import array
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from starlette.requests import Request
@@ -65,6 +66,7 @@ class Job:
       options: when to send the usage in a stream.
       arrived: when the request arrived, by the clock of the metrics.
       token_ids: whether to return the token ids of prompts and answers.
+      timeout: seconds from its arrival after which it is aborted; None for the server's default.
     """
 
     param: Literal["prompt", "messages", "input"]
@@ -75,6 +77,7 @@ class Job:
     options: StreamOptions
     arrived: float
     token_ids: bool = False
+    timeout: float | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -112,6 +115,7 @@ def make_job(
         options=body.stream_options or StreamOptions(),
         arrived=arrived,
         token_ids=body.return_token_ids is True,
+        timeout=body.timeout,
     )
 
 
@@ -160,11 +164,13 @@ async def generate(
 
     Raises:
       ApiError: the request cannot be accepted.
-      RequestError, EngineDead, GenerationFailed: as `generate_choice`.
+      RequestError, RequestTimeout, EngineDead, GenerationFailed: as `generate_choice`.
     """
     _check_job(served, job)
-    with served.admission.reserve(job.num_choices) as places:
-        choices = itertools.product(job.prompts, job.params)
+    params = job.params if served.engine.info.prefix_caching else _with_private_salt(job.params)
+    lengths = [len(prompt) for prompt in job.prompts]
+    with served.admission.reserve(lengths, len(params), _deadline(served, job)) as places:
+        choices = itertools.product(job.prompts, params)
         deltas = merge(
             [
                 generate_choice(served, place, index, prompt, params, job.arrived)
@@ -198,6 +204,21 @@ def _check_job(served: ServedModel, job: Job) -> None:
         answer = params.max_tokens or 0
         if len(prompt) + answer > info.max_model_len:
             raise answer_too_long(info, job.param, len(prompt), answer, job.limit_param)
+
+
+def _with_private_salt(params: Sequence[SamplingParams]) -> list[SamplingParams]:
+    """Lets only the choices of this request share their prompt."""
+    salt = uuid.uuid4().hex if len(params) > 1 else ""
+    return [replace(choice, cache_salt=salt) for choice in params]
+
+
+def _deadline(served: ServedModel, job: Job) -> float | None:
+    """The event loop's time at which the request is aborted, or None."""
+    timeout = served.request_timeout if job.timeout is None else job.timeout
+    if timeout is None:
+        return None
+    elapsed = served.metrics.clock() - job.arrived
+    return asyncio.get_running_loop().time() + timeout - elapsed
 
 
 async def _whole(

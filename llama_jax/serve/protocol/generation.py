@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from llama_jax.config.sampling_params import (
     MAX_LOGIT_BIAS,
+    MAX_PRIORITY,
     MAX_STOP_TOKEN_IDS,
     MAX_TOP_K,
     SamplingParams,
@@ -23,6 +24,7 @@ from llama_jax.serve.protocol.json_reader import read_integers, refuse
 
 MAX_CHOICES = 16
 MAX_SALT_CHARACTERS = 1024
+MAX_TIMEOUT = 1_000_000  # seconds
 
 _Stop = Annotated[
     Any,
@@ -111,6 +113,8 @@ class GenerationRequest(RequestBody):
     logit_bias: _LogitBias = None
     min_tokens: Annotated[int, schema(minimum=0)] | None = None
     cache_salt: Annotated[str, schema(maxLength=MAX_SALT_CHARACTERS)] | None = None
+    priority: Annotated[int, schema(minimum=-MAX_PRIORITY, maximum=MAX_PRIORITY)] | None = None
+    timeout: Annotated[float, schema(exclusiveMinimum=0, maximum=MAX_TIMEOUT)] | None = None
     stop: _Stop = None
     stop_token_ids: (
         Annotated[list[int], schema(read_integers, maxItems=MAX_STOP_TOKEN_IDS)] | None
@@ -134,6 +138,8 @@ class GenerationRequest(RequestBody):
             refuse(f"n must be between 1 and {MAX_CHOICES}, got {self.choices}.", "n")
         if len(self.cache_salt or "") > MAX_SALT_CHARACTERS:
             refuse(f"cache_salt may have at most {MAX_SALT_CHARACTERS} characters.", "cache_salt")
+        if self.timeout is not None and not 0 < self.timeout <= MAX_TIMEOUT:
+            refuse(f"timeout must be in (0, {MAX_TIMEOUT}], got {self.timeout}.", "timeout")
         if len(self.stop_token_ids or ()) > MAX_STOP_TOKEN_IDS:
             refuse(f"stop_token_ids may have at most {MAX_STOP_TOKEN_IDS} ids.", "stop_token_ids")
         if self.return_tokens_as_token_ids and self.top_alternatives is None:
@@ -189,6 +195,7 @@ class GenerationRequest(RequestBody):
             "min_tokens": self.min_tokens,
             "logprobs": self.top_alternatives,
             "cache_salt": self.cache_salt,
+            "priority": self.priority,
             "stop": tuple(self.stop or ()),
             "stop_token_ids": tuple(self.stop_token_ids or ()),
         }

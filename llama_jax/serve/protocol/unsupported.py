@@ -86,7 +86,6 @@ _NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
     # other
-    "priority": (0,),
     "request_id": (),
     "truncation_side": ("left",),
     "kv_transfer_params": (),

@@ -20,7 +20,7 @@ def chat_route(served: ServedModel) -> Route:
         body = await read(ChatRequest, request)
         served.check_available()
         served.check_name(body.model)
-        served.check_room(1, body.choices)
+        served.admission.check(1, body.choices)
         prompt = await encode_messages(
             served,
             body.messages,

@@ -20,7 +20,7 @@ def completions_route(served: ServedModel) -> Route:
         body = await read(CompletionRequest, request)
         served.check_available()
         served.check_name(body.model)
-        served.check_room(len(body.prompt), body.choices)
+        served.admission.check(len(body.prompt), body.choices)
         prompts = [
             await encode_prompt(
                 served,
