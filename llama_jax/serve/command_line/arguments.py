@@ -14,7 +14,7 @@ from llama_jax.serve.transport.door import MAX_BODY_BYTES
 from llama_jax.terminal.arguments import Parser, size
 
 API_KEY_VARIABLE = "LLAMA_JAX_API_KEY"
-DEMO_CHECKPOINT = Path(__file__).parents[2] / "demo" / "checkpoint"
+DEMO_CHECKPOINT = Path(__file__).parents[3] / "demo" / "checkpoint"
 DEMO_NAME = "llama-jax-demo"
 
 _EXAMPLES = f"""\
