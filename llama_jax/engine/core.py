@@ -105,6 +105,7 @@ class Engine:
                     layers=[layer for layer in layers[stage] if layer is not None],
                     weight_bytes=weights[device],
                     kv_bytes=cache[device],
+                    memory_bytes=(device.memory_stats() or {}).get("bytes_limit"),
                 )
                 for (stage, rank), device in np.ndenumerate(mesh.devices)
             ],
@@ -163,6 +164,7 @@ class Engine:
             compilations=self.compilations.count,
             tick_seconds=loop.seconds,
             host_seconds=loop.host_seconds,
+            packets=loop.packets,
         )
 
 

@@ -63,7 +63,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """One device of the mesh: its place, its layers, and the bytes on it."""
+    """One device of the mesh: its place, its layers, and the bytes on it.
+
+    `memory_bytes` is what JAX may use of the device's memory, if the device reports it.
+    """
 
     name: str
     stage: int
@@ -71,6 +74,7 @@ class DeviceInfo:
     layers: list[int]
     weight_bytes: int
     kv_bytes: int
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -93,13 +97,22 @@ class EngineInfo:
 
 
 @dataclass(frozen=True)
+class PacketSize:
+    """The tokens of the packet in one stage: decode rows, and prompt tokens of its chunk."""
+
+    rows: int
+    chunk_tokens: int
+
+
+@dataclass(frozen=True)
 class Stats:
     """Counters since the engine was ready, and current gauges (`num_*` and `pages_*`).
 
     `stage_ticks` counts ticks × stages, and `stage_ticks_busy` those in which the stage held a
     packet with tokens. `token_slots` counts the tokens that the programs had room for, over all
     stages, and `token_slots_used` those that were tokens. `host_seconds` is the part of
-    `tick_seconds` outside the device programs.
+    `tick_seconds` outside the device programs. `packets` are those in the stages in the latest
+    tick, stage 0 first; none while there is no work.
     """
 
     num_running: int = 0
@@ -118,3 +131,4 @@ class Stats:
     compilations: int = 0
     tick_seconds: float = 0.0
     host_seconds: float = 0.0
+    packets: tuple[PacketSize, ...] = ()

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llama_jax.engine.executor import GREEDY, Choice, Executor, TickResult
-from llama_jax.engine.interface import Output, TokenLogprobs
+from llama_jax.engine.interface import Output, PacketSize, TokenLogprobs
 from llama_jax.engine.scheduler import Packet, Scheduler
 from llama_jax.model.adjustments import encode_adjustments
 from llama_jax.model.logprobs import Logprobs
@@ -103,6 +103,16 @@ class TickLoop:
     def host_seconds(self) -> float:
         """Time spent in `step` outside the compiled programs and the wait for their results."""
         return self.seconds - self.executor.call_seconds - self.wait_seconds
+
+    @property
+    def packets(self) -> tuple[PacketSize, ...]:
+        """The packet in each stage in the latest tick, stage 0 first; empty if there is no work."""
+        if not self.has_work:
+            return ()
+        return tuple(
+            PacketSize(len(packet.rows), packet.num_tokens - len(packet.rows))
+            for packet in reversed(self._in_flight)
+        )
 
     def _dispatch(self, entering: Packet) -> Bucket:
         self._in_flight.append(entering)

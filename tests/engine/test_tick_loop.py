@@ -242,3 +242,22 @@ def test_an_aborted_request_leaves_no_work_behind():
         assert loop.step() == []
         ticks += 1
     assert ticks <= 8
+
+
+def test_the_packets_of_the_stages_are_reported():
+    loop = make_loop(2, late=0)
+    assert loop.packets == ()
+    params = SamplingParams(max_tokens=2, temperature=0)
+    loop.scheduler.add(0, [20] * 20, params, max_model_len=64, seed=0, stop_ids=frozenset())
+    seen = []
+    while loop.has_work:
+        loop.step()
+        seen.append([(packet.rows, packet.chunk_tokens) for packet in loop.packets])
+    empty = (0, 0)
+    assert seen == [
+        [(0, 16), empty],  # a prompt of 20 tokens in two chunks,
+        [(0, 4), (0, 16)],
+        [empty, (0, 4)],
+        [(1, 0), empty],  # then a row, whose token ends the request
+        [],
+    ]
