@@ -77,7 +77,7 @@ class Chart {
     const most = niceCeiling(Math.max(1.05 * largest, 1.1 * (target ?? 0)) || 1);
     this.paths.forEach((path, index) => set(path, { d: curve(values[index], most) }));
     set(this.area, { d: area(values[0], most) });
-    this.top.textContent = this.format(most);
+    this.top.textContent = this.format(most).replace(/\.0+\b/, "");
     const now = values.map((line) => line[line.length - 1]);
     now.forEach((value, index) => {
       this.values[index].textContent = value === null ? "–" : this.format(value);
@@ -125,8 +125,8 @@ function x(index, values) {
   return (WIDTH * (index + SAMPLES - values.length)) / (SAMPLES - 1);
 }
 
-// The next of 1, 2, 5, 10, ... at or above a positive value.
+// The next round number at or above a positive value.
 function niceCeiling(value) {
   const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 5, 10].map((digit) => digit * power).find((nice) => nice >= value);
+  return [1, 1.5, 2, 3, 4, 5, 6, 8, 10].map((digit) => digit * power).find((nice) => nice >= value);
 }

@@ -1,7 +1,7 @@
 // The conversation: it is kept in this tab's memory, and sent whole with every message.
 
 import { call, events } from "./api.js";
-import { byId } from "./elements.js";
+import { byId, element } from "./elements.js";
 import { mark, read, wrong } from "./parameters.js";
 import { kinds } from "./requests.js";
 import { finish, speak } from "./spoken.js";
@@ -11,6 +11,10 @@ import { Turn } from "./turn.js";
 const NAMES = {
   chat: { question: "You", answer: "Model" },
   completion: { question: "Prompt", answer: "Continuation" },
+};
+const EXAMPLES = {
+  chat: ["What is a pipeline stage?", "What is 27 + 48?", "Why does the ring never drain?"],
+  completion: ["Once upon a time", "The capital of France is", "def fibonacci(n):"],
 };
 
 const transcript = byId("transcript");
@@ -22,7 +26,6 @@ let kind = "chat";
 let turns = [];
 let running = null; // the AbortController of the answer that is being generated
 
-// Sets up the chat. `watchModel` is to be called with whether the model has a chat template.
 export function startChat() {
   explainTokens(transcript);
   byId("composer").addEventListener("submit", (event) => {
@@ -51,6 +54,7 @@ export function setKind(chat) {
   message.placeholder = chat ? "Message" : "A text to continue";
   byId("message-label").textContent = message.placeholder;
   for (const field of parameters.querySelectorAll("[data-chat-only]")) field.hidden = !chat;
+  byId("examples").replaceChildren(...EXAMPLES[kind].map(example));
   if (!chat) {
     byId("empty-hint").textContent =
       "This model has no chat template: it continues the text. The text is kept in this tab's " +
@@ -76,6 +80,15 @@ export function clear() {
   empty.hidden = false;
   byId("regenerate").disabled = true;
   message.focus();
+}
+
+function example(prompt) {
+  const button = element("button", { type: "button" }, prompt);
+  button.addEventListener("click", () => {
+    message.focus();
+    if (!running) generate(prompt);
+  });
+  return element("li", {}, button);
 }
 
 function send() {

@@ -19,7 +19,7 @@ const GAUGES = {
     const used = stats.pages_total - stats.pages_free;
     return {
       text: percent(used / Math.max(1, stats.pages_total)),
-      about: `${whole(used)} of ${count(stats.pages_total, "page")}`,
+      about: `of ${count(stats.pages_total, "page")}`,
       share: used / Math.max(1, stats.pages_total),
     };
   },
@@ -31,7 +31,7 @@ const GAUGES = {
     const all = stats.prompt_tokens + stats.cached_tokens;
     return {
       text: all ? percent(stats.cached_tokens / all) : "–",
-      about: `${whole(stats.cached_tokens)} of ${whole(all)} tokens`,
+      about: `of ${count(all, "token")}`,
       share: all ? stats.cached_tokens / all : 0,
     };
   },
@@ -63,6 +63,6 @@ function makeTile(name) {
     about: element("p", { class: "about" }),
     bar: element("div", { class: "meter", role: "meter", "aria-label": name, "aria-valuemin": 0, "aria-valuemax": 100, hidden: true }),
   };
-  byId("gauges").append(element("div", { class: "tile" }, element("h3", {}, name), tile.value, tile.bar, tile.about));
+  byId("gauges").append(element("div", { class: "tile" }, element("h3", {}, name), tile.value, tile.about, tile.bar));
   return tile;
 }

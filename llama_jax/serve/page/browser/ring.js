@@ -82,7 +82,9 @@ export class Ring {
     let before = null;
     const step = (now) => {
       this.frame = null;
-      if (!this.busy && this.offset % 1 < 0.02) return this.place(Math.floor(this.offset));
+      const resting = this.offset % 1 < 1 - MOVING;
+      const seen = this.element.getClientRects().length > 0;
+      if (!seen || (!this.busy && resting)) return;
       this.offset += before === null ? 0 : Math.min(now - before, 100) / TICK;
       before = now;
       this.place(this.offset);

@@ -2,7 +2,7 @@
 
 import { element } from "./elements.js";
 import { tokenSpan } from "./tokens.js";
-import { digits, milliseconds } from "./units.js";
+import { count, digits, milliseconds } from "./units.js";
 
 const ENDS = {
   stop: "",
@@ -55,26 +55,24 @@ export class Turn {
     this.pending = [];
   }
 
-  // Ends the answer: `reason` is the server's finish reason, or "stopped". Returns the note.
+  // Ends the answer: `reason` is the server's finish reason, or "stopped". Returns how it ended.
   finish(reason, usage) {
-    const now = performance.now();
-    const facts = [ENDS[reason] ?? `It ended with the reason "${reason}".`];
-    if (this.first !== null) facts.push(`First token after ${milliseconds((this.first - this.started) / 1000)}`);
-    if (usage) {
-      facts[1] += `, ${usage.completion_tokens} tokens`;
-      if (usage.completion_tokens > 1) {
-        const rate = (1000 * (usage.completion_tokens - 1)) / (now - this.first);
-        facts[1] += `, ${digits(rate)} tokens/s`;
-      }
-      const cached = usage.prompt_tokens_details?.cached_tokens;
-      if (cached) facts[1] += `; ${cached} of ${usage.prompt_tokens} prompt tokens from the cache`;
-      facts[1] += ".";
-    } else if (facts.length > 1) {
-      facts[1] += ".";
-    }
     this.#end();
-    this.note.textContent = facts.filter((fact) => fact !== "").join(" ");
-    return ENDS[reason] || "End of the answer.";
+    const end = ENDS[reason] ?? `It ended with the reason "${reason}".`;
+    this.note.textContent = [end, this.first === null ? "" : this.#facts(usage)].join(" ").trim();
+    return end || "End of the answer.";
+  }
+
+  #facts(usage) {
+    const facts = [`First token after ${milliseconds((this.first - this.started) / 1000)}`];
+    if (usage) facts.push(count(usage.completion_tokens, "token"));
+    if (usage?.completion_tokens > 1) {
+      const seconds = (performance.now() - this.first) / 1000;
+      facts.push(`${digits((usage.completion_tokens - 1) / seconds)} tokens/s`);
+    }
+    const cached = usage?.prompt_tokens_details?.cached_tokens;
+    if (cached) facts.push(`${cached} of ${usage.prompt_tokens} prompt tokens from the cache`);
+    return `${facts.join(", ")}.`;
   }
 
   fail(message) {
