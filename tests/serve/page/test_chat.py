@@ -61,6 +61,22 @@ def test_an_answer_is_text_whatever_it_looks_like(page, server):
     assert space == "pre-wrap"
 
 
+def test_the_end_of_a_long_answer_stays_in_sight_until_the_reader_scrolls_up(page, server):
+    below = "node => node.scrollHeight - node.scrollTop - node.clientHeight"
+    answer_with(server, "Hello, world!\n" * 10, pause=0.005)
+    ask(page, "Hi")
+    transcript, text = page.locator("#transcript"), page.locator(".answer .text")
+    expect(text).to_contain_text("Hello, world!\n" * 60)
+    assert transcript.evaluate(below) < 100
+    transcript.hover()
+    page.mouse.wheel(0, -100_000)
+    expect(page.locator(".question")).to_be_in_viewport()
+    length = len(text.text_content())
+    wait_until(lambda: len(text.text_content()) > length + 200)
+    assert transcript.evaluate("node => node.scrollTop") == 0
+    page.keyboard.press("Escape")
+
+
 def test_parameters_reach_the_request(page, server):
     page.click("#show-parameters")
     given = {

@@ -60,7 +60,7 @@ def test_the_picture_changes_under_load(browser, server, load):
         expect(packets).to_have_count(4)
         expect(page.locator("#motion")).to_contain_text("A tick takes")
         expect(page.locator("#mesh .kv-used").first).not_to_have_attribute("width", "0")
-        expect(page.locator(".chart .verdict").nth(1)).to_contain_text("the target")
+        expect(page.locator(".chart .verdict").nth(1)).to_contain_text("p95")
 
         ask(page, "What is a pipeline stage?")
         expect(page.locator(".answer .text")).not_to_be_empty()

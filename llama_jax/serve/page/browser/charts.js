@@ -21,13 +21,13 @@ const CHARTS = [
   },
   {
     title: "Time to first token",
-    lines: [["median", (s) => s.firstToken.p50], ["95th percentile", (s) => s.firstToken.p95]],
+    lines: [["median", (s) => s.firstToken.p50], ["p95", (s) => s.firstToken.p95]],
     show: milliseconds,
     target: { name: "llama-jax-ttft-target", value: 500 },
   },
   {
     title: "Time per output token",
-    lines: [["median", (s) => s.outputToken.p50], ["95th percentile", (s) => s.outputToken.p95]],
+    lines: [["median", (s) => s.outputToken.p50], ["p95", (s) => s.outputToken.p95]],
     show: milliseconds,
     target: { name: "llama-jax-tpot-target", value: 50 },
   },
@@ -63,7 +63,7 @@ class Chart {
       element(
         "figure",
         { class: "card chart" },
-        element("figcaption", {}, element("h3", {}, title), element("ul", { class: "legend" }, ...legend)),
+        element("figcaption", {}, element("h3", {}, title), element("p", { class: "about" }, "last minute"), element("ul", { class: "legend" }, ...legend)),
         element("div", { class: "plot" }, this.drawing, this.top),
         ...(target ? [element("div", { class: "goal" }, this.target.label, this.verdict)] : []),
       ),
@@ -88,7 +88,7 @@ class Chart {
     const y = HEIGHT * (1 - target / most);
     set(this.targetLine, { d: `M0 ${y}H${WIDTH}` });
     const slow = now[1] !== null && now[1] > target;
-    this.verdict.textContent = now[1] === null ? "no tokens in the last 10 s" : slow ? "above the target" : "within the target";
+    this.verdict.textContent = now[1] === null ? "no recent tokens" : slow ? "p95 above" : "p95 within";
     this.verdict.dataset.mood = now[1] === null ? "" : slow ? "bad" : "good";
   }
 

@@ -24,6 +24,7 @@ const parameters = byId("parameters");
 
 let kind = "chat";
 let turns = [];
+let following = true; // whether the end of the conversation is in sight, and stays there
 let running = null; // the AbortController of the answer that is being generated
 
 export function startChat() {
@@ -38,6 +39,13 @@ export function startChat() {
     send();
   });
   message.addEventListener("input", fitMessage);
+  let before = 0;
+  transcript.addEventListener("scroll", () => {
+    const { scrollTop, scrollHeight, clientHeight } = transcript;
+    if (scrollTop < before) following = false;
+    else if (scrollHeight - scrollTop - clientHeight < 40) following = true;
+    before = scrollTop;
+  });
   parameters.addEventListener("input", () => {
     mark(parameters, null);
     byId("scale").hidden = !parameters.elements.colored.checked;
@@ -106,7 +114,8 @@ async function generate(prompt) {
   turns.push(turn);
   empty.hidden = true;
   transcript.append(turn.element);
-  transcript.scrollTop = transcript.scrollHeight;
+  following = true;
+  follow();
   if (field) {
     showParameters(true);
     problem(turn, `${field.closest("label").firstChild.data.trim()}: ${field.validationMessage}`, field.name);
@@ -117,6 +126,7 @@ async function generate(prompt) {
   try {
     const usage = await receive(turn, before, signal);
     finish(turn.finish(turn.reason, usage));
+    follow();
   } catch (error) {
     if (signal.aborted) finish(turn.finish("stopped"));
     else problem(turn, error.message, error.param);
@@ -136,9 +146,8 @@ async function receive(turn, before, signal) {
     usage = event.usage ?? usage;
     for (const choice of event.choices) {
       const next = part(choice);
-      const atEnd = transcript.scrollHeight - transcript.scrollTop - transcript.clientHeight < 40;
       turn.append(next);
-      if (atEnd) transcript.scrollTop = transcript.scrollHeight;
+      follow();
       turn.reason = next.reason ?? turn.reason;
       speak(next.text);
     }
@@ -150,8 +159,17 @@ function problem(turn, text, param) {
   turn.fail(text);
   finish("");
   mark(parameters, param);
-  transcript.scrollTop = transcript.scrollHeight;
+  follow();
   byId("regenerate").disabled = false;
+}
+
+// Keeps the end in sight: once a frame, since each look at a height lays the page out anew.
+let frame = null;
+function follow() {
+  frame ??= requestAnimationFrame(() => {
+    frame = null;
+    if (following) transcript.scrollTop = transcript.scrollHeight;
+  });
 }
 
 function busy(controller) {

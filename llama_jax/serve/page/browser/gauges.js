@@ -2,7 +2,7 @@
 
 import { byId, element, set } from "./elements.js";
 import { recentRatio } from "./status.js";
-import { count, percent, whole } from "./units.js";
+import { count, percent, short, whole } from "./units.js";
 
 // Each returns {text, about, share}: a share from 0 to 1 is drawn as a bar.
 const GAUGES = {
@@ -15,11 +15,11 @@ const GAUGES = {
     text: whole(stats.num_waiting),
     about: "in the queue",
   }),
-  "Page pool": ({ stats, engine }) => {
+  "Pages in use": ({ stats, engine }) => {
     const used = stats.pages_total - stats.pages_free;
     return {
       text: percent(used / Math.max(1, stats.pages_total)),
-      about: `of ${count(stats.pages_total, "page")}`,
+      about: `of ${short(stats.pages_total)}`,
       share: used / Math.max(1, stats.pages_total),
     };
   },
@@ -27,11 +27,11 @@ const GAUGES = {
     const share = recentRatio(history, "stage_ticks_busy", "stage_ticks");
     return { text: share === null ? "–" : percent(share), about: "in the last 2 s", share: share ?? 0 };
   },
-  "Cached prompts": ({ stats }) => {
+  "Cached prompt tokens": ({ stats }) => {
     const all = stats.prompt_tokens + stats.cached_tokens;
     return {
       text: all ? percent(stats.cached_tokens / all) : "–",
-      about: `of ${count(all, "token")}`,
+      about: `of ${short(all)}`,
       share: all ? stats.cached_tokens / all : 0,
     };
   },

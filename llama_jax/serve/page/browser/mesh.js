@@ -8,6 +8,8 @@ import { bytes, count, layers, whole } from "./units.js";
 const LANE = 112; // width of the ring beside the devices
 const LABEL = 19;
 const GAP = 8;
+const BOX = 46; // height of a device
+const NARROWEST = 86; // where a device is narrower, a stage has several lines of them
 
 let drawn = null; // what the picture shows now: {key, parts, ring}
 
@@ -34,10 +36,13 @@ function draw(engine, width) {
   byId("mesh-about").textContent =
     `${count(stages.size, "stage")} × ${count(ranks, "rank")} on ${engine.platform}, ` +
     `${whole(engine.num_pages * engine.page_size)} tokens of KV cache`;
-  const box = { width: (width - LANE - GAP * (ranks - 1)) / ranks, height: 46 };
-  const row = LABEL + box.height + GAP;
-  const top = (stage) => LABEL + stage * row;
-  const height = stages.size * row - GAP + 2;
+  const room = width - LANE + GAP;
+  const columns = Math.min(ranks, Math.max(1, Math.floor(room / (NARROWEST + GAP))));
+  const box = { width: room / columns - GAP, height: BOX };
+  const lines = Math.ceil(ranks / columns);
+  const tall = lines * (BOX + GAP) - GAP; // a stage without its label
+  const top = (stage) => LABEL + stage * (LABEL + tall + GAP);
+  const height = top(stages.size) - LABEL - GAP + 2;
   const most = Math.max(...engine.devices.map(capacity));
   const fills = [];
   const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img" });
@@ -45,13 +50,14 @@ function draw(engine, width) {
     const name = `stage ${stage} · ${layers(devices[0].layers)}`;
     picture.append(svg("text", { class: "stage", x: LANE, y: top(stage) - 6 }, name));
     devices.forEach((device, rank) => {
-      const x = LANE + rank * (box.width + GAP);
-      const [group, fill] = drawDevice(device, { x, y: top(stage), ...box }, most);
+      const x = LANE + (rank % columns) * (box.width + GAP);
+      const y = top(stage) + Math.floor(rank / columns) * (BOX + GAP);
+      const [group, fill] = drawDevice(device, { x, y, ...box }, most);
       picture.append(group);
       fills.push(fill);
     });
   }
-  const places = [...stages.keys()].map((stage) => top(stage) + box.height / 2);
+  const places = [...stages.keys()].map((stage) => top(stage) + tall / 2);
   const ring = new Ring(places, LANE);
   picture.append(ring.element);
   byId("mesh").replaceChildren(picture);
@@ -82,7 +88,7 @@ function drawDevice(device, { x, y, width, height }, most) {
     used,
   );
   if (wide) group.append(svg("text", { class: "total", x: x + width - 8, y: y + 14 }, all));
-  if (width >= 60) group.append(svg("text", { class: "parts", x: inside.x, y: y + 39.5 }, wide ? parts : total));
+  group.append(svg("text", { class: "parts", x: inside.x, y: y + 39.5 }, wide ? parts : total));
   return [group, (share) => set(used, { width: cache * share })];
 }
 

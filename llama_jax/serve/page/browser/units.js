@@ -8,7 +8,14 @@ export function bytes(value) {
     value /= 1000;
     power += 1;
   }
-  return `${digits(value)} ${BYTES[power]}`;
+  return `${digits(value).replace(/\.0+$/, "")} ${BYTES[power]}`;
+}
+
+const compact = new Intl.NumberFormat("en-US", { notation: "compact", maximumFractionDigits: 1 });
+
+// 12,345 stays as it is, and 1234567 is 1.2M.
+export function short(number) {
+  return number < 1e5 ? whole(number) : compact.format(number);
 }
 
 export function whole(number) {
