@@ -119,6 +119,7 @@ class Engine:
                     layers=[layer for layer in layers[stage] if layer is not None],
                     weight_bytes=weights[device],
                     kv_bytes=cache[device],
+                    memory_bytes=(device.memory_stats() or {}).get("bytes_limit"),
                 )
                 for (stage, rank), device in np.ndenumerate(mesh.devices)
             ],

@@ -69,7 +69,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """One device of the mesh: its place, its layers, and the bytes on it."""
+    """One device of the mesh: its place, its layers, and the bytes on it.
+
+    `memory_bytes` is what JAX may use of the device's memory, if the device reports it.
+    """
 
     name: str
     stage: int
@@ -77,6 +80,7 @@ class DeviceInfo:
     layers: list[int]
     weight_bytes: int
     kv_bytes: int
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,8 @@ class ProgramStats(NamedTuple):
     seconds: float
 
 
-class StageStats(NamedTuple):
+@dataclass(frozen=True)
+class StageStats:
     """The packet at one stage: its decode rows and prompt tokens."""
 
     rows: int

@@ -5,7 +5,9 @@ from starlette.applications import Starlette
 from llama_jax.serve.errors import install_handlers
 from llama_jax.serve.routes.chat import chat_route
 from llama_jax.serve.routes.completions import completions_route
+from llama_jax.serve.routes.deployment import deployment_route
 from llama_jax.serve.routes.openapi import openapi_routes
+from llama_jax.serve.routes.page import page_routes
 from llama_jax.serve.routes.responses import responses_routes
 from llama_jax.serve.routes.status import package_version, status_routes
 from llama_jax.serve.routes.tokenization import tokenization_routes
@@ -21,6 +23,8 @@ def create_app(served: ServedModel) -> Starlette:
             *responses_routes(served),
             *tokenization_routes(served),
             *status_routes(served),
+            deployment_route(served),
+            *page_routes(),
             *openapi_routes(package_version()),
         ]
     )

@@ -51,7 +51,7 @@ def test_the_schemas_are_valid_and_complete(document):
     assert set(document["paths"]) == {
         *(COMPLETIONS, CHAT, RESPONSES, RESPONSES + "/{id}"),
         *("/tokenize", "/detokenize", "/v1/models", "/v1/models/{name}"),
-        *("/health", "/version", "/metrics", "/openapi.json"),
+        *("/health", "/version", "/metrics", "/openapi.json", "/status", "/", "/page/{name}"),
     }
 
 
@@ -116,13 +116,18 @@ def test_a_stored_response_is_described_as_missing(server, document, method):
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/models", "/v1/models/tiny", "/health", "/version", "/metrics", "/openapi.json"]
+    "path",
+    [
+        *("/v1/models", "/v1/models/tiny", "/health", "/version", "/metrics", "/openapi.json"),
+        *("/status", "/", "/page/main.js"),
+    ],
 )
 def test_get_and_head_are_as_described(server, document, path):
-    described = path.replace("tiny", "{name}")
+    described = path.replace("tiny", "{name}").replace("main.js", "{name}")
     response = server.get(path)
     schema = schema_of(document, described, response, "get")
-    assert path == "/metrics" or accepts(document, schema, response.json())
+    json = response.headers["content-type"] == "application/json"
+    assert accepts(document, schema, response.json() if json else response.text)
     head = server.run(lambda client: client.head(path))
     assert head.status_code == 200
     assert "200" in document["paths"][described]["head"]["responses"]

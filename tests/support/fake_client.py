@@ -60,6 +60,7 @@ class FakeClient:
       script: the tokens of every answer.
       eos: the token of the script that ends an answer.
       hold: tokens are produced only while it is set.
+      pause: seconds before each token.
       fail_after: the number of tokens after which every request fails, or None.
       cached_tokens: reported with every token.
       requests: all accepted requests, as (prompt, params).
@@ -80,6 +81,7 @@ class FakeClient:
         self.seconds_since_report = 0.1
         self.hold = asyncio.Event()
         self.hold.set()
+        self.pause = 0.0
         self.fail_after: int | None = None
         self.cached_tokens = 0
         self.requests: list[tuple[list[int], SamplingParams]] = []
@@ -143,7 +145,7 @@ class FakeClient:
         try:
             async with asyncio.timeout_at(deadline):
                 await self.hold.wait()
-                await asyncio.sleep(0)
+                await asyncio.sleep(self.pause)
         except TimeoutError:
             raise RequestTimeout from None
         if not self.alive:

@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 
 from llama_jax.engine.errors import QueueFull, RequestError, RequestTimeout
 from llama_jax.engine.interface import Stats
+from llama_jax.serve.monitoring.recent import RecentValues
 from llama_jax.serve.monitoring.ring_metrics import ring_families
 
 PREFIXES = ("llama_jax", "vllm")
@@ -80,6 +81,7 @@ class Metrics:
 
     Attributes:
       clock: returns the time in seconds, from any origin.
+      recent_first_tokens, recent_tokens: the latest times to the first token, and between tokens.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Metrics:
           clock: returns the time in seconds.
         """
         self.clock = clock
+        self.recent_first_tokens, self.recent_tokens = RecentValues(), RecentValues()
         self._labels = {"model_name": model, "engine": "0"}
         self._prefix = prefix
         self._registry = CollectorRegistry()
@@ -178,8 +181,10 @@ class RequestTimer:
         if self.tokens == 0:
             self._first = now
             self._metrics.time_to_first_token.observe(now - self._arrived)
+            self._metrics.recent_first_tokens.add(now, now - self._arrived)
         else:
             self._metrics.inter_token.observe(now - self._last)
+            self._metrics.recent_tokens.add(now, now - self._last)
         self._last = now
         self.tokens += 1
 

@@ -2,7 +2,7 @@
 
 from typing import Literal, NotRequired, TypedDict
 
-from llama_jax.engine.interface import FinishReason
+from llama_jax.engine.interface import EngineInfo, FinishReason, Stats
 
 
 class PromptTokensDetails(TypedDict):
@@ -186,6 +186,35 @@ class Version(TypedDict):
     """The response of GET /version."""
 
     version: str
+
+
+class Percentiles(TypedDict):
+    """Of the values of the last seconds, in seconds; null if there are none."""
+
+    count: int
+    p50: float | None
+    p95: float | None
+    p99: float | None
+
+
+class Latency(TypedDict):
+    """Latencies of the last `window_seconds`: to the first token, and between two tokens."""
+
+    window_seconds: float
+    time_to_first_token: Percentiles
+    time_per_output_token: Percentiles
+
+
+class ServerStatus(TypedDict):
+    """The response of GET /status: the model, the mesh and its memory, and what it does now."""
+
+    model: str
+    created: int
+    ready: bool
+    chat: bool
+    engine: EngineInfo
+    stats: Stats
+    latency: Latency
 
 
 class ErrorDetails(TypedDict):

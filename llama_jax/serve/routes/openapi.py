@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from llama_jax.serve.page.static import MEDIA_TYPES
 from llama_jax.serve.protocol.chat import ChatRequest
 from llama_jax.serve.protocol.completion import CompletionRequest
 from llama_jax.serve.protocol.generation import StreamOptions
@@ -20,6 +21,7 @@ from llama_jax.serve.protocol.response_types import (
     Health,
     ModelCard,
     ModelList,
+    ServerStatus,
     Text,
     Tokens,
     Version,
@@ -41,7 +43,7 @@ _OPTIONS = (StreamOptions, TextOptions, ReasoningOptions, ResponseStreamOptions)
 _CHUNKS = (CompletionChunk, ChatCompletionChunk, OutputMessage, FunctionCallItem, *EVENTS)
 _RESPONSES = (
     *(Completion, ChatCompletion, ResponseObject, Tokens, Text),
-    *(ModelCard, ModelList, Health, Version),
+    *(ModelCard, ModelList, Health, Version, ServerStatus),
 )
 _SCHEMAS = "#/components/schemas/"
 
@@ -111,6 +113,14 @@ def openapi_document(version: str) -> dict[str, Any]:
             "/health": _get("Tell whether the server can generate", Health, key=False),
             "/version": _get("Show the version", Version),
             "/metrics": _get("Show the metrics in Prometheus' text format", None),
+            "/status": _get("Show the deployment as it is now", ServerStatus),
+            "/": _page("Open the page", "text/html"),
+            "/page/{name}": {
+                "parameters": [
+                    {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+                ],
+                **_page("Load a file of the page", *MEDIA_TYPES.values()),
+            },
             "/openapi.json": _get("Show this description", dict),
         },
         "components": {
@@ -189,6 +199,18 @@ def _get(
         },
     }
     return {"get": {"summary": summary, "responses": responses}, "head": head}
+
+
+def _page(summary: str, *media_types: str) -> dict[Literal["get", "head"], Any]:
+    operations = _get(summary, None, 404)
+    text = {"schema": {"type": "string"}}
+    answers = operations["get"]["responses"]
+    answers["200"]["content"] = dict.fromkeys(media_types, text)
+    if media_types == ("text/html",):
+        answers["401"]["content"]["text/html"] = text  # a form for the key
+    for operation in operations.values():
+        operation["responses"]["304"] = {"description": "The client has the current file."}
+    return operations
 
 
 def _responses(response: type | None, errors: tuple[int, ...]) -> dict[str, Any]:
