@@ -41,7 +41,7 @@ def check_request(prompt: list[int], params: SamplingParams, info: EngineInfo) -
     except SamplingError as error:
         raise RequestError(str(error), error.param) from None
     for name, tokens in params.token_ids().items():
-        for token in tokens:
+        for token in (min(tokens, default=0), max(tokens, default=0)):
             if not 0 <= token < info.vocab_size:
                 raise RequestError(
                     f"{name} contains {token}, which is outside the vocabulary "

@@ -10,8 +10,9 @@ MAX_TOP_K = 2**31 - 1  # an int32 on the device
 MAX_LOGIT_BIAS = 300  # entries, as in the OpenAI API
 MAX_STOP_TOKEN_IDS = 256  # with `min_tokens`, which bans each of them
 MAX_LOGPROBS = 20
+MAX_ALLOWED_TOKEN_IDS = 4096
 MAX_BAD_WORDS = 1024
-MAX_BAD_WORD_TOKENS = 64
+MAX_BAD_WORD_TOKENS = 4096  # of all bad words together
 MAX_PRIORITY = 2**31 - 1
 
 
@@ -104,7 +105,13 @@ class SamplingParams:
             (
                 "bad_words",
                 self._bad_words_fit,
-                f"at most {MAX_BAD_WORDS} sequences of 1 to {MAX_BAD_WORD_TOKENS} tokens",
+                f"at most {MAX_BAD_WORDS} sequences of tokens, with at most "
+                f"{MAX_BAD_WORD_TOKENS} tokens in all, and none of them empty",
+            ),
+            (
+                "allowed_token_ids",
+                len(self.allowed_token_ids) <= MAX_ALLOWED_TOKEN_IDS,
+                f"at most {MAX_ALLOWED_TOKEN_IDS} token ids",
             ),
             ("logprobs", 0 <= (self.logprobs or 0) <= MAX_LOGPROBS, f"in [0, {MAX_LOGPROBS}]"),
             (
@@ -163,7 +170,7 @@ class SamplingParams:
     @property
     def _bad_words_fit(self) -> bool:
         few = len(self.bad_words) <= MAX_BAD_WORDS
-        return few and all(1 <= len(word) <= MAX_BAD_WORD_TOKENS for word in self.bad_words)
+        return few and all(self.bad_words) and sum(map(len, self.bad_words)) <= MAX_BAD_WORD_TOKENS
 
     @property
     def _biases_in_range(self) -> bool:

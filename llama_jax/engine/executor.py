@@ -43,7 +43,6 @@ from llama_jax.ring.steps import (
     prefill_step,
     state_shapes,
 )
-from llama_jax.ring.tick import StepOutput
 from llama_jax.weights.placement import Params
 
 T = TypeVar("T")
@@ -131,7 +130,7 @@ class Executor:
         }
         self._sample = sample_step(mesh, model_class)
         self._sample_adjusted = adjusted_step(mesh, model_class)
-        self._mask = mask_step(mesh)
+        self._mask = mask_step(mesh, model_class)
         self._extend_history = history_step(mesh)
         self._log_probabilities = logprobs_step(mesh)
         self._score = score_step(config, mesh, sizes)
@@ -153,10 +152,23 @@ class Executor:
         """
         start = time.perf_counter()
         state, output = self._steps[bucket](self.params, self._state, packed)
-        tokens, kept = self._finish(output.tokens), state.tokens
-        if choice.adjustments is not None or choice.masks is not None:
+        self._finish(output.tokens)
+        kept, raw = state.tokens, output.logits
+        if choice.masks is not None:
+            masks = encode_masks(
+                self.sizes.num_segments(bucket),
+                choice.masks,
+                self.config.vocab_size,
+                self.mesh.size,
+            )
+            kept, output = self._finish(self._mask(kept, output, masks))
+        tokens = output.tokens
+        if choice.adjustments is not None:
+            controls = choice.controls
+            if controls is None:
+                controls = encode_controls(self.sizes.num_segments(bucket), [])
             kept, self._history, tokens = self._sample_adjusted(
-                kept, self._history, *self._adjusted(output, bucket, choice)
+                kept, self._history, output, controls, choice.adjustments
             )
         elif choice.controls is not None:
             kept, tokens = self._sample(kept, output, choice.controls)
@@ -164,11 +176,11 @@ class Executor:
         self._finish(tokens)
         logprobs = None
         if choice.logprobs:
-            logprobs = self._finish(self._log_probabilities(output.logits, tokens))
+            logprobs = self._finish(self._log_probabilities(raw, tokens))
             jax.tree.map(lambda array: array.copy_to_host_async(), logprobs)
         tokens.copy_to_host_async()
         self.call_seconds += time.perf_counter() - start
-        return TickResult(tokens, output.logits, bucket, logprobs)
+        return TickResult(tokens, raw, bucket, logprobs)
 
     def score(self, tile: int, targets: list[int]) -> TileScores:
         """Dispatches the log-probabilities of prompt tokens.
@@ -188,22 +200,6 @@ class Executor:
         jax.tree.map(lambda array: array.copy_to_host_async(), scores)
         self.call_seconds += time.perf_counter() - start
         return scores
-
-    def _adjusted(
-        self, output: StepOutput, bucket: Bucket, choice: Choice
-    ) -> tuple[StepOutput, np.ndarray, np.ndarray]:
-        """The last arguments of `adjusted_step`: masked output, controls and adjustments."""
-        n = self.sizes.num_segments(bucket)
-        if choice.masks is not None:
-            vocab_size, ranks = self.config.vocab_size, self.mesh.size
-            masks = encode_masks(n, choice.masks, vocab_size, ranks)
-            output = output._replace(logits=self._finish(self._mask(output.logits, masks)))
-        controls, adjustments = choice.controls, choice.adjustments
-        if controls is None:
-            controls = encode_controls(n, [])
-        if adjustments is None:
-            adjustments = encode_adjustments(n, [])
-        return output, controls, adjustments
 
     def set_history(self, slot: int, prompt: list[int], answer: list[int]) -> None:
         """Sets the tokens before those that a slot will choose, for its penalties.

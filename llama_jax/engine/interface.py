@@ -6,6 +6,7 @@ They are plain Python. `messages` puts them on the wire.
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from llama_jax.engine.errors import RequestError
 from llama_jax.engine.prompt_logprobs import PromptLogprobs
 
 FinishReason = Literal["stop", "length", "error"]
@@ -46,6 +47,11 @@ class Output(NamedTuple):
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: PromptLogprobs | None = None
     param: str | None = None
+
+    @classmethod
+    def of_error(cls, request_id: int, error: RequestError) -> "Output":
+        """The end of a request that cannot go on, by a fault of its own."""
+        return cls(request_id, None, "error", str(error), param=error.param)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A tick ends with the greedy choices. `sample_step` replaces them if a row is sampled.
 `adjusted_step` takes its place if the logits of a row change first, and keeps the history of each
-slot for that (`llama_jax.model.adjustments`). `mask_step` runs before it if a row may not choose
+slot for that (`llama_jax.model.adjustments`). `mask_step` runs before both if a row may not choose
 every token (`llama_jax.model.token_masks`). `logprobs_step` runs if log-probabilities are wanted.
 """
 
@@ -37,8 +37,8 @@ SampleStep = Callable[[jax.Array, StepOutput, Any], tuple[jax.Array, jax.Array]]
 AdjustedStep = Callable[
     [jax.Array, jax.Array, StepOutput, Any, Any], tuple[jax.Array, jax.Array, jax.Array]
 ]
-# (logits, packed masks) -> logits
-MaskStep = Callable[[jax.Array, Any], jax.Array]
+# (tokens of State, output of the step, packed masks) -> (tokens of State, output)
+MaskStep = Callable[[jax.Array, StepOutput, Any], tuple[jax.Array, StepOutput]]
 # (history, slot, tokens, whether they are the first, how many of them are of the prompt) -> history
 HistoryStep = Callable[[jax.Array, Any, Any, Any, Any], jax.Array]
 # (logits, chosen tokens) -> log-probabilities
@@ -92,10 +92,22 @@ def adjusted_step(mesh: Mesh, model_class: type[Llama] = Llama) -> AdjustedStep:
     )
 
 
-def mask_step(mesh: Mesh) -> MaskStep:
-    """The jitted program for packets with a row that may not choose every token."""
-    in_specs = (LOGITS_SPEC, P(None, AXES))
-    return MeshProgram(apply_masks, mesh, in_specs, LOGITS_SPEC, name="mask_step")
+def mask_step(mesh: Mesh, model_class: type[Llama] = Llama) -> MaskStep:
+    """The jitted program for packets with a row that may not choose every token.
+
+    Replaces the output of the step by that of masked logits. Donates the tokens.
+    """
+    sampler = model_class.sampler
+
+    def replace_output(tokens: jax.Array, output: StepOutput, masks: jax.Array) -> Any:
+        logits = apply_masks(output.logits, masks)
+        best = sampler.greedy(logits)
+        tokens = tokens.at[output.slots].set(best, mode="drop")
+        return tokens, StepOutput(logits, best, output.slots)
+
+    in_specs = (P(), _OUTPUT_SPEC, P(None, AXES))
+    out_specs = (P(), _OUTPUT_SPEC)
+    return MeshProgram(replace_output, mesh, in_specs, out_specs, name="mask_step", donate=(0,))
 
 
 def history_step(mesh: Mesh) -> HistoryStep:

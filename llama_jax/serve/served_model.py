@@ -16,6 +16,7 @@ from llama_jax.serve.errors import (
     unavailable,
 )
 from llama_jax.serve.generation.admission import MAX_QUEUE_TOKENS, Admission
+from llama_jax.serve.generation.grammar_check import GrammarCheck
 from llama_jax.serve.monitoring.metrics import Metrics
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -40,6 +41,7 @@ class ServedModel:
       draining: whether the server is shutting down and accepts no new requests.
       keep_alive_seconds: the time without an event after which a stream gets a comment; None for no
         comments.
+      grammars: checks the grammars of requests.
       admission: admits requests while the engine has room.
     """
 
@@ -55,6 +57,7 @@ class ServedModel:
     request_timeout: float | None = None
     draining: bool = False
     keep_alive_seconds: float | None = 15.0
+    grammars: GrammarCheck = field(default_factory=GrammarCheck)
     admission: Admission = field(init=False)
 
     def __post_init__(self) -> None:

@@ -19,8 +19,16 @@ if TYPE_CHECKING:
     from llguidance import LLParserLimits, LLTokenizer
 
 MAX_GRAMMAR_CHARACTERS = 131_072
+JSON_OBJECT = {"type": "object"}  # the schema of any object
 # Between two tokens of JSON: enough to indent, but a model cannot go on with it for ever.
 _OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}"}
+# The formats that JSON Schema defines. Others, such as "password", only describe.
+_FORMATS = frozenset(
+    "date-time date time duration email idn-email hostname idn-hostname ipv4 ipv6 uri "
+    "uri-reference iri iri-reference uuid uri-template json-pointer relative-json-pointer "
+    "regex".split()
+)
+_DATA = frozenset(["const", "default", "enum", "examples"])  # not schemas
 _MAX_LEXER_STATES = 20_000  # of up to 2 kB each
 _MAX_REASON = 300  # characters
 
@@ -42,8 +50,8 @@ def json_schema_grammar(schema: Any) -> str:
         raise GrammarError(f"A JSON schema must be an object, not {type(schema).__name__}.")
     if schema is False:
         raise GrammarError("No JSON is valid under the schema false.")
-    schema = {} if schema is True else schema
     try:
+        schema = {} if schema is True else _without_descriptions(schema)
         return json.dumps({"grammars": [{"json_schema": {"x-guidance": _OPTIONS, **schema}}]})
     except (TypeError, ValueError, RecursionError):
         raise GrammarError(
@@ -51,9 +59,22 @@ def json_schema_grammar(schema: Any) -> str:
         ) from None
 
 
+def _without_descriptions(schema: Any) -> Any:
+    """Leaves out formats that JSON Schema does not define: llguidance does not know them."""
+    if isinstance(schema, list):
+        return [_without_descriptions(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        name: value if name in _DATA else _without_descriptions(value)
+        for name, value in schema.items()
+        if name != "format" or not isinstance(value, str) or value in _FORMATS
+    }
+
+
 def json_object_grammar() -> str:
     """Any JSON object."""
-    return json_schema_grammar({"type": "object"})
+    return json_schema_grammar(JSON_OBJECT)
 
 
 def regex_grammar(pattern: str) -> str:

@@ -6,6 +6,9 @@ import pytest
 
 from llama_jax.config.errors import SamplingError
 from llama_jax.config.sampling_params import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORD_TOKENS,
+    MAX_BAD_WORDS,
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
     MAX_STOP_TOKEN_IDS,
@@ -34,6 +37,8 @@ from llama_jax.config.sampling_params import (
         {"min_tokens": 5, "max_tokens": 5},
         {"min_tokens": 5, "stop_token_ids": (1,) * MAX_STOP_TOKEN_IDS},
         {"stop_token_ids": (1,) * (MAX_STOP_TOKEN_IDS + 1)},
+        {"allowed_token_ids": (1,) * MAX_ALLOWED_TOKEN_IDS},
+        {"bad_words": ((1, 2, 3, 4),) * MAX_BAD_WORDS},
         {"logprobs": 0},
         {"logprobs": MAX_LOGPROBS},
     ],
@@ -46,6 +51,10 @@ def test_bounds_are_allowed(params):
     ("field", "value"),
     [
         ("max_tokens", 0),
+        ("allowed_token_ids", (1,) * (MAX_ALLOWED_TOKEN_IDS + 1)),
+        ("bad_words", ((1,),) * (MAX_BAD_WORDS + 1)),
+        ("bad_words", ((1,) * (MAX_BAD_WORD_TOKENS + 1),)),
+        ("bad_words", ((1,), ())),
         ("temperature", -0.1),
         ("temperature", 2.1),
         ("temperature", math.nan),

@@ -23,6 +23,18 @@ def matches(text: str, wanted: str) -> bool:
             ['[1, "é"]', "[]"],
             ["[2]", "{}"],
         ),
+        (
+            grammar.json_schema_grammar(
+                {
+                    "type": "object",
+                    "properties": {"format": {"type": "string", "format": "password"}},
+                    "required": ["format"],
+                    "additionalProperties": {"const": {"format": "x"}},
+                }
+            ),
+            ['{"format": "a"}', '{"format": "a", "b": {"format": "x"}}'],
+            ['{"format": 1}', "{}", '{"format": "a", "b": {}}'],
+        ),
         (grammar.json_schema_grammar(True), ["1", '"x"', "{}"], ["x"]),
         (grammar.regex_grammar("^a/b+$"), ["a/b", "a/bbb"], ["a/", "xa/b", "a/bc"]),
         (
@@ -72,6 +84,7 @@ def nested(depth: int) -> dict:
         lambda: grammar.json_schema_grammar({"x": object()}),
         lambda: grammar.json_schema_grammar(False),
         lambda: grammar.json_schema_grammar({"type": "strin"}),
+        lambda: grammar.json_schema_grammar({"type": "string", "format": "idn-email"}),
         lambda: grammar.json_schema_grammar({"$ref": "#"}),
         lambda: grammar.json_schema_grammar({"$ref": "file:///etc/passwd"}),
         lambda: grammar.json_schema_grammar({"$ref": "http://localhost/schema"}),

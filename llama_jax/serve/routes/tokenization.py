@@ -133,9 +133,10 @@ async def sampling_params(served: ServedModel, body: GenerationRequest) -> list[
     """Returns the parameters of each choice for one prompt, not yet checked.
 
     Raises:
-      ApiError: a bad word cannot be encoded.
+      ApiError: the answers cannot have the form that is asked for, or a bad word cannot be encoded.
     """
-    params = body.sampling_params(served.defaults)
+    grammar = await served.grammars.grammar(body.wanted_grammar)
+    params = body.sampling_params(served.defaults, grammar)
     if not body.bad_words:
         return params
     try:

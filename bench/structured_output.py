@@ -1,0 +1,166 @@
+"""What requests with a grammar cost the others: `python -m bench.structured_output`.
+
+24 requests decode greedily beside 8 others, which differ from run to run: either they decode as
+they like, or they must write JSON under a schema. The vocabulary has 128,256 tokens, as many as
+Llama 3's. Both kinds of runs alternate in one process on the same engine, so that other programs on
+the machine disturb both alike, and the median of their ratios counts. The target for the 24 is 95 %
+of their token rate on 4 x 2 virtual devices, whether the 8 others are greedy or sampled. On 1 x 1 a
+mask is computed between two ticks, so there the figure is only reported.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from bench.machine import describe
+from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.core import Engine
+from llama_jax.engine.options import EngineOptions
+from llama_jax.text.grammar import json_schema_grammar
+from llama_jax.text.tokenizer import byte_alphabet
+
+RESULT = Path(__file__).parent / "results" / "structured_output.json"
+VOCABULARY = 128_256
+EOS = VOCABULARY - 1
+NEIGHBORS, OTHERS = 24, 8
+TOKENS = 12  # of each request
+TARGET = 0.95
+SCHEMA = {  # an answer that does not end within `TOKENS`
+    "type": "array",
+    "minItems": 1000,
+    "items": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 40},
+            "age": {"type": "integer", "minimum": 0, "maximum": 150},
+            "tags": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "maxItems": 4},
+        },
+        "required": ["name", "age", "tags"],
+        "additionalProperties": False,
+    },
+}
+
+
+def write_checkpoint(path: str) -> None:
+    """Saves a small Llama with a tokenizer of made-up words."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=EOS,
+        eos_token_id=EOS,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    rng = np.random.default_rng(0)
+    letters = list('abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789{}[]",:.-_ĠĠĠĊ')
+    words = dict.fromkeys(byte_alphabet())
+    while len(words) < EOS:
+        words["".join(rng.choice(letters, rng.integers(2, 10)))] = None
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|eot_id|>"])
+    tokenizer.save(f"{path}/tokenizer.json")
+
+
+def token_rate(engine: Engine, others: SamplingParams) -> float:
+    """Tokens per second of the neighbors, while all requests decode."""
+    plain = SamplingParams(temperature=0, max_tokens=2 * TOKENS, ignore_eos=True)
+    for number in range(NEIGHBORS + OTHERS):
+        # Every fourth of them, so that each packet holds some.
+        params = plain if number % 4 else replace(others, max_tokens=2 * TOKENS, seed=number)
+        engine.add(number, [1 + number, 2, 3], params)
+    scheduler = engine.loop.scheduler
+    while scheduler.num_running < NEIGHBORS + OTHERS or scheduler.prefilling:
+        engine.step()
+    for _ in range(8):  # the last chunk leaves the ring
+        engine.step()
+    start, tokens = time.perf_counter(), 0
+    for _ in range(TOKENS * engine.loop.num_stages):
+        tokens += sum(1 for output in engine.step() if output.request_id % 4)
+    seconds = time.perf_counter() - start
+    for number in range(NEIGHBORS + OTHERS):
+        engine.abort(number)
+    while engine.has_work:
+        engine.step()
+    return tokens / seconds
+
+
+def measure(path: str, mesh: str, rounds: int) -> dict[str, dict[str, float]]:
+    """The token rates of the neighbors on one mesh."""
+    slots = NEIGHBORS + OTHERS
+    engine = Engine(
+        EngineOptions(
+            path=path,
+            mesh=mesh,
+            max_num_seqs=slots,
+            max_model_len=256,
+            max_chunk=64,
+            kv_cache_memory=1 << 27,
+        )
+    )
+    rows = {}
+    for kind, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        free = SamplingParams(temperature=temperature, ignore_eos=True)
+        bound = replace(free, grammar=json_schema_grammar(SCHEMA))
+        token_rate(engine, bound)
+        pairs = [(token_rate(engine, free), token_rate(engine, bound)) for _ in range(rounds)]
+        without, beside = (statistics.median(rates) for rates in zip(*pairs, strict=True))
+        print(mesh, kind, [round(after / before, 3) for before, after in pairs], flush=True)
+        rows[kind] = {
+            "tokens_per_second_without": without,
+            "tokens_per_second_beside_grammars": beside,
+            "ratio": statistics.median(after / before for before, after in pairs),
+        }
+    return rows
+
+
+def main() -> int:
+    """Prints and writes the figures; the exit status is 1 if the target is missed."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--output", type=Path, default=RESULT)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as path:
+        write_checkpoint(path)
+        meshes = {mesh: measure(path, mesh, args.rounds) for mesh in ("4x2", "1x1")}
+    for mesh, rows in meshes.items():
+        for kind, row in rows.items():
+            print(
+                f"{mesh} others {kind:<8} {row['tokens_per_second_without']:.0f} tokens/s without, "
+                f"{row['tokens_per_second_beside_grammars']:.0f} beside grammars, "
+                f"ratio {row['ratio']:.3f}"
+            )
+    met = all(row["ratio"] >= TARGET for row in meshes["4x2"].values())
+    result = {
+        "what": f"tokens per second of {NEIGHBORS} greedy requests beside {OTHERS} others, which "
+        f"have a grammar or not; medians of {args.rounds} pairs of runs, {VOCABULARY} tokens",
+        **describe("jax", "llguidance"),
+        "target_on_4x2": TARGET,
+        "met": met,
+        "meshes": meshes,
+    }
+    args.output.parent.mkdir(exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

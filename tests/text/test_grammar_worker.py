@@ -1,0 +1,45 @@
+"""Grammars that are written and checked in a process of its own."""
+
+import subprocess
+
+import pytest
+
+from llama_jax.text.grammar import GrammarError, choice_grammar, json_schema_grammar
+from llama_jax.text.grammar_worker import GrammarWorker
+from tests.support.processes import wait_until
+
+
+@pytest.fixture(scope="module")
+def worker():
+    return GrammarWorker()
+
+
+def test_it_writes_grammars_and_says_what_is_wrong(worker):
+    assert worker.write("choice", ["a", "é\n"]) == choice_grammar(["a", "é\n"])
+    schema = {"properties": {"b": {}, "a": {}}}  # in this order
+    assert worker.write("json_schema", schema) == json_schema_grammar(schema)
+    for kind, value in (("regex", "("), ("json_schema", [1]), ("lark", "x"), ("regex", "\ud800")):
+        with pytest.raises(GrammarError):
+            worker.write(kind, value)
+
+
+def test_a_check_without_end_is_ended(worker):
+    patterns = {f"^x{number}$": {} for number in range(2000)}
+    with pytest.raises(GrammarError):
+        worker.write("json_schema", {"type": "object", "patternProperties": patterns})
+    assert worker.write("regex", "a")
+
+
+def test_it_is_started_again_after_its_death(worker):
+    worker.write("regex", "a")
+    worker._process.kill()
+    worker._process.wait()
+    assert worker.write("regex", "a")
+
+
+def test_it_ends_when_nobody_needs_it(worker):
+    other = GrammarWorker()
+    other.write("regex", "a")
+    process: subprocess.Popen = other._process
+    process.stdin.close()
+    wait_until(lambda: process.poll() == 0)
