@@ -6,6 +6,7 @@ from llama_jax.serve.errors import install_handlers
 from llama_jax.serve.routes.chat import chat_route
 from llama_jax.serve.routes.completions import completions_route
 from llama_jax.serve.routes.openapi import openapi_routes
+from llama_jax.serve.routes.openapi_rules import Limits
 from llama_jax.serve.routes.status import package_version, status_routes
 from llama_jax.serve.routes.tokenization import tokenization_routes
 from llama_jax.serve.served_model import ServedModel
@@ -13,13 +14,20 @@ from llama_jax.serve.served_model import ServedModel
 
 def create_app(served: ServedModel) -> Starlette:
     """Creates the application for one model; requests reach it through a `Door`."""
+    info = served.engine.info
+    limits = Limits(
+        info.vocab_size,
+        info.max_model_len,
+        served.engine.max_in_flight,
+        served.tokenizer.chat_variables,
+    )
     app = Starlette(
         routes=[
             completions_route(served),
             chat_route(served),
             *tokenization_routes(served),
             *status_routes(served),
-            *openapi_routes(package_version()),
+            *openapi_routes(package_version(), limits),
         ]
     )
     app.router.redirect_slashes = False

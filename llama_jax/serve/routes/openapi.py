@@ -25,6 +25,7 @@ from llama_jax.serve.protocol.response_types import (
 )
 from llama_jax.serve.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from llama_jax.serve.protocol.unsupported import no_op_schemas
+from llama_jax.serve.routes.openapi_rules import Limits, add_rules
 from llama_jax.serve.transport.json_response import JsonResponse
 
 _REQUESTS = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
@@ -55,9 +56,9 @@ _HEADERS = {
 }
 
 
-def openapi_routes(version: str) -> list[Route]:
-    """GET (and HEAD) /openapi.json."""
-    document = openapi_document(version)
+def openapi_routes(version: str, limits: Limits) -> list[Route]:
+    """GET (and HEAD) /openapi.json; for its arguments, see `openapi_document`."""
+    document = openapi_document(version, limits)
 
     async def openapi(request: Request) -> Response:
         return JsonResponse(document)
@@ -65,11 +66,12 @@ def openapi_routes(version: str) -> list[Route]:
     return [Route("/openapi.json", openapi)]
 
 
-def openapi_document(version: str) -> dict[str, Any]:
+def openapi_document(version: str, limits: Limits) -> dict[str, Any]:
     """Returns the description of this server (https://spec.openapis.org/oas/v3.1.0).
 
     Args:
       version: that of this package.
+      limits: those of the engine.
     """
     return {
         "openapi": "3.1.0",
@@ -101,7 +103,7 @@ def openapi_document(version: str) -> dict[str, Any]:
             "/openapi.json": _get("Show this description", dict),
         },
         "components": {
-            "schemas": _schemas(),
+            "schemas": _schemas(limits),
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         # A server that was started without a key takes requests without one.
@@ -112,16 +114,24 @@ def openapi_document(version: str) -> dict[str, Any]:
 def _generate(summary: str, body: type, whole: type) -> dict[str, Any]:
     operation = _post(summary, body, whole, 429)
     chunk = {Completion: CompletionChunk, ChatCompletion: ChatCompletionChunk}[whole]
-    operation["responses"]["200"]["content"]["text/event-stream"] = {
-        "schema": {
-            "type": "string",
-            "contentMediaType": "text/event-stream",
-            "description": f"If `stream` is true: a line `data: ` with a `{chunk.__name__}` for "
-            "each token, or an `ErrorResponse`, and at the end `data: [DONE]`; an empty line after "
-            "each.",
-        }
-    }
+    operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": _event(chunk)}
     return operation
+
+
+def _event(chunk: type) -> dict[str, Any]:
+    """The schema of a stream, for programs that apply it to the text and for those that apply it
+    to each event (OpenAPI 3.1 does not say which)."""
+    kinds = [{"$ref": _SCHEMAS + kind.__name__} for kind in (chunk, ErrorResponse)]
+    content = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": kinds},
+    }
+    return {
+        "description": f"If `stream` is true: a line `data: ` with a `{chunk.__name__}` for each "
+        "token, or an `ErrorResponse`, and at the end `data: [DONE]`; an empty line after each.",
+        "properties": {"data": {"anyOf": [{"const": "[DONE]"}, content]}},
+    }
 
 
 def _post(summary: str, body: type, response: type, *errors: int) -> dict[str, Any]:
@@ -170,7 +180,7 @@ def _json(kind: type) -> dict[str, Any]:
     return {"application/json": {"schema": schema}}
 
 
-def _schemas() -> dict[str, Any]:
+def _schemas(limits: Limits) -> dict[str, Any]:
     """The schemas of all bodies, with the unsupported fields that a request may still contain."""
     kinds = (*_REQUESTS, Message, *_RESPONSES, *_CHUNKS, ErrorResponse)
     _, schemas = msgspec.json.schema_components(kinds, ref_template=_SCHEMAS + "{name}")
@@ -192,6 +202,7 @@ def _schemas() -> dict[str, Any]:
         "required": ["type", "text"],
     }
     _add_no_ops(schemas["TextPart"], "part")
+    add_rules(schemas, limits)
     return schemas
 
 

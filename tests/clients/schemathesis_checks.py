@@ -1,0 +1,26 @@
+"""A check for schemathesis, which loads this file as its hooks."""
+
+import json
+
+import schemathesis
+
+# (param, code) of what no schema can say: how many tokens a text has, which names of an object are
+# token ids, that one number is at most another, and that a product is.
+EXCUSED = {
+    ("prompt", "context_length_exceeded"),
+    ("messages", "context_length_exceeded"),
+    ("max_tokens", "context_length_exceeded"),
+    ("max_completion_tokens", "context_length_exceeded"),
+    ("logit_bias", "invalid_value"),
+    ("min_tokens", "invalid_value"),
+    ("max_tokens", "invalid_value"),
+    ("n", "invalid_value"),
+}
+
+
+@schemathesis.check
+def described_requests_are_answered(ctx, response, case) -> None:
+    """A request that is as described is answered, whatever its fields are together."""
+    if response.status_code == 400 and case.meta.generation.mode.is_positive:
+        error = json.loads(response.content)["error"]
+        assert (error["param"], error["code"]) in EXCUSED, error
