@@ -65,5 +65,5 @@ class CompilingRequests:
             try:
                 ready(future.result())
             except RequestError as error:
-                outputs.append(Output(request_id, None, "error", str(error), param=error.param))
+                outputs.append(Output.of_error(request_id, error))
         return outputs

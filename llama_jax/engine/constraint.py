@@ -1,19 +1,14 @@
-"""Which tokens a request may choose next. Imports no JAX.
-
-A mask of the vocabulary has one bit per token: bit t % 32 of word t // 32 is set if token t is
-allowed.
-"""
+"""Which tokens a request may choose next. Imports no JAX."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.bit_mask import forbid, make_mask
 from llama_jax.engine.errors import RequestError
 from llama_jax.engine.grammars import Matcher
-
-_WORD = 32
 
 
 class Constraint:
@@ -37,9 +32,8 @@ class Constraint:
         names = ("grammar", "allowed_token_ids", "bad_words")
         self._param = next(name for name in names if getattr(params, name))
         allowed = params.allowed_token_ids or range(vocab_size)
-        self._fixed = np.zeros(-(-vocab_size // _WORD), np.int32)
-        np.bitwise_or.at(self._fixed.view(np.uint32), *_bits(allowed))
-        _forbid(self._fixed, [word[0] for word in params.bad_words if len(word) == 1])
+        self._fixed = make_mask(vocab_size, allowed)
+        forbid(self._fixed, [word[0] for word in params.bad_words if len(word) == 1])
         # By the token before the last one: the tokens before the last one, and the last one.
         self._bad_words: dict[int, list[tuple[list[int], int]]] = defaultdict(list)
         for *before, last in params.bad_words:
@@ -54,7 +48,7 @@ class Constraint:
             self._matcher.take(token)
 
     def mask(self, tokens: Sequence[int], num_prompt: int, early: Collection[int]) -> np.ndarray:
-        """Returns the mask of the next token, `[V / 32]` int32.
+        """Returns the mask of the next token, `[V / 32]` int32 (`bit_mask`).
 
         Args:
           tokens: the tokens so far.
@@ -71,10 +65,10 @@ class Constraint:
         answer = list(tokens[max(num_prompt, len(tokens) - self._reach) :])
         if answer:
             words = self._bad_words.get(answer[-1], ())
-            _forbid(mask, [last for before, last in words if answer[-len(before) :] == before])
+            forbid(mask, [last for before, last in words if answer[-len(before) :] == before])
         if early:
             without = mask.copy()
-            _forbid(without, early)
+            forbid(without, early)
             if without.any() or self._matcher is None:
                 mask = without
         if not mask.any():
@@ -84,14 +78,3 @@ class Constraint:
                 self._param,
             )
         return mask
-
-
-def _bits(tokens: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The word of each token, and its bit there."""
-    ids = np.fromiter(tokens, np.int64)
-    return ids // _WORD, np.uint32(1) << (ids % _WORD).astype(np.uint32)
-
-
-def _forbid(mask: np.ndarray, tokens: Iterable[int]) -> None:
-    words, bits = _bits(tokens)
-    np.bitwise_and.at(mask.view(np.uint32), words, ~bits)

@@ -9,10 +9,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from llama_jax.engine.bit_mask import make_mask
 from llama_jax.engine.errors import RequestError
 from llama_jax.text.grammar import describe_error, parser_limits
 
@@ -21,6 +22,20 @@ if TYPE_CHECKING:
 
 MAX_KNOWN = 64  # compiled grammars that are kept
 _COMPILERS, _FOLLOWERS = 2, 4  # threads
+
+
+class _Vocabulary(NamedTuple):
+    """The tokens of a model, as llguidance knows them.
+
+    Attributes:
+      tokenizer: the tokenizer.
+      texts: the mask of every token but those that the tokenizer takes for EOS.
+      ends: the mask of the model's own EOS ids, which may not be in the tokenizer at all.
+    """
+
+    tokenizer: "LLTokenizer"
+    texts: np.ndarray
+    ends: np.ndarray
 
 
 class Grammars:
@@ -34,14 +49,13 @@ class Grammars:
           vocab_size: V of the model.
           eos_token_ids: the tokens that may follow a complete answer.
         """
-        self._vocab_size = vocab_size
         self._compilers = ThreadPoolExecutor(_COMPILERS, "compile-grammar")
         self._followers = ThreadPoolExecutor(_FOLLOWERS, "follow-grammar")
         self._known: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
         # At once: llguidance holds the interpreter's lock for a second for 128,256 tokens.
-        self._tokenizer = self._compilers.submit(
-            _load_tokenizer, path, vocab_size, list(eos_token_ids)
+        self._vocabulary = self._compilers.submit(
+            _load_vocabulary, path, vocab_size, list(eos_token_ids)
         )
 
     def compile(self, grammar: str) -> "Future[Matcher]":
@@ -51,38 +65,40 @@ class Grammars:
     def _compile(self, grammar: str) -> "Matcher":
         from llguidance import LLMatcher
 
+        try:
+            vocabulary = self._vocabulary.result()
+        except Exception as error:
+            raise RequestError(
+                f"The tokenizer of this model cannot be used with a grammar: {error}", "grammar"
+            ) from error
         with self._lock:
             known = self._known.get(grammar)
             if known is not None:
                 self._known.move_to_end(grammar)
         if known is None:
-            try:
-                tokenizer = self._tokenizer.result()
-            except Exception as error:
-                raise RequestError(
-                    f"The tokenizer of this model cannot be used with a grammar: {error}", "grammar"
-                ) from error
-            known = LLMatcher(tokenizer, grammar, log_level=0, limits=parser_limits())
+            known = LLMatcher(vocabulary.tokenizer, grammar, log_level=0, limits=parser_limits())
             with self._lock:
                 self._known[grammar] = known
                 if len(self._known) > MAX_KNOWN:
                     self._known.popitem(last=False)
-        return Matcher(known.deep_copy(), self._vocab_size, self._followers)
+        return Matcher(known.deep_copy(), vocabulary, self._followers)
 
 
 class Matcher:
     """The place of one answer in its grammar."""
 
-    def __init__(self, matcher: "LLMatcher", vocab_size: int, threads: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, matcher: "LLMatcher", vocabulary: _Vocabulary, threads: ThreadPoolExecutor
+    ) -> None:
         """Computes the first mask.
 
         Args:
           matcher: at the beginning of the grammar, and not used by anyone else.
-          vocab_size: V.
+          vocabulary: of the model.
           threads: compute the other masks.
         """
         self._matcher = matcher
-        self._words = -(-vocab_size // 32)
+        self._vocabulary = vocabulary
         self._threads = threads
         self._mask: Future[np.ndarray] = Future()
         self._mask.set_result(self._compute_mask())
@@ -102,19 +118,25 @@ class Matcher:
     def _compute_mask(self, token: int | None = None) -> np.ndarray:
         if token is not None:
             self._matcher.consume_token(token)
-        mask = np.empty(self._words, np.int32)
+        mask = np.empty_like(self._vocabulary.texts)
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if self._matcher.is_error():
             reason = describe_error(self._matcher.get_error())
             raise RequestError(f"The grammar cannot be followed: {reason}.", "grammar")
+        mask &= self._vocabulary.texts
+        if self._matcher.is_accepting():
+            mask |= self._vocabulary.ends
         return mask
 
 
-def _load_tokenizer(path: str, vocab_size: int, eos_token_ids: list[int]) -> "LLTokenizer":
+def _load_vocabulary(path: str, vocab_size: int, eos_token_ids: list[int]) -> _Vocabulary:
     from llguidance import LLTokenizer
 
     from llama_jax.gguf.tokenizer import tokenizer_files
 
     with tokenizer_files(Path(path)) as folder:
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    return LLTokenizer(text, n_vocab=vocab_size, eos_token=eos_token_ids)
+    tokenizer = LLTokenizer(text, n_vocab=vocab_size)
+    texts = make_mask(vocab_size, range(vocab_size))
+    texts &= ~make_mask(vocab_size, tokenizer.eos_tokens)
+    return _Vocabulary(tokenizer, texts, make_mask(vocab_size, eos_token_ids))

@@ -6,6 +6,8 @@ They are plain Python. `messages` puts them on the wire.
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from llama_jax.engine.errors import RequestError
+
 FinishReason = Literal["stop", "length", "error"]
 
 
@@ -42,6 +44,11 @@ class Output(NamedTuple):
     cached_tokens: int = 0
     logprobs: TokenLogprobs | None = None
     param: str | None = None
+
+    @classmethod
+    def of_error(cls, request_id: int, error: RequestError) -> "Output":
+        """The end of a request that cannot go on, by a fault of its own."""
+        return cls(request_id, None, "error", str(error), param=error.param)
 
 
 @dataclass(frozen=True)

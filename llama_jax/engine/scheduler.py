@@ -18,7 +18,6 @@ import numpy as np
 
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.constraint import Constraint
-from llama_jax.engine.errors import RequestError
 from llama_jax.engine.interface import FinishReason, Output, TokenLogprobs
 from llama_jax.engine.page_tables import PageTables
 from llama_jax.engine.pages import PagePool
@@ -167,18 +166,6 @@ class Scheduler:
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self._finish(sequence)
-
-    def fail(self, sequence: Sequence, error: RequestError) -> Output:
-        """Ends a request that cannot go on, by a fault of its own."""
-        self._finish(sequence)
-        return Output(
-            sequence.request_id,
-            None,
-            "error",
-            str(error),
-            cached_tokens=sequence.num_cached,
-            param=error.param,
-        )
 
     @property
     def pool(self) -> PagePool:

@@ -158,7 +158,8 @@ class TickLoop:
                 try:
                     masks.append((i, s.constraint.mask(s.tokens, s.num_prompt, early)))
                 except RequestError as error:
-                    outputs.append(self.scheduler.fail(s, error))
+                    outputs.append(Output.of_error(s.request_id, error))
+                    self.scheduler.abort(s.request_id)
                 early = ()
             if params.adjusts and segment.current:
                 biases = dict(params.logit_bias) | dict.fromkeys(early, -math.inf)

@@ -23,6 +23,7 @@ from llama_jax.llm.notebook.cells import cell_watch
 from llama_jax.llm.notebook.progress import RequestProgress, StartProgress, make_display
 from llama_jax.llm.prompts import EncodedPrompt
 from llama_jax.llm.text_stream import TextStream
+from llama_jax.text.grammar import GrammarError, check_grammar
 from llama_jax.text.tokenizer import Tokenizer
 
 
@@ -72,8 +73,7 @@ class Session:
     ) -> list[Completion]:
         """Answers every prompt with its params, and returns the completions in the same order."""
         requests = list(zip(prompts, params, strict=True))
-        for prompt, each in requests:
-            self.engine.client.check(prompt.token_ids, each)
+        self._check(requests)
         count = RequestProgress(make_display(progress), len(requests))
 
         async def answer_all() -> list[Completion]:
@@ -84,8 +84,17 @@ class Session:
 
     def stream(self, prompt: EncodedPrompt, params: SamplingParams) -> TextStream:
         """Streams the answer to one prompt."""
-        self.engine.client.check(prompt.token_ids, params)
+        self._check([(prompt, params)])
         return TextStream(self.engine, self._deltas(prompt.token_ids, params))
+
+    def _check(self, requests: Sequence[tuple[EncodedPrompt, SamplingParams]]) -> None:
+        for prompt, params in requests:
+            self.engine.client.check(prompt.token_ids, params)
+        for grammar in {params.grammar for _, params in requests if params.grammar}:
+            try:
+                check_grammar(grammar)
+            except GrammarError as error:
+                raise RequestError(str(error), "grammar") from None
 
     async def _answer(
         self, prompt: EncodedPrompt, params: SamplingParams, count: RequestProgress

@@ -1,6 +1,7 @@
 """`LLM` on a real engine: a small random model on a 2 x 2 mesh with a small KV cache."""
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from llama_jax import LLM, SamplingParams
 from llama_jax.engine.errors import EngineDead, EngineStartError, RequestError
 from llama_jax.engine.interface import Stats
 from llama_jax.llm.llm import Completion
+from llama_jax.text.grammar import regex_grammar
 from tests.support.processes import assert_gone, private_temporary_directory, wait_until
 from tests.support.reference import make_model, reference_logits, save_model
 from tests.support.tiny_tokenizer import make_tokenizer
@@ -104,6 +106,26 @@ def test_greedy_tokens_equal_the_references(subject: Subject) -> None:
     for answer in subject.llm.generate(prompts(1, 5, 64, 90), greedy(max_tokens=30)):
         assert len(answer.token_ids) == 30 or answer.token_ids[-1] == EOS
         subject.assert_greedy(answer)
+
+
+def test_answers_match_their_grammar(subject: Subject) -> None:
+    """Beside a request without one. One of the EOS ids of the model is not in its tokenizer."""
+    dates = regex_grammar(r"\d{4}-\d\d-\d\d")
+    plain, *answers = subject.llm.generate(
+        prompts(5, 5, 6, 7),
+        [greedy(max_tokens=9), *(SamplingParams(grammar=dates, seed=i) for i in range(3))],
+    )
+    subject.assert_greedy(plain)
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d", answer.text) for answer in answers)
+    assert [answer.finish_reason for answer in answers] == ["stop"] * 3
+    ends = {EOS, *subject.llm.tokenizer.encode(EOT, add_bos=False)}
+    assert {answer.token_ids[-1] for answer in answers} <= ends
+
+
+def test_a_grammar_that_cannot_be_used_is_refused(subject: Subject) -> None:
+    with pytest.raises(RequestError) as caught:
+        subject.llm.generate("x", SamplingParams(grammar=regex_grammar("(")))
+    assert caught.value.param == "grammar"
 
 
 def test_greedy_tokens_survive_preemption_and_a_full_queue(subject: Subject) -> None:

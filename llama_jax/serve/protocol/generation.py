@@ -20,6 +20,16 @@ from llama_jax.serve.protocol.field_readers import (
     read_truncation,
 )
 from llama_jax.serve.protocol.json_reader import read_integers, refuse
+from llama_jax.serve.protocol.structured_output import (
+    STRUCTURED_OUTPUT,
+    GuidedChoice,
+    GuidedGrammar,
+    GuidedJson,
+    GuidedRegex,
+    ResponseFormat,
+    StructuredOutputs,
+    WantedGrammar,
+)
 
 MAX_CHOICES = 16
 MAX_SALT_CHARACTERS = 1024
@@ -118,6 +128,13 @@ class GenerationRequest(RequestBody):
     truncate_prompt_tokens: _Truncation | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    allowed_token_ids: Annotated[list[int], schema(read_integers, minItems=1)] | None = None
+    response_format: ResponseFormat = None
+    structured_outputs: StructuredOutputs = None
+    guided_json: GuidedJson = None
+    guided_regex: GuidedRegex = None
+    guided_choice: GuidedChoice = None
+    guided_grammar: GuidedGrammar = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -133,6 +150,21 @@ class GenerationRequest(RequestBody):
             refuse(f"stop_token_ids may have at most {MAX_STOP_TOKEN_IDS} ids.", "stop_token_ids")
         if self.return_tokens_as_token_ids and self.top_alternatives is None:
             refuse("return_tokens_as_token_ids needs logprobs.", "return_tokens_as_token_ids")
+        if self.allowed_token_ids == []:
+            refuse("allowed_token_ids is empty: no token could be chosen.", "allowed_token_ids")
+        ways = self._ways
+        if len(ways) > 1:
+            refuse(f"{ways[0]} and {ways[1]} cannot be combined: send one.", ways[1])
+
+    @property
+    def wanted_grammar(self) -> WantedGrammar | None:
+        """What the answers must match, if anything."""
+        return next((getattr(self, name) for name in self._ways), None)
+
+    @property
+    def _ways(self) -> list[str]:
+        """The fields that say what the answers must match."""
+        return [name for name in STRUCTURED_OUTPUT if getattr(self, name) is not None]
 
     @property
     def choices(self) -> int:
@@ -160,12 +192,13 @@ class GenerationRequest(RequestBody):
             return self.truncate_prompt_tokens
         return max(1, max_model_len - (self.limit or 1))
 
-    def sampling_params(self, defaults: SamplingParams) -> list[SamplingParams]:
+    def sampling_params(self, defaults: SamplingParams, grammar: str = "") -> list[SamplingParams]:
         """Returns the parameters of each choice for one prompt, not yet checked.
 
         Args:
           defaults: the parameters that the request does not set. If a seed is set, choice i gets
             the seed plus i, so that the choices differ.
+          grammar: what the answers must match, written out; "" for anything.
         """
         given: dict[str, Any] = {
             "max_tokens": self.limit,
@@ -186,6 +219,8 @@ class GenerationRequest(RequestBody):
             "cache_salt": self.cache_salt,
             "stop": tuple(self.stop or ()),
             "stop_token_ids": tuple(self.stop_token_ids or ()),
+            "allowed_token_ids": tuple(self.allowed_token_ids or ()),
+            "grammar": grammar,
         }
         given = {name: value for name, value in given.items() if value is not None}
         params = dataclasses.replace(defaults, **given)

@@ -38,7 +38,6 @@ _NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
     "custom_logit_processor": (),
     "thinking": ({"type": "disabled"},),
     "thinking_token_budget": (),
-    "allowed_token_ids": (),
     "logits_processors": (),
     # the response
     "logprobs": (False,),
@@ -55,12 +54,6 @@ _NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
     "stream_interval": (1,),
     "include_reasoning": (True, False),  # there is no reasoning to leave out
     "separate_reasoning": (True, False),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     "regex": (),
     "ebnf": (),
     "json_schema": (),

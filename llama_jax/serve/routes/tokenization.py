@@ -8,6 +8,7 @@ from starlette.routing import Route
 
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.serve.errors import ApiError
+from llama_jax.serve.generation.grammar_check import grammar_of
 from llama_jax.serve.protocol.chat import ChatRequest
 from llama_jax.serve.protocol.generation import GenerationRequest
 from llama_jax.serve.protocol.messages import Message
@@ -133,9 +134,9 @@ async def sampling_params(served: ServedModel, body: GenerationRequest) -> list[
     """Returns the parameters of each choice for one prompt, not yet checked.
 
     Raises:
-      ApiError: a bad word cannot be encoded.
+      ApiError: the answers cannot have the form that is asked for, or a bad word cannot be encoded.
     """
-    params = body.sampling_params(served.defaults)
+    params = body.sampling_params(served.defaults, await grammar_of(body))
     if not body.bad_words:
         return params
     try:
