@@ -50,7 +50,8 @@ def add_rules(schemas: dict[str, Schema], limits: Limits) -> None:
         for limit in ("max_tokens", "max_completion_tokens"):
             if limit in fields and "enum" not in fields[limit]:
                 _value(fields[limit])["maximum"] = limits.max_model_len - 1
-        _value(fields["stop_token_ids"])["items"] = {"$ref": TOKEN_ID}
+        for ids in ("stop_token_ids", "allowed_token_ids"):
+            _value(fields[ids])["items"] = {"$ref": TOKEN_ID}
     for name in ("ChatRequest", "TokenizeRequest"):
         _value(schemas[name]["properties"]["chat_template_kwargs"]).update(
             properties=dict.fromkeys(sorted(limits.variables), _VARIABLE),
