@@ -257,7 +257,7 @@ def test_classes_on_a_mesh(path, model_class, mesh):
 @pytest.mark.parametrize(
     ("model_class", "mesh"),
     [
-        (ReLULlama, "1x2"),
+        pytest.param(ReLULlama, "1x2", marks=pytest.mark.slow),
         (WindowedLlama, "2x2"),
         pytest.param(SlopedLlama, "2x2", marks=pytest.mark.slow),
         pytest.param(WindowedLlama, "1x1", marks=pytest.mark.slow),

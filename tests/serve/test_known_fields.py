@@ -46,7 +46,7 @@ VLLM = """
 """.split()
 SGLANG = "regex ebnf json_schema no_stop_trim separate_reasoning lora_path return_hidden_states"
 OTHERS = [*VLLM, *SGLANG.split(), "custom_logit_processor", "thinking"]
-NONSENSE = {"nonsense": ["nonsense"]}
+NONSENSE = [{"nonsense": 5}]
 
 
 def fields(path: str) -> list[str]:

@@ -178,6 +178,14 @@ VALUES = {
     "logit_bias": [{}, {"5": 1}, {"5": 101}, {"5": "1"}, [5]],
     "min_tokens": [-1, 0, 2],
     "cache_salt": ["", "a", "a" * 1025, 5],
+    "bad_words": [[], ["a"], [""], [" "], ["a"] * 256, ["a"] * 257, "a", [5]],
+    "truncate_prompt_tokens": [-2, -1, 0, 1, 1.0, 2**63 - 1, 2**63],
+    "skip_special_tokens": [True, False, 1],
+    "add_special_tokens": [True, False],
+    "return_tokens_as_token_ids": [False, True],
+    "return_token_ids": [True, "yes"],
+    "spaces_between_special_tokens": [True, False, 1],
+    "service_tier": ["auto", "flex", "free"],
     "user": ["me"],
     "nonsense": [None, 1],
     "prompt": ["", "a", [5], [5.0], ["a"], [[5]], [[5], [6]], [5, "a"], [True], [["a"]], {}, None],
@@ -191,6 +199,48 @@ def test_the_server_accepts_what_it_describes(server, document, name, value):
     body = {"prompt": "Hi", "max_tokens": 2, "stream": name == "stream_options", name: value}
     described = accepts(document, {"$ref": "#/components/schemas/CompletionRequest"}, body)
     assert (server.post(COMPLETIONS, body).status_code == 200) == described
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETIONS, {"prompt": "x", "logprobs": 2, "return_tokens_as_token_ids": True}),
+        (COMPLETIONS, {"prompt": "", "add_special_tokens": False}),
+        (COMPLETIONS, {"prompt": ["x", ""], "add_special_tokens": False}),
+        (COMPLETIONS, {"prompt": ["x", ""], "add_special_tokens": True}),
+        (COMPLETIONS, {"prompt": ["x"] * 8}),
+        (COMPLETIONS, {"prompt": ["x"] * 9}),
+        (COMPLETIONS, {"prompt": [320]}),
+        (COMPLETIONS, {"prompt": [319], "max_tokens": 199}),
+        (COMPLETIONS, {"prompt": "x", "max_tokens": 200}),
+        (COMPLETIONS, {"prompt": "x", "stop_token_ids": [320]}),
+        (COMPLETIONS, {"prompt": "x", "logit_bias": {"x": 1}}),
+        (CHAT, {"messages": user("x"), "stream_options": {}}),
+        (CHAT, {"messages": user("x"), "logprobs": True, "top_logprobs": 1}),
+        (CHAT, {"messages": user("x"), "logprobs": False, "top_logprobs": 1}),
+        (CHAT, {"messages": user("x"), "top_logprobs": 0}),
+        (CHAT, {"messages": user("x"), "return_tokens_as_token_ids": True}),
+        (CHAT, {"messages": user("x"), "max_completion_tokens": 200}),
+        (CHAT, {"messages": user("x"), "continue_final_message": True}),
+        (CHAT, {"messages": user("x"), "chat_template_kwargs": {}}),
+        (CHAT, {"messages": user("x"), "chat_template_kwargs": {"date_string": "x"}}),
+        (CHAT, {"messages": user("x"), "chat_template_kwargs": {"date_string": None}}),
+        ("/tokenize", {"prompt": "x", "messages": None}),
+        ("/tokenize", {"prompt": "x", "messages": user("x")}),
+        ("/tokenize", {"prompt": None}),
+        ("/tokenize", {"prompt": "x", "continue_final_message": True}),
+        ("/tokenize", {"messages": user("x"), "continue_final_message": True}),
+        ("/tokenize", {"messages": user("x"), "add_generation_prompt": True,
+                       "continue_final_message": True}),
+        ("/detokenize", {"tokens": []}),
+        ("/detokenize", {"tokens": [0, 319]}),
+        ("/detokenize", {"tokens": [-1]}),
+        ("/detokenize", {"tokens": [320]}),
+    ],
+)  # fmt: skip
+def test_the_server_accepts_the_fields_that_it_describes_together(server, document, path, body):
+    schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert (server.post(path, body).status_code == 200) == accepts(document, schema, body)
 
 
 @pytest.mark.parametrize(

@@ -191,10 +191,14 @@ def cut_tokens(pieces: list[str], stop: list[str], include: bool, min_tokens: in
 
 
 @given(
-    parts=st.lists(st.sampled_from([EOM, HEADER, *"ab <|>_"]), max_size=12),
-    stop=st.lists(st.text("ab<|>_e", min_size=1, max_size=4) | st.just(EOM), max_size=4),
+    parts=st.lists(st.sampled_from([EOM, HEADER, *"ab<"]), min_size=4, max_size=12),
+    stop=st.lists(
+        st.text("ab<", min_size=1, max_size=2) | st.sampled_from([EOM, "|>", "d|>a", "<|s"]),
+        min_size=1,
+        max_size=3,
+    ),
     include=st.booleans(),
-    min_tokens=st.integers(0, 8),
+    min_tokens=st.integers(0, 4),
     skip=st.booleans(),
 )
 def test_how_the_end_and_special_tokens_are_shown(

@@ -4,29 +4,14 @@ from typing import Annotated
 
 from llama_jax.config.sampling_params import MAX_LOGPROBS
 from llama_jax.serve.protocol.body import schema
-from llama_jax.serve.protocol.field_readers import (
-    MAX_TEMPLATE_VARIABLES,
-    MAX_VARIABLE_CHARACTERS,
-    read_template_variables,
-)
+from llama_jax.serve.protocol.field_readers import MAX_TEMPLATE_VARIABLES, read_template_variables
 from llama_jax.serve.protocol.generation import AtLeastOne, GenerationRequest
 from llama_jax.serve.protocol.json_reader import refuse
 from llama_jax.serve.protocol.messages import Message, read_messages
 
 Messages = Annotated[list[Message], schema(read_messages, minItems=1)]
 TemplateVariables = Annotated[
-    dict[str, str | bool],
-    schema(
-        read_template_variables,
-        maxProperties=MAX_TEMPLATE_VARIABLES,
-        additionalProperties={
-            "anyOf": [
-                {"type": "string", "maxLength": MAX_VARIABLE_CHARACTERS},
-                {"type": "boolean"},
-                {"type": "null"},
-            ]
-        },
-    ),
+    dict[str, str | bool], schema(read_template_variables, maxProperties=MAX_TEMPLATE_VARIABLES)
 ]
 _TopLogprobs = Annotated[int, schema(minimum=0, maximum=MAX_LOGPROBS)]
 

@@ -62,6 +62,7 @@ _LogitBias = Annotated[
             {
                 "type": "object",
                 "maxProperties": MAX_LOGIT_BIAS,
+                "propertyNames": {"pattern": "^[0-9]{1,9}$"},
                 "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
             },
             {"type": "null"},
@@ -71,8 +72,7 @@ _LogitBias = Annotated[
 
 
 _BadWords = Annotated[
-    list[str],
-    schema(read_bad_words, items={"type": "string", "pattern": "[^ ]"}, maxItems=MAX_BAD_WORDS),
+    list[Annotated[str, schema(pattern="[^ ]")]], schema(read_bad_words, maxItems=MAX_BAD_WORDS)
 ]
 _Truncation = Annotated[
     int, schema(read_truncation, anyOf=[{"const": -1}, {"minimum": 1, "maximum": 2**63 - 1}])

@@ -1,5 +1,6 @@
 """GET /openapi.json: the description of this server for programs."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -36,6 +37,7 @@ from llama_jax.serve.protocol.responses_types import EVENTS, FunctionCallItem, O
 from llama_jax.serve.protocol.responses_types import Response as ResponseObject
 from llama_jax.serve.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from llama_jax.serve.protocol.unsupported import NoOps, no_op_schemas
+from llama_jax.serve.routes.openapi_rules import Limits, add_rules
 from llama_jax.serve.transport.json_response import JsonResponse
 
 _REQUESTS = (CompletionRequest, ChatRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest)
@@ -70,9 +72,9 @@ _HEADERS = {
 }
 
 
-def openapi_routes(version: str) -> list[Route]:
-    """GET (and HEAD) /openapi.json."""
-    document = openapi_document(version)
+def openapi_routes(version: str, limits: Limits) -> list[Route]:
+    """GET (and HEAD) /openapi.json; for its arguments, see `openapi_document`."""
+    document = openapi_document(version, limits)
 
     async def openapi(request: Request) -> Response:
         return JsonResponse(document)
@@ -80,11 +82,12 @@ def openapi_routes(version: str) -> list[Route]:
     return [Route("/openapi.json", openapi)]
 
 
-def openapi_document(version: str) -> dict[str, Any]:
+def openapi_document(version: str, limits: Limits) -> dict[str, Any]:
     """Returns the description of this server (https://spec.openapis.org/oas/v3.1.0).
 
     Args:
       version: that of this package.
+      limits: those of the engine.
     """
     return {
         "openapi": "3.1.0",
@@ -124,7 +127,7 @@ def openapi_document(version: str) -> dict[str, Any]:
             "/openapi.json": _get("Show this description", dict),
         },
         "components": {
-            "schemas": _schemas(),
+            "schemas": _schemas(limits),
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         # A server that was started without a key takes requests without one.
@@ -138,6 +141,8 @@ def _generate(summary: str, body: type, whole: type) -> dict[str, Any]:
         _post(summary, body, whole, 429),
         f"a line `data: ` with a `{chunk.__name__}` for each token, or an `ErrorResponse`, and at "
         "the end `data: [DONE]`",
+        (chunk, ErrorResponse),
+        {"const": "[DONE]"},
     )
 
 
@@ -146,16 +151,34 @@ def _respond(summary: str) -> dict[str, Any]:
     return _or_stream(
         _post(summary, ResponsesRequest, ResponseObject, 429),
         f"a line `event: ` with the type of an event and a line `data: ` with the event: {kinds}",
+        EVENTS,
     )
 
 
-def _or_stream(operation: dict[str, Any], events: str) -> dict[str, Any]:
+def _or_stream(
+    operation: dict[str, Any], events: str, kinds: Sequence[type], *more: dict[str, Any]
+) -> dict[str, Any]:
+    """Adds a stream to an operation.
+
+    Its schema serves programs that apply it to the text, and those that apply it to each event
+    (OpenAPI 3.1 does not say which).
+
+    Args:
+      operation: with a whole response.
+      events: what the stream consists of, in words.
+      kinds: the types of its events.
+      more: schemas of other data.
+    """
+    content = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [{"$ref": _SCHEMAS + kind.__name__} for kind in kinds]},
+    }
     operation["responses"]["200"]["content"]["text/event-stream"] = {
         "schema": {
-            "type": "string",
-            "contentMediaType": "text/event-stream",
             "description": f"If `stream` is true: {events}; an empty line after each. While "
             "nothing else is sent, there are comments: lines that begin with a colon.",
+            "properties": {"data": {"anyOf": [*more, content]}},
         }
     }
     return operation
@@ -235,7 +258,7 @@ def _json(kind: type) -> dict[str, Any]:
     return {"application/json": {"schema": schema}}
 
 
-def _schemas() -> dict[str, Any]:
+def _schemas(limits: Limits) -> dict[str, Any]:
     """The schemas of all bodies, with the unsupported fields that a request may still contain."""
     kinds = (*_REQUESTS, Message, *_RESPONSES, *_CHUNKS, ErrorResponse)
     _, schemas = msgspec.json.schema_components(kinds, ref_template=_SCHEMAS + "{name}")
@@ -259,6 +282,7 @@ def _schemas() -> dict[str, Any]:
         "required": ["type", "text"],
     }
     _add_no_ops(schemas["TextPart"], "part")
+    add_rules(schemas, limits)
     return schemas
 
 
