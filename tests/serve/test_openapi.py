@@ -49,7 +49,7 @@ def test_the_schemas_are_valid_and_complete(document):
     assert used <= set(schemas)
     assert set(document["paths"]) == {
         *(COMPLETIONS, CHAT, "/tokenize", "/detokenize", "/v1/models", "/v1/models/{name}"),
-        *("/health", "/version", "/metrics", "/openapi.json"),
+        *("/tokenizer_info", "/health", "/version", "/metrics", "/openapi.json"),
     }
 
 
@@ -58,6 +58,8 @@ def test_the_schemas_are_valid_and_complete(document):
     [
         (COMPLETIONS, {"prompt": "Hi"}),
         (COMPLETIONS, {"prompt": ["Hi"], "n": 2}),
+        (COMPLETIONS, {"prompt": "Hi", "echo": True, "logprobs": 1, "prompt_logprobs": 2}),
+        (CHAT, {"messages": user("Hi"), "prompt_logprobs": 1}),
         (CHAT, {"messages": user("Hi")}),
         ("/tokenize", {"prompt": "Hi", "return_token_strs": True}),
         ("/tokenize", {"messages": user("Hi")}),
@@ -76,6 +78,7 @@ def test_responses_are_as_described(server, document, path, body):
     ("path", "given", "chunk"),
     [
         (COMPLETIONS, {"prompt": "Hi"}, "CompletionChunk"),
+        (COMPLETIONS, {"prompt": "Hi", "echo": True, "logprobs": 1}, "CompletionChunk"),
         (CHAT, {"messages": user("Hi")}, "ChatCompletionChunk"),
     ],
 )
@@ -88,7 +91,11 @@ def test_events_are_as_described(server, document, path, given, chunk, options):
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/models", "/v1/models/tiny", "/health", "/version", "/metrics", "/openapi.json"]
+    "path",
+    [
+        *("/v1/models", "/v1/models/tiny", "/tokenizer_info", "/health", "/version", "/metrics"),
+        "/openapi.json",
+    ],
 )
 def test_get_and_head_are_as_described(server, document, path):
     described = path.replace("tiny", "{name}")
@@ -144,6 +151,10 @@ VALUES = {
     "repetition_penalty": [0, 0.01, 1, 101],
     "logit_bias": [{}, {"5": 1}, {"5": 101}, {"5": "1"}, [5]],
     "min_tokens": [-1, 0, 2],
+    "prompt_logprobs": [-1, 0, 20, 21, True, None],
+    "echo": [True, False, None, 1],
+    "best_of": [0, 1, 8, 17, None],
+    "typical_p": [0, 0.1, 1, 1.1, None],
     "cache_salt": ["", "a", "a" * 1025, 5],
     "user": ["me"],
     "nonsense": [None, 1],

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from llama_jax.engine.interface import FinishReason
 from llama_jax.serve.generation.choices import ChoiceDelta
 from llama_jax.serve.generation.logprobs import TokenWithLogprobs, completion_logprobs
+from llama_jax.serve.generation.text_offsets import TextOffsets
 from llama_jax.serve.protocol.response_types import CompletionChoice
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -17,6 +18,7 @@ class CompletionFormat:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._offsets: dict[int, TextOffsets] = {}  # of each choice in a stream
 
     def whole(
         self,
@@ -24,13 +26,14 @@ class CompletionFormat:
         text: str,
         reason: FinishReason | None,
         logprobs: Sequence[TokenWithLogprobs],
-        offset: int = 0,
+        offsets: TextOffsets | None = None,
     ) -> CompletionChoice:
-        """An entry of `choices`; `offset` is where its text begins in the answer."""
+        """An entry of `choices`; `offsets` follows the text up to it, if it does not begin here."""
+        offsets = offsets or TextOffsets(self._tokenizer)
         return {
             "index": index,
             "text": text,
-            "logprobs": completion_logprobs(self._tokenizer, logprobs, offset)
+            "logprobs": completion_logprobs(self._tokenizer, logprobs, offsets)
             if logprobs
             else None,
             "finish_reason": reason,
@@ -39,4 +42,7 @@ class CompletionFormat:
     def chunk(self, delta: ChoiceDelta, offset: int | None) -> CompletionChoice:
         """An entry of `choices` in a stream, which looks the same."""
         logprobs = [] if delta.logprobs is None else [(delta.token, delta.logprobs)]
-        return self.whole(delta.choice, delta.text, delta.finish_reason, logprobs, offset or 0)
+        if delta.choice not in self._offsets:
+            self._offsets[delta.choice] = TextOffsets(self._tokenizer, offset or 0)
+        offsets = self._offsets[delta.choice]
+        return self.whole(delta.choice, delta.text, delta.finish_reason, logprobs, offsets)

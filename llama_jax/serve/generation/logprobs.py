@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from llama_jax.engine.interface import TokenLogprobs
+from llama_jax.serve.generation.text_offsets import TextOffsets
 from llama_jax.serve.protocol.response_types import (
     ChatLogprob,
     ChatLogprobs,
@@ -30,22 +31,17 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Iterable[TokenWithLogprobs]) -> 
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer, tokens: Sequence[TokenWithLogprobs], offset: int
+    tokenizer: Tokenizer, tokens: Sequence[TokenWithLogprobs], offsets: TextOffsets
 ) -> CompletionLogprobs:
     """Returns `logprobs` of a completion's choice.
 
     Args:
       tokenizer: names the tokens.
       tokens: the tokens.
-      offset: where the first of them begins in the text.
+      offsets: follows the text up to the first of them.
     """
-    texts = [token_text(tokenizer, token) for token, _ in tokens]
-    offsets = []
-    for text in texts:
-        offsets.append(offset)
-        offset += len(text)
     return {
-        "tokens": texts,
+        "tokens": [token_text(tokenizer, token) for token, _ in tokens],
         "token_logprobs": [max(logprobs.logprob, LEAST) for _, logprobs in tokens],
         # As in vLLM, the token itself is among them. Of two tokens with the same text, the likelier
         # counts.
@@ -56,7 +52,7 @@ def completion_logprobs(
             }
             for token, logprobs in tokens
         ],
-        "text_offset": offsets,
+        "text_offset": [offsets.add(token) for token, _ in tokens],
     }
 
 

@@ -1,5 +1,6 @@
 """Writes the response of a route that generates, whole or as a stream of server-sent events."""
 
+import asyncio
 import itertools
 import time
 import uuid
@@ -16,8 +17,10 @@ from starlette.types import Receive, Scope, Send
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.interface import FinishReason
 from llama_jax.serve.errors import answer_too_long, as_api_error, prompt_too_long
+from llama_jax.serve.generation.best_choices import BestChoices
 from llama_jax.serve.generation.choices import ChoiceDelta, generate_choice, merge
 from llama_jax.serve.generation.logprobs import TokenWithLogprobs
+from llama_jax.serve.generation.shown_prompts import ShownPrompts
 from llama_jax.serve.protocol.generation import GenerationRequest, StreamOptions
 from llama_jax.serve.protocol.response_types import Usage
 from llama_jax.serve.served_model import ServedModel
@@ -48,7 +51,7 @@ class ResponseFormat(Protocol):
 
         Args:
           delta: the next token.
-          offset: where its text begins in the answer; None for the first token.
+          offset: where its text begins; None for the first token of a text.
         """
 
 
@@ -64,6 +67,8 @@ class Job:
       stream: whether to stream the response.
       options: when to send the usage in a stream.
       arrived: when the request arrived, by the clock of the metrics.
+      shown: how the choices show their prompts; None if they do not.
+      best: which choices of each prompt are returned; None for all.
     """
 
     param: Literal["prompt", "messages"]
@@ -73,6 +78,8 @@ class Job:
     stream: bool
     options: StreamOptions
     arrived: float
+    shown: ShownPrompts | None = None
+    best: BestChoices | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -138,6 +145,8 @@ async def respond(
                 for index, (place, (prompt, params)) in enumerate(zip(places, choices, strict=True))
             ]
         )
+        if job.shown is not None:
+            deltas = job.shown.follow(deltas)
         gone = disconnected(request.receive)
         try:
             if job.stream:
@@ -190,6 +199,8 @@ def _check_job(served: ServedModel, job: Job) -> None:
     """Checks the whole job before any of it is generated."""
     params = job.params[0]  # the choices differ only in their seeds
     info = served.engine.info
+    if job.shown is not None:
+        job.shown.check()
     for prompt in job.prompts:
         if len(prompt) >= info.max_model_len:
             raise prompt_too_long(info, job.param, len(prompt))
@@ -212,17 +223,27 @@ async def _whole(
     texts: list[list[str]] = [[] for _ in range(job.num_choices)]
     logprobs: list[list[TokenWithLogprobs]] = [[] for _ in range(job.num_choices)]
     last: dict[int, ChoiceDelta] = {}
+    firsts: dict[int, ChoiceDelta] = {}
     async with aclosing(deltas):
         async for delta in deltas:
             texts[delta.choice].append(delta.text)
             if delta.logprobs is not None:
                 logprobs[delta.choice].append((delta.token, delta.logprobs))
             last[delta.choice] = delta
+            firsts.setdefault(delta.choice, delta)
+    kept: Sequence[int] = range(job.num_choices)
+    if job.best is not None:
+        kept = job.best.kept(logprobs, len(job.params))
+        if not job.best.logprobs:
+            logprobs = [[]] * job.num_choices
     choices = [
-        format.whole(index, "".join(texts[index]), last[index].finish_reason, logprobs[index])
-        for index in range(job.num_choices)
+        format.whole(index, "".join(texts[each]), last[each].finish_reason, logprobs[each])
+        for index, each in enumerate(kept)
     ]
-    return {**head, "choices": choices, "usage": _usage(job, last)}
+    body = {**head, "choices": choices, "usage": _usage(job, last)}
+    if job.shown is not None:
+        await asyncio.to_thread(job.shown.add, body, [firsts[each] for each in kept])
+    return body
 
 
 async def _events(
@@ -238,16 +259,23 @@ async def _events(
     every, last = job.options.continuous_usage_stats, job.options.include_usage
     # OpenAI sends usage: null in every chunk before the usage.
     head = {**head, "usage": None} if last or every else head
+
+    def chunk(entry: Mapping[str, object]) -> bytes:
+        usage = {"usage": _usage(job, seen)} if every else {}
+        return _event({**head, "choices": [entry], **usage})
+
     delta: ChoiceDelta | None = first
     try:
         while delta is not None:
+            if job.shown is not None and delta.choice not in seen:
+                prompt = await asyncio.to_thread(job.shown.chunk, delta)
+                offsets[delta.choice] = len(prompt["text"])
+                yield chunk(prompt)
             seen[delta.choice] = delta
-            entry = format.chunk(delta, offsets.get(delta.choice))
-            offsets[delta.choice] = offsets.get(delta.choice, 0) + len(delta.text)
-            chunk = {**head, "choices": [entry]}
-            if every:
-                chunk["usage"] = _usage(job, seen)
-            yield _event(chunk)
+            if delta.tokens:  # otherwise only the prompt is shown
+                entry = format.chunk(delta, offsets.get(delta.choice))
+                offsets[delta.choice] = offsets.get(delta.choice, 0) + len(delta.text)
+                yield chunk(entry)
             delta = await anext(deltas, None)
         if last:
             yield _event({**head, "choices": [], "usage": _usage(job, seen)})

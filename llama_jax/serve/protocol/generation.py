@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from llama_jax.config.sampling_params import (
     MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
     MAX_STOP_TOKEN_IDS,
     MAX_TOP_K,
     SamplingParams,
@@ -92,6 +93,7 @@ class GenerationRequest(RequestBody):
     frequency_penalty: _Penalty | None = None
     repetition_penalty: Annotated[float, schema(minimum=0.01, maximum=100)] | None = None
     logit_bias: _LogitBias = None
+    prompt_logprobs: Annotated[int, schema(minimum=0, maximum=MAX_LOGPROBS)] | None = None
     min_tokens: Annotated[int, schema(minimum=0)] | None = None
     cache_salt: Annotated[str, schema(maxLength=MAX_SALT_CHARACTERS)] | None = None
     stop: _Stop = None
@@ -106,17 +108,27 @@ class GenerationRequest(RequestBody):
         """Checks the fields against each other."""
         if self.stream_options is not None and not self.stream:
             refuse("stream_options needs stream to be true.", "stream_options")
-        if not 1 <= self.choices <= MAX_CHOICES:
-            refuse(f"n must be between 1 and {MAX_CHOICES}, got {self.choices}.", "n")
+        if not 1 <= self.returned <= MAX_CHOICES:
+            refuse(f"n must be between 1 and {MAX_CHOICES}, got {self.returned}.", "n")
         if len(self.cache_salt or "") > MAX_SALT_CHARACTERS:
             refuse(f"cache_salt may have at most {MAX_SALT_CHARACTERS} characters.", "cache_salt")
+        if self.prompt_logprobs is not None:
+            if not 0 <= self.prompt_logprobs <= MAX_LOGPROBS:
+                refuse(f"prompt_logprobs must be between 0 and {MAX_LOGPROBS}.", "prompt_logprobs")
+            if self.stream:
+                refuse("prompt_logprobs cannot be streamed: leave out stream.", "prompt_logprobs")
         if len(self.stop_token_ids or ()) > MAX_STOP_TOKEN_IDS:
             refuse(f"stop_token_ids may have at most {MAX_STOP_TOKEN_IDS} ids.", "stop_token_ids")
 
     @property
-    def choices(self) -> int:
-        """The number of choices for each prompt."""
+    def returned(self) -> int:
+        """The number of choices to return for each prompt."""
         return 1 if self.n is None else self.n
+
+    @property
+    def choices(self) -> int:
+        """The number of choices to generate for each prompt."""
+        return self.returned
 
     @property
     def limit(self) -> int | None:
@@ -132,6 +144,12 @@ class GenerationRequest(RequestBody):
     def top_alternatives(self) -> int | None:
         """The number of log-probabilities per token, beside its own; None for none at all."""
         raise NotImplementedError
+
+    @property
+    def prompt_alternatives(self) -> int | None:
+        """The number of log-probabilities per token of the prompt, beside its own; None for none at
+        all."""
+        return self.prompt_logprobs
 
     def sampling_params(self, defaults: SamplingParams) -> list[SamplingParams]:
         """Returns the parameters of each choice for one prompt, not yet checked.
@@ -160,11 +178,14 @@ class GenerationRequest(RequestBody):
         }
         given = {name: value for name, value in given.items() if value is not None}
         params = dataclasses.replace(defaults, **given)
-        if params.seed is None:
-            return [params] * self.choices
-        # The seed itself is not wrapped, so that one out of range is refused.
-        seeds = [params.seed, *(_wrap(params.seed + i) for i in range(1, self.choices))]
-        return [dataclasses.replace(params, seed=seed) for seed in seeds]
+        each = [params] * self.choices
+        if params.seed is not None:
+            # The seed itself is not wrapped, so that one out of range is refused.
+            seeds = [params.seed, *(_wrap(params.seed + i) for i in range(1, self.choices))]
+            each = [dataclasses.replace(params, seed=seed) for seed in seeds]
+        if self.prompt_alternatives is not None:  # scored once, whatever the number of choices
+            each[0] = dataclasses.replace(each[0], prompt_logprobs=self.prompt_alternatives)
+        return each
 
 
 def _wrap(seed: int) -> int:

@@ -24,7 +24,6 @@ _NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
     "service_tier": ("auto", "default"),
     # sampling
     "length_penalty": (1,),
-    "best_of": (1,),
     "use_beam_search": (False,),
     "allowed_token_ids": (),
     "bad_words": ([],),
@@ -32,7 +31,7 @@ _NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
     # the response
     "logprobs": (False,),
     "top_logprobs": (0,),
-    "prompt_logprobs": (),
+    "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
     "include_stop_str_in_output": (False,),

@@ -1,11 +1,14 @@
 """POST /v1/chat/completions."""
 
+from dataclasses import replace
+
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from llama_jax.serve.generation.chat_format import ChatFormat
 from llama_jax.serve.generation.respond import make_job, respond
+from llama_jax.serve.generation.shown_prompts import ShownPrompts
 from llama_jax.serve.protocol.chat import ChatRequest
 from llama_jax.serve.protocol.request_body import read
 from llama_jax.serve.routes.tokenization import encode_messages
@@ -24,6 +27,14 @@ def chat_route(served: ServedModel) -> Route:
         prompt = await encode_messages(served, body.messages)
         params = body.sampling_params(served.defaults)
         job = make_job("messages", [prompt], params, body, arrived)
+        if body.prompt_logprobs is not None:
+            shown = ShownPrompts(
+                tokenizer=served.tokenizer,
+                prompts=[prompt],
+                choices=body.choices,
+                prompt_logprobs=body.prompt_logprobs,
+            )
+            job = replace(job, shown=shown)
         return await respond(served, request, ChatFormat(served.tokenizer), job)
 
     return Route("/v1/chat/completions", chat, methods=["POST"])

@@ -20,6 +20,7 @@ from llama_jax.serve.protocol.response_types import (
     ModelCard,
     ModelList,
     Text,
+    TokenizerInfo,
     Tokens,
     Version,
 )
@@ -29,7 +30,17 @@ from llama_jax.serve.transport.json_response import JsonResponse
 
 _REQUESTS = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
 _CHUNKS = (CompletionChunk, ChatCompletionChunk)
-_RESPONSES = (Completion, ChatCompletion, Tokens, Text, ModelCard, ModelList, Health, Version)
+_RESPONSES = (
+    Completion,
+    ChatCompletion,
+    Tokens,
+    Text,
+    TokenizerInfo,
+    ModelCard,
+    ModelList,
+    Health,
+    Version,
+)
 _SCHEMAS = "#/components/schemas/"
 
 _ERRORS = {
@@ -88,6 +99,7 @@ def openapi_document(version: str) -> dict[str, Any]:
             },
             "/tokenize": {"post": _post("Encode a text or a chat", TokenizeRequest, Tokens)},
             "/detokenize": {"post": _post("Decode token ids", DetokenizeRequest, Text)},
+            "/tokenizer_info": _get("Describe the tokenizer", TokenizerInfo),
             "/v1/models": _get("List the models", ModelList),
             "/v1/models/{name}": {
                 "parameters": [
@@ -176,6 +188,10 @@ def _schemas() -> dict[str, Any]:
     _, schemas = msgspec.json.schema_components(kinds, ref_template=_SCHEMAS + "{name}")
     for kind in _REQUESTS:
         _add_no_ops(schemas[kind.__name__], "request")
+    schemas["CompletionRequest"]["not"] = {  # an answer of no tokens, unless the prompt is echoed
+        "required": ["max_tokens"],
+        "properties": {"max_tokens": {"const": 0}, "echo": {"enum": [False, None]}},
+    }
     _add_no_ops(schemas["StreamOptions"], "options")
     _add_no_ops(schemas["Message"], "message")
     schemas["Message"]["properties"]["content"] = {

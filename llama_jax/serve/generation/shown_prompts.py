@@ -1,0 +1,193 @@
+"""What a response says about its prompts: their text, and log-probabilities of their tokens."""
+
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+
+from llama_jax.engine.interface import TokenLogprobs
+from llama_jax.engine.prompt_logprobs import PromptLogprobs, ScoredToken
+from llama_jax.serve.errors import ApiError
+from llama_jax.serve.generation.choices import ChoiceDelta
+from llama_jax.serve.generation.logprobs import LEAST, completion_logprobs, token_text
+from llama_jax.serve.generation.text_offsets import TextOffsets
+from llama_jax.serve.protocol.response_types import CompletionChoice, CompletionLogprobs
+from llama_jax.text.tokenizer import Tokenizer
+
+MAX_PROMPT_LOGPROBS = 2**20  # in one response, alternatives included: about 70 MB of JSON
+_ROWS = 1024  # tokens that are encoded at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownPrompts:
+    """How the choices of a request show their prompts.
+
+    Attributes:
+      tokenizer: of the model.
+      prompts: the token ids of each prompt.
+      choices: the number of choices of each prompt; those of one prompt are adjacent.
+      num_added: how many tokens of each prompt are not in its text: BOS, if the server has added
+        it. Only needed to echo.
+      echo: whether the text of a choice begins with its prompt.
+      logprobs: the number of alternatives in `logprobs`, which then begins with the prompt, too;
+        None for no log-probabilities.
+      prompt_logprobs: the number of alternatives in `prompt_logprobs`; None if it is not returned.
+      answer: whether the answer follows, or only the prompt is shown.
+    """
+
+    tokenizer: Tokenizer
+    prompts: Sequence[list[int]]
+    choices: int
+    num_added: Sequence[int] = ()
+    echo: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    answer: bool = True
+
+    def check(self) -> None:
+        """Refuses log-probabilities that are too many for a response."""
+        asked = {"logprobs": self._echoed, "prompt_logprobs": self.prompt_logprobs}
+        each = sum(1 + count for count in asked.values() if count is not None)
+        total = self.choices * each * sum(map(len, self.prompts))
+        if total > MAX_PROMPT_LOGPROBS:
+            raise ApiError(
+                400,
+                f"A response may have {MAX_PROMPT_LOGPROBS:,} log-probabilities of prompt tokens, "
+                f"alternatives included, but this one would have {total:,}: ask for fewer "
+                "alternatives or send fewer prompts.",
+                param=next(name for name, count in asked.items() if count is not None),
+                code="invalid_value",
+            )
+
+    async def follow(
+        self, deltas: AsyncGenerator[ChoiceDelta, None]
+    ) -> AsyncGenerator[ChoiceDelta, None]:
+        """Yields the deltas as they are to be shown. Closes them at its end.
+
+        A prompt is scored once, with its first choice. The other choices wait for its scores, and
+        each of them gets them with its first delta. Without an answer, that delta has no text.
+        """
+        known: dict[int, PromptLogprobs | None] = {}
+        held: dict[int, list[ChoiceDelta]] = defaultdict(list)
+        if self._echoed is None and self.prompt_logprobs is None:
+            known = dict.fromkeys(range(len(self.prompts)))
+        async with aclosing(deltas):
+            async for delta in deltas:
+                prompt = delta.choice // self.choices
+                if delta.prompt_logprobs is not None:
+                    known[prompt] = delta.prompt_logprobs
+                held[prompt].append(delta)
+                if prompt in known:
+                    for each in held.pop(prompt):
+                        yield self._shown(each, known[prompt])
+
+    def chunk(self, first: ChoiceDelta) -> CompletionChoice:
+        """Returns the entry of `choices` that shows the prompt in a stream.
+
+        Args:
+          first: the first delta of the choice, from `follow`.
+        """
+        prompt, scores = first.choice // self.choices, first.prompt_logprobs
+        tokens, added = self.prompts[prompt], self.num_added[prompt]
+        logprobs = None
+        if self._echoed is not None and scores is not None:
+            logprobs = _prompt_part(self.tokenizer, tokens, added, scores, self._echoed)
+        return {
+            "index": first.choice,
+            "text": self.tokenizer.decode(tokens[added:], skip_special_tokens=False),
+            "logprobs": logprobs,
+            "finish_reason": None if self.answer else "length",
+        }
+
+    def add(self, body: dict[str, Any], firsts: Sequence[ChoiceDelta]) -> None:
+        """Adds the prompts to a whole response, which may take seconds.
+
+        Args:
+          body: the response.
+          firsts: the first delta of each of its choices, from `follow`.
+        """
+        encoded: dict[int, msgspec.Raw] = {}
+        for choice, first in zip(body["choices"], firsts, strict=True):
+            if self.echo:
+                _prepend(choice, self.chunk(first))
+            if self.prompt_logprobs is not None and first.prompt_logprobs is not None:
+                prompt = first.choice // self.choices
+                if prompt not in encoded:
+                    encoded[prompt] = self._encoded(prompt, first.prompt_logprobs)
+                owner = choice if "text" in choice else body  # a chat has one prompt
+                owner["prompt_logprobs"] = encoded[prompt]
+
+    @property
+    def _echoed(self) -> int | None:
+        """The number of alternatives of the tokens of the prompt in `logprobs`."""
+        return self.logprobs if self.echo else None
+
+    def _shown(self, delta: ChoiceDelta, scores: PromptLogprobs | None) -> ChoiceDelta:
+        if not self.answer:
+            delta = replace(delta, text="", tokens=0, finish_reason="length", logprobs=None)
+        return replace(delta, prompt_logprobs=scores)
+
+    def _encoded(self, prompt: int, scores: PromptLogprobs) -> msgspec.Raw:
+        """Encodes `prompt_logprobs` in the shape of vLLM, few tokens at a time."""
+        tokens, rows = self.prompts[prompt], []
+        for first in range(0, len(tokens), _ROWS):
+            part = [
+                None
+                if scored is None
+                else {
+                    token: {"logprob": max(logprob, LEAST), "rank": rank, "decoded_token": text}
+                    for token, logprob, rank, text in self._ranked(own, scored)
+                }
+                for own, scored in zip(
+                    tokens[first : first + _ROWS], scores.read(first, _ROWS), strict=True
+                )
+            ]
+            rows.append(msgspec.json.encode(part)[1:-1])
+        return msgspec.Raw(b"[" + b",".join(rows) + b"]")
+
+    def _ranked(self, own: int, scored: ScoredToken) -> list[tuple[int, float, int, str]]:
+        """The token itself and the most likely ones, each with its rank."""
+        ranked = [(own, scored.logprob, scored.rank)]
+        top = scored.top[: self.prompt_logprobs]
+        ranked += [(token, logprob, rank) for rank, (token, logprob) in enumerate(top, 1)]
+        return [(*each, token_text(self.tokenizer, each[0])) for each in ranked]
+
+
+def _prompt_part(
+    tokenizer: Tokenizer,
+    tokens: list[int],
+    num_added: int,
+    scores: PromptLogprobs,
+    alternatives: int,
+) -> CompletionLogprobs:
+    """Returns `logprobs` of a completion for the tokens of its prompt."""
+    offsets = TextOffsets(tokenizer, skip_special_tokens=False)
+    first, *others = tokens
+    begin = 0 if num_added else offsets.add(first)
+    scored = [
+        TokenLogprobs(each.logprob, each.top[:alternatives]) for each in scores if each is not None
+    ]
+    found = completion_logprobs(tokenizer, list(zip(others, scored, strict=True)), offsets)
+    return {
+        "tokens": [token_text(tokenizer, first), *found["tokens"]],
+        "token_logprobs": [None, *found["token_logprobs"]],
+        "top_logprobs": [None, *found["top_logprobs"]],
+        "text_offset": [begin, *found["text_offset"]],
+    }
+
+
+def _prepend(choice: dict[str, Any], prompt: CompletionChoice) -> None:
+    """Puts a prompt before the text of a choice, and its log-probabilities before the others."""
+    shift = len(prompt["text"])
+    choice["text"] = prompt["text"] + choice["text"]
+    if prompt["logprobs"] is None:
+        return
+    joined: dict[str, Any] = dict(prompt["logprobs"])
+    if choice["logprobs"] is not None:
+        for name, values in choice["logprobs"].items():
+            shifted = [shift + at for at in values] if name == "text_offset" else values
+            joined[name] = [*joined[name], *shifted]
+    choice["logprobs"] = joined
