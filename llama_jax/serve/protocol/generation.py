@@ -87,6 +87,7 @@ class GenerationRequest(RequestBody):
     top_p: Annotated[float, schema(exclusiveMinimum=0, maximum=1)] | None = None
     top_k: Annotated[int, schema(minimum=-1, maximum=MAX_TOP_K)] | None = None
     min_p: Annotated[float, schema(minimum=0, maximum=1)] | None = None
+    typical_p: Annotated[float, schema(exclusiveMinimum=0, maximum=1)] | None = None
     seed: Annotated[int, schema(minimum=-(2**63), maximum=2**63 - 1)] | None = None
     n: Annotated[int, schema(minimum=1, maximum=MAX_CHOICES)] | None = None
     presence_penalty: _Penalty | None = None
@@ -164,6 +165,7 @@ class GenerationRequest(RequestBody):
             "top_p": self.top_p,
             "top_k": 0 if self.top_k == -1 else self.top_k,  # in vLLM -1 means "all"
             "min_p": self.min_p,
+            "typical_p": self.typical_p,
             "seed": self.seed,
             "ignore_eos": self.ignore_eos,
             "presence_penalty": self.presence_penalty,
