@@ -1,7 +1,9 @@
 """What a response says about its prompts: their text, and log-probabilities of their tokens."""
 
+import functools
+import itertools
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,11 +16,11 @@ from llama_jax.serve.errors import ApiError
 from llama_jax.serve.generation.choices import ChoiceDelta
 from llama_jax.serve.generation.logprobs import LEAST, completion_logprobs, token_text
 from llama_jax.serve.generation.text_offsets import TextOffsets
-from llama_jax.serve.protocol.response_types import CompletionChoice, CompletionLogprobs
+from llama_jax.serve.protocol.response_types import CompletionLogprobs
 from llama_jax.text.tokenizer import Tokenizer
 
 MAX_PROMPT_LOGPROBS = 2**20  # in one response, alternatives included: about 70 MB of JSON
-_ROWS = 1024  # tokens that are encoded at a time
+_ROWS = 1024  # tokens that are encoded at a time: the encoder stops all other threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,26 +86,25 @@ class ShownPrompts:
                     for each in held.pop(prompt):
                         yield self._shown(each, known[prompt])
 
-    def chunk(self, first: ChoiceDelta) -> CompletionChoice:
-        """Returns the entry of `choices` that shows the prompt in a stream.
+    def chunk(self, first: ChoiceDelta) -> dict[str, Any]:
+        """Returns the entry of `choices` that shows the prompt in a stream, partly encoded.
+
+        It may take seconds, like `add`.
 
         Args:
           first: the first delta of the choice, from `follow`.
         """
-        prompt, scores = first.choice // self.choices, first.prompt_logprobs
-        tokens, added = self.prompts[prompt], self.num_added[prompt]
-        logprobs = None
-        if self._echoed is not None and scores is not None:
-            logprobs = _prompt_part(self.tokenizer, tokens, added, scores, self._echoed)
-        return {
+        choice: dict[str, Any] = {
             "index": first.choice,
-            "text": self.tokenizer.decode(tokens[added:], skip_special_tokens=False),
-            "logprobs": logprobs,
+            "text": "",
+            "logprobs": None,
             "finish_reason": None if self.answer else "length",
         }
+        self._prepend(choice, first)
+        return choice
 
     def add(self, body: dict[str, Any], firsts: Sequence[ChoiceDelta]) -> None:
-        """Adds the prompts to a whole response, which may take seconds.
+        """Adds the prompts to a whole response, partly encoded. It may take seconds.
 
         Args:
           body: the response.
@@ -112,7 +113,7 @@ class ShownPrompts:
         encoded: dict[int, msgspec.Raw] = {}
         for choice, first in zip(body["choices"], firsts, strict=True):
             if self.echo:
-                _prepend(choice, self.chunk(first))
+                self._prepend(choice, first)
             if self.prompt_logprobs is not None and first.prompt_logprobs is not None:
                 prompt = first.choice // self.choices
                 if prompt not in encoded:
@@ -125,35 +126,45 @@ class ShownPrompts:
         """The number of alternatives of the tokens of the prompt in `logprobs`."""
         return self.logprobs if self.echo else None
 
+    def _prepend(self, choice: dict[str, Any], first: ChoiceDelta) -> None:
+        """Puts the prompt before the text of a choice, and its log-probabilities before others."""
+        prompt, scores = first.choice // self.choices, first.prompt_logprobs
+        tokens, added = self.prompts[prompt], self.num_added[prompt]
+        text = self.tokenizer.decode(tokens[added:], skip_special_tokens=False)
+        choice["text"] = text + choice["text"]
+        if self._echoed is None or scores is None:
+            return
+        joined: dict[str, Any] = {
+            **_prompt_part(self.tokenizer, tokens, added, scores, self._echoed)
+        }
+        for name, values in (choice["logprobs"] or {}).items():
+            shifted = [len(text) + at for at in values] if name == "text_offset" else values
+            joined[name] = [*joined[name], *shifted]
+        choice["logprobs"] = {name: _encode(values) for name, values in joined.items()}
+
     def _shown(self, delta: ChoiceDelta, scores: PromptLogprobs | None) -> ChoiceDelta:
         if not self.answer:
             delta = replace(delta, text="", tokens=0, finish_reason="length", logprobs=None)
         return replace(delta, prompt_logprobs=scores)
 
     def _encoded(self, prompt: int, scores: PromptLogprobs) -> msgspec.Raw:
-        """Encodes `prompt_logprobs` in the shape of vLLM, few tokens at a time."""
-        tokens, rows = self.prompts[prompt], []
-        for first in range(0, len(tokens), _ROWS):
-            part = [
-                None
-                if scored is None
-                else {
-                    token: {"logprob": max(logprob, LEAST), "rank": rank, "decoded_token": text}
-                    for token, logprob, rank, text in self._ranked(own, scored)
-                }
-                for own, scored in zip(
-                    tokens[first : first + _ROWS], scores.read(first, _ROWS), strict=True
-                )
-            ]
-            rows.append(msgspec.json.encode(part)[1:-1])
-        return msgspec.Raw(b"[" + b",".join(rows) + b"]")
+        """Encodes `prompt_logprobs` in the shape of vLLM, a part at a time."""
+        text = functools.cache(functools.partial(token_text, self.tokenizer))
+        return _encode(
+            None
+            if scored is None
+            else {
+                token: {"logprob": max(logprob, LEAST), "rank": rank, "decoded_token": text(token)}
+                for token, logprob, rank in self._ranked(own, scored)
+            }
+            for own, scored in zip(self.prompts[prompt], scores, strict=True)
+        )
 
-    def _ranked(self, own: int, scored: ScoredToken) -> list[tuple[int, float, int, str]]:
+    def _ranked(self, own: int, scored: ScoredToken) -> list[tuple[int, float, int]]:
         """The token itself and the most likely ones, each with its rank."""
-        ranked = [(own, scored.logprob, scored.rank)]
         top = scored.top[: self.prompt_logprobs]
-        ranked += [(token, logprob, rank) for rank, (token, logprob) in enumerate(top, 1)]
-        return [(*each, token_text(self.tokenizer, each[0])) for each in ranked]
+        others = [(token, logprob, rank) for rank, (token, logprob) in enumerate(top, 1)]
+        return [(own, scored.logprob, scored.rank), *others]
 
 
 def _prompt_part(
@@ -179,15 +190,9 @@ def _prompt_part(
     }
 
 
-def _prepend(choice: dict[str, Any], prompt: CompletionChoice) -> None:
-    """Puts a prompt before the text of a choice, and its log-probabilities before the others."""
-    shift = len(prompt["text"])
-    choice["text"] = prompt["text"] + choice["text"]
-    if prompt["logprobs"] is None:
-        return
-    joined: dict[str, Any] = dict(prompt["logprobs"])
-    if choice["logprobs"] is not None:
-        for name, values in choice["logprobs"].items():
-            shifted = [shift + at for at in values] if name == "text_offset" else values
-            joined[name] = [*joined[name], *shifted]
-    choice["logprobs"] = joined
+def _encode(values: Iterable[object]) -> msgspec.Raw:
+    """Encodes a long list, a part at a time."""
+    parts, rest = [], iter(values)
+    while part := list(itertools.islice(rest, _ROWS)):
+        parts.append(msgspec.json.encode(part)[1:-1])
+    return msgspec.Raw(b"[" + b",".join(parts) + b"]")
