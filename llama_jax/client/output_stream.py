@@ -9,6 +9,7 @@ import msgspec
 
 from llama_jax.engine.errors import EngineDead, RequestTimeout
 from llama_jax.engine.interface import Output, TokenLogprobs
+from llama_jax.engine.prompt_logprobs import PromptLogprobs
 
 StreamError = EngineDead | RequestTimeout
 
@@ -20,7 +21,8 @@ class OutputStream:
     """Keeps the outputs of one request until they are read.
 
     The engine never waits for a reader, so a reader that stops may leave a whole answer here. Each
-    unread token takes four bytes, and with log-probabilities up to 300 more.
+    unread token takes four bytes, and with log-probabilities up to 300 more. So does each token of
+    a prompt with log-probabilities, until the first token is read.
     """
 
     def __init__(self, request_id: int, on_token: Callable[[], None]) -> None:
@@ -31,6 +33,7 @@ class OutputStream:
         self._logprobs: list[bytes] = []  # of `_tokens`, if the request asks for them; encoded
         self._read = 0  # of `_tokens`
         self._cached_tokens = 0
+        self._prompt_logprobs: PromptLogprobs | None = None  # until they are read
         self._end: Output | StreamError | None = None
         self._changed = asyncio.Event()
 
@@ -42,6 +45,7 @@ class OutputStream:
             assert output.token is not None
             self._tokens.append(output.token)
             self._cached_tokens = output.cached_tokens
+            self._prompt_logprobs = output.prompt_logprobs or self._prompt_logprobs
             if output.logprobs is not None:
                 self._logprobs.append(_ENCODE(output.logprobs))
         else:
@@ -69,8 +73,13 @@ class OutputStream:
             if self._read == len(self._tokens):
                 del self._tokens[:], self._logprobs[:]
                 self._read = 0
+            prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, None
             return Output(
-                self._request_id, token, cached_tokens=self._cached_tokens, logprobs=logprobs
+                self._request_id,
+                token,
+                cached_tokens=self._cached_tokens,
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
             )
         assert self._end is not None
         if isinstance(self._end, Exception):

@@ -26,6 +26,8 @@ class SamplingParams:
       top_k: keep the k most likely tokens; 0 keeps all. Ties with the k-th are kept.
       top_p: of the remaining tokens, keep the smallest set with this share of the probability.
       min_p: of the remaining tokens, keep those at least this likely relative to the most likely.
+      typical_p: of the remaining tokens, keep the smallest set with this share of the probability
+        whose information is closest to the entropy (typical sampling).
       seed: fixes the request's random numbers, whatever else is in the batch; None and -1 pick one.
       presence_penalty: subtracted from the logits of tokens that the answer contains.
       frequency_penalty: subtracted from the logits of tokens once for each time that the answer
@@ -59,6 +61,7 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -91,6 +94,7 @@ class SamplingParams:
             ("top_k", 0 <= self.top_k <= MAX_TOP_K, "in [0, 2**31)"),
             ("top_p", _within(self.top_p, 0, 1) and self.top_p > 0, "in (0, 1]"),
             ("min_p", _within(self.min_p, 0, 1), "in [0, 1]"),
+            ("typical_p", _within(self.typical_p, 0, 1) and self.typical_p > 0, "in (0, 1]"),
             ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a 64-bit integer"),
             ("presence_penalty", _within(self.presence_penalty, -2, 2), "in [-2, 2]"),
             ("frequency_penalty", _within(self.frequency_penalty, -2, 2), "in [-2, 2]"),

@@ -114,7 +114,10 @@ class Session:
         tokens = [delta.token for delta in deltas]
         found = [delta.output.logprobs for delta in deltas if delta.output.logprobs is not None]
         logprobs = None if params.logprobs is None else found
-        return Completion(text, tokens, reason, prompt.token_ids, error, prompt.text, logprobs)
+        scores = deltas[0].output.prompt_logprobs if deltas else None
+        return Completion(
+            text, tokens, reason, prompt.token_ids, error, prompt.text, logprobs, scores
+        )
 
     async def _deltas(
         self, prompt: list[int], params: SamplingParams

@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llama_jax.gguf.tokenizer import tokenizer_files
 from llama_jax.text.byte_decoder import Ambiguous, ByteDecoder
@@ -21,6 +21,27 @@ from llama_jax.text.chat_template import NEXT_ANSWER, ChatOptions, ChatTemplate
 from llama_jax.text.errors import TokenizerError, check_text
 
 __all__ = ["Tokenizer", "TokenizerError", "byte_alphabet"]
+
+
+class TokenizerInfo(NamedTuple):
+    """What clients need to know to render chats and count tokens by themselves.
+
+    Attributes:
+      tokenizer_class: the class in transformers that reads the tokenizer.
+      bos_token, eos_token, pad_token: their spelling; None if there is none.
+      add_bos_token, add_eos_token: whether every raw prompt gets them.
+      model_max_length: in tokens, as the tokenizer says; it may not know, and says 10**30.
+      chat_template: a Jinja template; None if there is none.
+    """
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    add_bos_token: bool
+    add_eos_token: bool
+    model_max_length: int
+    chat_template: str | None
 
 
 class Tokenizer:
@@ -31,6 +52,7 @@ class Tokenizer:
       vocab_size: one more than the largest id that `encode` can return.
       max_token_length: maximum number of characters per token.
       special_token_ids: ids of control tokens, which have no text in an answer.
+      info: facts for clients.
       chat_problem: one sentence on why `encode_chat` cannot be used; None if it can.
       chat_variables: names of the chat template's variables that `ChatOptions` may set.
     """
@@ -73,6 +95,17 @@ class Tokenizer:
         self.max_token_length = max(map(len, vocabulary))
         prompt, text = self.encode("0"), self.encode("0", add_bos=False)
         self.bos_token_id = prompt[0] if prompt[:1] != text[:1] else None
+        template = transformers.chat_template
+        self.info = TokenizerInfo(
+            type(transformers).__name__,
+            transformers.bos_token,
+            transformers.eos_token,
+            transformers.pad_token,
+            self.bos_token_id is not None,
+            prompt[-1:] != text[-1:],
+            int(transformers.model_max_length),
+            template.get("default") if isinstance(template, dict) else template,
+        )
         self._chat_template = ChatTemplate(transformers, self.path)
         self.chat_problem = self._chat_template.problem
         self.chat_variables = self._chat_template.variables

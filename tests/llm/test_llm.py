@@ -481,3 +481,15 @@ def test_log_probabilities(llm: LLM) -> None:
     other = llm.stream([65], LETTERS)
     list(other)
     assert other.logprobs == []
+
+
+def test_log_probabilities_of_a_prompt(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=3, prompt_logprobs=1)
+    answer = llm.generate([65, 66, 67], params)
+    wanted = [None, *[(-t / 1000, [(7, -0.5)], 2) for t in (66, 67)]]
+    found = [each and (round(each.logprob, 6), *each[1:]) for each in answer.prompt_logprobs]
+    assert found == wanted
+    stream = llm.stream([65, 66, 67], params)
+    next(stream)
+    assert stream.prompt_logprobs == answer.prompt_logprobs
+    assert llm.generate([65], LETTERS).prompt_logprobs is None

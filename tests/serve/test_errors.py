@@ -203,8 +203,8 @@ COMPLETION_CASES = [
     ({"prompt": "x", "\ud800": 1}, None, VALUE),
     ({"prompt": "x", "x" * 5000: 1}, "x" * 100, UNKNOWN),
     ({"prompt": "x", "two\nlines": 1}, "two\\nlines", UNKNOWN),
-    ({"prompt": "x", "echo": True}, "echo", UNSUPPORTED),
-    ({"prompt": "x", "best_of": 2}, "best_of", UNSUPPORTED),
+    ({"prompt": "x", "echo": "yes"}, "echo", TYPE),
+    ({"prompt": "x", "best_of": 2, "n": 3}, "best_of", VALUE),
     ({"prompt": "x", "suffix": "y"}, "suffix", UNSUPPORTED),
     ({"prompt": "x", "guided_regex": "("}, "guided_regex", VALUE),
 ]

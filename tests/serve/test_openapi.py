@@ -50,7 +50,7 @@ def test_the_schemas_are_valid_and_complete(document):
     assert used <= set(schemas)
     assert set(document["paths"]) == {
         *(COMPLETIONS, CHAT, RESPONSES, RESPONSES + "/{id}"),
-        *("/tokenize", "/detokenize", "/v1/models", "/v1/models/{name}"),
+        *("/tokenizer_info", "/tokenize", "/detokenize", "/v1/models", "/v1/models/{name}"),
         *("/health", "/version", "/metrics", "/openapi.json", "/status", "/", "/page/{name}"),
     }
 
@@ -60,6 +60,8 @@ def test_the_schemas_are_valid_and_complete(document):
     [
         (COMPLETIONS, {"prompt": "Hi"}),
         (COMPLETIONS, {"prompt": ["Hi"], "n": 2}),
+        (COMPLETIONS, {"prompt": "Hi", "echo": True, "logprobs": 1, "prompt_logprobs": 2}),
+        (CHAT, {"messages": user("Hi"), "prompt_logprobs": 1}),
         (CHAT, {"messages": user("Hi")}),
         (RESPONSES, {"input": "Hi", "metadata": {"a": "b"}}),
         (RESPONSES, {"input": "Hi", "include": ["message.output_text.logprobs"]}),
@@ -82,6 +84,7 @@ def test_responses_are_as_described(server, document, path, body):
     ("path", "given", "chunk"),
     [
         (COMPLETIONS, {"prompt": "Hi"}, "CompletionChunk"),
+        (COMPLETIONS, {"prompt": "Hi", "echo": True, "logprobs": 1}, "CompletionChunk"),
         (CHAT, {"messages": user("Hi")}, "ChatCompletionChunk"),
     ],
 )
@@ -119,7 +122,7 @@ def test_a_stored_response_is_described_as_missing(server, document, method):
     "path",
     [
         *("/v1/models", "/v1/models/tiny", "/health", "/version", "/metrics", "/openapi.json"),
-        *("/status", "/", "/page/main.js"),
+        *("/tokenizer_info", "/status", "/", "/page/main.js"),
     ],
 )
 def test_get_and_head_are_as_described(server, document, path):
@@ -177,6 +180,10 @@ VALUES = {
     "repetition_penalty": [0, 0.01, 1, 101],
     "logit_bias": [{}, {"5": 1}, {"5": 101}, {"5": "1"}, [5]],
     "min_tokens": [-1, 0, 2],
+    "prompt_logprobs": [-1, 0, 20, 21, True, None],
+    "echo": [True, False, None, 1],
+    "best_of": [0, 1, 8, 17, None],
+    "typical_p": [0, 0.1, 1, 1.1, None],
     "cache_salt": ["", "a", "a" * 1025, 5],
     "bad_words": [[], ["a"], [""], [" "], ["a"] * 256, ["a"] * 257, "a", [5]],
     "truncate_prompt_tokens": [-2, -1, 0, 1, 1.0, 2**63 - 1, 2**63],

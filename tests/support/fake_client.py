@@ -6,11 +6,13 @@ import math
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import httpx
+import numpy as np
 
 from llama_jax.client.request_check import check_request
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead, QueueFull, RequestTimeout
 from llama_jax.engine.interface import DeviceInfo, EngineInfo, Output, Stats, TokenLogprobs
+from llama_jax.engine.prompt_logprobs import PromptLogprobs, PromptScoring
 from llama_jax.serve.app import create_app
 from llama_jax.serve.monitoring.metrics import Metrics
 from llama_jax.serve.served_model import ServedModel
@@ -134,6 +136,7 @@ class FakeClient:
                     reason,
                     cached_tokens=self.cached_tokens,
                     logprobs=None if params.logprobs is None else TokenLogprobs(-0.5, top),
+                    prompt_logprobs=None if index else score(prompt, params),
                 )
                 if finished:
                     return
@@ -158,6 +161,19 @@ class FakeClient:
     async def close(self) -> None:
         self.closed = True
         self.die()
+
+
+def score(prompt: list[int], params: SamplingParams) -> PromptLogprobs | None:
+    """Token i of a prompt has log-probability -i and rank 2; token 9 is the likeliest."""
+    if params.prompt_logprobs is None:
+        return None
+    scoring, n = PromptScoring(len(prompt), params.prompt_logprobs), len(prompt) - 1
+    if n:
+        own = -np.arange(1, n + 1, dtype=np.float32)
+        top = np.stack([np.full(n, -0.25), own, *np.full((18, n), -np.inf)], axis=1)
+        ids = np.stack([np.full(n, 9), prompt[1:], *np.zeros((18, n), int)], axis=1)
+        scoring.put(0, own, np.full(n, 2), ids, top)
+    return scoring.result()
 
 
 class FakeServer:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from llama_jax.client.text import detokenizer_for, read_text
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.interface import FinishReason, TokenLogprobs
+from llama_jax.engine.prompt_logprobs import PromptLogprobs
 from llama_jax.serve.generation.admission import Place
 from llama_jax.serve.served_model import ServedModel
 
@@ -26,6 +27,7 @@ class ChoiceDelta:
       finish_reason: why the choice ended, on its last delta; else None.
       logprobs: those of the token, if the request asks for them.
       cached_tokens: tokens of the prompt that did not have to be computed.
+      prompt_logprobs: those of the prompt, on the first delta, if the request asks for them.
     """
 
     choice: int
@@ -35,6 +37,7 @@ class ChoiceDelta:
     finish_reason: FinishReason | None
     logprobs: TokenLogprobs | None = None
     cached_tokens: int = 0
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 async def generate_choice(
@@ -84,6 +87,7 @@ async def generate_choice(
                         delta.finish_reason,
                         delta.output.logprobs,
                         delta.output.cached_tokens,
+                        delta.output.prompt_logprobs,
                     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from llama_jax.engine.interface import TokenLogprobs
+from llama_jax.serve.generation.text_offsets import TextOffsets
 from llama_jax.serve.protocol.response_types import (
     ChatLogprob,
     ChatLogprobs,
@@ -42,19 +43,15 @@ def chat_logprobs(names: TokenNames, tokens: Iterable[TokenWithLogprobs]) -> Cha
 
 
 def completion_logprobs(
-    names: TokenNames, tokens: Sequence[TokenWithLogprobs], offset: int
+    names: TokenNames, tokens: Sequence[TokenWithLogprobs], offsets: TextOffsets
 ) -> CompletionLogprobs:
     """Returns `logprobs` of a completion's choice.
 
     Args:
       names: the names of tokens.
       tokens: the tokens.
-      offset: where the first of them begins in the text.
+      offsets: follows the text up to the first of them.
     """
-    offsets = []
-    for token, _ in tokens:
-        offsets.append(offset)
-        offset += len(token_text(names.tokenizer, token))
     return {
         "tokens": [names[token] for token, _ in tokens],
         "token_logprobs": [max(logprobs.logprob, LEAST) for _, logprobs in tokens],
@@ -67,7 +64,7 @@ def completion_logprobs(
             }
             for token, logprobs in tokens
         ],
-        "text_offset": offsets,
+        "text_offset": [offsets.add(token) for token, _ in tokens],
     }
 
 

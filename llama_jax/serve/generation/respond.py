@@ -16,9 +16,11 @@ from starlette.responses import Response
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.interface import FinishReason
 from llama_jax.serve.errors import answer_too_long, as_api_error, prompt_too_long
+from llama_jax.serve.generation.best_choices import BestChoices
 from llama_jax.serve.generation.choices import ChoiceDelta, generate_choice, merge
 from llama_jax.serve.generation.event_stream import EventStream, StartedDeltas, sse_event
 from llama_jax.serve.generation.logprobs import TokenWithLogprobs
+from llama_jax.serve.generation.shown_prompts import ShownPrompts
 from llama_jax.serve.protocol.generation import GenerationRequest, StreamOptions
 from llama_jax.serve.protocol.response_types import Usage
 from llama_jax.serve.served_model import ServedModel
@@ -49,7 +51,7 @@ class ResponseFormat(Protocol):
 
         Args:
           delta: the next token.
-          offset: where its text begins in the answer; None for the first token.
+          offset: where its text begins; None for the first token of a text.
         """
 
 
@@ -67,6 +69,8 @@ class Job:
       arrived: when the request arrived, by the clock of the metrics.
       token_ids: whether to return the token ids of prompts and answers.
       timeout: seconds from its arrival after which it is aborted; None for the server's default.
+      shown: how the choices show their prompts; None if they do not.
+      best: which choices of each prompt are returned; None for all.
     """
 
     param: Literal["prompt", "messages", "input"]
@@ -78,6 +82,8 @@ class Job:
     arrived: float
     token_ids: bool = False
     timeout: float | None = None
+    shown: ShownPrompts | None = None
+    best: BestChoices | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -177,6 +183,8 @@ async def generate(
                 for index, (place, (prompt, params)) in enumerate(zip(places, choices, strict=True))
             ]
         )
+        if job.shown is not None:
+            deltas = job.shown.follow(deltas)
         gone = disconnected(request.receive)
         try:
             if job.stream:
@@ -197,6 +205,8 @@ def _check_job(served: ServedModel, job: Job) -> None:
     """Checks the whole job before any of it is generated."""
     params = job.params[0]  # the choices differ only in their seeds
     info = served.engine.info
+    if job.shown is not None:
+        job.shown.check()
     for prompt in job.prompts:
         if len(prompt) >= info.max_model_len:
             raise prompt_too_long(info, job.param, len(prompt))
@@ -231,22 +241,31 @@ async def _whole(
     logprobs: list[list[TokenWithLogprobs]] = [[] for _ in range(job.num_choices)]
     token_ids = [array("i") for _ in range(job.num_choices)]
     last: dict[int, ChoiceDelta] = {}
+    firsts: dict[int, ChoiceDelta] = {}
     async with aclosing(deltas):
         async for delta in deltas:
             texts[delta.choice].append(delta.text)
             if delta.logprobs is not None:
                 logprobs[delta.choice].append((delta.token, delta.logprobs))
-            if job.token_ids:
+            if job.token_ids and delta.tokens:
                 token_ids[delta.choice].append(delta.token)
             last[delta.choice] = delta
+            firsts.setdefault(delta.choice, delta)
+    kept: Sequence[int] = range(job.num_choices)
+    if job.best is not None:
+        kept = job.best.kept(logprobs, len(job.params))
+        if not job.best.logprobs:
+            logprobs = [[]] * job.num_choices
     choices = [
-        format.whole(index, "".join(texts[index]), last[index].finish_reason, logprobs[index])
-        for index in range(job.num_choices)
+        format.whole(index, "".join(texts[each]), last[each].finish_reason, logprobs[each])
+        for index, each in enumerate(kept)
     ]
     body = {**head, "choices": choices, "usage": _usage(job, last)}
     if job.token_ids:
-        for index, tokens in enumerate(token_ids):
-            _add_token_ids(job, body, index, tokens, first=True)
+        for index, each in enumerate(kept):
+            _add_token_ids(job, body, index, each, token_ids[each], first=True)
+    if job.shown is not None:
+        await asyncio.to_thread(job.shown.add, body, [firsts[each] for each in kept])
     return body
 
 
@@ -259,20 +278,35 @@ async def _events(
     """Yields one event per token, the usage if it is requested, and always [DONE]."""
     seen: dict[int, ChoiceDelta] = {}  # the latest delta of each choice
     offsets: dict[int, int] = {}
+    named: set[int] = set()  # choices whose prompt's token ids have been sent
     every, last = job.options.continuous_usage_stats, job.options.include_usage
     # OpenAI sends usage: null in every chunk before the usage.
     head = {**head, "usage": None} if last or every else head
+
+    def chunk(delta: ChoiceDelta, entry: Mapping[str, object], tokens: list[int]) -> bytes:
+        body = {**head, "choices": [{**entry}]}
+        if job.token_ids:
+            first = delta.choice not in named
+            named.add(delta.choice)
+            _add_token_ids(job, body, delta.choice, delta.choice, tokens, first)
+        if every:
+            body["usage"] = _usage(job, seen)
+        return sse_event(body)
+
     try:
         async for delta in deltas:
-            seen[delta.choice] = delta
-            entry = format.chunk(delta, offsets.get(delta.choice))
-            offsets[delta.choice] = offsets.get(delta.choice, 0) + len(delta.text)
-            chunk = {**head, "choices": [entry]}
-            if job.token_ids:
-                _add_token_ids(job, chunk, delta.choice, [delta.token], first=delta.tokens == 1)
-            if every:
-                chunk["usage"] = _usage(job, seen)
-            yield sse_event(chunk)
+            is_first = delta.choice not in seen
+            if not is_first or job.shown is None:
+                seen[delta.choice] = delta
+            else:
+                prompt = await asyncio.to_thread(job.shown.chunk, delta)
+                offsets[delta.choice] = len(prompt["text"])
+                yield chunk(delta, prompt, [])
+                seen[delta.choice] = delta
+            if delta.tokens:  # otherwise only the prompt is shown
+                entry = format.chunk(delta, offsets.get(delta.choice))
+                offsets[delta.choice] = offsets.get(delta.choice, 0) + len(delta.text)
+                yield chunk(delta, entry, [delta.token])
         if last:
             yield sse_event({**head, "choices": [], "usage": _usage(job, seen)})
     except Exception as error:  # the status has been sent, so an event must do
@@ -281,17 +315,30 @@ async def _events(
 
 
 def _add_token_ids(
-    job: Job, body: dict[str, Any], index: int, tokens: Iterable[int], first: bool
+    job: Job,
+    body: dict[str, Any],
+    index: int,
+    generated: int,
+    tokens: Iterable[int],
+    first: bool,
 ) -> None:
     """Adds the token ids of one choice, and of its prompt if they come `first`, as vLLM does.
 
     The prompt of a completion belongs to its choice, that of a chat to the response.
+
+    Args:
+      job: the request.
+      body: the response, or an event of a stream.
+      index: the choice in `body`.
+      generated: the choice among all that were generated.
+      tokens: its tokens.
+      first: whether to add the prompt.
     """
     choice = next(choice for choice in body["choices"] if choice["index"] == index)
     choice["token_ids"] = list(tokens)
     if first:
         owner = choice if job.param == "prompt" else body
-        owner["prompt_token_ids"] = job.prompts[index // len(job.params)]
+        owner["prompt_token_ids"] = job.prompts[generated // len(job.params)]
 
 
 def _usage(job: Job, last: Mapping[int, ChoiceDelta]) -> Usage:

@@ -21,12 +21,28 @@ class Usage(TypedDict):
 
 
 class CompletionLogprobs(TypedDict):
-    """The tokens of a text: their log-probabilities, and where each begins in the text."""
+    """The tokens of a text: their log-probabilities, and where each begins in the text.
+
+    The first token of a prompt has none.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptLogprob(TypedDict):
+    """The log-probability of a token in its place, and how many are likelier there, plus 1."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+# For each token of a prompt, its own and those of the most likely tokens, by token id; null for the
+# first.
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
 class CompletionChoice(TypedDict):
@@ -38,6 +54,7 @@ class CompletionChoice(TypedDict):
     finish_reason: FinishReason | None
     token_ids: NotRequired[list[int]]
     prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 class Completion(TypedDict):
@@ -111,6 +128,7 @@ class ChatCompletion(TypedDict):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 class Delta(TypedDict):
@@ -155,6 +173,19 @@ class Text(TypedDict):
     """The response of POST /detokenize."""
 
     prompt: str
+
+
+class TokenizerInfo(TypedDict):
+    """The response of GET /tokenizer_info, as in vLLM; each of the tokens is its spelling."""
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    add_bos_token: bool
+    add_eos_token: bool
+    model_max_length: int
+    chat_template: str | None
 
 
 class ModelCard(TypedDict):

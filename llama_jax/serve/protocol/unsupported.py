@@ -34,7 +34,6 @@ _NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
     "service_tier": ("auto", "default", "flex", "scale", "priority", "fast"),
     # sampling
     "length_penalty": (1,),
-    "best_of": (1,),
     "use_beam_search": (False,),
     "watermarking": (False,),
     "repetition_detection": (),
@@ -45,7 +44,7 @@ _NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
     # the response
     "logprobs": (False,),
     "top_logprobs": (0,),
-    "prompt_logprobs": (),
+    "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
     "no_stop_trim": (False,),

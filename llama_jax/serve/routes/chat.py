@@ -1,11 +1,15 @@
 """POST /v1/chat/completions."""
 
+from dataclasses import replace
+
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from llama_jax.serve.generation.chat_format import ChatFormat
+from llama_jax.serve.generation.logprobs import TokenNames
 from llama_jax.serve.generation.respond import make_job, respond
+from llama_jax.serve.generation.shown_prompts import ShownPrompts
 from llama_jax.serve.protocol.chat import ChatRequest
 from llama_jax.serve.protocol.request_body import read
 from llama_jax.serve.routes.tokenization import chat_options, encode_messages, sampling_params
@@ -30,6 +34,14 @@ def chat_route(served: ServedModel) -> Route:
         )
         params = await sampling_params(served, body)
         job = make_job("messages", [prompt], params, body, arrived)
+        if body.prompt_logprobs is not None:
+            shown = ShownPrompts(
+                names=TokenNames(served.tokenizer),
+                prompts=[prompt],
+                choices=body.choices,
+                prompt_logprobs=body.prompt_logprobs,
+            )
+            job = replace(job, shown=shown)
         format = ChatFormat(served.tokenizer, body.return_tokens_as_token_ids is True)
         return await respond(served, request, format, job)
 

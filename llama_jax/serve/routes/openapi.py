@@ -24,6 +24,7 @@ from llama_jax.serve.protocol.response_types import (
     ModelList,
     ServerStatus,
     Text,
+    TokenizerInfo,
     Tokens,
     Version,
 )
@@ -45,7 +46,7 @@ _OPTIONS = (StreamOptions, TextOptions, ReasoningOptions, ResponseStreamOptions)
 _CHUNKS = (CompletionChunk, ChatCompletionChunk, OutputMessage, FunctionCallItem, *EVENTS)
 _RESPONSES = (
     *(Completion, ChatCompletion, ResponseObject, Tokens, Text),
-    *(ModelCard, ModelList, Health, Version, ServerStatus),
+    *(TokenizerInfo, ModelCard, ModelList, Health, Version, ServerStatus),
 )
 _SCHEMAS = "#/components/schemas/"
 
@@ -108,6 +109,7 @@ def openapi_document(version: str, limits: Limits) -> dict[str, Any]:
             "/v1/responses/{id}": _stored(),
             "/tokenize": {"post": _post("Encode a text or a chat", TokenizeRequest, Tokens)},
             "/detokenize": {"post": _post("Decode token ids", DetokenizeRequest, Text)},
+            "/tokenizer_info": _get("Describe the tokenizer", TokenizerInfo),
             "/v1/models": _get("List the models", ModelList),
             "/v1/models/{name}": {
                 "parameters": [_path("name")],
@@ -267,6 +269,10 @@ def _schemas(limits: Limits) -> dict[str, Any]:
         for name in properties.keys() - kind.readers().keys():  # inherited, but not read
             del properties[name]
         _add_no_ops(schemas[kind.__name__], kind.no_ops())
+    schemas["CompletionRequest"]["not"] = {  # an answer of no tokens, unless the prompt is echoed
+        "required": ["max_tokens"],
+        "properties": {"max_tokens": {"const": 0}, "echo": {"enum": [False, None]}},
+    }
     _add_no_ops(schemas["Message"], "message")
     schemas["Message"]["properties"]["content"] = {
         "description": "Required, except of the assistant.",

@@ -1,4 +1,4 @@
-"""Text to token ids and back: for the routes that generate, POST /tokenize and POST /detokenize."""
+"""Text to token ids and back: for the routes that generate, and for clients."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ from llama_jax.text.tokenizer import Tokenizer, TokenizerError
 
 
 def tokenization_routes(served: ServedModel) -> list[Route]:
-    """POST /tokenize and POST /detokenize."""
+    """POST /tokenize, POST /detokenize and GET (and HEAD) /tokenizer_info."""
 
     async def tokenize(request: Request) -> Response:
         body = await read(TokenizeRequest, request)
@@ -62,9 +62,16 @@ def tokenization_routes(served: ServedModel) -> list[Route]:
         text = await served.in_thread(served.tokenizer.decode, body.tokens, False)
         return JsonResponse({"prompt": text})
 
+    async def tokenizer_info(request: Request) -> Response:
+        info, limit = served.tokenizer.info, served.engine.info.max_model_len
+        # A tokenizer that knows no limit says 10**30, which is no number in JSON.
+        known = info.model_max_length if info.model_max_length < 2**31 else limit
+        return JsonResponse({**info._asdict(), "model_max_length": known})
+
     return [
         Route("/tokenize", tokenize, methods=["POST"]),
         Route("/detokenize", detokenize, methods=["POST"]),
+        Route("/tokenizer_info", tokenizer_info),
     ]
 
 
