@@ -35,7 +35,7 @@ lint: .venv/installed-test  ## style, formatting, types, and declared dependenci
 test: .venv/installed-test  ## the quick tests
 	$(PYTEST)
 
-test-all: .venv/installed-models .venv-clients/installed $(NODE_MODULES)  ## the slow rest, and the notebooks
+test-all: .venv/installed-models .venv-clients/installed .venv/installed-browser $(NODE_MODULES)  ## the slow rest, and the notebooks
 	$(PYTEST) -m "slow or hypothesis" --hypothesis-profile=full
 	.venv/bin/python -m pytest --nbmake --nbmake-timeout=180 notebooks
 
@@ -94,6 +94,23 @@ demo: .venv/installed-test  ## retrain the demo checkpoint
 
 $(NODE_MODULES): tests/clients/node/package-lock.json
 	npm ci --no-audit --no-fund --prefix tests/clients/node
+
+BROTLI = process.stdin.pipe(zlib.createBrotliDecompress()).pipe(process.stdout)
+
+# Chromium for the tests of the page, with the libraries and fonts that a bare machine lacks. It is
+# published for npm, compressed with Brotli, and needs no root. Elsewhere than on x86-64 the tests use
+# the `chromium` of the system.
+.venv/installed-browser: .venv/installed-test
+ifeq ($(shell uname -m),x86_64)
+	rm -rf .venv/chromium && mkdir .venv/chromium
+	npm pack --silent --pack-destination .venv @sparticuz/chromium@147.0.0
+	tar -xzf .venv/sparticuz-chromium-147.0.0.tgz -C .venv/chromium --strip-components=2 package/bin
+	cd .venv/chromium && for name in chromium al2023.tar fonts.tar; do \
+		node -e '$(BROTLI)' < $$name.br > $$name || exit; done
+	cd .venv/chromium && tar --no-same-owner -xf al2023.tar && tar --no-same-owner -xf fonts.tar && chmod +x chromium
+	sed -i 's|<dir>/opt/fonts|<dir prefix="relative">fonts|' .venv/chromium/fonts.conf
+	rm .venv/chromium/*.br .venv/chromium/*.tar .venv/sparticuz-chromium-147.0.0.tgz
+endif
 	touch $@
 
 .venv-cuda/installed: pyproject.toml $(if $(call foreign,.venv-cuda),FORCE)

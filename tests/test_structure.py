@@ -47,6 +47,8 @@ WITHOUT_JAX = (
     "llama_jax.engine.page_tables",
     "llama_jax.engine.pages",
     "llama_jax.engine.prompt_logprobs",
+    "llama_jax.engine.prefill",
+    "llama_jax.engine.roster",
     "llama_jax.engine.scheduler",
     "llama_jax.engine.sizing",
     "llama_jax.ring.sizes",

@@ -19,7 +19,13 @@ from llama_jax.client.output_stream import OpenStreams
 from llama_jax.client.private_directory import PrivateDirectory
 from llama_jax.client.request_check import check_request
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.engine.errors import EngineClosed, EngineDead, EngineStartError, QueueFull
+from llama_jax.engine.errors import (
+    EngineClosed,
+    EngineDead,
+    EngineStartError,
+    QueueFull,
+    RequestTimeout,
+)
 from llama_jax.engine.interface import EngineInfo, Output, Progress, Stats
 from llama_jax.engine.messages import (
     Abort,
@@ -188,6 +194,7 @@ class EngineClient:
         *,
         wait: bool = False,
         on_token: Callable[[], None] = lambda: None,
+        deadline: float | None = None,
     ) -> AsyncGenerator[Output, None]:
         """Yields the request's tokens as they arrive; the last output has a finish reason.
 
@@ -200,11 +207,13 @@ class EngineClient:
           params: how to sample and when to stop. Finding stop strings is left to the caller.
           wait: whether to wait while too many requests are in flight, instead of raising.
           on_token: called when a token arrives, which may be long before it is read.
+          deadline: the event loop's time at which the request is aborted if it has not finished.
 
         Raises:
           RequestError: the request can never be answered.
           QueueFull: too many requests are in flight.
           EngineDead: the engine has ended, or ends before the request does.
+          RequestTimeout: the deadline has passed.
         """
         self.check(prompt, params)
         if not wait and self._streams.full:
@@ -212,6 +221,9 @@ class EngineClient:
                 f"{len(self._streams)} requests are in flight, the maximum; try again later."
             )
         request_id, stream = await self._streams.open(on_token)
+        timer = None
+        if deadline is not None:
+            timer = asyncio.get_running_loop().call_at(deadline, self._expire, request_id)
         try:
             self._check_accepting()  # again, after the wait
             self._send(Add(request_id, prompt, params))
@@ -221,8 +233,15 @@ class EngineClient:
                 if output.finish_reason is not None:
                     return
         finally:
+            if timer is not None:
+                timer.cancel()
             if self._streams.close(request_id):
                 self._send(Abort(request_id))
+
+    def _expire(self, request_id: int) -> None:
+        """Aborts a request at its deadline, whether or not anyone reads its tokens."""
+        if self._streams.fail(request_id, RequestTimeout("The deadline has passed.")):
+            self._send(Abort(request_id))
 
     async def close(self) -> None:
         """Ends the engine; streams that are still open raise `EngineDead`. May be repeated."""

@@ -7,8 +7,11 @@ from collections.abc import Callable
 
 import msgspec
 
-from llama_jax.engine.errors import EngineDead
+from llama_jax.engine.errors import EngineDead, RequestTimeout
 from llama_jax.engine.interface import Output, TokenLogprobs
+from llama_jax.engine.prompt_logprobs import PromptLogprobs
+
+StreamError = EngineDead | RequestTimeout
 
 _ENCODE = msgspec.msgpack.Encoder().encode
 _DECODE = msgspec.msgpack.Decoder(TokenLogprobs).decode
@@ -18,7 +21,8 @@ class OutputStream:
     """Keeps the outputs of one request until they are read.
 
     The engine never waits for a reader, so a reader that stops may leave a whole answer here. Each
-    unread token takes four bytes, and with log-probabilities up to 300 more.
+    unread token takes four bytes, and with log-probabilities up to 300 more. So does each token of
+    a prompt with log-probabilities, until the first token is read.
     """
 
     def __init__(self, request_id: int, on_token: Callable[[], None]) -> None:
@@ -29,7 +33,8 @@ class OutputStream:
         self._logprobs: list[bytes] = []  # of `_tokens`, if the request asks for them; encoded
         self._read = 0  # of `_tokens`
         self._cached_tokens = 0
-        self._end: Output | EngineDead | None = None
+        self._prompt_logprobs: PromptLogprobs | None = None  # until they are read
+        self._end: Output | StreamError | None = None
         self._changed = asyncio.Event()
 
     def put(self, output: Output) -> None:
@@ -40,13 +45,14 @@ class OutputStream:
             assert output.token is not None
             self._tokens.append(output.token)
             self._cached_tokens = output.cached_tokens
+            self._prompt_logprobs = output.prompt_logprobs or self._prompt_logprobs
             if output.logprobs is not None:
                 self._logprobs.append(_ENCODE(output.logprobs))
         else:
             self._end = output
         self._changed.set()
 
-    def fail(self, error: EngineDead) -> None:
+    def fail(self, error: StreamError) -> None:
         """Ends the stream with an error, which is raised after the outputs before it are read."""
         self._end = error
         self._changed.set()
@@ -55,7 +61,7 @@ class OutputStream:
         """Waits for the next output and removes it. For one reader, and not beyond the end.
 
         Raises:
-          EngineDead: the stream ended with this error.
+          EngineDead, RequestTimeout: the stream ended with this error.
         """
         while self._read == len(self._tokens) and self._end is None:
             self._changed.clear()
@@ -67,11 +73,16 @@ class OutputStream:
             if self._read == len(self._tokens):
                 del self._tokens[:], self._logprobs[:]
                 self._read = 0
+            prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, None
             return Output(
-                self._request_id, token, cached_tokens=self._cached_tokens, logprobs=logprobs
+                self._request_id,
+                token,
+                cached_tokens=self._cached_tokens,
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
             )
         assert self._end is not None
-        if isinstance(self._end, EngineDead):
+        if isinstance(self._end, Exception):
             raise self._end
         return self._end
 
@@ -110,11 +121,11 @@ class OpenStreams:
             if output.finish_reason is not None:
                 self.close(output.request_id)
 
-    def fail(self, request_id: int, error: EngineDead) -> None:
-        """Ends a stream with an error, unless it has been closed meanwhile."""
+    def fail(self, request_id: int, error: StreamError) -> bool:
+        """Ends a stream with an error. False if it had left already."""
         if stream := self._streams.get(request_id):
             stream.fail(error)
-            self.close(request_id)
+        return self.close(request_id)
 
     def fail_all(self, error: Callable[[], EngineDead]) -> None:
         """Ends every stream with an error of its own."""

@@ -1,12 +1,14 @@
 """Turns the tokens of one request into text while they arrive. Imports no JAX."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import GenerationFailed, RequestError
 from llama_jax.engine.interface import FinishReason, Output
 from llama_jax.text.detokenizer import Detokenizer
+from llama_jax.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,20 @@ class TextDelta:
     output: Output
 
 
+def detokenizer_for(
+    tokenizer: Tokenizer, params: SamplingParams, marks: Mapping[int, str] | None = None
+) -> Detokenizer:
+    """Returns a detokenizer for one answer with these parameters; `marks` as in `Detokenizer`."""
+    return Detokenizer(
+        tokenizer,
+        params.stop,
+        include_stop=params.include_stop_str_in_output,
+        min_tokens=params.min_tokens,
+        skip_special_tokens=params.skip_special_tokens,
+        marks=marks,
+    )
+
+
 async def read_text(
     outputs: AsyncGenerator[Output, None], detokenizer: Detokenizer
 ) -> AsyncGenerator[TextDelta, None]:
@@ -35,7 +51,7 @@ async def read_text(
     Args:
       outputs: from `EngineClient.generate`. It is closed at the end, so that no tokens are
         generated after a stop string.
-      detokenizer: a new one with the request's stop strings.
+      detokenizer: a new one, of `detokenizer_for`.
 
     Raises:
       GenerationFailed: the engine could not finish the request.

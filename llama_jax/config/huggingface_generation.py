@@ -12,10 +12,10 @@ from llama_jax.config.sampling_params import SamplingParams
 def parse_generation_config(content: dict[str, Any], file: Path) -> SamplingParams:
     """The sampling parameters for requests that set none.
 
-    Takes temperature, top_k, top_p, min_p and repetition_penalty; a key that is absent turns its
-    filter off. (The `generate` of transformers would then keep the 50 most likely tokens, a default
-    that no checkpoint asks for.) As in transformers, decoding is greedy unless `do_sample` is true.
-    Length limits (max_length, ...) are ignored: each request sets its own.
+    Takes temperature, top_k, top_p, min_p, typical_p and repetition_penalty; a key that is absent
+    turns its filter off. (The `generate` of transformers would then keep the 50 most likely tokens,
+    a default that no checkpoint asks for.) As in transformers, decoding is greedy unless
+    `do_sample` is true. Length limits (max_length, ...) are ignored: each request sets its own.
 
     Args:
       content: of generation_config.json; `{}` if the checkpoint has none.
@@ -34,7 +34,7 @@ def parse_generation_config(content: dict[str, Any], file: Path) -> SamplingPara
             )
     given: dict[str, Any] = {
         key: content[key]
-        for key in ("top_k", "top_p", "min_p", "repetition_penalty")
+        for key in ("top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
         if key in content
     }
     try:

@@ -65,7 +65,7 @@ CONFIG_ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     ),
 }
 GENERATION_READ = frozenset(
-    "do_sample eos_token_id min_p repetition_penalty temperature top_k top_p".split()
+    "do_sample eos_token_id min_p repetition_penalty temperature top_k top_p typical_p".split()
 )
 # Length limits, which each request sets itself; options of beam search, which is refused;
 # assistant models, which only make generation faster; caches, output formats and bookkeeping.
@@ -86,7 +86,7 @@ GENERATION_HARMLESS = frozenset(
 # Ways to choose tokens that the sampler does not support.
 GENERATION_ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
-        "encoder_repetition_penalty guidance_scale num_beams typical_p".split(),
+        "encoder_repetition_penalty guidance_scale num_beams".split(),
         (1.0,),
     ),
     **dict.fromkeys(

@@ -13,6 +13,7 @@ MAX_LOGPROBS = 20
 MAX_ALLOWED_TOKEN_IDS = 4096
 MAX_BAD_WORDS = 1024
 MAX_BAD_WORD_TOKENS = 4096  # of all bad words together
+MAX_PRIORITY = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,9 @@ class SamplingParams:
       top_k: keep the k most likely tokens; 0 keeps all. Ties with the k-th are kept.
       top_p: of the remaining tokens, keep the smallest set with this share of the probability.
       min_p: of the remaining tokens, keep those at least this likely relative to the most likely.
-      seed: fixes the request's random numbers, whatever else is in the batch; None picks one.
+      typical_p: of the remaining tokens, keep the smallest set with this share of the probability
+        whose information is closest to the entropy (typical sampling).
+      seed: fixes the request's random numbers, whatever else is in the batch; None and -1 pick one.
       presence_penalty: subtracted from the logits of tokens that the answer contains.
       frequency_penalty: subtracted from the logits of tokens once for each time that the answer
         contains them.
@@ -37,15 +40,20 @@ class SamplingParams:
         the log-probability of each token of the answer; None for neither.
       prompt_logprobs: the same for each token of the prompt after the first. The prompt is then
         computed whole, whatever of it was computed before.
-      stop: strings that end the generation; the returned text does not include them.
+      stop: strings that end the generation, if a token after the first `min_tokens` completes them.
       stop_token_ids: token ids that end the generation, in addition to the model's EOS ids.
       ignore_eos: continue after the model's EOS ids.
+      include_stop_str_in_output: whether the text includes what ended it: the stop string, or the
+        text of the stop token id.
+      skip_special_tokens: whether special tokens have no text in the answer. The EOS or stop token
+        that ends it has none in any case, unless the end is included.
       cache_salt: requests share computed prompts only with requests of the same salt, so that the
         time to the first token does not tell what others have asked.
       allowed_token_ids: the only tokens that may be chosen; empty for all.
       bad_words: token sequences that the answer will not contain. The last token of each is never
         chosen after the others.
       grammar: the grammar that the answer must match (`llama_jax.text.grammar`); "" for none.
+      priority: requests with a lower number run earlier, and lose their pages later.
     """
 
     max_tokens: int | None = None
@@ -53,6 +61,7 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -64,10 +73,13 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     cache_salt: str = ""
     allowed_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
     grammar: str = ""
+    priority: int = 0
 
     def check(self) -> None:
         """Checks every range. Types are not checked, nor ids against a vocabulary.
@@ -82,6 +94,7 @@ class SamplingParams:
             ("top_k", 0 <= self.top_k <= MAX_TOP_K, "in [0, 2**31)"),
             ("top_p", _within(self.top_p, 0, 1) and self.top_p > 0, "in (0, 1]"),
             ("min_p", _within(self.min_p, 0, 1), "in [0, 1]"),
+            ("typical_p", _within(self.typical_p, 0, 1) and self.typical_p > 0, "in (0, 1]"),
             ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a 64-bit integer"),
             ("presence_penalty", _within(self.presence_penalty, -2, 2), "in [-2, 2]"),
             ("frequency_penalty", _within(self.frequency_penalty, -2, 2), "in [-2, 2]"),
@@ -111,6 +124,7 @@ class SamplingParams:
                 f"in [0, {MAX_LOGPROBS}]",
             ),
             ("stop", all(self.stop), "a list of non-empty strings"),
+            ("priority", abs(self.priority) <= MAX_PRIORITY, "in (-2**31, 2**31)"),
         )
         for name, holds, allowed in rules:
             if not holds:

@@ -17,7 +17,11 @@ from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.compilation_cache import compilation_cache
 from llama_jax.engine.compiling import CompilingRequests
 from llama_jax.engine.constraint import Constraint
-from llama_jax.engine.device_memory import bytes_by_device, choose_mesh_sizes
+from llama_jax.engine.device_memory import (
+    bytes_by_device,
+    choose_mesh_sizes,
+    memory_stats,
+)
 from llama_jax.engine.executor import CompileCounter, Executor
 from llama_jax.engine.grammars import Grammars
 from llama_jax.engine.interface import DeviceInfo, EngineInfo, Output, Progress, Stats
@@ -93,6 +97,7 @@ class Engine:
         self._compiling = CompilingRequests(grammars)
         executor.call_seconds = 0.0  # without the warm-up
 
+        self._devices = mesh.devices.flatten().tolist()
         weights = bytes_by_device(params, mesh)
         cache = bytes_by_device(executor.state.cache, mesh)
         layers = split_layers(config.num_layers, mesh_shape(mesh)[0])
@@ -114,10 +119,12 @@ class Engine:
                     layers=[layer for layer in layers[stage] if layer is not None],
                     weight_bytes=weights[device],
                     kv_bytes=cache[device],
+                    memory_bytes=(device.memory_stats() or {}).get("bytes_limit"),
                 )
                 for (stage, rank), device in np.ndenumerate(mesh.devices)
             ],
             num_programs=len(sizes.buckets()),
+            prefix_caching=options.prefix_caching,
             load_seconds=loaded - start,
             compile_seconds=time.perf_counter() - loaded,
         )
@@ -134,7 +141,7 @@ class Engine:
             prompt,
             params,
             max_model_len=self.info.max_model_len,
-            seed=self._seeds.getrandbits(64) if params.seed is None else params.seed,
+            seed=self._seeds.getrandbits(64) if params.seed in (None, -1) else params.seed,
             stop_ids=frozenset(params.stop_token_ids)
             # What follows a complete grammar is EOS, even for those who ignore it elsewhere.
             | (frozenset() if params.ignore_eos and not params.grammar else self._stop_ids),
@@ -183,6 +190,12 @@ class Engine:
             compilations=self.compilations.count,
             tick_seconds=loop.seconds,
             host_seconds=loop.host_seconds,
+            wait_reason=scheduler.prefill.wait_reason(),
+            queue_tokens=scheduler.num_queued_tokens,
+            pages_cached=scheduler.pool.num_cached,
+            programs=loop.program_stats,
+            stages=loop.stage_stats,
+            memory=memory_stats(self._devices),
         )
 
 

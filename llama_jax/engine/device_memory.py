@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llama_jax.config import LlamaConfig
+from llama_jax.engine.interface import MemoryStats
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.sizing import CPU_CACHE_BYTES, SizingError, choose_sizes, gpu_cache_bytes
 from llama_jax.ring.kv_cache import page_bytes
@@ -70,6 +71,14 @@ def free_bytes(devices: Sequence[jax.Device]) -> list[int]:
             raise SizingError(f"{device} does not report its memory: set kv_cache_memory.")
         free.append(stats["bytes_limit"] - stats["bytes_in_use"])
     return free
+
+
+def memory_stats(devices: Sequence[jax.Device]) -> tuple[MemoryStats, ...]:
+    """Returns the memory of each device; nothing if a device does not report it."""
+    stats = [device.memory_stats() or {} for device in devices]
+    if not all("bytes_limit" in device for device in stats):
+        return ()
+    return tuple(MemoryStats(device["bytes_in_use"], device["bytes_limit"]) for device in stats)
 
 
 def bytes_by_device(arrays: object, mesh: Mesh) -> dict[jax.Device, int]:

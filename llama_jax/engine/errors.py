@@ -42,5 +42,9 @@ class EngineClosed(EngineDead):
     """The engine has been told to end: by `close`, or by a signal."""
 
 
+class RequestTimeout(RuntimeError):
+    """The request was aborted at its deadline; other requests go on."""
+
+
 class GenerationFailed(RuntimeError):
     """The engine could not finish this request; other requests go on."""

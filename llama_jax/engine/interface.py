@@ -75,7 +75,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """One device of the mesh: its place, its layers, and the bytes on it."""
+    """One device of the mesh: its place, its layers, and the bytes on it.
+
+    `memory_bytes` is what JAX may use of the device's memory, if the device reports it.
+    """
 
     name: str
     stage: int
@@ -83,6 +86,7 @@ class DeviceInfo:
     layers: list[int]
     weight_bytes: int
     kv_bytes: int
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,40 @@ class EngineInfo:
     num_programs: int
     load_seconds: float
     compile_seconds: float
+    prefix_caching: bool = True
+
+
+WaitReason = Literal["slot", "pages", "prefill"]
+
+
+class ProgramStats(NamedTuple):
+    """The ticks that one compiled program has run, and their seconds.
+
+    Attributes:
+      rows, chunk: the bucket of the program.
+      ticks: ticks that it ran.
+      seconds: time of the steps that dispatched them, including the wait for results due then.
+    """
+
+    rows: int
+    chunk: int
+    ticks: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StageStats:
+    """The packet at one stage: its decode rows and prompt tokens."""
+
+    rows: int
+    chunk_tokens: int
+
+
+class MemoryStats(NamedTuple):
+    """Bytes of one device's memory: in use, and that may be used."""
+
+    in_use: int
+    limit: int
 
 
 @dataclass(frozen=True)
@@ -112,6 +150,11 @@ class Stats:
     packet with tokens. `token_slots` counts the tokens that the programs had room for, over all
     stages, and `token_slots_used` those that were tokens. `host_seconds` is the part of
     `tick_seconds` outside the device programs.
+
+    `wait_reason` says what the next request in line waits for: a slot, pages, or its turn to be
+    prefilled. `queue_tokens` counts the tokens of those that wait. `pages_cached` are free pages
+    that still hold a known text. `stages` are in order, and `memory` is in the order of
+    `EngineInfo.devices`, empty if the platform does not report it.
     """
 
     num_running: int = 0
@@ -130,3 +173,9 @@ class Stats:
     compilations: int = 0
     tick_seconds: float = 0.0
     host_seconds: float = 0.0
+    wait_reason: WaitReason | None = None
+    queue_tokens: int = 0
+    pages_cached: int = 0
+    programs: tuple[ProgramStats, ...] = ()
+    stages: tuple[StageStats, ...] = ()
+    memory: tuple[MemoryStats, ...] = ()

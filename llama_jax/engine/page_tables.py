@@ -16,7 +16,7 @@ class PageTables:
 
     Args:
       sizes: the sizes of the ring.
-      prefix_caching: whether to share pages.
+      prefix_caching: whether to share pages; if not, only sequences with the same salt do.
 
     Attributes:
       rows: `[num_slots, pages_per_sequence]` int32, the pages of each slot in order.
@@ -35,7 +35,7 @@ class PageTables:
 
     def missing(self, sequence: Sequence, num_tokens: int) -> int:
         """Returns how many pages a sequence lacks to hold this many tokens."""
-        return self.count(num_tokens) - len(sequence.pages)
+        return max(0, self.count(num_tokens) - len(sequence.pages))
 
     def extend(self, sequence: Sequence, num_pages: int) -> None:
         """Gives a sequence free pages; the caller has checked that there are enough."""
@@ -43,21 +43,31 @@ class PageTables:
 
     def find(self, sequence: Sequence) -> list[int]:
         """Finds pages that hold its beginning, as far as it may skip it."""
-        if not self._prefix_caching:
+        if not self._shares(sequence):
             return []
         num_pages = sequence.num_skippable // self._page_size
         return self.pool.find(self._keys(sequence, num_pages))
+
+    def num_tokens(self, pages: list[int]) -> int:
+        """Returns the number of tokens that full pages hold."""
+        return len(pages) * self._page_size
+
+    def will_find_more(self, sequence: Sequence, found: list[int], prefilling: Sequence) -> bool:
+        """Whether `prefilling` is about to compute the page that follows those found."""
+        ours, theirs = sequence.page_keys, prefilling.page_keys
+        i = len(found)
+        return i < min(len(ours), len(theirs)) and ours[i] == theirs[i]
 
     def begin(self, sequence: Sequence, found: list[int]) -> int:
         """Gives a sequence the pages that `find` found; returns the number of tokens in them."""
         self.pool.share(found)
         self._append(sequence, found)
-        return len(found) * self._page_size
+        return self.num_tokens(found)
 
     def publish(self, sequence: Sequence) -> None:
         """Lets others find its pages whose tokens are all known and have entered the ring."""
         known = min(len(sequence.tokens), sequence.next_position) // self._page_size
-        if known <= sequence.num_published or not self._prefix_caching:
+        if known <= sequence.num_published or not self._shares(sequence):
             return
         keys = self._keys(sequence, known)
         for i in range(sequence.num_published, known):
@@ -69,6 +79,9 @@ class PageTables:
         self.publish(sequence)
         self.pool.give_back(sequence.pages)
         sequence.pages, sequence.num_published = [], 0
+
+    def _shares(self, sequence: Sequence) -> bool:
+        return self._prefix_caching or bool(sequence.salt)
 
     def _append(self, sequence: Sequence, pages: list[int]) -> None:
         first = len(sequence.pages)

@@ -43,6 +43,11 @@ class PagePool:
         """Number of pages that nobody owns."""
         return len(self._empty) + len(self._kept)
 
+    @property
+    def num_cached(self) -> int:
+        """Number of free pages that still hold a known text."""
+        return len(self._kept)
+
     def num_owners(self, page: int) -> int:
         """Number of sequences that share a page."""
         return self._owners[page]

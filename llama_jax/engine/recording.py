@@ -184,8 +184,7 @@ def _loop(engine: Any) -> TickLoop:
 
 
 def _tick_record(tick: Tick, scheduler: Scheduler, began: float) -> TickRecord:
-    prefilling = [scheduler.prefilling] if scheduler.prefilling else []
-    live = sorted(chain(prefilling, *scheduler.microbatches), key=lambda s: s.arrival)
+    live = sorted(scheduler.roster.live, key=lambda s: s.arrival)
     owners = {page: s.request_id for s in reversed(live) for page in s.pages}
     return TickRecord(
         number=tick.number,

@@ -9,19 +9,16 @@ that circulate in the ring. The chunks of a prompt enter in consecutive ticks, i
 is at stage 0, and the packet with the last chunk becomes the sequence's microbatch.
 """
 
-from bisect import insort
-from collections import deque
-from itertools import chain, islice
-
 import numpy as np
 
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.constraint import Constraint
 from llama_jax.engine.interface import FinishReason, Output, TokenLogprobs
 from llama_jax.engine.packets import Packet, Segment
-from llama_jax.engine.page_tables import PageTables
 from llama_jax.engine.pages import PagePool
+from llama_jax.engine.prefill import Prefill
 from llama_jax.engine.prompt_logprobs import PromptScoring
+from llama_jax.engine.roster import Roster
 from llama_jax.engine.sequence import Sequence
 from llama_jax.ring.sizes import RingSizes
 
@@ -31,9 +28,10 @@ NOT_A_NUMBER = "The model's output is not a number (NaN) for this request: check
 class Scheduler:
     """Continuous batching over M microbatches and a pool of pages.
 
-    First come, first served: every live sequence is older than every waiting one. When pages run
-    out, the youngest live sequence gives up its pages (preemption) and is recomputed later. So the
-    oldest sequence always makes progress, and every request ends.
+    The most important request comes first (`SamplingParams.priority`), and of equally important
+    ones the oldest; only short prompts overtake (`Prefill`). When pages run out, the least
+    important live sequence gives up its own and is recomputed later (`Roster`). So the most
+    important sequence always makes progress, and every request ends.
 
     Args:
       sizes: the sizes of the ring.
@@ -41,21 +39,20 @@ class Scheduler:
       prefix_caching: whether sequences that begin alike share pages.
 
     Attributes:
-      pages: the pages of the live sequences. A packet takes a snapshot of the rows that it needs.
+      sizes: the sizes of the ring.
+      roster: the unfinished sequences.
+      prefill: chooses the prompt tokens of each packet.
+      waiting, prefilling, microbatches: those of the roster.
+      num_generated_tokens: since the start.
     """
 
     def __init__(self, sizes: RingSizes, num_microbatches: int, *, prefix_caching: bool = True):
         self.sizes = sizes
-        self.pages = PageTables(sizes, prefix_caching)
-        self.waiting: deque[Sequence] = deque()
-        self.prefilling: Sequence | None = None  # one at a time; the youngest live sequence
-        # Each in order of arrival.
-        self.microbatches: list[list[Sequence]] = [[] for _ in range(num_microbatches)]
-        self.num_preemptions = 0
-        self.num_prompt_tokens = 0
-        self.num_cached_tokens = 0  # of the prompt tokens: those found in the pool
+        self.roster = Roster(sizes, num_microbatches, prefix_caching)
+        self.prefill = Prefill(sizes, self.roster)
+        self.waiting, self.prefilling = self.roster.waiting, self.roster.prefilling
+        self.microbatches = self.roster.microbatches
         self.num_generated_tokens = 0
-        self._free_slots = list(range(sizes.num_slots - 1, -1, -1))
         self._sequences: dict[int, Sequence] = {}  # the unfinished ones, by request id
         self._arrivals = 0
         self._turn = 0  # the microbatch that enters next
@@ -91,7 +88,7 @@ class Scheduler:
         wanted = max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
         max_length = min(wanted, max_model_len)
         # The last token of an answer is never written to the cache.
-        assert self.pages.count(max_length - 1) <= self.sizes.num_pages, (
+        assert self.roster.pages.count(max_length - 1) <= self.sizes.num_pages, (
             "it can never fit the cache"
         )
         sequence = Sequence(
@@ -110,7 +107,7 @@ class Scheduler:
             sequence.scoring = PromptScoring(len(prompt), params.prompt_logprobs)
         self._arrivals += 1
         self._sequences[request_id] = sequence
-        self.waiting.append(sequence)
+        self.roster.wait(sequence)
 
     def abort(self, request_id: int) -> None:
         """Drops a request. No-op for a finished one: its end may cross the abort on the way."""
@@ -121,17 +118,37 @@ class Scheduler:
     @property
     def pool(self) -> PagePool:
         """All pages of the KV cache."""
-        return self.pages.pool
+        return self.roster.pool
 
     @property
     def page_tables(self) -> np.ndarray:
         """`[num_slots, pages_per_sequence]` int32, the pages of each slot in order."""
-        return self.pages.rows
+        return self.roster.pages.rows
 
     @property
     def num_running(self) -> int:
         """Number of sequences that have a slot."""
-        return self.sizes.num_slots - len(self._free_slots)
+        return self.roster.num_live
+
+    @property
+    def num_preemptions(self) -> int:
+        """Number of times that a sequence gave up its pages."""
+        return self.roster.num_preemptions
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Number of prompt tokens sent to the device, without those sent again."""
+        return self.roster.num_prompt_tokens
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Number of prompt tokens that were found in the pool and not sent."""
+        return self.roster.num_cached_tokens
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Number of tokens of the sequences that wait."""
+        return sum(len(sequence.tokens) for sequence in self.waiting)
 
     @property
     def num_unfinished(self) -> int:
@@ -150,139 +167,29 @@ class Scheduler:
         microbatch = self.microbatches[self._turn]
         self._turn = (self._turn + 1) % len(self.microbatches)
         packet = Packet()
-        share = self.share()
+        share = self.prefill.share()
         self._add_rows(packet, microbatch)
-        self._add_chunk(packet, microbatch, share)
+        self.prefill.fill(packet, microbatch, share)
         # A sequence's slot and pages are free once its last packet has entered, though the result
         # is not known yet. Not earlier: this packet must not overwrite pages that it reads.
         for sequence in [s for s in microbatch if s.fully_sent]:
-            self._release(sequence)
+            self.roster.release(sequence)
         return packet
 
     def _add_rows(self, packet: Packet, microbatch: list[Sequence]) -> None:
-        # Oldest first: a sequence preempted for a page is younger, so it is not in the packet yet.
-        for sequence in list(microbatch):
-            if sequence.slot is None or not self._make_room(sequence, 1):
+        # The most important first: one preempted for a page is less so, and not in the packet yet.
+        for sequence in self.roster.with_first_prompt(microbatch):
+            if sequence.slot is None:
                 continue
-            packet.rows.append(self._send(sequence, None, 1))
-
-    def _add_chunk(self, packet: Packet, microbatch: list[Sequence], share: int) -> None:
-        tile = self.sizes.tile
-        tiles_left = self.sizes.max_chunk // tile
-        while tiles_left and (sequence := self.prefilling or self._admit()):
-            first = sequence.next_position
-            count = min(sequence.prefill_until - first, tiles_left * tile)
-            ends = first + count == sequence.prefill_until
-            if (ends and len(microbatch) >= share) or not self._make_room(sequence, count):
-                return  # it continues in a later packet, and no younger prompt overtakes it
-            for start in range(first, first + count, tile):
-                tokens = sequence.tokens[start : min(start + tile, first + count)]
-                packet.tiles.append(self._send(sequence, tokens, len(tokens)))
-                tiles_left -= 1
-            self.pages.publish(sequence)
-            if ends:
-                self.prefilling = None
-                insort(microbatch, sequence, key=_arrival)
-
-    def _admit(self) -> Sequence | None:
-        """Makes the oldest waiting sequence live if there is a slot and there are enough pages."""
-        if not self.waiting or not self._free_slots:
-            return None
-        sequence = self.waiting[0]
-        found = self.pages.find(sequence)
-        live = sum(self.pool.num_owners(page) > 0 for page in found)
-        if self.pool.num_free < self._pages_to_begin(sequence) - live:
-            return None
-        self.waiting.popleft()
-        sequence.slot = self._free_slots.pop()
-        sequence.next_position = self.pages.begin(sequence, found)
-        sequence.prompt_sent = max(sequence.prompt_sent, sequence.next_position)
-        sequence.prefill_until = len(sequence.tokens)
-        if not sequence.epoch:  # otherwise it was preempted, and finds what it computed itself
-            sequence.num_cached = sequence.next_position
-            self.num_cached_tokens += sequence.num_cached
-        self.prefilling = sequence
-        return sequence
-
-    def share(self) -> int:
-        """Maximum rows of a microbatch, the newest prompt included: ceil(n / M), where n sequences
-        are live or could be at once. A burst then does not fill one microbatch and leave others
-        empty."""
-        live, pages = self.num_running, self.pool.num_free
-        if self.prefilling:
-            pages -= self._pages_to_begin(self.prefilling) - len(self.prefilling.pages)
-        for sequence in islice(self.waiting, len(self._free_slots)):
-            pages -= self._pages_to_begin(sequence)
-            if pages < 0:
-                break
-            live += 1
-        return min(-(-live // len(self.microbatches)), self.sizes.max_rows)
-
-    def _pages_to_begin(self, sequence: Sequence) -> int:
-        # Room for one token more than the prompt, if another will be written: a sequence preempted
-        # after its first token would have been computed in vain.
-        return self.pages.count(min(len(sequence.tokens) + 1, sequence.max_length - 1))
-
-    def _send(self, sequence: Sequence, tokens: list[int] | None, count: int) -> Segment:
-        assert sequence.slot is not None
-        position = sequence.next_position
-        sequence.next_position += count
-        # What is computed again after a preemption does not count again.
-        new = min(sequence.next_position, sequence.num_prompt) - sequence.prompt_sent
-        if new > 0:
-            sequence.prompt_sent += new
-            self.num_prompt_tokens += new
-        ends = tokens is None or sequence.next_position == sequence.prefill_until
-        return Segment(sequence, sequence.epoch, sequence.slot, position, tokens, ends)
-
-    # --- pages -------------------------------------------------------------------------------
-
-    def _make_room(self, sequence: Sequence, count: int) -> bool:
-        """Gives a sequence the pages for its next `count` tokens, preempting younger sequences.
-
-        Returns False if there are still too few; a decoding sequence is then preempted itself.
-        """
-        while True:
-            missing = self.pages.missing(sequence, sequence.next_position + count)
-            if missing <= self.pool.num_free:
-                break
-            victim = self._youngest()
-            if victim is sequence and sequence.prefilling:
-                return False  # it keeps its pages and waits for more
-            self._preempt(victim)
-            if victim is sequence:
-                return False
-        self.pages.extend(sequence, missing)
-        return True
-
-    def _youngest(self) -> Sequence:
-        return self.prefilling or max(chain(*self.microbatches), key=_arrival)
-
-    def _preempt(self, sequence: Sequence) -> None:
-        sequence.epoch += 1
-        self._release(sequence)
-        self.waiting.appendleft(sequence)
-        self.num_preemptions += 1
-
-    def _release(self, sequence: Sequence) -> None:
-        """Takes back a sequence's slot, pages and row; no-op if it has none."""
-        if sequence.slot is None:
-            return
-        if sequence is self.prefilling:
-            self.prefilling = None
-        for microbatch in self.microbatches:
-            if sequence in microbatch:
-                microbatch.remove(sequence)
-        self.pages.release(sequence)
-        self._free_slots.append(sequence.slot)
-        sequence.slot = None
+            if sequence.prefilling:
+                self.prefill.make_room(sequence)
+            elif self.roster.make_room(sequence, 1):
+                packet.rows.append(self.roster.send(sequence, None, 1))
 
     def _finish(self, sequence: Sequence) -> None:
         sequence.epoch += 1
         sequence.finished = True
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
-        self._release(sequence)
+        self.roster.remove(sequence)
         del self._sequences[sequence.request_id]
 
     # --- results -----------------------------------------------------------------------------
@@ -297,7 +204,7 @@ class Scheduler:
           tile: of a packet.
           scores: as in `PromptScoring.put`; there may be more of them than tokens.
         """
-        if tile.epoch == tile.sequence.epoch and tile.sequence.scoring is not None:
+        if tile.current and tile.sequence.scoring is not None:
             scores = tuple(array[: tile.length] for array in scores)
             tile.sequence.scoring.put(tile.position, *scores)
 
@@ -359,9 +266,5 @@ class Scheduler:
             if sequence.constraint is not None:
                 sequence.constraint.take(token)
             if sequence.slot is not None:
-                self.pages.publish(sequence)
+                self.roster.pages.publish(sequence)
         return Output(sequence.request_id, token, reason, cached_tokens=sequence.num_cached)
-
-
-def _arrival(sequence: Sequence) -> int:
-    return sequence.arrival

@@ -15,7 +15,7 @@ import numpy as np
 
 from llama_jax.engine.errors import RequestError
 from llama_jax.engine.executor import GREEDY, Choice, Executor, TickResult
-from llama_jax.engine.interface import Output, TokenLogprobs
+from llama_jax.engine.interface import Output, ProgramStats, StageStats, TokenLogprobs
 from llama_jax.engine.packets import Packet
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.model.adjustments import encode_adjustments
@@ -75,6 +75,7 @@ class TickLoop:
         self._unread: deque[tuple[Packet, TickResult]] = deque()
         self.ticks = self.stage_ticks_busy = self.token_slots = self.token_slots_used = 0
         self.seconds = self.wait_seconds = 0.0
+        self._programs = {bucket: [0, 0.0] for bucket in self.sizes.buckets()}  # ticks, seconds
 
     @property
     def has_work(self) -> bool:
@@ -98,6 +99,10 @@ class TickLoop:
             outputs += self._read(*self._unread.popleft())
         seconds = time.perf_counter() - start
         self.seconds += seconds
+        if bucket:
+            program = self._programs[bucket]
+            program[0] += 1
+            program[1] += seconds
         if bucket and self.on_tick:
             tick = Tick(self.ticks - 1, start, seconds, bucket, tuple(self._in_flight))
             for listen in tuple(self.on_tick):  # a listener may be removed meanwhile
@@ -118,6 +123,22 @@ class TickLoop:
         return any(
             s.constraint is not None and s.constraint.follows_answer and len(s.tokens) <= position
             for s, position in rows
+        )
+
+    @property
+    def program_stats(self) -> tuple[ProgramStats, ...]:
+        """The ticks and seconds of each program."""
+        return tuple(
+            ProgramStats(bucket.rows, bucket.chunk, int(ticks), seconds)
+            for bucket, (ticks, seconds) in self._programs.items()
+        )
+
+    @property
+    def stage_stats(self) -> tuple[StageStats, ...]:
+        """What the packet at each stage holds."""
+        return tuple(
+            StageStats(len(packet.rows), sum(tile.length for tile in packet.tiles))
+            for packet in reversed(self._in_flight)
         )
 
     def _dispatch(self, entering: Packet, outputs: list[Output]) -> Bucket:

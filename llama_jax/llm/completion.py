@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from llama_jax.engine.interface import FinishReason, TokenLogprobs
+from llama_jax.engine.prompt_logprobs import PromptLogprobs
 from llama_jax.llm.notebook.html import completion_html
 
 
@@ -11,7 +12,7 @@ class Completion:
     """The answer to one prompt.
 
     Attributes:
-      text: the answer without special tokens and without the stop string that ended it.
+      text: the answer, by default without special tokens and without the stop string that ended it.
       token_ids: every generated token, including an EOS or stop token.
       finish_reason: "stop" (an EOS token, a stop token or a stop string), "length" or "error".
       prompt_token_ids: the tokens of the prompt.
@@ -20,6 +21,8 @@ class Completion:
         token ids.
       logprobs: the log-probabilities at each generated token, if `SamplingParams.logprobs` asks for
         them; else None.
+      prompt_logprobs: None for the first token of the prompt and the log-probabilities of each of
+        the others, if `SamplingParams.prompt_logprobs` asks for them; else None.
     """
 
     text: str
@@ -29,6 +32,7 @@ class Completion:
     error: str | None = None
     prompt: str | None = None
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
     def _repr_html_(self) -> str:
         return completion_html(

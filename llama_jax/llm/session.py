@@ -13,7 +13,7 @@ from llama_jax.checkpoint import open_checkpoint
 from llama_jax.client.blocking import BlockingClient
 from llama_jax.client.client import OnProgress
 from llama_jax.client.host import StartHost
-from llama_jax.client.text import TextDelta, read_text
+from llama_jax.client.text import TextDelta, detokenizer_for, read_text
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import GenerationFailed, RequestError
 from llama_jax.engine.interface import FinishReason
@@ -23,7 +23,6 @@ from llama_jax.llm.notebook.cells import cell_watch
 from llama_jax.llm.notebook.progress import RequestProgress, StartProgress, make_display
 from llama_jax.llm.prompts import EncodedPrompt
 from llama_jax.llm.text_stream import TextStream
-from llama_jax.text.detokenizer import Detokenizer
 from llama_jax.text.grammar import GrammarError, check_grammar
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -115,13 +114,16 @@ class Session:
         tokens = [delta.token for delta in deltas]
         found = [delta.output.logprobs for delta in deltas if delta.output.logprobs is not None]
         logprobs = None if params.logprobs is None else found
-        return Completion(text, tokens, reason, prompt.token_ids, error, prompt.text, logprobs)
+        scores = deltas[0].output.prompt_logprobs if deltas else None
+        return Completion(
+            text, tokens, reason, prompt.token_ids, error, prompt.text, logprobs, scores
+        )
 
     async def _deltas(
         self, prompt: list[int], params: SamplingParams
     ) -> AsyncGenerator[TextDelta, None]:
         outputs = self.engine.client.generate(prompt, params, wait=True)
-        detokenizer = Detokenizer(self.tokenizer, params.stop)
+        detokenizer = detokenizer_for(self.tokenizer, params)
         async with aclosing(read_text(outputs, detokenizer)) as deltas:
             async for delta in deltas:
                 yield delta

@@ -10,6 +10,7 @@ from llama_jax.client.blocking import BlockingClient
 from llama_jax.client.text import TextDelta
 from llama_jax.engine.errors import EngineDead
 from llama_jax.engine.interface import FinishReason, TokenLogprobs
+from llama_jax.engine.prompt_logprobs import PromptLogprobs
 from llama_jax.llm.notebook.cells import cell_watch, in_notebook
 from llama_jax.llm.notebook.display import LiveOutput, running_text
 
@@ -24,12 +25,15 @@ class TextStream(Iterator[str]):
     Attributes:
       token_ids: the tokens generated so far.
       logprobs: the log-probabilities at each of them; empty unless `SamplingParams.logprobs` asks.
+      prompt_logprobs: those of the prompt, once the first token is there, if
+        `SamplingParams.prompt_logprobs` asks for them; else None.
       finish_reason: "stop" or "length" once the answer is complete, else None.
     """
 
     def __init__(self, engine: BlockingClient, deltas: AsyncGenerator[TextDelta, None]) -> None:
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: PromptLogprobs | None = None
         self.finish_reason: FinishReason | None = None
         self._engine = engine
         # If the stream is dropped, asyncio closes this generator on the engine's event loop.
@@ -120,6 +124,7 @@ class TextStream(Iterator[str]):
             self.token_ids.append(delta.token)
             if delta.output.logprobs is not None:
                 self.logprobs.append(delta.output.logprobs)
+            self.prompt_logprobs = delta.output.prompt_logprobs or self.prompt_logprobs
             self.finish_reason = delta.finish_reason
         return delta
 

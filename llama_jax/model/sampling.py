@@ -24,9 +24,10 @@ from sharding.axes import AXES
 from sharding.collectives import all_gather, pmax, psum, rank
 
 NO_TOKEN = -1  # the choice where a logit is NaN
-CONTROL_WIDTH = 7  # int32 words per row: seed (2), token index, top_k, temperature, top_p, min_p
+# int32 words per row: seed (2), token index, top_k, temperature, top_p, min_p, typical_p
+CONTROL_WIDTH = 8
 _RADIX_BITS = 4  # bits of a 32-bit threshold that each step of the search finds
-# The smallest that is not flushed to zero, for top_p: 0 would keep every token instead of one.
+# The smallest that is not flushed to zero, for top_p and typical_p: 0 keeps every token.
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
 
@@ -74,6 +75,7 @@ class Controls(NamedTuple):
     top_k: jax.Array
     top_p: jax.Array
     min_p: jax.Array
+    typical_p: jax.Array
 
 
 def encode_controls(n: int, rows: Sequence[tuple[int, int, int, SamplingParams]]) -> np.ndarray:
@@ -91,21 +93,28 @@ def encode_controls(n: int, rows: Sequence[tuple[int, int, int, SamplingParams]]
     for row, seed, index, params in rows:
         words = np.array([seed % 2**64], np.uint64).view(np.int32)
         packed[row, :4] = (*words, index, params.top_k)
-        floats[row, 4:] = (params.temperature, max(params.top_p, _SMALLEST), params.min_p)
+        typical_p = max(params.typical_p, _SMALLEST) if params.typical_p < 1 else 0
+        floats[row, 4:] = (
+            params.temperature,
+            max(params.top_p, _SMALLEST),
+            params.min_p,
+            typical_p,
+        )
     return packed
 
 
 def _decode_controls(packed: jax.Array) -> Controls:
     floats = lax.bitcast_convert_type(packed[:, 4:], jnp.float32)
     key = lax.bitcast_convert_type(packed[:, :2], jnp.uint32)
-    return Controls(key, packed[:, 2], floats[:, 0], packed[:, 3], floats[:, 1], floats[:, 2])
+    temperature, top_p, min_p, typical_p = floats.T
+    return Controls(key, packed[:, 2], temperature, packed[:, 3], top_p, min_p, typical_p)
 
 
 def sample(logits: jax.Array, greedy_tokens: jax.Array, packed_controls: jax.Array) -> jax.Array:
     """Draws a token for each row whose temperature is not 0.
 
-    Filters apply in this order: temperature, top-k, top-p over the remaining mass, min-p. Tokens
-    that are as likely as the last one kept are kept, too.
+    Filters apply in this order: temperature, top-k, top-p over the remaining mass, min-p, typical-p
+    over the remaining mass. Tokens that are as likely as the last one kept are kept, too.
 
     Args:
       logits: `[n, V' / ranks]` float32, this rank's share; -inf for padding.
@@ -135,8 +144,32 @@ def sample(logits: jax.Array, greedy_tokens: jax.Array, packed_controls: jax.Arr
         mass = jnp.where(order >= _threshold(order, share, target)[:, None], mass, 0)
         # Relative to the most likely token, whose mass is exp(0) = 1.
         mass = jnp.where(mass >= controls.min_p[:, None], mass, 0)
+        mass = lax.cond(
+            (controls.typical_p > 0).any(), _typical, lambda x, p: x, mass, controls.typical_p
+        )
         token = invert_cdf(mass, _uniform(controls))
         return jnp.where(drawn, token, greedy_tokens)
+
+
+def _typical(mass: jax.Array, typical_p: jax.Array) -> jax.Array:
+    """Keeps the tokens whose information is closest to the entropy (Meister et al. 2022,
+    arXiv:2202.00666): as many as are needed for a share of `typical_p` of the mass.
+
+    It takes ten all-reduces, so it runs only if a row asks for it; all ranks agree on that.
+
+    Args:
+      mass: `[n, V' / ranks]` float32, this rank's share, not negative.
+      typical_p: `[n]` float32; 0 to keep all.
+
+    Returns:
+      `mass`, with 0 for the other tokens.
+    """
+    share = mass / psum(mass.sum(axis=-1), AXES)[:, None]
+    information = -jnp.log(jnp.where(share > 0, share, 1))
+    entropy = psum((share * information).sum(axis=-1), AXES)
+    # The smaller the difference, the earlier a token is kept. Those without mass weigh nothing.
+    order = _ordered(-jnp.abs(information - entropy[:, None]))
+    return jnp.where(order >= _threshold(order, share, typical_p)[:, None], mass, 0)
 
 
 def _uniform(controls: Controls) -> jax.Array:

@@ -5,7 +5,10 @@ from starlette.applications import Starlette
 from llama_jax.serve.errors import install_handlers
 from llama_jax.serve.routes.chat import chat_route
 from llama_jax.serve.routes.completions import completions_route
+from llama_jax.serve.routes.deployment import deployment_route
 from llama_jax.serve.routes.openapi import openapi_routes
+from llama_jax.serve.routes.openapi_rules import Limits
+from llama_jax.serve.routes.page import page_routes
 from llama_jax.serve.routes.responses import responses_routes
 from llama_jax.serve.routes.status import package_version, status_routes
 from llama_jax.serve.routes.tokenization import tokenization_routes
@@ -14,6 +17,13 @@ from llama_jax.serve.served_model import ServedModel
 
 def create_app(served: ServedModel) -> Starlette:
     """Creates the application for one model; requests reach it through a `Door`."""
+    info = served.engine.info
+    limits = Limits(
+        info.vocab_size,
+        info.max_model_len,
+        served.engine.max_in_flight,
+        served.tokenizer.chat_variables,
+    )
     app = Starlette(
         routes=[
             completions_route(served),
@@ -21,7 +31,9 @@ def create_app(served: ServedModel) -> Starlette:
             *responses_routes(served),
             *tokenization_routes(served),
             *status_routes(served),
-            *openapi_routes(package_version()),
+            deployment_route(served),
+            *page_routes(),
+            *openapi_routes(package_version(), limits),
         ]
     )
     app.router.redirect_slashes = False

@@ -13,7 +13,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llama_jax.engine.errors import EngineClosed, EngineDead, GenerationFailed, RequestError
+from llama_jax.engine.errors import (
+    EngineClosed,
+    EngineDead,
+    GenerationFailed,
+    RequestError,
+    RequestTimeout,
+)
 from llama_jax.engine.interface import EngineInfo
 from llama_jax.serve.transport.json_response import JsonResponse
 
@@ -57,7 +63,7 @@ class ApiError(Exception):
     @property
     def type(self) -> str:
         """The type that OpenAI gives to errors of this status."""
-        names = {401: "authentication_error", 429: "rate_limit_error"}
+        names = {401: "authentication_error", 429: "rate_limit_error", 504: "timeout_error"}
         default = "server_error" if self.status >= 500 else "invalid_request_error"
         return names.get(self.status, default)
 
@@ -95,6 +101,30 @@ def queue_full(taken: int, answers: int, retry_after: int) -> ApiError:
         f"try again in {retry_after} s.",
         code="queue_full",
         headers={"Retry-After": str(retry_after)},
+    )
+
+
+def queue_tokens_full(queued: int, tokens: int, retry_after: int) -> ApiError:
+    """429: the prompts that wait have too many tokens.
+
+    Args:
+      queued: how many.
+      tokens: the number of tokens of this request's prompts.
+      retry_after: the number of seconds after which there is likely to be room.
+    """
+    return ApiError(
+        429,
+        f"Prompts of {queued} tokens are waiting, and there is no room for {tokens} more; "
+        f"try again in {retry_after} s.",
+        code="queue_full",
+        headers={"Retry-After": str(retry_after)},
+    )
+
+
+def timed_out() -> ApiError:
+    """504: the request has not finished in the time that it was given."""
+    return ApiError(
+        504, "The request did not finish in time, and was aborted: raise timeout.", code="timeout"
     )
 
 
@@ -154,6 +184,8 @@ def as_api_error(error: Exception) -> ApiError:
             return shutting_down()
         case EngineDead():  # its message names files of this machine
             return engine_dead()
+        case RequestTimeout():
+            return timed_out()
         case GenerationFailed():
             return ApiError(500, str(error), code="generation_failed")
         case HTTPException():
@@ -178,7 +210,10 @@ def install_handlers(app: Starlette) -> None:
             return ApiError(405, message, headers=error.headers).response()
         return as_api_error(error).response()
 
-    for kind in (ApiError, RequestError, EngineDead, GenerationFailed, HTTPException, Exception):
+    for kind in (
+        *(ApiError, RequestError, EngineDead, GenerationFailed, RequestTimeout),
+        *(HTTPException, Exception),
+    ):
         app.add_exception_handler(kind, handle)
 
 

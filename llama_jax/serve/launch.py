@@ -238,6 +238,8 @@ def _served_model(setup: Setup, engine: EngineClient) -> ServedModel:
         metrics=metrics,
         defaults=setup.defaults,
         keep_alive_seconds=setup.arguments.sse_keep_alive_interval or None,
+        max_queue_tokens=setup.arguments.max_queue_tokens,
+        request_timeout=setup.arguments.request_timeout,
     )
 
 

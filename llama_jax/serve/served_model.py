@@ -15,7 +15,7 @@ from llama_jax.serve.errors import (
     shutting_down,
     unavailable,
 )
-from llama_jax.serve.generation.admission import Admission
+from llama_jax.serve.generation.admission import MAX_QUEUE_TOKENS, Admission
 from llama_jax.serve.generation.grammar_check import GrammarCheck
 from llama_jax.serve.monitoring.metrics import Metrics
 from llama_jax.text.tokenizer import Tokenizer
@@ -36,10 +36,12 @@ class ServedModel:
       defaults: the sampling parameters that a request does not set.
       aliases: other names that requests may use.
       created: when the server started, in seconds since 1970.
+      max_queue_tokens: maximum tokens of prompts that wait for their first token.
+      request_timeout: seconds after which a request that sets no timeout is aborted, or None.
       draining: whether the server is shutting down and accepts no new requests.
-      grammars: checks the grammars of requests.
       keep_alive_seconds: the time without an event after which a stream gets a comment; None for no
         comments.
+      grammars: checks the grammars of requests.
       admission: admits requests while the engine has room.
     """
 
@@ -51,13 +53,15 @@ class ServedModel:
     defaults: SamplingParams
     aliases: tuple[str, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))
+    max_queue_tokens: int = MAX_QUEUE_TOKENS
+    request_timeout: float | None = None
     draining: bool = False
-    grammars: GrammarCheck = field(default_factory=GrammarCheck)
     keep_alive_seconds: float | None = 15.0
+    grammars: GrammarCheck = field(default_factory=GrammarCheck)
     admission: Admission = field(init=False)
 
     def __post_init__(self) -> None:
-        self.admission = Admission(self.engine, self.metrics)
+        self.admission = Admission(self.engine, self.metrics, self.max_queue_tokens)
 
     def check_available(self) -> None:
         """Raises `ApiError` 503 if the server accepts no requests."""
@@ -79,23 +83,6 @@ class ServedModel:
                 f"The model {name[:100]!r} does not exist; this server has {self.name!r}.",
                 param="model",
                 code="model_not_found",
-            )
-
-    def check_room(self, prompts: int, choices: int) -> None:
-        """Raises `ApiError` 400 if the server never has room for a request.
-
-        Args:
-          prompts: the number of its prompts.
-          choices: the number of choices for each prompt.
-        """
-        room = self.engine.max_in_flight
-        if prompts * choices > room:
-            raise ApiError(
-                400,
-                f"The request needs {prompts * choices} sequences, but this server has room for "
-                f"{room}: split it into several requests.",
-                param="n" if choices > 1 else "prompt",
-                code="invalid_value",
             )
 
     def check_text_length(self, texts: list[str], param: str) -> None:

@@ -20,7 +20,8 @@ from llama_jax.text.conversation import (
     read_turns,
     text_before_calls,
 )
-from llama_jax.text.errors import TokenizerError
+from llama_jax.text.errors import ChatVariableError, TokenizerError, check_text
+from llama_jax.text.template_variables import template_variables
 from llama_jax.text.tool_support import ToolSupport, try_tools
 
 # Chats to try a template with: some demand a system message, some refuse it.
@@ -42,6 +43,23 @@ _END_OF_REASONING = "</think>"
 _LONGEST_REASON = 200  # characters of an error in another program that a message quotes
 
 
+class ChatOptions(NamedTuple):
+    """How to render a chat, as in `apply_chat_template` of transformers.
+
+    Attributes:
+      add_generation_prompt: end with the header of the assistant's next answer.
+      continue_final_message: leave the last message open, for the model to continue it. Not both.
+      variables: what the template's own variables are, by name: strings and booleans.
+    """
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    variables: Mapping[str, str | bool] = {}
+
+
+NEXT_ANSWER = ChatOptions()
+
+
 class Piece(NamedTuple):
     """A part of a rendered chat.
 
@@ -60,6 +78,7 @@ class ChatTemplate:
     Attributes:
       problem: one sentence on why no chat can be rendered; None if chats can be.
       tools: what the template does with tools.
+      variables: names of the variables that `ChatOptions` may set.
     """
 
     def __init__(self, tokenizer: Any, path: Path) -> None:
@@ -74,6 +93,7 @@ class ChatTemplate:
         self._control = re.compile("(?!)")  # matches nothing
         self.problem: str | None = None
         self.tools = ToolSupport()
+        self.variables: frozenset[str] = frozenset()
         if tokenizer.chat_template is None:
             self.problem = (
                 f"The tokenizer of {path.resolve().name} has no chat template: request a "
@@ -88,6 +108,7 @@ class ChatTemplate:
             self._as_parts = frozenset(best)
             self.tools = try_tools(self._write_with_tools)
             self._control = _pattern(_control_tokens(tokenizer, [*rendered, *self.tools.rendered]))
+            self.variables = template_variables(tokenizer)
         else:
             self.problem = (
                 f"The chat template of {path.resolve().name} cannot be used "
@@ -98,21 +119,25 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
+        options: ChatOptions = NEXT_ANSWER,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[Piece]:
-        """Renders a conversation, ready for the assistant's next answer.
+        """Renders a conversation.
 
         Args:
           messages: each {"role": one of `ROLES`, "content": text}; an assistant's may have
             "tool_calls", a list of `Call`, and a tool's "tool_call_id". Checked here.
+          options: how to render it; the variables are checked here.
           tools: the functions that the model may call, as in the OpenAI API.
 
         Raises:
+          ChatVariableError: the template does not have a variable, or its value is not allowed.
           TokenizerError: the messages are malformed, there is no chat template that works, it
             rejects the messages, or the text of a message is missing from what it writes.
         """
         if self.problem is not None:
             raise TokenizerError(self.problem)
+        self._check_variables(options.variables)
         chat, tools = read_turns(messages), tools or None
         if tools or any(turn.calls or turn.role == "tool" for turn in chat):
             chat = self._with_tools(chat)
@@ -121,14 +146,16 @@ class ChatTemplate:
         mark, call_mark = _unused_characters(strings, 2)
         marked = [turn.mark_calls(call_mark) for turn in chat]
         if not any(map(self._control.search, strings)):
-            written = self._apply(marked, tools)
+            written = self._apply(marked, options, tools)
         else:
             # Control tokens stay in place, between marks: some templates look for them.
             def mark_control(text: str) -> str:
                 return self._control.sub(rf"{mark}\g<0>{mark}", text)
 
             written = self._apply(
-                [turn.map(mark_control) for turn in marked], map_strings(tools, mark_control)
+                [turn.map(mark_control) for turn in marked],
+                options,
+                map_strings(tools, mark_control),
             )
             written = written.replace(json.dumps(mark)[1:-1], mark)  # a template may write ASCII
         if written.count(call_mark) != sum(len(turn.calls) for turn in chat):
@@ -153,9 +180,24 @@ class ChatTemplate:
             chat = text_before_calls(chat)
         return chat if self.tools.several_calls else one_call_at_a_time(chat)
 
-    def _apply(self, chat: Sequence[Turn], tools: Any) -> str:
+    def _check_variables(self, variables: Mapping[str, str | bool]) -> None:
+        for name, value in variables.items():
+            if name not in self.variables:
+                known = ", ".join(sorted(self.variables)) or "none"
+                raise ChatVariableError(
+                    f"The chat template of this model has no variable {name[:40]!r} to set; it "
+                    f"has {known}.",
+                    name,
+                )
+            if isinstance(value, bool):
+                continue
+            check_text(value, f"The variable {name}")
+            if self._control.search(value):
+                raise ChatVariableError(f"The variable {name} contains a control token.", name)
+
+    def _apply(self, chat: Sequence[Turn], options: ChatOptions, tools: Any) -> str:
         try:
-            return self._write(chat, self._as_parts, tools)
+            return self._write(chat, self._as_parts, options, tools)
         except Exception as error:  # raised by the template, which may do anything
             raise TokenizerError(
                 f"The chat template of this model rejects the messages: {_reason(error)}."
@@ -178,19 +220,27 @@ class ChatTemplate:
                 failure = failure or "it leaves out the text of messages"
         return rendered, failure
 
-    def _write(self, chat: Sequence[Turn], as_parts: Iterable[str], tools: Any = None) -> str:
+    def _write(
+        self,
+        chat: Sequence[Turn],
+        as_parts: Iterable[str],
+        options: ChatOptions = NEXT_ANSWER,
+        tools: Any = None,
+    ) -> str:
         written: str = self._tokenizer.apply_chat_template(
             [turn.message(turn.role in as_parts) for turn in chat],
             tools=tools,
             tokenize=False,
-            add_generation_prompt=True,
+            add_generation_prompt=options.add_generation_prompt,
+            continue_final_message=options.continue_final_message,
+            **options.variables,
         )
         return written
 
     def _write_with_tools(self, chat: Sequence[Turn], tools: Any) -> str | None:
         """Returns what the template writes; None if it rejects a chat, or leaves out a part."""
         try:
-            written = self._write(chat, self._as_parts, tools)
+            written = self._write(chat, self._as_parts, tools=tools)
         except Exception:  # as in `_apply`
             return None
         return written if _first_lost(chat, written) is None else None

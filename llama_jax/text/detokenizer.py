@@ -12,7 +12,8 @@ are not UTF-8 takes O(n²) and shows nothing until it ends.
 A stop string may spell special tokens, such as "<|eom_id|>" or "<|start_header_id|>user". Special
 tokens have no text in an answer. So each one that a stop string spells is replaced by a character
 of its own, in the stop string and in the decoded text, and that character is removed from the text
-that is returned. The stop string "|" does not match a special token.
+that is returned. The stop string "|" does not match a special token. Where special tokens are not
+skipped they are text like any other, and "|" matches them.
 """
 
 import re
@@ -28,8 +29,8 @@ _SYMBOLS = [chr(code) for code in range(0xD800, 0xE000)]
 class Detokenizer:
     """The text of one answer.
 
-    The text ends before the first stop string to be completed. If two are completed by the same
-    character, it ends before the longer one.
+    The text ends before the first stop string to be completed, or after it if it is included. If
+    two are completed by the same character, the longer one counts.
 
     Attributes:
       stopped: whether a stop string was found; no more text follows then.
@@ -39,6 +40,10 @@ class Detokenizer:
         self,
         tokenizer: Tokenizer,
         stop: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        min_tokens: int = 0,
+        skip_special_tokens: bool = True,
         marks: Mapping[int, str] | None = None,
     ) -> None:
         """Begins with no text.
@@ -46,10 +51,16 @@ class Detokenizer:
         Args:
           tokenizer: of the tokens.
           stop: strings that end the text; none may be empty.
+          include_stop: whether the text includes what ends it, be it a stop string or a token.
+          min_tokens: a stop string counts only if a token after so many completes it.
+          skip_special_tokens: whether special tokens have no text.
           marks: special tokens that have a text after all, one character that no text contains.
         """
         self._tokenizer = tokenizer
-        spelled = _spelled(tokenizer, stop)
+        self._include_stop = include_stop
+        self._skip_special_tokens = skip_special_tokens
+        self._tokens_before_stop = min_tokens
+        spelled = _spelled(tokenizer, stop) if skip_special_tokens else {}
         symbol_of = dict(zip(spelled.values(), _SYMBOLS, strict=False))
         hidden = "".join(symbol_of.values())
         for token_id, mark in (marks or {}).items():
@@ -67,11 +78,16 @@ class Detokenizer:
 
         Args:
           token_id: the token.
-          ends: whether it is the EOS or stop token that ended the answer: its text is left out.
+          ends: whether it is the EOS or stop token that ended the answer: its text is left out,
+            unless the end is included.
         """
+        self._tokens_before_stop -= 1
         text = self._symbols.get(token_id)
         if text is None:
-            text = "" if ends else self._decoder.push(self._tokenizer.token_bytes(token_id))
+            text = ""
+            if self._include_stop or not ends:
+                data = self._tokenizer.token_bytes(token_id, self._skip_special_tokens)
+                text = self._decoder.push(data)
         return self._advance(text, final=False)
 
     def finish(self) -> str:
@@ -85,9 +101,13 @@ class Detokenizer:
         if self.stopped:
             return ""
         text = self._withheld + new
-        end = _first_stop(text, self._stop)
-        self.stopped = end is not None
-        if end is None:
+        found = None
+        if self._tokens_before_stop < 0:
+            found = _first_stop(text, self._stop, len(self._withheld))
+        self.stopped = found is not None
+        if found is not None:
+            end = found[1] if self._include_stop else found[0]
+        else:
             end = len(text) if final else len(text) - _may_be_stop(text, self._stop)
         self._withheld = "" if self.stopped else text[end:]
         return text[:end].translate(self._hidden)
@@ -109,10 +129,17 @@ def _replaced(stop: Sequence[str], symbols: dict[str, str]) -> list[str]:
     return [string for string in replaced if string not in stop]
 
 
-def _first_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Returns where the first stop string to be completed starts, or None."""
-    found = [(at + len(string), at) for string in stop if (at := text.find(string)) >= 0]
-    return min(found)[1] if found else None
+def _first_stop(text: str, stop: Sequence[str], after: int) -> tuple[int, int] | None:
+    """Returns start and end of the stop string that is completed first after this position."""
+    found = []
+    for string in stop:
+        start = text.find(string, max(0, after + 1 - len(string)))
+        if start >= 0:
+            found.append((start + len(string), start))
+    if not found:
+        return None
+    end, start = min(found)
+    return start, end
 
 
 def _may_be_stop(text: str, stop: Sequence[str]) -> int:

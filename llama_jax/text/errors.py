@@ -1,4 +1,4 @@
-"""The error of this package, and the check of every text. Imports no JAX."""
+"""The errors of this package, and the check of every text. Imports no JAX."""
 
 from typing import Any
 
@@ -7,6 +7,14 @@ from sharding.errors import UserError
 
 class TokenizerError(UserError):
     """The tokenizer cannot be loaded, or cannot encode this input."""
+
+
+class ChatVariableError(TokenizerError):
+    """A variable of the chat template cannot be set; `name` is the variable."""
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.name = name
 
 
 def check_text(text: Any, what: str) -> None:

@@ -13,14 +13,35 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llama_jax.gguf.tokenizer import tokenizer_files
 from llama_jax.text.byte_decoder import Ambiguous, ByteDecoder
-from llama_jax.text.chat_template import ChatTemplate
+from llama_jax.text.chat_template import NEXT_ANSWER, ChatOptions, ChatTemplate
 from llama_jax.text.errors import TokenizerError, check_text
 
 __all__ = ["Tokenizer", "TokenizerError", "byte_alphabet"]
+
+
+class TokenizerInfo(NamedTuple):
+    """What clients need to know to render chats and count tokens by themselves.
+
+    Attributes:
+      tokenizer_class: the class in transformers that reads the tokenizer.
+      bos_token, eos_token, pad_token: their spelling; None if there is none.
+      add_bos_token, add_eos_token: whether every raw prompt gets them.
+      model_max_length: in tokens, as the tokenizer says; it may not know, and says 10**30.
+      chat_template: a Jinja template; None if there is none.
+    """
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    add_bos_token: bool
+    add_eos_token: bool
+    model_max_length: int
+    chat_template: str | None
 
 
 class Tokenizer:
@@ -31,8 +52,10 @@ class Tokenizer:
       vocab_size: one more than the largest id that `encode` can return.
       max_token_length: maximum number of characters per token.
       special_token_ids: ids of control tokens, which have no text in an answer.
+      info: facts for clients.
       chat_problem: one sentence on why `encode_chat` cannot be used; None if it can.
       tools_problem: one sentence on why `encode_chat` cannot take tools; None if it can.
+      chat_variables: names of the chat template's variables that `ChatOptions` may set.
     """
 
     def __init__(self, path: str | Path, chat_template: Path | None = None) -> None:
@@ -73,9 +96,21 @@ class Tokenizer:
         self.max_token_length = max(map(len, vocabulary))
         prompt, text = self.encode("0"), self.encode("0", add_bos=False)
         self.bos_token_id = prompt[0] if prompt[:1] != text[:1] else None
+        template = transformers.chat_template
+        self.info = TokenizerInfo(
+            type(transformers).__name__,
+            transformers.bos_token,
+            transformers.eos_token,
+            transformers.pad_token,
+            self.bos_token_id is not None,
+            prompt[-1:] != text[-1:],
+            int(transformers.model_max_length),
+            template.get("default") if isinstance(template, dict) else template,
+        )
         self._chat_template = ChatTemplate(transformers, self.path)
         self.chat_problem = self._chat_template.problem
         self.tools_problem = self.chat_problem or self._chat_template.tools.problem
+        self.chat_variables = self._chat_template.variables
         self._as_text: dict[str, list[int]] = {}
 
     @property
@@ -100,6 +135,8 @@ class Tokenizer:
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
+        options: ChatOptions = NEXT_ANSWER,
+        add_bos: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Encodes a conversation, ready for the assistant's next answer.
@@ -107,15 +144,20 @@ class Tokenizer:
         Args:
           messages: each {"role": one of `ROLES`, "content": text}; an assistant's may have
             "tool_calls", a list of `Call`, and a tool's "tool_call_id". Checked here.
+          options: how to render the chat, if not for the next answer.
+          add_bos: whether to add BOS in front. The templates of Llama 3 write it themselves.
           tools: the functions that the model may call, as in the OpenAI API.
 
         Raises:
+          ChatVariableError: a variable of `options` cannot be set.
           TokenizerError: the messages are malformed, there is no chat template that works, it
             rejects the messages, or it leaves out the text of one.
         """
-        pieces = self._chat_template.render(messages, tools)
+        pieces = self._chat_template.render(messages, options, tools)
         encoded = iter(self._encode([piece.text for piece in pieces if not piece.plain], False))
         ids: list[int] = []
+        if add_bos and self.bos_token_id is not None:
+            ids.append(self.bos_token_id)
         for piece in pieces:
             ids += self._encode_as_text(piece.text) if piece.plain else next(encoded)
         return ids
@@ -128,16 +170,17 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Decodes token ids; bytes that are not UTF-8 become U+FFFD."""
         decoder = ByteDecoder()
-        find = self.token_bytes if skip_special_tokens else self._spelling
-        return "".join(decoder.push(find(token_id)) for token_id in ids) + decoder.finish()
+        parts = (self.token_bytes(token_id, skip_special_tokens) for token_id in ids)
+        return "".join(map(decoder.push, parts)) + decoder.finish()
 
-    def token_bytes(self, token_id: int) -> bytes | Ambiguous:
+    def token_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes | Ambiguous:
         """Returns the bytes that a token adds to the text; they may split a UTF-8 character.
 
-        Special tokens have none, nor have ids past the tokenizer's vocabulary, to which a model's
-        vocabulary may be padded. `ByteDecoder` turns the bytes into text.
+        Special tokens have none if they are skipped, nor have ids past the tokenizer's vocabulary,
+        to which a model's vocabulary may be padded. `ByteDecoder` turns the bytes into text.
         """
-        return b"" if token_id in self.special_token_ids else self._spelling(token_id)
+        skipped = skip_special_tokens and token_id in self.special_token_ids
+        return b"" if skipped else self._spelling(token_id)
 
     def _added(self, token_id: int) -> bytes | Ambiguous:
         """Returns the bytes of an added token. It is stored as text, not in the byte alphabet."""

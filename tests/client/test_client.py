@@ -69,7 +69,7 @@ def test_an_output_has_all_that_the_engine_says_of_a_token(run: Run) -> None:
             await asyncio.sleep(seconds)
             outputs += [output async for output in stream]
             for output, token in zip(outputs, (6, 7, 8), strict=True):
-                assert output[1:2] + output[3:] == (
+                assert output[1:2] + output[3:6] == (
                     token,
                     None,
                     3,

@@ -33,12 +33,19 @@ def main(url: str, checkpoint: str, *tasks: str) -> None:
     """Prints the results of each backend."""
     run = {
         "hf": dict(model="hf", pretrained=checkpoint, dtype="float32", device="cpu"),
-        "local-completions": dict(
+        "local tokenizer": dict(
             model="local-completions",
             base_url=f"{url}/v1/completions",
             tokenizer=checkpoint,
             tokenizer_backend="huggingface",
             num_concurrent=4,
+            max_length=1024,
+        ),
+        "remote tokenizer": dict(
+            model="local-completions",
+            base_url=f"{url}/v1/completions",
+            tokenizer_backend="remote",
+            batch_size=3,
             max_length=1024,
         ),
     }

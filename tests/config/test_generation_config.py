@@ -36,6 +36,13 @@ def defaults_of(tmp_path):
 def test_default_sampling_is_the_checkpoints(defaults_of, content, expected):
     params = defaults_of(content)
     assert (params.temperature, params.top_k, params.top_p, params.min_p) == expected
+    assert params.typical_p == 1
+
+
+def test_every_filter_of_the_checkpoint_is_applied(defaults_of):
+    filters = {"top_k": 3, "top_p": 0.5, "min_p": 0.1, "typical_p": 0.7, "repetition_penalty": 1.5}
+    params = defaults_of({"do_sample": True, **filters})
+    assert {name: getattr(params, name) for name in filters} == filters
 
 
 @pytest.mark.parametrize(
@@ -50,6 +57,7 @@ def test_default_sampling_is_the_checkpoints(defaults_of, content, expected):
         ({"stop_strings": ["###"]}, "stop_strings"),
         ({"token_healing": True}, "token_healing"),
         ({"top_p": 0}, "top_p"),
+        ({"typical_p": 0}, "typical_p"),
     ],
 )
 def test_unsupported_sampling_is_refused(defaults_of, content, field):

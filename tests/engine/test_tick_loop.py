@@ -1,6 +1,6 @@
 """The tick loop with a device whose tokens can be computed by hand."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict, deque
 
 import numpy as np
 import pytest
@@ -242,3 +242,43 @@ def test_an_aborted_request_leaves_no_work_behind():
         assert loop.step() == []
         ticks += 1
     assert ticks <= 8
+
+
+def test_ticks_are_counted_by_program_and_packets_by_stage():
+    loop = make_loop(4, late=2)
+    packets = deque([(0, 0)] * 4, maxlen=4)
+    loop.on_tick.append(
+        lambda tick: packets.appendleft(
+            (len(tick.in_flight[-1].rows), sum(t.length for t in tick.in_flight[-1].tiles))
+        )
+    )
+    seen = []
+    run(loop, make_requests(25, seed=7), lambda: seen.append((loop.stage_stats, [*packets])))
+    seen = [([(s.rows, s.chunk_tokens) for s in stats], by_hand) for stats, by_hand in seen]
+    assert all(stats == by_hand for stats, by_hand in seen)
+    assert {rows > 0 for stats, _ in seen for rows, _ in stats} == {True, False}
+    by_program = Counter(loop.executor.buckets)
+    assert {(rows, chunk): n for rows, chunk, n, _ in loop.program_stats if n} == dict(by_program)
+    seconds = sum(program.seconds for program in loop.program_stats)
+    assert 0 < seconds <= loop.seconds
+
+
+def test_the_reason_of_waiting():
+    sizes = make_sizes(1)
+    scheduler = Scheduler(sizes, 1)
+    params = SamplingParams(max_tokens=4)
+
+    def reason_after(length: int) -> str | None:
+        number = scheduler.num_unfinished
+        scheduler.add(
+            number, [20 + number] * length, params, max_model_len=64, seed=0, stop_ids=frozenset()
+        )
+        scheduler.schedule()
+        return scheduler.prefill.wait_reason()
+
+    assert scheduler.prefill.wait_reason() is None
+    assert [reason_after(58) for _ in range(3)] == [None, "prefill", "prefill"]
+    assert scheduler.num_queued_tokens == 116
+    for _ in range(20):
+        scheduler.schedule()
+    assert scheduler.prefill.wait_reason() is None

@@ -121,7 +121,8 @@ def test_the_settings_of_the_process_are_unchanged(checkpoint: Path) -> None:
         assert state() == before
 
 
-@pytest.mark.parametrize("mesh", [pytest.param("1x1", marks=pytest.mark.slow), "2x2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["1x1", "2x2"])
 def test_works_where_jax_is_already_in_use(checkpoint: Path, mesh: str) -> None:
     """JAX dispatches asynchronously, and the main thread uses it while the engine generates."""
     program = f"""

@@ -139,6 +139,8 @@ def test_stop_strings(llm: LLM, stop: list[str], text: str, last: str) -> None:
     assert answer.finish_reason == ("length" if stop == ["Z"] else "stop")
     assert [answer.token_ids[-1]] == llm.tokenizer.encode(last, add_bos=False)
     assert "".join(llm.stream("A", params)) == text
+    shown = dataclasses.replace(params, include_stop_str_in_output=True)
+    assert llm.generate("A", shown).text == text + ("" if stop == ["Z"] else stop[-1])
     wait_until(lambda: llm.stats.num_running == 0)  # nothing is generated after the stop string
 
 
@@ -479,3 +481,15 @@ def test_log_probabilities(llm: LLM) -> None:
     other = llm.stream([65], LETTERS)
     list(other)
     assert other.logprobs == []
+
+
+def test_log_probabilities_of_a_prompt(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=3, prompt_logprobs=1)
+    answer = llm.generate([65, 66, 67], params)
+    wanted = [None, *[(-t / 1000, [(7, -0.5)], 2) for t in (66, 67)]]
+    found = [each and (round(each.logprob, 6), *each[1:]) for each in answer.prompt_logprobs]
+    assert found == wanted
+    stream = llm.stream([65, 66, 67], params)
+    next(stream)
+    assert stream.prompt_logprobs == answer.prompt_logprobs
+    assert llm.generate([65], LETTERS).prompt_logprobs is None

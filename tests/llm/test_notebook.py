@@ -13,6 +13,8 @@ import pytest
 
 from tests.support.kernel import Kernel, running_kernel
 
+pytestmark = pytest.mark.slow  # the kernel and the engine in it take ten seconds to start
+
 START = """
 import time
 from llama_jax import LLM, SamplingParams
@@ -82,7 +84,6 @@ def test_interrupted_cells_leave_no_request_and_no_page(kernel: Kernel) -> None:
     interrupt_cells(kernel, 8)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("in_process", [True, False])
 def test_interrupting_a_cell_50_times(in_process: bool) -> None:
     with running_kernel() as kernel:

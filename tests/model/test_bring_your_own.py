@@ -257,7 +257,7 @@ def test_classes_on_a_mesh(path, model_class, mesh):
 @pytest.mark.parametrize(
     ("model_class", "mesh"),
     [
-        (ReLULlama, "1x2"),
+        pytest.param(ReLULlama, "1x2", marks=pytest.mark.slow),
         (WindowedLlama, "2x2"),
         pytest.param(SlopedLlama, "2x2", marks=pytest.mark.slow),
         pytest.param(WindowedLlama, "1x1", marks=pytest.mark.slow),
@@ -266,12 +266,18 @@ def test_classes_on_a_mesh(path, model_class, mesh):
 def test_classes_in_the_engine(path, model_class, mesh):
     plain = model_class.from_pretrained(path)
     prompts = [TOKENS[0].tolist(), TOKENS[1, :5].tolist()]
-    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, prompt_logprobs=0)
     with LLM(path, mesh, in_process=True, model_class=model_class, **SMALL) as llm:
-        answers = [answer.token_ids for answer in llm.generate(prompts, params)]
+        found = llm.generate(prompts, params)
+        answers = [answer.token_ids for answer in found]
         assert_close(capture(llm.model, TOKENS)[0], capture(plain, TOKENS)[0])
     for prompt, answer in zip(prompts, answers, strict=True):
         assert greedy_answer(plain, prompt, 24) == answer
+    for prompt, answer in zip(prompts, found, strict=True):
+        logprobs = np.asarray(jax.nn.log_softmax(plain(np.array([prompt]))[0]))
+        scored = [each.logprob for each in answer.prompt_logprobs if each]
+        expected = logprobs[range(len(prompt) - 1), prompt[1:]]
+        np.testing.assert_allclose(scored, expected, atol=1e-4)
     usual = Llama.from_pretrained(path)
     assert [greedy_answer(usual, prompt, 24) for prompt in prompts] != answers
 

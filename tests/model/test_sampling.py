@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+import torch
+import transformers
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config.sampling_params import SamplingParams
@@ -74,7 +76,16 @@ def probabilities(logits, params):
         enough = np.cumsum(mass[order]) >= params.top_p * mass.sum()
         mass[logits < logits[order[np.argmax(enough)]]] = 0
     mass[mass < params.min_p * mass.max()] = 0
+    if params.typical_p < 1:
+        mass = typical(mass / mass.sum(), params.typical_p)
     return mass / mass.sum()
+
+
+def typical(mass, typical_p):
+    """As transformers does it."""
+    scores = torch.log(torch.tensor(mass[None]))
+    kept = transformers.TypicalLogitsWarper(mass=typical_p)(None, scores)[0]
+    return np.where(np.isfinite(kept.numpy()), mass, 0)
 
 
 # --- greedy --------------------------------------------------------------------------------------
@@ -127,7 +138,10 @@ PARAMS = {
     "a subnormal top-p": SamplingParams(top_p=1e-40),
     "min-p": SamplingParams(min_p=0.15),
     "min-p of 1": SamplingParams(min_p=1.0),
-    "all": SamplingParams(temperature=1.5, top_k=20, top_p=0.8, min_p=0.1),
+    "typical-p": SamplingParams(typical_p=0.5),
+    "a small typical-p": SamplingParams(typical_p=1e-40),
+    "a large typical-p": SamplingParams(typical_p=0.999),
+    "all": SamplingParams(temperature=1.5, top_k=20, top_p=0.8, min_p=0.05, typical_p=0.6),
 }
 
 

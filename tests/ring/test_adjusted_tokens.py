@@ -92,7 +92,7 @@ def adjusted(raw, prompt, answer, params, stop_ids) -> np.ndarray:
     return logits
 
 
-@pytest.mark.parametrize("results_late", [0, 3])
+@pytest.mark.parametrize("results_late", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_every_token_is_chosen_from_the_adjusted_logits(compiled, results_late):
     """While requests are preempted: their penalties go on with the answer so far."""
     loop = restart(compiled, results_late)

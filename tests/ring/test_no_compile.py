@@ -41,7 +41,11 @@ def make_requests(count: int) -> list[Request]:
 
 @pytest.mark.parametrize(
     ("mesh", "max_num_seqs", "num_pages"),  # so few pages that a request is preempted
-    [("1x1", 4, 48), ("2x2", 4, 33), pytest.param("4x2", 16, 48, marks=pytest.mark.slow)],
+    [
+        pytest.param("1x1", 4, 48, marks=pytest.mark.slow),
+        ("2x2", 4, 33),
+        pytest.param("4x2", 16, 48, marks=pytest.mark.slow),
+    ],
 )
 def test_nothing_compiles_after_the_warm_up(mesh, max_num_seqs, num_pages, path):
     sizes = dict(max_num_seqs=max_num_seqs, max_chunk=128, num_pages=num_pages)

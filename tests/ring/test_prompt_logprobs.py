@@ -7,6 +7,7 @@ import pytest
 import scipy.special
 
 from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine import sizing
 from tests.support.reference import (
     Request,
     drive,
@@ -31,12 +32,20 @@ def model():
 
 @pytest.fixture(
     scope="module",
-    params=["2x2", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("1x1", "4x2"))],
+    params=[
+        ("2x2", 64),
+        *(pytest.param(case, marks=pytest.mark.slow) for case in (("1x1", 32), ("4x2", 64))),
+    ],
+    ids=lambda case: f"{case[0]}-tiles-of-{case[1]}",
 )
 def compiled(request, model, tmp_path_factory):
     """With so few pages that requests are preempted."""
     path = save_model(model, tmp_path_factory.mktemp("model"))
-    return make_loop(path, request.param, max_num_seqs=4, max_chunk=128, page_size=8, num_pages=41)
+    mesh, tile = request.param
+    few = dict(max_num_seqs=4, max_chunk=128, page_size=8, num_pages=41)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sizing, "TILE", tile)
+        return make_loop(path, mesh, **few)
 
 
 def requests(lengths=LENGTHS, params=SCORED, ticks_apart=1) -> list[Request]:
@@ -78,7 +87,7 @@ def test_prompt_and_answer_equal_transformers(compiled, model, results_late):
         check(model, request, run)
 
 
-@pytest.mark.parametrize("results_late", [0, 4])
+@pytest.mark.parametrize("results_late", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_a_prompt_that_is_preempted_half_way_is_scored_whole(compiled, model, results_late):
     """It takes all the pages that the others leave, and they need more while it is prefilled."""
     short = requests((5, 6, 7), replace(SCORED, max_tokens=40))

@@ -196,7 +196,7 @@ def test_pages_are_freed_too_early(model, loop, monkeypatch):
     def too_early(self, packet, microbatch):
         add_rows(self, packet, microbatch)
         for sequence in [s for s in microbatch if s.fully_sent]:
-            self._release(sequence)
+            self.roster.release(sequence)
 
     add_rows = Scheduler._add_rows
     monkeypatch.setattr(Scheduler, "_add_rows", too_early)
@@ -284,7 +284,7 @@ def test_chunks_enter_in_consecutive_ticks():
 def test_a_burst_spreads_over_the_microbatches(fair, monkeypatch):
     """Rule 5, and the same rule broken: a sequence takes any free row."""
     if not fair:
-        monkeypatch.setattr(Scheduler, "share", lambda self: 8)
+        monkeypatch.setattr("llama_jax.engine.prefill.Prefill.share", lambda self: 8)
     scheduler = Scheduler(small_sizes(chunk_buckets=(0, 32)), 4)
     for request_id in range(8):
         add(scheduler, request_id, 3)
@@ -318,7 +318,7 @@ def test_results_are_matched_through_the_record_of_their_packet(process, model, 
 
     def schedule_after_preempting():
         if loop.ticks in (20, 40):
-            scheduler._preempt(scheduler._youngest())
+            scheduler.roster.preempt(max(scheduler.roster.live, key=lambda s: s.arrival))
         return schedule()
 
     scheduler.schedule = schedule_after_preempting

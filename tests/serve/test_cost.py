@@ -53,7 +53,7 @@ def test_the_first_wrong_message_is_the_only_one_read(monkeypatch, unit, param):
         ("/v1/completions", filled('{"prompt":"', "\\u00e9", '"}'), "prompt"),
         ("/detokenize", filled('{"tokens":[', "-1,", "-1]}"), "tokens"),
         (CHAT, filled('{"x":{', '"x":{},', '"x":{}}}'), "x"),
-        (CHAT, filled('{"bad_words":[', "[[]],", "[]]}"), "bad_words"),
+        (CHAT, filled('{"audio":[', "[[]],", "[]]}"), "audio"),
         (CHAT, filled('{"messages":"', "[[]],", '"}'), "messages"),
         (CHAT, filled("{", '"x":1,', '"y":1}'), "x"),
     ],

@@ -165,7 +165,7 @@ def test_bad_requests_and_disconnects_leave_no_trace(server):
         {"prompt": [-1]},
         {"prompt": [5, 10**30]},
         {"prompt": "x", "n": 10**6},
-        {"prompt": ["x"] * 1000},
+        {"prompt": ["x"] * 2000},
         {"prompt": "x", "stop_token_ids": [10**6]},
         {"prompt": "x", "temperature": -1},
         {"prompt": "x", "max_tokens": 10**12},
@@ -200,6 +200,19 @@ def test_sampled_answers_with_a_seed_repeat_and_compile_nothing(server):
     assert len(texts) == 1
     wait_idle(server)
     assert metric(server, "compilations_total") == compilations
+
+
+def test_a_bad_word_is_not_said(server, checkpoint):
+    tokenizer = Tokenizer(checkpoint)
+    body = {"prompt": [5, 6, 7], "max_tokens": 20, "temperature": 0, "ignore_eos": True}
+    body["return_token_ids"] = True
+    [choice] = ask(server, **body).json()["choices"]
+    texts = {token: tokenizer.decode([token]) for token in choice["token_ids"]}
+    words = [t for i, t in texts.items() if t.strip() and tokenizer.encode(t, False) == [i]]
+    banned = {token for word in words for token in tokenizer.encode(word, add_bos=False)}
+    assert banned <= set(choice["token_ids"]) and banned
+    [choice] = ask(server, **body, bad_words=words).json()["choices"]
+    assert len(choice["token_ids"]) == 20 and not banned & set(choice["token_ids"])
 
 
 def test_sigterm_ends_everything(server):

@@ -276,7 +276,9 @@ def test_a_client_that_closes_its_sending_side_too_early_gets_no_answer(server, 
 # HEAD, keys and addresses
 
 
-@pytest.mark.parametrize("path", ["/health", "/v1/models", "/metrics", "/nowhere", "/tokenize"])
+@pytest.mark.parametrize(
+    "path", ["/health", "/v1/models", "/metrics", "/", "/nowhere", "/tokenize"]
+)
 def test_head_has_the_headers_of_get_and_no_body(server, address, path):
     get, head = (
         Response(answer_to(address, [f"{method} {path} HTTP/1.1\r\nHost: x\r\n".encode(), CLOSE]))

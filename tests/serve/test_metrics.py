@@ -175,8 +175,10 @@ def test_every_counter_of_the_engine_is_exported() -> None:
         compilations=12,
         tick_seconds=1.5,
         host_seconds=0.5,
+        queue_tokens=13,
+        pages_cached=14,
     )
-    values = [value for value in dataclasses.asdict(stats).values()]
+    values = [v for v in dataclasses.asdict(stats).values() if isinstance(v, int | float)]
     assert len(set(values)) == len(values), "equal values could be swapped"
     metrics = Metrics("tiny", lambda: stats, lambda: True, "llama_jax")
     expected = {
@@ -197,6 +199,8 @@ def test_every_counter_of_the_engine_is_exported() -> None:
         "compilations_total": 12,
         "tick_seconds_total": 1.5,
         "host_seconds_total": 0.5,
+        "queue_tokens": 13,
+        "kv_pages_cached": 14,
     }
     found = samples(metrics.text().decode())
     assert {name: found[name] for name in expected} == expected
@@ -215,7 +219,11 @@ def timed(server: FakeServer, gaps: list[float]) -> Clock:
     generate: Callable[..., AsyncGenerator[Output, None]] = server.engine.generate
 
     async def slow(
-        prompt: list[int], params: SamplingParams, *, on_token: Callable[[], None]
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        on_token: Callable[[], None],
+        deadline: float | None,
     ) -> AsyncGenerator[Output, None]:
         times = iter(gaps)
         async for output in generate(prompt, params):
@@ -254,7 +262,11 @@ def test_a_pause_of_the_reader_is_no_latency() -> None:
     generate = server.engine.generate
 
     async def ahead_of_the_reader(
-        prompt: list[int], params: SamplingParams, *, on_token: Callable[[], None]
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        on_token: Callable[[], None],
+        deadline: float | None,
     ) -> AsyncGenerator[Output, None]:
         outputs = [output async for output in generate(prompt, params)]
         for _ in outputs:

@@ -17,6 +17,7 @@ BODIES = {
         "top_p": 0.9,
         "top_k": 5,
         "min_p": 0.1,
+        "typical_p": 0.9,
         "seed": 7,
         "n": 2,
         "stop": ["x"],

@@ -50,8 +50,8 @@ def test_the_schemas_are_valid_and_complete(document):
     assert used <= set(schemas)
     assert set(document["paths"]) == {
         *(COMPLETIONS, CHAT, RESPONSES, RESPONSES + "/{id}"),
-        *("/tokenize", "/detokenize", "/v1/models", "/v1/models/{name}"),
-        *("/health", "/version", "/metrics", "/openapi.json"),
+        *("/tokenizer_info", "/tokenize", "/detokenize", "/v1/models", "/v1/models/{name}"),
+        *("/health", "/version", "/metrics", "/openapi.json", "/status", "/", "/page/{name}"),
     }
 
 
@@ -60,6 +60,8 @@ def test_the_schemas_are_valid_and_complete(document):
     [
         (COMPLETIONS, {"prompt": "Hi"}),
         (COMPLETIONS, {"prompt": ["Hi"], "n": 2}),
+        (COMPLETIONS, {"prompt": "Hi", "echo": True, "logprobs": 1, "prompt_logprobs": 2}),
+        (CHAT, {"messages": user("Hi"), "prompt_logprobs": 1}),
         (CHAT, {"messages": user("Hi")}),
         (RESPONSES, {"input": "Hi", "metadata": {"a": "b"}}),
         (RESPONSES, {"input": "Hi", "include": ["message.output_text.logprobs"]}),
@@ -82,6 +84,7 @@ def test_responses_are_as_described(server, document, path, body):
     ("path", "given", "chunk"),
     [
         (COMPLETIONS, {"prompt": "Hi"}, "CompletionChunk"),
+        (COMPLETIONS, {"prompt": "Hi", "echo": True, "logprobs": 1}, "CompletionChunk"),
         (CHAT, {"messages": user("Hi")}, "ChatCompletionChunk"),
     ],
 )
@@ -116,13 +119,18 @@ def test_a_stored_response_is_described_as_missing(server, document, method):
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/models", "/v1/models/tiny", "/health", "/version", "/metrics", "/openapi.json"]
+    "path",
+    [
+        *("/v1/models", "/v1/models/tiny", "/health", "/version", "/metrics", "/openapi.json"),
+        *("/tokenizer_info", "/status", "/", "/page/main.js"),
+    ],
 )
 def test_get_and_head_are_as_described(server, document, path):
-    described = path.replace("tiny", "{name}")
+    described = path.replace("tiny", "{name}").replace("main.js", "{name}")
     response = server.get(path)
     schema = schema_of(document, described, response, "get")
-    assert path == "/metrics" or accepts(document, schema, response.json())
+    json = response.headers["content-type"] == "application/json"
+    assert accepts(document, schema, response.json() if json else response.text)
     head = server.run(lambda client: client.head(path))
     assert head.status_code == 200
     assert "200" in document["paths"][described]["head"]["responses"]
@@ -172,7 +180,19 @@ VALUES = {
     "repetition_penalty": [0, 0.01, 1, 101],
     "logit_bias": [{}, {"5": 1}, {"5": 101}, {"5": "1"}, [5]],
     "min_tokens": [-1, 0, 2],
+    "prompt_logprobs": [-1, 0, 20, 21, True, None],
+    "echo": [True, False, None, 1],
+    "best_of": [0, 1, 8, 17, None],
+    "typical_p": [0, 0.1, 1, 1.1, None],
     "cache_salt": ["", "a", "a" * 1025, 5],
+    "bad_words": [[], ["a"], [""], [" "], ["a"] * 256, ["a"] * 257, "a", [5]],
+    "truncate_prompt_tokens": [-2, -1, 0, 1, 1.0, 2**63 - 1, 2**63],
+    "skip_special_tokens": [True, False, 1],
+    "add_special_tokens": [True, False],
+    "return_tokens_as_token_ids": [False, True],
+    "return_token_ids": [True, "yes"],
+    "spaces_between_special_tokens": [True, False, 1],
+    "service_tier": ["auto", "flex", "free"],
     "user": ["me"],
     "nonsense": [None, 1],
     "prompt": ["", "a", [5], [5.0], ["a"], [[5]], [[5], [6]], [5, "a"], [True], [["a"]], {}, None],
@@ -186,6 +206,48 @@ def test_the_server_accepts_what_it_describes(server, document, name, value):
     body = {"prompt": "Hi", "max_tokens": 2, "stream": name == "stream_options", name: value}
     described = accepts(document, {"$ref": "#/components/schemas/CompletionRequest"}, body)
     assert (server.post(COMPLETIONS, body).status_code == 200) == described
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETIONS, {"prompt": "x", "logprobs": 2, "return_tokens_as_token_ids": True}),
+        (COMPLETIONS, {"prompt": "", "add_special_tokens": False}),
+        (COMPLETIONS, {"prompt": ["x", ""], "add_special_tokens": False}),
+        (COMPLETIONS, {"prompt": ["x", ""], "add_special_tokens": True}),
+        (COMPLETIONS, {"prompt": ["x"] * 8}),
+        (COMPLETIONS, {"prompt": ["x"] * 9}),
+        (COMPLETIONS, {"prompt": [320]}),
+        (COMPLETIONS, {"prompt": [319], "max_tokens": 199}),
+        (COMPLETIONS, {"prompt": "x", "max_tokens": 200}),
+        (COMPLETIONS, {"prompt": "x", "stop_token_ids": [320]}),
+        (COMPLETIONS, {"prompt": "x", "logit_bias": {"x": 1}}),
+        (CHAT, {"messages": user("x"), "stream_options": {}}),
+        (CHAT, {"messages": user("x"), "logprobs": True, "top_logprobs": 1}),
+        (CHAT, {"messages": user("x"), "logprobs": False, "top_logprobs": 1}),
+        (CHAT, {"messages": user("x"), "top_logprobs": 0}),
+        (CHAT, {"messages": user("x"), "return_tokens_as_token_ids": True}),
+        (CHAT, {"messages": user("x"), "max_completion_tokens": 200}),
+        (CHAT, {"messages": user("x"), "continue_final_message": True}),
+        (CHAT, {"messages": user("x"), "chat_template_kwargs": {}}),
+        (CHAT, {"messages": user("x"), "chat_template_kwargs": {"date_string": "x"}}),
+        (CHAT, {"messages": user("x"), "chat_template_kwargs": {"date_string": None}}),
+        ("/tokenize", {"prompt": "x", "messages": None}),
+        ("/tokenize", {"prompt": "x", "messages": user("x")}),
+        ("/tokenize", {"prompt": None}),
+        ("/tokenize", {"prompt": "x", "continue_final_message": True}),
+        ("/tokenize", {"messages": user("x"), "continue_final_message": True}),
+        ("/tokenize", {"messages": user("x"), "add_generation_prompt": True,
+                       "continue_final_message": True}),
+        ("/detokenize", {"tokens": []}),
+        ("/detokenize", {"tokens": [0, 319]}),
+        ("/detokenize", {"tokens": [-1]}),
+        ("/detokenize", {"tokens": [320]}),
+    ],
+)  # fmt: skip
+def test_the_server_accepts_the_fields_that_it_describes_together(server, document, path, body):
+    schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert (server.post(path, body).status_code == 200) == accepts(document, schema, body)
 
 
 @pytest.mark.parametrize(

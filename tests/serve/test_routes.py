@@ -51,8 +51,8 @@ def test_tokenize_a_chat(server):
         ("/tokenize", {"prompt": "Hi", "messages": user("Hi")}, "prompt", "invalid_value"),
         (
             "/tokenize",
-            {"messages": user("Hi"), "add_special_tokens": True},
-            "add_special_tokens",
+            {"prompt": "Hi", "continue_final_message": True},
+            "continue_final_message",
             "invalid_value",
         ),
         ("/tokenize", {"prompt": 5}, "prompt", "invalid_type"),

@@ -6,11 +6,13 @@ import math
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import httpx
+import numpy as np
 
 from llama_jax.client.request_check import check_request
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.engine.errors import EngineDead, QueueFull
+from llama_jax.engine.errors import EngineDead, QueueFull, RequestTimeout
 from llama_jax.engine.interface import DeviceInfo, EngineInfo, Output, Stats, TokenLogprobs
+from llama_jax.engine.prompt_logprobs import PromptLogprobs, PromptScoring
 from llama_jax.serve.app import create_app
 from llama_jax.serve.monitoring.metrics import Metrics
 from llama_jax.serve.served_model import ServedModel
@@ -60,6 +62,7 @@ class FakeClient:
       script: the tokens of every answer.
       eos: the token of the script that ends an answer.
       hold: tokens are produced only while it is set.
+      pause: seconds before each token.
       fail_after: the number of tokens after which every request fails, or None.
       cached_tokens: reported with every token.
       requests: all accepted requests, as (prompt, params).
@@ -80,6 +83,7 @@ class FakeClient:
         self.seconds_since_report = 0.1
         self.hold = asyncio.Event()
         self.hold.set()
+        self.pause = 0.0
         self.fail_after: int | None = None
         self.cached_tokens = 0
         self.requests: list[tuple[list[int], SamplingParams]] = []
@@ -102,6 +106,7 @@ class FakeClient:
         params: SamplingParams,
         *,
         on_token: Callable[[], None] = lambda: None,
+        deadline: float | None = None,
     ) -> AsyncGenerator[Output, None]:
         self.check(prompt, params)
         if self.running >= self.max_in_flight:
@@ -112,7 +117,7 @@ class FakeClient:
         try:
             limit = params.max_tokens or self.info.max_model_len - len(prompt)
             for index in range(limit):
-                await self._wait()
+                await self._wait(deadline)
                 if index == self.fail_after:
                     finished = True
                     yield Output(0, None, "error", "The logits are not finite.")
@@ -131,6 +136,7 @@ class FakeClient:
                     reason,
                     cached_tokens=self.cached_tokens,
                     logprobs=None if params.logprobs is None else TokenLogprobs(-0.5, top),
+                    prompt_logprobs=None if index else score(prompt, params),
                 )
                 if finished:
                     return
@@ -138,9 +144,13 @@ class FakeClient:
             self.running -= 1
             self.aborted += not finished
 
-    async def _wait(self) -> None:
-        await self.hold.wait()
-        await asyncio.sleep(0)
+    async def _wait(self, deadline: float | None) -> None:
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self.hold.wait()
+                await asyncio.sleep(self.pause)
+        except TimeoutError:
+            raise RequestTimeout from None
         if not self.alive:
             raise EngineDead("killed, see /tmp/secret.log")
 
@@ -151,6 +161,19 @@ class FakeClient:
     async def close(self) -> None:
         self.closed = True
         self.die()
+
+
+def score(prompt: list[int], params: SamplingParams) -> PromptLogprobs | None:
+    """Token i of a prompt has log-probability -i and rank 2; token 9 is the likeliest."""
+    if params.prompt_logprobs is None:
+        return None
+    scoring, n = PromptScoring(len(prompt), params.prompt_logprobs), len(prompt) - 1
+    if n:
+        own = -np.arange(1, n + 1, dtype=np.float32)
+        top = np.stack([np.full(n, -0.25), own, *np.full((18, n), -np.inf)], axis=1)
+        ids = np.stack([np.full(n, 9), prompt[1:], *np.zeros((18, n), int)], axis=1)
+        scoring.put(0, own, np.full(n, 2), ids, top)
+    return scoring.result()
 
 
 class FakeServer:

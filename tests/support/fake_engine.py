@@ -1,8 +1,9 @@
 """An engine whose outputs can be computed by hand, in the real process loop, without JAX.
 
-Token i of an answer is (last token of the prompt + 1 + i) mod 1000; token 0 is EOS. Three
-tokens of every prompt are cached, and the log-probability of token t is -t / 1000. The rest of its
-behavior is in `EngineOptions.path`: "fake", "fake:MODE" or "fake:MODE:NUMBER", where MODE is
+Token i of an answer is (last token of the prompt + 1 + i) mod 1000; token 0 is EOS. Three tokens of
+every prompt are cached, and the log-probability of token t, also in a prompt, is -t / 1000. The
+rest of its behavior is in `EngineOptions.path`: "fake", "fake:MODE" or "fake:MODE:NUMBER", where
+MODE is
 
   hang      never becomes ready
   fatal     fails to start with a `UserError`
@@ -19,6 +20,8 @@ import sys
 import time
 from collections.abc import Callable
 
+import numpy as np
+
 from llama_jax.config import ConfigError
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.interface import (
@@ -31,10 +34,22 @@ from llama_jax.engine.interface import (
 )
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.process import main
+from llama_jax.engine.prompt_logprobs import PromptLogprobs, PromptScoring
 
 VOCAB_SIZE = 1000
 EOS = 0
 TICK_SECONDS = 0.002
+
+
+def score(prompt: list[int], params: SamplingParams) -> PromptLogprobs | None:
+    """The likeliest token in every place of a prompt is 7."""
+    if params.prompt_logprobs is None:
+        return None
+    scoring, n = PromptScoring(len(prompt), params.prompt_logprobs), len(prompt) - 1
+    top = np.full((n, 20), -np.inf)
+    top[:, 0] = -0.5
+    scoring.put(0, np.array(prompt[1:]) / -1000, np.full(n, 2), np.full((n, 20), 7), top)
+    return scoring.result()
 
 
 class FakeEngine:
@@ -69,7 +84,7 @@ class FakeEngine:
         )
         self.live: dict[int, list[int]] = {}  # request: next token, tokens left, stops at EOS
         self.unlucky: set[int] = set()
-        self.scored: dict[int, bool] = {}  # whether a request asks for log-probabilities
+        self.asked: dict[int, tuple[list[int], SamplingParams]] = {}
         self.made = 0
 
     def add(self, request_id: int, prompt: list[int], params: SamplingParams) -> None:
@@ -78,7 +93,7 @@ class FakeEngine:
             left = min(left, params.max_tokens)
         if prompt[0] == 13:
             self.unlucky.add(request_id)
-        self.scored[request_id] = params.logprobs is not None
+        self.asked[request_id] = prompt, params
         self.live[request_id] = [(prompt[-1] + 1) % VOCAB_SIZE, left, not params.ignore_eos]
 
     def abort(self, request_id: int) -> None:
@@ -94,10 +109,21 @@ class FakeEngine:
                 del self.live[request_id]
                 continue
             reason = "stop" if stops and token == EOS else "length" if left == 1 else None
-            logprobs = (
-                TokenLogprobs(-token / 1000, [(token, -0.5)]) if self.scored[request_id] else None
+            prompt, params = self.asked[request_id]
+            logprobs = None
+            if params.logprobs is not None:
+                logprobs = TokenLogprobs(-token / 1000, [(token, -0.5)])
+            scores = score(prompt, params) if token == (prompt[-1] + 1) % VOCAB_SIZE else None
+            outputs.append(
+                Output(
+                    request_id,
+                    token,
+                    reason,
+                    cached_tokens=3,
+                    logprobs=logprobs,
+                    prompt_logprobs=scores,
+                )
             )
-            outputs.append(Output(request_id, token, reason, cached_tokens=3, logprobs=logprobs))
             state[:2] = [(token + 1) % VOCAB_SIZE, left - 1]
             if reason is not None:
                 del self.live[request_id]

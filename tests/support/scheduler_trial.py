@@ -39,6 +39,7 @@ class Request:
     abort: int | None = None
     stop_ids: frozenset[int] = frozenset()
     salt: bytes = b""
+    priority: int = 0
 
     @property
     def max_length(self) -> int:
@@ -72,6 +73,7 @@ class Trial:
         self.unread: deque = deque()
         self.packets: list[Packet] = []
         self.sent: dict[tuple[int, int], int] = {}  # (arrival, epoch) -> next position
+        self.ranks: list[tuple[int, int]] = []  # by arrival: priority, arrival
         self.prompt_lengths: list[int] = []  # by arrival
         self.prompt_ends: list[int] = []  # by arrival: tokens sent or found so far
         self.computed = 0  # prompt tokens sent for the first time
@@ -81,13 +83,14 @@ class Trial:
         self.scheduler.add(
             request_id,
             request.prompt,
-            SamplingParams(temperature=0, max_tokens=request.max_tokens),
+            SamplingParams(temperature=0, max_tokens=request.max_tokens, priority=request.priority),
             max_model_len=max_model_len,
             seed=0,
             stop_ids=request.stop_ids,
             salt=request.salt,
         )
         self.tokens[request_id] = []
+        self.ranks.append((request.priority, len(self.ranks)))
         self.prompt_lengths.append(len(request.prompt))
         self.prompt_ends.append(0)
 
@@ -155,14 +158,16 @@ class Trial:
 
     @property
     def live(self):
-        prefilling = [s for s in [self.scheduler.prefilling] if s]
-        return [*prefilling, *chain(*self.scheduler.microbatches)]
+        return [*self.scheduler.prefilling, *chain(*self.scheduler.microbatches)]
 
     @property
     def half_sent(self):
-        """(sequence, epoch) of the prompt that is partly sent, if there is one."""
-        prefilling = [s for s in [self.scheduler.prefilling] if s]
-        return [(s, s.epoch) for s in prefilling if (s.arrival, s.epoch) in self.sent]
+        """(sequence, epoch) of the most important prompt, if it is partly sent."""
+        first = self.scheduler.prefilling[:1]
+        return [(s, s.epoch) for s in first if (s.arrival, s.epoch) in self.sent]
+
+    def rank(self, sequence) -> tuple[int, int]:
+        return self.ranks[sequence.arrival]
 
     # --- invariants --------------------------------------------------------------------------
 
@@ -188,9 +193,9 @@ class Trial:
         for s in self.live:
             assert scheduler.page_tables[s.slot, : len(s.pages)].tolist() == s.pages
             assert not s.finished
-        ages = [[s.arrival for s in group] for group in (self.live, scheduler.waiting)]
-        assert max(ages[0], default=-1) < min(ages[1], default=10**9), "a younger one overtook"
-        assert ages[1] == sorted(ages[1])
+        for group in (scheduler.waiting, scheduler.prefilling, *scheduler.microbatches):
+            assert group == sorted(group, key=self.rank), "the order of importance"
+        assert len(scheduler.prefilling) <= 2
 
     def check_packet(self, packet: Packet) -> None:
         sizes = self.sizes
@@ -228,9 +233,10 @@ class Trial:
             self.prompt_ends[s.arrival] = max(self.prompt_ends[s.arrival], s.next_position)
 
     def check_consecutive(self, packet: Packet, half_sent, free_before: int, room: int) -> None:
-        """The next chunk of a prompt enters in the next tick, if there are pages for it.
+        """The next chunk of the first prompt enters in the next tick, if there are pages for it.
 
-        Only the last chunk may wait, until a microbatch has a row for it.
+        Only the last chunk may wait, until a microbatch has a row for it. A short prompt leaves it
+        half of each chunk; if a chunk is one tile, every other one.
         """
         sizes = self.sizes
         taken = sum(row.position % sizes.page_size == 0 for row in packet.rows)
@@ -238,6 +244,10 @@ class Trial:
             if s.epoch != epoch or any(tile.sequence is s for tile in packet.tiles):
                 continue
             left = s.prefill_until - s.next_position
+            if sizes.max_chunk == sizes.tile and packet.tiles and self.tick % 2:
+                continue
+            if any(self.rank(tile.sequence) < self.rank(s) for tile in packet.tiles):
+                continue  # a short prompt that is more important
             end = s.next_position + min(left, sizes.max_chunk)
             no_pages = -(-end // sizes.page_size) - len(s.pages) > free_before - taken
             no_row = left <= sizes.max_chunk and room <= 0
@@ -252,7 +262,7 @@ class Trial:
             return -(-min(len(s.tokens) + 1, s.max_length - 1) // sizes.page_size) - len(s.pages)
 
         live = len(self.live)
-        free -= sum(map(missing, [s for s in [self.scheduler.prefilling] if s]))
+        free -= sum(map(missing, self.scheduler.prefilling))
         for s in self.scheduler.waiting:
             free -= missing(s)
             if free < 0 or live == sizes.num_slots:

@@ -175,3 +175,55 @@ def test_the_token_that_ends_the_answer_is_not_shown_but_counts(tokenizer):
 def test_special_tokens_have_no_text(tokenizer):
     ids = sorted(tokenizer.special_token_ids)
     assert "".join(run(tokenizer, ids)[0]) == ""
+
+
+def cut_tokens(pieces: list[str], stop: list[str], include: bool, min_tokens: int) -> str:
+    """The specification for tokens that are whole characters, one token at a time."""
+    before = ""
+    for index, piece in enumerate(pieces, 1):
+        text = before + piece
+        for end in range(len(before) + 1, len(text) + 1):
+            starts = [end - len(s) for s in stop if text[:end].endswith(s)]
+            if starts and index > min_tokens:
+                return text[: end if include else min(starts)]
+        before = text
+    return before
+
+
+@given(
+    parts=st.lists(st.sampled_from([EOM, HEADER, *"ab<"]), min_size=4, max_size=12),
+    stop=st.lists(
+        st.text("ab<", min_size=1, max_size=2) | st.sampled_from([EOM, "|>", "d|>a", "<|s"]),
+        min_size=1,
+        max_size=3,
+    ),
+    include=st.booleans(),
+    min_tokens=st.integers(0, 4),
+    skip=st.booleans(),
+)
+def test_how_the_end_and_special_tokens_are_shown(
+    tokenizer, parts, stop, include, min_tokens, skip
+):
+    if skip:  # then a special token is a symbol, as above
+        stop = [s for s in stop if s != EOM]
+    ids = [tokenizer.encode(part, add_bos=False)[0] for part in parts]
+    detokenizer = Detokenizer(
+        tokenizer,
+        stop,
+        include_stop=include,
+        min_tokens=min_tokens,
+        skip_special_tokens=skip,
+    )
+    text = "".join(map(detokenizer.push, ids)) + detokenizer.finish()
+    shown = [tokenizer.decode([token], skip) for token in ids]
+    assert text == cut_tokens(shown, stop, include, min_tokens)
+
+
+@pytest.mark.parametrize(
+    ("include", "skip", "text"),
+    [(False, True, "a"), (True, True, "a"), (False, False, "a"), (True, False, f"a{EOM}")],
+)
+def test_the_eos_token_is_shown_only_if_the_end_is_included(tokenizer, include, skip, text):
+    a, eom = tokenizer.encode(f"a{EOM}", add_bos=False)
+    detokenizer = Detokenizer(tokenizer, include_stop=include, skip_special_tokens=skip)
+    assert detokenizer.push(a) + detokenizer.push(eom, ends=True) + detokenizer.finish() == text

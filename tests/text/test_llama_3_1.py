@@ -158,4 +158,4 @@ def test_ids_of_chats_with_tools(tmp_path, kind):
             wanted = reference.apply_chat_template(
                 messages, tools=offered, add_generation_prompt=True, return_dict=False
             )
-            assert own.encode_chat(chat, offered) == wanted, chat
+            assert own.encode_chat(chat, tools=offered) == wanted, chat

@@ -86,7 +86,7 @@ def test_ids_are_those_of_transformers(folder, tokenizer, chat, tools):
         add_generation_prompt=True,
         return_dict=False,
     )
-    assert tokenizer.encode_chat(chat, tools) == wanted
+    assert tokenizer.encode_chat(chat, tools=tools) == wanted
 
 
 def test_calls_made_at_once_are_written_one_by_one_where_the_template_knows_one(tmp_path):
@@ -97,13 +97,13 @@ def test_calls_made_at_once_are_written_one_by_one_where_the_template_knows_one(
         {"role": "assistant", "content": "Hm."},
         *(assistant(ONE), result("c1"), assistant(TWO), result("c2", "zero")),
     ]
-    assert subject.encode_chat(at_once, [ADD]) == subject.encode_chat(one_by_one, [ADD])
+    assert subject.encode_chat(at_once, tools=[ADD]) == subject.encode_chat(one_by_one, tools=[ADD])
 
 
 def test_a_template_that_knows_several_calls_gets_them_all(tmp_path):
     subject = Tokenizer(make_tokenizer(tmp_path))
     chat = [user(), assistant(ONE, TWO, text="Hm."), result("c1"), result("c2")]
-    text = subject.decode(subject.encode_chat(chat, [ADD]), False)
+    text = subject.decode(subject.encode_chat(chat, tools=[ADD]), False)
     assert text.count("assistant") == 2 and text.index("Hm.") < text.index('{"name": "add"')
 
 
@@ -116,7 +116,7 @@ def test_control_tokens_are_text(tokenizer, place):
         function = {"name": "add", "description": texts["description"], "parameters": schema}
         call = Call(texts["id"], "add", {texts["key"]: [texts["argument"]]})
         chat = [user(), assistant(call), result(texts["id"], texts["result"])]
-        return tokenizer.encode_chat(chat, [{"type": "function", "function": function}])
+        return tokenizer.encode_chat(chat, tools=[{"type": "function", "function": function}])
 
     def special(prompt: list[int]) -> list[int]:
         return [token for token in prompt if token in tokenizer.special_token_ids]
@@ -131,7 +131,9 @@ def test_control_tokens_are_text_where_the_template_writes_ascii(tmp_path):
     subject = Tokenizer(write_tokenizer(tmp_path, template=template))
     tool = {"type": "function", "function": {"name": "add", "description": EVIL}}
     evil, harmless = (
-        subject.encode_chat([user()], [{**tool, "function": {"name": "add", "description": text}}])
+        subject.encode_chat(
+            [user()], tools=[{**tool, "function": {"name": "add", "description": text}}]
+        )
         for text in (EVIL, "x")
     )
     special = subject.special_token_ids
@@ -152,7 +154,7 @@ def test_a_template_that_does_not_know_tools(tmp_path, template):
     assert subject.tools_problem is not None
     for chat, tools in (([user()], [ADD]), ([user(), assistant(ONE), result("c1")], None)):
         with pytest.raises(TokenizerError):
-            subject.encode_chat(chat, tools)
+            subject.encode_chat(chat, tools=tools)
 
 
 def test_a_template_for_tools_alone_is_used(tmp_path):
@@ -162,7 +164,7 @@ def test_a_template_for_tools_alone_is_used(tmp_path):
     ]
     subject = Tokenizer(write_tokenizer(tmp_path, template=named))
     assert subject.tools_problem is None
-    assert "Adds two" in subject.decode(subject.encode_chat([user()], [ADD]), False)
+    assert "Adds two" in subject.decode(subject.encode_chat([user()], tools=[ADD]), False)
 
 
 def test_a_call_must_not_be_lost(tmp_path):
@@ -171,4 +173,4 @@ def test_a_call_must_not_be_lost(tmp_path):
     chat = [assistant(ONE), result("c1"), user()]
     assert '{"name": "add"' in subject.decode(subject.encode_chat(chat), False)
     with pytest.raises(TokenizerError, match="call"):
-        subject.encode_chat(chat, [ADD])
+        subject.encode_chat(chat, tools=[ADD])

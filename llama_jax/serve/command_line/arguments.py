@@ -15,6 +15,7 @@ from llama_jax.serve.command_line.engine_arguments import (
 )
 from llama_jax.serve.command_line.foreign_flags import find_foreign_flag
 from llama_jax.serve.command_line.model_arguments import add_model_arguments, check_path
+from llama_jax.serve.generation.admission import MAX_QUEUE_TOKENS
 from llama_jax.serve.monitoring.metrics import PREFIXES
 from llama_jax.serve.transport.door import MAX_BODY_BYTES
 from llama_jax.terminal.arguments import Parser, size
@@ -42,9 +43,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     Returns:
       path, served_model_name, host, port, api_key, max_body_size (bytes), metrics_prefix,
-      shutdown_timeout, write_timeout and sse_keep_alive_interval (seconds), those of
-      `add_model_arguments`, and for `engine_options` what is given of the engine's. path and
-      served_model_name may be None.
+      max_queue_tokens, request_timeout, shutdown_timeout, write_timeout and
+      sse_keep_alive_interval (seconds), those of `add_model_arguments`, and for `engine_options`
+      what is given of the engine's. path, served_model_name and request_timeout may be None.
     """
     parser = Parser(
         prog="python -m llama_jax.serve",
@@ -120,6 +121,21 @@ def _add_http(parser: argparse.ArgumentParser) -> None:
         help="maximum size of a request's body, such as 8MB (default: 2MB)",
     )
     http.add_argument(
+        "--max-queue-tokens",
+        type=_positive_integer,
+        default=MAX_QUEUE_TOKENS,
+        metavar="TOKENS",
+        help="maximum number of tokens in prompts that wait for their first token; more are "
+        "refused, with HTTP status 429 (default: %(default)s)",
+    )
+    http.add_argument(
+        "--request-timeout",
+        type=_positive_seconds,
+        metavar="SECONDS",
+        help="time after which a request that sets no timeout is aborted, with HTTP status 504 "
+        "(default: no limit)",
+    )
+    http.add_argument(
         "--shutdown-timeout",
         type=_seconds,
         default=30.0,
@@ -166,6 +182,12 @@ def _positive_seconds(text: str) -> float:
     if seconds == 0:
         raise argparse.ArgumentTypeError("it must be more than 0 seconds")
     return seconds
+
+
+def _positive_integer(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
 
 
 def _key(text: str) -> str:

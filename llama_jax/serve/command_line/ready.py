@@ -42,7 +42,14 @@ def show_ready(
     console.print(_pool(info))
     console.print(_seconds(info, seconds))
     console.print()
-    console.print(Text.assemble(("Ready", "bold green"), " at ", (address, "bold"), ". Try:"))
+    console.print(
+        Text.assemble(
+            ("Ready", "bold green"),
+            " at ",
+            (address, "bold"),
+            " (open it in a browser). Or try:",
+        )
+    )
     console.print()
     # The terminal wraps it: with a line break of our own it could not be pasted.
     command = curl_line(address, chat=chat, key=key)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from llama_jax.serve.generation.choices import ChoiceDelta
-from llama_jax.serve.generation.logprobs import TokenWithLogprobs, chat_logprobs
+from llama_jax.serve.generation.logprobs import TokenNames, TokenWithLogprobs, chat_logprobs
 from llama_jax.serve.generation.tool_use import call_deltas, whole_calls
 from llama_jax.serve.protocol.response_types import (
     AnswerEnd,
@@ -23,9 +23,17 @@ class ChatFormat:
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, tokenizer: Tokenizer, tools: bool = False) -> None:
-        """`tools`: whether a token without text may belong to a call."""
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Tokenizer, *, tokens_as_ids: bool = False, tools: bool = False
+    ) -> None:
+        """Prepares for one response.
+
+        Args:
+          tokenizer: of the model.
+          tokens_as_ids: whether log-probabilities name a token by its id.
+          tools: whether a token without text may belong to a call.
+        """
+        self._names = TokenNames(tokenizer, tokens_as_ids)
         self._tools = tools
 
     def whole(
@@ -45,7 +53,7 @@ class ChatFormat:
         return {
             "index": index,
             "message": message,
-            "logprobs": chat_logprobs(self._tokenizer, logprobs) if logprobs else None,
+            "logprobs": chat_logprobs(self._names, logprobs) if logprobs else None,
             "finish_reason": reason,
         }
 
@@ -66,7 +74,7 @@ class ChatFormat:
             part["tool_calls"] = call_deltas(delta.calls)
         logprobs = None
         if delta.logprobs is not None:
-            logprobs = chat_logprobs(self._tokenizer, [(delta.token, delta.logprobs)])
+            logprobs = chat_logprobs(self._names, [(delta.token, delta.logprobs)])
         return {
             "index": delta.choice,
             "delta": part,

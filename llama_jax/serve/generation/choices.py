@@ -5,14 +5,14 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from llama_jax.client.text import read_text
+from llama_jax.client.text import detokenizer_for, read_text
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.interface import TokenLogprobs
+from llama_jax.engine.prompt_logprobs import PromptLogprobs
 from llama_jax.serve.generation.admission import Place
 from llama_jax.serve.generation.tool_use import ParsedDelta, ToolUse, parse_delta, tag_marks
 from llama_jax.serve.protocol.response_types import AnswerEnd
 from llama_jax.serve.served_model import ServedModel
-from llama_jax.text.detokenizer import Detokenizer
 from llama_jax.text.tool_calls import CallDelta
 
 MERGE_AHEAD = 16
@@ -31,6 +31,7 @@ class ChoiceDelta:
       calls: parts of calls that the token adds; the text is what stands beside the calls.
       logprobs: those of the token, if the request asks for them.
       cached_tokens: tokens of the prompt that did not have to be computed.
+      prompt_logprobs: those of the prompt, on the first delta, if the request asks for them.
     """
 
     choice: int
@@ -40,6 +41,7 @@ class ChoiceDelta:
     finish_reason: AnswerEnd | None
     logprobs: TokenLogprobs | None = None
     cached_tokens: int = 0
+    prompt_logprobs: PromptLogprobs | None = None
     calls: Sequence[CallDelta] = ()
 
 
@@ -56,7 +58,7 @@ async def generate_choice(
 
     Args:
       served: the model.
-      place: a place in the engine, reserved for this choice.
+      place: a place in the engine for this choice.
       choice: the index of this choice in its HTTP request.
       prompt: token ids.
       params: the sampling parameters of this choice.
@@ -65,34 +67,43 @@ async def generate_choice(
 
     Raises:
       GenerationFailed: the engine could not finish.
-      RequestError, EngineDead: as `EngineClient.generate`.
+      RequestError, RequestTimeout, EngineDead: as `EngineClient.generate`.
     """
     parser = None if tools is None else tools.parser()
     marks = None if tools is None else tag_marks(served)
-    detokenizer = Detokenizer(served.tokenizer, params.stop, marks)
+    detokenizer = detokenizer_for(served.tokenizer, params, marks)
     tokens = 0
-    with place, served.metrics.request(arrived, len(prompt)) as timer:
-        outputs = served.engine.generate(prompt, params, on_token=timer.token)
-        async with aclosing(read_text(outputs, detokenizer)) as deltas:
-            async for delta in deltas:
-                tokens += 1
-                parsed = ParsedDelta(delta.text, (), delta.finish_reason)
-                if parser is not None:
-                    parsed = parse_delta(parser, delta)
-                if parsed.finish_reason is not None:
-                    timer.finish(delta.finish_reason or "stop")
-                yield ChoiceDelta(
-                    choice,
-                    parsed.text,
-                    delta.token,
-                    tokens,
-                    parsed.finish_reason,
-                    delta.output.logprobs,
-                    delta.output.cached_tokens,
-                    parsed.calls,
-                )
-                if parsed.finish_reason is not None:
-                    return
+    with served.metrics.request(arrived, len(prompt)) as timer:
+
+        def on_token() -> None:
+            timer.token()
+            place.begun()
+
+        async with place:
+            outputs = served.engine.generate(
+                prompt, params, on_token=on_token, deadline=place.deadline
+            )
+            async with aclosing(read_text(outputs, detokenizer)) as deltas:
+                async for delta in deltas:
+                    tokens += 1
+                    parsed = ParsedDelta(delta.text, (), delta.finish_reason)
+                    if parser is not None:
+                        parsed = parse_delta(parser, delta)
+                    if parsed.finish_reason is not None:
+                        timer.finish(delta.finish_reason or "stop")
+                    yield ChoiceDelta(
+                        choice,
+                        parsed.text,
+                        delta.token,
+                        tokens,
+                        parsed.finish_reason,
+                        delta.output.logprobs,
+                        delta.output.cached_tokens,
+                        delta.output.prompt_logprobs,
+                        parsed.calls,
+                    )
+                    if parsed.finish_reason is not None:
+                        return
 
 
 async def merge(

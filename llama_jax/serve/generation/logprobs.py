@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from llama_jax.engine.interface import TokenLogprobs
+from llama_jax.serve.generation.text_offsets import TextOffsets
 from llama_jax.serve.protocol.response_types import (
     ChatLogprob,
     ChatLogprobs,
@@ -17,12 +18,24 @@ LEAST = -9999.0  # JSON has no -infinity
 TokenWithLogprobs = tuple[int, TokenLogprobs]
 
 
-def chat_logprobs(tokenizer: Tokenizer, tokens: Iterable[TokenWithLogprobs]) -> ChatLogprobs:
+class TokenNames:
+    """What log-probabilities call tokens: their text, or "token_id:7" as in vLLM."""
+
+    def __init__(self, tokenizer: Tokenizer, as_ids: bool = False) -> None:
+        self.tokenizer = tokenizer
+        self._as_ids = as_ids
+
+    def __getitem__(self, token: int) -> str:
+        """The name of a token."""
+        return f"token_id:{token}" if self._as_ids else token_text(self.tokenizer, token)
+
+
+def chat_logprobs(names: TokenNames, tokens: Iterable[TokenWithLogprobs]) -> ChatLogprobs:
     """Returns `logprobs` of a chat's choice."""
     content: list[ChatLogprob] = [
         {
-            **_entry(tokenizer, token, logprobs.logprob),
-            "top_logprobs": [_entry(tokenizer, *top) for top in logprobs.top],
+            **_entry(names, token, logprobs.logprob),
+            "top_logprobs": [_entry(names, *top) for top in logprobs.top],
         }
         for token, logprobs in tokens
     ]
@@ -30,33 +43,28 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Iterable[TokenWithLogprobs]) -> 
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer, tokens: Sequence[TokenWithLogprobs], offset: int
+    names: TokenNames, tokens: Sequence[TokenWithLogprobs], offsets: TextOffsets
 ) -> CompletionLogprobs:
     """Returns `logprobs` of a completion's choice.
 
     Args:
-      tokenizer: names the tokens.
+      names: the names of tokens.
       tokens: the tokens.
-      offset: where the first of them begins in the text.
+      offsets: follows the text up to the first of them.
     """
-    texts = [token_text(tokenizer, token) for token, _ in tokens]
-    offsets = []
-    for text in texts:
-        offsets.append(offset)
-        offset += len(text)
     return {
-        "tokens": texts,
+        "tokens": [names[token] for token, _ in tokens],
         "token_logprobs": [max(logprobs.logprob, LEAST) for _, logprobs in tokens],
         # As in vLLM, the token itself is among them. Of two tokens with the same text, the likelier
         # counts.
         "top_logprobs": [
             {
-                token_text(tokenizer, alternative): max(value, LEAST)
+                names[alternative]: max(value, LEAST)
                 for alternative, value in [(token, logprobs.logprob), *reversed(logprobs.top)]
             }
             for token, logprobs in tokens
         ],
-        "text_offset": offsets,
+        "text_offset": [offsets.add(token) for token, _ in tokens],
     }
 
 
@@ -65,9 +73,8 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
     return tokenizer.decode([token], skip_special_tokens=False)
 
 
-def _entry(tokenizer: Tokenizer, token: int, logprob: float) -> TopLogprob:
-    text = token_text(tokenizer, token)
-    data = tokenizer.token_bytes(token)
+def _entry(names: TokenNames, token: int, logprob: float) -> TopLogprob:
+    data = names.tokenizer.token_bytes(token, skip_special_tokens=False)
     if isinstance(data, Ambiguous):
         data = data.data
-    return {"token": text, "logprob": max(logprob, LEAST), "bytes": list(data or text.encode())}
+    return {"token": names[token], "logprob": max(logprob, LEAST), "bytes": list(data)}

@@ -1,11 +1,13 @@
 """Writes the response of a route that generates, whole or as a stream of server-sent events."""
 
+import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from array import array
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from starlette.requests import Request
@@ -13,9 +15,11 @@ from starlette.responses import Response
 
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.serve.errors import answer_too_long, as_api_error, prompt_too_long
+from llama_jax.serve.generation.best_choices import BestChoices
 from llama_jax.serve.generation.choices import ChoiceDelta, generate_choice, merge
 from llama_jax.serve.generation.event_stream import EventStream, StartedDeltas, sse_event
 from llama_jax.serve.generation.logprobs import TokenWithLogprobs
+from llama_jax.serve.generation.shown_prompts import ShownPrompts
 from llama_jax.serve.generation.tool_use import ToolUse
 from llama_jax.serve.protocol.generation import GenerationRequest, StreamOptions
 from llama_jax.serve.protocol.response_types import AnswerEnd, Usage
@@ -50,7 +54,7 @@ class ResponseFormat(Protocol):
 
         Args:
           delta: the next token.
-          offset: where its text begins in the answer; None for the first token.
+          offset: where its text begins; None for the first token of a text.
         """
 
 
@@ -66,6 +70,10 @@ class Job:
       stream: whether to stream the response.
       options: when to send the usage in a stream.
       arrived: when the request arrived, by the clock of the metrics.
+      token_ids: whether to return the token ids of prompts and answers.
+      timeout: seconds from its arrival after which it is aborted; None for the server's default.
+      shown: how the choices show their prompts; None if they do not.
+      best: which choices of each prompt are returned; None for all.
       tools: those that the model may call.
     """
 
@@ -76,6 +84,10 @@ class Job:
     stream: bool
     options: StreamOptions
     arrived: float
+    token_ids: bool = False
+    timeout: float | None = None
+    shown: ShownPrompts | None = None
+    best: BestChoices | None = None
     tools: ToolUse | None = None
 
     @property
@@ -115,6 +127,8 @@ def make_job(
         stream=bool(body.stream),
         options=body.stream_options or StreamOptions(),
         arrived=arrived,
+        token_ids=body.return_token_ids is True,
+        timeout=body.timeout,
         tools=tools,
     )
 
@@ -164,17 +178,21 @@ async def generate(
 
     Raises:
       ApiError: the request cannot be accepted.
-      RequestError, EngineDead, GenerationFailed: as `generate_choice`.
+      RequestError, RequestTimeout, EngineDead, GenerationFailed: as `generate_choice`.
     """
     _check_job(served, job)
-    with served.admission.reserve(job.num_choices) as places:
-        choices = itertools.product(job.prompts, job.params)
+    params = job.params if served.engine.info.prefix_caching else _with_private_salt(job.params)
+    lengths = [len(prompt) for prompt in job.prompts]
+    with served.admission.reserve(lengths, len(params), _deadline(served, job)) as places:
+        choices = itertools.product(job.prompts, params)
         deltas = merge(
             [
                 generate_choice(served, place, index, prompt, params, job.arrived, job.tools)
                 for index, (place, (prompt, params)) in enumerate(zip(places, choices, strict=True))
             ]
         )
+        if job.shown is not None:
+            deltas = job.shown.follow(deltas)
         gone = disconnected(request.receive)
         try:
             if job.stream:
@@ -195,6 +213,8 @@ def _check_job(served: ServedModel, job: Job) -> None:
     """Checks the whole job before any of it is generated."""
     params = job.params[0]  # the choices differ only in their seeds
     info = served.engine.info
+    if job.shown is not None:
+        job.shown.check()
     for prompt in job.prompts:
         if len(prompt) >= info.max_model_len:
             raise prompt_too_long(info, job.param, len(prompt))
@@ -202,6 +222,21 @@ def _check_job(served: ServedModel, job: Job) -> None:
         answer = params.max_tokens or 0
         if len(prompt) + answer > info.max_model_len:
             raise answer_too_long(info, job.param, len(prompt), answer, job.limit_param)
+
+
+def _with_private_salt(params: Sequence[SamplingParams]) -> list[SamplingParams]:
+    """Lets only the choices of this request share their prompt."""
+    salt = uuid.uuid4().hex if len(params) > 1 else ""
+    return [replace(choice, cache_salt=salt) for choice in params]
+
+
+def _deadline(served: ServedModel, job: Job) -> float | None:
+    """The event loop's time at which the request is aborted, or None."""
+    timeout = served.request_timeout if job.timeout is None else job.timeout
+    if timeout is None:
+        return None
+    elapsed = served.metrics.clock() - job.arrived
+    return asyncio.get_running_loop().time() + timeout - elapsed
 
 
 async def _whole(
@@ -213,25 +248,41 @@ async def _whole(
     texts: list[list[str]] = [[] for _ in range(job.num_choices)]
     logprobs: list[list[TokenWithLogprobs]] = [[] for _ in range(job.num_choices)]
     calls: list[list[CallDelta]] = [[] for _ in range(job.num_choices)]
+    token_ids = [array("i") for _ in range(job.num_choices)]
     last: dict[int, ChoiceDelta] = {}
+    firsts: dict[int, ChoiceDelta] = {}
     async with aclosing(deltas):
         async for delta in deltas:
             texts[delta.choice].append(delta.text)
             calls[delta.choice] += delta.calls
             if delta.logprobs is not None:
                 logprobs[delta.choice].append((delta.token, delta.logprobs))
+            if job.token_ids and delta.tokens:
+                token_ids[delta.choice].append(delta.token)
             last[delta.choice] = delta
+            firsts.setdefault(delta.choice, delta)
+    kept: Sequence[int] = range(job.num_choices)
+    if job.best is not None:
+        kept = job.best.kept(logprobs, len(job.params))
+        if not job.best.logprobs:
+            logprobs = [[]] * job.num_choices
     choices = [
         format.whole(
             index,
-            "".join(texts[index]),
-            last[index].finish_reason,
-            logprobs[index],
-            calls=calls[index],
+            "".join(texts[each]),
+            last[each].finish_reason,
+            logprobs[each],
+            calls=calls[each],
         )
-        for index in range(job.num_choices)
+        for index, each in enumerate(kept)
     ]
-    return {**head, "choices": choices, "usage": _usage(job, last)}
+    body = {**head, "choices": choices, "usage": _usage(job, last)}
+    if job.token_ids:
+        for index, each in enumerate(kept):
+            _add_token_ids(job, body, index, each, token_ids[each], first=True)
+    if job.shown is not None:
+        await asyncio.to_thread(job.shown.add, body, [firsts[each] for each in kept])
+    return body
 
 
 async def _events(
@@ -243,23 +294,67 @@ async def _events(
     """Yields one event per token, the usage if it is requested, and always [DONE]."""
     seen: dict[int, ChoiceDelta] = {}  # the latest delta of each choice
     offsets: dict[int, int] = {}
+    named: set[int] = set()  # choices whose prompt's token ids have been sent
     every, last = job.options.continuous_usage_stats, job.options.include_usage
     # OpenAI sends usage: null in every chunk before the usage.
     head = {**head, "usage": None} if last or every else head
+
+    def chunk(delta: ChoiceDelta, entry: Mapping[str, object], tokens: list[int]) -> bytes:
+        body = {**head, "choices": [{**entry}]}
+        if job.token_ids:
+            first = delta.choice not in named
+            named.add(delta.choice)
+            _add_token_ids(job, body, delta.choice, delta.choice, tokens, first)
+        if every:
+            body["usage"] = _usage(job, seen)
+        return sse_event(body)
+
     try:
         async for delta in deltas:
-            seen[delta.choice] = delta
-            entry = format.chunk(delta, offsets.get(delta.choice))
-            offsets[delta.choice] = offsets.get(delta.choice, 0) + len(delta.text)
-            chunk = {**head, "choices": [entry]}
-            if every:
-                chunk["usage"] = _usage(job, seen)
-            yield sse_event(chunk)
+            is_first = delta.choice not in seen
+            if not is_first or job.shown is None:
+                seen[delta.choice] = delta
+            else:
+                prompt = await asyncio.to_thread(job.shown.chunk, delta)
+                offsets[delta.choice] = len(prompt["text"])
+                yield chunk(delta, prompt, [])
+                seen[delta.choice] = delta
+            if delta.tokens:  # otherwise only the prompt is shown
+                entry = format.chunk(delta, offsets.get(delta.choice))
+                offsets[delta.choice] = offsets.get(delta.choice, 0) + len(delta.text)
+                yield chunk(delta, entry, [delta.token])
         if last:
             yield sse_event({**head, "choices": [], "usage": _usage(job, seen)})
     except Exception as error:  # the status has been sent, so an event must do
         yield sse_event(as_api_error(error).body)
     yield b"data: [DONE]\n\n"
+
+
+def _add_token_ids(
+    job: Job,
+    body: dict[str, Any],
+    index: int,
+    generated: int,
+    tokens: Iterable[int],
+    first: bool,
+) -> None:
+    """Adds the token ids of one choice, and of its prompt if they come `first`, as vLLM does.
+
+    The prompt of a completion belongs to its choice, that of a chat to the response.
+
+    Args:
+      job: the request.
+      body: the response, or an event of a stream.
+      index: the choice in `body`.
+      generated: the choice among all that were generated.
+      tokens: its tokens.
+      first: whether to add the prompt.
+    """
+    choice = next(choice for choice in body["choices"] if choice["index"] == index)
+    choice["token_ids"] = list(tokens)
+    if first:
+        owner = choice if job.param == "prompt" else body
+        owner["prompt_token_ids"] = job.prompts[generated // len(job.params)]
 
 
 def _usage(job: Job, last: Mapping[int, ChoiceDelta]) -> Usage:

@@ -9,7 +9,7 @@ from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.serve.errors import as_api_error
 from llama_jax.serve.generation.choices import ChoiceDelta
 from llama_jax.serve.generation.event_stream import sse_event
-from llama_jax.serve.generation.logprobs import chat_logprobs
+from llama_jax.serve.generation.logprobs import TokenNames, chat_logprobs
 from llama_jax.serve.generation.response_writer import ResponseWriter
 from llama_jax.serve.generation.tool_use import new_call_id
 from llama_jax.serve.protocol.response_tools import show_choice, show_tool
@@ -39,7 +39,7 @@ class ResponsesFormat:
           params: its sampling parameters, with the defaults of the server.
           prompt_tokens: the number of tokens of its prompt.
         """
-        self._tokenizer = tokenizer
+        self._names = TokenNames(tokenizer)
         self._prompt_tokens = prompt_tokens
         self._tools = bool(body.tools)
         self._logprobs: list[ChatLogprob] = []  # of the tokens since the last text
@@ -67,8 +67,7 @@ class ResponsesFormat:
 
     def _add(self, delta: ChoiceDelta) -> Iterator[StreamEvent]:
         if delta.logprobs is not None:
-            entries = chat_logprobs(self._tokenizer, [(delta.token, delta.logprobs)])["content"]
-            self._logprobs += entries
+            self._logprobs += chat_logprobs(self._names, [(delta.token, delta.logprobs)])["content"]
         # A token without text may belong to a call, unless it is one of a text that has begun.
         if delta.text or self._writer.in_message or not self._tools:
             yield from self._writer.text(delta.text, self._logprobs)

@@ -18,12 +18,14 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from llama_jax.engine.errors import QueueFull, RequestError
+from llama_jax.engine.errors import QueueFull, RequestError, RequestTimeout
 from llama_jax.engine.interface import Stats
+from llama_jax.serve.monitoring.recent import RecentValues
+from llama_jax.serve.monitoring.ring_metrics import ring_families
 
 PREFIXES = ("llama_jax", "vllm")
 FINISHED = ("stop", "length", "abort", "error")
-REJECTED = ("queue_full",)
+REJECTED = ("queue_full", "queue_tokens")
 
 TTFT_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10),
@@ -79,6 +81,7 @@ class Metrics:
 
     Attributes:
       clock: returns the time in seconds, from any origin.
+      recent_first_tokens, recent_tokens: the latest times to the first token, and between tokens.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class Metrics:
           clock: returns the time in seconds.
         """
         self.clock = clock
+        self.recent_first_tokens, self.recent_tokens = RecentValues(), RecentValues()
         self._labels = {"model_name": model, "engine": "0"}
         self._prefix = prefix
         self._registry = CollectorRegistry()
@@ -177,8 +181,10 @@ class RequestTimer:
         if self.tokens == 0:
             self._first = now
             self._metrics.time_to_first_token.observe(now - self._arrived)
+            self._metrics.recent_first_tokens.add(now, now - self._arrived)
         else:
             self._metrics.inter_token.observe(now - self._last)
+            self._metrics.recent_tokens.add(now, now - self._last)
         self._last = now
         self.tokens += 1
 
@@ -195,8 +201,9 @@ class RequestTimer:
             metrics.rejected("queue_full")
         if isinstance(error, RequestError):  # it was never accepted
             return
-        if self._reason is None:  # an error, or the client disconnected
-            self._reason = "error" if isinstance(error, Exception) else "abort"
+        if self._reason is None:  # an error, its deadline passed, or the client disconnected
+            failed = isinstance(error, Exception) and not isinstance(error, RequestTimeout)
+            self._reason = "error" if failed else "abort"
         metrics.finished(self._reason)
         metrics.prompt.observe(self._prompt_tokens)
         metrics.generation.observe(self.tokens)
@@ -233,6 +240,7 @@ class _EngineCollector(Collector):
                 metric = family(f"{self._prefix}:{name}", about, labels=list(self._labels))
                 metric.add_metric(list(self._labels.values()), value(stats))
                 yield metric
+        yield from ring_families(self._prefix, self._labels, stats)
 
 
 def _pages_used(stats: Stats) -> float:

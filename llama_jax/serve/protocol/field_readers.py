@@ -6,6 +6,7 @@ from msgspec import Raw
 from llama_jax.config.sampling_params import MAX_LOGIT_BIAS
 from llama_jax.serve.protocol.json_reader import (
     decode,
+    is_null,
     read_integer,
     read_integers,
     read_items,
@@ -16,10 +17,15 @@ from llama_jax.serve.protocol.json_reader import (
 MAX_PROMPTS = 1024
 MAX_STOP_STRINGS = 256
 MAX_STOP_CHARACTERS = 16_384  # in all; the longer they are, the more each token costs
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_CHARACTERS = 16_384  # in all
+MAX_TEMPLATE_VARIABLES = 32
+MAX_VARIABLE_CHARACTERS = 1000
 
 _STRING = msgspec.json.Decoder(str)
 _STRINGS = msgspec.json.Decoder(list[str])
 _NUMBER = msgspec.json.Decoder(float)
+_VARIABLE = msgspec.json.Decoder(str | bool)
 
 
 def read_prompts(raw: Raw, param: str) -> list[str] | list[list[int]]:
@@ -59,6 +65,16 @@ def read_stop(raw: Raw, param: str) -> list[str]:
     return strings
 
 
+def read_bad_words(raw: Raw, param: str) -> list[str]:
+    """Reads the words that an answer must not contain."""
+    words = decode(_STRINGS, raw, param)
+    if len(words) > MAX_BAD_WORDS:
+        refuse(f"{param} may have at most {MAX_BAD_WORDS} words, not {len(words)}.", param)
+    if sum(map(len, words)) > MAX_BAD_WORD_CHARACTERS:
+        refuse(f"{param} may have at most {MAX_BAD_WORD_CHARACTERS:,} characters in all.", param)
+    return words
+
+
 def read_logit_bias(raw: Raw, param: str) -> tuple[tuple[int, float], ...]:
     """Turns an object of biases by token id into (token id, bias) pairs."""
     biases = read_object(raw, param)
@@ -74,3 +90,30 @@ def read_logit_bias(raw: Raw, param: str) -> tuple[tuple[int, float], ...]:
 def read_logprobs(raw: Raw, param: str) -> int | None:
     """Reads the number of a completion's log-probabilities; false, as in a chat, is none."""
     return None if bytes(raw) == b"false" else read_integer(raw, param)
+
+
+def read_truncation(raw: Raw, param: str) -> int:
+    """Reads the number of a prompt's last tokens to keep; -1 is as many as fit."""
+    keep = read_integer(raw, param)
+    if keep != -1 and not 1 <= keep < 2**63:
+        refuse(f"{param} must be -1 or from 1 to 2**63 - 1.", param)
+    return keep
+
+
+def read_template_variables(raw: Raw, param: str) -> dict[str, str | bool]:
+    """Reads the values of a chat template's own variables: strings and booleans.
+
+    Not numbers: a template could be made to repeat something as often.
+    """
+    given = read_object(raw, param)
+    if len(given) > MAX_TEMPLATE_VARIABLES:
+        refuse(f"{param} may have at most {MAX_TEMPLATE_VARIABLES} variables.", param)
+    variables = {}
+    for name, value in given.items():
+        if is_null(value):
+            continue
+        where = f"{param}.{name}"[:100]
+        variable = variables[name] = decode(_VARIABLE, value, where)
+        if isinstance(variable, str) and len(variable) > MAX_VARIABLE_CHARACTERS:
+            refuse(f"{where} may have at most {MAX_VARIABLE_CHARACTERS} characters.", where)
+    return variables

@@ -2,7 +2,7 @@
 
 from typing import Literal, NotRequired, TypedDict
 
-from llama_jax.engine.interface import FinishReason
+from llama_jax.engine.interface import EngineInfo, FinishReason, Stats
 
 # Why an answer to a chat ended.
 AnswerEnd = FinishReason | Literal["tool_calls"]
@@ -24,12 +24,28 @@ class Usage(TypedDict):
 
 
 class CompletionLogprobs(TypedDict):
-    """The tokens of a text: their log-probabilities, and where each begins in the text."""
+    """The tokens of a text: their log-probabilities, and where each begins in the text.
+
+    The first token of a prompt has none.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptLogprob(TypedDict):
+    """The log-probability of a token in its place, and how many are likelier there, plus 1."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+# For each token of a prompt, its own and those of the most likely tokens, by token id; null for the
+# first.
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
 class CompletionChoice(TypedDict):
@@ -39,6 +55,9 @@ class CompletionChoice(TypedDict):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+    token_ids: NotRequired[list[int]]
+    prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 class Completion(TypedDict):
@@ -115,6 +134,7 @@ class ChatChoice(TypedDict):
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: AnswerEnd | None
+    token_ids: NotRequired[list[int]]
 
 
 class ChatCompletion(TypedDict):
@@ -126,6 +146,8 @@ class ChatCompletion(TypedDict):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 class FunctionCallDelta(TypedDict):
@@ -159,6 +181,7 @@ class ChatChunkChoice(TypedDict):
     delta: Delta
     logprobs: ChatLogprobs | None
     finish_reason: AnswerEnd | None
+    token_ids: NotRequired[list[int]]
 
 
 class ChatCompletionChunk(TypedDict):
@@ -170,6 +193,7 @@ class ChatCompletionChunk(TypedDict):
     model: str
     choices: list[ChatChunkChoice]
     usage: NotRequired[Usage | None]
+    prompt_token_ids: NotRequired[list[int]]
 
 
 class Tokens(TypedDict):
@@ -185,6 +209,19 @@ class Text(TypedDict):
     """The response of POST /detokenize."""
 
     prompt: str
+
+
+class TokenizerInfo(TypedDict):
+    """The response of GET /tokenizer_info, as in vLLM; each of the tokens is its spelling."""
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    add_bos_token: bool
+    add_eos_token: bool
+    model_max_length: int
+    chat_template: str | None
 
 
 class ModelCard(TypedDict):
@@ -216,6 +253,35 @@ class Version(TypedDict):
     """The response of GET /version."""
 
     version: str
+
+
+class Percentiles(TypedDict):
+    """Of the values of the last seconds, in seconds; null if there are none."""
+
+    count: int
+    p50: float | None
+    p95: float | None
+    p99: float | None
+
+
+class Latency(TypedDict):
+    """Latencies of the last `window_seconds`: to the first token, and between two tokens."""
+
+    window_seconds: float
+    time_to_first_token: Percentiles
+    time_per_output_token: Percentiles
+
+
+class ServerStatus(TypedDict):
+    """The response of GET /status: the model, the mesh and its memory, and what it does now."""
+
+    model: str
+    created: int
+    ready: bool
+    chat: bool
+    engine: EngineInfo
+    stats: Stats
+    latency: Latency
 
 
 class ErrorDetails(TypedDict):

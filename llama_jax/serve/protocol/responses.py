@@ -29,9 +29,10 @@ MAX_METADATA_VALUE = 512
 # What it shares with chats and completions; the other fields of those have another name here, or
 # would not show in the response.
 _SHARED = (
-    *("model", "stream", "temperature", "top_p", "top_k", "min_p", "seed"),
+    *("model", "stream", "temperature", "top_p", "top_k", "min_p", "typical_p", "seed"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),
-    *("min_tokens", "ignore_eos", "stop", "stop_token_ids", "cache_salt", "allowed_token_ids"),
+    *("min_tokens", "ignore_eos", "stop", "stop_token_ids", "bad_words", "allowed_token_ids"),
+    *("include_stop_str_in_output", "skip_special_tokens", "cache_salt", "priority", "timeout"),
     *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
 )
 

@@ -169,7 +169,10 @@ ResponseFormat = Annotated[
             {"type": "object", "properties": {"type": {"const": "text"}}, "required": ["type"]},
             {
                 "type": "object",
-                "properties": {"type": {"const": "json_object"}, "schema": {"type": "object"}},
+                "properties": {
+                    "type": {"const": "json_object"},
+                    "schema": {"anyOf": [*_OBJECT_OR_STRING, _NULL]},
+                },
                 "required": ["type"],
             },
             {
@@ -179,7 +182,7 @@ ResponseFormat = Annotated[
                     "json_schema": {
                         "type": "object",
                         "properties": {
-                            "name": {"type": "string"},
+                            "name": {"type": ["string", "null"]},
                             "description": {"type": ["string", "null"]},
                             "strict": {"type": ["boolean", "null"]},
                             "schema": {"anyOf": [*_OBJECT_OR_STRING, _NULL]},
@@ -200,11 +203,11 @@ StructuredOutputs = Annotated[
             {
                 "type": "object",
                 "properties": {
-                    "json": {"anyOf": _OBJECT_OR_STRING},
-                    "regex": {"type": "string"},
-                    "choice": _CHOICE,
-                    "grammar": {"type": "string"},
-                    "json_object": {"type": "boolean"},
+                    "json": {"anyOf": [*_OBJECT_OR_STRING, _NULL]},
+                    "regex": {"type": ["string", "null"]},
+                    "choice": {"anyOf": [_CHOICE, _NULL]},
+                    "grammar": {"type": ["string", "null"]},
+                    "json_object": {"type": ["boolean", "null"]},
                 },
                 "minProperties": 1,
             },

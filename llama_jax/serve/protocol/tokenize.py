@@ -3,7 +3,7 @@
 from typing import Annotated
 
 from llama_jax.serve.protocol.body import RequestBody, schema
-from llama_jax.serve.protocol.chat import Messages
+from llama_jax.serve.protocol.chat import Messages, TemplateVariables, check_continuation
 from llama_jax.serve.protocol.json_reader import read_integers, refuse
 from llama_jax.serve.protocol.tools import Tools
 
@@ -18,16 +18,23 @@ class TokenizeRequest(RequestBody, kw_only=True):
     messages: Messages | None = None
     tools: Tools = None
     add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: TemplateVariables | None = None
     return_token_strs: bool | None = None
 
     def check(self) -> None:
         """Checks the fields against each other."""
         if (self.prompt is None) == (self.messages is None):
             refuse("Give either prompt or messages.", "prompt")
-        if self.tools and self.messages is None:
-            refuse("tools need messages, to which the chat template adds them.", "tools")
-        if self.messages is not None and self.add_special_tokens:
-            refuse("The chat template adds the special tokens of a chat.", "add_special_tokens")
+        check_continuation(self.add_generation_prompt, self.continue_final_message)
+        if self.messages is None:
+            for name in (
+                *("add_generation_prompt", "continue_final_message", "chat_template_kwargs"),
+                "tools",
+            ):
+                if getattr(self, name):
+                    refuse(f"{name} needs messages.", name)
 
 
 class DetokenizeRequest(RequestBody, kw_only=True):

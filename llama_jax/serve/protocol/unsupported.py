@@ -10,38 +10,55 @@ from typing import Any, Literal
 
 from llama_jax.serve.protocol.json_reader import Fields, is_null, refuse, small_value
 
-_ANYTHING = object()  # any value: the field is only a label for the client's own use
+# Any value: the field is a label for the client's own use, or asks for a service of OpenAI (its
+# prices, its caches) that cannot change the tokens.
+_ANYTHING = object()
 LABEL = (_ANYTHING,)
 
 # Field -> the values, besides null, that have no effect.
 NoOps = Mapping[str, tuple[Any, ...]]
 
+# Those of OpenAI, vLLM and SGLang; a field with a name that nobody uses is refused as well.
 _NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
-    # labels
+    # labels and services
     "user": (_ANYTHING,),
     "metadata": (_ANYTHING,),
     "safety_identifier": (_ANYTHING,),
+    "session_id": (_ANYTHING,),
     "prompt_cache_key": (_ANYTHING,),
+    "prompt_cache_options": (_ANYTHING,),
     "prompt_cache_retention": (_ANYTHING,),
+    "prediction": (_ANYTHING,),  # a guess at the answer, which makes OpenAI's answer come sooner
     "store": (False,),
-    "service_tier": ("auto", "default"),
+    "moderation": (),
+    "service_tier": ("auto", "default", "flex", "scale", "priority", "fast"),
     # sampling
     "length_penalty": (1,),
-    "best_of": (1,),
     "use_beam_search": (False,),
-    "bad_words": ([],),
+    "watermarking": (False,),
+    "repetition_detection": (),
+    "custom_logit_processor": (),
+    "thinking": ({"type": "disabled"},),
+    "thinking_token_budget": (),
     "logits_processors": (),
     # the response
     "logprobs": (False,),
     "top_logprobs": (0,),
-    "prompt_logprobs": (),
+    "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
+    "no_stop_trim": (False,),
+    "spaces_between_special_tokens": (True, False),  # a byte-level tokenizer adds no spaces
+    "logprob_token_ids": (),
+    "return_token_offsets": (False,),
+    "return_prompt_text": (False,),
+    "return_hidden_states": (False,),
+    "stream_interval": (1,),
+    "include_reasoning": (True, False),  # there is no reasoning to leave out
+    "separate_reasoning": (True, False),
+    "regex": (),
+    "ebnf": (),
+    "json_schema": (),
     # chat
     "tools": ([],),
     "tool_choice": ("none", "auto"),  # without tools there is nothing to choose
@@ -50,7 +67,6 @@ _NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "audio": (),
-    "prediction": (),
     "web_search_options": (),
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
@@ -58,11 +74,15 @@ _NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({},),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
-    "documents": (),
+    "documents": ([],),  # no template of Llama 3 renders them
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
     # other
-    "priority": (0,),
-    "add_special_tokens": (True,),
-    "truncate_prompt_tokens": (),
+    "request_id": (),
+    "truncation_side": ("left",),
+    "kv_transfer_params": (),
+    "vllm_xargs": ({},),
+    "lora_path": (),
 }
 
 # The same for a message, because clients send back the messages that they received.

@@ -1,14 +1,19 @@
 """POST /v1/completions."""
 
+from dataclasses import replace
+
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from llama_jax.serve.generation.best_choices import BestChoices
 from llama_jax.serve.generation.completion_format import CompletionFormat
+from llama_jax.serve.generation.logprobs import TokenNames
 from llama_jax.serve.generation.respond import make_job, respond
+from llama_jax.serve.generation.shown_prompts import ShownPrompts
 from llama_jax.serve.protocol.completion import CompletionRequest
 from llama_jax.serve.protocol.request_body import read
-from llama_jax.serve.routes.tokenization import encode_text
+from llama_jax.serve.routes.tokenization import encode_prompt, sampling_params
 from llama_jax.serve.served_model import ServedModel
 
 
@@ -20,14 +25,40 @@ def completions_route(served: ServedModel) -> Route:
         body = await read(CompletionRequest, request)
         served.check_available()
         served.check_name(body.model)
-        served.check_room(len(body.prompt), body.choices)
+        served.admission.check(len(body.prompt), body.choices)
         prompts = [
-            await encode_text(served, item) if isinstance(item, str) else item
+            await encode_prompt(
+                served,
+                item,
+                body.add_special_tokens is not False,
+                body.prompt_limit(served.engine.info.max_model_len),
+            )
             for item in body.prompt
         ]
-        grammar = await served.grammars.grammar(body.wanted_grammar)
-        params = body.sampling_params(served.defaults, grammar)
+        params = await sampling_params(served, body)
         job = make_job("prompt", prompts, params, body, arrived)
-        return await respond(served, request, CompletionFormat(served.tokenizer), job)
+        if body.echo or body.prompt_logprobs is not None:
+            adds = (
+                served.tokenizer.bos_token_id is not None and body.add_special_tokens is not False
+            )
+            shown = ShownPrompts(
+                names=TokenNames(served.tokenizer, body.return_tokens_as_token_ids is True),
+                prompts=prompts,
+                num_added=[int(adds and isinstance(item, str)) for item in body.prompt],
+                choices=body.choices,
+                echo=body.echo is True,
+                logprobs=body.logprobs,
+                prompt_logprobs=body.prompt_logprobs,
+                answer=body.max_tokens != 0,
+            )
+            job = replace(job, shown=shown)
+        if body.selects:
+            job = replace(job, best=BestChoices(body.returned, body.logprobs is not None))
+        format = CompletionFormat(
+            served.tokenizer,
+            tokens_as_ids=body.return_tokens_as_token_ids is True,
+            skip_special_tokens=params[0].skip_special_tokens,
+        )
+        return await respond(served, request, format, job)
 
     return Route("/v1/completions", completions, methods=["POST"])

@@ -1,5 +1,6 @@
 """GET /openapi.json: the description of this server for programs."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -7,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from llama_jax.serve.page.static import MEDIA_TYPES
 from llama_jax.serve.protocol.chat import ChatRequest
 from llama_jax.serve.protocol.completion import CompletionRequest
 from llama_jax.serve.protocol.generation import StreamOptions
@@ -20,7 +22,9 @@ from llama_jax.serve.protocol.response_types import (
     Health,
     ModelCard,
     ModelList,
+    ServerStatus,
     Text,
+    TokenizerInfo,
     Tokens,
     Version,
 )
@@ -35,6 +39,7 @@ from llama_jax.serve.protocol.text_format import TextOptions
 from llama_jax.serve.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from llama_jax.serve.protocol.tools import NAME
 from llama_jax.serve.protocol.unsupported import Kind, NoOps, no_op_schemas
+from llama_jax.serve.routes.openapi_rules import Limits, add_rules
 from llama_jax.serve.transport.json_response import JsonResponse
 
 _REQUESTS = (CompletionRequest, ChatRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest)
@@ -42,7 +47,7 @@ _OPTIONS = (StreamOptions, TextOptions, ReasoningOptions, ResponseStreamOptions)
 _CHUNKS = (CompletionChunk, ChatCompletionChunk, OutputMessage, FunctionCallItem, *EVENTS)
 _RESPONSES = (
     *(Completion, ChatCompletion, ResponseObject, Tokens, Text),
-    *(ModelCard, ModelList, Health, Version),
+    *(TokenizerInfo, ModelCard, ModelList, Health, Version, ServerStatus),
 )
 _SCHEMAS = "#/components/schemas/"
 
@@ -69,9 +74,9 @@ _HEADERS = {
 }
 
 
-def openapi_routes(version: str) -> list[Route]:
-    """GET (and HEAD) /openapi.json."""
-    document = openapi_document(version)
+def openapi_routes(version: str, limits: Limits) -> list[Route]:
+    """GET (and HEAD) /openapi.json; for its arguments, see `openapi_document`."""
+    document = openapi_document(version, limits)
 
     async def openapi(request: Request) -> Response:
         return JsonResponse(document)
@@ -79,11 +84,12 @@ def openapi_routes(version: str) -> list[Route]:
     return [Route("/openapi.json", openapi)]
 
 
-def openapi_document(version: str) -> dict[str, Any]:
+def openapi_document(version: str, limits: Limits) -> dict[str, Any]:
     """Returns the description of this server (https://spec.openapis.org/oas/v3.1.0).
 
     Args:
       version: that of this package.
+      limits: those of the engine.
     """
     return {
         "openapi": "3.1.0",
@@ -104,6 +110,7 @@ def openapi_document(version: str) -> dict[str, Any]:
             "/v1/responses/{id}": _stored(),
             "/tokenize": {"post": _post("Encode a text or a chat", TokenizeRequest, Tokens)},
             "/detokenize": {"post": _post("Decode token ids", DetokenizeRequest, Text)},
+            "/tokenizer_info": _get("Describe the tokenizer", TokenizerInfo),
             "/v1/models": _get("List the models", ModelList),
             "/v1/models/{name}": {
                 "parameters": [_path("name")],
@@ -112,10 +119,18 @@ def openapi_document(version: str) -> dict[str, Any]:
             "/health": _get("Tell whether the server can generate", Health, key=False),
             "/version": _get("Show the version", Version),
             "/metrics": _get("Show the metrics in Prometheus' text format", None),
+            "/status": _get("Show the deployment as it is now", ServerStatus),
+            "/": _page("Open the page", "text/html"),
+            "/page/{name}": {
+                "parameters": [
+                    {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+                ],
+                **_page("Load a file of the page", *MEDIA_TYPES.values()),
+            },
             "/openapi.json": _get("Show this description", dict),
         },
         "components": {
-            "schemas": _schemas(),
+            "schemas": _schemas(limits),
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         # A server that was started without a key takes requests without one.
@@ -129,6 +144,8 @@ def _generate(summary: str, body: type, whole: type) -> dict[str, Any]:
         _post(summary, body, whole, 429),
         f"a line `data: ` with a `{chunk.__name__}` for each token, or an `ErrorResponse`, and at "
         "the end `data: [DONE]`",
+        (chunk, ErrorResponse),
+        {"const": "[DONE]"},
     )
 
 
@@ -137,16 +154,34 @@ def _respond(summary: str) -> dict[str, Any]:
     return _or_stream(
         _post(summary, ResponsesRequest, ResponseObject, 429),
         f"a line `event: ` with the type of an event and a line `data: ` with the event: {kinds}",
+        EVENTS,
     )
 
 
-def _or_stream(operation: dict[str, Any], events: str) -> dict[str, Any]:
+def _or_stream(
+    operation: dict[str, Any], events: str, kinds: Sequence[type], *more: dict[str, Any]
+) -> dict[str, Any]:
+    """Adds a stream to an operation.
+
+    Its schema serves programs that apply it to the text, and those that apply it to each event
+    (OpenAPI 3.1 does not say which).
+
+    Args:
+      operation: with a whole response.
+      events: what the stream consists of, in words.
+      kinds: the types of its events.
+      more: schemas of other data.
+    """
+    content = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [{"$ref": _SCHEMAS + kind.__name__} for kind in kinds]},
+    }
     operation["responses"]["200"]["content"]["text/event-stream"] = {
         "schema": {
-            "type": "string",
-            "contentMediaType": "text/event-stream",
             "description": f"If `stream` is true: {events}; an empty line after each. While "
             "nothing else is sent, there are comments: lines that begin with a colon.",
+            "properties": {"data": {"anyOf": [*more, content]}},
         }
     }
     return operation
@@ -192,6 +227,18 @@ def _get(
     return {"get": {"summary": summary, "responses": responses}, "head": head}
 
 
+def _page(summary: str, *media_types: str) -> dict[Literal["get", "head"], Any]:
+    operations = _get(summary, None, 404)
+    text = {"schema": {"type": "string"}}
+    answers = operations["get"]["responses"]
+    answers["200"]["content"] = dict.fromkeys(media_types, text)
+    if media_types == ("text/html",):
+        answers["401"]["content"]["text/html"] = text  # a form for the key
+    for operation in operations.values():
+        operation["responses"]["304"] = {"description": "The client has the current file."}
+    return operations
+
+
 def _responses(response: type | None, errors: tuple[int, ...]) -> dict[str, Any]:
     text = {"text/plain": {"schema": {"type": "string"}}}
     answers: dict[str, Any] = {
@@ -214,7 +261,7 @@ def _json(kind: type) -> dict[str, Any]:
     return {"application/json": {"schema": schema}}
 
 
-def _schemas() -> dict[str, Any]:
+def _schemas(limits: Limits) -> dict[str, Any]:
     """The schemas of all bodies, with the unsupported fields that a request may still contain."""
     kinds = (*_REQUESTS, Message, *_RESPONSES, *_CHUNKS, ErrorResponse)
     _, schemas = msgspec.json.schema_components(kinds, ref_template=_SCHEMAS + "{name}")
@@ -224,6 +271,10 @@ def _schemas() -> dict[str, Any]:
             del properties[name]
         _add_no_ops(schemas[kind.__name__], kind.no_ops())
     _describe_tool_messages(schemas)
+    schemas["CompletionRequest"]["not"] = {  # an answer of no tokens, unless the prompt is echoed
+        "required": ["max_tokens"],
+        "properties": {"max_tokens": {"const": 0}, "echo": {"enum": [False, None]}},
+    }
     _add_no_ops(schemas["Message"], "message")
     schemas["Message"]["properties"]["content"] = {
         "description": "Required, except of the assistant and of a tool.",
@@ -239,6 +290,7 @@ def _schemas() -> dict[str, Any]:
         "required": ["type", "text"],
     }
     _add_no_ops(schemas["TextPart"], "part")
+    add_rules(schemas, limits)
     return schemas
 
 

@@ -1,32 +1,47 @@
-"""Text to token ids and back: for the routes that generate, POST /tokenize and POST /detokenize."""
+"""Text to token ids and back: for the routes that generate, and for clients."""
 
+import dataclasses
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.serve.errors import ApiError
+from llama_jax.serve.generation.tool_use import ToolUse
+from llama_jax.serve.protocol.chat import ChatRequest
+from llama_jax.serve.protocol.generation import GenerationRequest
 from llama_jax.serve.protocol.messages import Message
 from llama_jax.serve.protocol.request_body import read
 from llama_jax.serve.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from llama_jax.serve.served_model import ServedModel
 from llama_jax.serve.transport.json_response import JsonResponse
+from llama_jax.text.bad_words import bad_word_tokens
+from llama_jax.text.chat_template import NEXT_ANSWER, ChatOptions
 from llama_jax.text.conversation import map_strings
+from llama_jax.text.errors import ChatVariableError
 from llama_jax.text.tokenizer import Tokenizer, TokenizerError
 
 
 def tokenization_routes(served: ServedModel) -> list[Route]:
-    """POST /tokenize and POST /detokenize."""
+    """POST /tokenize, POST /detokenize and GET (and HEAD) /tokenizer_info."""
 
     async def tokenize(request: Request) -> Response:
         body = await read(TokenizeRequest, request)
         served.check_name(body.model)
         if body.messages is not None:
-            tools = None if body.tools is None else [tool.definition for tool in body.tools]
-            ids = await encode_messages(served, body.messages, tools)
+            ids = await encode_messages(
+                served,
+                body.messages,
+                chat_options(body),
+                body.add_special_tokens is True,
+                tools=[tool.definition for tool in body.tools or ()],
+            )
         else:
-            ids = await encode_text(served, body.prompt or "", body.add_special_tokens is not False)
+            ids = await encode_prompt(
+                served, body.prompt or "", body.add_special_tokens is not False
+            )
         strings = None
         if body.return_token_strs:
             strings = await served.in_thread(_decode_each, served.tokenizer, ids)
@@ -54,46 +69,123 @@ def tokenization_routes(served: ServedModel) -> list[Route]:
         text = await served.in_thread(served.tokenizer.decode, body.tokens, False)
         return JsonResponse({"prompt": text})
 
+    async def tokenizer_info(request: Request) -> Response:
+        info, limit = served.tokenizer.info, served.engine.info.max_model_len
+        # A tokenizer that knows no limit says 10**30, which is no number in JSON.
+        known = info.model_max_length if info.model_max_length < 2**31 else limit
+        return JsonResponse({**info._asdict(), "model_max_length": known})
+
     return [
         Route("/tokenize", tokenize, methods=["POST"]),
         Route("/detokenize", detokenize, methods=["POST"]),
+        Route("/tokenizer_info", tokenizer_info),
     ]
 
 
-async def encode_text(served: ServedModel, text: str, add_bos: bool = True) -> list[int]:
+async def encode_prompt(
+    served: ServedModel, prompt: str | list[int], add_bos: bool = True, keep: int | None = None
+) -> list[int]:
     """Encodes a raw prompt.
+
+    Args:
+      served: the model.
+      prompt: a text, or token ids, which are used as they are.
+      add_bos: whether a text gets BOS in front, if the tokenizer adds it.
+      keep: the number of tokens to keep, the last ones; None for all. A text keeps its BOS, too, as
+        when transformers truncates on the left.
 
     Raises:
       ApiError: it is too long or is not valid Unicode.
     """
-    served.check_text_length([text], "prompt")
+    if not isinstance(prompt, str):
+        return _last(prompt, keep)
+    if keep is None:
+        served.check_text_length([prompt], "prompt")
     try:
-        return await served.in_thread(served.tokenizer.encode, text, add_bos)
+        ids = await served.in_thread(served.tokenizer.encode, prompt, add_bos)
     except TokenizerError as error:
         raise ApiError(400, str(error), param="prompt", code="invalid_value") from error
+    if keep is None or len(ids) <= keep:
+        return ids
+    bos = ids[:1] if add_bos and served.tokenizer.bos_token_id is not None else []
+    return bos + _last(ids, keep - len(bos))
 
 
 async def encode_messages(
-    served: ServedModel, messages: list[Message], tools: list[dict[str, Any]] | None = None
+    served: ServedModel,
+    messages: list[Message],
+    options: ChatOptions = NEXT_ANSWER,
+    add_bos: bool = False,
+    keep: int | None = None,
+    tools: list[dict[str, Any]] | None = None,
 ) -> list[int]:
     """Encodes a conversation.
 
     Args:
       served: the model.
-      messages: of the conversation.
+      messages: the conversation.
+      options: how to render it.
+      add_bos: whether to add BOS in front of what the template writes.
+      keep: the number of its last tokens to keep; None for all.
       tools: the definitions of the tools that the model may call.
 
     Raises:
       ApiError: it is too long, or it cannot be encoded.
     """
-    texts = [text for message in messages for text in message.texts]
-    map_strings(tools, texts.append)
-    served.check_text_length(texts, "messages")
+    if keep is None:
+        texts = [text for message in messages for text in message.texts]
+        map_strings(tools, texts.append)
+        served.check_text_length(texts, "messages")
     chat = [message.turn for message in messages]
     try:
-        return await served.in_thread(served.tokenizer.encode_chat, chat, tools or None)
+        ids = await served.in_thread(
+            served.tokenizer.encode_chat, chat, options, add_bos, tools or None
+        )
+    except ChatVariableError as error:
+        param = f"chat_template_kwargs.{error.name}"[:100]
+        raise ApiError(400, str(error), param=param, code="invalid_value") from error
     except TokenizerError as error:
         raise ApiError(400, str(error), param="messages", code="invalid_value") from error
+    return _last(ids, keep)
+
+
+async def sampling_params(
+    served: ServedModel, body: GenerationRequest, tools: ToolUse | None = None
+) -> list[SamplingParams]:
+    """Returns the parameters of each choice for one prompt, not yet checked.
+
+    Args:
+      served: the model.
+      body: the request.
+      tools: those that the model may call.
+
+    Raises:
+      ApiError: the answers cannot have the form that is asked for, or a bad word cannot be encoded.
+    """
+    wanted = body.wanted_grammar if tools is None else tools.wanted_grammar
+    grammar = await served.grammars.grammar(wanted)
+    params = body.sampling_params(served.defaults, grammar)
+    if not body.bad_words:
+        return params
+    try:
+        banned = await served.in_thread(bad_word_tokens, served.tokenizer, body.bad_words)
+    except TokenizerError as error:
+        raise ApiError(400, str(error), param="bad_words", code="invalid_value") from error
+    return [dataclasses.replace(each, bad_words=banned) for each in params]
+
+
+def chat_options(body: ChatRequest | TokenizeRequest) -> ChatOptions:
+    """Returns how to render the messages of a request."""
+    continues = body.continue_final_message is True
+    return ChatOptions(
+        add_generation_prompt=body.add_generation_prompt is not False and not continues,
+        continue_final_message=continues,
+        variables=body.chat_template_kwargs or {},
+    )
+
+
+def _last(ids: list[int], keep: int | None) -> list[int]:
+    return ids if keep is None else ids[max(0, len(ids) - keep) :]
 
 
 def _decode_each(tokenizer: Tokenizer, ids: list[int]) -> list[str]:

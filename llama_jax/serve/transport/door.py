@@ -10,6 +10,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama_jax.serve.errors import ApiError, unavailable
+from llama_jax.serve.page.static import key_form
 
 MAX_BODY_BYTES = 2_000_000
 BODY_SECONDS = 60.0
@@ -36,8 +37,8 @@ class Door:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one HTTP request."""
         app = self._app
+        headers = Headers(scope=scope)
         try:
-            headers = Headers(scope=scope)
             self._check_key(scope["path"], headers)
             if app is None:
                 raise unavailable("The server is starting.", "starting")
@@ -56,7 +57,8 @@ class Door:
                     415, "The body must be JSON, sent as Content-Type: application/json."
                 )
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            response = key_form(scope, headers, error) or error.response()
+            await response(scope, receive, send)
             return
         if body is not None:
             await app(scope, _replay(body, receive), send)
