@@ -42,6 +42,7 @@ _ERRORS = {
     429: "Too many requests run or wait; none of this request's answers was started.",
     500: "The server or the engine failed at this request.",
     503: "The server is starting, is shutting down, or has lost its engine.",
+    504: "The request has not finished in the time of its `timeout`, and was aborted.",
 }
 _EVERY_ROUTE = (401, 408, 413, 415, 500, 503)
 _HEADERS = {
@@ -110,7 +111,7 @@ def openapi_document(version: str) -> dict[str, Any]:
 
 
 def _generate(summary: str, body: type, whole: type) -> dict[str, Any]:
-    operation = _post(summary, body, whole, 429)
+    operation = _post(summary, body, whole, 429, 504)
     chunk = {Completion: CompletionChunk, ChatCompletion: ChatCompletionChunk}[whole]
     operation["responses"]["200"]["content"]["text/event-stream"] = {
         "schema": {
