@@ -17,6 +17,7 @@ from llama_jax.engine.errors import (
     EngineClosed,
     EngineDead,
     GenerationFailed,
+    QueueFull,
     RequestError,
     RequestTimeout,
 )
@@ -63,7 +64,7 @@ class ApiError(Exception):
     @property
     def type(self) -> str:
         """The type that OpenAI gives to errors of this status."""
-        names = {401: "authentication_error", 429: "rate_limit_error", 504: "timeout_error"}
+        names = {401: "authentication_error", 429: "rate_limit_error"}
         default = "server_error" if self.status >= 500 else "invalid_request_error"
         return names.get(self.status, default)
 
@@ -178,6 +179,8 @@ def as_api_error(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
+        case QueueFull():  # `Admission` refuses before, with a better estimate
+            return ApiError(429, str(error), code=error.code, headers={"Retry-After": "1"})
         case RequestError():
             return ApiError(400, str(error), param=error.param, code=error.code)
         case EngineClosed():

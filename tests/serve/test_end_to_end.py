@@ -148,7 +148,7 @@ def test_bad_requests_and_disconnects_leave_no_trace(server):
         {"prompt": [-1]},
         {"prompt": [5, 10**30]},
         {"prompt": "x", "n": 10**6},
-        {"prompt": ["x"] * 2000},
+        {"prompt": ["x"] * 1025},
         {"prompt": "x", "stop_token_ids": [10**6]},
         {"prompt": "x", "temperature": -1},
         {"prompt": "x", "max_tokens": 10**12},

@@ -60,6 +60,7 @@ _ERRORS = {
     429: "Too many requests run or wait; none of this request's answers was started.",
     500: "The server or the engine failed at this request.",
     503: "The server is starting, is shutting down, or has lost its engine.",
+    504: "The request has not finished in the time of its `timeout`, and was aborted.",
 }
 _EVERY_ROUTE = (401, 408, 413, 415, 500, 503)
 _HEADERS = {
@@ -140,7 +141,7 @@ def openapi_document(version: str, limits: Limits) -> dict[str, Any]:
 def _generate(summary: str, body: type, whole: type) -> dict[str, Any]:
     chunk = {Completion: CompletionChunk, ChatCompletion: ChatCompletionChunk}[whole]
     return _or_stream(
-        _post(summary, body, whole, 429),
+        _post(summary, body, whole, 429, 504),
         f"a line `data: ` with a `{chunk.__name__}` for each token, or an `ErrorResponse`, and at "
         "the end `data: [DONE]`",
         (chunk, ErrorResponse),
@@ -151,7 +152,7 @@ def _generate(summary: str, body: type, whole: type) -> dict[str, Any]:
 def _respond(summary: str) -> dict[str, Any]:
     kinds = ", ".join(f"`{kind.__name__}`" for kind in EVENTS)
     return _or_stream(
-        _post(summary, ResponsesRequest, ResponseObject, 429),
+        _post(summary, ResponsesRequest, ResponseObject, 429, 504),
         f"a line `event: ` with the type of an event and a line `data: ` with the event: {kinds}",
         EVENTS,
     )
