@@ -29,6 +29,7 @@ class OutputStream:
         self._logprobs: list[bytes] = []  # of `_tokens`, if the request asks for them; encoded
         self._read = 0  # of `_tokens`
         self._cached_tokens = 0
+        self._queue_seconds: float | None = None
         self._end: Output | EngineDead | None = None
         self._changed = asyncio.Event()
 
@@ -40,6 +41,7 @@ class OutputStream:
             assert output.token is not None
             self._tokens.append(output.token)
             self._cached_tokens = output.cached_tokens
+            self._queue_seconds = output.queue_seconds
             if output.logprobs is not None:
                 self._logprobs.append(_ENCODE(output.logprobs))
         else:
@@ -68,7 +70,11 @@ class OutputStream:
                 del self._tokens[:], self._logprobs[:]
                 self._read = 0
             return Output(
-                self._request_id, token, cached_tokens=self._cached_tokens, logprobs=logprobs
+                self._request_id,
+                token,
+                cached_tokens=self._cached_tokens,
+                logprobs=logprobs,
+                queue_seconds=self._queue_seconds,
             )
         assert self._end is not None
         if isinstance(self._end, EngineDead):

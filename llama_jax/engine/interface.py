@@ -32,6 +32,8 @@ class Output(NamedTuple):
       cached_tokens: tokens of the prompt that did not have to be computed, because a request before
         began with them; the same in every output of a request.
       logprobs: if the request asks for them.
+      queue_seconds: how long the request waited in the engine before its prompt was first computed;
+        the same in every output of a request; None if it is not known.
     """
 
     request_id: int
@@ -40,6 +42,7 @@ class Output(NamedTuple):
     error: str | None = None
     cached_tokens: int = 0
     logprobs: TokenLogprobs | None = None
+    queue_seconds: float | None = None
 
 
 @dataclass(frozen=True)

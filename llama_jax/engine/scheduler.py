@@ -367,7 +367,12 @@ class Scheduler:
             self._finish(sequence)
             self.pool.withdraw(sequence.page_keys)  # nobody else shall read what led to this
             return Output(
-                sequence.request_id, None, "error", NOT_A_NUMBER, cached_tokens=sequence.num_cached
+                sequence.request_id,
+                None,
+                "error",
+                NOT_A_NUMBER,
+                cached_tokens=sequence.num_cached,
+                queue_seconds=sequence.queue_seconds,
             )
         sequence.tokens.append(token)
         self.num_generated_tokens += 1
@@ -380,7 +385,13 @@ class Scheduler:
             self._finish(sequence)
         elif sequence.slot is not None:
             self.pages.publish(sequence)
-        return Output(sequence.request_id, token, reason, cached_tokens=sequence.num_cached)
+        return Output(
+            sequence.request_id,
+            token,
+            reason,
+            cached_tokens=sequence.num_cached,
+            queue_seconds=sequence.queue_seconds,
+        )
 
 
 def _arrival(sequence: Sequence) -> int:

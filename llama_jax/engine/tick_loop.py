@@ -85,7 +85,11 @@ class TickLoop:
         outputs: list[Output] = []
         bucket = None
         if self.scheduler.has_work or any(list(self._in_flight)[1:]):
-            bucket = self._dispatch(self.scheduler.schedule())
+            entering = self.scheduler.schedule()
+            for tile in entering.tiles:
+                if tile.sequence.queue_seconds is None:
+                    tile.sequence.queue_seconds = max(0.0, start - tile.sequence.arrived_at)
+            bucket = self._dispatch(entering)
             late = self.results_late
         else:
             late = 0  # nothing to dispatch: read the remaining results

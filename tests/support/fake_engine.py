@@ -1,7 +1,8 @@
 """An engine whose outputs can be computed by hand, in the real process loop, without JAX.
 
 Token i of an answer is (last token of the prompt + 1 + i) mod 1000; token 0 is EOS. Three
-tokens of every prompt are cached, and the log-probability of token t is -t / 1000. The rest of its
+tokens of every prompt are cached, every request has waited for 0.25 s, and the log-probability of
+token t is -t / 1000. The rest of its
 behavior is in `EngineOptions.path`: "fake", "fake:MODE" or "fake:MODE:NUMBER", where MODE is
 
   hang      never becomes ready
@@ -97,7 +98,16 @@ class FakeEngine:
             logprobs = (
                 TokenLogprobs(-token / 1000, [(token, -0.5)]) if self.scored[request_id] else None
             )
-            outputs.append(Output(request_id, token, reason, cached_tokens=3, logprobs=logprobs))
+            outputs.append(
+                Output(
+                    request_id,
+                    token,
+                    reason,
+                    cached_tokens=3,
+                    logprobs=logprobs,
+                    queue_seconds=0.25,
+                )
+            )
             state[:2] = [(token + 1) % VOCAB_SIZE, left - 1]
             if reason is not None:
                 del self.live[request_id]
