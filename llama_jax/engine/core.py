@@ -20,6 +20,7 @@ from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.sizing import (
     GPU_MEMORY_SHARE,
     check_options,
+    check_platform,
     check_stages,
     choose_results_late,
 )
@@ -60,9 +61,10 @@ class Engine:
             config = reader.config
             check_options(options, config)
             check_stages(parse_mesh(options.mesh)[0], config)
-            configure_jax()
+            configure_jax(options.gpu_memory_utilization)
             mesh = make_mesh(options.mesh)
             platform = mesh.devices.flat[0].platform
+            check_platform(options, platform)
             dtype = choose_dtype(options.dtype, config, platform)
             if platform != "cpu" and dtype == np.float32:  # or a GPU would multiply in TF32
                 jax.config.update("jax_default_matmul_precision", "float32")
@@ -166,10 +168,18 @@ class Engine:
         )
 
 
-def configure_jax() -> None:
-    """Configures JAX for the whole process; call it before JAX initializes its devices."""
+def configure_jax(gpu_memory: float | None = None) -> None:
+    """Configures JAX for the whole process; call it before JAX initializes its devices.
+
+    Args:
+      gpu_memory: the share of each GPU's memory that JAX takes when it starts; None for what the
+        environment says, or else `GPU_MEMORY_SHARE`.
+    """
     # Several unfinished programs with collectives starve XLA:CPU's threads and hang it.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    # The share of each GPU's memory that JAX takes when it starts, unless the user has set it.
-    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
-        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
+    name, older_name = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    if gpu_memory is not None:
+        os.environ.pop(older_name, None)
+        os.environ[name] = str(gpu_memory)
+    elif older_name not in os.environ:
+        os.environ.setdefault(name, str(GPU_MEMORY_SHARE))

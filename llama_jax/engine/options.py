@@ -31,7 +31,9 @@ class Option:
       unset: the meaning of None, if None is allowed.
       unit: what its value is or counts, such as "TOKENS".
       minimum: the least valid number.
+      maximum: the greatest valid number, if there is one.
       choices: the valid texts, if they are few.
+      flags: other flags of the same meaning on the command line, in the words of other servers.
     """
 
     name: str
@@ -40,8 +42,10 @@ class Option:
     help: str
     unset: str | None = None
     unit: str = "N"
-    minimum: int | None = None
+    minimum: float | None = None
+    maximum: float | None = None
     choices: tuple[str, ...] | None = None
+    flags: tuple[str, ...] = ()
 
     @property
     def default_text(self) -> str:
@@ -60,15 +64,19 @@ class Option:
             if not isinstance(value, bool):
                 raise OptionError(f"{self.name} must be True or False, got {value!r}.")
             return
-        if not isinstance(value, self.type) or isinstance(value, bool):
-            kind = "an integer" if issubclass(int, self.type) else "a string"
-            raise OptionError(f"{self.name} must be {kind}, got {value!r}.")
+        kinds = self.type | int if issubclass(float, self.type) else self.type
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            names = {int: "an integer", float: "a number"}
+            kind = next((name for kind, name in names.items() if issubclass(kind, self.type)), None)
+            raise OptionError(f"{self.name} must be {kind or 'a string'}, got {value!r}.")
         if self.choices is not None and value not in self.choices:
             known = ", ".join(self.choices)
             raise OptionError(f"{self.name} must be one of {known}, got {value!r}.")
-        if self.minimum is not None and isinstance(value, int):
-            if value < self.minimum:
+        if self.minimum is not None and isinstance(value, int | float):
+            if not value >= self.minimum:  # not a number is in no range
                 raise OptionError(f"{self.name} must be at least {self.minimum}, got {value}.")
+            if self.maximum is not None and value > self.maximum:
+                raise OptionError(f"{self.name} must be at most {self.maximum:g}, got {value}.")
             if value >= 2**63:
                 raise OptionError(f"{self.name} must fit into 64 bits, got {value}.")
 
@@ -103,14 +111,19 @@ class EngineOptions:
         unset="the model's limit, or less if the KV cache holds less",
         unit="TOKENS",
         minimum=2,
+        flags=("--context-length", "--max-seq-len"),
     )
     max_num_seqs: int = _option(
-        32, "maximum number of sequences that are generated at once", minimum=1
+        32,
+        "maximum number of sequences that are generated at once",
+        minimum=1,
+        flags=("--max-running-requests",),
     )
     max_queue: int = _option(
         256,
         "maximum number of requests that wait; more are refused, with HTTP status 429",
         minimum=1,
+        flags=("--max-num-queued-reqs", "--max-queued-requests"),
     )
     kv_cache_memory: int | None = _option(
         None,
@@ -118,14 +131,30 @@ class EngineOptions:
         unset="the free memory of a GPU; about 1 GB for all devices together on CPU",
         unit="BYTES",
         minimum=1,
+        flags=("--kv-cache-memory-bytes",),
     )
-    page_size: int = _option(16, "tokens per KV-cache page", unit="TOKENS", minimum=1)
+    gpu_memory_utilization: float | None = _option(
+        None,
+        "share of each GPU's memory that weights, KV cache and temporary arrays may take together",
+        unset="0.85, or what XLA_CLIENT_MEM_FRACTION says",
+        unit="SHARE",
+        minimum=0.01,
+        maximum=1.0,
+    )
+    page_size: int = _option(
+        16,
+        "tokens per KV-cache page",
+        unit="TOKENS",
+        minimum=1,
+        flags=("--block-size", "--tokens-per-block"),
+    )
     max_chunk: int = _option(
         128,
         "maximum number of prompt tokens per tick, rounded up to a multiple of 64; more gives "
         "faster first tokens and slower streams",
         unit="TOKENS",
         minimum=1,
+        flags=("--chunked-prefill-size",),
     )
     results_late: int | None = _option(
         None,
@@ -135,7 +164,9 @@ class EngineOptions:
         minimum=0,
     )
     prefix_caching: bool = _option(
-        True, "whether requests that begin alike share the computed beginning"
+        True,
+        "whether requests that begin alike share the computed beginning",
+        flags=("--enable-prefix-caching",),
     )
     strict_config: bool = _option(
         False,

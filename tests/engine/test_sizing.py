@@ -197,6 +197,8 @@ def test_jax_takes_its_share_of_a_gpu_unless_the_user_has_set_it(monkeypatch):
         environment[name] = "0.5"
         core.configure_jax()
         assert environment == {name: "0.5"}
+        core.configure_jax(0.9)
+        assert environment == {names[0]: "0.9"}
 
 
 @pytest.mark.parametrize(
