@@ -11,15 +11,20 @@ from llama_jax.serve.routes.tokenization import tokenization_routes
 from llama_jax.serve.served_model import ServedModel
 
 
-def create_app(served: ServedModel) -> Starlette:
-    """Creates the application for one model; requests reach it through a `Door`."""
+def create_app(served: ServedModel, root_path: str = "") -> Starlette:
+    """Creates the application for one model; requests reach it through a `Door`.
+
+    Args:
+      served: the model.
+      root_path: the path under which a proxy offers the server.
+    """
     app = Starlette(
         routes=[
             completions_route(served),
             chat_route(served),
             *tokenization_routes(served),
             *status_routes(served),
-            *openapi_routes(package_version()),
+            *openapi_routes(package_version(), root_path),
         ]
     )
     app.router.redirect_slashes = False

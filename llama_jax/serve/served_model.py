@@ -27,7 +27,8 @@ class ServedModel:
     """One model as it is offered over HTTP.
 
     Attributes:
-      name: the model name in requests.
+      name: the model name in answers.
+      aliases: other names that requests may use.
       root: the checkpoint's path, as given on the command line.
       engine: the client of the engine.
       tokenizer: the checkpoint's tokenizer.
@@ -44,12 +45,18 @@ class ServedModel:
     tokenizer: Tokenizer
     metrics: Metrics
     defaults: SamplingParams
+    aliases: tuple[str, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     admission: Admission = field(init=False)
 
     def __post_init__(self) -> None:
         self.admission = Admission(self.engine, self.metrics)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that requests may use."""
+        return (self.name, *self.aliases)
 
     def check_available(self) -> None:
         """Raises `ApiError` 503 if the server accepts no requests."""
@@ -65,7 +72,7 @@ class ServedModel:
 
     def check_name(self, name: str | None) -> None:
         """Raises `ApiError` 404 if a request names another model; None means this one."""
-        if name not in (None, self.name):
+        if name is not None and name not in self.names:
             raise ApiError(
                 404,
                 f"The model {name[:100]!r} does not exist; this server has {self.name!r}.",

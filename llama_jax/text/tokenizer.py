@@ -34,10 +34,14 @@ class Tokenizer:
       chat_problem: one sentence on why `encode_chat` cannot be used; None if it can.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, chat_template: str | None = None) -> None:
         """Loads `path`/tokenizer.json and its settings, or the tokenizer of a GGUF file.
 
         Never downloads anything.
+
+        Args:
+          path: the checkpoint.
+          chat_template: a Jinja template that takes the place of the checkpoint's.
 
         Raises:
           GgufError: the tokenizer of a GGUF file cannot be translated.
@@ -50,6 +54,8 @@ class Tokenizer:
                     f"{self.path} has no tokenizer.json: copy the model's tokenizer files there."
                 )
             transformers = _load(folder)
+        if chat_template is not None:
+            transformers.chat_template = chat_template
         self._backend = transformers.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()

@@ -13,12 +13,12 @@ from rich.console import Console
 from llama_jax.engine.interface import DeviceInfo
 from llama_jax.engine.options import EngineOptions
 from llama_jax.serve.command_line.arguments import (
-    API_KEY_VARIABLE,
     DEMO_CHECKPOINT,
     engine_options,
     parse_arguments,
 )
 from llama_jax.serve.command_line.foreign_flags import ANSWERS
+from llama_jax.serve.command_line.http_flags import API_KEY_VARIABLES
 from llama_jax.serve.command_line.ready import show_ready
 from llama_jax.serve.transport.http_server import ListenError, address_of, is_loopback, listen
 from tests.support.fake_client import FakeServer, events, make_info
@@ -55,12 +55,16 @@ def test_every_option_reaches_the_engine():
     )
 
 
-def test_the_api_key_can_be_set_in_the_environment(monkeypatch):
-    monkeypatch.setenv(API_KEY_VARIABLE, "from the environment")
-    assert parse_arguments([]).api_key == "from the environment"
-    assert parse_arguments(["--api-key", "given"]).api_key == "given"
-    monkeypatch.setenv(API_KEY_VARIABLE, "")
-    assert parse_arguments([]).api_key is None
+@pytest.mark.parametrize("variable", API_KEY_VARIABLES)
+def test_the_api_key_can_be_set_in_the_environment(monkeypatch, variable):
+    for name in API_KEY_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "from the environment")
+    assert parse_arguments([]).api_keys == ["from the environment"]
+    assert parse_arguments(["--api-key", "given"]).api_keys == ["given"]
+    assert parse_arguments(["--api-key-file", "keys"]).api_keys == []
+    monkeypatch.setenv(variable, "")
+    assert parse_arguments([]).api_keys == []
 
 
 @pytest.mark.parametrize(
@@ -82,6 +86,26 @@ def test_the_api_key_can_be_set_in_the_environment(monkeypatch):
         ("--shutdown-timeout nan", "--shutdown-timeout"),
         ("--shutdown-timeout soon", "--shutdown-timeout"),
         ("--api-key ''", "--api-key"),
+        ("--gpu-memory-utilization 0", "--gpu-memory-utilization"),
+        ("--gpu-memory-utilization 1.5", "--gpu-memory-utilization"),
+        ("--gpu-memory-utilization nan", "--gpu-memory-utilization"),
+        ("--gpu-memory-utilization x", "--gpu-memory-utilization"),
+        ("-tp 0", "-tp"),
+        ("--seed 99999999999999999999", "--seed"),
+        ("--override-generation-config [1]", "--override-generation-config"),
+        ("--root-path llama", "--root-path"),
+        ("--allowed-origins chat.example", "--allowed-origins"),
+        ("--allowed-origins https://chat.example/page", "--allowed-origins"),
+        ("--allow-credentials", "--allow-credentials"),
+        ("--allowed-origins * --allow-credentials", "--allow-credentials"),
+        ("--forwarded-allow-ips proxy", "--forwarded-allow-ips"),
+        ("--ssl-keyfile key.pem", "--ssl-certfile"),
+        ("--ssl-ca-certs ca.pem", "--ssl-certfile"),
+        ("--log-prompts", "--request-log"),
+        ("--metrics-open", "--metrics-open"),
+        ("--uds s --port 1", "--uds"),
+        ("--otlp-traces-endpoint localhost:4318", "--otlp-traces-endpoint"),
+        ("--log-level loud", "--log-level"),
         ("--nonsense", "--nonsense"),
         ("a b", ": b "),
         ("--max-num 5", "--max-num"),  # no abbreviations, which a new option could break
@@ -99,14 +123,10 @@ def test_wrong_usage_prints_one_line_and_exits_with_2(line, said, capsys):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("models/x -tp 4", "--mesh"),
-        ("models/x --tensor-parallel-size=4", "--mesh"),
-        ("--pp_size 4", "--mesh"),
-        ("models/x --gpu-memory-utilization 0.9", "--kv-cache-memory"),
-        ("--model models/x", "without a flag"),
+        ("models/x --num_gpu_blocks_override 9", "--kv-cache-memory"),
         ("models/x --max-num-batched-tokens 512", "--max-chunk"),
         ("models/x --enforce-eager", "compiled"),
-        ("--mem-fraction-static nonsense --port x", "--kv-cache-memory"),
+        ("--mem-fraction-static nonsense --port x", "--gpu-memory-utilization"),
     ],
 )
 def test_a_flag_of_another_server_is_answered(line, said, capsys):
@@ -122,7 +142,7 @@ def test_the_answers_to_other_flags_name_flags_that_exist(capsys):
         parse_arguments(["--help"])
     own = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
     named = {flag for answer in ANSWERS.values() for flag in re.findall(r"--[a-z-]+", answer)}
-    assert "--mesh" in named <= own
+    assert "--max-chunk" in named <= own
     assert not own & set(ANSWERS)
 
 

@@ -49,7 +49,7 @@ def test_the_schemas_are_valid_and_complete(document):
     assert used <= set(schemas)
     assert set(document["paths"]) == {
         *(COMPLETIONS, CHAT, "/tokenize", "/detokenize", "/v1/models", "/v1/models/{name}"),
-        *("/health", "/version", "/metrics", "/openapi.json"),
+        *("/live", "/health", "/version", "/metrics", "/openapi.json"),
     }
 
 

@@ -1,42 +1,26 @@
 """Flags of vLLM, SGLang and TensorRT-LLM, and what to use here instead."""
 
 _ROWS: tuple[tuple[str, str], ...] = (
-    ("--model --model-path", "give the directory of the checkpoint without a flag"),
     (
-        "--tensor-parallel-size -tp --tp-size --tp",
-        "use --mesh SxT, where T is the number of tensor-parallel ranks",
+        "--mem-fraction-static --kv-cache-free-gpu-memory-fraction",
+        "use --gpu-memory-utilization, the share for weights, KV cache and temporary arrays "
+        "together",
     ),
     (
-        "--pipeline-parallel-size -pp --pp-size --pp",
-        "use --mesh SxT, where S is the number of pipeline stages",
-    ),
-    (
-        "--gpu-memory-utilization --mem-fraction-static --kv-cache-free-gpu-memory-fraction "
-        "--kv-cache-memory-bytes --num-gpu-blocks-override --max-total-tokens",
+        "--num-gpu-blocks-override --max-total-tokens",
         "use --kv-cache-memory, the bytes of KV cache on each device",
     ),
-    ("--block-size --tokens-per-block", "use --page-size"),
     (
-        "--max-num-batched-tokens --chunked-prefill-size --max-prefill-tokens --max-num-tokens",
-        "use --max-chunk, the maximum number of prompt tokens per tick",
+        "--max-num-batched-tokens --max-prefill-tokens --max-num-tokens",
+        "use --max-chunk, the maximum number of prompt tokens per tick; answers do not count",
     ),
     ("--enable-chunked-prefill", "every prompt is computed in chunks of up to --max-chunk tokens"),
-    (
-        "--enable-prefix-caching --no-enable-prefix-caching --disable-radix-cache",
-        "sequences that begin alike always share their KV cache",
-    ),
-    ("--context-length --max-seq-len", "use --max-model-len"),
-    ("--max-running-requests --max-batch-size", "use --max-num-seqs"),
-    ("--max-num-queued-reqs --max-queued-requests", "use --max-queue"),
+    ("--max-batch-size", "use --max-num-seqs"),
     ("--async-scheduling --no-async-scheduling", "use --results-late"),
     ("--kv-cache-dtype", "the KV cache has the dtype of the activations: use --dtype"),
     (
         "--enforce-eager --compilation-config -cc -O --disable-cuda-graph --cuda-graph-max-bs",
         "every program is compiled when the server starts, and none after that",
-    ),
-    (
-        "--quantization -q",
-        "the checkpoint says how it is quantized, and `python -m convert quantize` quantizes one",
     ),
     ("--load-format", "the layout of a checkpoint is recognized"),
     (
@@ -46,18 +30,13 @@ _ROWS: tuple[tuple[str, str], ...] = (
     ("--trust-remote-code", "the server never runs code from a checkpoint"),
     ("--tokenizer --tokenizer-path --tokenizer-mode", "the server uses the checkpoint's tokenizer"),
     (
-        "--chat-template --chat-template-content-format",
-        "the server uses the checkpoint's chat template",
+        "--chat-template-content-format",
+        "whether a chat template reads texts or parts is recognized",
     ),
     (
         "--hf-overrides --json-model-override-args",
         "the model is what the checkpoint's config.json says",
     ),
-    (
-        "--generation-config --override-generation-config",
-        "the checkpoint's generation_config.json sets the default sampling parameters",
-    ),
-    ("--seed --random-seed", "each request sets its own seed"),
     (
         "--data-parallel-size -dp --dp-size --api-server-count -asc",
         "one server runs one copy of the model: start several behind a load balancer",
@@ -74,22 +53,24 @@ _ROWS: tuple[tuple[str, str], ...] = (
     ("--scheduling-policy --schedule-policy", "requests are served in the order of their arrival"),
     ("--speculative-config -sc --speculative-algorithm", "there is no speculative decoding"),
     ("--enable-lora --lora-modules --lora-paths --max-loras --max-lora-rank", "there is no LoRA"),
+    ("--middleware", "the server runs no code but its own: put a proxy in front of it"),
+    ("--ssl-cert-reqs", "--ssl-ca-certs demands client certificates"),
+    ("--ssl-ciphers", "the ciphers are those of OpenSSL's default"),
     (
-        "--ssl-keyfile --ssl-certfile --uds --root-path --allowed-origins --middleware",
-        "the server speaks plain HTTP over TCP: put a proxy in front of it",
+        "--allowed-methods --allowed-headers",
+        "--allowed-origins allows the methods and headers that the server reads",
+    ),
+    ("--enable-request-id-headers", "every answer has the header X-Request-Id"),
+    (
+        "--enable-log-requests --disable-log-requests --max-log-len --log-requests",
+        "use --request-log, without which requests are not logged",
     ),
     (
-        "--disable-log-stats --enable-log-requests --disable-log-requests --max-log-len "
-        "--uvicorn-log-level --disable-uvicorn-access-log --log-level",
-        "requests are not logged, and the statistics are at /metrics",
-    ),
-    (
-        "--enable-prefix-caching --no-enable-prefix-caching --disable-radix-cache "
-        "--enable-block-reuse",
+        "--disable-radix-cache --enable-block-reuse",
         "prefix caching is on; --no-prefix-caching turns it off",
     ),
     ("--stream-interval", "a stream has one event per token"),
-    ("--config", "options are given on the command line"),
+    ("--collect-detailed-traces", "every trace has the phases of its request"),
 )
 
 ANSWERS = {flag: answer for flags, answer in _ROWS for flag in flags.split()}

@@ -18,13 +18,16 @@ from llama_jax.engine.interface import FinishReason
 from llama_jax.serve.errors import answer_too_long, as_api_error, prompt_too_long
 from llama_jax.serve.generation.choices import ChoiceDelta, generate_choice, merge
 from llama_jax.serve.generation.logprobs import TokenWithLogprobs
+from llama_jax.serve.monitoring.request_record import (
+    CLIENT_CLOSED_REQUEST,
+    note_error,
+    note_generation,
+)
 from llama_jax.serve.protocol.generation import GenerationRequest, StreamOptions
 from llama_jax.serve.protocol.response_types import Usage
 from llama_jax.serve.served_model import ServedModel
 from llama_jax.serve.transport.interrupt import Interrupted, disconnected, unless
 from llama_jax.serve.transport.json_response import JsonResponse
-
-CLIENT_CLOSED_REQUEST = 499  # nginx's status code, for logs; no client receives it
 
 
 class ResponseFormat(Protocol):
@@ -123,6 +126,7 @@ async def respond(
       ApiError: the request cannot be accepted.
       RequestError, EngineDead, GenerationFailed: as `generate_choice`.
     """
+    note_generation(served.name, job.params[0], len(job.params), job.stream)
     _check_job(served, job)
     head = {
         "id": f"{format.id_prefix}-{uuid.uuid4().hex}",
@@ -252,7 +256,9 @@ async def _events(
         if last:
             yield _event({**head, "choices": [], "usage": _usage(job, seen)})
     except Exception as error:  # the status has been sent, so an event must do
-        yield _event(as_api_error(error).body)
+        api_error = as_api_error(error)
+        note_error(api_error.code)
+        yield _event(api_error.body)
     yield b"data: [DONE]\n\n"
 
 

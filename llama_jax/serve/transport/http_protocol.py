@@ -14,6 +14,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llama_jax.serve.errors import ApiError
+from llama_jax.serve.transport.front import REQUEST_ID_HEADER, new_request_id
 from llama_jax.serve.transport.write_deadline import WriteDeadline
 
 MAX_HEADER_BYTES = 64 * 1024
@@ -72,7 +73,10 @@ class HttpProtocol(WriteDeadline, H11Protocol):
         """Handles the end of the input; returns whether the connection stays open.
 
         HTTP allows a client to close its sending side after a request and to wait for the response.
+        TLS cannot close one side only.
         """
+        if self.transport.get_extra_info("sslcontext") is not None:
+            return False
         cycle = self.cycle
         if cycle is None or cycle.response_complete or cycle.more_body:
             return False
@@ -90,7 +94,11 @@ class HttpProtocol(WriteDeadline, H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             error = _api_error(self.conn.error)
             response = error.response()
-            headers = [*response.raw_headers, (b"connection", b"close")]
+            headers = [
+                *response.raw_headers,
+                (REQUEST_ID_HEADER.lower().encode(), new_request_id().encode()),
+                (b"connection", b"close"),
+            ]
             for event in (
                 h11.Response(
                     status_code=error.status,
