@@ -5,6 +5,7 @@ from llama_jax.serve.monitoring.access_log import write_access
 from llama_jax.serve.monitoring.http_metrics import handler_finder
 from llama_jax.serve.monitoring.request_log import RequestLog
 from llama_jax.serve.monitoring.tracing import otlp_tracing
+from llama_jax.serve.protocol.limits import set_limits
 from llama_jax.serve.routes.status import package_version
 from llama_jax.serve.served_model import ServedModel
 from llama_jax.serve.setup import Setup
@@ -27,6 +28,7 @@ class Site:
           TracingError: the packages of OpenTelemetry are needed and not installed.
         """
         arguments = setup.arguments
+        set_limits(arguments.max_choices, arguments.max_prompts)
         open_paths = ("/metrics",) if arguments.metrics_open else ()
         self._root_path = arguments.root_path
         self._door = Door(setup.keys, arguments.max_body_size, open_paths)

@@ -7,6 +7,8 @@ import openai
 import pytest
 
 from llama_jax.serve.app import create_app
+from llama_jax.serve.protocol.limits import LIMITS
+from llama_jax.serve.routes.openapi import openapi_document
 from llama_jax.serve.transport.api_keys import ApiKeys
 from llama_jax.serve.transport.cors import Cors
 from llama_jax.serve.transport.door import Door
@@ -112,6 +114,33 @@ def test_the_server_lives_before_it_is_ready_and_while_it_ends():
     server.engine.die()
     assert server.get("/live").status_code == 200
     assert server.post("/live", {}).status_code == 405
+
+
+# Limits
+
+
+def refused(server: FakeServer, **body) -> str:
+    """The field that a completion with it is refused for."""
+    response = server.post("/v1/completions", {"prompt": "Hi", **body})
+    assert response.status_code == 400
+    return error_of(response)["param"]
+
+
+def test_the_numbers_of_choices_and_prompts_are_options(monkeypatch):
+    server = FakeServer(max_in_flight=100)
+    assert refused(server, n=17) == "n"
+    monkeypatch.setattr(LIMITS, "choices", 20)
+    monkeypatch.setattr(LIMITS, "prompts", 2)
+    assert len(server.complete(n=17)["choices"]) == 17
+    assert refused(server, n=21) == "n"
+    assert refused(server, prompt=["Hi"] * 3) == "prompt"
+    schemas = openapi_document("1")["components"]["schemas"]
+    for kind in ("CompletionRequest", "ChatRequest"):
+        assert {"type": "integer", "minimum": 1, "maximum": 20} in schemas[kind]["properties"]["n"][
+            "anyOf"
+        ]
+    forms = schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"]
+    assert [form["maxItems"] for form in forms if "maxItems" in form] == [2, 2]
 
 
 # Several names

@@ -3,6 +3,7 @@
 import argparse
 
 from llama_jax.serve.command_line import values
+from llama_jax.serve.protocol.limits import LIMITS
 from llama_jax.serve.transport.door import MAX_BODY_BYTES
 from llama_jax.terminal.arguments import size
 
@@ -38,6 +39,20 @@ def add_http_flags(parser: argparse.ArgumentParser) -> None:
         default=MAX_BODY_BYTES,
         metavar="BYTES",
         help="maximum size of a request's body, such as 8MB (default: 2MB)",
+    )
+    http.add_argument(
+        "--max-choices",
+        type=values.positive,
+        default=LIMITS.choices,
+        metavar="N",
+        help="maximum of n, the choices per prompt (default: %(default)s)",
+    )
+    http.add_argument(
+        "--max-prompts",
+        type=values.positive,
+        default=LIMITS.prompts,
+        metavar="N",
+        help="maximum number of prompts in a request (default: %(default)s)",
     )
     http.add_argument(
         "--shutdown-timeout",

@@ -4,8 +4,9 @@ from typing import Annotated, Any
 
 from llama_jax.config.sampling_params import MAX_LOGPROBS
 from llama_jax.serve.protocol.body import schema
-from llama_jax.serve.protocol.field_readers import MAX_PROMPTS, read_logprobs, read_prompts
+from llama_jax.serve.protocol.field_readers import read_logprobs, read_prompts
 from llama_jax.serve.protocol.generation import GenerationRequest
+from llama_jax.serve.protocol.limits import LIMITS
 
 DEFAULT_COMPLETION_TOKENS = 16  # as in the OpenAI API
 
@@ -15,12 +16,12 @@ _Prompt = Annotated[
         read_prompts,
         anyOf=[
             {"type": "string"},
-            {"type": "array", "items": {"type": "string"}, "maxItems": MAX_PROMPTS},
+            {"type": "array", "items": {"type": "string"}, "maxItems": LIMITS.prompts},
             {"type": "array", "items": {"type": "integer"}},
             {
                 "type": "array",
                 "items": {"type": "array", "items": {"type": "integer"}},
-                "maxItems": MAX_PROMPTS,
+                "maxItems": LIMITS.prompts,
             },
         ],
     ),

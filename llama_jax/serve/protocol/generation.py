@@ -17,8 +17,8 @@ from llama_jax.serve.protocol.field_readers import (
     read_stop,
 )
 from llama_jax.serve.protocol.json_reader import read_integers, refuse
+from llama_jax.serve.protocol.limits import LIMITS
 
-MAX_CHOICES = 16
 MAX_SALT_CHARACTERS = 1024
 
 _Stop = Annotated[
@@ -87,7 +87,7 @@ class GenerationRequest(RequestBody):
     top_k: Annotated[int, schema(minimum=-1, maximum=MAX_TOP_K)] | None = None
     min_p: Annotated[float, schema(minimum=0, maximum=1)] | None = None
     seed: Annotated[int, schema(minimum=-(2**63), maximum=2**63 - 1)] | None = None
-    n: Annotated[int, schema(minimum=1, maximum=MAX_CHOICES)] | None = None
+    n: Annotated[int, schema(minimum=1, maximum=LIMITS.choices)] | None = None
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
     repetition_penalty: Annotated[float, schema(minimum=0.01, maximum=100)] | None = None
@@ -106,8 +106,8 @@ class GenerationRequest(RequestBody):
         """Checks the fields against each other."""
         if self.stream_options is not None and not self.stream:
             refuse("stream_options needs stream to be true.", "stream_options")
-        if not 1 <= self.choices <= MAX_CHOICES:
-            refuse(f"n must be between 1 and {MAX_CHOICES}, got {self.choices}.", "n")
+        if not 1 <= self.choices <= LIMITS.choices:
+            refuse(f"n must be between 1 and {LIMITS.choices}, got {self.choices}.", "n")
         if len(self.cache_salt or "") > MAX_SALT_CHARACTERS:
             refuse(f"cache_salt may have at most {MAX_SALT_CHARACTERS} characters.", "cache_salt")
         if len(self.stop_token_ids or ()) > MAX_STOP_TOKEN_IDS:

@@ -9,6 +9,7 @@ from starlette.routing import Route
 
 from llama_jax.serve.protocol.chat import ChatRequest
 from llama_jax.serve.protocol.completion import CompletionRequest
+from llama_jax.serve.protocol.limits import LIMITS
 from llama_jax.serve.protocol.messages import Message
 from llama_jax.serve.protocol.response_types import (
     ChatCompletion,
@@ -179,6 +180,7 @@ def _schemas() -> dict[str, Any]:
     _, schemas = msgspec.json.schema_components(kinds, ref_template=_SCHEMAS + "{name}")
     for kind in _REQUESTS:
         _add_no_ops(schemas[kind.__name__], "request")
+    _set_limits(schemas)
     _add_no_ops(schemas["StreamOptions"], "options")
     _add_no_ops(schemas["Message"], "message")
     schemas["Message"]["properties"]["content"] = {
@@ -196,6 +198,17 @@ def _schemas() -> dict[str, Any]:
     }
     _add_no_ops(schemas["TextPart"], "part")
     return schemas
+
+
+def _set_limits(schemas: dict[str, Any]) -> None:
+    """Shows the limits of this process: the annotations of the types have the defaults."""
+    for kind in (CompletionRequest, ChatRequest):
+        for choice in schemas[kind.__name__]["properties"]["n"]["anyOf"]:
+            if "maximum" in choice:
+                choice["maximum"] = LIMITS.choices
+    for form in schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"]:
+        if "maxItems" in form:
+            form["maxItems"] = LIMITS.prompts
 
 
 def _add_no_ops(
