@@ -6,6 +6,7 @@ import re
 import signal
 import ssl
 import subprocess
+from contextlib import ExitStack
 
 import httpx
 import pytest
@@ -82,13 +83,15 @@ def test_logs_whose_reader_has_gone_or_has_stopped_do_not_stop_the_server(checkp
             found[1] for line in process.stdout if (found := re.search(r"Ready at (\S+)\.", line))
         )
         path = "/" + "x" * 4000
-        with httpx.Client(base_url=url, timeout=20) as client:
+        with httpx.Client(base_url=url, timeout=20) as client, ExitStack() as stack:
+            stack.callback(process.kill)
             for _ in range(40):  # 160 kB; a pipe holds 64
                 assert client.get(path).status_code == 404
             os.close(reading)
             for _ in range(5):
                 assert client.get(path).status_code == 404
             assert ok(client.post("/v1/completions", json=BODY))
+            stack.pop_all()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
 

@@ -27,6 +27,7 @@ HEADER_SECONDS = 30.0
 PROBE_SECONDS = 1.0
 RESET_SECONDS = 0.1
 PROBE_GROWTH = 2
+FAREWELL_SECONDS = 0.5
 
 
 class HttpProtocol(WriteDeadline, H11Protocol):
@@ -75,7 +76,7 @@ class HttpProtocol(WriteDeadline, H11Protocol):
         HTTP allows a client to close its sending side after a request and to wait for the response.
         TLS cannot close one side only.
         """
-        if self.transport.get_extra_info("sslcontext") is not None:
+        if self._tls:
             return False
         cycle = self.cycle
         if cycle is None or cycle.response_complete or cycle.more_body:
@@ -88,6 +89,19 @@ class HttpProtocol(WriteDeadline, H11Protocol):
         super().on_response_complete()
         if self._watcher is not None and self.cycle.response_complete:
             self.transport.close()
+
+    def shutdown(self) -> None:
+        """Closes the connection when the server ends, after the response in progress.
+
+        TLS waits for the client's farewell, which a client that is idle may never send.
+        """
+        super().shutdown()
+        if self._tls and (self.cycle is None or self.cycle.response_complete):
+            self.loop.call_later(FAREWELL_SECONDS, self.transport.abort)
+
+    @property
+    def _tls(self) -> bool:
+        return self.transport.get_extra_info("sslcontext") is not None
 
     def send_400_response(self, msg: str) -> None:
         """Answers bytes that are not HTTP, and closes the connection."""
