@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from llama_jax.serve.launch import main
-from tests.serve.test_tls import make_certificate
+from tests.support.certificates import make_certificate, needs_openssl
 from tests.support.fake_client import ok
 from tests.support.paths import ROOT
 from tests.support.processes import FAKE, wait_until
@@ -29,6 +29,7 @@ def checkpoint(tmp_path_factory):
     return path
 
 
+@needs_openssl
 def test_a_server_as_operators_run_it(checkpoint, tmp_path):
     """TLS, keys, names, a configuration file, a request log and the line about throughput."""
     certificate, key = make_certificate(tmp_path, "server")
