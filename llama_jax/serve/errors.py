@@ -163,9 +163,12 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(error.status_code, f"{message.rstrip('.')}.", headers=error.headers)
         case _:
             record = current_record()
-            log.error("Request %s failed.", record.id if record else "?", exc_info=error)
+            name = record.id if record else "unknown"
+            log.error("Request %s failed.", name, exc_info=error)
             return ApiError(
-                500, "The server failed; the reason is in its log.", code="internal_error"
+                500,
+                f"The server failed; the reason is in its log, under request {name}.",
+                code="internal_error",
             )
 
 
