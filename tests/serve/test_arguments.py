@@ -22,6 +22,7 @@ from llama_jax.serve.command_line.http_flags import API_KEY_VARIABLES
 from llama_jax.serve.command_line.ready import show_ready
 from llama_jax.serve.transport.http_server import ListenError, address_of, is_loopback, listen
 from tests.support.fake_client import FakeServer, events, make_info
+from tests.support.paths import ROOT
 
 # The command line
 
@@ -30,7 +31,7 @@ def test_defaults_are_those_of_the_engine():
     arguments = parse_arguments([])
     assert engine_options(arguments, Path("x")) == EngineOptions(path="x")
     assert (arguments.host, arguments.port, arguments.path) == ("127.0.0.1", 8000, None)
-    assert (DEMO_CHECKPOINT.name, DEMO_CHECKPOINT.parent.name) == ("checkpoint", "demo")
+    assert DEMO_CHECKPOINT == ROOT / "demo" / "checkpoint" and DEMO_CHECKPOINT.is_dir()
 
 
 def test_every_option_reaches_the_engine():

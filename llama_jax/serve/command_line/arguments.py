@@ -18,7 +18,7 @@ from llama_jax.serve.command_line.model_flags import add_engine_flags, add_model
 from llama_jax.serve.transport.api_keys import is_key
 from llama_jax.terminal.arguments import Parser
 
-DEMO_CHECKPOINT = Path(__file__).parents[2] / "demo" / "checkpoint"
+DEMO_CHECKPOINT = Path(__file__).parents[3] / "demo" / "checkpoint"
 DEMO_NAME = "llama-jax-demo"
 
 _EXAMPLES = f"""\
