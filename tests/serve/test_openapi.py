@@ -51,7 +51,16 @@ def test_the_schemas_are_valid_and_complete(document):
     assert set(document["paths"]) == {
         *(COMPLETIONS, CHAT, RESPONSES, RESPONSES + "/{id}"),
         *("/tokenizer_info", "/tokenize", "/detokenize", "/v1/models", "/v1/models/{name}"),
-        *("/health", "/version", "/metrics", "/openapi.json", "/status", "/", "/page/{name}"),
+        *(
+            "/live",
+            "/health",
+            "/version",
+            "/metrics",
+            "/openapi.json",
+            "/status",
+            "/",
+            "/page/{name}",
+        ),
     }
 
 

@@ -77,6 +77,7 @@ async def generate_choice(
             async with aclosing(read_text(outputs, detokenizer)) as deltas:
                 async for delta in deltas:
                     tokens += 1
+                    timer.note(delta.output)
                     if delta.finish_reason is not None:
                         timer.finish(delta.finish_reason)
                     yield ChoiceDelta(

@@ -74,9 +74,9 @@ _HEADERS = {
 }
 
 
-def openapi_routes(version: str, limits: Limits) -> list[Route]:
+def openapi_routes(version: str, limits: Limits, root_path: str = "") -> list[Route]:
     """GET (and HEAD) /openapi.json; for its arguments, see `openapi_document`."""
-    document = openapi_document(version, limits)
+    document = openapi_document(version, limits, root_path)
 
     async def openapi(request: Request) -> Response:
         return JsonResponse(document)
@@ -84,15 +84,17 @@ def openapi_routes(version: str, limits: Limits) -> list[Route]:
     return [Route("/openapi.json", openapi)]
 
 
-def openapi_document(version: str, limits: Limits) -> dict[str, Any]:
+def openapi_document(version: str, limits: Limits, root_path: str = "") -> dict[str, Any]:
     """Returns the description of this server (https://spec.openapis.org/oas/v3.1.0).
 
     Args:
       version: that of this package.
       limits: those of the engine.
+      root_path: the path under which a proxy offers the server.
     """
     return {
         "openapi": "3.1.0",
+        "servers": [{"url": root_path or "/"}],
         "info": {
             "title": "llama-jax",
             "version": version,
@@ -116,6 +118,7 @@ def openapi_document(version: str, limits: Limits) -> dict[str, Any]:
                 "parameters": [_path("name")],
                 **_get("Show a model", ModelCard, 404),
             },
+            "/live": _get("Tell whether the server runs", Health, key=False),
             "/health": _get("Tell whether the server can generate", Health, key=False),
             "/version": _get("Show the version", Version),
             "/metrics": _get("Show the metrics in Prometheus' text format", None),
