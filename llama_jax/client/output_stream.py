@@ -33,6 +33,7 @@ class OutputStream:
         self._logprobs: list[bytes] = []  # of `_tokens`, if the request asks for them; encoded
         self._read = 0  # of `_tokens`
         self._cached_tokens = 0
+        self._queue_seconds: float | None = None
         self._prompt_logprobs: PromptLogprobs | None = None  # until they are read
         self._end: Output | StreamError | None = None
         self._changed = asyncio.Event()
@@ -46,6 +47,7 @@ class OutputStream:
             self._tokens.append(output.token)
             self._cached_tokens = output.cached_tokens
             self._prompt_logprobs = output.prompt_logprobs or self._prompt_logprobs
+            self._queue_seconds = output.queue_seconds
             if output.logprobs is not None:
                 self._logprobs.append(_ENCODE(output.logprobs))
         else:
@@ -80,6 +82,7 @@ class OutputStream:
                 cached_tokens=self._cached_tokens,
                 logprobs=logprobs,
                 prompt_logprobs=prompt_logprobs,
+                queue_seconds=self._queue_seconds,
             )
         assert self._end is not None
         if isinstance(self._end, Exception):

@@ -30,6 +30,7 @@ from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.sizing import (
     GPU_MEMORY_SHARE,
     check_options,
+    check_platform,
     check_stages,
     choose_results_late,
 )
@@ -73,6 +74,7 @@ class Engine:
             configure_jax(options.gpu_memory_utilization)
             mesh = make_mesh(options.mesh)
             platform = mesh.devices.flat[0].platform
+            check_platform(options, platform)
             dtype = choose_dtype(options.dtype, config, platform)
             if platform != "cpu" and dtype == np.float32:  # or a GPU would multiply in TF32
                 jax.config.update("jax_default_matmul_precision", "float32")

@@ -31,11 +31,6 @@ def choose_mesh_sizes(
     """
     weights = weight_bytes(config, mesh, dtype)
     devices = mesh.devices.flatten().tolist()
-    if options.gpu_memory_utilization is not None and devices[0].platform == "cpu":
-        raise SizingError(
-            "gpu_memory_utilization is for GPUs, and this engine runs on CPU: leave it out, or set "
-            "kv_cache_memory."
-        )
     if options.kv_cache_memory is not None:
         cache = options.kv_cache_memory
     elif devices[0].platform == "cpu":

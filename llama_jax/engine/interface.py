@@ -37,6 +37,8 @@ class Output(NamedTuple):
         began with them; the same in every output of a request.
       logprobs: if the request asks for them.
       prompt_logprobs: in the request's first output, if the request asks for them.
+      queue_seconds: how long the request waited in the engine before its prompt was first computed;
+        the same in every output of a request; None if it is not known.
     """
 
     request_id: int
@@ -47,6 +49,7 @@ class Output(NamedTuple):
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: PromptLogprobs | None = None
     param: str | None = None
+    queue_seconds: float | None = None
 
     @classmethod
     def of_error(cls, request_id: int, error: RequestError) -> "Output":

@@ -31,9 +31,9 @@ class Option:
       unset: the meaning of None, if None is allowed.
       unit: what its value is or counts, such as "TOKENS".
       minimum: the least valid number.
-      maximum: the greatest valid number of a fraction, which must be more than 0.
+      maximum: the greatest valid number, if there is one.
       choices: the valid texts, if they are few.
-      aliases: flags of other servers that mean the same.
+      flags: other flags of the same meaning on the command line, in the words of other servers.
     """
 
     name: str
@@ -42,10 +42,10 @@ class Option:
     help: str
     unset: str | None = None
     unit: str = "N"
-    minimum: int | None = None
+    minimum: float | None = None
     maximum: float | None = None
     choices: tuple[str, ...] | None = None
-    aliases: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
 
     @property
     def default_text(self) -> str:
@@ -66,23 +66,17 @@ class Option:
             return
         kinds = self.type | int if issubclass(float, self.type) else self.type
         if not isinstance(value, kinds) or isinstance(value, bool):
-            kind = (
-                "a number"
-                if self.maximum
-                else "an integer"
-                if issubclass(int, self.type)
-                else "a string"
-            )
-            raise OptionError(f"{self.name} must be {kind}, got {value!r}.")
-        if self.maximum is not None and isinstance(value, int | float):
-            if not 0 < value <= self.maximum:  # also false for NaN
-                raise OptionError(f"{self.name} must be in (0, {self.maximum:g}], got {value}.")
+            names = {int: "an integer", float: "a number"}
+            kind = next((name for kind, name in names.items() if issubclass(kind, self.type)), None)
+            raise OptionError(f"{self.name} must be {kind or 'a string'}, got {value!r}.")
         if self.choices is not None and value not in self.choices:
             known = ", ".join(self.choices)
             raise OptionError(f"{self.name} must be one of {known}, got {value!r}.")
-        if self.minimum is not None and isinstance(value, int):
-            if value < self.minimum:
+        if self.minimum is not None and isinstance(value, int | float):
+            if not value >= self.minimum:  # not a number is in no range
                 raise OptionError(f"{self.name} must be at least {self.minimum}, got {value}.")
+            if self.maximum is not None and value > self.maximum:
+                raise OptionError(f"{self.name} must be at most {self.maximum:g}, got {value}.")
             if value >= 2**63:
                 raise OptionError(f"{self.name} must fit into 64 bits, got {value}.")
 
@@ -117,19 +111,19 @@ class EngineOptions:
         unset="the model's limit, or less if the KV cache holds less",
         unit="TOKENS",
         minimum=2,
-        aliases=("--context-length", "--max-seq-len"),
+        flags=("--context-length", "--max-seq-len"),
     )
     max_num_seqs: int = _option(
         32,
         "maximum number of sequences that are generated at once",
         minimum=1,
-        aliases=("--max-running-requests", "--max-batch-size"),
+        flags=("--max-running-requests",),
     )
     max_queue: int = _option(
         256,
         "maximum number of requests that wait; more are refused, with HTTP status 429",
         minimum=1,
-        aliases=("--max-num-queued-reqs", "--max-queued-requests"),
+        flags=("--max-num-queued-reqs", "--max-queued-requests"),
     )
     kv_cache_memory: int | None = _option(
         None,
@@ -137,22 +131,22 @@ class EngineOptions:
         unset="the free memory of a GPU; about 1 GB for all devices together on CPU",
         unit="BYTES",
         minimum=1,
-        aliases=("--kv-cache-memory-bytes",),
+        flags=("--kv-cache-memory-bytes",),
     )
     gpu_memory_utilization: float | None = _option(
         None,
-        "fraction of a GPU's memory for weights, KV cache and temporaries together; not for CPUs",
-        unset="0.85",
-        unit="FRACTION",
+        "share of each GPU's memory that weights, KV cache and temporary arrays may take together",
+        unset="0.85, or what XLA_CLIENT_MEM_FRACTION says",
+        unit="SHARE",
+        minimum=0.01,
         maximum=1.0,
-        aliases=("--mem-fraction-static",),
     )
     page_size: int = _option(
         16,
         "tokens per KV-cache page",
         unit="TOKENS",
         minimum=1,
-        aliases=("--block-size", "--tokens-per-block"),
+        flags=("--block-size", "--tokens-per-block"),
     )
     max_chunk: int = _option(
         128,
@@ -160,7 +154,7 @@ class EngineOptions:
         "faster first tokens and slower streams",
         unit="TOKENS",
         minimum=1,
-        aliases=("--chunked-prefill-size",),
+        flags=("--chunked-prefill-size",),
     )
     results_late: int | None = _option(
         None,
@@ -172,7 +166,7 @@ class EngineOptions:
     prefix_caching: bool = _option(
         True,
         "whether requests that begin alike share the computed beginning",
-        aliases=("--enable-prefix-caching",),
+        flags=("--enable-prefix-caching",),
     )
     seed: int | None = _option(
         None,
@@ -180,7 +174,7 @@ class EngineOptions:
         unset="random",
         unit="SEED",
         minimum=0,
-        aliases=("--random-seed",),
+        flags=("--random-seed",),
     )
     strict_config: bool = _option(
         False,

@@ -251,7 +251,12 @@ class Scheduler:
             self._finish(sequence)
             self.pool.withdraw(sequence.page_keys)  # nobody else shall read what led to this
             return Output(
-                sequence.request_id, None, "error", NOT_A_NUMBER, cached_tokens=sequence.num_cached
+                sequence.request_id,
+                None,
+                "error",
+                NOT_A_NUMBER,
+                cached_tokens=sequence.num_cached,
+                queue_seconds=sequence.queue_seconds,
             )
         sequence.tokens.append(token)
         self.num_generated_tokens += 1
@@ -267,4 +272,10 @@ class Scheduler:
                 sequence.constraint.take(token)
             if sequence.slot is not None:
                 self.roster.pages.publish(sequence)
-        return Output(sequence.request_id, token, reason, cached_tokens=sequence.num_cached)
+        return Output(
+            sequence.request_id,
+            token,
+            reason,
+            cached_tokens=sequence.num_cached,
+            queue_seconds=sequence.queue_seconds,
+        )

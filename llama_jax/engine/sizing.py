@@ -33,6 +33,18 @@ def check_options(options: EngineOptions, config: LlamaConfig) -> None:
         )
 
 
+def check_platform(options: EngineOptions, platform: str) -> None:
+    """Checks the options that only GPUs have.
+
+    Raises:
+      SizingError: one is given elsewhere, where it would do nothing.
+    """
+    if platform == "cpu" and options.gpu_memory_utilization is not None:
+        raise SizingError(
+            "gpu_memory_utilization is for GPUs, and there is none: set kv_cache_memory instead."
+        )
+
+
 def check_stages(num_stages: int, config: LlamaConfig) -> None:
     """Checks that every stage of a mesh gets a layer.
 

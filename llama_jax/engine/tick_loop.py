@@ -91,7 +91,11 @@ class TickLoop:
         if self.scheduler.has_work or any(list(self._in_flight)[1:]):
             while self._unread and self._lacks_answers():
                 outputs += self._read(*self._unread.popleft())
-            bucket = self._dispatch(self.scheduler.schedule(), outputs)
+            entering = self.scheduler.schedule()
+            for tile in entering.tiles:
+                if tile.sequence.queue_seconds is None:
+                    tile.sequence.queue_seconds = max(0.0, start - tile.sequence.arrived_at)
+            bucket = self._dispatch(entering, outputs)
             late = self.results_late
         else:
             late = 0  # nothing to dispatch: read the remaining results

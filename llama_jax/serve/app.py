@@ -15,8 +15,13 @@ from llama_jax.serve.routes.tokenization import tokenization_routes
 from llama_jax.serve.served_model import ServedModel
 
 
-def create_app(served: ServedModel) -> Starlette:
-    """Creates the application for one model; requests reach it through a `Door`."""
+def create_app(served: ServedModel, root_path: str = "") -> Starlette:
+    """Creates the application for one model; requests reach it through a `Door`.
+
+    Args:
+      served: the model.
+      root_path: the path under which a proxy offers the server.
+    """
     info = served.engine.info
     limits = Limits(
         info.vocab_size,
@@ -33,7 +38,7 @@ def create_app(served: ServedModel) -> Starlette:
             *status_routes(served),
             deployment_route(served),
             *page_routes(),
-            *openapi_routes(package_version(), limits),
+            *openapi_routes(package_version(), limits, root_path),
         ]
     )
     app.router.redirect_slashes = False

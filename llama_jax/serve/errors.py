@@ -17,11 +17,14 @@ from llama_jax.engine.errors import (
     EngineClosed,
     EngineDead,
     GenerationFailed,
+    QueueFull,
     RequestError,
     RequestTimeout,
 )
 from llama_jax.engine.interface import EngineInfo
+from llama_jax.serve.monitoring.request_record import current_record, note_error
 from llama_jax.serve.transport.json_response import JsonResponse
+from llama_jax.terminal.one_line import one_line
 
 log = logging.getLogger("llama_jax.serve")
 
@@ -49,8 +52,8 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         # These may quote the request, which may contain line breaks and unpaired surrogates.
-        self.message = _writable(message)
-        self.param = None if param is None else _writable(param)
+        self.message = one_line(message)
+        self.param = None if param is None else one_line(param)
         self.code = code
         self.headers = dict(headers or {})
 
@@ -63,7 +66,7 @@ class ApiError(Exception):
     @property
     def type(self) -> str:
         """The type that OpenAI gives to errors of this status."""
-        names = {401: "authentication_error", 429: "rate_limit_error", 504: "timeout_error"}
+        names = {401: "authentication_error", 429: "rate_limit_error"}
         default = "server_error" if self.status >= 500 else "invalid_request_error"
         return names.get(self.status, default)
 
@@ -178,6 +181,8 @@ def as_api_error(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
+        case QueueFull():  # `Admission` refuses before, with a better estimate
+            return ApiError(429, str(error), code=error.code, headers={"Retry-After": "1"})
         case RequestError():
             return ApiError(400, str(error), param=error.param, code=error.code)
         case EngineClosed():
@@ -192,9 +197,13 @@ def as_api_error(error: Exception) -> ApiError:
             message = str(error.detail) or HTTPStatus(error.status_code).phrase
             return ApiError(error.status_code, f"{message.rstrip('.')}.", headers=error.headers)
         case _:
-            log.error("A request failed.", exc_info=error)
+            record = current_record()
+            name = record.id if record else "unknown"
+            log.error("Request %s failed.", name, exc_info=error)
             return ApiError(
-                500, "The server failed; the reason is in its log.", code="internal_error"
+                500,
+                f"The server failed; the reason is in its log, under request {name}.",
+                code="internal_error",
             )
 
 
@@ -204,21 +213,18 @@ def install_handlers(app: Starlette) -> None:
     async def handle(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException) and error.status_code == 404:
             path = request.scope["path"][:100]
+            note_error("not_found")
             return ApiError(404, f"There is no route {path}.", code="not_found").response()
         if isinstance(error, HTTPException) and error.status_code == 405:
             message = f"{request.scope['path'][:100]} does not take {request.method}."
+            note_error("method_not_allowed")
             return ApiError(405, message, headers=error.headers).response()
-        return as_api_error(error).response()
+        api_error = as_api_error(error)
+        note_error(api_error.code)
+        return api_error.response()
 
     for kind in (
         *(ApiError, RequestError, EngineDead, GenerationFailed, RequestTimeout),
         *(HTTPException, Exception),
     ):
         app.add_exception_handler(kind, handle)
-
-
-def _writable(text: str) -> str:
-    """Escapes what does not belong in one line of text."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )

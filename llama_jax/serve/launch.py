@@ -1,63 +1,32 @@
 """The server's process, from its command line to its exit code."""
 
-import argparse
 import asyncio
 import contextlib
-import logging
 import signal
-import socket
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import uvloop
 from rich.console import Console
 
-from llama_jax.checkpoint.directory import servable_layout
 from llama_jax.client.client import EngineClient
 from llama_jax.client.engine_process import ENGINE_COMMAND
-from llama_jax.config.huggingface import read_checkpoint_config
-from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead, EngineStartError
-from llama_jax.engine.options import EngineOptions
-from llama_jax.serve.app import create_app
-from llama_jax.serve.command_line.arguments import (
-    DEMO_CHECKPOINT,
-    DEMO_NAME,
-    parse_arguments,
-)
-from llama_jax.serve.command_line.engine_arguments import engine_options
-from llama_jax.serve.command_line.model_arguments import check_quantization, default_params
+from llama_jax.serve.command_line.arguments import parse_arguments
 from llama_jax.serve.command_line.ready import show_ready
+from llama_jax.serve.monitoring.logs import logging_to
 from llama_jax.serve.monitoring.metrics import Metrics
+from llama_jax.serve.monitoring.throughput import log_throughput
 from llama_jax.serve.served_model import ServedModel
-from llama_jax.serve.transport.door import Door
-from llama_jax.serve.transport.http_server import HttpServer, address_of, is_loopback, listen
+from llama_jax.serve.setup import Setup, find_checkpoint, open_listener, prepare
+from llama_jax.serve.site import Site
+from llama_jax.serve.stop_signals import StopSignals
+from llama_jax.serve.transport.http_server import HttpServer, address_of, is_loopback
 from llama_jax.serve.transport.interrupt import Interrupted, unless
 from llama_jax.terminal.output import protect_output
 from llama_jax.terminal.progress import TerminalDisplay
-from llama_jax.text.tokenizer import Tokenizer
 from sharding.errors import UserError
-
-log = logging.getLogger("llama_jax.serve")
-
-
-class CheckpointMissing(UserError):
-    """The path on the command line is not a directory, or there is no demo checkpoint."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """A checked command line: everything that the server needs before the engine starts."""
-
-    arguments: argparse.Namespace
-    options: EngineOptions
-    names: tuple[str, ...]
-    tokenizer: Tokenizer
-    defaults: SamplingParams
-    listener: socket.socket
 
 
 def main(argv: list[str] | None = None, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
@@ -77,66 +46,29 @@ def main(argv: list[str] | None = None, engine_command: Sequence[str] = ENGINE_C
       KeyboardInterrupt: Ctrl-C was pressed before the server was ready.
     """
     protect_output()
-    arguments = parse_arguments(argv)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     console = Console()
+    arguments = parse_arguments(argv)
     try:
-        path, name = _find_checkpoint(arguments.path)
-        # Before anything is loaded: the port is the most likely thing to be wrong.
-        with listen(arguments.host, arguments.port) as listener:
-            setup = _prepare(arguments, path, name, listener)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(logging_to(arguments.log_level, arguments.request_log))
+            path, name = find_checkpoint(arguments.path)
+            # Before anything is loaded: the port is the most likely thing to be wrong.
+            listener = stack.enter_context(open_listener(arguments))
+            setup = prepare(arguments, path, name, listener)
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(_serve(setup, engine_command, console))
+                runner.run(_serve(setup, stack, engine_command, console))
     except (UserError, EngineStartError, EngineDead) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _prepare(
-    arguments: argparse.Namespace, path: Path, name: str, listener: socket.socket
-) -> Setup:
-    """Loads what the server needs besides the engine, which takes a second or two.
-
-    Raises:
-      ConfigError, TokenizerError: it cannot be served.
-    """
-    declared = read_checkpoint_config(path)
-    options = engine_options(arguments, path)
-    declared.report_unknown(options.strict_config)
-    check_quantization(declared, arguments.quantization)
-    defaults = default_params(declared, arguments)  # cheaper than the tokenizer, so first
-    tokenizer = Tokenizer(path, arguments.chat_template)
-    if tokenizer.chat_problem is not None:
-        log.warning(tokenizer.chat_problem)
-    return Setup(
-        arguments=arguments,
-        options=options,
-        names=tuple(arguments.served_model_name or [name]),
-        defaults=defaults,
-        tokenizer=tokenizer,
-        listener=listener,
-    )
-
-
-def _find_checkpoint(path: Path | None) -> tuple[Path, str]:
-    """Returns the checkpoint's directory or GGUF file, and its name for requests."""
-    if path is None:
-        if not DEMO_CHECKPOINT.is_dir():
-            raise CheckpointMissing(
-                "No checkpoint was given, and there is no demo checkpoint beside this package: "
-                "give the path of a checkpoint."
-            )
-        return DEMO_CHECKPOINT, DEMO_NAME
-    path = path.expanduser()  # `make serve MODEL=~/...` quotes it
-    servable_layout(path)
-    if path.is_file():
-        return path, path.stem
-    return path, path.resolve().name
-
-
-async def _serve(setup: Setup, engine_command: Sequence[str], console: Console) -> None:
+async def _serve(
+    setup: Setup, stack: contextlib.ExitStack, engine_command: Sequence[str], console: Console
+) -> None:
     """Starts the engine, serves, and shuts down after a signal.
+
+    What must be closed after the server has ended is added to `stack`.
 
     Raises:
       KeyboardInterrupt: Ctrl-C was pressed before the server was ready.
@@ -145,8 +77,14 @@ async def _serve(setup: Setup, engine_command: Sequence[str], console: Console) 
     """
     started = time.perf_counter()
     stop = StopSignals()
-    door = Door(setup.arguments.api_key, setup.arguments.max_body_size)
-    server = HttpServer(door, setup.listener, setup.arguments.write_timeout)
+    site = stack.enter_context(contextlib.closing(Site(setup)))
+    server = HttpServer(
+        site.front,
+        setup.listener,
+        setup.arguments.write_timeout,
+        tls=setup.tls,
+        trusted_proxies=setup.arguments.forwarded_allow_ips,
+    )
     async with server.running():  # during the start, requests are told that it is starting
         try:
             with TerminalDisplay(console) as display:
@@ -162,8 +100,9 @@ async def _serve(setup: Setup, engine_command: Sequence[str], console: Console) 
             return
         try:
             served = _served_model(setup, engine)
-            door.open(create_app(served))
+            site.open(served)
             _show_ready(setup, engine, time.perf_counter() - started, console)
+            throughput = _throughput(engine, setup.arguments.log_stats_interval)
             try:
                 reason = await unless(stop.asked.wait(), engine.wait_dead())
             except Interrupted:
@@ -172,6 +111,8 @@ async def _serve(setup: Setup, engine_command: Sequence[str], console: Console) 
             else:
                 if not stop.asked.is_set():  # else the same signal has ended both
                     raise EngineDead(reason)
+            finally:
+                throughput.cancel()
         finally:
             if stop.repeated.is_set():
                 engine.kill()
@@ -179,36 +120,14 @@ async def _serve(setup: Setup, engine_command: Sequence[str], console: Console) 
             await engine.close()
 
 
-class StopSignals:
-    """SIGTERM, SIGINT and SIGHUP: the first asks for a graceful shutdown.
+def _throughput(engine: EngineClient, interval: float) -> asyncio.Task[None]:
+    """Starts the task that writes the line about throughput; without an interval, it has ended."""
 
-    A second SIGTERM or SIGINT asks for an immediate one. SIGHUP never counts as the second signal,
-    nor one after it: a service manager may send it together with SIGTERM.
+    async def write() -> None:
+        if interval:
+            await log_throughput(lambda: engine.stats, interval)
 
-    Attributes:
-      asked: set by the first signal.
-      first: the first signal.
-      repeated: set by the second.
-    """
-
-    def __init__(self) -> None:
-        self.asked = asyncio.Event()
-        self.repeated = asyncio.Event()
-        self.first: signal.Signals | None = None
-        self._terminated = False
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            # Under nohup, SIGHUP is ignored and must stay so.
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-                loop.add_signal_handler(number, self._received, number)
-
-    def _received(self, number: signal.Signals) -> None:
-        self.first = self.first or number
-        self.asked.set()
-        if number != signal.SIGHUP:
-            if self._terminated:
-                self.repeated.set()
-            self._terminated = True
+    return asyncio.create_task(write())
 
 
 async def _drain(server: HttpServer, stop: StopSignals, seconds: float, console: Console) -> None:
@@ -228,6 +147,8 @@ def _served_model(setup: Setup, engine: EngineClient) -> ServedModel:
         lambda: engine.stats,
         lambda: engine.alive and engine.responds,
         setup.arguments.metrics_prefix,
+        info=engine.info,
+        prefix_caching=setup.options.prefix_caching,
     )
     return ServedModel(
         name=setup.names[0],
@@ -244,12 +165,13 @@ def _served_model(setup: Setup, engine: EngineClient) -> ServedModel:
 
 
 def _show_ready(setup: Setup, engine: EngineClient, seconds: float, console: Console) -> None:
-    key = setup.arguments.api_key is not None
+    key = bool(setup.keys)
     show_ready(
         console,
         engine.info,
         model=setup.names[0],
-        address=address_of(setup.listener),
+        address=address_of(setup.listener, tls=setup.tls is not None),
+        unix_socket=setup.arguments.uds,
         seconds=seconds,
         chat=setup.tokenizer.has_chat_template,
         key=key,

@@ -28,7 +28,7 @@ class ServedModel:
     """One model as it is offered over HTTP.
 
     Attributes:
-      name: the model name in requests and responses.
+      name: the model name in answers.
       root: the checkpoint's path, as given on the command line.
       engine: the client of the engine.
       tokenizer: the checkpoint's tokenizer.
@@ -63,6 +63,11 @@ class ServedModel:
     def __post_init__(self) -> None:
         self.admission = Admission(self.engine, self.metrics, self.max_queue_tokens)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that requests may use."""
+        return (self.name, *self.aliases)
+
     def check_available(self) -> None:
         """Raises `ApiError` 503 if the server accepts no requests."""
         if self.draining or self.engine.draining:
@@ -77,7 +82,7 @@ class ServedModel:
 
     def check_name(self, name: str | None) -> None:
         """Raises `ApiError` 404 if a request names another model; None means this one."""
-        if name is not None and name not in (self.name, *self.aliases):
+        if name is not None and name not in self.names:
             raise ApiError(
                 404,
                 f"The model {name[:100]!r} does not exist; this server has {self.name!r}.",

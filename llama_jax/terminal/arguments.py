@@ -17,11 +17,18 @@ _UNITS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` that reports wrong usage in one line and exits with code 2."""
+    """An `ArgumentParser` that reports wrong usage in one line and exits with code 2.
+
+    Attributes:
+      source: where the arguments come from, if it is not the command line.
+    """
+
+    source = ""
 
     def error(self, message: str) -> NoReturn:
         """Prints one line instead of the whole usage, which --help shows."""
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+        source = f"{self.source}: " if self.source else ""
+        self.exit(2, f"{self.prog}: {source}{message} (see --help)\n")
 
 
 def size(text: str) -> int:

@@ -9,6 +9,7 @@ llguidance is imported when the first grammar is checked.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,9 @@ _FORMATS = frozenset(
     "uri-reference iri iri-reference uuid uri-template json-pointer relative-json-pointer "
     "regex".split()
 )
+# In Rust a class inside a class is a union.
+_CLASSES = {"d": "[0-9]", "w": "[0-9A-Za-z_]"}
+_ESCAPE_OR_CLASS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
 DATA = frozenset(["const", "default", "enum", "examples"])  # not schemas
 _MAX_LEXER_STATES = 20_000  # of up to 2 kB each
 _MAX_REASON = 300  # characters
@@ -51,7 +55,7 @@ def json_schema_grammar(schema: Any) -> str:
     if schema is False:
         raise GrammarError("No JSON is valid under the schema false.")
     try:
-        schema = {} if schema is True else without_other_formats(schema)
+        schema = {} if schema is True else translated_schema(schema)
         return json.dumps({"grammars": [{"json_schema": {"x-guidance": _OPTIONS, **schema}}]})
     except (TypeError, ValueError, RecursionError):
         raise GrammarError(
@@ -59,17 +63,36 @@ def json_schema_grammar(schema: Any) -> str:
         ) from None
 
 
-def without_other_formats(schema: Any) -> Any:
-    """Leaves out formats that JSON Schema does not define: llguidance does not know them."""
+def translated_schema(schema: Any) -> Any:
+    """A schema as llguidance reads it: with ASCII classes, and no formats that only describe."""
     if isinstance(schema, list):
-        return [without_other_formats(item) for item in schema]
+        return [translated_schema(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    return {
-        name: value if name in DATA else without_other_formats(value)
-        for name, value in schema.items()
-        if name != "format" or not isinstance(value, str) or value in _FORMATS
-    }
+    found: dict[str, Any] = {}
+    for name, value in schema.items():
+        if name == "pattern" and isinstance(value, str):
+            found[name] = _with_ascii_classes(value)
+        elif name == "patternProperties" and isinstance(value, dict):
+            found[name] = {_with_ascii_classes(key): translated_schema(value[key]) for key in value}
+        elif name != "format" or not isinstance(value, str) or value in _FORMATS:
+            found[name] = value if name in DATA else translated_schema(value)
+    return found
+
+
+def _with_ascii_classes(pattern: str) -> str:
+    r"""A regular expression whose \d and \w match ASCII only.
+
+    In Rust they match all of Unicode, but in JSON Schema (ECMA-262) they do not, and Python knows
+    fewer digits and letters than Rust. What excludes them goes on excluding all of Unicode.
+    """
+    return _ESCAPE_OR_CLASS.sub(lambda found: _ascii(found[0]), pattern)
+
+
+def _ascii(part: str) -> str:
+    if part.startswith("[") and re.search(r"\[\^|\\[DW]", part):
+        return part
+    return re.sub(r"\\(.)", lambda found: _CLASSES.get(found[1], found[0]), part, flags=re.DOTALL)
 
 
 def json_object_grammar() -> str:
@@ -82,6 +105,7 @@ def regex_grammar(pattern: str) -> str:
 
     Args:
       pattern: in the syntax of Rust's regex crate, which has no look-around or back-references.
+        \\d and \\w match ASCII only.
 
     Raises:
       GrammarError: it is too long, or not valid Unicode.
@@ -89,7 +113,7 @@ def regex_grammar(pattern: str) -> str:
     from llguidance import LLMatcher
 
     _check_text(pattern)
-    return LLMatcher.grammar_from_regex(pattern)
+    return LLMatcher.grammar_from_regex(_with_ascii_classes(pattern))
 
 
 def choice_grammar(choices: Sequence[str]) -> str:

@@ -58,14 +58,14 @@ class Tokenizer:
       chat_variables: names of the chat template's variables that `ChatOptions` may set.
     """
 
-    def __init__(self, path: str | Path, chat_template: Path | None = None) -> None:
+    def __init__(self, path: str | Path, chat_template: str | None = None) -> None:
         """Loads `path`/tokenizer.json and its settings, or the tokenizer of a GGUF file.
 
         Never downloads anything.
 
         Args:
-          path: of a checkpoint.
-          chat_template: a file with a template to use instead of the checkpoint's own.
+          path: the checkpoint.
+          chat_template: a Jinja template that takes the place of the checkpoint's.
 
         Raises:
           GgufError: the tokenizer of a GGUF file cannot be translated.
@@ -79,7 +79,7 @@ class Tokenizer:
                 )
             transformers = _load(folder)
         if chat_template is not None:
-            transformers.chat_template = _read_template(chat_template)
+            transformers.chat_template = chat_template
         self._backend = transformers.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -222,13 +222,6 @@ class Tokenizer:
                 ]
             self._as_text[token] = known
         return known
-
-
-def _read_template(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"The chat template {file} cannot be read: {error}.") from None
 
 
 def _load(path: Path) -> Any:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from llama_jax.text.grammar import DATA, without_other_formats
+from llama_jax.text.grammar import DATA, translated_schema
 
 MAX_CALLS = 16  # in one answer
 
@@ -116,7 +116,7 @@ def _arguments_schema(function: Function) -> dict[str, Any]:
 def _closed(function: Function) -> dict[str, Any]:
     """The schema of the arguments: those that the function declares, and no others."""
     given = {"properties": {}} if function.parameters is None else function.parameters
-    schema = {**without_other_formats(given), "type": "object"}
+    schema = {**translated_schema(given), "type": "object"}
     if "properties" in schema and not any(key in schema for key in _COMBINED):
         schema.setdefault("additionalProperties", False)
     return schema

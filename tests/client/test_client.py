@@ -75,6 +75,7 @@ def test_an_output_has_all_that_the_engine_says_of_a_token(run: Run) -> None:
                     3,
                     TokenLogprobs(-token / 1000, [(token, -0.5)]),
                     None,
+                    0.25,
                 )
         [plain, *_] = await collect(client, [5], max_tokens=3)
         assert plain.logprobs is None and plain.cached_tokens == 3

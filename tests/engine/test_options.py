@@ -26,6 +26,11 @@ FIELDS = [field.name for field in dataclasses.fields(EngineOptions)]
         {"max_queue": -1},
         {"kv_cache_memory": 0},
         {"kv_cache_memory": 2**63},
+        {"gpu_memory_utilization": 0},
+        {"gpu_memory_utilization": 1.1},
+        {"gpu_memory_utilization": float("nan")},
+        {"gpu_memory_utilization": "0.9"},
+        {"gpu_memory_utilization": True},
         {"page_size": 0},
         {"max_chunk": 0},
         {"results_late": -1},
@@ -42,7 +47,7 @@ def test_a_wrong_value_is_refused_by_name(wrong: dict[str, object]) -> None:
 def test_defaults_and_limits_are_valid() -> None:
     EngineOptions(path="x").check()
     for option in OPTIONS:
-        for value in (option.minimum, *(option.choices or ())):
+        for value in (option.minimum, option.maximum, *(option.choices or ())):
             if value is not None:
                 dataclasses.replace(EngineOptions(path="x"), **{option.name: value}).check()
 

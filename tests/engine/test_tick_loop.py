@@ -215,6 +215,39 @@ def test_time_is_split_into_host_work_calls_and_waits(late, monkeypatch):
         assert seconds == [11.0, 11.0, 11.0, 111.0, 11.0, 111.0, 11.0, 111.0]
 
 
+def test_an_output_says_how_long_its_request_waited(monkeypatch):
+    """Until its first chunk enters the ring, one second per tick; the same in every output."""
+    clock = Clock()
+    monkeypatch.setattr("llama_jax.engine.tick_loop.time", clock)
+    loop, entered = make_loop(1, 0), {}
+    schedule = loop.scheduler.schedule
+
+    def noted_schedule():
+        packet = schedule()
+        for tile in packet.tiles:
+            entered.setdefault(tile.sequence.request_id, clock.now)
+        return packet
+
+    monkeypatch.setattr(loop.scheduler, "schedule", noted_schedule)
+    for request_id in range(6):  # two more than there are slots
+        loop.scheduler.add(
+            request_id,
+            [20] * 9,
+            SamplingParams(max_tokens=3),
+            max_model_len=64,
+            seed=0,
+            stop_ids=frozenset(),
+        )
+        loop.scheduler.waiting[-1].arrived_at = clock.now
+    waited = defaultdict(set)
+    while loop.has_work:
+        for output in loop.step():
+            waited[output.request_id].add(output.queue_seconds)
+        clock.now += 1.0
+    assert waited == {request_id: {seconds} for request_id, seconds in entered.items()}
+    assert entered[0] == 0 < entered[5]
+
+
 def test_an_idle_loop_dispatches_nothing():
     loop = make_loop(4, late=2)
     assert not loop.has_work and loop.step() == [] and loop.ticks == 0

@@ -142,6 +142,16 @@ def test_only_the_time_since_the_engine_was_last_not_busy_counts():
     assert server.post(CHAT, {"messages": user("Hi")}).headers["retry-after"] == "3"
 
 
+def test_a_queue_that_the_engine_finds_full_is_a_429_too():
+    """Admission does not let it happen; it would be a defect, but not the client's."""
+    server = FakeServer(max_in_flight=4)
+    server.served.admission._engine = FakeServer(max_in_flight=8).engine
+    server.engine.running = 4
+    response = server.post(COMPLETIONS, {"prompt": "Hi"})
+    assert (response.status_code, error_of(response)["code"]) == (429, "queue_full")
+    assert response.headers["retry-after"] == "1"
+
+
 # --- lists that wait --------------------------------------------------------------------------
 
 
@@ -182,6 +192,29 @@ def test_a_list_leaves_half_of_the_queue_to_others():
     assert len(listed.json()["choices"]) == 40
     assert sorted(statuses) == [200, 200, 200, 429] and second.status_code == 429
     assert server.engine.running == 0 and server.served.admission._reserved == 0
+
+
+def test_a_reserved_place_does_not_go_to_the_line():
+    server = FakeServer(max_in_flight=2, max_num_seqs=2)
+    admission = server.served.admission
+
+    async def scenario():
+        server.engine.hold.clear()
+        with admission.reserve([3]) as [place]:
+            with admission.reserve([3, 3, 3]) as listed:
+                await listed[0].__aenter__()
+                server.engine.running = 1
+                waiting = [asyncio.create_task(other.__aenter__()) for other in listed[1:]]
+                await asyncio.sleep(0)
+                assert admission._free == 0 and len(admission._line._turns) == 2
+                async with place:
+                    # The engine is about to count this answer.
+                    assert len(admission._line._turns) == 2
+                for task in waiting:
+                    task.cancel()
+                await asyncio.gather(*waiting, return_exceptions=True)
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("stream", [False, True])

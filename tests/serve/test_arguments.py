@@ -10,22 +10,19 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from llama_jax.config.errors import ConfigError
-from llama_jax.config.huggingface import read_checkpoint_config
-from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.interface import DeviceInfo
 from llama_jax.engine.options import EngineOptions
 from llama_jax.serve.command_line.arguments import (
-    API_KEY_VARIABLE,
     DEMO_CHECKPOINT,
+    engine_options,
     parse_arguments,
 )
-from llama_jax.serve.command_line.engine_arguments import engine_options
 from llama_jax.serve.command_line.foreign_flags import ANSWERS
-from llama_jax.serve.command_line.model_arguments import check_quantization, default_params
+from llama_jax.serve.command_line.http_flags import API_KEY_VARIABLES
 from llama_jax.serve.command_line.ready import show_ready
 from llama_jax.serve.transport.http_server import ListenError, address_of, is_loopback, listen
 from tests.support.fake_client import FakeServer, events, make_info
+from tests.support.paths import ROOT
 
 # The command line
 
@@ -34,14 +31,14 @@ def test_defaults_are_those_of_the_engine():
     arguments = parse_arguments([])
     assert engine_options(arguments, Path("x")) == EngineOptions(path="x")
     assert (arguments.host, arguments.port, arguments.path) == ("127.0.0.1", 8000, None)
-    assert (DEMO_CHECKPOINT / "config.json").is_file()
+    assert DEMO_CHECKPOINT == ROOT / "demo" / "checkpoint" and DEMO_CHECKPOINT.is_dir()
 
 
 def test_every_option_reaches_the_engine():
     line = (
         "models/x --mesh 4x2 --dtype bfloat16 --max-model-len 100 --max-num-seqs 5 --max-queue 6 "
         "--page-size 32 --kv-cache-memory 2GiB --max-chunk 64 --results-late 1 "
-        "--gpu-memory-utilization 0.9 --seed 7 --no-prefix-caching --strict-config"
+        "--strict-config"
     )
     arguments = parse_arguments(line.split())
     assert engine_options(arguments, arguments.path) == EngineOptions(
@@ -55,182 +52,20 @@ def test_every_option_reaches_the_engine():
         kv_cache_memory=2 * 1024**3,
         max_chunk=64,
         results_late=1,
-        gpu_memory_utilization=0.9,
-        seed=7,
-        prefix_caching=False,
         strict_config=True,
     )
 
 
-@pytest.mark.parametrize(
-    ("line", "option", "value"),
-    [
-        ("-tp 2", "mesh", "1x2"),
-        ("--tensor-parallel-size 2 --pipeline-parallel-size 4", "mesh", "4x2"),
-        ("--pp-size=4", "mesh", "4x1"),
-        ("--max-model-len auto", "max_model_len", None),
-        ("--max-model-len 8k", "max_model_len", 8000),
-        ("--max-model-len 8K", "max_model_len", 8192),
-        ("--max-model-len 1.5k", "max_model_len", 1500),
-        ("--context-length 100", "max_model_len", 100),
-        ("--kv-cache-memory-bytes 5MB", "kv_cache_memory", 5_000_000),
-        ("--kv-cache-memory auto", "kv_cache_memory", None),
-        ("--block-size 32", "page_size", 32),
-        ("--max-num-queued-reqs 3", "max_queue", 3),
-        ("--mem-fraction-static 0.5", "gpu_memory_utilization", 0.5),
-        ("--chunked-prefill-size 256", "max_chunk", 256),
-        ("--no-enable-prefix-caching", "prefix_caching", False),
-        ("--no-prefix-caching --enable-prefix-caching", "prefix_caching", True),
-    ],
-)
-def test_names_that_other_servers_use(line, option, value):
-    options = engine_options(parse_arguments(line.split()), Path("x"))
-    assert getattr(options, option) == value
-
-
-def test_the_model_may_be_named_in_two_ways():
-    assert parse_arguments(["models/x"]).path == Path("models/x")
-    assert parse_arguments(["--model", "models/x"]).path == Path("models/x")
-    names = ["--served-model-name", "a", "--served-model-name", "b"]
-    assert parse_arguments([*names, "models/x"]).served_model_name == ["a", "b"]
-
-
-CONFIG_FILE = """
-model: models/x
-served-model-name: [a, b]
-mesh: 4x2
-max_num_seqs: 64
-max-model-len: 8k
-prefix-caching: false
-strict-config: true
-gpu-memory-utilization: 0.9
-api-key:
-port: 8001
-"""
-
-
-@pytest.fixture
-def config_file(tmp_path):
-    file = tmp_path / "server.yaml"
-    file.write_text(CONFIG_FILE)
-    return file
-
-
-def test_a_file_of_flags(config_file):
-    arguments = parse_arguments(["--config", str(config_file)])
-    assert (arguments.port, arguments.served_model_name) == (8001, ["a", "b"])
-    assert engine_options(arguments, arguments.path) == EngineOptions(
-        path="models/x",
-        mesh="4x2",
-        max_num_seqs=64,
-        max_model_len=8000,
-        prefix_caching=False,
-        strict_config=True,
-        gpu_memory_utilization=0.9,
-    )
-
-
-def test_the_command_line_wins_over_the_file(config_file):
-    line = "models/y --port 1 -tp 2 --max-num-seqs 5 --enable-prefix-caching --config"
-    arguments = parse_arguments([*line.split(), str(config_file)])
-    options = engine_options(arguments, arguments.path)
-    assert (arguments.port, options.path, options.mesh) == (1, "models/y", "1x2")
-    assert (options.max_num_seqs, options.prefix_caching) == (5, True)
-    assert options.max_model_len == 8000
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("nonsense: 1", "--nonsense"),
-        ("port: x", "--port"),
-        ("port: [1, [2]]", "port"),
-        ("mesh: {a: 1}", "mesh"),
-        ("strict-config: 1", "--strict-config"),
-        ("port: true", "--port"),
-        ("config: other.yaml", "config"),
-        ("help: true", "help"),
-        ("- port", "flags and their values"),
-        ("a: [", "cannot be read"),
-        ("!!python/object/apply:os.getcwd []", "cannot be read"),
-        ("model: a\nmesh: 1x2\ntp: 2", "--tensor-parallel-size"),
-    ],
-)
-def test_a_wrong_file_prints_one_line_that_names_it(content, said, tmp_path, capsys):
-    file = tmp_path / "server.yaml"
-    file.write_text(content)
-    with pytest.raises(SystemExit) as caught:
-        parse_arguments(["--config", str(file)])
-    assert caught.value.code == 2
-    [message] = capsys.readouterr().err.splitlines()
-    assert said in message and (str(file) in message or "--mesh" in message)
-
-
-@pytest.mark.parametrize(
-    ("line", "changes"),
-    [
-        ("", {"temperature": 0.6, "top_p": 0.9}),
-        ("--generation-config none", {}),
-        ("--generation-config vllm", {}),
-        ("--generation-config {other}", {"temperature": 0.0}),
-        (
-            '--override-generation-config {{"top_k":5}}',
-            {"temperature": 0.6, "top_p": 0.9, "top_k": 5},
-        ),
-        (
-            '--generation-config none --override-generation-config {{"temperature":0.1}}',
-            {"temperature": 0.1},
-        ),
-    ],
-)
-def test_default_sampling_parameters(line, changes, tmp_path):
-    checkpoint, other = tmp_path / "checkpoint", tmp_path / "other"
-    for path, content in (
-        (checkpoint, {"do_sample": True, "temperature": 0.6, "top_p": 0.9}),
-        (other, {"do_sample": False}),
-    ):
-        path.mkdir()
-        (path / "generation_config.json").write_text(json.dumps(content))
-    (checkpoint / "config.json").write_text((DEMO_CHECKPOINT / "config.json").read_text())
-    arguments = parse_arguments(line.format(other=other).split())
-    declared = read_checkpoint_config(checkpoint)
-    assert default_params(declared, arguments) == SamplingParams(**changes)
-
-
-def test_wrong_default_sampling_parameters(tmp_path):
-    declared = read_checkpoint_config(DEMO_CHECKPOINT)
-    for line in (
-        f"--generation-config {tmp_path}",
-        '--override-generation-config {"temperature":9}',
-    ):
-        with pytest.raises(ConfigError):
-            default_params(declared, parse_arguments(line.split()))
-
-
-def test_the_quantization_flag_checks_the_checkpoint():
-    declared = read_checkpoint_config(DEMO_CHECKPOINT)
-    check_quantization(declared, None)
-    with pytest.raises(ConfigError, match="not quantized"):
-        check_quantization(declared, "fp8")
-
-
-def test_every_model_name_is_served():
-    server = FakeServer()
-    server.served.aliases = ("other",)
-    listed = server.get("/v1/models").json()["data"]
-    assert [card["id"] for card in listed] == [server.served.name, "other"]
-    assert server.get("/v1/models/other").json()["id"] == "other"
-    body = {"model": "other", "prompt": [5], "max_tokens": 1}
-    assert server.post("/v1/completions", body).json()["model"] == server.served.name
-    assert server.post("/v1/completions", {**body, "model": "third"}).status_code == 404
-
-
-def test_the_api_key_can_be_set_in_the_environment(monkeypatch):
-    monkeypatch.setenv(API_KEY_VARIABLE, "from the environment")
-    assert parse_arguments([]).api_key == "from the environment"
-    assert parse_arguments(["--api-key", "given"]).api_key == "given"
-    monkeypatch.setenv(API_KEY_VARIABLE, "")
-    assert parse_arguments([]).api_key is None
+@pytest.mark.parametrize("variable", API_KEY_VARIABLES)
+def test_the_api_key_can_be_set_in_the_environment(monkeypatch, variable):
+    for name in API_KEY_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "from the environment")
+    assert parse_arguments([]).api_keys == ["from the environment"]
+    assert parse_arguments(["--api-key", "given"]).api_keys == ["given"]
+    assert parse_arguments(["--api-key-file", "keys"]).api_keys == []
+    monkeypatch.setenv(variable, "")
+    assert parse_arguments([]).api_keys == []
 
 
 @pytest.mark.parametrize(
@@ -249,24 +84,29 @@ def test_the_api_key_can_be_set_in_the_environment(monkeypatch):
         ("--port 65536", "--port"),
         ("--port -1", "--port"),
         ("--dtype float16", "--dtype"),
-        ("--max-model-len 1.5", "--max-model-len"),
-        ("--max-model-len 8T", "--max-model-len"),
-        ("--gpu-memory-utilization 0", "--gpu-memory-utilization"),
-        ("--gpu-memory-utilization 1.01", "--gpu-memory-utilization"),
-        ("--gpu-memory-utilization nan", "--gpu-memory-utilization"),
-        ("--seed -1", "--seed"),
-        ("-tp 0", "-tp"),
-        ("--mesh 2x2 -tp 2", "--tensor-parallel-size"),
-        ("models/x --model models/y", "--model"),
-        ("--override-generation-config {", "--override-generation-config"),
-        ("--override-generation-config '[]'", "--override-generation-config"),
-        ("""--override-generation-config '{"eos_token_id": 1}'""", "eos_token_id"),
-        ("""--override-generation-config '{"top_k": 1.5}'""", "top_k"),
-        ("--config nowhere.yaml", "nowhere.yaml"),
         ("--shutdown-timeout nan", "--shutdown-timeout"),
         ("--shutdown-timeout soon", "--shutdown-timeout"),
-        ("--sse-keep-alive-interval -1", "--sse-keep-alive-interval"),
         ("--api-key ''", "--api-key"),
+        ("--gpu-memory-utilization 0", "--gpu-memory-utilization"),
+        ("--gpu-memory-utilization 1.5", "--gpu-memory-utilization"),
+        ("--gpu-memory-utilization nan", "--gpu-memory-utilization"),
+        ("--gpu-memory-utilization x", "--gpu-memory-utilization"),
+        ("-tp 0", "-tp"),
+        ("--seed 99999999999999999999", "--seed"),
+        ("--override-generation-config [1]", "--override-generation-config"),
+        ("--root-path llama", "--root-path"),
+        ("--allowed-origins chat.example", "--allowed-origins"),
+        ("--allowed-origins https://chat.example/page", "--allowed-origins"),
+        ("--allow-credentials", "--allow-credentials"),
+        ("--allowed-origins * --allow-credentials", "--allow-credentials"),
+        ("--forwarded-allow-ips proxy", "--forwarded-allow-ips"),
+        ("--ssl-keyfile key.pem", "--ssl-certfile"),
+        ("--ssl-ca-certs ca.pem", "--ssl-certfile"),
+        ("--log-prompts", "--request-log"),
+        ("--metrics-open", "--metrics-open"),
+        ("--uds s --port 1", "--uds"),
+        ("--otlp-traces-endpoint localhost:4318", "--otlp-traces-endpoint"),
+        ("--log-level loud", "--log-level"),
         ("--nonsense", "--nonsense"),
         ("a b", ": b "),
         ("--max-num 5", "--max-num"),  # no abbreviations, which a new option could break
@@ -284,9 +124,10 @@ def test_wrong_usage_prints_one_line_and_exits_with_2(line, said, capsys):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
+        ("models/x --num_gpu_blocks_override 9", "--kv-cache-memory"),
         ("models/x --max-num-batched-tokens 512", "--max-chunk"),
         ("models/x --enforce-eager", "compiled"),
-        ("--max-num-batched-tokens nonsense --port x", "--max-chunk"),
+        ("--mem-fraction-static nonsense --port x", "--gpu-memory-utilization"),
     ],
 )
 def test_a_flag_of_another_server_is_answered(line, said, capsys):

@@ -441,7 +441,7 @@ def test_a_defect_of_the_server_is_logged_and_not_shown(caplog):
 
 def test_requests_before_the_server_is_ready():
     server = FakeServer(api_key="key")
-    server.app = Door("key")
+    server.app = Door(["key"])
     for path in ("/health", "/v1/models"):
         response = server.get(path, headers={"authorization": "Bearer key"})
         refused(response, 503, code="starting")

@@ -7,15 +7,20 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.engine.errors import EngineDead, QueueFull, RequestError
+from llama_jax.engine.errors import EngineDead, GenerationFailed, QueueFull, RequestError
 from llama_jax.engine.interface import Output, Stats
+from llama_jax.engine.scheduler import NOT_A_NUMBER
 from llama_jax.serve.monitoring.metrics import Metrics
-from tests.support.fake_client import FakeServer
+from tests.support.fake_client import FakeServer, make_info
 
 TTFT = "time_to_first_token_seconds"
 INTER_TOKEN = "inter_token_latency_seconds"
 PER_TOKEN = "request_time_per_output_token_seconds"
 LATENCY = "e2e_request_latency_seconds"
+PHASES = (
+    *("queue_time_seconds", "prefill_time_seconds", "decode_time_seconds"),
+    *("inference_time_seconds", "prefill_kv_computed_tokens"),
+)
 LATENCIES = (TTFT, INTER_TOKEN, PER_TOKEN, LATENCY)
 
 
@@ -115,6 +120,30 @@ def test_a_request_that_waited_counts_from_its_arrival(subject: Subject) -> None
     assert subject.histogram(TTFT)[1] == subject.histogram(LATENCY)[1] == pytest.approx(2.4)
 
 
+def test_the_phases_of_a_sequence(subject: Subject) -> None:
+    arrived = subject.clock()
+    subject.clock.now += 0.5  # it was tokenized
+    with subject.metrics.request(arrived, 100) as timer:
+        for gap in (3.0, 0.25, 0.75):
+            subject.clock.now += gap
+            timer.token()
+        timer.note(Output(0, 5, cached_tokens=60, queue_seconds=2.0))
+        timer.finish("stop")
+    sums = {name: subject.histogram(f"request_{name}")[:2] for name in PHASES}
+    assert sums == {
+        "queue_time_seconds": (1, pytest.approx(2.0)),
+        "prefill_time_seconds": (1, pytest.approx(1.0)),
+        "decode_time_seconds": (1, pytest.approx(1.0)),
+        "inference_time_seconds": (1, pytest.approx(2.0)),
+        "prefill_kv_computed_tokens": (1, 40),
+    }
+
+
+def test_an_unknown_time_in_the_queue_is_not_invented(subject: Subject) -> None:
+    subject.measure([0.3, 0.1])
+    assert [subject.histogram(f"request_{name}")[0] for name in PHASES] == [0, 0, 1, 0, 1]
+
+
 # Counts
 
 
@@ -208,6 +237,85 @@ def test_every_counter_of_the_engine_is_exported() -> None:
 
 def test_an_engine_without_a_report_has_used_no_page(subject: Subject) -> None:
     assert subject.samples()["kv_cache_usage_perc"] == 0
+
+
+def test_the_cache_and_the_sources_of_prompts_are_exported() -> None:
+    stats = Stats(prompt_tokens=7, cached_tokens=5)
+    metrics = Metrics("tiny", lambda: stats, lambda: True, "vllm", info=make_info())
+    found = samples(metrics.text().decode(), "vllm")
+    assert found["prompt_tokens_by_source_total{local_compute}"] == 7
+    assert found["prompt_tokens_by_source_total{local_cache_hit}"] == 5
+    [family] = [
+        family
+        for family in text_string_to_metric_families(metrics.text().decode())
+        if family.name == "vllm:cache_config_info"
+    ]
+    [sample] = family.samples
+    assert sample.value == 1
+    assert (sample.labels["block_size"], sample.labels["num_gpu_blocks"]) == ("16", "64")
+    assert sample.labels["cache_dtype"] == "float32"
+
+
+def test_only_a_result_that_is_not_a_number_counts_as_corrupted(subject: Subject) -> None:
+    for message in (NOT_A_NUMBER, NOT_A_NUMBER, "It took too long."):
+        with pytest.raises(GenerationFailed), subject.metrics.request(0.0, 7):
+            raise GenerationFailed(message)
+    assert subject.samples()["corrupted_requests_total"] == 2
+
+
+# HTTP requests
+
+
+def http(server: FakeServer) -> dict[tuple[str, str, str], float]:
+    """The counts of http_requests_total by handler, method and status."""
+    families = text_string_to_metric_families(server.get("/metrics").text)
+    return {
+        (sample.labels["handler"], sample.labels["method"], sample.labels["status"]): sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name == "http_requests_total"
+    }
+
+
+def test_http_requests_are_counted_by_route_method_and_status() -> None:
+    server = FakeServer()
+    server.complete()
+    server.complete()
+    server.post("/v1/completions", {})
+    server.get("/v1/models/tiny")
+    server.get("/v1/models/other/name")
+    server.post("/health", {})
+    assert http(server) == {
+        ("/v1/completions", "POST", "2xx"): 2,
+        ("/v1/completions", "POST", "4xx"): 1,
+        ("/v1/models/{name:path}", "GET", "2xx"): 1,
+        ("/v1/models/{name:path}", "GET", "4xx"): 1,
+        ("/health", "POST", "4xx"): 1,
+    }
+    text = server.get("/metrics").text
+    assert 'http_request_duration_seconds_count{handler="/v1/completions",method="POST"} 3' in text
+
+
+def test_clients_cannot_make_labels() -> None:
+    server = FakeServer()
+    for number in range(30):
+        server.get(f"/nowhere/{number}")
+        server.run(lambda client, n=number: client.request(f"VERB{n}", f"/{n}"))
+    assert http(server) == {("none", "GET", "4xx"): 30, ("none", "other", "4xx"): 30}
+
+
+def test_the_parameters_of_requests_are_measured() -> None:
+    server = FakeServer("Hello!")
+    server.complete(prompt=["Hi", "Hi"], n=2, max_tokens=3)
+    server.chat()
+    server.post("/v1/completions", {"prompt": "Hi", "max_tokens": 9999})
+    found = samples(server.get("/metrics").text)
+    assert (found["request_params_n_count"], found["request_params_n_sum"]) == (2, 3)
+    assert (found["request_params_max_tokens_count"], found["request_params_max_tokens_sum"]) == (
+        1,
+        3,
+    )
+    assert found["request_max_num_generation_tokens_count"] == 2
 
 
 # Over HTTP

@@ -51,7 +51,16 @@ def test_the_schemas_are_valid_and_complete(document):
     assert set(document["paths"]) == {
         *(COMPLETIONS, CHAT, RESPONSES, RESPONSES + "/{id}"),
         *("/tokenizer_info", "/tokenize", "/detokenize", "/v1/models", "/v1/models/{name}"),
-        *("/health", "/version", "/metrics", "/openapi.json", "/status", "/", "/page/{name}"),
+        *(
+            "/live",
+            "/health",
+            "/version",
+            "/metrics",
+            "/openapi.json",
+            "/status",
+            "/",
+            "/page/{name}",
+        ),
     }
 
 
@@ -137,7 +146,8 @@ def test_get_and_head_are_as_described(server, document, path):
 
 
 def test_other_statuses_are_as_described(document):
-    """A full queue, a wrong key, a body that is no JSON or too large, and an engine that died."""
+    """A full queue, a wrong key, a body that is no JSON or too large, a deadline, and an engine
+    that died."""
     server = FakeServer(api_key="key", max_in_flight=1)
     key = {"authorization": "Bearer key"}
 
@@ -152,16 +162,21 @@ def test_other_statuses_are_as_described(document):
             await client.post(COMPLETIONS, content=b"{}", headers=key),
             await client.post(COMPLETIONS, content=b" " * 2_000_001, headers=key),
         ]
+        late = {"prompt": "Hi", "timeout": 0.001}
+        server.engine.max_in_flight = 2
+        refusals.append(await client.post(COMPLETIONS, json=late, headers=key))
         server.engine.die()
         return [*refusals, await busy]
 
     responses = server.run(scenario)
-    assert [response.status_code for response in responses] == [429, 401, 415, 413, 503]
+    assert [response.status_code for response in responses] == [429, 401, 415, 413, 504, 503]
     for response in responses:
         assert accepts(document, schema_of(document, COMPLETIONS, response), response.json())
 
 
 VALUES = {
+    "priority": [-(2**31), 1 - 2**31, 5.0, 5.5, 2**31 - 1, 2**31, "5", None],
+    "timeout": [0, -1, 1, 2.5, 10**6, 10**6 + 1, "1", None],
     "max_tokens": [0, 1, 5.0, 5.5, "5", True, None],
     "temperature": [-0.1, 0, 2, 2.1, "1"],
     "top_p": [0, 0.1, 1, 1.1],

@@ -222,7 +222,8 @@ def test_the_engines_death_ends_streams_and_the_server(checkpoints):
         kill(server.engine_pid())
         assert reader.events()[-1]["error"]["code"] == "engine_dead"
         assert server.end() == 1
-        [line] = server.err
+        *access, line = server.err
+        assert all('"POST /v1/completions HTTP/1.1" 200' in entry for entry in access)
         assert line.startswith("error: ") and "SIGKILL" in line
 
 
@@ -307,7 +308,7 @@ def test_a_defect_of_the_server_is_raised_with_its_traceback(tmp_path, monkeypat
     def defect(path):
         raise ValueError("cannot reshape array")
 
-    monkeypatch.setattr("llama_jax.serve.launch.read_checkpoint_config", defect)
+    monkeypatch.setattr("llama_jax.serve.setup.read_checkpoint_config", defect)
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ValueError, match="reshape"):
         main([str(tmp_path), "--port=0"])

@@ -8,8 +8,11 @@ from collections.abc import AsyncGenerator
 
 import httpx
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
 from llama_jax.serve.generation.choices import MERGE_AHEAD, ChoiceDelta, merge
+from llama_jax.serve.transport.http_protocol import HttpProtocol
 from llama_jax.serve.transport.http_server import HttpServer, listen
 from llama_jax.serve.transport.write_deadline import WriteDeadline
 from tests.support.processes import wait_until
@@ -17,6 +20,7 @@ from tests.support.server_process import FAKE_SERVER, ServerProcess
 from tests.support.tiny_tokenizer import make_tokenizer
 
 SECONDS = 0.01
+SERVER = {"server_state": ServerState(), "app_state": {}}
 
 
 class Transport:
@@ -31,11 +35,20 @@ class Transport:
         self.waiting = waiting
         self.aborted = asyncio.Event()
 
-    def set_write_buffer_limits(self, high: int) -> None:
-        assert high == 0
+    def set_write_buffer_limits(self, high: int, low: int) -> None:
+        assert (high, low) == (1, 0)
 
     def get_write_buffer_size(self) -> int:
         return self.waiting.pop(0) if len(self.waiting) > 1 else self.waiting[0]
+
+    def get_extra_info(self, name: str) -> None:
+        return None
+
+    def is_closing(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        pass
 
     def abort(self) -> None:
         self.aborted.set()
@@ -99,6 +112,22 @@ def test_a_response_that_nobody_reads_ends_like_a_disconnect() -> None:
                 await disconnected.wait()
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_a_pause_that_has_ended_cuts_nothing_later() -> None:
+    """In the protocol that the server uses, which has other timers of its own."""
+
+    async def scenario() -> bool:
+        protocol = HttpProtocol(config=uvicorn.Config(None, lifespan="off"), **SERVER)
+        transport = Transport([900, 0])
+        protocol.write_seconds = SECONDS
+        protocol.connection_made(transport)
+        protocol.pause_writing()
+        protocol.resume_writing()
+        await asyncio.sleep(10 * SECONDS)
+        return transport.aborted.is_set()
+
+    assert not asyncio.run(scenario())
 
 
 def test_choices_are_not_read_far_ahead_of_the_client() -> None:

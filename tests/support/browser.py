@@ -7,9 +7,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
+TIMEOUT = 20_000  # milliseconds; a busy machine takes its time
+
+expect.set_options(timeout=TIMEOUT)
 
 
 @contextlib.contextmanager
@@ -40,7 +43,7 @@ def opened(browser: Browser, address: str, **options) -> Iterator[Page]:
     Refused requests are no failures: the browser lists them as "Failed to load resource".
     """
     context: BrowserContext = browser.new_context(**options)
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(TIMEOUT)
     page = context.new_page()
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))

@@ -14,9 +14,11 @@ from llama_jax.engine.errors import EngineDead, QueueFull, RequestTimeout
 from llama_jax.engine.interface import DeviceInfo, EngineInfo, Output, Stats, TokenLogprobs
 from llama_jax.engine.prompt_logprobs import PromptLogprobs, PromptScoring
 from llama_jax.serve.app import create_app
+from llama_jax.serve.monitoring.http_metrics import handler_finder
 from llama_jax.serve.monitoring.metrics import Metrics
 from llama_jax.serve.served_model import ServedModel
 from llama_jax.serve.transport.door import Door
+from llama_jax.serve.transport.front import Front
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 EOT = "<|eot_id|>"
@@ -209,8 +211,11 @@ class FakeServer:
             root="models/tiny",
             defaults=defaults,
         )
-        self.app = Door(api_key)
-        self.app.open(create_app(self.served))
+        door = Door([api_key] if api_key else ())
+        app = create_app(self.served)
+        door.open(app)
+        self.app = Front(door, listeners=[self.served.metrics.observe])
+        self.app.handler_of = handler_finder(app.routes)
 
     def run(self, body: Callable[[httpx.AsyncClient], Awaitable]):
         """Runs an async function with an HTTP client on one event loop."""

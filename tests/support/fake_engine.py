@@ -1,9 +1,9 @@
 """An engine whose outputs can be computed by hand, in the real process loop, without JAX.
 
 Token i of an answer is (last token of the prompt + 1 + i) mod 1000; token 0 is EOS. Three tokens of
-every prompt are cached, and the log-probability of token t, also in a prompt, is -t / 1000. The
-rest of its behavior is in `EngineOptions.path`: "fake", "fake:MODE" or "fake:MODE:NUMBER", where
-MODE is
+every prompt are cached, every request has waited for 0.25 s, and the log-probability of token t,
+also in a prompt, is -t / 1000. The rest of its behavior is in `EngineOptions.path`: "fake",
+"fake:MODE" or "fake:MODE:NUMBER", where MODE is
 
   hang      never becomes ready
   fatal     fails to start with a `UserError`
@@ -122,6 +122,7 @@ class FakeEngine:
                     cached_tokens=3,
                     logprobs=logprobs,
                     prompt_logprobs=scores,
+                    queue_seconds=0.25,
                 )
             )
             state[:2] = [(token + 1) % VOCAB_SIZE, left - 1]

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import socket
+import ssl
 import threading
 
 import uvloop
@@ -11,15 +13,26 @@ from tests.support.fake_client import FakeServer
 
 
 @contextlib.contextmanager
-def listening(server: FakeServer, host: str = "127.0.0.1"):
+def listening(
+    server: FakeServer,
+    host: str = "127.0.0.1",
+    *,
+    listener: socket.socket | None = None,
+    tls: ssl.SSLContext | None = None,
+    trusted_proxies: str | None = None,
+    write_seconds: float = 60.0,
+):
     """Serves in a thread; yields the address."""
-    listener = listen(host, 0)
+    listener = listener or listen(host, 0)
     ready, ending = threading.Event(), []
 
     async def serve() -> None:
         end = asyncio.Event()
         ending.extend((asyncio.get_running_loop(), end))
-        async with HttpServer(server.app, listener, write_seconds=60.0).running():
+        http = HttpServer(
+            server.app, listener, write_seconds, tls=tls, trusted_proxies=trusted_proxies
+        )
+        async with http.running():
             ready.set()
             await end.wait()
 
@@ -31,7 +44,7 @@ def listening(server: FakeServer, host: str = "127.0.0.1"):
     thread.start()
     assert ready.wait(30), "the server did not start"
     try:
-        yield address_of(listener)
+        yield address_of(listener, tls is not None)
     finally:
         loop, end = ending
         loop.call_soon_threadsafe(end.set)

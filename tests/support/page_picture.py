@@ -17,7 +17,7 @@ from tests.support.server_process import REAL_SERVER, ServerProcess
 
 CLIENTS = 14
 SECONDS = 50
-BODY = {"prompt": "Tell me about the ring. " * 12, "max_tokens": 120, "ignore_eos": True}
+PROMPT = "Tell me about the ring. " * 12
 
 
 def main(path: str) -> None:
@@ -26,7 +26,8 @@ def main(path: str) -> None:
 
     def client(number: int) -> None:
         while not ended.wait(0.1 * number):
-            body = {**BODY, "prompt": f"{number} {BODY['prompt']}", "seed": number}
+            body = {"prompt": f"{number} {PROMPT}", "max_tokens": 60 + 20 * number}
+            body |= {"ignore_eos": True, "seed": number}
             httpx.post(server.url + "/v1/completions", json=body, timeout=120)
 
     with server.wait_ready(), chromium() as browser:

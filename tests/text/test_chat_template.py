@@ -45,14 +45,10 @@ def test_a_template_that_cannot_be_used_means_no_chat(tmp_path, template, reason
     assert subject.encode("still works")
 
 
-def test_a_template_in_a_file_takes_the_place_of_the_checkpoint_s(tmp_path):
+def test_a_given_template_takes_the_place_of_the_checkpoint_s(tmp_path):
     path = write_tokenizer(tmp_path / "checkpoint", template="{{ 1 / 0 }}")
-    file = tmp_path / "mine.jinja"
-    file.write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
-    subject = Tokenizer(path, file)
+    subject = Tokenizer(path, "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
     assert subject.decode(subject.encode_chat(USER)) == "<user>Hi"
-    with pytest.raises(TokenizerError, match="nowhere"):
-        Tokenizer(path, tmp_path / "nowhere.jinja")
 
 
 @pytest.mark.parametrize(

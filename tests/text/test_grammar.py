@@ -35,6 +35,23 @@ def matches(text: str, wanted: str) -> bool:
             ['{"format": "a"}', '{"format": "a", "b": {"format": "x"}}'],
             ['{"format": 1}', "{}", '{"format": "a", "b": {}}'],
         ),
+        (
+            grammar.regex_grammar(r"[\w.-]+@\d\s\\d"),
+            ["a_B.-3@4 \\d"],
+            ["é@4 \\d", "a@٣ \\d", "a@4 4"],
+        ),
+        (grammar.regex_grammar(r"[\w\W][^\d]"), ["éé", "\na"], ["a٣", "a3"]),
+        (
+            grammar.json_schema_grammar(
+                {
+                    "type": "object",
+                    "patternProperties": {r"^\d$": {"type": "string", "pattern": r"^[\d\w]*$"}},
+                    "additionalProperties": False,
+                }
+            ),
+            ['{"1": "a1"}', "{}"],
+            ['{"٣": ""}', '{"1": "٣"}', '{"1": "é"}'],
+        ),
         (grammar.json_schema_grammar(True), ["1", '"x"', "{}"], ["x"]),
         (grammar.regex_grammar("^a/b+$"), ["a/b", "a/bbb"], ["a/", "xa/b", "a/bc"]),
         (

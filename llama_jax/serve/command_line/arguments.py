@@ -1,26 +1,23 @@
 """The command line of the server."""
 
 import argparse
-import math
 import os
 import sys
 from pathlib import Path
 
-from llama_jax.serve.command_line.config_file import parse_config_file
-from llama_jax.serve.command_line.engine_arguments import (
-    add_engine_arguments,
-    check_mesh,
-    sets_mesh,
-    without_mesh,
-)
+from llama_jax.engine.options import OPTIONS, EngineOptions
+from llama_jax.serve.command_line.config_file import ConfigFileError, read_config_file
 from llama_jax.serve.command_line.foreign_flags import find_foreign_flag
-from llama_jax.serve.command_line.model_arguments import add_model_arguments, check_path
-from llama_jax.serve.generation.admission import MAX_QUEUE_TOKENS
-from llama_jax.serve.monitoring.metrics import PREFIXES
-from llama_jax.serve.transport.door import MAX_BODY_BYTES
-from llama_jax.terminal.arguments import Parser, size
+from llama_jax.serve.command_line.http_flags import (
+    API_KEY_VARIABLES,
+    add_http_flags,
+    add_security_flags,
+)
+from llama_jax.serve.command_line.log_flags import add_log_flags
+from llama_jax.serve.command_line.model_flags import add_engine_flags, add_model_flags
+from llama_jax.serve.transport.api_keys import is_key
+from llama_jax.terminal.arguments import Parser
 
-API_KEY_VARIABLE = "LLAMA_JAX_API_KEY"
 DEMO_CHECKPOINT = Path(__file__).parents[3] / "demo" / "checkpoint"
 DEMO_NAME = "llama-jax-demo"
 
@@ -32,21 +29,44 @@ examples:
       the same as a pipeline of 4 stages x 2 tensor-parallel ranks; without GPUs, on 8 virtual
       CPU devices
   python -m llama_jax.serve /models/Llama-3-70B-Instruct --mesh 4x2 --max-model-len 8192 \\
-      --max-num-seqs 64 --kv-cache-memory 20GB --host 0.0.0.0
+      --max-num-seqs 64 --kv-cache-memory 20GB --host 0.0.0.0 --api-key-file keys.txt
+  python -m llama_jax.serve --config server.yaml --port 8001
 
-With --host 0.0.0.0 anyone who can reach this machine can use the server: set {API_KEY_VARIABLE}.
+With --host 0.0.0.0 anyone who can reach this machine can use the server: give it a key in
+${API_KEY_VARIABLES[0]} or with --api-key-file.
 """
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line and --config; if one is wrong, prints a sentence and exits with 2.
+    """Parses the command line; if it is wrong, prints one sentence and exits with code 2.
+
+    A configuration file (--config) gives the defaults of the flags that it sets.
 
     Returns:
-      path, served_model_name, host, port, api_key, max_body_size (bytes), metrics_prefix,
-      max_queue_tokens, request_timeout, shutdown_timeout, write_timeout and
-      sse_keep_alive_interval (seconds), those of `add_model_arguments`, and for `engine_options`
-      what is given of the engine's. path, served_model_name and request_timeout may be None.
+      An attribute for each flag, `path`, `api_keys` of the command line or the environment, and
+      the fields of `EngineOptions`. The attributes of flags without a default may be None.
     """
+    parser = _parser()
+    argv = [_with_hyphens(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    if foreign := find_foreign_flag(argv):
+        flag, answer = foreign
+        parser.error(f"there is no {flag} here: {answer}")
+    configured = _configured(parser, argv)
+    parser.set_defaults(**configured)
+    arguments = parser.parse_args(argv)
+    _resolve_path(parser, arguments)
+    _resolve_mesh(parser, arguments)
+    _check_together(parser, arguments)
+    return arguments
+
+
+def engine_options(arguments: argparse.Namespace, path: Path) -> EngineOptions:
+    """The engine's options as given on the command line."""
+    given = {option.name: getattr(arguments, option.name) for option in OPTIONS}
+    return EngineOptions(path=str(path), **given)
+
+
+def _parser() -> Parser:
     parser = Parser(
         prog="python -m llama_jax.serve",
         usage="%(prog)s [PATH] [options]",
@@ -59,138 +79,98 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--config",
         type=Path,
         metavar="FILE",
-        help="YAML file of flags and their values, such as `max-num-seqs: 64`; those on the "
-        "command line win",
+        help="a YAML file whose keys are names of flags; the command line comes before it",
     )
-    add_model_arguments(parser)
-    add_engine_arguments(parser)
-    _add_http(parser)
-    argv = sys.argv[1:] if argv is None else argv
-    if foreign := find_foreign_flag(argv):
-        flag, answer = foreign
-        parser.error(f"there is no {flag} here: {answer}")
-    arguments = parser.parse_args(argv)
-    if arguments.config is not None:
-        from_file = vars(parse_config_file(parser, arguments.config))
-        if sets_mesh(arguments):
-            without_mesh(from_file)
-        if arguments.path or arguments.model:
-            from_file["path"] = from_file["model"] = None
-        parser.set_defaults(**from_file)
-        arguments = parser.parse_args(argv)
-    check_path(parser, arguments)
-    check_mesh(parser, arguments)
-    return arguments
+    add_model_flags(parser)
+    add_engine_flags(parser)
+    add_http_flags(parser)
+    add_security_flags(parser)
+    add_log_flags(parser)
+    return parser
 
 
-def _add_http(parser: argparse.ArgumentParser) -> None:
-    http = parser.add_argument_group("HTTP")
-    http.add_argument(
-        "--host",
-        default="127.0.0.1",
-        metavar="ADDRESS",
-        help="address to listen on; 0.0.0.0 means all networks, and :: those of IPv4 and IPv6 "
-        "(default: %(default)s)",
-    )
-    http.add_argument(
-        "--port",
-        type=_port,
-        default=8000,
-        metavar="PORT",
-        help="port to listen on; 0 picks a free one (default: %(default)s)",
-    )
-    http.add_argument(
-        "--api-key",
-        type=_key,
-        default=os.environ.get(API_KEY_VARIABLE) or None,
-        metavar="KEY",
-        help="key required by every request except GET /health; other users of this machine can "
-        f"see it on the command line, but not in ${API_KEY_VARIABLE} (default: no key)",
-    )
-    http.add_argument(
-        "--metrics-prefix",
-        default=PREFIXES[0],
-        choices=PREFIXES,
-        help="prefix of the metric names; vllm fits existing dashboards (default: %(default)s)",
-    )
-    http.add_argument(
-        "--max-body-size",
-        type=size,
-        default=MAX_BODY_BYTES,
-        metavar="BYTES",
-        help="maximum size of a request's body, such as 8MB (default: 2MB)",
-    )
-    http.add_argument(
-        "--max-queue-tokens",
-        type=_positive_integer,
-        default=MAX_QUEUE_TOKENS,
-        metavar="TOKENS",
-        help="maximum number of tokens in prompts that wait for their first token; more are "
-        "refused, with HTTP status 429 (default: %(default)s)",
-    )
-    http.add_argument(
-        "--request-timeout",
-        type=_positive_seconds,
-        metavar="SECONDS",
-        help="time after which a request that sets no timeout is aborted, with HTTP status 504 "
-        "(default: no limit)",
-    )
-    http.add_argument(
-        "--shutdown-timeout",
-        type=_seconds,
-        default=30.0,
-        metavar="SECONDS",
-        help="time for running requests to finish after SIGTERM or Ctrl-C; a second signal ends "
-        "them at once (default: %(default)g)",
-    )
-    http.add_argument(
-        "--sse-keep-alive-interval",
-        type=_seconds,
-        default=15.0,
-        metavar="SECONDS",
-        help="a stream that has sent nothing for this long, also while its request waits, sends a "
-        "comment, so that no proxy takes it for dead; 0 sends none (default: %(default)g)",
-    )
-    http.add_argument(
-        "--write-timeout",
-        type=_positive_seconds,
-        default=60.0,
-        metavar="SECONDS",
-        help="a client that reads nothing for this long, while part of its response waits, is "
-        "disconnected (default: %(default)g)",
-    )
+def _with_hyphens(argument: str) -> str:
+    """Accepts flags with underscores, as other servers do."""
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    return f"{flag.replace('_', '-')}{equals}{value}"
 
 
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port (0 to 65535)")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
+def _configured(parser: Parser, argv: list[str]) -> dict[str, object]:
+    """The values that the configuration file sets, by the names of their attributes."""
+    finder = Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=Path)
+    file = finder.parse_known_args(argv)[0].config
+    if file is None:
+        return {}
     try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds (0 or more)")
-    return seconds
+        given = read_config_file(parser, file)
+    except ConfigFileError as error:
+        parser.error(str(error).rstrip("."))
+    parser.source = f"--config {file}"
+    parsed = vars(parser.parse_args(given))
+    parser.source = ""
+    flags = {argument.partition("=")[0] for argument in given}
+    dests = {action.dest for action in parser._actions if flags.intersection(action.option_strings)}
+    return {name: parsed[name] for name in dests}
 
 
-def _positive_seconds(text: str) -> float:
-    seconds = _seconds(text)
-    if seconds == 0:
-        raise argparse.ArgumentTypeError("it must be more than 0 seconds")
-    return seconds
+def _resolve_path(parser: Parser, arguments: argparse.Namespace) -> None:
+    given = [path for path in (arguments.path, arguments.model_path) if path is not None]
+    if len(set(given)) > 1:
+        parser.error(f"PATH is {arguments.path}, and --model is {arguments.model_path}: give one")
+    arguments.path = given[0] if given else None
+    for flag, names in (
+        ("--served-model-name", arguments.served_model_name or ()),
+        ("--api-key", arguments.api_keys),
+    ):
+        if (
+            arguments.path is None
+            and names
+            and os.path.sep in names[-1]
+            and Path(names[-1]).exists()
+        ):
+            parser.error(f"{flag} takes all values after it: give PATH before it")
 
 
-def _positive_integer(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
+def _resolve_mesh(parser: Parser, arguments: argparse.Namespace) -> None:
+    stages, ranks = arguments.pipeline_parallel_size, arguments.tensor_parallel_size
+    if stages is None and ranks is None:
+        default = next(option.default for option in OPTIONS if option.name == "mesh")
+        arguments.mesh = arguments.mesh or default
+        return
+    mesh = f"{stages or 1}x{ranks or 1}"
+    if arguments.mesh not in (None, mesh):
+        sizes = {"--pipeline-parallel-size": stages, "--tensor-parallel-size": ranks}
+        named = " and ".join(f"{flag} {size}" for flag, size in sizes.items() if size)
+        parser.error(f"--mesh {arguments.mesh} and {named} contradict each other: give one")
+    arguments.mesh = mesh
 
 
-def _key(text: str) -> str:
-    if not text.isascii() or not text.isprintable() or not text.strip():
-        raise argparse.ArgumentTypeError("a key may contain only printable ASCII characters")
-    return text
+def _check_together(parser: Parser, arguments: argparse.Namespace) -> None:
+    """Checks flags against each other, and reads the keys of the environment."""
+    if arguments.allow_credentials and (
+        not arguments.allowed_origins or "*" in arguments.allowed_origins
+    ):
+        parser.error("--allow-credentials needs --allowed-origins that name each origin")
+    for flag in ("ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs"):
+        if getattr(arguments, flag) is not None and arguments.ssl_certfile is None:
+            parser.error(f"--{flag.replace('_', '-')} needs --ssl-certfile")
+    if arguments.log_prompts and arguments.request_log is None:
+        parser.error("--log-prompts needs --request-log")
+    if arguments.uds is not None and arguments.port != parser.get_default("port"):
+        parser.error("--uds and --port exclude each other")
+    if not arguments.api_keys and arguments.api_key_file is None:
+        arguments.api_keys = _keys_of_environment(parser)
+    if arguments.metrics_open and not arguments.api_keys and arguments.api_key_file is None:
+        parser.error("--metrics-open needs a key: without one, everything is open")
+
+
+def _keys_of_environment(parser: Parser) -> list[str]:
+    for variable in API_KEY_VARIABLES:
+        if key := os.environ.get(variable):
+            if not is_key(key):
+                parser.error(f"${variable} may contain only printable ASCII characters")
+            return [key]
+    return []

@@ -1,58 +1,71 @@
-"""Reads options from a YAML file: `--config FILE`.
-
-The keys are the names of flags without the hyphens in front; underscores count as hyphens. A flag
-without a value is set by true or false, and one that may be given several times by a list. `model`
-is the path of the checkpoint.
-"""
+"""The configuration file of the server: flags in YAML, without their hyphens."""
 
 import argparse
+import json
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-NOT_IN_A_FILE = ("--config", "--help")
+from sharding.errors import UserError
+
+# What a file cannot say, and the names that positional arguments have in one.
+_NOT_IN_FILES = frozenset({"help", "config"})
 
 
-def parse_config_file(parser: argparse.ArgumentParser, path: Path) -> argparse.Namespace:
-    """Parses a file as if its entries were on the command line.
+class ConfigFileError(UserError):
+    """A configuration file cannot be read, or sets what is no flag; the message names the key."""
 
-    Ends the program with code 2 and one sentence, which names the file, if it cannot be read or
-    sets something that no flag sets.
 
-    Returns:
-      What the file sets, and the defaults of the rest.
+def read_config_file(parser: argparse.ArgumentParser, file: Path) -> list[str]:
+    """Turns a configuration file into arguments.
+
+    A key is the name of a flag, with hyphens or underscores. A list is several values. True gives
+    a flag that takes no value; false and null leave a flag out.
+
+    Args:
+      parser: knows the flags.
+      file: a YAML file with one mapping.
+
+    Raises:
+      ConfigFileError: it cannot be read, is not a mapping, or has a key that is not a flag.
     """
-    program, parser.prog = parser.prog, f"{parser.prog}: {path}"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        parser.error(f"the file cannot be read: {' '.join(str(error).split())}")
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigFileError(f"--config {file} cannot be read: {reason}.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ConfigFileError(f"--config {file}{where} is not valid YAML.") from error
+    if content is None:
+        return []
     if not isinstance(content, dict):
-        parser.error("the file must hold flags and their values, such as `port: 8000`")
+        raise ConfigFileError(f"--config {file} must be a mapping of flags to values.")
     arguments: list[str] = []
     for key, value in content.items():
-        flag = f"--{str(key).replace('_', '-')}"
-        if flag in NOT_IN_A_FILE:
-            parser.error(f"{key} cannot be set in a file")
-        arguments += _as_arguments(parser, str(key), flag, value)
-    parsed, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        parser.error(f"there is no flag {unknown[0].split('=')[0]}")
-    parser.prog = program
-    return parsed
+        arguments += _arguments(parser, file, str(key), value)
+    return arguments
 
 
-def _as_arguments(parser: argparse.ArgumentParser, key: str, flag: str, value: Any) -> list[str]:
-    """The command line that sets one entry."""
-    if value is None:  # as everywhere, null is not given
+def _arguments(parser: argparse.ArgumentParser, file: Path, key: str, value: object) -> list[str]:
+    flag = f"--{key.replace('_', '-')}"
+    action = parser._option_string_actions.get(flag)
+    if action is None or flag.removeprefix("--") in _NOT_IN_FILES:
+        raise ConfigFileError(f"--config {file}: {key!r} is not the name of a flag (see --help).")
+    if value is None:
         return []
-    if value is True:
-        return [flag]
-    if value is False:
-        negated = flag.startswith("--no-")
-        return [flag.replace("--no-", "--", 1) if negated else flag.replace("--", "--no-", 1)]
-    values = value if isinstance(value, list) else [value]
-    if not values or not all(isinstance(item, str | int | float) for item in values):
-        parser.error(f"{key} must be a text, a number or a list of them")
-    return [f"{flag}={item}" for item in values]  # with "=", since a value may begin with a hyphen
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ConfigFileError(f"--config {file}: {key} must be true or false.")
+        if not value and not flag.startswith("--no-"):
+            flag = f"--no-{flag[2:]}"
+            return [flag] if flag in parser._option_string_actions else []
+        return [flag] if value else []
+    if isinstance(value, bool) or (isinstance(value, list) and action.nargs != "+"):
+        raise ConfigFileError(f"--config {file}: {key} needs one value.")
+    if isinstance(value, dict):
+        return [f"{flag}={json.dumps(value)}"]
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    return [f"{flag}={value}"]

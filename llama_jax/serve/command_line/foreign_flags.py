@@ -2,14 +2,20 @@
 
 _ROWS: tuple[tuple[str, str], ...] = (
     (
-        "--kv-cache-free-gpu-memory-fraction --num-gpu-blocks-override --max-total-tokens",
+        "--mem-fraction-static --kv-cache-free-gpu-memory-fraction",
+        "use --gpu-memory-utilization, the share for weights, KV cache and temporary arrays "
+        "together",
+    ),
+    (
+        "--num-gpu-blocks-override --max-total-tokens",
         "use --kv-cache-memory, the bytes of KV cache on each device",
     ),
     (
         "--max-num-batched-tokens --max-prefill-tokens --max-num-tokens",
-        "use --max-chunk, the maximum number of prompt tokens per tick",
+        "use --max-chunk, the maximum number of prompt tokens per tick; answers do not count",
     ),
     ("--enable-chunked-prefill", "every prompt is computed in chunks of up to --max-chunk tokens"),
+    ("--max-batch-size", "use --max-num-seqs"),
     ("--async-scheduling --no-async-scheduling", "use --results-late"),
     ("--kv-cache-dtype", "the KV cache has the dtype of the activations: use --dtype"),
     (
@@ -23,6 +29,10 @@ _ROWS: tuple[tuple[str, str], ...] = (
     ),
     ("--trust-remote-code", "the server never runs code from a checkpoint"),
     ("--tokenizer --tokenizer-path --tokenizer-mode", "the server uses the checkpoint's tokenizer"),
+    (
+        "--chat-template-content-format",
+        "whether a chat template reads texts or parts is recognized",
+    ),
     (
         "--hf-overrides --json-model-override-args",
         "the model is what the checkpoint's config.json says",
@@ -43,24 +53,24 @@ _ROWS: tuple[tuple[str, str], ...] = (
     ("--scheduling-policy --schedule-policy", "requests are served in the order of their arrival"),
     ("--speculative-config -sc --speculative-algorithm", "there is no speculative decoding"),
     ("--enable-lora --lora-modules --lora-paths --max-loras --max-lora-rank", "there is no LoRA"),
+    ("--middleware", "the server runs no code but its own: put a proxy in front of it"),
+    ("--ssl-cert-reqs", "--ssl-ca-certs demands client certificates"),
+    ("--ssl-ciphers", "the ciphers are those of OpenSSL's default"),
     (
-        "--ssl-keyfile --ssl-certfile --uds --root-path --allowed-origins --middleware",
-        "the server speaks plain HTTP over TCP: put a proxy in front of it",
+        "--allowed-methods --allowed-headers",
+        "--allowed-origins allows the methods and headers that the server reads",
     ),
+    ("--enable-request-id-headers", "every answer has the header X-Request-Id"),
     (
-        "--disable-log-stats --enable-log-requests --disable-log-requests --max-log-len "
-        "--uvicorn-log-level --disable-uvicorn-access-log --log-level",
-        "requests are not logged, and the statistics are at /metrics",
+        "--enable-log-requests --disable-log-requests --max-log-len --log-requests",
+        "use --request-log, without which requests are not logged",
     ),
     (
         "--disable-radix-cache --enable-block-reuse",
         "prefix caching is on; --no-prefix-caching turns it off",
     ),
-    (
-        "--chat-template-content-format",
-        "the server finds out how a template reads the content of messages",
-    ),
     ("--stream-interval", "a stream has one event per token"),
+    ("--collect-detailed-traces", "every trace has the phases of its request"),
 )
 
 ANSWERS = {flag: answer for flags, answer in _ROWS for flag in flags.split()}

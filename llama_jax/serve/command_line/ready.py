@@ -1,6 +1,8 @@
 """What the server prints when it is ready: the mesh, its memory, and a command to try."""
 
+import shlex
 from itertools import groupby
+from pathlib import Path
 
 from rich.console import Console
 from rich.panel import Panel
@@ -19,6 +21,7 @@ def show_ready(
     seconds: float,
     chat: bool,
     key: bool,
+    unix_socket: Path | None = None,
 ) -> None:
     """Prints the mesh as a picture, its memory, the start-up time, and a command to try.
 
@@ -30,6 +33,7 @@ def show_ready(
       seconds: time since this process started.
       chat: whether the model has a chat template.
       key: whether requests need an API key.
+      unix_socket: the socket that the server listens on, if it is not one of TCP.
     """
     stages = [list(devices) for _, devices in groupby(info.devices, lambda d: d.stage)]
     shape = f"{count_text(len(stages), 'stage')} x {count_text(len(stages[0]), 'rank')}"
@@ -46,17 +50,17 @@ def show_ready(
         Text.assemble(
             ("Ready", "bold green"),
             " at ",
-            (address, "bold"),
-            " (open it in a browser). Or try:",
+            (str(unix_socket or address), "bold"),
+            ". Try:" if unix_socket else " (open it in a browser). Or try:",
         )
     )
     console.print()
     # The terminal wraps it: with a line break of our own it could not be pasted.
-    command = curl_line(address, chat=chat, key=key)
+    command = curl_line(address, chat=chat, key=key, unix_socket=unix_socket)
     console.print(command, "\n", sep="", markup=False, highlight=False, soft_wrap=True)
 
 
-def curl_line(address: str, *, chat: bool, key: bool) -> str:
+def curl_line(address: str, *, chat: bool, key: bool, unix_socket: Path | None = None) -> str:
     """A shell command that asks the server for a streamed answer."""
     if chat:
         path = "/v1/chat/completions"
@@ -64,7 +68,8 @@ def curl_line(address: str, *, chat: bool, key: bool) -> str:
     else:
         path = "/v1/completions"
         question = '"prompt": "Once upon a time"'
-    lines = [f"curl -N {address}{path}", "-H 'Content-Type: application/json'"]
+    where = f"--unix-socket {shlex.quote(str(unix_socket))} " if unix_socket else ""
+    lines = [f"curl -N {where}{address}{path}", "-H 'Content-Type: application/json'"]
     if key:
         lines.append("-H 'Authorization: Bearer YOUR-KEY'")
     lines.append(f"-d '{{\"stream\": true, {question}}}'")

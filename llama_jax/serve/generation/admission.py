@@ -145,6 +145,7 @@ class Place:
         if not self._entered:
             self._count(False)
             self._release()
+            self._admission._line.advance()
 
     def begun(self) -> None:
         """Records that the first token has arrived, so that the prompt no longer waits."""
@@ -190,7 +191,6 @@ class Place:
         if self._reserved:
             self._reserved = False
             self._admission._reserved -= 1
-            self._admission._line.advance()
 
 
 class _Line:

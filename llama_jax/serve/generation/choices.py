@@ -86,6 +86,7 @@ async def generate_choice(
             async with aclosing(read_text(outputs, detokenizer)) as deltas:
                 async for delta in deltas:
                     tokens += 1
+                    timer.note(delta.output)
                     parsed = ParsedDelta(delta.text, (), delta.finish_reason)
                     if parser is not None:
                         parsed = parse_delta(parser, delta)

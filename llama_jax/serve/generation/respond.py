@@ -21,14 +21,17 @@ from llama_jax.serve.generation.event_stream import EventStream, StartedDeltas, 
 from llama_jax.serve.generation.logprobs import TokenWithLogprobs
 from llama_jax.serve.generation.shown_prompts import ShownPrompts
 from llama_jax.serve.generation.tool_use import ToolUse
+from llama_jax.serve.monitoring.request_record import (
+    CLIENT_CLOSED_REQUEST,
+    note_error,
+    note_generation,
+)
 from llama_jax.serve.protocol.generation import GenerationRequest, StreamOptions
 from llama_jax.serve.protocol.response_types import AnswerEnd, Usage
 from llama_jax.serve.served_model import ServedModel
 from llama_jax.serve.transport.interrupt import Interrupted, disconnected, unless
 from llama_jax.serve.transport.json_response import JsonResponse
 from llama_jax.text.tool_calls import CallDelta
-
-CLIENT_CLOSED_REQUEST = 499  # nginx's status code, for logs; no client receives it
 
 
 class ResponseFormat(Protocol):
@@ -180,6 +183,7 @@ async def generate(
       ApiError: the request cannot be accepted.
       RequestError, RequestTimeout, EngineDead, GenerationFailed: as `generate_choice`.
     """
+    note_generation(served.name, job.params[0], len(job.params), job.stream)
     _check_job(served, job)
     params = job.params if served.engine.info.prefix_caching else _with_private_salt(job.params)
     lengths = [len(prompt) for prompt in job.prompts]
@@ -326,7 +330,9 @@ async def _events(
         if last:
             yield sse_event({**head, "choices": [], "usage": _usage(job, seen)})
     except Exception as error:  # the status has been sent, so an event must do
-        yield sse_event(as_api_error(error).body)
+        api_error = as_api_error(error)
+        note_error(api_error.code)
+        yield sse_event(api_error.body)
     yield b"data: [DONE]\n\n"
 
 

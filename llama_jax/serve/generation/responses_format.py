@@ -12,6 +12,7 @@ from llama_jax.serve.generation.event_stream import sse_event
 from llama_jax.serve.generation.logprobs import TokenNames, chat_logprobs
 from llama_jax.serve.generation.response_writer import ResponseWriter
 from llama_jax.serve.generation.tool_use import new_call_id
+from llama_jax.serve.monitoring.request_record import note_error
 from llama_jax.serve.protocol.response_tools import show_choice, show_tool
 from llama_jax.serve.protocol.response_types import ChatLogprob
 from llama_jax.serve.protocol.responses import ResponsesRequest
@@ -62,7 +63,9 @@ class ResponsesFormat:
                 for event in self._add(delta):
                     yield _encode(event)
         except Exception as error:  # the status has been sent, so an event must do
-            for event in self._writer.fail(as_api_error(error)):
+            api_error = as_api_error(error)
+            note_error(api_error.code)
+            for event in self._writer.fail(api_error):
                 yield _encode(event)
 
     def _add(self, delta: ChoiceDelta) -> Iterator[StreamEvent]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from prometheus_client import (
     CollectorRegistry,
     Counter,
+    Gauge,
     Histogram,
     ProcessCollector,
     generate_latest,
@@ -18,9 +19,11 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from llama_jax.engine.errors import QueueFull, RequestError, RequestTimeout
-from llama_jax.engine.interface import Stats
+from llama_jax.engine.interface import EngineInfo, Stats
+from llama_jax.serve.monitoring.http_metrics import HttpMetrics
 from llama_jax.serve.monitoring.recent import RecentValues
+from llama_jax.serve.monitoring.request_record import RequestRecord, current_record
+from llama_jax.serve.monitoring.request_timer import RequestTimer
 from llama_jax.serve.monitoring.ring_metrics import ring_families
 
 PREFIXES = ("llama_jax", "vllm")
@@ -39,6 +42,7 @@ LATENCY_BUCKETS = (
     *(0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960),
     *(1920, 7680),
 )
+CHOICE_BUCKETS = (1, 2, 5, 10, 20)
 COUNT_BUCKETS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
 
 # Name, help text, and the value in a report of the engine.
@@ -91,6 +95,8 @@ class Metrics:
         up: Callable[[], bool],
         prefix: str,
         clock: Callable[[], float] = time.perf_counter,
+        info: EngineInfo | None = None,
+        prefix_caching: bool = True,
     ) -> None:
         """Creates all metrics, at zero.
 
@@ -100,6 +106,8 @@ class Metrics:
           up: returns whether the engine runs and answers; called at each scrape.
           prefix: one of `PREFIXES`; metrics are named `prefix:name`.
           clock: returns the time in seconds.
+          info: the engine's description of itself, for `cache_config_info`.
+          prefix_caching: whether requests share pages, for the same.
         """
         self.clock = clock
         self.recent_first_tokens, self.recent_tokens = RecentValues(), RecentValues()
@@ -125,6 +133,44 @@ class Metrics:
         self.generation = self._histogram(
             "request_generation_tokens", "Generated tokens.", COUNT_BUCKETS
         )
+        self.queue = self._histogram(
+            "request_queue_time_seconds", "Time in the engine's queue.", LATENCY_BUCKETS
+        )
+        self.prefill = self._histogram(
+            "request_prefill_time_seconds",
+            "Time from the end of the queue to the first token.",
+            LATENCY_BUCKETS,
+        )
+        self.decode = self._histogram(
+            "request_decode_time_seconds",
+            "Time from the first token to the last.",
+            LATENCY_BUCKETS,
+        )
+        self.inference = self._histogram(
+            "request_inference_time_seconds",
+            "Time from the end of the queue to the last token.",
+            LATENCY_BUCKETS,
+        )
+        self.computed = self._histogram(
+            "request_prefill_kv_computed_tokens",
+            "Prompt tokens that were not found in the cache.",
+            COUNT_BUCKETS,
+        )
+        self.choices = self._histogram("request_params_n", "The parameter n.", CHOICE_BUCKETS)
+        self.max_tokens = self._histogram(
+            "request_params_max_tokens", "The parameter max_tokens, if it is set.", COUNT_BUCKETS
+        )
+        self.longest = self._histogram(
+            "request_max_num_generation_tokens",
+            "Generated tokens of the longest choice of a request.",
+            COUNT_BUCKETS,
+        )
+        self.corrupted = self._plain_counter(
+            "corrupted_requests", "Sequences ended because the model's output was not a number."
+        )
+        self.http = HttpMetrics(self._registry)
+        if info is not None:
+            self._show_cache(info, prefix_caching)
         self._finished = self._counter(
             "request_success", "Finished sequences by reason.", "finished_reason", FINISHED
         )
@@ -134,7 +180,20 @@ class Metrics:
 
     def request(self, arrived: float, prompt_tokens: int) -> "RequestTimer":
         """Measures one sequence of a request that arrived at this time of `clock`."""
-        return RequestTimer(self, arrived, prompt_tokens)
+        timer = RequestTimer(self, arrived, prompt_tokens)
+        if record := current_record():
+            record.choices.append(timer)
+        return timer
+
+    def observe(self, record: RequestRecord) -> None:
+        """Measures an HTTP request that has ended."""
+        self.http.observe(record)
+        if record.params is None or not record.choices:
+            return
+        self.choices.observe(record.choices_per_prompt)
+        if record.params.max_tokens is not None:
+            self.max_tokens.observe(record.params.max_tokens)
+        self.longest.observe(max(timer.tokens for timer in record.choices))
 
     def finished(self, reason: str) -> None:
         """Counts a finished sequence; `reason` is one of `FINISHED`."""
@@ -153,64 +212,29 @@ class Metrics:
         family = Histogram(full, about, self._labels, buckets=buckets, registry=self._registry)
         return family.labels(**self._labels)
 
+    def _plain_counter(self, name: str, about: str) -> Counter:
+        family = Counter(f"{self._prefix}:{name}", about, self._labels, registry=self._registry)
+        return family.labels(**self._labels)
+
+    def _show_cache(self, info: EngineInfo, prefix_caching: bool) -> None:
+        """Exports the sizes of the cache as labels of a gauge that is 1, as vLLM does."""
+        labels = {
+            **self._labels,
+            "block_size": str(info.page_size),
+            "num_gpu_blocks": str(info.num_pages),
+            "cache_dtype": info.dtype,
+            "enable_prefix_caching": str(prefix_caching),
+        }
+        name = f"{self._prefix}:cache_config_info"
+        gauge = Gauge(name, "The KV cache.", list(labels), registry=self._registry)
+        gauge.labels(**labels).set(1)
+
     def _counter(self, name: str, about: str, label: str, values: tuple[str, ...]) -> Counter:
         full = f"{self._prefix}:{name}"
         family = Counter(full, about, [*self._labels, label], registry=self._registry)
         for value in values:  # so that a dashboard shows zero, not a gap
             family.labels(**self._labels, **{label: value})
         return family
-
-
-class RequestTimer:
-    """Measures one sequence, from its arrival to the end of the `with` block of this timer.
-
-    Attributes:
-      tokens: the number of tokens that have arrived.
-    """
-
-    def __init__(self, metrics: Metrics, arrived: float, prompt_tokens: int) -> None:
-        self._metrics = metrics
-        self._arrived = self._first = self._last = arrived
-        self._prompt_tokens = prompt_tokens
-        self.tokens = 0
-        self._reason: str | None = None
-
-    def token(self) -> None:
-        """Records the arrival of a token from the engine."""
-        now = self._metrics.clock()
-        if self.tokens == 0:
-            self._first = now
-            self._metrics.time_to_first_token.observe(now - self._arrived)
-            self._metrics.recent_first_tokens.add(now, now - self._arrived)
-        else:
-            self._metrics.inter_token.observe(now - self._last)
-            self._metrics.recent_tokens.add(now, now - self._last)
-        self._last = now
-        self.tokens += 1
-
-    def finish(self, reason: str) -> None:
-        """Records why the sequence finished; `reason` is one of `FINISHED`."""
-        self._reason = reason
-
-    def __enter__(self) -> "RequestTimer":
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        metrics = self._metrics
-        if isinstance(error, QueueFull):
-            metrics.rejected("queue_full")
-        if isinstance(error, RequestError):  # it was never accepted
-            return
-        if self._reason is None:  # an error, its deadline passed, or the client disconnected
-            failed = isinstance(error, Exception) and not isinstance(error, RequestTimeout)
-            self._reason = "error" if failed else "abort"
-        metrics.finished(self._reason)
-        metrics.prompt.observe(self._prompt_tokens)
-        metrics.generation.observe(self.tokens)
-        if self._reason in ("stop", "length"):
-            metrics.latency.observe(self._last - self._arrived)
-            if self.tokens > 1:
-                metrics.time_per_token.observe((self._last - self._first) / (self.tokens - 1))
 
 
 class _EngineCollector(Collector):
@@ -240,6 +264,16 @@ class _EngineCollector(Collector):
                 metric = family(f"{self._prefix}:{name}", about, labels=list(self._labels))
                 metric.add_metric(list(self._labels.values()), value(stats))
                 yield metric
+        name = f"{self._prefix}:prompt_tokens_by_source"
+        by_source = CounterMetricFamily(
+            name, "Prompt tokens by where their keys come from.", labels=[*self._labels, "source"]
+        )
+        for source, tokens in (
+            ("local_compute", stats.prompt_tokens),
+            ("local_cache_hit", stats.cached_tokens),
+        ):
+            by_source.add_metric([*self._labels.values(), source], tokens)
+        yield by_source
         yield from ring_families(self._prefix, self._labels, stats)
 
 

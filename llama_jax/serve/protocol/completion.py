@@ -4,9 +4,10 @@ from typing import Annotated, Any
 
 from llama_jax.config.sampling_params import MAX_LOGPROBS
 from llama_jax.serve.protocol.body import schema
-from llama_jax.serve.protocol.field_readers import MAX_PROMPTS, read_logprobs, read_prompts
-from llama_jax.serve.protocol.generation import MAX_CHOICES, GenerationRequest
+from llama_jax.serve.protocol.field_readers import read_logprobs, read_prompts
+from llama_jax.serve.protocol.generation import GenerationRequest
 from llama_jax.serve.protocol.json_reader import refuse
+from llama_jax.serve.protocol.limits import LIMITS
 
 DEFAULT_COMPLETION_TOKENS = 16  # as in the OpenAI API
 
@@ -16,12 +17,12 @@ _Prompt = Annotated[
         read_prompts,
         anyOf=[
             {"type": "string"},
-            {"type": "array", "items": {"type": "string"}, "maxItems": MAX_PROMPTS},
+            {"type": "array", "items": {"type": "string"}, "maxItems": LIMITS.prompts},
             {"type": "array", "items": {"type": "integer"}},
             {
                 "type": "array",
                 "items": {"type": "array", "items": {"type": "integer"}},
-                "maxItems": MAX_PROMPTS,
+                "maxItems": LIMITS.prompts,
             },
         ],
     ),
@@ -45,7 +46,7 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     max_tokens: Annotated[int, schema(minimum=0)] | None = None
     logprobs: _Logprobs = None
     echo: bool | None = None
-    best_of: Annotated[int, schema(minimum=1, maximum=MAX_CHOICES)] | None = None
+    best_of: Annotated[int, schema(minimum=1, maximum=LIMITS.choices)] | None = None
 
     def check(self) -> None:
         """Checks the fields against each other."""
@@ -53,8 +54,8 @@ class CompletionRequest(GenerationRequest, kw_only=True):
         if self.max_tokens == 0 and not self.echo:
             refuse("max_tokens may be 0 only with echo.", "max_tokens")
         if self.best_of is not None:
-            if not self.returned <= self.best_of <= MAX_CHOICES:
-                refuse(f"best_of must be between n and {MAX_CHOICES}.", "best_of")
+            if not self.returned <= self.best_of <= LIMITS.choices:
+                refuse(f"best_of must be between n and {LIMITS.choices}.", "best_of")
             if self.selects and self.stream:
                 refuse("best_of above n cannot be streamed: leave out stream.", "best_of")
 

@@ -13,8 +13,8 @@ from llama_jax.serve.protocol.json_reader import (
     read_object,
     refuse,
 )
+from llama_jax.serve.protocol.limits import LIMITS
 
-MAX_PROMPTS = 1024
 MAX_STOP_STRINGS = 256
 MAX_STOP_CHARACTERS = 16_384  # in all; the longer they are, the more each token costs
 MAX_BAD_WORDS = 256
@@ -48,8 +48,8 @@ def read_prompts(raw: Raw, param: str) -> list[str] | list[list[int]]:
 
 
 def _check_count(prompts: int, param: str) -> None:
-    if prompts > MAX_PROMPTS:
-        refuse(f"A request may have at most {MAX_PROMPTS} prompts, not {prompts}.", param)
+    if prompts > LIMITS.prompts:
+        refuse(f"A request may have at most {LIMITS.prompts} prompts, not {prompts}.", param)
 
 
 def read_stop(raw: Raw, param: str) -> list[str]:

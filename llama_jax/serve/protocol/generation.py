@@ -23,6 +23,7 @@ from llama_jax.serve.protocol.field_readers import (
     read_truncation,
 )
 from llama_jax.serve.protocol.json_reader import read_integers, refuse
+from llama_jax.serve.protocol.limits import LIMITS
 from llama_jax.serve.protocol.structured_output import (
     STRUCTURED_OUTPUT,
     GuidedChoice,
@@ -34,7 +35,6 @@ from llama_jax.serve.protocol.structured_output import (
     WantedGrammar,
 )
 
-MAX_CHOICES = 16
 MAX_SALT_CHARACTERS = 1024
 MAX_TIMEOUT = 1_000_000  # seconds
 
@@ -119,7 +119,7 @@ class GenerationRequest(RequestBody):
     min_p: Annotated[float, schema(minimum=0, maximum=1)] | None = None
     typical_p: Annotated[float, schema(exclusiveMinimum=0, maximum=1)] | None = None
     seed: Annotated[int, schema(minimum=-(2**63), maximum=2**63 - 1)] | None = None
-    n: Annotated[int, schema(minimum=1, maximum=MAX_CHOICES)] | None = None
+    n: Annotated[int, schema(minimum=1, maximum=LIMITS.choices)] | None = None
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
     repetition_penalty: Annotated[float, schema(minimum=0.01, maximum=100)] | None = None
@@ -158,8 +158,8 @@ class GenerationRequest(RequestBody):
         """Checks the fields against each other."""
         if self.stream_options is not None and not self.stream:
             refuse("stream_options needs stream to be true.", "stream_options")
-        if not 1 <= self.returned <= MAX_CHOICES:
-            refuse(f"n must be between 1 and {MAX_CHOICES}, got {self.returned}.", "n")
+        if not 1 <= self.returned <= LIMITS.choices:
+            refuse(f"n must be between 1 and {LIMITS.choices}, got {self.returned}.", "n")
         if len(self.cache_salt or "") > MAX_SALT_CHARACTERS:
             refuse(f"cache_salt may have at most {MAX_SALT_CHARACTERS} characters.", "cache_salt")
         if self.timeout is not None and not 0 < self.timeout <= MAX_TIMEOUT:

@@ -61,6 +61,7 @@ _ERRORS = {
     429: "Too many requests run or wait; none of this request's answers was started.",
     500: "The server or the engine failed at this request.",
     503: "The server is starting, is shutting down, or has lost its engine.",
+    504: "The request has not finished in the time of its `timeout`, and was aborted.",
 }
 _EVERY_ROUTE = (401, 408, 413, 415, 500, 503)
 _HEADERS = {
@@ -74,9 +75,9 @@ _HEADERS = {
 }
 
 
-def openapi_routes(version: str, limits: Limits) -> list[Route]:
+def openapi_routes(version: str, limits: Limits, root_path: str = "") -> list[Route]:
     """GET (and HEAD) /openapi.json; for its arguments, see `openapi_document`."""
-    document = openapi_document(version, limits)
+    document = openapi_document(version, limits, root_path)
 
     async def openapi(request: Request) -> Response:
         return JsonResponse(document)
@@ -84,15 +85,17 @@ def openapi_routes(version: str, limits: Limits) -> list[Route]:
     return [Route("/openapi.json", openapi)]
 
 
-def openapi_document(version: str, limits: Limits) -> dict[str, Any]:
+def openapi_document(version: str, limits: Limits, root_path: str = "") -> dict[str, Any]:
     """Returns the description of this server (https://spec.openapis.org/oas/v3.1.0).
 
     Args:
       version: that of this package.
       limits: those of the engine.
+      root_path: the path under which a proxy offers the server.
     """
     return {
         "openapi": "3.1.0",
+        "servers": [{"url": root_path or "/"}],
         "info": {
             "title": "llama-jax",
             "version": version,
@@ -116,6 +119,7 @@ def openapi_document(version: str, limits: Limits) -> dict[str, Any]:
                 "parameters": [_path("name")],
                 **_get("Show a model", ModelCard, 404),
             },
+            "/live": _get("Tell whether the server runs", Health, key=False),
             "/health": _get("Tell whether the server can generate", Health, key=False),
             "/version": _get("Show the version", Version),
             "/metrics": _get("Show the metrics in Prometheus' text format", None),
@@ -141,7 +145,7 @@ def openapi_document(version: str, limits: Limits) -> dict[str, Any]:
 def _generate(summary: str, body: type, whole: type) -> dict[str, Any]:
     chunk = {Completion: CompletionChunk, ChatCompletion: ChatCompletionChunk}[whole]
     return _or_stream(
-        _post(summary, body, whole, 429),
+        _post(summary, body, whole, 429, 504),
         f"a line `data: ` with a `{chunk.__name__}` for each token, or an `ErrorResponse`, and at "
         "the end `data: [DONE]`",
         (chunk, ErrorResponse),
@@ -152,7 +156,7 @@ def _generate(summary: str, body: type, whole: type) -> dict[str, Any]:
 def _respond(summary: str) -> dict[str, Any]:
     kinds = ", ".join(f"`{kind.__name__}`" for kind in EVENTS)
     return _or_stream(
-        _post(summary, ResponsesRequest, ResponseObject, 429),
+        _post(summary, ResponsesRequest, ResponseObject, 429, 504),
         f"a line `event: ` with the type of an event and a line `data: ` with the event: {kinds}",
         EVENTS,
     )

@@ -6,8 +6,8 @@ The types of `serve.protocol` describe the fields one by one; here is what they 
 from dataclasses import dataclass
 from typing import Any
 
-from llama_jax.serve.protocol.field_readers import MAX_PROMPTS, MAX_VARIABLE_CHARACTERS
-from llama_jax.serve.protocol.generation import MAX_CHOICES
+from llama_jax.serve.protocol.field_readers import MAX_VARIABLE_CHARACTERS
+from llama_jax.serve.protocol.limits import LIMITS
 from llama_jax.serve.protocol.responses import LOGPROBS
 
 Schema = dict[str, Any]
@@ -44,11 +44,11 @@ class Limits:
 def add_rules(schemas: dict[str, Schema], limits: Limits) -> None:
     """Adds the rules and the limits to the schemas of requests."""
     schemas["TokenId"] = {"type": "integer", "minimum": 0, "maximum": limits.vocab_size - 1}
-    prompts = min(MAX_PROMPTS, limits.room)
+    prompts = min(LIMITS.prompts, limits.room)
     for name in ("CompletionRequest", "ChatRequest", "ResponsesRequest"):
         fields = schemas[name]["properties"]
         if "n" in fields:
-            _value(fields["n"])["maximum"] = min(MAX_CHOICES, limits.room)
+            _value(fields["n"])["maximum"] = min(LIMITS.choices, limits.room)
         for limit in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
             if limit in fields and "enum" not in fields[limit]:
                 _value(fields[limit])["maximum"] = limits.max_model_len - 1

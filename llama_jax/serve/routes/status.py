@@ -13,7 +13,10 @@ from llama_jax.serve.transport.json_response import JsonResponse
 
 
 def status_routes(served: ServedModel) -> list[Route]:
-    """GET (and HEAD) /health, /metrics, /version, /v1/models and /v1/models/{name}."""
+    """GET (and HEAD) /live, /health, /metrics, /version, /v1/models and /v1/models/{name}."""
+
+    async def live(request: Request) -> Response:
+        return JsonResponse({"status": "ok"})
 
     async def health(request: Request) -> Response:
         served.check_available()
@@ -26,8 +29,9 @@ def status_routes(served: ServedModel) -> list[Route]:
         return JsonResponse({"version": package_version()})
 
     async def models(request: Request) -> Response:
-        names = (served.name, *served.aliases)
-        return JsonResponse({"object": "list", "data": [_card(served, name) for name in names]})
+        return JsonResponse(
+            {"object": "list", "data": [_card(served, name) for name in served.names]}
+        )
 
     async def model(request: Request) -> Response:
         name = request.path_params["name"]
@@ -35,6 +39,7 @@ def status_routes(served: ServedModel) -> list[Route]:
         return JsonResponse(_card(served, name))
 
     return [
+        Route("/live", live),
         Route("/health", health),
         Route("/metrics", metrics),
         Route("/version", show_version),

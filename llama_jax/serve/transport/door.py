@@ -4,31 +4,49 @@ Plain ASGI rather than Starlette's `BaseHTTPMiddleware`, which hides disconnects
 """
 
 import asyncio
-import hmac
+from collections.abc import Iterable
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama_jax.serve.errors import ApiError, unavailable
+from llama_jax.serve.monitoring.request_record import current_record, note_error
 from llama_jax.serve.page.static import key_form
+from llama_jax.serve.transport.api_keys import ApiKeys
+from llama_jax.serve.transport.json_response import JsonResponse
 
 MAX_BODY_BYTES = 2_000_000
 BODY_SECONDS = 60.0
-OPEN_PATHS = frozenset({"/health"})
+LIVE_PATH = "/live"
+OPEN_PATHS = frozenset({"/health", LIVE_PATH})  # need no key
 
 
 class Door:
     """Rejects wrong keys (401), and bodies too slow (408), too large (413) or not JSON (415).
 
-    It starts closed: until `open`, every request is told that the server is starting (503). The key
-    protects every path except `OPEN_PATHS`. The path compared is the one used for routing
-    (`scope["path"]`), never one built from the Host header.
+    It starts closed: until `open`, every request is told that the server is starting (503), except
+    for GET /live. Keys protect every path except `OPEN_PATHS`, also those that lead nowhere. The
+    path compared is the one used for routing (`scope["path"]`), never one built from the Host
+    header.
     """
 
-    def __init__(self, api_key: str | None = None, max_body_bytes: int = MAX_BODY_BYTES) -> None:
+    def __init__(
+        self,
+        keys: Iterable[str] = (),
+        max_body_bytes: int = MAX_BODY_BYTES,
+        open_paths: Iterable[str] = (),
+    ) -> None:
+        """Creates a closed door.
+
+        Args:
+          keys: the API keys; none if requests need none.
+          max_body_bytes: the maximum size of a body.
+          open_paths: paths that need no key, in addition to `OPEN_PATHS`.
+        """
         self._max_body_bytes = max_body_bytes
         self._app: ASGIApp | None = None
-        self._expected = None if api_key is None else api_key.strip().encode()
+        self._keys = ApiKeys(keys)
+        self._open_paths = OPEN_PATHS.union(open_paths)
 
     def open(self, app: ASGIApp) -> None:
         """Passes requests on to `app` from now on."""
@@ -41,6 +59,9 @@ class Door:
         try:
             self._check_key(scope["path"], headers)
             if app is None:
+                if scope["path"] == LIVE_PATH and scope["method"] in ("GET", "HEAD"):
+                    await JsonResponse({"status": "ok"})(scope, receive, send)
+                    return
                 raise unavailable("The server is starting.", "starting")
             try:
                 body = await asyncio.wait_for(
@@ -57,19 +78,22 @@ class Door:
                     415, "The body must be JSON, sent as Content-Type: application/json."
                 )
         except ApiError as error:
+            note_error(error.code)
             response = key_form(scope, headers, error) or error.response()
             await response(scope, receive, send)
             return
         if body is not None:
+            if record := current_record():
+                record.body = body
             await app(scope, _replay(body, receive), send)
 
     def _check_key(self, path: str, headers: Headers) -> None:
-        if self._expected is None or path in OPEN_PATHS:
+        if not self._keys or path in self._open_paths:
             return
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        # The name of a scheme has no case (RFC 9110, section 11.1).
-        given = key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
-        if not hmac.compare_digest(given, self._expected):
+        key_id = self._keys.find(headers.get("authorization", ""))
+        if record := current_record():
+            record.key_id = key_id
+        if key_id is None:
             raise ApiError(
                 401,
                 "The API key is missing or wrong: send it as 'Authorization: Bearer <key>'.",

@@ -14,6 +14,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llama_jax.serve.errors import ApiError
+from llama_jax.serve.transport.front import REQUEST_ID_HEADER, new_request_id
 from llama_jax.serve.transport.write_deadline import WriteDeadline
 
 MAX_HEADER_BYTES = 64 * 1024
@@ -26,6 +27,7 @@ HEADER_SECONDS = 30.0
 PROBE_SECONDS = 1.0
 RESET_SECONDS = 0.1
 PROBE_GROWTH = 2
+FAREWELL_SECONDS = 0.5
 
 
 class HttpProtocol(WriteDeadline, H11Protocol):
@@ -72,7 +74,10 @@ class HttpProtocol(WriteDeadline, H11Protocol):
         """Handles the end of the input; returns whether the connection stays open.
 
         HTTP allows a client to close its sending side after a request and to wait for the response.
+        TLS cannot close one side only.
         """
+        if self._tls:
+            return False
         cycle = self.cycle
         if cycle is None or cycle.response_complete or cycle.more_body:
             return False
@@ -85,12 +90,29 @@ class HttpProtocol(WriteDeadline, H11Protocol):
         if self._watcher is not None and self.cycle.response_complete:
             self.transport.close()
 
+    def shutdown(self) -> None:
+        """Closes the connection when the server ends, after the response in progress.
+
+        TLS waits for the client's farewell, which a client that is idle may never send.
+        """
+        super().shutdown()
+        if self._tls and (self.cycle is None or self.cycle.response_complete):
+            self.loop.call_later(FAREWELL_SECONDS, self.transport.abort)
+
+    @property
+    def _tls(self) -> bool:
+        return self.transport.get_extra_info("sslcontext") is not None
+
     def send_400_response(self, msg: str) -> None:
         """Answers bytes that are not HTTP, and closes the connection."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             error = _api_error(self.conn.error)
             response = error.response()
-            headers = [*response.raw_headers, (b"connection", b"close")]
+            headers = [
+                *response.raw_headers,
+                (REQUEST_ID_HEADER.lower().encode(), new_request_id().encode()),
+                (b"connection", b"close"),
+            ]
             for event in (
                 h11.Response(
                     status_code=error.status,

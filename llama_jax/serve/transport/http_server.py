@@ -4,8 +4,12 @@ import asyncio
 import contextlib
 import errno
 import ipaddress
+import os
 import socket
+import ssl
+import stat
 from collections.abc import AsyncGenerator, Generator
+from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -52,15 +56,50 @@ def listen(host: str, port: int) -> socket.socket:
         raise ListenError(reasons.get(error.errno or 0, other)) from error
 
 
-def address_of(listener: socket.socket) -> str:
-    """Returns the URL at which this machine reaches a socket of `listen`."""
+def listen_unix(path: Path) -> socket.socket:
+    """Opens a listening Unix socket, which only this user may connect to.
+
+    Args:
+      path: the file of the socket. One that a server has left behind is replaced.
+
+    Raises:
+      ListenError: it is in use, or is not a socket, or cannot be created.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
+                if other.connect_ex(str(path)) == errno.ECONNREFUSED:
+                    path.unlink()
+        mask = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(mask)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        reason = error.strerror or str(error)  # a path that is too long has no number
+        if error.errno == errno.EADDRINUSE:
+            reason = "it is in use by another program, or is another file"
+        raise ListenError(f"The server cannot listen on --uds {path}: {reason}.") from error
+    return listener
+
+
+def address_of(listener: socket.socket, tls: bool = False) -> str:
+    """Returns the URL at which this machine reaches a socket of `listen` or `listen_unix`."""
+    scheme = "https" if tls else "http"
+    if listener.family == socket.AF_UNIX:
+        return f"{scheme}://localhost"
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def is_loopback(listener: socket.socket) -> bool:
-    """Returns whether only this machine can reach a socket of `listen`."""
+    """Returns whether only this machine can reach a socket of `listen` or `listen_unix`."""
+    if listener.family == socket.AF_UNIX:
+        return True
     return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
@@ -70,29 +109,42 @@ class HttpServer(uvicorn.Server):
     The caller handles signals: Uvicorn would close the socket at the first one.
     """
 
-    def __init__(self, app: ASGIApp, listener: socket.socket, write_seconds: float) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        listener: socket.socket,
+        write_seconds: float,
+        *,
+        tls: ssl.SSLContext | None = None,
+        trusted_proxies: str | None = None,
+    ) -> None:
         """Prepares a server.
 
         Args:
           app: the application.
-          listener: an open socket of `listen`.
+          listener: an open socket of `listen` or `listen_unix`.
           write_seconds: how long a client that has data to read may read nothing.
+          tls: speaks HTTPS.
+          trusted_proxies: addresses and networks whose X-Forwarded-For names the client, with
+            commas between them; "*" is all.
         """
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http=type("Http", (HttpProtocol,), {"write_seconds": write_seconds}),
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                backlog=BACKLOG,
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=CLOSING_SECONDS,
-            )
+        config = uvicorn.Config(
+            app,
+            http=type("Http", (HttpProtocol,), {"write_seconds": write_seconds}),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=trusted_proxies is not None,
+            forwarded_allow_ips=trusted_proxies,
+            backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=CLOSING_SECONDS,
         )
+        config.load()
+        config.ssl = tls  # a context of our own, whose errors name the flags
+        super().__init__(config)
         self._listener = listener
 
     @contextlib.contextmanager

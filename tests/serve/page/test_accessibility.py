@@ -162,18 +162,21 @@ def test_every_text_has_contrast(browser, served, server, scheme):
 
 
 def test_light_and_dark_follow_the_system_until_one_is_chosen(browser, served, server):
-    background = "getComputedStyle(document.body).backgroundColor"
+    def background(theme: str) -> str:
+        expect(page.locator("html")).to_have_attribute("data-theme", theme)
+        return page.evaluate("getComputedStyle(document.body).backgroundColor")
+
     with opened(browser, served[1], color_scheme="dark") as page:
-        dark = page.evaluate(background)
+        dark = background("dark")
         page.emulate_media(color_scheme="light")
-        light = page.evaluate(background)
+        light = background("light")
         assert dark != light
         page.click("#theme")
-        assert page.evaluate(background) == dark
+        assert background("dark") == dark
         page.reload()
-        assert page.evaluate(background) == dark
+        assert background("dark") == dark
         page.click("#theme")
-        assert page.evaluate(background) == light
+        assert background("light") == light
 
 
 def test_nothing_is_wider_than_a_phone(browser, served, server):

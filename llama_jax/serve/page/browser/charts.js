@@ -21,13 +21,13 @@ const CHARTS = [
   },
   {
     title: "Time to first token",
-    lines: [["median", (s) => s.firstToken.p50], ["p95", (s) => s.firstToken.p95]],
+    lines: [["p50", (s) => s.firstToken.p50], ["p95", (s) => s.firstToken.p95]],
     show: milliseconds,
     target: { name: "llama-jax-ttft-target", value: 500 },
   },
   {
     title: "Time per output token",
-    lines: [["median", (s) => s.outputToken.p50], ["p95", (s) => s.outputToken.p95]],
+    lines: [["p50", (s) => s.outputToken.p50], ["p95", (s) => s.outputToken.p95]],
     show: milliseconds,
     target: { name: "llama-jax-tpot-target", value: 50 },
   },

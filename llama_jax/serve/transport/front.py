@@ -1,0 +1,89 @@
+"""The outermost layer: it names each request, measures it, and tells the listeners about its end.
+
+Plain ASGI, as `door`.
+"""
+
+import re
+import uuid
+from collections.abc import Callable, Iterable
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llama_jax.serve.monitoring.request_record import RequestListener, RequestRecord, set_current
+
+REQUEST_ID_HEADER = "X-Request-Id"
+# Safe to write into any log. Others are replaced, not refused: the header is a convenience.
+_SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+
+
+class Front:
+    """Gives every request an id, and every answer the header X-Request-Id.
+
+    Attributes:
+      listeners: called with the record of each request when its answer has ended.
+      handler_of: returns the route that a request is for; `none` until there are routes.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, root_path: str = "", listeners: Iterable[RequestListener] = ()
+    ) -> None:
+        """Wraps an application.
+
+        Args:
+          app: the application.
+          root_path: the path under which a proxy offers this server, such as "/llama". It is
+            removed from requests whose proxy has not done so.
+          listeners: see above.
+        """
+        self._app = app
+        self._root = root_path
+        self.listeners = list(listeners)
+        self.handler_of: Callable[[Scope], str] = lambda scope: "none"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one HTTP request."""
+        record = _record_of(scope)
+        set_current(record)
+        self._strip_root(scope)
+        name, value = REQUEST_ID_HEADER.lower().encode(), record.id.encode()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                headers = [pair for pair in message["headers"] if pair[0].lower() != name]
+                message = {**message, "headers": [*headers, (name, value)]}
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            record.end()
+            record.handler = self.handler_of(scope)
+            for listen in self.listeners:
+                listen(record)
+
+    def _strip_root(self, scope: Scope) -> None:
+        if self._root and f"{scope['path']}/".startswith(f"{self._root}/"):
+            scope["path"] = scope["path"][len(self._root) :] or "/"
+
+
+def new_request_id() -> str:
+    """Returns an id for a request that came without one."""
+    return uuid.uuid4().hex
+
+
+def _record_of(scope: Scope) -> RequestRecord:
+    headers = Headers(scope=scope)
+    given = headers.get(REQUEST_ID_HEADER, "")
+    client = scope.get("client")
+    return RequestRecord(
+        id=given if _SANE_ID.fullmatch(given) else new_request_id(),
+        method=scope["method"],
+        path=(scope.get("raw_path") or scope["path"].encode()).partition(b"?")[0].decode("latin-1"),
+        client=f"{client[0]}:{client[1]}" if client else "unix",
+        http_version=scope.get("http_version", "1.1"),
+        trace={
+            name: value for name in ("traceparent", "tracestate") if (value := headers.get(name))
+        },
+    )
