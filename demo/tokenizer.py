@@ -37,13 +37,22 @@ PRE_TOKENIZER = (
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+# Tools, their calls and results as in Llama 3.1, in fewer words: the context is short.
 CHAT_TEMPLATE = (
-    "{% set loop_messages = messages %}"
-    "{% for message in loop_messages %}"
-    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
-    "+ message['content'] | trim + '<|eot_id|>' %}"
-    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
-    "{{ content }}"
+    "{{ bos_token }}"
+    "{% if tools %}"
+    "<|start_header_id|>system<|end_header_id|>\n\nEnvironment: ipython\n\nFunctions:\n"
+    "{% for tool in tools %}{{ tool['function'] | tojson }}\n{% endfor %}"
+    "<|eot_id|>"
+    "{% endif %}"
+    "{% for message in messages %}"
+    "{% set role = 'ipython' if message['role'] == 'tool' else message['role'] %}"
+    "{{ '<|start_header_id|>' + role + '<|end_header_id|>\n\n' + message['content'] | trim }}"
+    "{% for call in message['tool_calls'] or [] %}"
+    "{{ '{\"name\": \"' + call['function']['name'] + '\", \"parameters\": ' }}"
+    "{{ call['function']['arguments'] | tojson + '}' + ('' if loop.last else '; ') }}"
+    "{% endfor %}"
+    "<|eot_id|>"
     "{% endfor %}"
     "{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"

@@ -1,6 +1,6 @@
 """Turns the tokens of one request into text while they arrive. Imports no JAX."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -29,14 +29,17 @@ class TextDelta:
     output: Output
 
 
-def detokenizer_for(tokenizer: Tokenizer, params: SamplingParams) -> Detokenizer:
-    """Returns a detokenizer for one answer with these parameters."""
+def detokenizer_for(
+    tokenizer: Tokenizer, params: SamplingParams, marks: Mapping[int, str] | None = None
+) -> Detokenizer:
+    """Returns a detokenizer for one answer with these parameters; `marks` as in `Detokenizer`."""
     return Detokenizer(
         tokenizer,
         params.stop,
         include_stop=params.include_stop_str_in_output,
         min_tokens=params.min_tokens,
         skip_special_tokens=params.skip_special_tokens,
+        marks=marks,
     )
 
 

@@ -9,14 +9,20 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llama_jax.text.conversation import (
+    Turn,
+    map_strings,
+    one_call_at_a_time,
+    read_turns,
+    text_before_calls,
+)
 from llama_jax.text.errors import ChatVariableError, TokenizerError, check_text
 from llama_jax.text.template_variables import template_variables
-
-ROLES = ("system", "user", "assistant")
+from llama_jax.text.tool_support import ToolSupport, try_tools
 
 # Chats to try a template with: some demand a system message, some refuse it.
 _PROBES = (
@@ -31,7 +37,7 @@ _ROLES_AS_PARTS: tuple[tuple[str, ...], ...] = (
     ("user",),
     ("user", "assistant"),
     ("user", "system"),
-    ROLES,
+    ("system", "user", "assistant"),
 )
 _END_OF_REASONING = "</think>"
 _LONGEST_REASON = 200  # characters of an error in another program that a message quotes
@@ -71,6 +77,7 @@ class ChatTemplate:
 
     Attributes:
       problem: one sentence on why no chat can be rendered; None if chats can be.
+      tools: what the template does with tools.
       variables: names of the variables that `ChatOptions` may set.
     """
 
@@ -85,6 +92,7 @@ class ChatTemplate:
         self._as_parts: frozenset[str] = frozenset()
         self._control = re.compile("(?!)")  # matches nothing
         self.problem: str | None = None
+        self.tools = ToolSupport()
         self.variables: frozenset[str] = frozenset()
         if tokenizer.chat_template is None:
             self.problem = (
@@ -98,7 +106,8 @@ class ChatTemplate:
         rendered, failure = results[best]
         if rendered:
             self._as_parts = frozenset(best)
-            self._control = _pattern(_control_tokens(tokenizer, rendered))
+            self.tools = try_tools(self._write_with_tools)
+            self._control = _pattern(_control_tokens(tokenizer, [*rendered, *self.tools.rendered]))
             self.variables = template_variables(tokenizer)
         else:
             self.problem = (
@@ -108,13 +117,18 @@ class ChatTemplate:
             )
 
     def render(
-        self, messages: Sequence[Mapping[str, str]], options: ChatOptions = NEXT_ANSWER
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        options: ChatOptions = NEXT_ANSWER,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[Piece]:
         """Renders a conversation.
 
         Args:
-          messages: each {"role": one of `ROLES`, "content": text}; checked here.
+          messages: each {"role": one of `ROLES`, "content": text}; an assistant's may have
+            "tool_calls", a list of `Call`, and a tool's "tool_call_id". Checked here.
           options: how to render it; the variables are checked here.
+          tools: the functions that the model may call, as in the OpenAI API.
 
         Raises:
           ChatVariableError: the template does not have a variable, or its value is not allowed.
@@ -124,25 +138,47 @@ class ChatTemplate:
         if self.problem is not None:
             raise TokenizerError(self.problem)
         self._check_variables(options.variables)
-        chat = _checked(messages)
-        texts = [text for _, text in chat]
-        if not any(map(self._control.search, texts)):
-            rendered = self._apply(chat, options)
-            pieces = [Piece(rendered, False)]
+        chat, tools = read_turns(messages), tools or None
+        if tools or any(turn.calls or turn.role == "tool" for turn in chat):
+            chat = self._with_tools(chat)
+        strings = [string for turn in chat for string in turn.strings()]
+        map_strings(tools, strings.append)
+        mark, call_mark = _unused_characters(strings, 2)
+        marked = [turn.mark_calls(call_mark) for turn in chat]
+        if not any(map(self._control.search, strings)):
+            written = self._apply(marked, options, tools)
         else:
             # Control tokens stay in place, between marks: some templates look for them.
-            mark = _unused_character(texts)
-            marked = [(role, self._control.sub(rf"{mark}\g<0>{mark}", text)) for role, text in chat]
-            written = self._apply(marked, options)
-            pieces = _split(written, mark, self._control.pattern)
-            rendered = written.replace(mark, "")
-        lost = _first_lost(chat, rendered)
+            def mark_control(text: str) -> str:
+                return self._control.sub(rf"{mark}\g<0>{mark}", text)
+
+            written = self._apply(
+                [turn.map(mark_control) for turn in marked],
+                options,
+                map_strings(tools, mark_control),
+            )
+            written = written.replace(json.dumps(mark)[1:-1], mark)  # a template may write ASCII
+        if written.count(call_mark) != sum(len(turn.calls) for turn in chat):
+            raise TokenizerError(
+                "The chat template of this model leaves out a tool call: it may have no place for "
+                "one in the first message."
+            )
+        written = written.replace(call_mark, "")
+        lost = _first_lost(chat, written.replace(mark, ""))
         if lost is not None:
             raise TokenizerError(
                 f"The chat template of this model leaves out the text of messages[{lost}], whose "
-                f"role is {chat[lost][0]!r}: remove the message, or move its text to another."
+                f"role is {chat[lost].role!r}: remove the message, or move its text to another."
             )
-        return pieces
+        return _split(written, mark, self._control.pattern)
+
+    def _with_tools(self, chat: list[Turn]) -> list[Turn]:
+        """Rewrites calls so that the template writes them all."""
+        if self.tools.problem is not None:
+            raise TokenizerError(self.tools.problem)
+        if not self.tools.text_beside_calls:
+            chat = text_before_calls(chat)
+        return chat if self.tools.several_calls else one_call_at_a_time(chat)
 
     def _check_variables(self, variables: Mapping[str, str | bool]) -> None:
         for name, value in variables.items():
@@ -159,9 +195,9 @@ class ChatTemplate:
             if self._control.search(value):
                 raise ChatVariableError(f"The variable {name} contains a control token.", name)
 
-    def _apply(self, chat: Sequence[tuple[str, str]], options: ChatOptions) -> str:
+    def _apply(self, chat: Sequence[Turn], options: ChatOptions, tools: Any) -> str:
         try:
-            return self._write(chat, self._as_parts, options)
+            return self._write(chat, self._as_parts, options, tools)
         except Exception as error:  # raised by the template, which may do anything
             raise TokenizerError(
                 f"The chat template of this model rejects the messages: {_reason(error)}."
@@ -172,7 +208,7 @@ class ChatTemplate:
         rendered, failure = [], None
         for roles in _PROBES:
             # Digits: they survive a change of case and need no quoting.
-            chat = [(role, f"{n}7305{n}") for n, role in enumerate(roles, 1)]
+            chat = [Turn(role, f"{n}7305{n}") for n, role in enumerate(roles, 1)]
             try:
                 written = self._write(chat, as_parts)
             except Exception as error:  # as in `_apply`
@@ -186,19 +222,14 @@ class ChatTemplate:
 
     def _write(
         self,
-        chat: Sequence[tuple[str, str]],
+        chat: Sequence[Turn],
         as_parts: Iterable[str],
         options: ChatOptions = NEXT_ANSWER,
+        tools: Any = None,
     ) -> str:
-        messages = [
-            {
-                "role": role,
-                "content": [{"type": "text", "text": text}] if role in as_parts else text,
-            }
-            for role, text in chat
-        ]
         written: str = self._tokenizer.apply_chat_template(
-            messages,
+            [turn.message(turn.role in as_parts) for turn in chat],
+            tools=tools,
             tokenize=False,
             add_generation_prompt=options.add_generation_prompt,
             continue_final_message=options.continue_final_message,
@@ -206,26 +237,13 @@ class ChatTemplate:
         )
         return written
 
-
-def _checked(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
-    """Checks the messages and returns the role and the text of each."""
-    if not messages:
-        raise TokenizerError("A chat needs at least one message.")
-    chat = []
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise TokenizerError(
-                f'messages[{index}] must be a dict, {{"role": ..., "content": ...}}.'
-            )
-        role, content = message["role"], message["content"]
-        if role not in ROLES:
-            raise TokenizerError(
-                f"The role of messages[{index}] must be one of {', '.join(ROLES)}, got "
-                f"{str(role)[:40]!r}."
-            )
-        check_text(content, f"The content of messages[{index}]")
-        chat.append((role, content))
-    return chat
+    def _write_with_tools(self, chat: Sequence[Turn], tools: Any) -> str | None:
+        """Returns what the template writes; None if it rejects a chat, or leaves out a part."""
+        try:
+            written = self._write(chat, self._as_parts, tools=tools)
+        except Exception:  # as in `_apply`
+            return None
+        return written if _first_lost(chat, written) is None else None
 
 
 def _control_tokens(tokenizer: Any, rendered: Iterable[str]) -> set[str]:
@@ -246,9 +264,10 @@ def _pattern(strings: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def _unused_character(texts: Iterable[str]) -> str:
+def _unused_characters(texts: Iterable[str], count: int) -> list[str]:
     used = set().union(*texts)
-    return next(c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in used)  # private use
+    private_use = map(chr, range(0xF0000, 0x10FFFE))
+    return list(islice((c for c in private_use if c not in used), count))
 
 
 def _split(rendered: str, mark: str, control: str) -> list[Piece]:
@@ -262,7 +281,7 @@ def _split(rendered: str, mark: str, control: str) -> list[Piece]:
     return [Piece(part, index % 2 == 1) for index, part in enumerate(parts) if part]
 
 
-def _first_lost(chat: Sequence[tuple[str, str]], rendered: str) -> int | None:
+def _first_lost(chat: Sequence[Turn], rendered: str) -> int | None:
     """Returns the index of the first message whose text is not in `rendered`, or None.
 
     Whitespace is ignored, because templates trim, and a text may be quoted as JSON. The texts must
@@ -271,11 +290,12 @@ def _first_lost(chat: Sequence[tuple[str, str]], rendered: str) -> int | None:
     haystack = _squeezed(rendered)
     read = 0  # how far the texts have been found
     systems: Counter[str] = Counter()
-    for index, (role, text) in enumerate(chat):
-        if role == "assistant":  # the templates of reasoning models leave out earlier reasoning
+    for index, turn in enumerate(chat):
+        text = turn.text
+        if turn.role == "assistant":  # templates of reasoning models leave out earlier reasoning
             text = text.rpartition(_END_OF_REASONING)[2]
         needles = (_squeezed(text), _squeezed(json.dumps(text, ensure_ascii=False)[1:-1]))
-        if role == "system":
+        if turn.role == "system":
             systems[text] += 1
             if max(map(haystack.count, needles)) < systems[text]:
                 return index

@@ -17,7 +17,7 @@ skipped they are text like any other, and "|" matches them.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from llama_jax.text.byte_decoder import ByteDecoder
 from llama_jax.text.tokenizer import Tokenizer
@@ -44,6 +44,7 @@ class Detokenizer:
         include_stop: bool = False,
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
+        marks: Mapping[int, str] | None = None,
     ) -> None:
         """Begins with no text.
 
@@ -53,6 +54,7 @@ class Detokenizer:
           include_stop: whether the text includes what ends it, be it a stop string or a token.
           min_tokens: a stop string counts only if a token after so many completes it.
           skip_special_tokens: whether special tokens have no text.
+          marks: special tokens that have a text after all, one character that no text contains.
         """
         self._tokenizer = tokenizer
         self._include_stop = include_stop
@@ -60,9 +62,13 @@ class Detokenizer:
         self._tokens_before_stop = min_tokens
         spelled = _spelled(tokenizer, stop) if skip_special_tokens else {}
         symbol_of = dict(zip(spelled.values(), _SYMBOLS, strict=False))
+        hidden = "".join(symbol_of.values())
+        for token_id, mark in (marks or {}).items():
+            symbol_of[tokenizer.decode([token_id], False)] = mark
         self._symbols = {i: symbol_of[text] for i, text in spelled.items() if text in symbol_of}
+        self._symbols |= marks or {}
         self._stop = (*stop, *_replaced(stop, symbol_of))
-        self._hidden = str.maketrans("", "", "".join(symbol_of.values()))
+        self._hidden = str.maketrans("", "", hidden)
         self._decoder = ByteDecoder()
         self._withheld = ""
         self.stopped = False

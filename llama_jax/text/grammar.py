@@ -32,7 +32,7 @@ _FORMATS = frozenset(
 # In Rust a class inside a class is a union.
 _CLASSES = {"d": "[0-9]", "w": "[0-9A-Za-z_]"}
 _ESCAPE_OR_CLASS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
-_DATA = frozenset(["const", "default", "enum", "examples"])  # not schemas
+DATA = frozenset(["const", "default", "enum", "examples"])  # not schemas
 _MAX_LEXER_STATES = 20_000  # of up to 2 kB each
 _MAX_REASON = 300  # characters
 
@@ -55,7 +55,7 @@ def json_schema_grammar(schema: Any) -> str:
     if schema is False:
         raise GrammarError("No JSON is valid under the schema false.")
     try:
-        schema = {} if schema is True else _translated(schema)
+        schema = {} if schema is True else translated_schema(schema)
         return json.dumps({"grammars": [{"json_schema": {"x-guidance": _OPTIONS, **schema}}]})
     except (TypeError, ValueError, RecursionError):
         raise GrammarError(
@@ -63,10 +63,10 @@ def json_schema_grammar(schema: Any) -> str:
         ) from None
 
 
-def _translated(schema: Any) -> Any:
+def translated_schema(schema: Any) -> Any:
     """A schema as llguidance reads it: with ASCII classes, and no formats that only describe."""
     if isinstance(schema, list):
-        return [_translated(item) for item in schema]
+        return [translated_schema(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     found: dict[str, Any] = {}
@@ -74,9 +74,9 @@ def _translated(schema: Any) -> Any:
         if name == "pattern" and isinstance(value, str):
             found[name] = _with_ascii_classes(value)
         elif name == "patternProperties" and isinstance(value, dict):
-            found[name] = {_with_ascii_classes(key): _translated(value[key]) for key in value}
+            found[name] = {_with_ascii_classes(key): translated_schema(value[key]) for key in value}
         elif name != "format" or not isinstance(value, str) or value in _FORMATS:
-            found[name] = value if name in _DATA else _translated(value)
+            found[name] = value if name in DATA else translated_schema(value)
     return found
 
 

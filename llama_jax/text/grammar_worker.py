@@ -17,6 +17,7 @@ from typing import Any
 
 from llama_jax.text import grammar
 from llama_jax.text.grammar import GrammarError, check_grammar
+from llama_jax.text.tool_grammar import write_tools
 
 CPU_SECONDS = 1.0  # per grammar
 MEMORY = 4 << 30  # bytes of address space
@@ -26,6 +27,7 @@ WRITERS: dict[str, Callable[[Any], str]] = {
     "regex": grammar.regex_grammar,
     "choice": grammar.choice_grammar,
     "lark": grammar.lark_grammar,
+    "tools": write_tools,
 }
 
 

@@ -54,6 +54,7 @@ class Tokenizer:
       special_token_ids: ids of control tokens, which have no text in an answer.
       info: facts for clients.
       chat_problem: one sentence on why `encode_chat` cannot be used; None if it can.
+      tools_problem: one sentence on why `encode_chat` cannot take tools; None if it can.
       chat_variables: names of the chat template's variables that `ChatOptions` may set.
     """
 
@@ -108,6 +109,7 @@ class Tokenizer:
         )
         self._chat_template = ChatTemplate(transformers, self.path)
         self.chat_problem = self._chat_template.problem
+        self.tools_problem = self.chat_problem or self._chat_template.tools.problem
         self.chat_variables = self._chat_template.variables
         self._as_text: dict[str, list[int]] = {}
 
@@ -132,23 +134,26 @@ class Tokenizer:
 
     def encode_chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         options: ChatOptions = NEXT_ANSWER,
         add_bos: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Encodes a conversation, ready for the assistant's next answer.
 
         Args:
-          messages: each {"role": one of `ROLES`, "content": text}; checked here.
+          messages: each {"role": one of `ROLES`, "content": text}; an assistant's may have
+            "tool_calls", a list of `Call`, and a tool's "tool_call_id". Checked here.
           options: how to render the chat, if not for the next answer.
           add_bos: whether to add BOS in front. The templates of Llama 3 write it themselves.
+          tools: the functions that the model may call, as in the OpenAI API.
 
         Raises:
           ChatVariableError: a variable of `options` cannot be set.
           TokenizerError: the messages are malformed, there is no chat template that works, it
             rejects the messages, or it leaves out the text of one.
         """
-        pieces = self._chat_template.render(messages, options)
+        pieces = self._chat_template.render(messages, options, tools)
         encoded = iter(self._encode([piece.text for piece in pieces if not piece.plain], False))
         ids: list[int] = []
         if add_bos and self.bos_token_id is not None:
@@ -156,6 +161,11 @@ class Tokenizer:
         for piece in pieces:
             ids += self._encode_as_text(piece.text) if piece.plain else next(encoded)
         return ids
+
+    def special_token_id(self, text: str) -> int | None:
+        """Returns the id of a special token; None if this is none."""
+        token_id: int | None = self._backend.token_to_id(text)
+        return token_id if token_id in self.special_token_ids else None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Decodes token ids; bytes that are not UTF-8 become U+FFFD."""

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 
+from tests.support.calling import calling_server
 from tests.support.fake_client import FakeServer, make_info
 from tests.support.listening import listening
 from tests.support.paths import ROOT
@@ -40,8 +41,9 @@ def with_a_full_queue(server: FakeServer) -> FakeServer:
 
 @pytest.fixture
 def servers() -> Iterator[list[FakeServer]]:
-    """A plain one; others that never end, fail after two tokens, and send comments in between."""
+    """A plain one; others that never end, fail early, send comments in between, and call tools."""
     made = [FakeServer("Hello, 😀!", api_key="sesame") for _ in range(4)]
+    made.append(calling_server(api_key="sesame"))
     with_a_full_queue(made[0])
     made[1].engine.eos = None
     made[1].engine.info = make_info(max_model_len=1_000_000)

@@ -123,6 +123,23 @@ def test_logprobs_and_cached_tokens_with_the_official_client(server, checkpoint)
     wait_until(lambda: metric(server, "prefix_cache_hits_total") >= cached)  # of the next report
 
 
+def test_a_response_is_a_chat_in_other_words(server):
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="any") as client:
+        asked = dict(model="tiny", temperature=0, extra_body={"ignore_eos": True})
+        chat = client.chat.completions.create(
+            messages=[{"role": "user", "content": "Hello!"}], max_tokens=8, **asked
+        )
+        whole = client.responses.create(input="Hello!", max_output_tokens=8, **asked)
+        with client.responses.stream(input="Hello!", max_output_tokens=8, **asked) as stream:
+            events = list(stream)
+    assert whole.output_text == chat.choices[0].message.content
+    assert events[-1].response.output[0].content == whole.output[0].content
+    assert events[-1].type == "response.incomplete"
+    assert [event.type for event in events].count("response.output_text.delta") == 8
+    assert whole.usage.input_tokens == chat.usage.prompt_tokens
+    assert whole.usage.input_tokens_details.cached_tokens > 0
+
+
 def test_a_streamed_chat(server):
     with openai.OpenAI(base_url=server.url + "/v1", api_key="any") as client:
         chunks = list(

@@ -32,11 +32,39 @@ BODIES = {
             {"role": "developer", "content": "Be brief."},
             {"role": "user", "content": [{"type": "text", "text": "Hi", "cache_control": {}}]},
             {"role": "assistant", "content": None, "tool_calls": None},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [
+                    {
+                        "id": "c1",
+                        "type": "function",
+                        "function": {"name": "add", "arguments": '{"a": 1}'},
+                    }
+                ],
+            },
+            {"role": "tool", "tool_call_id": "c1", "content": "1"},
             {"role": "user", "content": "And?", "name": "Bob"},
         ],
         "max_completion_tokens": 4,
-        "tools": [],
-        "tool_choice": "auto",
+        "tools": [
+            {
+                "type": "function",
+                "function": {
+                    "name": "add",
+                    "description": "Adds.",
+                    "strict": True,
+                    "parameters": {
+                        "type": "object",
+                        "properties": {"a": {"type": "integer", "enum": [1, 2]}},
+                        "required": ["a"],
+                        "additionalProperties": False,
+                    },
+                },
+            }
+        ],
+        "tool_choice": {"type": "function", "function": {"name": "add"}},
+        "parallel_tool_calls": False,
     },
     "/v1/responses": {
         "input": [
@@ -66,7 +94,7 @@ BODIES = {
     "/tokenize": {"messages": [{"role": "user", "content": "Hi"}], "return_token_strs": True},
     "/detokenize": {"tokens": [5, 6]},
 }
-SERVER = FakeServer("Hello!")
+SERVER = FakeServer("Hello!", max_model_len=2000)
 
 values = st.recursive(
     st.none()

@@ -284,6 +284,8 @@ def test_the_server_accepts_the_messages_that_it_describes(server, document, mes
     assert (response.status_code == 200) == described
 
 
+CALL_ITEM = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+FLAT_TOOL = {"type": "function", "name": "f"}
 TEXT = {"type": "input_text", "text": "Hi"}
 RESPONSES_VALUES = {
     "input": [
@@ -294,10 +296,29 @@ RESPONSES_VALUES = {
         [{"role": "tool", "content": "Hi"}],
         [{"type": "reasoning", "summary": []}, {"role": "user", "content": "Hi"}],
         [{"type": "reasoning", "summary": [{}]}],
+        [CALL_ITEM, {"type": "function_call_output", "call_id": "c", "output": "3"}],
+        [CALL_ITEM, {"type": "function_call_output", "call_id": "c"}],
+        [{**CALL_ITEM, "name": "a b"}],
+        [{**CALL_ITEM, "arguments": {}}],
     ],
+    "tools": [
+        *([], None, {}, [{}], [{"type": "web_search"}]),
+        [FLAT_TOOL],
+        [{**FLAT_TOOL, "strict": None, "parameters": {"type": "object"}}],
+        [{**FLAT_TOOL, "x": 1}],
+        [{"type": "function", "function": {"name": "f"}}],
+    ],
+    "tool_choice": ["auto", "none", None, "sometimes", 5],
+    "parallel_tool_calls": [True, None, "yes"],
     "instructions": ["Hi", 5, None],
     "max_output_tokens": [0, 1, "5", 5.0, None],
-    "text": [{}, {"format": {"type": "text"}}, {"verbosity": "low"}, "text", {"x": 1}],
+    "text": [
+        *({}, {"verbosity": "low"}, "text", {"x": 1}, {"format": {}}),
+        *({"format": {"type": kind}} for kind in ("text", "json_object", "json_schema", "xml")),
+        {"format": {"type": "json_schema", "name": "a", "schema": {}, "strict": None}},
+        {"format": {"type": "json_schema", "name": "a", "schema": 5}},
+        {"format": {"type": "text", "name": "a"}},
+    ],
     "reasoning": [{}, {"effort": "none"}, {"effort": "high"}, {"summary": None}],
     "include": [[], ["reasoning.encrypted_content"], ["x"], "x", None],
     "top_logprobs": [0, 21, None],

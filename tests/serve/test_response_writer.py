@@ -84,8 +84,10 @@ def test_text_after_a_call_is_a_message_of_its_own(writer):
     assert [item["type"] for item in writer.response["output"]] == ["function_call", "message"]
 
 
-def test_a_response_that_fails_before_its_first_item(writer):
-    [event] = collect(writer.fail(ApiError(503, "The engine has ended.")))
+@pytest.mark.parametrize(("status", "code"), [(503, "server_error"), (400, "invalid_prompt")])
+def test_a_response_that_fails_before_its_first_item(writer, status, code):
+    [event] = collect(writer.fail(ApiError(status, "It cannot go on.")))
     assert event["type"] == "response.failed"
+    assert event["response"]["error"] == {"code": code, "message": "It cannot go on."}
     assert event["response"]["output"] == [] and event["response"]["usage"] is None
     Response.model_validate(event["response"])

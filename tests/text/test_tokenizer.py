@@ -165,7 +165,7 @@ def test_threads_do_not_change_each_others_tokens(tokenizer):
         ([], "message"),
         (["hello"], r"messages\[0\]"),
         ([*chat("x"), {"role": "user"}], r"messages\[1\]"),
-        (chat("x", role="tool"), "role.*'tool'"),
+        (chat("x", role="function"), "role.*'function'"),
         (chat("x", role=3), "role.*'3'"),
         (chat(None), r"content.*messages\[0\]"),
         ([*chat("x"), *chat("half \ud83d")], r"content.*messages\[1\]"),

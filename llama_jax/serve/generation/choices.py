@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 from llama_jax.client.text import detokenizer_for, read_text
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.engine.interface import FinishReason, TokenLogprobs
+from llama_jax.engine.interface import TokenLogprobs
 from llama_jax.engine.prompt_logprobs import PromptLogprobs
 from llama_jax.serve.generation.admission import Place
+from llama_jax.serve.generation.tool_use import ParsedDelta, ToolUse, parse_delta, tag_marks
+from llama_jax.serve.protocol.response_types import AnswerEnd
 from llama_jax.serve.served_model import ServedModel
+from llama_jax.text.tool_calls import CallDelta
 
 MERGE_AHEAD = 16
 
@@ -25,6 +28,7 @@ class ChoiceDelta:
       token: the token.
       tokens: the number of tokens of this choice so far.
       finish_reason: why the choice ended, on its last delta; else None.
+      calls: parts of calls that the token adds; the text is what stands beside the calls.
       logprobs: those of the token, if the request asks for them.
       cached_tokens: tokens of the prompt that did not have to be computed.
       prompt_logprobs: those of the prompt, on the first delta, if the request asks for them.
@@ -34,10 +38,11 @@ class ChoiceDelta:
     text: str
     token: int
     tokens: int
-    finish_reason: FinishReason | None
+    finish_reason: AnswerEnd | None
     logprobs: TokenLogprobs | None = None
     cached_tokens: int = 0
     prompt_logprobs: PromptLogprobs | None = None
+    calls: Sequence[CallDelta] = ()
 
 
 async def generate_choice(
@@ -47,6 +52,7 @@ async def generate_choice(
     prompt: list[int],
     params: SamplingParams,
     arrived: float,
+    tools: ToolUse | None = None,
 ) -> AsyncGenerator[ChoiceDelta, None]:
     """Yields one delta per token. Closing the generator early aborts the generation.
 
@@ -57,12 +63,15 @@ async def generate_choice(
       prompt: token ids.
       params: the sampling parameters of this choice.
       arrived: when the HTTP request arrived, by the clock of the metrics.
+      tools: those that the model may call.
 
     Raises:
       GenerationFailed: the engine could not finish.
       RequestError, RequestTimeout, EngineDead: as `EngineClient.generate`.
     """
-    detokenizer = detokenizer_for(served.tokenizer, params)
+    parser = None if tools is None else tools.parser()
+    marks = None if tools is None else tag_marks(served)
+    detokenizer = detokenizer_for(served.tokenizer, params, marks)
     tokens = 0
     with served.metrics.request(arrived, len(prompt)) as timer:
 
@@ -78,18 +87,24 @@ async def generate_choice(
                 async for delta in deltas:
                     tokens += 1
                     timer.note(delta.output)
-                    if delta.finish_reason is not None:
-                        timer.finish(delta.finish_reason)
+                    parsed = ParsedDelta(delta.text, (), delta.finish_reason)
+                    if parser is not None:
+                        parsed = parse_delta(parser, delta)
+                    if parsed.finish_reason is not None:
+                        timer.finish(delta.finish_reason or "stop")
                     yield ChoiceDelta(
                         choice,
-                        delta.text,
+                        parsed.text,
                         delta.token,
                         tokens,
-                        delta.finish_reason,
+                        parsed.finish_reason,
                         delta.output.logprobs,
                         delta.output.cached_tokens,
                         delta.output.prompt_logprobs,
+                        parsed.calls,
                     )
+                    if parsed.finish_reason is not None:
+                        return
 
 
 async def merge(

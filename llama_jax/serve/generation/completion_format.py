@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from llama_jax.engine.interface import FinishReason
 from llama_jax.serve.generation.choices import ChoiceDelta
 from llama_jax.serve.generation.logprobs import TokenNames, TokenWithLogprobs, completion_logprobs
 from llama_jax.serve.generation.text_offsets import TextOffsets
-from llama_jax.serve.protocol.response_types import CompletionChoice
+from llama_jax.serve.protocol.response_types import AnswerEnd, CompletionChoice
 from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tool_calls import CallDelta
 
 
 class CompletionFormat:
@@ -38,11 +38,13 @@ class CompletionFormat:
         self,
         index: int,
         text: str,
-        reason: FinishReason | None,
+        reason: AnswerEnd | None,
         logprobs: Sequence[TokenWithLogprobs],
         offsets: TextOffsets | None = None,
+        calls: Sequence[CallDelta] = (),
     ) -> CompletionChoice:
         """An entry of `choices`; `offsets` follows the text up to it, if it does not begin here."""
+        assert not calls and reason != "tool_calls", "a completion has no tools"
         offsets = offsets or self._new_offsets()
         return {
             "index": index,

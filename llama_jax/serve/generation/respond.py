@@ -14,23 +14,24 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.engine.interface import FinishReason
 from llama_jax.serve.errors import answer_too_long, as_api_error, prompt_too_long
 from llama_jax.serve.generation.best_choices import BestChoices
 from llama_jax.serve.generation.choices import ChoiceDelta, generate_choice, merge
 from llama_jax.serve.generation.event_stream import EventStream, StartedDeltas, sse_event
 from llama_jax.serve.generation.logprobs import TokenWithLogprobs
 from llama_jax.serve.generation.shown_prompts import ShownPrompts
+from llama_jax.serve.generation.tool_use import ToolUse
 from llama_jax.serve.monitoring.request_record import (
     CLIENT_CLOSED_REQUEST,
     note_error,
     note_generation,
 )
 from llama_jax.serve.protocol.generation import GenerationRequest, StreamOptions
-from llama_jax.serve.protocol.response_types import Usage
+from llama_jax.serve.protocol.response_types import AnswerEnd, Usage
 from llama_jax.serve.served_model import ServedModel
 from llama_jax.serve.transport.interrupt import Interrupted, disconnected, unless
 from llama_jax.serve.transport.json_response import JsonResponse
+from llama_jax.text.tool_calls import CallDelta
 
 
 class ResponseFormat(Protocol):
@@ -44,8 +45,10 @@ class ResponseFormat(Protocol):
         self,
         index: int,
         text: str,
-        reason: FinishReason | None,
+        reason: AnswerEnd | None,
         logprobs: Sequence[TokenWithLogprobs],
+        *,
+        calls: Sequence[CallDelta] = (),
     ) -> Mapping[str, object]:
         """An entry of `choices` in a whole response."""
 
@@ -74,6 +77,7 @@ class Job:
       timeout: seconds from its arrival after which it is aborted; None for the server's default.
       shown: how the choices show their prompts; None if they do not.
       best: which choices of each prompt are returned; None for all.
+      tools: those that the model may call.
     """
 
     param: Literal["prompt", "messages", "input"]
@@ -87,6 +91,7 @@ class Job:
     timeout: float | None = None
     shown: ShownPrompts | None = None
     best: BestChoices | None = None
+    tools: ToolUse | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -105,6 +110,7 @@ def make_job(
     params: list[SamplingParams],
     body: GenerationRequest,
     arrived: float,
+    tools: ToolUse | None = None,
 ) -> Job:
     """Collects what a request asks to generate.
 
@@ -114,6 +120,7 @@ def make_job(
       params: the sampling parameters of each choice.
       body: the request.
       arrived: when it arrived, by the clock of the metrics.
+      tools: those that the model may call.
     """
     return Job(
         param=param,
@@ -125,6 +132,7 @@ def make_job(
         arrived=arrived,
         token_ids=body.return_token_ids is True,
         timeout=body.timeout,
+        tools=tools,
     )
 
 
@@ -183,7 +191,7 @@ async def generate(
         choices = itertools.product(job.prompts, params)
         deltas = merge(
             [
-                generate_choice(served, place, index, prompt, params, job.arrived)
+                generate_choice(served, place, index, prompt, params, job.arrived, job.tools)
                 for index, (place, (prompt, params)) in enumerate(zip(places, choices, strict=True))
             ]
         )
@@ -243,12 +251,14 @@ async def _whole(
 ) -> dict[str, Any]:
     texts: list[list[str]] = [[] for _ in range(job.num_choices)]
     logprobs: list[list[TokenWithLogprobs]] = [[] for _ in range(job.num_choices)]
+    calls: list[list[CallDelta]] = [[] for _ in range(job.num_choices)]
     token_ids = [array("i") for _ in range(job.num_choices)]
     last: dict[int, ChoiceDelta] = {}
     firsts: dict[int, ChoiceDelta] = {}
     async with aclosing(deltas):
         async for delta in deltas:
             texts[delta.choice].append(delta.text)
+            calls[delta.choice] += delta.calls
             if delta.logprobs is not None:
                 logprobs[delta.choice].append((delta.token, delta.logprobs))
             if job.token_ids and delta.tokens:
@@ -261,7 +271,13 @@ async def _whole(
         if not job.best.logprobs:
             logprobs = [[]] * job.num_choices
     choices = [
-        format.whole(index, "".join(texts[each]), last[each].finish_reason, logprobs[each])
+        format.whole(
+            index,
+            "".join(texts[each]),
+            last[each].finish_reason,
+            logprobs[each],
+            calls=calls[each],
+        )
         for index, each in enumerate(kept)
     ]
     body = {**head, "choices": choices, "usage": _usage(job, last)}

@@ -8,9 +8,8 @@ import uuid
 from collections.abc import Iterator
 from typing import Any, Literal, cast
 
-from llama_jax.engine.interface import FinishReason
 from llama_jax.serve.errors import ApiError
-from llama_jax.serve.protocol.response_types import ChatLogprob
+from llama_jax.serve.protocol.response_types import AnswerEnd, ChatLogprob
 from llama_jax.serve.protocol.responses_types import (
     FunctionCallItem,
     ItemStatus,
@@ -40,6 +39,11 @@ class ResponseWriter:
         self._pieces: list[str] = []  # of the open item's text or arguments
         self._logprobs: list[ChatLogprob] = []
 
+    @property
+    def in_message(self) -> bool:
+        """Whether the last item is a message that may still grow."""
+        return self._item is not None and self._item["type"] == "message"
+
     def start(self) -> Iterator[StreamEvent]:
         """Tells that the response exists."""
         yield self._of_response("response.created")
@@ -47,7 +51,7 @@ class ResponseWriter:
 
     def text(self, delta: str, logprobs: list[ChatLogprob]) -> Iterator[StreamEvent]:
         """Adds what one token adds to the text; begins a message if none is open."""
-        if self._item is None or self._item["type"] != "message":
+        if not self.in_message:
             yield from self._end_item("completed")
             yield from self._begin_message()
         self._pieces.append(delta)
@@ -73,7 +77,7 @@ class ResponseWriter:
         self._pieces.append(delta)
         yield self._event("response.function_call_arguments.delta", **self._place, delta=delta)
 
-    def finish(self, reason: FinishReason | None, usage: ResponseUsage) -> Iterator[StreamEvent]:
+    def finish(self, reason: AnswerEnd | None, usage: ResponseUsage) -> Iterator[StreamEvent]:
         """Ends the response. One without any item gets an empty message."""
         if not self.response["output"]:
             yield from self._begin_message()
@@ -91,7 +95,10 @@ class ResponseWriter:
         """Ends the response with an error."""
         yield from self._end_item("incomplete")
         self.response["status"] = "failed"
-        self.response["error"] = {"code": "server_error", "message": error.message}
+        self.response["error"] = {
+            "code": "server_error" if error.status >= 500 else "invalid_prompt",
+            "message": error.message,
+        }
         yield self._of_response("response.failed")
 
     def _begin_message(self) -> Iterator[StreamEvent]:

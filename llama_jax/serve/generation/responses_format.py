@@ -11,6 +11,10 @@ from llama_jax.serve.generation.choices import ChoiceDelta
 from llama_jax.serve.generation.event_stream import sse_event
 from llama_jax.serve.generation.logprobs import TokenNames, chat_logprobs
 from llama_jax.serve.generation.response_writer import ResponseWriter
+from llama_jax.serve.generation.tool_use import new_call_id
+from llama_jax.serve.monitoring.request_record import note_error
+from llama_jax.serve.protocol.response_tools import show_choice, show_tool
+from llama_jax.serve.protocol.response_types import ChatLogprob
 from llama_jax.serve.protocol.responses import ResponsesRequest
 from llama_jax.serve.protocol.responses_types import Response, ResponseUsage, StreamEvent
 from llama_jax.text.tokenizer import Tokenizer
@@ -38,6 +42,8 @@ class ResponsesFormat:
         """
         self._names = TokenNames(tokenizer)
         self._prompt_tokens = prompt_tokens
+        self._tools = bool(body.tools)
+        self._logprobs: list[ChatLogprob] = []  # of the tokens since the last text
         self._writer = ResponseWriter(new_response(model, body, params))
 
     async def whole(self, deltas: AsyncGenerator[ChoiceDelta, None]) -> Response:
@@ -57,14 +63,24 @@ class ResponsesFormat:
                 for event in self._add(delta):
                     yield _encode(event)
         except Exception as error:  # the status has been sent, so an event must do
-            for event in self._writer.fail(as_api_error(error)):
+            api_error = as_api_error(error)
+            note_error(api_error.code)
+            for event in self._writer.fail(api_error):
                 yield _encode(event)
 
     def _add(self, delta: ChoiceDelta) -> Iterator[StreamEvent]:
-        logprobs = []
         if delta.logprobs is not None:
-            logprobs = chat_logprobs(self._names, [(delta.token, delta.logprobs)])["content"]
-        yield from self._writer.text(delta.text, logprobs)
+            self._logprobs += chat_logprobs(self._names, [(delta.token, delta.logprobs)])["content"]
+        # A token without text may belong to a call, unless it is one of a text that has begun.
+        if delta.text or self._writer.in_message or not self._tools:
+            yield from self._writer.text(delta.text, self._logprobs)
+            self._logprobs = []
+        for part in delta.calls:
+            self._logprobs = []  # those of a call are not shown
+            if part.name is not None:
+                yield from self._writer.call(part.name, new_call_id())
+            if part.arguments:
+                yield from self._writer.arguments(part.arguments)
         if delta.finish_reason is not None:
             yield from self._writer.finish(delta.finish_reason, self._usage(delta))
 
@@ -80,6 +96,7 @@ class ResponsesFormat:
 
 def new_response(model: str, body: ResponsesRequest, params: SamplingParams) -> Response:
     """Returns the response to a request before its first token; arguments as above."""
+    text_format = None if body.text is None else body.text.format
     return {
         "id": f"resp_{uuid.uuid4().hex}",
         "object": "response",
@@ -94,15 +111,15 @@ def new_response(model: str, body: ResponsesRequest, params: SamplingParams) -> 
         "metadata": body.metadata or {},
         "model": model,
         "output": [],
-        "parallel_tool_calls": True,
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": None,
         "background": False,
         "reasoning": {"effort": None, "summary": None},
         "store": False,
         "temperature": params.temperature,
-        "text": {"format": {"type": "text"}},
-        "tool_choice": "auto",
-        "tools": [],
+        "text": {"format": text_format.definition if text_format else {"type": "text"}},
+        "tool_choice": show_choice(body.tool_choice),
+        "tools": [show_tool(tool) for tool in body.tools or ()],
         "top_logprobs": body.top_logprobs or 0,
         "top_p": params.top_p,
         "truncation": "disabled",

@@ -8,6 +8,7 @@ from llama_jax.serve.protocol.field_readers import MAX_TEMPLATE_VARIABLES, read_
 from llama_jax.serve.protocol.generation import AtLeastOne, GenerationRequest
 from llama_jax.serve.protocol.json_reader import refuse
 from llama_jax.serve.protocol.messages import Message, read_messages
+from llama_jax.serve.protocol.tools import Choice, Tools, check_tools
 
 Messages = Annotated[list[Message], schema(read_messages, minItems=1)]
 TemplateVariables = Annotated[
@@ -37,10 +38,14 @@ class ChatRequest(GenerationRequest, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: TemplateVariables | None = None
+    tools: Tools = None
+    tool_choice: Choice = None
+    parallel_tool_calls: bool | None = None
 
     def check(self) -> None:
         """Checks the fields against each other."""
         super().check()
+        check_tools(self.tools or (), self.tool_choice)
         check_continuation(self.add_generation_prompt, self.continue_final_message)
         if not 0 <= (self.top_logprobs or 0) <= MAX_LOGPROBS:
             refuse(f"top_logprobs must be between 0 and {MAX_LOGPROBS}.", "top_logprobs")

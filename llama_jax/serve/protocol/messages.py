@@ -1,6 +1,8 @@
 """The messages of a chat, as clients write them and send them back."""
 
-from typing import Annotated
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Raw
@@ -8,17 +10,27 @@ from msgspec import Meta, Raw
 from llama_jax.serve.protocol.json_reader import (
     Fields,
     decode,
+    is_null,
     read_items,
     read_object,
     refuse,
     refuse_missing,
 )
+from llama_jax.serve.protocol.response_types import ToolCall
+from llama_jax.serve.protocol.tools import MAX_DEPTH, NAME, deeper_than
 from llama_jax.serve.protocol.unsupported import without_no_ops
+from llama_jax.text.conversation import Call
 
 # OpenAI renamed the role "system" to "developer"; Llama 3 was trained with "system".
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES = {
+    **{"system": "system", "developer": "system"},
+    **{"user": "user", "assistant": "assistant", "tool": "tool"},
+}
+MAX_CALLS = 128  # in one message
 
 _STRING = msgspec.json.Decoder(str)
+_OBJECT = msgspec.json.Decoder(dict[str, Any])
+_FIELDS_OF_ROLE = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}
 
 
 class Message(msgspec.Struct):
@@ -27,10 +39,33 @@ class Message(msgspec.Struct):
     Attributes:
       role: "developer" is read as "system".
       content: the text; of several parts, a line for each.
+      tool_calls: the functions that the assistant called.
+      tool_call_id: of a tool's message, the call whose result it is.
     """
 
     role: Annotated[str, Meta(extra_json_schema={"enum": [*ROLES]})]
     content: str = ""
+    tool_calls: list[ToolCall] = []
+    tool_call_id: str | None = None
+
+    @property
+    def turn(self) -> dict[str, Any]:
+        """The message for `Tokenizer.encode_chat`."""
+        calls = [
+            Call(call["id"], call["function"]["name"], _parsed(call["function"]["arguments"]))
+            for call in self.tool_calls
+        ]
+        return {
+            "role": self.role,
+            "content": self.content,
+            "tool_calls": calls,
+            "tool_call_id": self.tool_call_id,
+        }
+
+    @property
+    def texts(self) -> list[str]:
+        """All of its text."""
+        return [self.content, *(call["function"]["arguments"] for call in self.tool_calls)]
 
 
 def read_messages(raw: Raw, param: str) -> list[Message]:
@@ -43,23 +78,46 @@ def read_messages(raw: Raw, param: str) -> list[Message]:
     Raises:
       ApiError: with the first error found.
     """
-    return [
+    messages = [
         _read_message(item, f"{param}[{index}]")
         for index, item in enumerate(read_items(raw, param))
     ]
+    _check_results(messages, param)
+    return messages
+
+
+def _check_results(messages: Sequence[Message], param: str) -> None:
+    """Refuses the result of a call that was not made."""
+    called: set[str] = set()
+    for index, message in enumerate(messages):
+        called.update(call["id"] for call in message.tool_calls)
+        if message.tool_call_id is not None and message.tool_call_id not in called:
+            refuse(
+                f"{param}[{index}].tool_call_id is {message.tool_call_id[:64]!r}, but no message "
+                "before it has a tool call with this id.",
+                f"{param}[{index}].tool_call_id",
+            )
 
 
 def _read_message(raw: Raw, param: str) -> Message:
     given = read_object(raw, param)
-    fields = without_no_ops(given, ("role", "content"), "message", f"{param}.")
-    role = _text(fields, "role", param)
+    if "role" not in given or is_null(given["role"]):
+        refuse_missing(f"{param}.role")
+    role = _text(given, "role", param)
+    of_role = _FIELDS_OF_ROLE.get(role, ())
+    fields = without_no_ops(given, ("role", "content", *of_role), "message", f"{param}.")
     if role not in ROLES:
         refuse(
             f"{param}.role must be one of {', '.join(ROLES)}, got {role[:40]!r}.", f"{param}.role"
         )
+    message = Message(ROLES[role])
+    if "tool_calls" in fields:
+        message.tool_calls = _read_calls(fields["tool_calls"], f"{param}.tool_calls")
+    if role == "tool":
+        message.tool_call_id = _text(fields, "tool_call_id", param)
     if "content" in fields:
-        return Message(ROLES[role], _read_content(fields["content"], f"{param}.content"))
-    if role != "assistant":  # whose content OpenAI makes optional
+        message.content = _read_content(fields["content"], f"{param}.content")
+    elif role not in ("assistant", "tool"):  # a tool may return nothing
         if "content" in given:
             refuse(
                 f"{param}.content must be a string or a list of text parts.",
@@ -67,7 +125,54 @@ def _read_message(raw: Raw, param: str) -> Message:
                 "invalid_type",
             )
         refuse_missing(f"{param}.content")
-    return Message(role)
+    return message
+
+
+def _read_calls(raw: Raw, param: str) -> list[ToolCall]:
+    items = read_items(raw, param)
+    if len(items) > MAX_CALLS:
+        refuse(f"{param} may have at most {MAX_CALLS} calls, not {len(items)}.", param)
+    calls = [_read_call(item, f"{param}[{index}]") for index, item in enumerate(items)]
+    if len({call["id"] for call in calls}) < len(calls):
+        refuse(f"{param}: two calls have the same id.", param)
+    return calls
+
+
+def _read_call(raw: Raw, param: str) -> ToolCall:
+    fields = without_no_ops(
+        read_object(raw, param), ("id", "type", "function"), "call", f"{param}."
+    )
+    kind = _text(fields, "type", param) if "type" in fields else "function"
+    if kind != "function":
+        refuse(
+            f"{param}: only calls of functions are supported, not {kind[:40]!r}.", f"{param}.type"
+        )
+    if "function" not in fields:
+        refuse_missing(f"{param}.function")
+    where = f"{param}.function"
+    function = without_no_ops(
+        read_object(fields["function"], where), ("name", "arguments"), "call", f"{where}."
+    )
+    name = _text(function, "name", where)
+    if not re.fullmatch(NAME, name):
+        refuse(f"{where}.name is not the name of a function: {name[:80]!r}.", f"{where}.name")
+    arguments = _text(function, "arguments", where) if "arguments" in function else ""
+    return {
+        "id": _text(fields, "id", param),
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
+
+
+def _parsed(arguments: str) -> dict[str, Any] | str:
+    """Reads the arguments of a call. What a model wrote need not be JSON."""
+    if not arguments.strip():
+        return {}
+    try:
+        value = _OBJECT.decode(arguments)
+    except (msgspec.DecodeError, RecursionError, UnicodeError):
+        return arguments
+    return arguments if deeper_than(MAX_DEPTH, value) else value
 
 
 def _read_content(raw: Raw, param: str) -> str:

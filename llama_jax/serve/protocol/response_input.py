@@ -18,6 +18,8 @@ from llama_jax.serve.protocol.json_reader import (
     refuse_missing,
 )
 from llama_jax.serve.protocol.messages import Message
+from llama_jax.serve.protocol.response_types import FunctionCall, ToolCall
+from llama_jax.serve.protocol.tools import NAME, check_name
 from llama_jax.serve.protocol.unsupported import LABEL, NoOps, no_op_schemas, without_no_ops
 
 # "developer" is OpenAI's newer name of "system", with which Llama 3 was trained.
@@ -26,6 +28,8 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 # What an answer of this API contains besides, which clients send back.
 _ITEM_NO_OPS: NoOps = {"id": LABEL, "status": LABEL, "phase": LABEL}
 _PART_NO_OPS: NoOps = {"annotations": ([],), "logprobs": LABEL, "cache_control": LABEL}
+_CALL_NO_OPS: NoOps = {"id": LABEL, "status": LABEL, "parsed_arguments": LABEL}
+_RESULT_NO_OPS: NoOps = {"id": LABEL, "status": LABEL, "name": LABEL}
 # Llama 3 writes no reasoning items, and cannot read those of other models.
 _REASONING_NO_OPS: NoOps = {
     "id": LABEL,
@@ -54,33 +58,71 @@ def read_input(raw: Raw, param: str) -> list[Message]:
     items = read_items(raw, param)
     if not items:
         refuse(f"{param} is empty: give at least one item.", param)
-    read = [_read_item(item, f"{param}[{index}]") for index, item in enumerate(items)]
-    return [message for message in read if message is not None]
+    messages: list[Message] = []
+    call_ids: set[str] = set()
+    for index, item in enumerate(items):
+        _read_item(item, f"{param}[{index}]", messages, call_ids)
+    return messages
 
 
-def _read_item(raw: Raw, param: str) -> Message | None:
-    """Reads one item; None if it adds nothing to the conversation."""
+def _read_item(raw: Raw, param: str, messages: list[Message], call_ids: set[str]) -> None:
+    """Reads one item, and adds it to the conversation and to the ids of its calls."""
     fields = read_object(raw, param)
     kind = "message"  # which has other fields to be known by
     if not is_null(fields.get("type", NULL)):
         kind = _text(fields, "type", param)
     if kind == "message":
-        return _read_message(fields, param)
-    if kind == "reasoning":
+        messages.append(_read_message(fields, param))
+    elif kind == "function_call":
+        # The calls of an answer belong to the message before them, if there is one.
+        if not messages or messages[-1].role != "assistant":
+            messages.append(Message("assistant"))
+        messages[-1].tool_calls.append(_read_call(fields, param, call_ids))
+    elif kind == "function_call_output":
+        messages.append(_read_result(fields, param, call_ids))
+    elif kind == "reasoning":
         without_no_ops(fields, ("type",), _REASONING_NO_OPS, f"{param}.")
-        return None
-    if kind == "item_reference":
+    elif kind == "item_reference":
         refuse(
             f"{param}: this server stores no items, so send the item itself; clients do that if "
             "store is false.",
             f"{param}.type",
             "unsupported_parameter",
         )
-    refuse(
-        f"{param}: items of type {kind[:40]!r} are not supported.",
-        f"{param}.type",
-        "unsupported_parameter",
-    )
+    else:
+        refuse(
+            f"{param}: items of type {kind[:40]!r} are not supported.",
+            f"{param}.type",
+            "unsupported_parameter",
+        )
+
+
+def _read_call(fields: Fields, param: str, known: set[str]) -> ToolCall:
+    names = ("type", "call_id", "name", "arguments")
+    fields = without_no_ops(fields, names, _CALL_NO_OPS, f"{param}.")
+    call_id = _text(fields, "call_id", param)
+    if call_id in known:
+        refuse(f"{param}.call_id: two calls have the same id.", f"{param}.call_id")
+    known.add(call_id)
+    name = _text(fields, "name", param)
+    check_name(name, f"{param}.name")
+    function: FunctionCall = {"name": name, "arguments": _text(fields, "arguments", param)}
+    return {"id": call_id, "type": "function", "function": function}
+
+
+def _read_result(fields: Fields, param: str, known: set[str]) -> Message:
+    names = ("type", "call_id", "output")
+    fields = without_no_ops(fields, names, _RESULT_NO_OPS, f"{param}.")
+    call_id = _text(fields, "call_id", param)
+    if call_id not in known:
+        refuse(
+            f"{param}.call_id is {call_id[:64]!r}, but no call before it has this id.",
+            f"{param}.call_id",
+        )
+    if "output" not in fields:
+        refuse_missing(f"{param}.output")
+    content = _read_content(fields["output"], f"{param}.output")
+    return Message("tool", content, tool_call_id=call_id)
 
 
 def _read_message(fields: Fields, param: str) -> Message:
@@ -149,6 +191,25 @@ INPUT_SCHEMA: dict[str, Any] = {
                         },
                         ["role", "content"],
                         _ITEM_NO_OPS,
+                    ),
+                    _object_schema(
+                        {
+                            "type": {"const": "function_call"},
+                            "call_id": {"type": "string"},
+                            "name": {"type": "string", "pattern": f"^{NAME}$"},
+                            "arguments": {"type": "string"},
+                        },
+                        ["type", "call_id", "name", "arguments"],
+                        _CALL_NO_OPS,
+                    ),
+                    _object_schema(
+                        {
+                            "type": {"const": "function_call_output"},
+                            "call_id": {"type": "string"},
+                            "output": _CONTENT_SCHEMA,
+                        },
+                        ["type", "call_id", "output"],
+                        _RESULT_NO_OPS,
                     ),
                     _object_schema({"type": {"const": "reasoning"}}, ["type"], _REASONING_NO_OPS),
                 ]

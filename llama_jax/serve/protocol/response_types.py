@@ -4,6 +4,9 @@ from typing import Literal, NotRequired, TypedDict
 
 from llama_jax.engine.interface import EngineInfo, FinishReason, Stats
 
+# Why an answer to a chat ended.
+AnswerEnd = FinishReason | Literal["tool_calls"]
+
 
 class PromptTokensDetails(TypedDict):
     """How many of the prompt's tokens did not have to be computed."""
@@ -79,12 +82,28 @@ class CompletionChunk(TypedDict):
     usage: NotRequired[Usage | None]
 
 
+class FunctionCall(TypedDict):
+    """A function and its arguments, which are JSON unless the answer was cut off inside them."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(TypedDict):
+    """A call of one of the tools."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
 class AssistantMessage(TypedDict):
     """The answer to a chat."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: NotRequired[list[ToolCall]]
 
 
 class TopLogprob(TypedDict):
@@ -114,7 +133,7 @@ class ChatChoice(TypedDict):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: AnswerEnd | None
     token_ids: NotRequired[list[int]]
 
 
@@ -131,11 +150,28 @@ class ChatCompletion(TypedDict):
     prompt_logprobs: NotRequired[PromptLogprobs]
 
 
+class FunctionCallDelta(TypedDict):
+    """The name, in the first part of a call, and the next part of the arguments."""
+
+    name: NotRequired[str]
+    arguments: str
+
+
+class ToolCallDelta(TypedDict):
+    """The next part of a call; the first part has its id and type."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionCallDelta
+
+
 class Delta(TypedDict):
     """The next part of an answer to a chat; the first part has the role."""
 
     role: NotRequired[Literal["assistant"]]
-    content: str
+    content: NotRequired[str | None]
+    tool_calls: NotRequired[list[ToolCallDelta]]
 
 
 class ChatChunkChoice(TypedDict):
@@ -144,7 +180,7 @@ class ChatChunkChoice(TypedDict):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: AnswerEnd | None
     token_ids: NotRequired[list[int]]
 
 

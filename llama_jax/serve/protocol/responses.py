@@ -12,6 +12,9 @@ from llama_jax.serve.protocol.generation import AtLeastOne, GenerationRequest, S
 from llama_jax.serve.protocol.json_reader import decode, refuse
 from llama_jax.serve.protocol.messages import Message
 from llama_jax.serve.protocol.response_input import INPUT_SCHEMA, read_input
+from llama_jax.serve.protocol.response_tools import Choice, Tools
+from llama_jax.serve.protocol.text_format import TextOptions
+from llama_jax.serve.protocol.tools import check_tools
 from llama_jax.serve.protocol.unsupported import LABEL, NoOps
 
 LOGPROBS = "message.output_text.logprobs"
@@ -26,9 +29,11 @@ MAX_METADATA_VALUE = 512
 # What it shares with chats and completions; the other fields of those have another name here, or
 # would not show in the response.
 _SHARED = (
-    *("model", "stream", "temperature", "top_p", "top_k", "min_p", "seed"),
+    *("model", "stream", "temperature", "top_p", "top_k", "min_p", "typical_p", "seed"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),
-    *("min_tokens", "ignore_eos", "stop", "stop_token_ids", "cache_salt"),
+    *("min_tokens", "ignore_eos", "stop", "stop_token_ids", "bad_words", "allowed_token_ids"),
+    *("include_stop_str_in_output", "skip_special_tokens", "cache_salt", "priority", "timeout"),
+    *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
 )
 
 _NO_OPS: NoOps = {
@@ -45,9 +50,6 @@ _NO_OPS: NoOps = {
     "prompt": (),
     "context_management": ([],),
     # other
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),  # without tools there is nothing to choose
-    "parallel_tool_calls": (True, False),
     "max_tool_calls": (),
     "moderation": (),
     "truncation": ("disabled",),
@@ -104,15 +106,6 @@ _Metadata = Annotated[
 ]
 
 
-class TextOptions(RequestBody):
-    """The format of the text: plain text."""
-
-    @classmethod
-    def no_ops(cls) -> NoOps:
-        """Returns the unsupported fields that are accepted."""
-        return {"format": ({"type": "text"},), "verbosity": ("medium",)}
-
-
 class ReasoningOptions(RequestBody):
     """How to reason, which Llama 3 does not."""
 
@@ -143,6 +136,9 @@ class ResponsesRequest(GenerationRequest, kw_only=True):
     reasoning: ReasoningOptions | None = None
     include: _Include = None
     top_logprobs: Annotated[int, schema(minimum=0, maximum=MAX_LOGPROBS)] | None = None
+    tools: Tools = None
+    tool_choice: Choice = None
+    parallel_tool_calls: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     metadata: _Metadata = None
     user: str | None = None
@@ -161,7 +157,10 @@ class ResponsesRequest(GenerationRequest, kw_only=True):
 
     def check(self) -> None:
         """Checks the fields against each other."""
+        if self.text is not None and self.text.format is not None:
+            self.response_format = self.text.format.wanted
         super().check()
+        check_tools(self.tools or (), self.tool_choice)
         if self.max_output_tokens is not None and not 1 <= self.max_output_tokens < 2**63:
             refuse("max_output_tokens must be at least 1, and fit 64 bits.", "max_output_tokens")
         if not 0 <= (self.top_logprobs or 0) <= MAX_LOGPROBS:

@@ -82,9 +82,9 @@ class IncompleteDetails(TypedDict):
 
 
 class ResponseError(TypedDict):
-    """Why a response failed."""
+    """Why a response failed: by a fault of the server, or of the request."""
 
-    code: Literal["server_error"]
+    code: Literal["server_error", "invalid_prompt"]
     message: str
 
 

@@ -88,6 +88,8 @@ _NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
 # The same for a message, because clients send back the messages that they received.
 _NO_OP_VALUES_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "name": (_ANYTHING,),  # no template of Llama 3 renders it
+    "parsed": (_ANYTHING,),  # what the OpenAI SDK read from the content
+    "provider_specific_fields": (_ANYTHING,),  # LiteLLM's own
     "cache_control": (_ANYTHING,),
     "refusal": (),
     "audio": (),
@@ -97,7 +99,6 @@ _NO_OP_VALUES_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "function_call": (),
     "reasoning": (),
     "reasoning_content": (),
-    "provider_specific_fields": (_ANYTHING,),  # LiteLLM's own, with every answer
 }
 
 # The same for a part of a message.
@@ -106,19 +107,30 @@ _NO_OP_VALUES_IN_PART: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
 }
 
-_Kind = Literal["request", "options", "message", "part"]
-_TABLES: dict[_Kind, NoOps] = {
+# The same for a tool, and for a call in a message.
+_NO_OP_VALUES_IN_TOOL: dict[str, tuple[Any, ...]] = {"cache_control": (_ANYTHING,)}
+_NO_OP_VALUES_IN_CALL: dict[str, tuple[Any, ...]] = {
+    "index": (_ANYTHING,),  # from the deltas of a stream
+    "parsed_arguments": (_ANYTHING,),  # what the OpenAI SDK read from the arguments
+    "provider_specific_fields": (_ANYTHING,),
+    "cache_control": (_ANYTHING,),
+}
+
+Kind = Literal["request", "options", "message", "part", "tool", "call"]
+_TABLES: dict[Kind, NoOps] = {
     "request": _NO_OP_VALUES,
     "options": {},
     "message": _NO_OP_VALUES_IN_MESSAGE,
     "part": _NO_OP_VALUES_IN_PART,
+    "tool": _NO_OP_VALUES_IN_TOOL,
+    "call": _NO_OP_VALUES_IN_CALL,
 }
 
 
 def without_no_ops(
     fields: Fields,
     known: Collection[str],
-    kind: _Kind | NoOps,
+    kind: Kind | NoOps,
     path: str = "",
 ) -> Fields:
     """Returns the supported fields, without those that are null.
@@ -154,7 +166,7 @@ def without_no_ops(
     return kept
 
 
-def no_op_schemas(kind: _Kind | NoOps) -> dict[str, Any]:
+def no_op_schemas(kind: Kind | NoOps) -> dict[str, Any]:
     """Returns the JSON schema of each unsupported field, which allows the values without effect."""
     table = _TABLES[kind] if isinstance(kind, str) else kind
     return {

@@ -10,6 +10,7 @@ from llama_jax.serve.generation.chat_format import ChatFormat
 from llama_jax.serve.generation.logprobs import TokenNames
 from llama_jax.serve.generation.respond import make_job, respond
 from llama_jax.serve.generation.shown_prompts import ShownPrompts
+from llama_jax.serve.generation.tool_use import tool_use
 from llama_jax.serve.protocol.chat import ChatRequest
 from llama_jax.serve.protocol.request_body import read
 from llama_jax.serve.routes.tokenization import chat_options, encode_messages, sampling_params
@@ -25,15 +26,17 @@ def chat_route(served: ServedModel) -> Route:
         served.check_available()
         served.check_name(body.model)
         served.admission.check(1, body.choices)
+        tools = tool_use(served, body)
         prompt = await encode_messages(
             served,
             body.messages,
             chat_options(body),
             body.add_special_tokens is True,
             body.prompt_limit(served.engine.info.max_model_len),
+            None if tools is None else tools.definitions,
         )
-        params = await sampling_params(served, body)
-        job = make_job("messages", [prompt], params, body, arrived)
+        params = await sampling_params(served, body, tools)
+        job = make_job("messages", [prompt], params, body, arrived, tools)
         if body.prompt_logprobs is not None:
             shown = ShownPrompts(
                 names=TokenNames(served.tokenizer),
@@ -42,7 +45,11 @@ def chat_route(served: ServedModel) -> Route:
                 prompt_logprobs=body.prompt_logprobs,
             )
             job = replace(job, shown=shown)
-        format = ChatFormat(served.tokenizer, body.return_tokens_as_token_ids is True)
+        format = ChatFormat(
+            served.tokenizer,
+            tokens_as_ids=body.return_tokens_as_token_ids is True,
+            tools=tools is not None,
+        )
         return await respond(served, request, format, job)
 
     return Route("/v1/chat/completions", chat, methods=["POST"])

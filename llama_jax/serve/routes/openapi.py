@@ -12,7 +12,7 @@ from llama_jax.serve.page.static import MEDIA_TYPES
 from llama_jax.serve.protocol.chat import ChatRequest
 from llama_jax.serve.protocol.completion import CompletionRequest
 from llama_jax.serve.protocol.generation import StreamOptions
-from llama_jax.serve.protocol.messages import Message
+from llama_jax.serve.protocol.messages import MAX_CALLS, Message
 from llama_jax.serve.protocol.response_types import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -32,12 +32,13 @@ from llama_jax.serve.protocol.responses import (
     ReasoningOptions,
     ResponsesRequest,
     ResponseStreamOptions,
-    TextOptions,
 )
 from llama_jax.serve.protocol.responses_types import EVENTS, FunctionCallItem, OutputMessage
 from llama_jax.serve.protocol.responses_types import Response as ResponseObject
+from llama_jax.serve.protocol.text_format import TextOptions
 from llama_jax.serve.protocol.tokenize import DetokenizeRequest, TokenizeRequest
-from llama_jax.serve.protocol.unsupported import NoOps, no_op_schemas
+from llama_jax.serve.protocol.tools import NAME
+from llama_jax.serve.protocol.unsupported import Kind, NoOps, no_op_schemas
 from llama_jax.serve.routes.openapi_rules import Limits, add_rules
 from llama_jax.serve.transport.json_response import JsonResponse
 
@@ -273,13 +274,14 @@ def _schemas(limits: Limits) -> dict[str, Any]:
         for name in properties.keys() - kind.readers().keys():  # inherited, but not read
             del properties[name]
         _add_no_ops(schemas[kind.__name__], kind.no_ops())
+    _describe_tool_messages(schemas)
     schemas["CompletionRequest"]["not"] = {  # an answer of no tokens, unless the prompt is echoed
         "required": ["max_tokens"],
         "properties": {"max_tokens": {"const": 0}, "echo": {"enum": [False, None]}},
     }
     _add_no_ops(schemas["Message"], "message")
     schemas["Message"]["properties"]["content"] = {
-        "description": "Required, except of the assistant.",
+        "description": "Required, except of the assistant and of a tool.",
         "anyOf": [
             {"type": "string"},
             {"type": "array", "items": {"$ref": _SCHEMAS + "TextPart"}},
@@ -296,8 +298,39 @@ def _schemas(limits: Limits) -> dict[str, Any]:
     return schemas
 
 
-def _add_no_ops(
-    schema: dict[str, Any], kind: Literal["request", "options", "message", "part"] | NoOps
-) -> None:
+def _describe_tool_messages(schemas: dict[str, Any]) -> None:
+    """Only the assistant calls tools, and only a tool's message has the id of a call."""
+    name, text = {"type": "string", "pattern": f"^{NAME}$"}, {"type": ["string", "null"]}
+    function = {
+        "type": "object",
+        "properties": {"name": name, "arguments": {"type": ["string", "null"]}},
+        "required": ["name"],
+    }
+    call = {
+        "type": "object",
+        "properties": {
+            "id": {"type": "string"},
+            "type": {"enum": ["function", None]},
+            "function": function,
+        },
+        "required": ["id", "function"],
+    }
+    for part in (function, call):
+        _add_no_ops(part, "call")
+    of_assistant = {"type": ["array", "null"], "items": call, "maxItems": MAX_CALLS}
+    schemas["Message"]["properties"] |= {"tool_calls": of_assistant, "tool_call_id": text}
+    schemas["Message"]["allOf"] = [
+        _if_role(("tool",), {"tool_call_id": {"type": "string"}}, required=["tool_call_id"]),
+        _if_role(("system", "developer", "user", "assistant"), {"tool_call_id": {"const": None}}),
+        _if_role(("system", "developer", "user", "tool"), {"tool_calls": {"enum": [None, []]}}),
+    ]
+
+
+def _if_role(roles: tuple[str, ...], properties: dict[str, Any], **more: Any) -> dict[str, Any]:
+    condition = {"properties": {"role": {"enum": [*roles]}}}
+    return {"if": condition, "then": {"properties": properties, **more}}
+
+
+def _add_no_ops(schema: dict[str, Any], kind: Kind | NoOps) -> None:
     schema["properties"] = {**no_op_schemas(kind), **schema["properties"]}
     schema["additionalProperties"] = {"type": "null"}

@@ -8,6 +8,7 @@ from typing import Any
 
 from llama_jax.serve.protocol.field_readers import MAX_VARIABLE_CHARACTERS
 from llama_jax.serve.protocol.limits import LIMITS
+from llama_jax.serve.protocol.responses import LOGPROBS
 
 Schema = dict[str, Any]
 _NULL: Schema = {"type": "null"}
@@ -44,10 +45,11 @@ def add_rules(schemas: dict[str, Schema], limits: Limits) -> None:
     """Adds the rules and the limits to the schemas of requests."""
     schemas["TokenId"] = {"type": "integer", "minimum": 0, "maximum": limits.vocab_size - 1}
     prompts = min(LIMITS.prompts, limits.room)
-    for name in ("CompletionRequest", "ChatRequest"):
+    for name in ("CompletionRequest", "ChatRequest", "ResponsesRequest"):
         fields = schemas[name]["properties"]
-        _value(fields["n"])["maximum"] = min(LIMITS.choices, limits.room)
-        for limit in ("max_tokens", "max_completion_tokens"):
+        if "n" in fields:
+            _value(fields["n"])["maximum"] = min(LIMITS.choices, limits.room)
+        for limit in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
             if limit in fields and "enum" not in fields[limit]:
                 _value(fields[limit])["maximum"] = limits.max_model_len - 1
         for ids in ("stop_token_ids", "allowed_token_ids"):
@@ -95,6 +97,13 @@ def add_rules(schemas: dict[str, Schema], limits: Limits) -> None:
         _rule({"top_logprobs": {"type": "integer", "minimum": 1}}, {"logprobs": _TRUE}),
         _ONE_ENDING,
     ]
+    schemas["ResponsesRequest"]["allOf"] = [
+        options,
+        _rule(
+            {"top_logprobs": {"type": "integer", "minimum": 1}},
+            {"include": {**_array(), "contains": {"const": LOGPROBS}}},
+        ),
+    ]
     schemas["TokenizeRequest"]["oneOf"] = [
         _has({"prompt": {"type": "string"}}) | {"not": _has({"messages": _array()})},
         _has({"messages": _array()}) | {"not": _has({"prompt": {"type": "string"}})},
@@ -107,11 +116,12 @@ def add_rules(schemas: dict[str, Schema], limits: Limits) -> None:
                 ("add_generation_prompt", _TRUE),
                 ("continue_final_message", _TRUE),
                 ("chat_template_kwargs", {"type": "object", "minProperties": 1}),
+                ("tools", {**_array(), "minItems": 1}),
             )
         ),
     ]
     schemas["Message"]["anyOf"] = [
-        {"properties": {"role": {"const": "assistant"}}},
+        {"properties": {"role": {"enum": ["assistant", "tool"]}}},
         _has({"content": {"not": _NULL}}),
     ]
 

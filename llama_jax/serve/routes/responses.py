@@ -7,9 +7,10 @@ from starlette.routing import Route
 from llama_jax.serve.errors import ApiError
 from llama_jax.serve.generation.respond import generate, make_job
 from llama_jax.serve.generation.responses_format import ResponsesFormat
+from llama_jax.serve.generation.tool_use import tool_use
 from llama_jax.serve.protocol.request_body import read
 from llama_jax.serve.protocol.responses import ResponsesRequest
-from llama_jax.serve.routes.tokenization import encode_messages
+from llama_jax.serve.routes.tokenization import encode_messages, sampling_params
 from llama_jax.serve.served_model import ServedModel
 
 
@@ -21,14 +22,17 @@ def responses_routes(served: ServedModel) -> list[Route]:
         body = await read(ResponsesRequest, request)
         served.check_available()
         served.check_name(body.model)
+        served.admission.check(1, 1)
+        tools = tool_use(served, body)
+        definitions = None if tools is None else tools.definitions
         try:
-            prompt = await encode_messages(served, body.messages)
+            prompt = await encode_messages(served, body.messages, tools=definitions)
         except ApiError as error:
             error.param = "input"
             raise
-        [params] = body.sampling_params(served.defaults)
-        job = make_job("input", [prompt], [params], body, arrived)
-        format = ResponsesFormat(served.tokenizer, served.name, body, params, len(prompt))
+        params = await sampling_params(served, body, tools)
+        job = make_job("input", [prompt], params, body, arrived, tools)
+        format = ResponsesFormat(served.tokenizer, served.name, body, params[0], len(prompt))
         return await generate(served, request, job, whole=format.whole, events=format.events)
 
     async def stored(request: Request) -> Response:

@@ -1,6 +1,7 @@
 """Text to token ids and back: for the routes that generate, and for clients."""
 
 import dataclasses
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -8,6 +9,7 @@ from starlette.routing import Route
 
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.serve.errors import ApiError
+from llama_jax.serve.generation.tool_use import ToolUse
 from llama_jax.serve.protocol.chat import ChatRequest
 from llama_jax.serve.protocol.generation import GenerationRequest
 from llama_jax.serve.protocol.messages import Message
@@ -17,6 +19,7 @@ from llama_jax.serve.served_model import ServedModel
 from llama_jax.serve.transport.json_response import JsonResponse
 from llama_jax.text.bad_words import bad_word_tokens
 from llama_jax.text.chat_template import NEXT_ANSWER, ChatOptions
+from llama_jax.text.conversation import map_strings
 from llama_jax.text.errors import ChatVariableError
 from llama_jax.text.tokenizer import Tokenizer, TokenizerError
 
@@ -29,7 +32,11 @@ def tokenization_routes(served: ServedModel) -> list[Route]:
         served.check_name(body.model)
         if body.messages is not None:
             ids = await encode_messages(
-                served, body.messages, chat_options(body), body.add_special_tokens is True
+                served,
+                body.messages,
+                chat_options(body),
+                body.add_special_tokens is True,
+                tools=[tool.definition for tool in body.tools or ()],
             )
         else:
             ids = await encode_prompt(
@@ -110,6 +117,7 @@ async def encode_messages(
     options: ChatOptions = NEXT_ANSWER,
     add_bos: bool = False,
     keep: int | None = None,
+    tools: list[dict[str, Any]] | None = None,
 ) -> list[int]:
     """Encodes a conversation.
 
@@ -119,15 +127,20 @@ async def encode_messages(
       options: how to render it.
       add_bos: whether to add BOS in front of what the template writes.
       keep: the number of its last tokens to keep; None for all.
+      tools: the definitions of the tools that the model may call.
 
     Raises:
       ApiError: it is too long, or it cannot be encoded.
     """
     if keep is None:
-        served.check_text_length([message.content for message in messages], "messages")
-    chat = [{"role": message.role, "content": message.content} for message in messages]
+        texts = [text for message in messages for text in message.texts]
+        map_strings(tools, texts.append)
+        served.check_text_length(texts, "messages")
+    chat = [message.turn for message in messages]
     try:
-        ids = await served.in_thread(served.tokenizer.encode_chat, chat, options, add_bos)
+        ids = await served.in_thread(
+            served.tokenizer.encode_chat, chat, options, add_bos, tools or None
+        )
     except ChatVariableError as error:
         param = f"chat_template_kwargs.{error.name}"[:100]
         raise ApiError(400, str(error), param=param, code="invalid_value") from error
@@ -136,13 +149,21 @@ async def encode_messages(
     return _last(ids, keep)
 
 
-async def sampling_params(served: ServedModel, body: GenerationRequest) -> list[SamplingParams]:
+async def sampling_params(
+    served: ServedModel, body: GenerationRequest, tools: ToolUse | None = None
+) -> list[SamplingParams]:
     """Returns the parameters of each choice for one prompt, not yet checked.
+
+    Args:
+      served: the model.
+      body: the request.
+      tools: those that the model may call.
 
     Raises:
       ApiError: the answers cannot have the form that is asked for, or a bad word cannot be encoded.
     """
-    grammar = await served.grammars.grammar(body.wanted_grammar)
+    wanted = body.wanted_grammar if tools is None else tools.wanted_grammar
+    grammar = await served.grammars.grammar(wanted)
     params = body.sampling_params(served.defaults, grammar)
     if not body.bad_words:
         return params

@@ -3,9 +3,10 @@
 import assert from "node:assert/strict";
 import { createOpenAI } from "@ai-sdk/openai";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
-import { APICallError, generateText, streamText } from "ai";
+import { APICallError, Output, generateText, stepCountIs, streamText, tool } from "ai";
+import { z } from "zod";
 
-const [url, endless, failing, pausing] = process.argv.slice(2);
+const [url, endless, failing, pausing, calling] = process.argv.slice(2);
 const TEXT = "Hello, 😀!";
 const openai = (address, apiKey = "sesame") =>
   createOpenAI({ baseURL: `${address}/v1`, apiKey });
@@ -78,4 +79,31 @@ for (const [name, model] of Object.entries(kinds)) {
     (error) => error.statusCode === 429 && error.isRetryable,
   );
   console.log(name);
+}
+
+// Tools and objects, which completions do not have.
+const tools = {
+  get_weather: tool({
+    description: "Tells the weather.",
+    inputSchema: z.object({ city: z.string(), days: z.array(z.number()) }),
+    execute: async (input) => `21 degrees in ${input.city}`,
+  }),
+};
+for (const name of ["openai.chat", "openai.responses", "compatible.chatModel"]) {
+  const model = kinds[name](calling);
+  const given = { model, prompt: "Hi", tools, stopWhen: stepCountIs(3), providerOptions };
+  const whole = await generateText(given);
+  const streamed = streamText(given);
+  await streamed.consumeStream();
+  for (const { text, steps } of [whole, { text: await streamed.text, steps: await streamed.steps }]) {
+    assert.equal(text, "It has 21 degrees.");
+    assert.equal(steps.length, 2);
+    assert.deepEqual(steps[0].toolCalls[0].input, { city: "Paris", days: [1, 2] });
+  }
+  const schema = z.object({ city: z.string() });
+  const object = await generateText({
+    model, prompt: "Hi", output: Output.object({ schema }), providerOptions,
+  });
+  assert.deepEqual(object.output, { city: "Paris" });
+  console.log(name, "with tools");
 }

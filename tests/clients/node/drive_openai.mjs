@@ -1,16 +1,31 @@
-// Drives the server with the openai package. Arguments: the addresses of four servers that answer
-// "Hello, 😀!". The second never ends, the third fails after two tokens, and the fourth sends comments
-// before each token.
+// Drives the server with the openai package. Arguments: the addresses of five servers. The first four
+// answer "Hello, 😀!": the second never ends, the third fails after two tokens, and the fourth sends
+// comments before each token. The fifth calls get_weather and answers when it has the result, or with
+// an object where a format is asked for.
 import assert from "node:assert/strict";
 import OpenAI from "openai";
+import { zodResponseFormat, zodTextFormat } from "openai/helpers/zod";
+import { z } from "zod";
 
-const [url, endless, failing, pausing] = process.argv.slice(2);
+const [url, endless, failing, pausing, calling] = process.argv.slice(2);
 const connect = (address, options = {}) =>
   new OpenAI({ baseURL: `${address}/v1`, apiKey: "sesame", maxRetries: 0, ...options });
 const client = connect(url);
 const model = "tiny";
 const messages = [{ role: "user", content: "Hi" }];
 const TEXT = "Hello, 😀!";
+const ANSWER = "It has 21 degrees.";
+const OBJECT = { city: "Paris" };
+const ARGUMENTS = { city: "Paris", days: [1, 2] };
+const GET_WEATHER = {
+  name: "get_weather",
+  description: "Tells the weather.",
+  parameters: {
+    type: "object",
+    properties: { city: { type: "string" }, days: { type: "array", items: { type: "integer" } } },
+    required: ["city"],
+  },
+};
 
 const steps = {
   async models() {
@@ -98,6 +113,61 @@ const steps = {
     assert.equal(text, TEXT);
     const response = await slow.responses.stream({ model, input: "Hi" }).finalResponse();
     assert.equal(response.output[0].content[0].text, TEXT);
+  },
+
+  async toolsInChats() {
+    const weather = connect(calling);
+    const given = { model, messages, tools: [{ type: "function", function: GET_WEATHER }] };
+    const { message, finish_reason } = (await weather.chat.completions.create(given)).choices[0];
+    assert.equal(finish_reason, "tool_calls");
+    assert.equal(message.content, null);
+    assert.deepEqual(JSON.parse(message.tool_calls[0].function.arguments), ARGUMENTS);
+    const stream = weather.chat.completions.stream(given);
+    const streamed = await stream.finalMessage();
+    assert.deepEqual(JSON.parse(streamed.tool_calls[0].function.arguments), ARGUMENTS);
+    for (const stream of [false, true]) {
+      const asked = [];
+      const callable = { ...GET_WEATHER, parse: JSON.parse, function: (args) => {
+        asked.push(args);
+        return "21";
+      } };
+      const runner = weather.chat.completions.runTools({
+        model, messages, stream, tools: [{ type: "function", function: callable }],
+      });
+      assert.equal(await runner.finalContent(), ANSWER);
+      assert.deepEqual(asked, [ARGUMENTS]);
+    }
+  },
+
+  async toolsInResponses() {
+    const weather = connect(calling);
+    const tools = [{ type: "function", strict: false, ...GET_WEATHER }];
+    const input = [{ role: "user", content: "Hi" }];
+    const { output } = await weather.responses.create({ model, input, tools });
+    assert.equal(output[0].type, "function_call");
+    assert.deepEqual(JSON.parse(output[0].arguments), ARGUMENTS);
+    const result = { type: "function_call_output", call_id: output[0].call_id, output: "21" };
+    const answer = await weather.responses.create({
+      model, input: [...input, ...output, result], tools,
+    });
+    assert.equal(answer.output_text, ANSWER);
+    let written = "";
+    const stream = weather.responses.stream({ model, input, tools });
+    stream.on("response.function_call_arguments.delta", ({ delta }) => { written += delta; });
+    const streamed = await stream.finalResponse();
+    assert.equal(written, streamed.output[0].arguments);
+    assert.deepEqual(JSON.parse(written), ARGUMENTS);
+  },
+
+  async formats() {
+    const weather = connect(calling);
+    const format = zodTextFormat(z.object({ city: z.string() }), "place");
+    const response = await weather.responses.parse({ model, input: "Hi", text: { format } });
+    assert.deepEqual(response.output_parsed, OBJECT);
+    const chat = await weather.chat.completions.parse({
+      model, messages, response_format: zodResponseFormat(z.object({ city: z.string() }), "place"),
+    });
+    assert.deepEqual(chat.choices[0].message.parsed, OBJECT);
   },
 
   async aborts() {

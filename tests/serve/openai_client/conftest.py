@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from llama_jax.config.sampling_params import SamplingParams
-from tests.support.fake_client import FakeServer, make_info
+from tests.support.fake_client import FakeServer
 from tests.support.listening import listening
 
 TEXT = "Hello, 😀!"
@@ -26,9 +26,10 @@ def address_and_server() -> Iterator[tuple[str, FakeServer]]:
 def server(address_and_server) -> Iterator[FakeServer]:
     server = address_and_server[1]
     server.engine.requests.clear()
+    info = server.engine.info
     yield server
     server.engine.fail_after, server.engine.cached_tokens = None, 0
-    server.engine.info = make_info()
+    server.engine.info = info
     server.engine.max_in_flight, server.engine.running, server.engine.aborted = 8, 0, 0
 
 

@@ -120,6 +120,24 @@ def test_the_helper_for_streams(client):
         assert stream.get_final_completion().choices[0].message.content == TEXT
 
 
+class Answer(openai.BaseModel):
+    a: int
+    text: str
+
+
+def test_parsed_answers(client, async_client, runner, server, monkeypatch):
+    script = server.tokenizer.encode('{"a": 5, "text": "Hi"}<|eot_id|>', add_bos=False)
+    monkeypatch.setattr(server.engine, "script", script)
+    given = dict(model="tiny", messages=user("Hi"), response_format=Answer)
+    parsed = client.chat.completions.parse(**given).choices[0].message.parsed
+    assert (parsed.a, parsed.text) == (5, "Hi")
+    assert '"integer"' in server.engine.requests[-1][1].grammar
+    answer = runner.run(async_client.chat.completions.parse(**given))
+    assert answer.choices[0].message.parsed == parsed
+    with client.chat.completions.stream(**given) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed == parsed
+
+
 def test_raw_responses(client):
     raw = client.chat.completions.with_raw_response.create(model="tiny", messages=user("Hi"))
     assert raw.headers["content-type"] == "application/json"

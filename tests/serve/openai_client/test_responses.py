@@ -112,6 +112,32 @@ def test_parse(client, async_client, runner):
     assert runner.run(async_client.responses.parse(model="tiny", input="Hi")).output_text == TEXT
 
 
+class Answer(openai.BaseModel):
+    a: int
+    text: str
+
+
+def test_parsed_answers(client, async_client, runner, server, monkeypatch):
+    script = server.tokenizer.encode('{"a": 5, "text": "Hi"}<|eot_id|>', add_bos=False)
+    monkeypatch.setattr(server.engine, "script", script)
+    parsed = client.responses.parse(model="tiny", input="Hi", text_format=Answer)
+    assert (parsed.output_parsed.a, parsed.output_parsed.text) == (5, "Hi")
+    assert parsed.text.format.schema_["required"] == ["a", "text"]
+    grammar = server.engine.requests[-1][1].grammar
+    assert '"text"' in grammar and '"integer"' in grammar
+    given = dict(model="tiny", input="Hi", text_format=Answer)
+    assert runner.run(async_client.responses.parse(**given)).output_parsed == parsed.output_parsed
+    with client.responses.stream(**given) as stream:
+        done = [event for event in stream if event.type == "response.output_text.done"]
+        assert stream.get_final_response().output_parsed == done[0].parsed == parsed.output_parsed
+
+
+def test_formats_of_text(create, params_of):
+    for format in ({"type": "json_object"}, {"type": "json_schema", "name": "a", "schema": {}}):
+        final(create(RESPONSES, input="Hi", text={"format": format}))
+        assert params_of("grammar")["grammar"]
+
+
 def test_nothing_is_stored(client, create):
     response = client.responses.create(model="tiny", input="Hi")
     for call in (client.responses.retrieve, client.responses.delete, client.responses.cancel):
