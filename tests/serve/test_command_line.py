@@ -183,9 +183,7 @@ def declared(tmp_path, **generation) -> CheckpointConfig:
 
 def test_defaults_come_from_the_checkpoint_another_directory_or_nothing(tmp_path):
     checkpoint = declared(tmp_path, do_sample=True, temperature=0.6, top_p=0.9)
-    assert sampling_defaults(checkpoint, "auto", {}) == SamplingParams(
-        temperature=0.6, top_p=0.9
-    )
+    assert sampling_defaults(checkpoint, "auto", {}) == SamplingParams(temperature=0.6, top_p=0.9)
     assert sampling_defaults(checkpoint, "vllm", {}) == SamplingParams()
     (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 7}))
     assert sampling_defaults(checkpoint, str(tmp_path), {}).top_k == 7
