@@ -183,21 +183,19 @@ def declared(tmp_path, **generation) -> CheckpointConfig:
 
 def test_defaults_come_from_the_checkpoint_another_directory_or_nothing(tmp_path):
     checkpoint = declared(tmp_path, do_sample=True, temperature=0.6, top_p=0.9)
-    assert sampling_defaults(checkpoint, "auto", {}, None) == SamplingParams(
-        temperature=0.6, top_p=0.9
-    )
-    assert sampling_defaults(checkpoint, "vllm", {}, None) == SamplingParams()
+    assert sampling_defaults(checkpoint, "auto", {}) == SamplingParams(temperature=0.6, top_p=0.9)
+    assert sampling_defaults(checkpoint, "vllm", {}) == SamplingParams()
     (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 7}))
-    assert sampling_defaults(checkpoint, str(tmp_path), {}, None).top_k == 7
+    assert sampling_defaults(checkpoint, str(tmp_path), {}).top_k == 7
     with pytest.raises(DefaultsError, match="--generation-config"):
-        sampling_defaults(checkpoint, str(tmp_path / "nowhere"), {}, None)
+        sampling_defaults(checkpoint, str(tmp_path / "nowhere"), {})
 
 
-def test_overrides_and_the_seed_come_first(tmp_path):
+def test_overrides_come_first(tmp_path):
     checkpoint = declared(tmp_path, do_sample=True, temperature=0.6)
     given = {"temperature": 0, "top_k": -1, "presence_penalty": 1.5}
-    made = sampling_defaults(checkpoint, "auto", given, 7)
-    assert made == SamplingParams(temperature=0, top_k=0, presence_penalty=1.5, seed=7)
+    made = sampling_defaults(checkpoint, "auto", given)
+    assert made == SamplingParams(temperature=0, top_k=0, presence_penalty=1.5)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +203,7 @@ def test_overrides_and_the_seed_come_first(tmp_path):
 )
 def test_a_wrong_override_names_its_flag(overrides, tmp_path):
     with pytest.raises(DefaultsError, match="--override-generation-config"):
-        sampling_defaults(declared(tmp_path), "vllm", overrides, None)
+        sampling_defaults(declared(tmp_path), "vllm", overrides)
 
 
 # Quantization
