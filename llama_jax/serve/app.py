@@ -26,7 +26,6 @@ def create_app(served: ServedModel, root_path: str = "") -> Starlette:
     limits = Limits(
         info.vocab_size,
         info.max_model_len,
-        served.engine.max_in_flight,
         served.tokenizer.chat_variables,
     )
     app = Starlette(

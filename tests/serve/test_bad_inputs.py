@@ -179,15 +179,8 @@ def test_a_model_is_a_name_from_a_list(server, outbound, name):
 @pytest.mark.parametrize(
     "path",
     [
-        *(
-            "/page",
-            "/page/..",
-            "/v1",
-            "/v1/",
-            "/v1/completion",
-            "/v1/completions/",
-            "//v1/completions",
-        ),
+        *("/page", "/page/%2e%2e", "/v1", "/v1/", "/v1/completion", "/v1/completions/"),
+        "//v1/completions",
         *("/v1/models/..%2f..%2fetc%2fpasswd", "/v1/models/%00"),
         *("/v1/embeddings", "/v1/engines", "/v1/files", "/admin", "/.env", "/docs", "/redoc"),
         *("/static/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/health/x", "/METRICS"),

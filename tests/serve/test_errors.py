@@ -295,7 +295,7 @@ def test_an_unknown_model_is_not_found(server):
     refused(server.get("/v1/models/other"), 404, code="model_not_found")
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/completions/", "/docs", "/%ff%00", "/v2/x"])
+@pytest.mark.parametrize("path", ["/v1", "/v1/completions/", "/docs", "/%ff%00", "/v2/x"])
 def test_unknown_paths_are_not_found(server, path):
     refused(server.get(path), 404, code="not_found")
 

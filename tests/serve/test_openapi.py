@@ -5,6 +5,7 @@ import asyncio
 import jsonschema
 import pytest
 
+from llama_jax.serve.protocol.responses import LOGPROBS
 from llama_jax.serve.protocol.responses_types import EVENTS
 from tests.support.fake_client import FakeServer, events, named_events, user
 
@@ -247,6 +248,14 @@ def test_the_server_accepts_what_it_describes(server, document, name, value):
         (CHAT, {"messages": user("x"), "chat_template_kwargs": {}}),
         (CHAT, {"messages": user("x"), "chat_template_kwargs": {"date_string": "x"}}),
         (CHAT, {"messages": user("x"), "chat_template_kwargs": {"date_string": None}}),
+        (RESPONSES, {"input": "x", "stream_options": {}}),
+        (RESPONSES, {"input": "x", "top_logprobs": 1}),
+        (RESPONSES, {"input": "x", "top_logprobs": 1, "include": [LOGPROBS]}),
+        (RESPONSES, {"input": "x", "max_output_tokens": 200}),
+        (RESPONSES, {"input": "x", "stop_token_ids": [320]}),
+        (RESPONSES, {"input": "x", "priority": 1, "timeout": 9, "bad_words": ["x"]}),
+        (RESPONSES, {"input": "x", "n": 1}),
+        ("/tokenize", {"prompt": "x", "tools": [{"type": "function", "function": {"name": "f"}}]}),
         ("/tokenize", {"prompt": "x", "messages": None}),
         ("/tokenize", {"prompt": "x", "messages": user("x")}),
         ("/tokenize", {"prompt": None}),

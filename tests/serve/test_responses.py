@@ -238,13 +238,30 @@ def test_the_output_can_be_sent_back(server):
         ({"include": [LOGPROBS]}, {"logprobs": 0}),
         ({"include": [LOGPROBS], "top_logprobs": 4}, {"logprobs": 4}),
         ({"top_logprobs": 0}, {"logprobs": None}),
-        ({"cache_salt": "mine"}, {"cache_salt": "mine"}),
+        ({"cache_salt": "mine", "priority": 3}, {"cache_salt": "mine", "priority": 3}),
+        (
+            {"typical_p": 0.5, "skip_special_tokens": False},
+            {"typical_p": 0.5, "skip_special_tokens": False},
+        ),
+        ({"include_stop_str_in_output": True, "timeout": 9}, {"include_stop_str_in_output": True}),
     ],
 )
 def test_parameters_reach_the_engine(server, fields, expected):
     respond(server, **fields)
     params = server.engine.requests[-1][1]
     assert {name: getattr(params, name) for name in expected} == expected
+
+
+def test_bad_words_reach_the_engine(server):
+    respond(server, bad_words=["x"])
+    assert server.engine.requests[-1][1].bad_words
+
+
+def test_a_timeout_ends_a_response():
+    server = FakeServer("Hello!")
+    server.engine.hold.clear()
+    response = server.post(RESPONSES, {"input": "Hi", "timeout": 0.01})
+    assert response.status_code == 504 and error_of(response)
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}

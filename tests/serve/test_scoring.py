@@ -167,7 +167,7 @@ class Answers(FakeServer):
         super().__init__("abcdefgh", max_in_flight=len(logprobs))
         script, asked = self.engine.script, []
 
-        async def generate(prompt, params: SamplingParams, *, on_token=lambda: None):
+        async def generate(prompt, params: SamplingParams, on_token, deadline):
             number = len(asked)
             asked.append(params)
             on_token()

@@ -134,7 +134,7 @@ def test_an_answer_that_cannot_go_on_is_an_error_of_the_request(monkeypatch):
     """Not of the server, whether it is noticed before the first token or after it."""
     server = FakeServer()
 
-    async def generate(prompt, params, on_token=lambda: None):
+    async def generate(prompt, params, on_token, deadline):
         for _ in range(params.max_tokens):
             yield Output(0, 5)
         yield Output(0, None, "error", "No token is left.", param="grammar")

@@ -110,6 +110,15 @@ def test_text_and_calls(answer, fields, text, calls, stream):
     assert reason == ("tool_calls" if calls else "stop")
 
 
+def test_a_call_is_found_among_special_tokens_that_are_shown():
+    server = server_that_says(CALL)
+    fields = {"skip_special_tokens": False, "include_stop_str_in_output": True, "timeout": 9}
+    body = ok(server.post(CHAT, {"messages": user("Hi"), "tools": [ADD], **fields})).json()
+    [choice] = body["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert [each["function"]["name"] for each in choice["message"]["tool_calls"]] == ["add"]
+
+
 def test_after_a_single_call_nothing_more_is_generated():
     server = server_that_says(f"{CALL}; {CALL}")
     server.chat(tools=[ADD], parallel_tool_calls=False)
@@ -166,6 +175,9 @@ def test_the_prompt_has_tools_calls_and_results():
     order = ["Adds two numbers.", "1 + 2?", CALL, "<|start_header_id|>ipython", "three"]
     assert sorted(order, key=prompt.index) == order
     assert "Adds" not in prompt_of(server, messages, tools=[ADD], tool_choice="none")
+    assert prompt.endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
+    ended = prompt_of(server, messages, tools=[ADD], add_generation_prompt=False)
+    assert "Adds" in ended and prompt.startswith(ended) and ended.endswith("<|eot_id|>")
     body = {"messages": messages, "tools": [ADD]}
     tokens = ok(server.post("/tokenize", body)).json()["tokens"]
     assert server.tokenizer.decode(tokens, False) == prompt

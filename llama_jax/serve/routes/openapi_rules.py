@@ -31,24 +31,21 @@ class Limits:
     Attributes:
       vocab_size: one more than the largest token id.
       max_model_len: maximum number of tokens of a prompt and its answer.
-      room: maximum number of sequences that run or wait at once.
       variables: those of the chat template that a request may set.
     """
 
     vocab_size: int
     max_model_len: int
-    room: int
     variables: frozenset[str] = frozenset()
 
 
 def add_rules(schemas: dict[str, Schema], limits: Limits) -> None:
     """Adds the rules and the limits to the schemas of requests."""
     schemas["TokenId"] = {"type": "integer", "minimum": 0, "maximum": limits.vocab_size - 1}
-    prompts = min(LIMITS.prompts, limits.room)
     for name in ("CompletionRequest", "ChatRequest", "ResponsesRequest"):
         fields = schemas[name]["properties"]
         if "n" in fields:
-            _value(fields["n"])["maximum"] = min(LIMITS.choices, limits.room)
+            _value(fields["n"])["maximum"] = LIMITS.choices
         for limit in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
             if limit in fields and "enum" not in fields[limit]:
                 _value(fields[limit])["maximum"] = limits.max_model_len - 1
@@ -69,9 +66,9 @@ def add_rules(schemas: dict[str, Schema], limits: Limits) -> None:
     schemas["CompletionRequest"]["properties"]["prompt"] = {
         "anyOf": [
             text,
-            {"type": "array", "items": text, "minItems": 1, "maxItems": prompts},
+            {"type": "array", "items": text, "minItems": 1, "maxItems": LIMITS.prompts},
             tokens,
-            {"type": "array", "items": tokens, "minItems": 1, "maxItems": prompts},
+            {"type": "array", "items": tokens, "minItems": 1, "maxItems": LIMITS.prompts},
         ]
     }
     schemas["DetokenizeRequest"]["properties"]["tokens"]["items"] = {"$ref": TOKEN_ID}
