@@ -246,8 +246,9 @@ class Trial:
             left = s.prefill_until - s.next_position
             if sizes.max_chunk == sizes.tile and packet.tiles and self.tick % 2:
                 continue
-            if any(self.rank(tile.sequence) < self.rank(s) for tile in packet.tiles):
-                continue  # a short prompt that is more important
+            ahead = [*(t.sequence for t in packet.tiles), *self.scheduler.prefilling]
+            if any(self.rank(other) < self.rank(s) for other in ahead):
+                continue  # a short prompt that is more important goes first, or waits for a row
             end = s.next_position + min(left, sizes.max_chunk)
             no_pages = -(-end // sizes.page_size) - len(s.pages) > free_before - taken
             no_row = left <= sizes.max_chunk and room <= 0
