@@ -18,11 +18,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.config import LlamaConfig
+from llama_jax.engine.bit_mask import make_mask
 from llama_jax.model import Llama
 from llama_jax.model.adjustments import HISTORY_CHUNK, encode_adjustments
 from llama_jax.model.logprobs import Logprobs
 from llama_jax.model.sampling import encode_controls
-from llama_jax.model.token_masks import encode_masks
+from llama_jax.model.token_masks import capacities, encode_masks
 from llama_jax.ring.choosing import (
     adjusted_step,
     history_shape,
@@ -155,13 +156,10 @@ class Executor:
         self._finish(output.tokens)
         kept, raw = state.tokens, output.logits
         if choice.masks is not None:
-            masks = encode_masks(
-                self.sizes.num_segments(bucket),
-                choice.masks,
-                self.config.vocab_size,
-                self.mesh.size,
-            )
-            kept, output = self._finish(self._mask(kept, output, masks))
+            n = self.sizes.num_segments(bucket)
+            room = next(size for size in capacities(n) if size >= len(choice.masks))
+            args = encode_masks(n, choice.masks, self.config.vocab_size, self.mesh.size, room)
+            kept, output = self._finish(self._mask(kept, output, *args))
         tokens = output.tokens
         if choice.adjustments is not None:
             controls = choice.controls
@@ -242,8 +240,10 @@ class Executor:
             packed = encode_packet(self.sizes, bucket, tables, [], [], [])
             n = self.sizes.num_segments(bucket)
             controls = encode_controls(n, [])
-            everything = Choice(controls, encode_adjustments(n, []), [], logprobs=True)
-            for choice in (Choice(controls), everything):
+            choices = [Choice(controls), Choice(controls, encode_adjustments(n, []), logprobs=True)]
+            mask = make_mask(self.config.vocab_size, [0])
+            choices += [Choice(masks=[(0, mask)] * room) for room in capacities(n)]
+            for choice in choices:
                 jax.block_until_ready(self.run(bucket, packed, choice).tokens)
         self.set_history(0, [0], [])
         if self.sizes.max_chunk:

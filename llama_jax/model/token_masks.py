@@ -17,48 +17,56 @@ from sharding.partition import round_up
 _WORD = 32  # bits
 
 
+def capacities(n: int) -> tuple[int, ...]:
+    """How many masks the programs for packets of n rows take: a quarter of the rows, or all."""
+    return tuple(sorted({-(-n // 4), n}))
+
+
 def encode_masks(
-    n: int, rows: Sequence[tuple[int, np.ndarray]], vocab_size: int, ranks: int
-) -> np.ndarray:
-    """Packs the masks of a packet into one array.
+    n: int, masks: Sequence[tuple[int, np.ndarray]], vocab_size: int, ranks: int, capacity: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Packs the masks of a packet.
 
     Args:
-      n: number of rows.
-      rows: (row, mask `[V / 32]` int32, the lowest bit first) of each row that has one.
+      n: number of rows of the packet.
+      masks: (row, mask `[V / 32]` int32, the lowest bit first) of each row that has one.
       vocab_size: V.
       ranks: the devices that the vocabulary is split over.
+      capacity: k, the number of masks to make room for.
 
     Returns:
-      `[n, ranks * W]` int32, where W words hold the bits of V' / ranks tokens. The second axis is
-      split over the ranks. Rows without a mask allow every token.
+      The rows `[k]` int32, n where there is no mask, and the masks `[k, ranks * W]` int32, where W
+      words hold the bits of V' / ranks tokens. The last axis is split over the ranks.
     """
     size = round_up(vocab_size, ranks) // ranks
     width = -(-size // _WORD)
-    packed = np.full((n, ranks * width), -1, np.int32)
-    for row, mask in rows:
+    rows = np.full(capacity, n, np.int32)
+    packed = np.full((capacity, ranks * width), -1, np.int32)
+    for i, (row, mask) in enumerate(masks):
+        rows[i] = row
         if size % _WORD == 0:
-            packed[row, : len(mask)] = mask
+            packed[i, : len(mask)] = mask
         else:  # a rank's part begins inside a word
             bits = np.zeros(ranks * size, np.uint8)
             bits[:vocab_size] = np.unpackbits(
                 mask.view(np.uint8), count=vocab_size, bitorder="little"
             )
             parts = np.pad(bits.reshape(ranks, size), ((0, 0), (0, width * _WORD - size)))
-            packed[row] = np.packbits(parts, bitorder="little").view(np.int32)
-    return packed
+            packed[i] = np.packbits(parts, bitorder="little").view(np.int32)
+    return rows, packed
 
 
 def apply_masks(logits: jax.Array, packed: jax.Array) -> jax.Array:
     """Sets the logits of tokens that are not allowed to -inf. NaN stays, so that it is noticed.
 
     Args:
-      logits: `[n, V' / ranks]` float32, this rank's share.
-      packed: `[n, W]` int32, likewise, from `encode_masks`.
+      logits: `[k, V' / ranks]` float32, this rank's share.
+      packed: `[k, W]` int32, likewise, from `encode_masks`.
 
     Returns:
-      `[n, V' / ranks]` float32.
+      `[k, V' / ranks]` float32.
     """
     with jax.named_scope("mask"):
-        bits = (packed[:, :, None] >> jnp.arange(_WORD)) & 1  # [n, W, 32]
+        bits = (packed[:, :, None] >> jnp.arange(_WORD)) & 1  # [k, W, 32]
         allowed = bits.reshape(len(packed), -1)[:, : logits.shape[1]] == 1
         return jnp.where(allowed | jnp.isnan(logits), logits, -jnp.inf)

@@ -37,8 +37,8 @@ SampleStep = Callable[[jax.Array, StepOutput, Any], tuple[jax.Array, jax.Array]]
 AdjustedStep = Callable[
     [jax.Array, jax.Array, StepOutput, Any, Any], tuple[jax.Array, jax.Array, jax.Array]
 ]
-# (tokens of State, output of the step, packed masks) -> (tokens of State, output)
-MaskStep = Callable[[jax.Array, StepOutput, Any], tuple[jax.Array, StepOutput]]
+# (tokens of State, output of the step, rows, packed masks) -> (tokens of State, output)
+MaskStep = Callable[[jax.Array, StepOutput, Any, Any], tuple[jax.Array, StepOutput]]
 # (history, slot, tokens, whether they are the first, how many of them are of the prompt) -> history
 HistoryStep = Callable[[jax.Array, Any, Any, Any, Any], jax.Array]
 # (logits, chosen tokens) -> log-probabilities
@@ -95,17 +95,24 @@ def adjusted_step(mesh: Mesh, model_class: type[Llama] = Llama) -> AdjustedStep:
 def mask_step(mesh: Mesh, model_class: type[Llama] = Llama) -> MaskStep:
     """The jitted program for packets with a row that may not choose every token.
 
-    Replaces the output of the step by that of masked logits. Donates the tokens.
+    Replaces the logits and greedy choices of such rows. Donates the tokens.
     """
     sampler = model_class.sampler
 
-    def replace_output(tokens: jax.Array, output: StepOutput, masks: jax.Array) -> Any:
-        logits = apply_masks(output.logits, masks)
-        best = sampler.greedy(logits)
-        tokens = tokens.at[output.slots].set(best, mode="drop")
-        return tokens, StepOutput(logits, best, output.slots)
+    def replace_output(
+        tokens: jax.Array, output: StepOutput, rows: jax.Array, masks: jax.Array
+    ) -> Any:
+        # Only of the rows with a mask: over a large vocabulary the choice of a token takes longer.
+        masked = apply_masks(output.logits.at[rows].get(mode="clip"), masks)
+        best = sampler.greedy(masked)
+        slots = output.slots.at[rows].get(mode="fill", fill_value=len(tokens))
+        return tokens.at[slots].set(best, mode="drop"), StepOutput(
+            output.logits.at[rows].set(masked, mode="drop"),
+            output.tokens.at[rows].set(best, mode="drop"),
+            output.slots,
+        )
 
-    in_specs = (P(), _OUTPUT_SPEC, P(None, AXES))
+    in_specs = (P(), _OUTPUT_SPEC, P(), P(None, AXES))
     out_specs = (P(), _OUTPUT_SPEC)
     return MeshProgram(replace_output, mesh, in_specs, out_specs, name="mask_step", donate=(0,))
 
