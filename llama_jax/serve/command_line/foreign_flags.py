@@ -27,6 +27,20 @@ _ROWS: tuple[tuple[str, str], ...] = (
         "--download-dir --revision --tokenizer-revision --code-revision",
         "the server downloads nothing: give the directory of a checkpoint",
     ),
+    (
+        "--enable-auto-tool-choice --tool-call-parser --tool-parser-plugin",
+        "tools need no flag: calls in Llama 3.1's format are parsed",
+    ),
+    (
+        "--structured-outputs-config --guided-decoding-backend --grammar-backend",
+        "structured output needs no flag",
+    ),
+    ("--reasoning-parser", "Llama 3 has no reasoning apart from its answers"),
+    ("--max-logprobs", "a request may ask for up to 20 log-probabilities per token"),
+    (
+        "--enable-prompt-tokens-details --enable-force-include-usage",
+        "the usage has the cached tokens, and a stream has the usage if its request asks",
+    ),
     ("--trust-remote-code", "the server never runs code from a checkpoint"),
     ("--tokenizer --tokenizer-path --tokenizer-mode", "the server uses the checkpoint's tokenizer"),
     (
@@ -50,7 +64,10 @@ _ROWS: tuple[tuple[str, str], ...] = (
         "--cpu-offload-gb --swap-space",
         "the weights and the KV cache stay on the devices",
     ),
-    ("--scheduling-policy --schedule-policy", "requests are served in the order of their arrival"),
+    (
+        "--scheduling-policy --schedule-policy",
+        "requests run in the order of their field `priority`, and then of their arrival",
+    ),
     ("--speculative-config -sc --speculative-algorithm", "there is no speculative decoding"),
     ("--enable-lora --lora-modules --lora-paths --max-loras --max-lora-rank", "there is no LoRA"),
     ("--middleware", "the server runs no code but its own: put a proxy in front of it"),
