@@ -59,6 +59,7 @@ bench: .venv/installed-test  ## every measurement that runs on a CPU: one hour, 
 	.venv/bin/python -m bench.load_speed
 	.venv/bin/python -m bench.hostile_requests
 	.venv/bin/python -m bench.streaming
+	.venv/bin/python -m bench.structured_output
 
 demo: .venv/installed-test  ## retrain the demo checkpoint
 	.venv/bin/python demo/train.py

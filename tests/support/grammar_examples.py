@@ -11,7 +11,7 @@ WORDS = ["", "a", "name", "two words", 'q"uote', "back\\slash", "née", "日本"
 
 
 def random_schema(rng: np.random.Generator, depth: int = 3) -> dict[str, Any]:
-    """A schema whose valid texts are all short, apart from white space and digits."""
+    """A schema whose valid texts are all short, apart from white space."""
     scalars = [_text, _enum, _const, _integer, _number, _boolean, _null, _pattern, _format]
     nested = [_object, _array, _tuple, _any_of, _reference]
     kinds = nested * 2 + scalars if depth == 3 else nested + scalars if depth else scalars
@@ -39,8 +39,8 @@ def _integer(rng, depth):
 
 
 def _number(rng, depth):
-    low = float(rng.integers(-50, 50)) / 4
-    return {"type": "number", "minimum": low, "exclusiveMaximum": low + 10}
+    # Not bounds alone: a fraction may go on for ever, and a random model lets it.
+    return {"type": "number", "enum": [float(x) / 4 for x in rng.integers(-50, 50, 3)]}
 
 
 def _boolean(rng, depth):
@@ -56,7 +56,7 @@ def _pattern(rng, depth):
 
 
 def _format(rng, depth):
-    return {"type": "string", "format": str(rng.choice(["date", "time", "uuid", "ipv4"]))}
+    return {"type": "string", "format": str(rng.choice(["date", "uuid", "ipv4"]))}
 
 
 def _object(rng, depth):
