@@ -69,14 +69,9 @@ def test_an_output_has_all_that_the_engine_says_of_a_token(run: Run) -> None:
             await asyncio.sleep(seconds)
             outputs += [output async for output in stream]
             for output, token in zip(outputs, (6, 7, 8), strict=True):
-                assert output[1:2] + output[3:6] == (
-                    token,
-                    None,
-                    3,
-                    TokenLogprobs(-token / 1000, [(token, -0.5)]),
-                    None,
-                    0.25,
-                )
+                assert (output.token, output.error, output.cached_tokens) == (token, None, 3)
+                assert output.logprobs == TokenLogprobs(-token / 1000, [(token, -0.5)])
+                assert output.queue_seconds == 0.25
         [plain, *_] = await collect(client, [5], max_tokens=3)
         assert plain.logprobs is None and plain.cached_tokens == 3
 

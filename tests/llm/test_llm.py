@@ -411,7 +411,7 @@ def test_bad_requests_are_one_sentence(
         ("chat", {"role": "user", "content": "A"}),
         ("chat", [{"role": "user"}]),
         ("chat", [{"role": "user", "content": None}]),
-        ("chat", [{"role": "tool", "content": "A"}]),
+        ("chat", [{"role": "function", "content": "A"}]),
         ("stream_chat", ["A"]),
     ],
 )
