@@ -190,25 +190,12 @@ def _read_json_files(path: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     if content.get("quantization_config") is None and modelopt_file.is_file():
         quantization = modelopt_quantization(_read_object(modelopt_file), modelopt_file)
         content["quantization_config"] = quantization
-    _, generation_config = _optional_generation_config(path)
-    return file, content, generation_config
+    return file, content, _read_generation_config(path)
 
 
-def read_generation_config(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Reads the generation_config.json of a directory: its path, and its contents.
-
-    Raises:
-      ConfigError: there is none, or it is not a JSON object.
-    """
-    file, content = _optional_generation_config(path)
-    if not file.is_file():
-        raise ConfigError(f"{path} holds no {_GENERATION_CONFIG}.")
-    return file, content
-
-
-def _optional_generation_config(path: Path) -> tuple[Path, dict[str, Any]]:
+def _read_generation_config(path: Path) -> dict[str, Any]:
     file = path / _GENERATION_CONFIG
-    return file, _read_object(file) if file.is_file() else {}
+    return _read_object(file) if file.is_file() else {}
 
 
 def _read_object(file: Path) -> dict[str, Any]:

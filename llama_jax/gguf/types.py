@@ -26,11 +26,6 @@ def stored_dtype(tensor: GgufTensor) -> str:
     return _PLAIN.get(tensor.type, "bfloat16")
 
 
-def is_plain(kind: str) -> bool:
-    """Whether a supported type stores plain numbers."""
-    return kind in _PLAIN
-
-
 def block_sizes(kind: str) -> tuple[int, int]:
     """The number of elements in a block of a supported type, and its bytes."""
     return GGML_QUANT_SIZES[GGMLQuantizationType[kind]]

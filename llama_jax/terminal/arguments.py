@@ -1,13 +1,9 @@
 """What the command lines of the server and the converter share."""
 
 import argparse
-import math
 import re
 from typing import NoReturn
 
-_COUNTS = {"": 1, **{unit.lower(): 1000**i for i, unit in enumerate("KMG", start=1)}} | {
-    unit: 1024**i for i, unit in enumerate("KMG", start=1)
-}
 _UNITS = {
     "": 1,
     "B": 1,
@@ -45,18 +41,3 @@ def size(text: str) -> int:
             "KiB, MiB, GiB), such as 2GB"
         )
     return int(float(match[1]) * unit)
-
-
-def count(text: str) -> int:
-    """Parses a number of tokens: "8192", "8k" (8,000) or "8K" (8,192), as other servers do.
-
-    Raises:
-      ArgumentTypeError: the text is not a whole number.
-    """
-    match = re.fullmatch(r"([+-]?\d+(?:\.\d+)?)([kmgKMG]?)", text.strip())
-    value = float(match[1]) * _COUNTS[match[2]] if match else math.nan
-    if match is None or ("." in match[1] and value != int(value)):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a whole number, with or without a unit (8k is 8000, 8K is 8192)"
-        )
-    return int(match[1]) * _COUNTS[match[2]] if "." not in match[1] else int(value)

@@ -298,35 +298,31 @@ async def _events(
     """Yields one event per token, the usage if it is requested, and always [DONE]."""
     seen: dict[int, ChoiceDelta] = {}  # the latest delta of each choice
     offsets: dict[int, int] = {}
-    named: set[int] = set()  # choices whose prompt's token ids have been sent
     every, last = job.options.continuous_usage_stats, job.options.include_usage
     # OpenAI sends usage: null in every chunk before the usage.
     head = {**head, "usage": None} if last or every else head
 
-    def chunk(delta: ChoiceDelta, entry: Mapping[str, object], tokens: list[int]) -> bytes:
+    def chunk(index: int, entry: Mapping[str, object], tokens: list[int], first: bool) -> bytes:
         body = {**head, "choices": [{**entry}]}
         if job.token_ids:
-            first = delta.choice not in named
-            named.add(delta.choice)
-            _add_token_ids(job, body, delta.choice, delta.choice, tokens, first)
+            _add_token_ids(job, body, index, index, tokens, first)
         if every:
             body["usage"] = _usage(job, seen)
         return sse_event(body)
 
     try:
         async for delta in deltas:
-            is_first = delta.choice not in seen
-            if not is_first or job.shown is None:
-                seen[delta.choice] = delta
-            else:
+            index, first = delta.choice, delta.choice not in seen
+            if first and job.shown is not None:
                 prompt = await asyncio.to_thread(job.shown.chunk, delta)
-                offsets[delta.choice] = len(prompt["text"])
-                yield chunk(delta, prompt, [])
-                seen[delta.choice] = delta
+                offsets[index] = len(prompt["text"])
+                yield chunk(index, prompt, [], first)
+                first = False
+            seen[index] = delta
             if delta.tokens:  # otherwise only the prompt is shown
-                entry = format.chunk(delta, offsets.get(delta.choice))
-                offsets[delta.choice] = offsets.get(delta.choice, 0) + len(delta.text)
-                yield chunk(delta, entry, [delta.token])
+                entry = format.chunk(delta, offsets.get(index))
+                offsets[index] = offsets.get(index, 0) + len(delta.text)
+                yield chunk(index, entry, [delta.token], first)
         if last:
             yield sse_event({**head, "choices": [], "usage": _usage(job, seen)})
     except Exception as error:  # the status has been sent, so an event must do

@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Raw
 
 from llama_jax.serve.protocol.body import schema
-from llama_jax.serve.protocol.json_reader import Fields, decode, read_items, read_object, refuse
+from llama_jax.serve.protocol.json_reader import Fields, decode, read_object
 from llama_jax.serve.protocol.tools import (
     FUNCTION_SCHEMA,
     MAX_TOOLS,
@@ -15,8 +15,8 @@ from llama_jax.serve.protocol.tools import (
     Tool,
     ToolChoice,
     check_kind,
+    read_choice,
     read_function,
-    read_mode,
     read_tools,
     required,
 )
@@ -36,38 +36,22 @@ def _read_tool(raw: Raw, param: str) -> Tool:
 
 
 def read_tool_choice(raw: Raw, param: str) -> ToolChoice:
-    """Reads one of the four forms of `tool_choice`.
+    """Reads one of the four forms of a response's `tool_choice`.
 
     Raises:
       ApiError: with the first error found.
     """
-    if not bytes(raw).startswith(b"{"):
-        return ToolChoice(read_mode(raw, param, MODES))
-    fields = read_object(raw, param)
-    kind = decode(_STRING, required(fields, "type", param), f"{param}.type")
-    if kind == "function":
-        return ToolChoice("required", (_read_name(fields, param),))
-    if kind != "allowed_tools":
-        refuse(
-            f"{param}.type must be function or allowed_tools, got {kind[:40]!r}.", f"{param}.type"
-        )
-    fields = without_no_ops(fields, ("type", "mode", "tools"), "options", f"{param}.")
-    mode = read_mode(required(fields, "mode", param), f"{param}.mode", MODES[1:])
-    items = read_items(required(fields, "tools", param), f"{param}.tools")
-    if not 1 <= len(items) <= MAX_TOOLS:
-        refuse(f"{param}.tools must have 1 to {MAX_TOOLS} functions.", f"{param}.tools")
-    names = []
-    for index, item in enumerate(items):
-        where = f"{param}.tools[{index}]"
-        tool = read_object(item, where)
-        check_kind(tool, where)
-        names.append(_read_name(tool, where))
-    return ToolChoice(mode, tuple(names))
+    return read_choice(raw, param, _read_name, _read_allowed)
 
 
 def _read_name(fields: Fields, param: str) -> str:
+    check_kind(fields, param)
     fields = without_no_ops(fields, ("type", "name"), "options", f"{param}.")
     return decode(_STRING, required(fields, "name", param), f"{param}.name")
+
+
+def _read_allowed(fields: Fields, param: str) -> tuple[Fields, str]:
+    return without_no_ops(fields, ("type", "mode", "tools"), "options", f"{param}."), param
 
 
 def show_tool(tool: Tool) -> dict[str, Any]:

@@ -167,7 +167,27 @@ def deeper_than(depth: int, value: Any) -> bool:
 
 
 def read_tool_choice(raw: Raw, param: str) -> ToolChoice:
-    """Reads one of the four forms of `tool_choice`.
+    """Reads one of the four forms of a chat's `tool_choice`.
+
+    Raises:
+      ApiError: with the first error found.
+    """
+    return read_choice(raw, param, _read_name, _read_allowed)
+
+
+def read_choice(
+    raw: Raw,
+    param: str,
+    read_name: Callable[[Fields, str], str],
+    read_allowed: Callable[[Fields, str], tuple[Fields, str]],
+) -> ToolChoice:
+    """Reads one of the four forms of `tool_choice`. Chats and responses nest the names differently.
+
+    Args:
+      raw: the value.
+      param: its field.
+      read_name: reads the name of a function from the fields that name it.
+      read_allowed: returns where `mode` and `tools` of allowed tools are, and the path to them.
 
     Raises:
       ApiError: with the first error found.
@@ -177,32 +197,33 @@ def read_tool_choice(raw: Raw, param: str) -> ToolChoice:
     fields = read_object(raw, param)
     kind = decode(_STRING, required(fields, "type", param), f"{param}.type")
     if kind == "function":
-        fields = without_no_ops(fields, ("type", "function"), "options", f"{param}.")
-        return ToolChoice("required", (_read_name(fields, param),))
+        return ToolChoice("required", (read_name(fields, param),))
     if kind != "allowed_tools":
         refuse(
             f"{param}.type must be function or allowed_tools, got {kind[:40]!r}.", f"{param}.type"
         )
-    fields = without_no_ops(fields, ("type", "allowed_tools"), "options", f"{param}.")
-    param = f"{param}.allowed_tools"
-    allowed = without_no_ops(
-        read_object(required(fields, "allowed_tools", param.rpartition(".")[0]), param),
-        ("mode", "tools"),
-        "options",
-        f"{param}.",
-    )
+    allowed, param = read_allowed(fields, param)
     mode = read_mode(required(allowed, "mode", param), f"{param}.mode", MODES[1:])
     items = read_items(required(allowed, "tools", param), f"{param}.tools")
     if not 1 <= len(items) <= MAX_TOOLS:
         refuse(f"{param}.tools must have 1 to {MAX_TOOLS} functions.", f"{param}.tools")
-    names = []
-    for index, item in enumerate(items):
-        where = f"{param}.tools[{index}]"
-        tool = without_no_ops(
-            read_object(item, where), ("type", "function"), "options", f"{where}."
-        )
-        names.append(_read_name(tool, where))
-    return ToolChoice(mode, tuple(names))
+    places = [(item, f"{param}.tools[{index}]") for index, item in enumerate(items)]
+    return ToolChoice(mode, tuple(read_name(read_object(*place), place[1]) for place in places))
+
+
+def _read_name(fields: Fields, param: str) -> str:
+    fields = without_no_ops(fields, ("type", "function"), "options", f"{param}.")
+    where = f"{param}.function"
+    given = read_object(required(fields, "function", param), where)
+    function = without_no_ops(given, ("name",), "options", f"{where}.")
+    return decode(_STRING, required(function, "name", where), f"{where}.name")
+
+
+def _read_allowed(fields: Fields, param: str) -> tuple[Fields, str]:
+    fields = without_no_ops(fields, ("type", "allowed_tools"), "options", f"{param}.")
+    where = f"{param}.allowed_tools"
+    allowed = read_object(required(fields, "allowed_tools", param), where)
+    return without_no_ops(allowed, ("mode", "tools"), "options", f"{where}."), where
 
 
 def read_mode(raw: Raw, param: str, modes: Sequence[str]) -> Any:
@@ -211,13 +232,6 @@ def read_mode(raw: Raw, param: str, modes: Sequence[str]) -> Any:
     if mode not in modes:
         refuse(f"{param} must be one of {', '.join(modes)}, got {mode[:40]!r}.", param)
     return mode
-
-
-def _read_name(fields: Fields, param: str) -> str:
-    where = f"{param}.function"
-    given = read_object(required(fields, "function", param), where)
-    function = without_no_ops(given, ("name",), "options", f"{where}.")
-    return decode(_STRING, required(function, "name", where), f"{where}.name")
 
 
 def required(fields: Fields, name: str, path: str) -> Raw:
