@@ -4,7 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,7 +32,7 @@ from llama_jax.checkpoint.manifest import JOURNAL, Manifest, write_manifest
 from llama_jax.checkpoint.orbax import OrbaxReader
 from llama_jax.checkpoint.reader import CheckpointError, refuse
 from llama_jax.config import LlamaConfig
-from llama_jax.terminal.interrupts import held_interrupts
+from llama_jax.terminal.interrupts import held_interrupts, wait_for
 
 LAYOUTS: dict[str, tuple[Any, Callable[[Path], CheckpointReader]]] = {
     "orbax": (orbax_layout, OrbaxReader),
@@ -196,8 +196,7 @@ def _run(
         pool = ThreadPoolExecutor(workers)
         try:
             futures = [pool.submit(run, task) for task in tasks if task.name not in journal.done]
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
+            for future in wait_for(futures):
                 future.result()
         finally:
             failed.set()

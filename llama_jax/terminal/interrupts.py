@@ -3,7 +3,11 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from typing import Any
+
+POLL_SECONDS = 0.1
 
 
 @contextlib.contextmanager
@@ -34,3 +38,17 @@ def held_interrupts() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, usual)
         if pressed:
             usual(signal.SIGINT, None)
+
+
+def wait_for(futures: Iterable[Future[Any]]) -> set[Future[Any]]:
+    """Waits until all futures are done or one has failed; returns those that are done.
+
+    Python handles a signal in the main thread, between two instructions. A signal that another
+    thread receives, or that comes just before the main thread blocks, does not wake it, and is
+    handled when it wakes for another reason. So this wait wakes up regularly.
+    """
+    futures = set(futures)
+    while True:
+        done, pending = wait(futures, POLL_SECONDS, FIRST_EXCEPTION)
+        if not pending or any(future.cancelled() or future.exception() for future in done):
+            return done

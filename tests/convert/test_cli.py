@@ -299,8 +299,9 @@ def test_an_os_error_with_a_path_is_a_sentence(source, tmp_path, monkeypatch, ca
     assert str(tmp_path / "gone") in error(capsys, "inspect", source)
 
 
+# The signal comes to a thread that cannot handle it, while the main thread waits.
 INTERRUPTED_AFTER_TWO = """if True:
-    import os, signal, sys, time
+    import signal, sys, threading, time
     from convert import conversion
     from convert.__main__ import main
 
@@ -310,7 +311,7 @@ INTERRUPTED_AFTER_TWO = """if True:
     def run(task, directory, advance, stopped):
         begun.append(task)
         if len(begun) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
         while len(begun) > 2 and not stopped():
             time.sleep(0.001)
         return run_task(task, directory, advance, stopped)

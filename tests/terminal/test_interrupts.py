@@ -3,12 +3,13 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from llama_jax.terminal.interrupts import held_interrupts
+from llama_jax.terminal.interrupts import held_interrupts, wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -75,3 +76,30 @@ def test_no_lock_stays_taken() -> None:
     with ThreadPoolExecutor(1) as pool:
         free = [pool.submit(c.acquire, blocking=False).result() for c in (held, bare)]
     assert free == [True, False]
+
+
+def test_a_wait_notices_an_interrupt_that_another_thread_received() -> None:
+    waited: list[Future[None]] = []
+    with pytest.raises(KeyboardInterrupt), held_interrupts() as interrupted:
+
+        def work() -> None:
+            time.sleep(0.2)  # the main thread waits by now
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+            end = time.monotonic() + 10  # so that a wait that notices nothing is red, not stuck
+            while not interrupted():
+                assert time.monotonic() < end
+                time.sleep(0.001)
+
+        with ThreadPoolExecutor(1) as pool:
+            waited += wait_for([pool.submit(work)])
+    assert waited[0].exception() is None
+
+
+def test_a_wait_ends_with_the_first_error() -> None:
+    release = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        slow, wrong = pool.submit(release.wait, 30), pool.submit(lambda: 1 / 0)
+        done = wait_for([slow, wrong])
+        release.set()
+    assert done == {wrong}
+    assert wait_for([]) == set() and wait_for([slow]) == {slow}
