@@ -53,7 +53,7 @@ TEXTS = ["", "Hello", "{", '{"answer": 1}', "[1]", "Use <function=now>", f"Like 
 
 
 @pytest.mark.parametrize(("text", "valid"), CALLS)
-@pytest.mark.parametrize(("required", "several"), itertools.product([True, False], repeat=2))
+@pytest.mark.parametrize(("required", "several"), [*itertools.product([True, False], repeat=2)])
 def test_calls(text, valid, required, several):
     grammar = tool_grammar(FUNCTIONS, required=required, several=several)
     check_grammar(grammar)
