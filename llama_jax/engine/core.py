@@ -148,6 +148,7 @@ class Engine:
             # What follows a complete grammar is EOS, even for those who ignore it elsewhere.
             | (frozenset() if params.ignore_eos and not params.grammar else self._stop_ids),
             salt=params.cache_salt.encode(),
+            arrived_at=time.perf_counter(),
         )
         if params.grammar:
             self._compiling.add(request_id, params, vocab_size, queue)

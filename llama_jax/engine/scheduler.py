@@ -70,6 +70,7 @@ class Scheduler:
         stop_ids: frozenset[int],
         salt: bytes = b"",
         constraint: Constraint | None = None,
+        arrived_at: float = 0.0,
     ) -> None:
         """Queues a request, which the caller has checked (`client.request_check`).
 
@@ -82,6 +83,7 @@ class Scheduler:
           stop_ids: tokens that end the request.
           salt: only requests with the same salt share pages.
           constraint: which tokens it may choose, if not all.
+          arrived_at: when it arrived, by the clock of the tick loop, for its `queue_seconds`.
         """
         assert request_id not in self._sequences, "the request id is in use"
         assert 0 < len(prompt) < max_model_len, "the prompt must leave room for one token"
@@ -102,6 +104,7 @@ class Scheduler:
             stop_ids,
             salt=salt,
             constraint=constraint,
+            arrived_at=arrived_at,
         )
         if params.prompt_logprobs is not None:
             sequence.scoring = PromptScoring(len(prompt), params.prompt_logprobs)

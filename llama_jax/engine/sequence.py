@@ -1,6 +1,5 @@
 """A request as the engine tracks it: its tokens, and where they are on the device."""
 
-import time
 from dataclasses import dataclass, field
 
 from llama_jax.config.sampling_params import SamplingParams
@@ -37,7 +36,7 @@ class Sequence:
       prompt_sent: prompt tokens that have been sent to the device, or found in the cache, at least
         once.
       constraint: which tokens it may choose, if not all.
-      arrived_at: when it arrived, by `time.perf_counter`; only measurements read it.
+      arrived_at: when it arrived, by the clock of the tick loop; only measurements read it.
       queue_seconds: how long it waited before its prompt was first computed, once it is.
       finished: whether no further output will come.
     """
@@ -62,7 +61,7 @@ class Sequence:
     prefill_until: int = 0
     prompt_sent: int = 0
     constraint: Constraint | None = None
-    arrived_at: float = field(default_factory=time.perf_counter)
+    arrived_at: float = 0.0
     queue_seconds: float | None = None
     finished: bool = False
 
