@@ -7,7 +7,7 @@ from llama_jax.serve.routes.chat import chat_route
 from llama_jax.serve.routes.completions import completions_route
 from llama_jax.serve.routes.deployment import deployment_route
 from llama_jax.serve.routes.openapi import openapi_routes
-from llama_jax.serve.routes.openapi_rules import Limits
+from llama_jax.serve.routes.openapi_rules import EngineLimits
 from llama_jax.serve.routes.page import page_routes
 from llama_jax.serve.routes.responses import responses_routes
 from llama_jax.serve.routes.status import package_version, status_routes
@@ -23,7 +23,7 @@ def create_app(served: ServedModel, root_path: str = "") -> Starlette:
       root_path: the path under which a proxy offers the server.
     """
     info = served.engine.info
-    limits = Limits(
+    limits = EngineLimits(
         info.vocab_size,
         info.max_model_len,
         served.tokenizer.chat_variables,

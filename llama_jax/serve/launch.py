@@ -148,7 +148,6 @@ def _served_model(setup: Setup, engine: EngineClient) -> ServedModel:
         lambda: engine.alive and engine.responds,
         setup.arguments.metrics_prefix,
         info=engine.info,
-        prefix_caching=setup.options.prefix_caching,
     )
     return ServedModel(
         name=setup.names[0],

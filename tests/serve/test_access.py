@@ -9,7 +9,7 @@ import pytest
 from llama_jax.serve.app import create_app
 from llama_jax.serve.protocol.limits import LIMITS
 from llama_jax.serve.routes.openapi import openapi_document
-from llama_jax.serve.routes.openapi_rules import Limits
+from llama_jax.serve.routes.openapi_rules import EngineLimits
 from llama_jax.serve.transport.api_keys import ApiKeys
 from llama_jax.serve.transport.cors import Cors
 from llama_jax.serve.transport.door import Door
@@ -117,7 +117,7 @@ def test_the_server_lives_before_it_is_ready_and_while_it_ends():
     assert server.post("/live", {}).status_code == 405
 
 
-# Limits
+# EngineLimits
 
 
 def refused(server: FakeServer, **body) -> str:
@@ -135,7 +135,7 @@ def test_the_numbers_of_choices_and_prompts_are_options(monkeypatch):
     assert len(server.complete(n=17)["choices"]) == 17
     assert refused(server, n=21) == "n"
     assert refused(server, prompt=["Hi"] * 3) == "prompt"
-    schemas = openapi_document("1", Limits(320, 200))["components"]["schemas"]
+    schemas = openapi_document("1", EngineLimits(320, 200))["components"]["schemas"]
     for kind in ("CompletionRequest", "ChatRequest"):
         assert {"type": "integer", "minimum": 1, "maximum": 20} in schemas[kind]["properties"]["n"][
             "anyOf"

@@ -122,15 +122,10 @@ def _resolve_path(parser: Parser, arguments: argparse.Namespace) -> None:
         parser.error(f"PATH is {arguments.path}, and --model is {arguments.model_path}: give one")
     arguments.path = given[0] if given else None
     for flag, names in (
-        ("--served-model-name", arguments.served_model_name or ()),
+        ("--served-model-name", arguments.served_model_name or []),
         ("--api-key", arguments.api_keys),
     ):
-        if (
-            arguments.path is None
-            and names
-            and os.path.sep in names[-1]
-            and Path(names[-1]).exists()
-        ):
+        if arguments.path is None and len(names) > 1 and Path(names[-1]).exists():
             parser.error(f"{flag} takes all values after it: give PATH before it")
 
 

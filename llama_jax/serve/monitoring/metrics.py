@@ -96,7 +96,6 @@ class Metrics:
         prefix: str,
         clock: Callable[[], float] = time.perf_counter,
         info: EngineInfo | None = None,
-        prefix_caching: bool = True,
     ) -> None:
         """Creates all metrics, at zero.
 
@@ -107,7 +106,6 @@ class Metrics:
           prefix: one of `PREFIXES`; metrics are named `prefix:name`.
           clock: returns the time in seconds.
           info: the engine's description of itself, for `cache_config_info`.
-          prefix_caching: whether requests share pages, for the same.
         """
         self.clock = clock
         self.recent_first_tokens, self.recent_tokens = RecentValues(), RecentValues()
@@ -170,7 +168,7 @@ class Metrics:
         )
         self.http = HttpMetrics(self._registry)
         if info is not None:
-            self._show_cache(info, prefix_caching)
+            self._show_cache(info)
         self._finished = self._counter(
             "request_success", "Finished sequences by reason.", "finished_reason", FINISHED
         )
@@ -216,14 +214,14 @@ class Metrics:
         family = Counter(f"{self._prefix}:{name}", about, self._labels, registry=self._registry)
         return family.labels(**self._labels)
 
-    def _show_cache(self, info: EngineInfo, prefix_caching: bool) -> None:
+    def _show_cache(self, info: EngineInfo) -> None:
         """Exports the sizes of the cache as labels of a gauge that is 1, as vLLM does."""
         labels = {
             **self._labels,
             "block_size": str(info.page_size),
             "num_gpu_blocks": str(info.num_pages),
             "cache_dtype": info.dtype,
-            "enable_prefix_caching": str(prefix_caching),
+            "enable_prefix_caching": str(info.prefix_caching),
         }
         name = f"{self._prefix}:cache_config_info"
         gauge = Gauge(name, "The KV cache.", list(labels), registry=self._registry)

@@ -39,7 +39,7 @@ from llama_jax.serve.protocol.text_format import TextOptions
 from llama_jax.serve.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from llama_jax.serve.protocol.tools import NAME
 from llama_jax.serve.protocol.unsupported import Kind, NoOps, no_op_schemas
-from llama_jax.serve.routes.openapi_rules import Limits, add_rules
+from llama_jax.serve.routes.openapi_rules import EngineLimits, add_rules
 from llama_jax.serve.transport.json_response import JsonResponse
 
 _REQUESTS = (CompletionRequest, ChatRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest)
@@ -75,7 +75,7 @@ _HEADERS = {
 }
 
 
-def openapi_routes(version: str, limits: Limits, root_path: str = "") -> list[Route]:
+def openapi_routes(version: str, limits: EngineLimits, root_path: str = "") -> list[Route]:
     """GET (and HEAD) /openapi.json; for its arguments, see `openapi_document`."""
     document = openapi_document(version, limits, root_path)
 
@@ -85,7 +85,7 @@ def openapi_routes(version: str, limits: Limits, root_path: str = "") -> list[Ro
     return [Route("/openapi.json", openapi)]
 
 
-def openapi_document(version: str, limits: Limits, root_path: str = "") -> dict[str, Any]:
+def openapi_document(version: str, limits: EngineLimits, root_path: str = "") -> dict[str, Any]:
     """Returns the description of this server (https://spec.openapis.org/oas/v3.1.0).
 
     Args:
@@ -265,7 +265,7 @@ def _json(kind: type) -> dict[str, Any]:
     return {"application/json": {"schema": schema}}
 
 
-def _schemas(limits: Limits) -> dict[str, Any]:
+def _schemas(limits: EngineLimits) -> dict[str, Any]:
     """The schemas of all bodies, with the unsupported fields that a request may still contain."""
     kinds = (*_REQUESTS, Message, *_RESPONSES, *_CHUNKS, ErrorResponse)
     _, schemas = msgspec.json.schema_components(kinds, ref_template=_SCHEMAS + "{name}")

@@ -25,7 +25,7 @@ TOKEN_ID = "#/components/schemas/TokenId"
 
 
 @dataclass(frozen=True)
-class Limits:
+class EngineLimits:
     """What the engine can take.
 
     Attributes:
@@ -39,7 +39,7 @@ class Limits:
     variables: frozenset[str] = frozenset()
 
 
-def add_rules(schemas: dict[str, Schema], limits: Limits) -> None:
+def add_rules(schemas: dict[str, Schema], limits: EngineLimits) -> None:
     """Adds the rules and the limits to the schemas of requests."""
     schemas["TokenId"] = {"type": "integer", "minimum": 0, "maximum": limits.vocab_size - 1}
     for name in ("CompletionRequest", "ChatRequest", "ResponsesRequest"):
