@@ -29,7 +29,8 @@ class Constraint:
           matcher: of the grammar, if there is one.
         """
         self._matcher = matcher
-        names = ("grammar", "allowed_token_ids", "bad_words")
+        # The grammar last: it was checked alone, and requests have several names for it.
+        names = ("allowed_token_ids", "bad_words", "grammar")
         self._param = next(name for name in names if getattr(params, name))
         allowed = params.allowed_token_ids or range(vocab_size)
         self._fixed = make_mask(vocab_size, allowed)

@@ -140,6 +140,8 @@ class TickLoop:
     @property
     def stage_stats(self) -> tuple[StageStats, ...]:
         """What the packet at each stage holds."""
+        if not self.has_work:  # the last packet has left the last stage
+            return (StageStats(0, 0),) * self.num_stages
         return tuple(
             StageStats(len(packet.rows), sum(tile.length for tile in packet.tiles))
             for packet in reversed(self._in_flight)

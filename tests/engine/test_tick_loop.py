@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.interface import StageStats
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.ring.sizes import Bucket, RingSizes
@@ -286,7 +287,13 @@ def test_ticks_are_counted_by_program_and_packets_by_stage():
         )
     )
     seen = []
-    run(loop, make_requests(25, seed=7), lambda: seen.append((loop.stage_stats, [*packets])))
+
+    def note() -> None:
+        if loop.has_work:
+            seen.append((loop.stage_stats, [*packets]))
+
+    run(loop, make_requests(25, seed=7), note)
+    assert loop.stage_stats == (StageStats(0, 0),) * 4  # at rest, though a packet was the last
     seen = [([(s.rows, s.chunk_tokens) for s in stats], by_hand) for stats, by_hand in seen]
     assert all(stats == by_hand for stats, by_hand in seen)
     assert {rows > 0 for stats, _ in seen for rows, _ in stats} == {True, False}

@@ -239,7 +239,10 @@ def test_mixed_requests_leave_nothing_behind(checkpoint, record_property):
             assert before["reserved"] == (0, 0, 0)
             ends = await many_requests(url, range(WARM_UP, WARM_UP + REQUESTS))
             print(ends, REFUSED.total(), served.engine.stats.preemptions)
-            assert await rest(served) == before
+            after = await rest(served)
+            # Connections that the warm-up left open may have closed since.
+            assert 0 < after.pop("files") <= before.pop("files")
+            assert after == before
             record_property("ends", dict(ends))
             assert ends.total() == REQUESTS and ends["cut"] >= 0.25 * REQUESTS
             assert all(ends[kind] for kind in ("answered", "streamed", "timeout"))

@@ -81,7 +81,9 @@ def test_logs_whose_reader_has_gone_or_has_stopped_do_not_stop_the_server(checkp
         os.close(writing)
         assert process.stdout is not None
         url = next(
-            found[1] for line in process.stdout if (found := re.search(r"Ready at (\S+)\.", line))
+            found[1]
+            for line in process.stdout
+            if (found := re.search(r"Ready at (http://[\d.]+:\d+)", line))
         )
         path = "/" + "x" * 4000
         with httpx.Client(base_url=url, timeout=20) as client, ExitStack() as stack:

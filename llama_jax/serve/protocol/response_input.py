@@ -181,6 +181,8 @@ INPUT_SCHEMA: dict[str, Any] = {
         {
             "type": "array",
             "minItems": 1,
+            # Reasoning alone is no conversation.
+            "contains": {"properties": {"type": {"not": {"const": "reasoning"}}}},
             "items": {
                 "anyOf": [
                     _object_schema(

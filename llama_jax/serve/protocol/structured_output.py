@@ -166,7 +166,12 @@ ResponseFormat = Annotated[
     schema(
         read_response_format,
         anyOf=[
-            {"type": "object", "properties": {"type": {"const": "text"}}, "required": ["type"]},
+            {
+                "type": "object",
+                "properties": {"type": {"const": "text"}},
+                "required": ["type"],
+                "additionalProperties": _NULL,
+            },
             {
                 "type": "object",
                 "properties": {
@@ -174,6 +179,7 @@ ResponseFormat = Annotated[
                     "schema": {"anyOf": [*_OBJECT_OR_STRING, _NULL]},
                 },
                 "required": ["type"],
+                "additionalProperties": _NULL,
             },
             {
                 "type": "object",
@@ -187,9 +193,11 @@ ResponseFormat = Annotated[
                             "strict": {"type": ["boolean", "null"]},
                             "schema": {"anyOf": [*_OBJECT_OR_STRING, _NULL]},
                         },
+                        "additionalProperties": _NULL,
                     },
                 },
                 "required": ["type", "json_schema"],
+                "additionalProperties": _NULL,
             },
             _NULL,
         ],
@@ -209,6 +217,7 @@ StructuredOutputs = Annotated[
                     "grammar": {"type": ["string", "null"]},
                     "json_object": {"type": ["boolean", "null"]},
                 },
+                "additionalProperties": _NULL,
                 "minProperties": 1,
             },
             _NULL,

@@ -275,10 +275,6 @@ def _schemas(limits: EngineLimits) -> dict[str, Any]:
             del properties[name]
         _add_no_ops(schemas[kind.__name__], kind.no_ops())
     _describe_tool_messages(schemas)
-    schemas["CompletionRequest"]["not"] = {  # an answer of no tokens, unless the prompt is echoed
-        "required": ["max_tokens"],
-        "properties": {"max_tokens": {"const": 0}, "echo": {"enum": [False, None]}},
-    }
     _add_no_ops(schemas["Message"], "message")
     schemas["Message"]["properties"]["content"] = {
         "description": "Required, except of the assistant and of a tool.",

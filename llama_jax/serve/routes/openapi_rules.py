@@ -78,6 +78,13 @@ def add_rules(schemas: dict[str, Schema], limits: EngineLimits) -> None:
         options,
         _rule(named, {"logprobs": _INTEGER}),
         {
+            "description": "An answer of no tokens needs an echoed prompt.",
+            "not": {
+                "required": ["max_tokens"],
+                "properties": {"max_tokens": {"const": 0}, "echo": {"enum": [False, None]}},
+            },
+        },
+        {
             "description": "A prompt has at least one token.",
             "not": {
                 **_has({"add_special_tokens": {"const": False}}),
