@@ -119,15 +119,20 @@ class _Pass:
         return load_array(self._reader, place, _FLOAT32)
 
     def _rows(self, place: Placement, rows: slice) -> np.ndarray:
-        width = place.tensor.shape[1]
+        tensor = place.sources[0].tensor
+        width = tensor.shape[1]
         out = np.empty((rows.stop - rows.start, width), _FLOAT32)
-        self._reader.read_into(place.tensor.hf_name, (rows, slice(0, width)), out)
+        self._reader.read_into(tensor.hf_name, (rows, slice(0, width)), out)
         return out
 
     def _bytes(self, places: Any) -> int:
         """Returns the bytes of the tensors in a tree of placements."""
         tensors = self._reader.tensors
-        return sum(tensors[place.tensor.hf_name].nbytes for place in jax.tree.leaves(places))
+        return sum(
+            tensors[source.tensor.hf_name].nbytes
+            for place in jax.tree.leaves(places)
+            for source in place.sources
+        )
 
 
 @partial(jax.jit, static_argnums=0)

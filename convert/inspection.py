@@ -159,13 +159,15 @@ def _bytes_by_group(
     params: Any, config: LlamaConfig, num_stages: int, num_ranks: int
 ) -> dict[str, int]:
     """Returns the bytes per device, which are equal for all devices."""
+    import jax
+
     from sharding.axes import AXES
 
     size = dict.fromkeys(GROUPS, 0)
     mesh = dict(zip(AXES, (num_stages, num_ranks), strict=True))
 
     def add(group: str, placements: Any) -> None:
-        for place in placements if isinstance(placements, tuple) else (placements,):
+        for place in jax.tree.leaves(placements):
             share = math.prod(place.shape) * place.dtype(numpy_dtype(config.dtype)).itemsize
             for axes in place.spec:
                 for axis in (axes,) if isinstance(axes, str) else axes or ():

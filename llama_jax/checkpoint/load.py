@@ -26,6 +26,7 @@ from llama_jax.terminal.interrupts import held_interrupts
 from llama_jax.weights.placement import (
     Params,
     Placement,
+    Source,
     param_shapes,
     placements,
     unsharded_placements,
@@ -168,23 +169,41 @@ def _read(
     """Reads the shard of an array that one device holds; padding is zeros."""
     bounds = [part.indices(size)[:2] for part, size in zip(index, place.shape, strict=True)]
     shard = _zeros(tuple(stop - start for start, stop in bounds), dtype)
-    inside, name = shard, place.tensor.hf_name
-    if place.layers is None:
-        layer = None
-    else:
+    inside, layer, sizes = shard, None, place.shape
+    if place.layers is not None:
         (stage, _), *bounds = bounds  # a device belongs to one stage
         layer = place.layers[stage]
         if layer is None:
             return shard
-        inside, name = shard[0], name.format(layer=layer)
-    stored = tuple(place.stored(axis, *bound) for axis, bound in enumerate(bounds))
-    if layer is not None and layer in place.dequantize:
-        read_dequantized(reader.read_into, place.dequantize[layer], stored, inside)
-        return shard
+        inside, sizes = shard[0], sizes[1:]
+    # Along each axis: which of how many equal shares of the array this is.
+    shares = [
+        (start // (stop - start), size // (stop - start))
+        for (start, stop), size in zip(bounds, sizes, strict=True)
+    ]
+    for source in place.sources:
+        parts = [source.stored(axis, *share) for axis, share in enumerate(shares)]
+        stored, (rows, *_) = tuple(part for part, _ in parts), [width for _, width in parts]
+        _read_tensor(reader, source, layer, stored, inside[:rows])
+        inside = inside[rows:]
+    return shard
+
+
+def _read_tensor(
+    reader: CheckpointReader,
+    source: Source,
+    layer: int | None,
+    stored: tuple[slice, ...],
+    out: np.ndarray,
+) -> None:
+    """Reads the slice `stored` of a tensor, or of its layer, to the beginning of `out`."""
+    if layer is not None and layer in source.dequantize:
+        read_dequantized(reader.read_into, source.dequantize[layer], stored, out)
+        return
     sizes = [part.stop - part.start for part in stored]
     if all(size > 0 for size in sizes):
-        reader.read_into(name, stored, inside[tuple(slice(0, size) for size in sizes)])
-    return shard
+        name = source.tensor.hf_name if layer is None else source.tensor.hf_name.format(layer=layer)
+        reader.read_into(name, stored, out[tuple(slice(0, size) for size in sizes)])
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

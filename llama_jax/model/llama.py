@@ -10,8 +10,9 @@ Values of interest pass through `tap`, so that they can be captured and patched
 (`llama_jax.interpret`). To change the model, write a subclass: `DecoderLayer` names the classes of
 its attention and MLP, `Llama` the class of its layers and its sampler, and the ring uses them.
 
+The matrices that multiply the same input are one parameter, row after row: `wqkv`, `w_gate_up`.
 A matrix of a layer is an array or, if it is quantized, a named tuple of arrays
-(`llama_jax.quantization`); only `linear` distinguishes the two.
+(`llama_jax.quantization`); only `linear` distinguishes them.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,24 +30,28 @@ from llama_jax.model.rope import attention_factor, check_length, inverse_frequen
 from llama_jax.model.sampling import Sampler
 from llama_jax.model.tap import TappedModule
 from llama_jax.quantization import Quantized
-from llama_jax.weights.table import EMBEDDING, LAYER_WEIGHTS, LM_HEAD
+from llama_jax.weights.table import EMBEDDING, LAYER_PARAMETERS, LM_HEAD
+from llama_jax.weights.unfused import Unfused
 from sharding.settings import default_promotion
 
 Reduce = Callable[[jax.Array], jax.Array]
 
 _INIT_STD = 0.02  # of random matrices, as `initializer_range` in Hugging Face configs
-_BY_NAME = {weight.name: weight for weight in (*LAYER_WEIGHTS, EMBEDDING, LM_HEAD)}
+_PARAMETERS = {**LAYER_PARAMETERS, "embedding": (EMBEDDING,), "lm_head": (LM_HEAD,)}
 
 
-def linear(x: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
+def linear(x: jax.Array, weight: jax.Array | Quantized | Unfused) -> jax.Array:
     """Multiplies x [..., in] by the transpose of a weight [out, in]: [..., out], dtype of `x`."""
+    if isinstance(weight, Unfused):
+        return jnp.concatenate([linear(x, each) for each in weight.weights], axis=-1)
     if isinstance(weight, tuple):
         return weight.linear(x)
     return jnp.einsum("...i,oi->...o", x, weight)
 
 
 def _param(config: LlamaConfig, name: str, rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.Param:
-    shape = _BY_NAME[name].shape(config)
+    (rows, *columns), *others = (weight.shape(config) for weight in _PARAMETERS[name])
+    shape = (rows + sum(shape[0] for shape in others), *columns)
     noise = _INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32)
     return nnx.Param(noise.astype(dtype))
 
@@ -68,13 +73,12 @@ class RMSNorm(TappedModule):
 class Attention(TappedModule):
     """Grouped-query attention (https://arxiv.org/abs/2305.13245).
 
-    Head counts follow from the shapes of the weights.
+    Head counts follow from the shapes of the weights. The rows of `wqkv` are those of the query
+    heads, then those of the key heads, then those of the value heads.
     """
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
-        self.wq = _param(config, "attention.wq", rngs, dtype)
-        self.wk = _param(config, "attention.wk", rngs, dtype)
-        self.wv = _param(config, "attention.wv", rngs, dtype)
+        self.wqkv = _param(config, "attention.wqkv", rngs, dtype)
         self.wo = _param(config, "attention.wo", rngs, dtype)
         self.config = config
 
@@ -90,16 +94,23 @@ class Attention(TappedModule):
           `[..., D]`, this rank's partial sum.
         """
         with jax.named_scope("qkv"):
-            q, k, v = (
-                linear(x, w.get_value()).reshape(*x.shape[:-1], -1, self.config.head_dim)
-                for w in (self.wq, self.wk, self.wv)
-            )
+            q, k, v = self.split(linear(x, self.wqkv.get_value()))
         frequencies, factor = inverse_frequencies(self.config), attention_factor(self.config)
         q = self.tap("query", rotate(q, positions, frequencies, factor))
         k = self.tap("key", rotate(k, positions, frequencies, factor))
         v = self.tap("value", v)
         out = self.tap("heads", attend(q, k, v, score_mod=self.score_mod, tap=self.tap))
         return linear(out.reshape(*x.shape[:-1], -1), self.wo.get_value())
+
+    def split(self, qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Product with `wqkv` [..., (H + 2K) h] -> q [..., H, h], k and v [..., K, h]."""
+        heads = qkv.reshape(*qkv.shape[:-1], -1, self.config.head_dim)
+        group = self.config.num_heads // self.config.num_kv_heads
+        # If there are more ranks than KV heads, each has one, and a part of its query heads.
+        num_kv_heads = max(1, heads.shape[-2] // (group + 2))
+        num_heads = heads.shape[-2] - 2 * num_kv_heads
+        q, k, v = jnp.split(heads, [num_heads, num_heads + num_kv_heads], axis=-2)
+        return q, k, v
 
     def score_mod(
         self,
@@ -126,17 +137,19 @@ class Attention(TappedModule):
 
 
 class MLP(TappedModule):
-    """SwiGLU (https://arxiv.org/abs/2002.05202)."""
+    """SwiGLU (https://arxiv.org/abs/2002.05202).
+
+    The rows of `w_gate_up` are those of the gate, then those of the up projection.
+    """
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
-        self.w_gate = _param(config, "mlp.w_gate", rngs, dtype)
-        self.w_up = _param(config, "mlp.w_up", rngs, dtype)
+        self.w_gate_up = _param(config, "mlp.w_gate_up", rngs, dtype)
         self.w_down = _param(config, "mlp.w_down", rngs, dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., D], normalized -> this rank's partial sum [..., D]."""
         with jax.named_scope("mlp"):
-            gate, up = (linear(x, w.get_value()) for w in (self.w_gate, self.w_up))
+            gate, up = jnp.split(linear(x, self.w_gate_up.get_value()), 2, axis=-1)
             neurons = self.tap("neurons", jax.nn.silu(gate) * up)
             return linear(neurons, self.w_down.get_value())
 
@@ -262,7 +275,7 @@ def head_logits(x: jax.Array, head: jax.Array) -> jax.Array:
 
 
 def weight_of(module: nnx.Module, name: str) -> nnx.Param:
-    """The parameter of a module with this name in the weight table, such as "attention.wq"."""
+    """The parameter of a module with this name in the weight table, such as "attention.wqkv"."""
     for attribute in name.split("."):
         module = getattr(module, attribute)
     assert isinstance(module, nnx.Param)
@@ -270,7 +283,7 @@ def weight_of(module: nnx.Module, name: str) -> nnx.Param:
 
 
 def set_weights(module: nnx.Module, weights: Mapping[str, Any]) -> None:
-    """Sets weights of a module by name, as arrays or as named tuples of arrays (quantized)."""
+    """Sets parameters of a module by name, as arrays or as named tuples of arrays (quantized)."""
     for name, value in weights.items():
         weight_of(module, name).set_value(value)
 

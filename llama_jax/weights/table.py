@@ -1,14 +1,20 @@
 """The table of the weights; everything else derives from it.
 
-Each row gives a weight's name in the model, its name in a Hugging Face checkpoint and its logical
-axes. Shapes and partition specs follow from the axes (`weights.axes`). Loading transforms no
-weight: matrices stay `[out, in]`, as Hugging Face stores them, which is also the layout that
-XLA:CPU multiplies fastest.
+Each row gives a weight's name, its name in a Hugging Face checkpoint, its logical axes and the
+parameter of the model that holds it. Shapes and partition specs follow from the axes
+(`weights.axes`). Loading transforms no weight: matrices stay `[out, in]`, as Hugging Face stores
+them, which is also the layout that XLA:CPU multiplies fastest.
+
+Matrices that multiply the same input share one parameter, row after row: a layer then has four
+products instead of seven. XLA would merge the products in any case, and through cuBLAS it would
+join the weights anew in every tick (84 MB for q, k and v of a layer of Llama-3-70B on one of two
+ranks).
 
 A checkpoint stores a weight as one tensor, or, if it is quantized, as the tensors of its format
 (`stored_tree`).
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,15 +30,17 @@ class Weight:
     """One row of the table.
 
     Attributes:
-      name: the path of the parameter in its module: in `DecoderLayer`, or in `Llama` for a weight
-        outside the layers.
+      name: its name in this project.
       hf_name: its name in a Hugging Face checkpoint; `{layer}` stands for the layer's number.
       axes: its logical axes.
+      parameter: the path of the parameter that holds it: in `DecoderLayer`, or in `Llama` for a
+        weight outside the layers.
     """
 
     name: str
     hf_name: str
     axes: tuple[str, ...]
+    parameter: str
 
     def shape(self, config: LlamaConfig) -> tuple[int, ...]:
         """The weight's global shape, without padding."""
@@ -40,24 +48,33 @@ class Weight:
         return tuple(sizes[axis] for axis in self.axes)
 
 
-def _in_layer(name: str, hf_name: str, axes: tuple[str, ...]) -> Weight:
-    return Weight(name, f"model.layers.{{layer}}.{hf_name}.weight", axes)
+def _in_layer(name: str, hf_name: str, axes: tuple[str, ...], parameter: str = "") -> Weight:
+    return Weight(name, f"model.layers.{{layer}}.{hf_name}.weight", axes, parameter or name)
+
+
+_QKV, _GATE_UP = "attention.wqkv", "mlp.w_gate_up"
 
 
 LAYER_WEIGHTS = (
     _in_layer("attention_norm.scale", "input_layernorm", ("embed",)),
-    _in_layer("attention.wq", "self_attn.q_proj", ("heads", "embed")),
-    _in_layer("attention.wk", "self_attn.k_proj", ("kv_heads", "embed")),
-    _in_layer("attention.wv", "self_attn.v_proj", ("kv_heads", "embed")),
+    _in_layer("attention.wq", "self_attn.q_proj", ("heads", "embed"), _QKV),
+    _in_layer("attention.wk", "self_attn.k_proj", ("kv_heads", "embed"), _QKV),
+    _in_layer("attention.wv", "self_attn.v_proj", ("kv_heads", "embed"), _QKV),
     _in_layer("attention.wo", "self_attn.o_proj", ("embed", "heads")),
     _in_layer("mlp_norm.scale", "post_attention_layernorm", ("embed",)),
-    _in_layer("mlp.w_gate", "mlp.gate_proj", ("mlp", "embed")),
-    _in_layer("mlp.w_up", "mlp.up_proj", ("mlp", "embed")),
+    _in_layer("mlp.w_gate", "mlp.gate_proj", ("mlp", "embed"), _GATE_UP),
+    _in_layer("mlp.w_up", "mlp.up_proj", ("mlp", "embed"), _GATE_UP),
     _in_layer("mlp.w_down", "mlp.down_proj", ("embed", "mlp")),
 )
-EMBEDDING = Weight("embedding", "model.embed_tokens.weight", ("vocab", "embed"))
-FINAL_NORM = Weight("final_norm.scale", "model.norm.weight", ("embed",))
-LM_HEAD = Weight("lm_head", "lm_head.weight", ("vocab", "embed"))
+EMBEDDING = Weight("embedding", "model.embed_tokens.weight", ("vocab", "embed"), "embedding")
+FINAL_NORM = Weight("final_norm.scale", "model.norm.weight", ("embed",), "final_norm.scale")
+LM_HEAD = Weight("lm_head", "lm_head.weight", ("vocab", "embed"), "lm_head")
+
+# The parameters of a layer → the weights whose rows they hold, in order.
+LAYER_PARAMETERS: dict[str, tuple[Weight, ...]] = {
+    name: tuple(weights)
+    for name, weights in itertools.groupby(LAYER_WEIGHTS, key=lambda weight: weight.parameter)
+}
 
 
 def non_layer_weights(config: LlamaConfig) -> tuple[Weight, ...]:

@@ -57,9 +57,16 @@ def padded(tensor: np.ndarray, rows: int) -> np.ndarray:
     return np.pad(tensor, [(0, rows - len(tensor)), *[(0, 0)] * (tensor.ndim - 1)])
 
 
-def expected_params(weights, num_stages: int, num_devices: int) -> dict[str, np.ndarray]:
+def fused(matrices: list[np.ndarray], num_ranks: int) -> np.ndarray:
+    """Rank after rank its rows of the first matrix, then those of the second, and so on."""
+    shares = [np.split(matrix, num_ranks) for matrix in matrices]
+    return np.concatenate([part for of_rank in zip(*shares, strict=True) for part in of_rank])
+
+
+def expected_params(weights, num_stages: int, num_ranks: int) -> dict[str, np.ndarray]:
     """The arrays by their path in `Params`, computed from the weights by definition."""
     weights = {name: tensor.numpy() for name, tensor in weights.items()}
+    num_devices = num_stages * num_ranks
     rows = math.ceil(83 / num_devices) * num_devices
     expected = {
         ".embedding": padded(weights["model.embed_tokens.weight"], rows),
@@ -68,25 +75,23 @@ def expected_params(weights, num_stages: int, num_devices: int) -> dict[str, np.
     if "lm_head.weight" in weights:
         expected[".lm_head"] = padded(weights["lm_head.weight"], rows)
     names = {
-        "attention_norm.scale": "input_layernorm",
-        "attention.wq": "self_attn.q_proj",
-        "attention.wk": "self_attn.k_proj",
-        "attention.wv": "self_attn.v_proj",
-        "attention.wo": "self_attn.o_proj",
-        "mlp_norm.scale": "post_attention_layernorm",
-        "mlp.w_gate": "mlp.gate_proj",
-        "mlp.w_up": "mlp.up_proj",
-        "mlp.w_down": "mlp.down_proj",
+        "attention_norm.scale": ["input_layernorm"],
+        "attention.wqkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        "attention.wo": ["self_attn.o_proj"],
+        "mlp_norm.scale": ["post_attention_layernorm"],
+        "mlp.w_gate_up": ["mlp.gate_proj", "mlp.up_proj"],
+        "mlp.w_down": ["mlp.down_proj"],
     }
     stages = {1: [[0, 1, 2, 3, 4]], 2: [[0, 1, 2], [3, 4]], 4: [[0, 1], [2], [3], [4]]}[num_stages]
     for position in range(len(stages[0])):
         for ours, theirs in names.items():
-            example = weights[f"model.layers.0.{theirs}.weight"]
-            stacked = np.zeros((num_stages, *example.shape), np.float32)
+            stacked = [None] * num_stages
             for stage, layers in enumerate(stages):
-                if position < len(layers):
-                    stacked[stage] = weights[f"model.layers.{layers[position]}.{theirs}.weight"]
-            expected[f".layers[{position}]['{ours}']"] = stacked
+                layer = layers[position] if position < len(layers) else 0
+                matrices = [weights[f"model.layers.{layer}.{name}.weight"] for name in theirs]
+                joined = fused(matrices, num_ranks) if len(matrices) > 1 else matrices[0]
+                stacked[stage] = joined if position < len(layers) else np.zeros_like(joined)
+            expected[f".layers[{position}]['{ours}']"] = np.stack(stacked)
     return expected
 
 
@@ -97,7 +102,7 @@ def test_every_device_holds_the_right_slices(checkpoint, layout, mesh_shape):
     mesh = make_mesh(mesh_shape)
     params = load_params(open_checkpoint(paths[layout]), mesh, FLOAT32)
     arrays = {jax.tree_util.keystr(p): a for p, a in jax.tree_util.tree_leaves_with_path(params)}
-    expected = expected_params(weights, mesh.shape["stage"], mesh.size)
+    expected = expected_params(weights, mesh.shape["stage"], mesh.shape["model"])
     assert arrays.keys() == expected.keys()
     for path, array in arrays.items():
         assert bits(np.asarray(array)) == bits(expected[path]), path
@@ -112,14 +117,14 @@ def test_ranks_beyond_the_kv_heads_share_them(checkpoint, layout):
     weights, paths = checkpoint
     mesh = make_mesh("2x4")
     [first, *_] = load_params(open_checkpoint(paths[layout]), mesh, FLOAT32).layers
-    assert first["attention.wk"].shape == first["attention.wv"].shape == (2, 4 * 16, 32)
-    assert first["attention.wq"].shape == (2, 4 * 16, 32)
-    for ours, theirs in (("attention.wk", "k_proj"), ("attention.wv", "v_proj")):
-        for shard in first[ours].addressable_shards:
-            [[stage], [rank]] = np.nonzero(mesh.devices == shard.device)
-            whole = weights[f"model.layers.{3 * stage}.self_attn.{theirs}.weight"].numpy()
-            head = rank // 2
-            assert bits(np.asarray(shard.data[0])) == bits(whole[16 * head : 16 * (head + 1)])
+    assert first["attention.wqkv"].shape == (2, 4 * 3 * 16, 32)
+    for shard in first["attention.wqkv"].addressable_shards:
+        [[stage], [rank]] = np.nonzero(mesh.devices == shard.device)
+        expected = []
+        for name, head in (("q_proj", rank), ("k_proj", rank // 2), ("v_proj", rank // 2)):
+            whole = weights[f"model.layers.{3 * stage}.self_attn.{name}.weight"].numpy()
+            expected.append(whole[16 * head : 16 * (head + 1)])
+        assert bits(np.asarray(shard.data[0])) == bits(np.concatenate(expected))
 
 
 @pytest.mark.parametrize("layout", ["hf", "orbax"])
@@ -170,8 +175,8 @@ def test_nan_and_infinity_are_loaded_as_they_are(tmp_path):
     weights["lm_head.weight"][95, 31] = torch.inf
     safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
     params = load_params(open_checkpoint(tmp_path), make_mesh("1x2"), FLOAT32)
-    (where,) = np.argwhere(np.isnan(params.layers[1]["mlp.w_up"]))
-    np.testing.assert_array_equal(where, [0, 3, 5])
+    (where,) = np.argwhere(np.isnan(params.layers[1]["mlp.w_gate_up"]))
+    np.testing.assert_array_equal(where, [0, 24 + 3, 5])  # after the rank's 24 rows of the gate
     assert params.lm_head[95, 31] == np.inf
 
 

@@ -95,7 +95,7 @@ def test_progress_is_in_order_although_the_first_array_takes_longest(path):
 
     done = []
     params = load_params(Slow(path), make_mesh("4x2"), FLOAT32, lambda *step: done.append(step))
-    assert done == [(i, 21) for i in range(1, 22)]
+    assert done == [(i, 15) for i in range(1, 16)]
     assert np.asarray(params.embedding)[:83].any(axis=1).all()
 
 

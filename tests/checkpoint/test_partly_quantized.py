@@ -18,6 +18,7 @@ from sharding.mesh import make_mesh
 from tests.support import foreign_writer as writer
 from tests.support.conversions import convert_to, small_pieces
 from tests.support.foreign_writer import AWQ, FBGEMM, GPTQ, packed_config
+from tests.support.fused_weights import weights_of
 from tests.support.tiny_checkpoint import read
 
 # As Meta released Llama 3.1 405B in FP8: attention, and all of the first and last layer, are plain.
@@ -136,7 +137,7 @@ def test_weights_on_a_mesh(case, mesh):
             continue
         stage, position = divmod(layer, per_stage) if num_stages > 1 else (0, layer)
         placed = jax.tree.map(lambda a, s=stage: np.asarray(a)[s], params.layers[position])
-        found = placed[weight.name]
+        found = weights_of(placed, config, mesh.shape["model"])[weight.name]
         if isinstance(found, tuple):
             found = found.dequantize()
         elif found.ndim == 2:

@@ -225,8 +225,9 @@ def test_inside_jit_and_grad(made, load):
 
     theirs.zero_grad()
     hooked(theirs, tokens)["layers.0.residual"].square().sum().backward()
-    ours = jax.grad(size)(state)["layers"][0]["mlp"]["w_up"].get_value()
-    assert_close(ours, theirs.model.layers[0].mlp.up_proj.weight.grad)
+    ours = jax.grad(size)(state)["layers"][0]["mlp"]["w_gate_up"].get_value()
+    mlp = theirs.model.layers[0].mlp
+    assert_close(ours, torch.cat([mlp.gate_proj.weight.grad, mlp.up_proj.weight.grad]))
 
 
 class LayerWithDistance(DecoderLayer):

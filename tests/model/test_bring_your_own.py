@@ -69,7 +69,7 @@ class SlopedLayer(DecoderLayer):
 
 class ReLU(MLP):
     def __call__(self, x):
-        gate, up = (linear(x, w.get_value()) for w in (self.w_gate, self.w_up))
+        gate, up = jnp.split(linear(x, self.w_gate_up.get_value()), 2, axis=-1)
         return linear(self.tap("neurons", jax.nn.relu(gate) * up), self.w_down.get_value())
 
 

@@ -13,7 +13,7 @@ from llama_jax.model import MLP, Attention, DecoderLayer, Llama, RMSNorm
 from llama_jax.model.attention import causal_attention
 from llama_jax.model.llama import head_logits, weight_of
 from llama_jax.model.rope import inverse_frequencies, rotate
-from llama_jax.weights.table import LAYER_WEIGHTS
+from llama_jax.weights.table import LAYER_PARAMETERS
 from tests.support.reference import (
     ROPE_LLAMA3,
     ROPE_PLAIN,
@@ -62,9 +62,9 @@ def layer_of(theirs, config: LlamaConfig) -> DecoderLayer:
     """Our decoder layer with the weights of their first layer."""
     layer = nnx.eval_shape(lambda: DecoderLayer(config, rngs=nnx.Rngs(0)))
     state = theirs.state_dict()
-    for weight in LAYER_WEIGHTS:
-        value = jnp.asarray(state[weight.hf_name.format(layer=0)].numpy())
-        weight_of(layer, weight.name).set_value(value)
+    for name, weights in LAYER_PARAMETERS.items():
+        rows = np.concatenate([state[weight.hf_name.format(layer=0)] for weight in weights])
+        weight_of(layer, name).set_value(jnp.asarray(rows))
     return layer
 
 
@@ -133,11 +133,13 @@ def test_a_layer_reduces_the_partial_sums_of_its_ranks():
     whole = layer_of(theirs, config)
     halves = [layer_of(theirs, config), layer_of(theirs, config)]
     for number, half in enumerate(halves):
-        for weight in LAYER_WEIGHTS:
-            split = [a for a, name in enumerate(weight.axes) if name != "embed"]
+        for name, weights in LAYER_PARAMETERS.items():
+            ends = np.cumsum([weight.shape(config)[0] for weight in weights])
+            parts = np.split(np.asarray(weight_of(whole, name)[...]), ends[:-1])
+            split = [a for a, name in enumerate(weights[0].axes) if name != "embed"]
             if split:
-                part = np.split(np.asarray(weight_of(whole, weight.name)[...]), 2, axis=split[0])
-                weight_of(half, weight.name).set_value(jnp.asarray(part[number]))
+                parts = [np.split(part, 2, axis=split[0])[number] for part in parts]
+                weight_of(half, name).set_value(jnp.asarray(np.concatenate(parts)))
     sums = []
     whole(x, positions, causal_attention, lambda partial: sums.append(partial) or partial)
     normed = whole.attention_norm(x)
@@ -218,7 +220,7 @@ def test_random_weights_follow_the_table():
     model = Llama(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("bfloat16")}
     assert (model.final_norm.scale[...] == 1).all()
-    up = np.asarray(model.layers[0].mlp.w_up[...], np.float32)
+    up = np.asarray(model.layers[0].mlp.w_gate_up[...], np.float32)
     assert up.std() == pytest.approx(0.02, rel=0.05)
     assert abs(up.mean()) < 0.001
 

@@ -66,7 +66,7 @@ def test_on_one_device(checkpoint, shape, name):
     theirs, path = checkpoint(shape, name)
     ours = Llama.from_pretrained(path)
     for layer in ours.layers:
-        assert isinstance(layer.attention.wq.get_value(), QUANTIZERS[name])
+        assert isinstance(layer.attention.wqkv.get_value(), QUANTIZERS[name])
     expected = reference_logits(theirs, TOKENS)
     tokens = np.array([TOKENS])
     for found in (ours(tokens), jax.jit(lambda model, tokens: model(tokens))(ours, tokens)):
@@ -154,8 +154,8 @@ def test_specs_of_a_quantized_matrix(name):
     rows, columns = P("stage", "model", None), P("stage", None, "model")
     by_rank, by_stage = P("stage", "model"), P("stage", None)
     for weight, of_values, of_rows in (
-        ("attention.wq", rows, by_rank),
-        ("mlp.w_up", rows, by_rank),
+        ("attention.wqkv", rows, by_rank),
+        ("mlp.w_gate_up", rows, by_rank),
         ("attention.wo", columns, by_stage),
         ("mlp.w_down", columns, by_stage),
     ):

@@ -9,7 +9,6 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.checkpoint import open_checkpoint
@@ -138,35 +137,32 @@ def test_specs_of_all_weights(num_stages, num_ranks):
     for layer in specs.layers:
         assert layer == {
             "attention_norm.scale": P("stage", None),
-            "attention.wq": rows,
-            "attention.wk": rows,
-            "attention.wv": rows,
+            "attention.wqkv": rows,
             "attention.wo": columns,
             "mlp_norm.scale": P("stage", None),
-            "mlp.w_gate": rows,
-            "mlp.w_up": rows,
+            "mlp.w_gate_up": rows,
             "mlp.w_down": columns,
         }
 
 
 def test_a_rank_holds_the_query_heads_of_its_kv_heads():
-    table = placements(LLAMA_70B, 4, 2).layers[0]
-    mesh = make_mesh("4x2")
+    place = placements(LLAMA_70B, 4, 2).layers[0]["attention.wqkv"]
     for rank in range(2):
-        device = mesh.devices[0, rank]
         held = {}
-        for name in ("attention.wq", "attention.wk"):
-            index = NamedSharding(mesh, table[name].spec).devices_indices_map(table[name].shape)
-            rows = range(table[name].shape[1])[index[device][1]]
-            held[name] = {row // LLAMA_70B.head_dim for row in rows}
-        assert {head // 8 for head in held["attention.wq"]} == held["attention.wk"]
-        assert len(held["attention.wk"]) == 4
+        for source in place.sources:
+            part, width = source.stored(0, rank, 2)
+            assert part.stop - part.start == width
+            name = source.tensor.hf_name.split(".")[-2]
+            held[name] = {row // LLAMA_70B.head_dim for row in range(part.start, part.stop)}
+        assert {head // 8 for head in held["q_proj"]} == held["k_proj"] == held["v_proj"]
+        assert len(held["k_proj"]) == 4
 
 
 def test_shapes_of_70b_on_8_gpus():
     table = placements(LLAMA_70B, 4, 2)
     assert table.embedding.shape == table.lm_head.shape == (128256, 8192)
-    assert table.layers[0]["mlp.w_gate"].shape == (4, 28672, 8192)
+    assert table.layers[0]["attention.wqkv"].shape == (4, 8192 + 2 * 1024, 8192)
+    assert table.layers[0]["mlp.w_gate_up"].shape == (4, 2 * 28672, 8192)
     assert table.layers[3]["mlp.w_down"].layers == (3, 23, 43, 63)
     assert placements(LlamaConfig.llama3_2_1b(), 4, 2).lm_head is None
 
