@@ -1,0 +1,328 @@
+"""The code that a thread block of `hopper_attention` runs, in Pallas Mosaic GPU.
+
+A thread block takes one sequence, one KV head, up to 64 rows and a share of the keys. It is one
+warpgroup: it starts the copies of the keys that it needs some steps later, and then multiplies. It
+waits for nobody else, and two of them fit on a multiprocessor, so that one computes while the other
+waits for memory.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from llama_jax.model.attention import MASKED
+
+ROWS = 64  # of a wgmma
+KEYS = 64  # keys per step
+MIN_KEYS_PER_SPLIT = 128
+LOG2E = math.log2(math.e)
+# Float16 weights of the values are kept away from its subnormal numbers by a factor of 2**8. It
+# also scales their sum, so that it cancels out.
+FLOAT16_SHIFT = 8.0
+
+
+class Spec(NamedTuple):
+    """The static parameters of the kernel.
+
+    Attributes:
+      group: query heads per KV head.
+      rows: rows of each sequence and KV head, padded: queries x `group`.
+      row_blocks: blocks of up to 64 rows.
+      head_dim: h.
+      page_size, num_pages: of the pool.
+      splits: shares of the keys.
+      stages: blocks of keys in shared memory.
+      dtype: of the matrix products.
+      out_dtype: of the result.
+      convert: whether the cache has another dtype, of 8 bits.
+      scaled: whether the cache has scales.
+      interpreted: whether the kernel runs in interpret mode. It knows no layouts of registers,
+        and no transposed operands of `wgmma` in jax 0.10.
+    """
+
+    group: int
+    rows: int
+    row_blocks: int
+    head_dim: int
+    page_size: int
+    num_pages: int
+    splits: int
+    stages: int
+    dtype: Any
+    out_dtype: Any
+    convert: bool
+    scaled: bool
+    interpreted: bool
+
+    @property
+    def copied(self) -> int:
+        """Keys that one copy brings: a page, or a part of a larger page."""
+        return min(self.page_size, KEYS)
+
+    @property
+    def copied_rows(self) -> int:
+        """Rows of a block that exist."""
+        return min(self.rows, ROWS)
+
+
+def scratch_types(spec: Spec, cache_dtype: Any) -> dict[str, Any]:
+    """Shared memory and barriers of a thread block."""
+
+    def operand(shape: tuple[int, ...], dtype: Any) -> Any:
+        """Shared memory in the layout of wgmma: rows of at most 128 bytes, swizzled."""
+        row_bytes = min(128, spec.head_dim * jnp.dtype(dtype).itemsize)
+        tiling = plgpu.TilingTransform((8, row_bytes // jnp.dtype(dtype).itemsize))
+        return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(row_bytes)))
+
+    keys = (spec.stages, KEYS, spec.head_dim)
+    copies = KEYS // spec.copied
+    scratch = {
+        "q": operand((ROWS, spec.head_dim), spec.dtype),
+        "k": operand(keys, cache_dtype),
+        "v": operand(keys, cache_dtype),
+        "q_ready": plgpu.Barrier(),
+        "k_ready": plgpu.Barrier(num_arrivals=copies, num_barriers=spec.stages),
+        "v_ready": plgpu.Barrier(num_arrivals=copies, num_barriers=spec.stages),
+    }
+    if spec.convert:
+        scratch["k16"] = scratch["v16"] = operand(keys[1:], spec.dtype)
+    if spec.scaled:
+        scratch["k_scale"] = scratch["v_scale"] = plgpu.SMEM(keys[:2], jnp.float32)
+    if spec.out_dtype != spec.dtype:
+        scratch["out"] = operand((ROWS, spec.head_dim), spec.out_dtype)
+    if spec.splits > 1:
+        scratch["log_total"] = plgpu.SMEM((ROWS,), jnp.float32)
+    return scratch
+
+
+def thread_block(spec: Spec, *refs: Any, **scratch: Any) -> None:
+    """The code of one thread block."""
+    q_ref, k_ref, v_ref, table_ref, position_ref, length_ref, *rest = refs
+    scale_refs, out_refs = (rest[:2], rest[2:]) if spec.scaled else ([], rest)
+    sequence, kv_head = lax.axis_index("sequence"), lax.axis_index("kv_head")
+    row_block, split = lax.axis_index("row_block"), lax.axis_index("split")
+    first_row = row_block * ROWS
+    own_rows = pl.ds(first_row, spec.copied_rows)
+    matrix = None if spec.interpreted else plgpu.Layout.WGMMA
+    per_row, per_key = (None if matrix is None else matrix.reduce(axis) for axis in (1, 0))
+
+    # The keys that some query of this block sees, and those that all of them see.
+    position, length = position_ref[sequence], length_ref[sequence]
+    last_row = jnp.minimum(first_row + ROWS, spec.rows) - 1
+    visible = jnp.minimum(length, position + _divide(last_row, spec.group) + 1)
+    visible_to_all = jnp.minimum(length, position + _divide(first_row, spec.group) + 1)
+    num_steps = _divide(visible + KEYS - 1, KEYS)
+    share = jnp.maximum(
+        _divide(num_steps + spec.splits - 1, spec.splits), MIN_KEYS_PER_SPLIT // KEYS
+    )
+    first_step = split * share
+    num_steps = jnp.clip(num_steps - first_step, 0, share)
+    unmasked_steps = jnp.clip(_divide(visible_to_all, KEYS) - first_step, 0, num_steps)
+
+    def pages_of(step: jax.Array) -> tuple[jax.Array, ...]:
+        """The page of each copy of a step; after the last key, that key's page again."""
+        first_key = (first_step + step) * KEYS
+        pages = []
+        for copy in range(KEYS // spec.copied):
+            key = jnp.clip(first_key + copy * spec.copied, 0, jnp.maximum(visible - 1, 0))
+            index = jnp.minimum(_divide(key, spec.page_size), table_ref.shape[1] - 1)
+            pages.append(jnp.clip(table_ref[sequence, index], 0, spec.num_pages - 1))
+        return tuple(pages)
+
+    def sources(step: jax.Array, pages: tuple[jax.Array, ...]) -> list[tuple[Any, Any]]:
+        """(index into the pool, keys of the step) of each copy."""
+        offset = _remainder((first_step + step) * KEYS, max(KEYS, spec.page_size))
+        return [
+            (
+                (kv_head, page, pl.ds(offset if spec.page_size > KEYS else 0, spec.copied)),
+                pl.ds(copy * spec.copied, spec.copied),
+            )
+            for copy, page in enumerate(pages)
+        ]
+
+    def start_copies(step: jax.Array, pages: tuple[jax.Array, ...]) -> None:
+        stage = _remainder(step, spec.stages)
+        for ref, name in ((k_ref, "k"), (v_ref, "v")):
+            for source, keys in sources(step, pages):
+                plgpu.copy_gmem_to_smem(
+                    ref.at[source],
+                    scratch[name].at[stage, keys],
+                    scratch[f"{name}_ready"].at[stage],
+                )
+
+    def load_scales(step: jax.Array, pages: tuple[jax.Array, ...]) -> list[list[jax.Array]]:
+        # To registers, since a page's scales are too short for a copy, which must be 128 bytes.
+        return [
+            [_load(ref, source, per_key) for source, _ in sources(step, pages)]
+            for ref in scale_refs
+        ]
+
+    def store_scales(step: jax.Array, scales: list[list[jax.Array]]) -> None:
+        stage = _remainder(step, spec.stages)
+        for name, parts in zip(("k_scale", "v_scale"), scales, strict=False):
+            for copy, part in enumerate(parts):
+                scratch[name][stage, pl.ds(copy * spec.copied, spec.copied)] = part
+
+    def fetch(step: jax.Array) -> None:
+        pages = pages_of(step)
+        start_copies(step, pages)
+        store_scales(step, load_scales(step, pages))
+
+    ahead = spec.stages - 1
+    for step in range(ahead):
+        pl.when(step < num_steps)(partial(fetch, jnp.int32(step)))
+
+    plgpu.copy_gmem_to_smem(
+        q_ref.at[sequence, kv_head, own_rows],
+        scratch["q"].at[pl.ds(0, spec.copied_rows)],
+        scratch["q_ready"],
+    )
+    plgpu.barrier_wait(scratch["q_ready"])
+
+    def attend(step: jax.Array, carry: tuple[Any, ...], *, masked: bool) -> tuple[Any, ...]:
+        best, total, out, pages = carry
+        stage = _remainder(step, spec.stages)
+        first_key = (first_step + step) * KEYS
+        # Every warp is done with the stage of the previous step, which the next copy overwrites.
+        plgpu.commit_smem()
+
+        @pl.when(step + ahead < num_steps)
+        def _start() -> None:
+            start_copies(step + ahead, pages)
+
+        scales = load_scales(step + ahead, pages)
+        pages = pages_of(step + ahead + 1)
+
+        plgpu.barrier_wait(scratch["k_ready"].at[stage])
+        keys = scratch["k"].at[stage]
+        if spec.convert:
+            scratch["k16"][...] = keys[...].astype(spec.dtype)
+            plgpu.commit_smem()
+            keys = scratch["k16"]
+        scores = _scores(spec, scratch["q"], keys)
+        factor = spec.head_dim**-0.5 * LOG2E
+        if spec.scaled:
+            scale = _load(scratch["k_scale"], stage, per_key)
+            scores = scores * lax.broadcast_in_dim(scale * factor, scores.shape, [1])
+        else:
+            scores = scores * factor
+        if masked:
+            key = first_key + _iota(scores.shape, 1, matrix)
+            query = position + _divide(first_row + _iota(scores.shape, 0, matrix), spec.group)
+            seen = (key <= query) & (key < length)
+            scores = jnp.where(seen, scores, MASKED)
+        new_best = jnp.maximum(best, scores.max(axis=1))
+        rescale = jnp.exp2(best - new_best)
+        shift = new_best - FLOAT16_SHIFT if spec.dtype == jnp.float16 else new_best
+        weights = jnp.exp2(scores - lax.broadcast_in_dim(shift, scores.shape, [0]))
+        if masked:  # with no visible key so far, exp2(MASKED - MASKED) is 1
+            weights = jnp.where(seen, weights, 0.0)
+        total = total * rescale + weights.sum(axis=1)
+        out = out * lax.broadcast_in_dim(rescale, out.shape, [0])
+        if spec.scaled:
+            scale = _load(scratch["v_scale"], stage, per_key)
+            weights = weights * lax.broadcast_in_dim(scale, weights.shape, [1])
+            if masked:
+                weights = jnp.where(seen, weights, 0.0)
+
+        plgpu.barrier_wait(scratch["v_ready"].at[stage])
+        values = scratch["v"].at[stage]
+        if spec.convert:
+            scratch["v16"][...] = values[...].astype(spec.dtype)
+            plgpu.commit_smem()
+            values = scratch["v16"]
+        if masked:
+            # A page holds what its last owner left, and 0 x NaN is NaN.
+            @pl.when(first_key + KEYS > length)
+            def _clear() -> None:
+                loaded = values[...]
+                key = first_key + _iota(loaded.shape, 0, matrix)
+                values[...] = jnp.where(key < length, loaded, jnp.zeros_like(loaded))
+                plgpu.commit_smem()
+
+        out = _accumulate(spec, out, weights.astype(spec.dtype), values)
+        if spec.scaled:
+            store_scales(step + ahead, scales)
+        return new_best, total, out, pages
+
+    carry = (
+        _cast(jnp.full((ROWS,), MASKED, jnp.float32), per_row),
+        _cast(jnp.zeros((ROWS,), jnp.float32), per_row),
+        _cast(jnp.zeros((ROWS, spec.head_dim), jnp.float32), matrix),
+        pages_of(jnp.int32(ahead)),
+    )
+    carry = lax.fori_loop(0, unmasked_steps, partial(attend, masked=False), carry)
+    carry = lax.fori_loop(unmasked_steps, num_steps, partial(attend, masked=True), carry)
+    best, total, out, _ = carry
+
+    total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)  # 0 for a row without keys
+    out = out / lax.broadcast_in_dim(total, out.shape, [0])
+    staging = scratch.get("out", scratch["q"])
+    plgpu.commit_smem()  # every warp is done with the queries
+    staging[...] = out.astype(spec.out_dtype)
+    if spec.splits > 1:
+        log_total = jnp.log(total) * LOG2E + best
+        if spec.dtype == jnp.float16:
+            log_total = log_total - FLOAT16_SHIFT
+        scratch["log_total"][...] = log_total
+    plgpu.commit_smem()
+    destination = (split, sequence, kv_head, own_rows)
+    copied = pl.ds(0, spec.copied_rows)
+    plgpu.copy_smem_to_gmem(staging.at[copied], out_refs[0].at[destination])
+    if spec.splits > 1:
+        plgpu.copy_smem_to_gmem(scratch["log_total"].at[copied], out_refs[1].at[destination])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _scores(spec: Spec, q: Any, keys: Any) -> jax.Array:
+    """q `[ROWS, h]` times keys `[KEYS, h]`, both in shared memory -> `[ROWS, KEYS]` float32."""
+    if spec.interpreted:
+        contract = (((1,), (1,)), ((), ()))
+        return lax.dot_general(q[...], keys[...], contract, preferred_element_type=jnp.float32)
+
+    def multiply(accumulator: Any) -> jax.Array:
+        plgpu.wgmma(accumulator, q, plgpu.transpose_ref(keys, (1, 0)))
+        return accumulator[...]
+
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((ROWS, KEYS), jnp.float32))
+
+
+def _accumulate(spec: Spec, out: jax.Array, weights: jax.Array, values: Any) -> jax.Array:
+    """out `[ROWS, h]` + weights `[ROWS, KEYS]` in registers times values in shared memory."""
+    if spec.interpreted:
+        return out + jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
+    multiply = pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, weights, values))
+    return multiply(plgpu.WGMMAAccumulatorRef.init(out))
+
+
+def _cast(array: jax.Array, layout: Any) -> jax.Array:
+    """Chooses which thread's registers hold what."""
+    return array if layout is None else plgpu.layout_cast(array, layout)
+
+
+def _load(ref: Any, index: Any, layout: Any) -> jax.Array:
+    """Loads a vector, from any memory."""
+    if layout is None:
+        return ref[index]
+    whole = () if jax.__version_info__ >= (0, 12) else ((),)  # an index, until jax 0.11
+    # Not "optimized": that would require a matrix in shared memory.
+    return plgpu.load(ref.at[index], *whole, layout=layout, optimized=False)
+
+
+def _iota(shape: tuple[int, ...], axis: int, layout: Any) -> jax.Array:
+    return _cast(lax.broadcasted_iota(jnp.int32, shape, axis), layout)
+
+
+def _divide(number: Any, divisor: int) -> jax.Array:
+    """Of int32 that are not negative: `//` would add code for those that are."""
+    return lax.div(jnp.asarray(number, jnp.int32), jnp.int32(divisor))
+
+
+def _remainder(number: Any, divisor: int) -> jax.Array:
+    return lax.rem(jnp.asarray(number, jnp.int32), jnp.int32(divisor))
