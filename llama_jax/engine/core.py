@@ -36,6 +36,7 @@ from llama_jax.engine.sizing import (
 )
 from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.model import Llama
+from llama_jax.model.kv_storage import choose_kv_dtype
 from llama_jax.ring.steps import check_model_class
 from sharding.mesh import make_mesh, mesh_shape, parse_mesh
 from sharding.partition import split_layers
@@ -88,7 +89,10 @@ class Engine:
             )
             jax.block_until_ready(params)
             loaded = time.perf_counter()
-            executor = Executor(config, mesh, sizes, params, dtype, model_class=model_class)
+            cache_dtype = choose_kv_dtype(options.kv_cache_dtype, dtype)
+            executor = Executor(
+                config, mesh, sizes, params, dtype, model_class=model_class, cache_dtype=cache_dtype
+            )
             executor.warm_up(
                 lambda done, total, what: progress(Progress("compiling", done, total, what))
             )
@@ -108,6 +112,7 @@ class Engine:
             mesh=options.mesh,
             platform=platform,
             dtype=str(dtype),
+            kv_cache_dtype=str(cache_dtype),
             vocab_size=config.vocab_size,
             max_model_len=max_model_len,
             max_num_seqs=sizes.num_slots,

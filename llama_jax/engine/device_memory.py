@@ -11,6 +11,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.engine.interface import MemoryStats
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.sizing import CPU_CACHE_BYTES, SizingError, choose_sizes, gpu_cache_bytes
+from llama_jax.model.kv_storage import choose_kv_dtype
 from llama_jax.ring.kv_cache import page_bytes
 from llama_jax.ring.sizes import RingSizes
 from llama_jax.weights.placement import param_shapes
@@ -37,7 +38,8 @@ def choose_mesh_sizes(
         cache = CPU_CACHE_BYTES // len(devices)
     else:
         cache = gpu_cache_bytes(free_bytes(devices), weights)
-    page = page_bytes(config, mesh, options.page_size, dtype)
+    cache_dtype = choose_kv_dtype(options.kv_cache_dtype, dtype)
+    page = page_bytes(config, mesh, options.page_size, cache_dtype)
     return choose_sizes(options, config, mesh_shape(mesh)[0], page, cache)
 
 

@@ -97,9 +97,10 @@ class Executor:
       mesh: the devices.
       sizes: the sizes of the ring.
       params: the weights on the mesh.
-      dtype: the dtype of activations and cache.
+      dtype: the dtype of the activations.
       fill: the initial value of the cache; tests use NaN.
       model_class: the class whose layers run and whose sampler chooses tokens.
+      cache_dtype: the dtype of the KV cache; None for that of the activations.
 
     Attributes:
       call_seconds: host time spent in calls of the compiled programs.
@@ -114,15 +115,17 @@ class Executor:
         dtype: jnp.dtype,
         fill: float = 0.0,
         model_class: type[Llama] = Llama,
+        cache_dtype: jnp.dtype | None = None,
     ):
         self.config, self.mesh, self.sizes = config, mesh, sizes
         self.dtype, self.model_class = dtype, model_class
+        self.cache_dtype = cache_dtype or dtype
         self.call_seconds = 0.0
         # Several unfinished programs with collectives starve XLA:CPU's threads and hang it. If JAX
         # was initialized before `configure_jax`, a call may return before its program has ended.
         self._one_at_a_time = mesh.devices.flat[0].platform == "cpu"
         self.params = params
-        self._state: State = init_state(state_shapes(config, mesh, sizes, dtype), sizes, fill)
+        self._state: State = init_state(self.state_shapes(), sizes, fill)
         self._steps: dict[Bucket, Step] = {
             bucket: prefill_step(config, mesh, sizes, bucket.rows, bucket.chunk, model_class)
             if bucket.chunk
@@ -136,6 +139,10 @@ class Executor:
         self._log_probabilities = logprobs_step(mesh)
         self._score = score_step(config, mesh, sizes)
         self._history = allocate(history_shape(config, mesh, sizes))
+
+    def state_shapes(self) -> State:
+        """The shapes of the state."""
+        return state_shapes(self.config, self.mesh, self.sizes, self.dtype, self.cache_dtype)
 
     @property
     def state(self) -> State:
@@ -227,7 +234,7 @@ class Executor:
         Nothing runs, and the compiled programs of the ticks are not touched.
         """
         packed = jax.ShapeDtypeStruct((packet_size(self.sizes, bucket),), jnp.int32)
-        state = state_shapes(self.config, self.mesh, self.sizes, self.dtype)
+        state = self.state_shapes()
         step: Any = self._steps[bucket]
         return step.lower(self.params, state, packed)
 

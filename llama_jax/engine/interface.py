@@ -100,6 +100,7 @@ class EngineInfo:
     mesh: str
     platform: str
     dtype: str
+    kv_cache_dtype: str
     vocab_size: int
     max_model_len: int
     max_num_seqs: int

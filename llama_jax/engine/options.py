@@ -100,10 +100,17 @@ class EngineOptions:
     mesh: str = _option("1x1", "pipeline stages x tensor-parallel ranks, such as 4x2", unit="SxT")
     dtype: str = _option(
         "auto",
-        "dtype of weights, activations and KV cache; auto is float32 on CPU and the checkpoint's "
-        "own dtype on a GPU",
+        "dtype of weights and activations; auto is float32 on CPU and the checkpoint's own dtype "
+        "on a GPU",
         unit="DTYPE",
         choices=("auto", "float32", "bfloat16"),
+    )
+    kv_cache_dtype: str = _option(
+        "auto",
+        "dtype of the KV cache; auto is that of the activations, and fp8 and int8 hold about twice "
+        "the tokens of bf16 in the same memory",
+        unit="DTYPE",
+        choices=("auto", "bf16", "fp8", "int8"),
     )
     max_model_len: int | None = _option(
         None,

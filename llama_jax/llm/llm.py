@@ -188,7 +188,12 @@ class LLM:
 
         executor = self.engine.loop.executor
         return ShardedLlama(
-            executor.config, executor.mesh, executor.params, executor.dtype, executor.model_class
+            executor.config,
+            executor.mesh,
+            executor.params,
+            executor.dtype,
+            executor.model_class,
+            executor.cache_dtype,
         )
 
     @overload  # a string is also a sequence of strings, but this overload comes first

@@ -10,6 +10,8 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from llama_jax.model.kv_storage import read_pages
+
 KEY_BLOCK = 128  # keys per iteration of paged attention
 MASKED = -1e30  # score of a masked key; finite, so that a row without keys gives no NaN
 
@@ -85,6 +87,8 @@ def paged_attention(
     lengths: jax.Array,
     score_mod: ScoreMod = no_score_mod,
     first_head: jax.Array | int = 0,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention over keys and values in pages of the KV cache.
 
@@ -95,8 +99,8 @@ def paged_attention(
 
     Args:
       q: `[B, T, H, h]`; B sequences with T queries each.
-      k_pages, v_pages: `[K, num_pages, page_size, h]`. Heads come first, so that the product needs
-        no transpose of the gathered keys.
+      k_pages, v_pages: `[K, num_pages, page_size, h]`, as `kv_storage` stores them. Heads come
+        first, so that the product needs no transpose of the gathered keys.
       page_table: `[B, S / page_size]` int32, the pages of each sequence in order; entries beyond
         its length are not used.
       positions: `[B, T]` int32, the position of each query in its sequence.
@@ -104,6 +108,7 @@ def paged_attention(
         used, even if they are NaN.
       score_mod: changes the scores before the softmax.
       first_head: the index in the whole model of the first of these H heads, for `score_mod`.
+      k_scale, v_scale: `[K, num_pages, page_size]` float32, of pages in 8 bits.
 
     Returns:
       `[B, T, H, h]`, in the dtype of `q`; zeros for a sequence of length 0.
@@ -124,10 +129,6 @@ def paged_attention(
     heads = first_head + jnp.arange(num_heads).reshape(num_kv_heads, 1, 1, group)
     row_heads = jnp.tile(heads, (1, 1, num_queries, 1)).reshape(num_kv_heads, 1, -1, 1)
 
-    def pages_of(pages: jax.Array, index: jax.Array) -> jax.Array:
-        gathered = pages.at[:, index].get(mode="clip")
-        return gathered.reshape(num_kv_heads, batch, block, head_dim)
-
     def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         # The softmax so far: maximum and sum [K, B, T * G], unnormalized output [K, B, T * G, h].
         best, total, out = carry
@@ -136,23 +137,28 @@ def paged_attention(
         valid = key_positions < lengths[:, None]  # [B, block]
         causal = key_positions <= row_positions[..., None]  # [B, T * G, block]
         visible = valid[:, None] & causal
-        scores = jnp.einsum(
-            "KBRh,KBSh->KBRS", rows, pages_of(k_pages, index), preferred_element_type=jnp.float32
-        )
+        keys, key_scale = read_pages(k_pages, k_scale, index, q.dtype)
+        scores = jnp.einsum("KBRh,KBSh->KBRS", rows, keys, preferred_element_type=jnp.float32)
         scores = scores * head_dim**-0.5
+        if key_scale is not None:
+            scores = scores * key_scale[:, :, None]
         scores = score_mod(scores, row_heads, row_positions[..., None], key_positions)
         scores = jnp.where(visible, scores, MASKED)
         # A page still holds the values of its last owner, and 0 × NaN is NaN: mask V as well.
-        values = jnp.where(valid[..., None], pages_of(v_pages, index), 0)
+        values, value_scale = read_pages(v_pages, v_scale, index, q.dtype)
+        values = jnp.where(valid[..., None], values, 0)
         new_best = jnp.maximum(best, scores.max(axis=-1))
         # Masked again: with no visible key so far, exp(MASKED - MASKED) is 1.
         weights = jnp.where(visible, jnp.exp(scores - new_best[..., None]), 0)
         rescale = jnp.exp(best - new_best)
+        total = total * rescale + weights.sum(axis=-1)
+        if value_scale is not None:
+            weights = weights * jnp.where(valid, value_scale, 0)[:, :, None]
         update = jnp.einsum(
             "KBRS,KBSh->KBRh", weights.astype(values.dtype), values,
             preferred_element_type=jnp.float32,
         )  # fmt: skip
-        return new_best, total * rescale + weights.sum(axis=-1), out * rescale[..., None] + update
+        return new_best, total, out * rescale[..., None] + update
 
     with jax.named_scope("paged_attention"):
         num_blocks = (jnp.max(lengths) + block - 1) // block
@@ -176,23 +182,25 @@ def paged_weights(
     lengths: jax.Array,
     score_mod: ScoreMod = no_score_mod,
     first_head: jax.Array | int = 0,
+    k_scale: jax.Array | None = None,
 ) -> jax.Array:
     """The softmax weights of `paged_attention`, which itself never materializes them.
 
     Args:
-      q, k_pages, page_table, positions, lengths, score_mod, first_head: as for `paged_attention`.
+      q, k_pages, page_table, positions, lengths, score_mod, first_head, k_scale: as for
+        `paged_attention`.
 
     Returns:
       `[B, T, H, S]` float32, where S is the capacity of the page table in tokens; zero for masked
       keys.
     """
     batch, num_queries, num_heads, head_dim = q.shape
-    num_kv_heads, _, page_size, _ = k_pages.shape
-    num_keys = page_table.shape[1] * page_size
-    keys = k_pages.at[:, page_table].get(mode="clip")
-    keys = keys.reshape(num_kv_heads, batch, num_keys, head_dim)
+    keys, scale = read_pages(k_pages, k_scale, page_table, q.dtype)
+    num_kv_heads, _, num_keys, _ = keys.shape
     grouped = q.reshape(batch, num_queries, num_kv_heads, -1, head_dim)
     scores = jnp.einsum("BTKGh,KBSh->BTKGS", grouped, keys, preferred_element_type=jnp.float32)
+    if scale is not None:
+        scores = scores * scale.transpose(1, 0, 2)[:, None, :, None]
     scores = scores.reshape(batch, num_queries, num_heads, num_keys) * head_dim**-0.5
     key_position, query_position = jnp.arange(num_keys), positions[..., None, None]
     head = first_head + jnp.arange(num_heads)[:, None]

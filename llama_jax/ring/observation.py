@@ -75,7 +75,7 @@ def observed_step(
       mesh: the mesh.
       activations: those of the layers to return; the layers must tap each of them.
     """
-    specs = state_specs(program.config, mesh)
+    specs = state_specs()
     layers = {each: _spec(program, mesh, each.name) for each in activations}
     shown = Observation(LOGITS_SPEC, P(), P(STAGE), layers)
     in_specs = (param_specs(program.config, *mesh_shape(mesh)), specs, P())
@@ -134,7 +134,7 @@ class _TappedPagedAttend(PagedAttend):
             q,
             lambda q, tables, positions, lengths: paged_weights(
                 q, self.k_pages, tables, positions, lengths,
-                score_mod, rank(MODEL) * q.shape[2],
+                score_mod, rank(MODEL) * q.shape[2], self.k_scale,
             ),
         )  # fmt: skip
         tap("weights", weights.astype(v.dtype))  # the dtype of `causal_attention`'s

@@ -19,8 +19,10 @@ from llama_jax.checkpoint import open_checkpoint
 from llama_jax.checkpoint.load import choose_dtype, load_params
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
+from llama_jax.model.kv_storage import choose_kv_dtype
 from llama_jax.model.llama import check_tokens
 from llama_jax.model.rope import check_length
+from llama_jax.ring.kv_cache import dequantized
 from llama_jax.ring.observation import WEIGHTS, LayerActivation, observed_step, replicas_by_axis
 from llama_jax.ring.packet import encode_packet
 from llama_jax.ring.sizes import Bucket, RingSizes
@@ -46,8 +48,9 @@ class ShardedLlama:
       config: the architecture.
       mesh: the mesh.
       params: the weights on the mesh.
-      dtype: of the activations and the KV cache.
+      dtype: of the activations.
       model_class: `Llama` or a subclass, whose layers run.
+      cache_dtype: of the KV cache.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class ShardedLlama:
         params: Params,
         dtype: jnp.dtype,
         model_class: type[Llama] = Llama,
+        cache_dtype: jnp.dtype | None = None,
     ):
         """Uses weights that are already on a mesh; `from_pretrained` loads them.
 
@@ -66,6 +70,7 @@ class ShardedLlama:
           params: the weights, from `load_params`.
           dtype: that `load_params` was called with.
           model_class: `Llama` or a subclass.
+          cache_dtype: of the KV cache; None for that of the activations.
 
         Raises:
           UserError: the ring cannot run `model_class`.
@@ -73,7 +78,7 @@ class ShardedLlama:
         check_model_class(model_class)
         self.config, self.mesh, self.params = config, mesh, params
         self.model_class = model_class
-        self.dtype = dtype
+        self.dtype, self.cache_dtype = dtype, cache_dtype or dtype
         self._state: tuple[RingSizes, State] | None = None
 
     @classmethod
@@ -83,6 +88,7 @@ class ShardedLlama:
         mesh: str | Mesh = "1x1",
         dtype: str = "auto",
         model_class: type[Llama] = Llama,
+        kv_cache_dtype: str = "auto",
     ) -> Self:
         """Loads a checkpoint (Hugging Face or Orbax layout, or GGUF) onto a mesh.
 
@@ -91,18 +97,21 @@ class ShardedLlama:
           mesh: "stages x tensor-parallel ranks", such as "2x2", or a mesh from `make_mesh`.
           dtype: "auto" (float32 on CPU, else the checkpoint's own), "float32" or "bfloat16".
           model_class: `Llama` or a subclass, whose layers run.
+          kv_cache_dtype: "auto" (that of the activations), "bf16", "fp8" or "int8".
 
         Raises:
           CheckpointError, ConfigError: the checkpoint cannot be read.
           MeshError, ShardingError: the mesh cannot be made, or cannot split the model.
-          UserError: `dtype` or `model_class` is not supported.
+          UserError: `dtype`, `model_class` or `kv_cache_dtype` is not supported.
         """
         check_model_class(model_class)
         with closing(open_checkpoint(path)) as reader:
             reader.declared.report_unknown()
             mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
             kind = choose_dtype(dtype, reader.config, mesh.devices.flat[0].platform)
-            return cls(reader.config, mesh, load_params(reader, mesh, kind), kind, model_class)
+            cache_kind = choose_kv_dtype(kv_cache_dtype, kind)
+            params = load_params(reader, mesh, kind)
+            return cls(reader.config, mesh, params, kind, model_class, cache_kind)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """tokens [B, T] int32 in [0, V) -> logits [B, T, V] float32.
@@ -153,7 +162,7 @@ class ShardedLlama:
         """Runs tokens `[B, T]` through the ring, and reads their keys and values from the cache.
 
         Returns:
-          Keys and values, each `[L, B, T, K, h]`.
+          Keys and values as attention reads them, each `[L, B, T, K, h]`, in `dtype`.
         """
         self.observe(tokens, ())
         assert self._state is not None
@@ -162,9 +171,9 @@ class ShardedLlama:
         stages = split_layers(self.config.num_layers, mesh_shape(self.mesh)[0])
         replicas = kv_replicas(self.config, mesh_shape(self.mesh)[1])
         keys_and_values = []
-        for arrays in (state.cache.keys, state.cache.values):
+        for arrays in dequantized(state.cache, self.dtype):
             # [P, K, num_pages, page_size, h]
-            host = [np.asarray(array)[:, ::replicas] for array in arrays]
+            host = [array[:, ::replicas] for array in arrays]
             layers = []
             for stage, stage_layers in enumerate(stages):
                 for position, layer in enumerate(stage_layers):
@@ -234,7 +243,8 @@ class ShardedLlama:
         previous, self._state = self._state, None
         if previous is not None and previous[0] == sizes:
             return previous[1]
-        return init_state(state_shapes(self.config, self.mesh, sizes, self.dtype), sizes)
+        shapes = state_shapes(self.config, self.mesh, sizes, self.dtype, self.cache_dtype)
+        return init_state(shapes, sizes)
 
 
 # Cached here and not per object, because `LLM.model` creates a new object each time.

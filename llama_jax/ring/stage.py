@@ -45,14 +45,28 @@ class PagedAttend:
 
     Attributes:
       k_pages, v_pages: `[K, num_pages, page_size, h]`, this rank's; each call replaces them.
+      k_scale, v_scale: `[K, num_pages, page_size]`, likewise; None unless the pages are in 8 bits.
     """
 
     def __init__(
-        self, program: Program, segments: jax.Array, k_pages: jax.Array, v_pages: jax.Array
+        self,
+        program: Program,
+        segments: jax.Array,
+        k_pages: jax.Array,
+        v_pages: jax.Array,
+        k_scale: jax.Array | None = None,
+        v_scale: jax.Array | None = None,
     ):
         self._program, self._segments = program, segments
         self._locations = locate_tokens(program, segments)
         self.k_pages, self.v_pages = k_pages, v_pages
+        self.k_scale, self.v_scale = k_scale, v_scale
+
+    @property
+    def arrays(self) -> list[jax.Array]:
+        """The layer's part of the cache, in the order of `KVCache`."""
+        arrays = (self.k_pages, self.v_pages, self.k_scale, self.v_scale)
+        return [array for array in arrays if array is not None]
 
     def __call__(
         self, q: jax.Array, k: jax.Array, v: jax.Array, *, score_mod: ScoreMod, tap: Tap
@@ -61,14 +75,14 @@ class PagedAttend:
 
         Does not tap the attention weights, since `paged_attention` never materializes them.
         """
-        locations = self._locations
-        self.k_pages = kv_cache.write(self.k_pages, k, locations.page, locations.offset)
-        self.v_pages = kv_cache.write(self.v_pages, v, locations.page, locations.offset)
+        where = (self._locations.page, self._locations.offset)
+        self.k_pages, self.k_scale = kv_cache.write_scaled(self.k_pages, self.k_scale, k, *where)
+        self.v_pages, self.v_scale = kv_cache.write_scaled(self.v_pages, self.v_scale, v, *where)
         return self._by_segment(
             q,
             lambda q, tables, positions, lengths: paged_attention(
                 q, self.k_pages, self.v_pages, tables, positions, lengths,
-                score_mod, rank(MODEL) * q.shape[2],
+                score_mod, rank(MODEL) * q.shape[2], self.k_scale, self.v_scale,
             ),
         )  # fmt: skip
 
@@ -135,14 +149,13 @@ def run_layers(
     """
     segments = segments_of(program.sizes, program.bucket, metadata)
     positions = locate_tokens(program, segments).position
-    keys, values = [], []
+    updated = []
     for position, weights in enumerate(layers):
-        attend = attend_class(program, segments, cache.keys[position][0], cache.values[position][0])
+        attend = attend_class(program, segments, *(a[position][0] for a in cache if a))
         layer = make_layer(program, jax.tree.map(lambda array: array[0], weights))
         x = call(position, layer, x, positions, attend)
-        keys.append(attend.k_pages[None])
-        values.append(attend.v_pages[None])
-    return x, KVCache(tuple(keys), tuple(values))
+        updated.append([array[None] for array in attend.arrays])
+    return x, KVCache(*zip(*updated, strict=True))
 
 
 class TokenLocations(NamedTuple):

@@ -21,7 +21,6 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
 from llama_jax.ring import kv_cache
-from llama_jax.ring.kv_cache import KVCache
 from llama_jax.ring.packet import mark_empty, segment_width
 from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.stage import Program
@@ -30,7 +29,6 @@ from llama_jax.weights.placement import Params, param_specs
 from sharding.axes import AXES, STAGE
 from sharding.errors import UserError
 from sharding.mesh import mesh_shape
-from sharding.partition import positions_per_stage
 from sharding.program import MeshProgram
 from sharding.ring import RingState
 
@@ -61,15 +59,28 @@ def prefill_step(
     return _jit_step(mesh, program, f"prefill_step_{chunk}")
 
 
-def state_specs(config: LlamaConfig, mesh: Mesh) -> State:
-    """State of PartitionSpec."""
-    positions = positions_per_stage(config.num_layers, mesh_shape(mesh)[0])
-    cache = KVCache((kv_cache.SPEC,) * positions, (kv_cache.SPEC,) * positions)
+def state_specs() -> State:
+    """State of PartitionSpec, as a prefix: one of them stands for all arrays of the cache."""
+    cache: Any = kv_cache.SPEC
     return State(RingState(P(), P(), (P(STAGE), P(STAGE))), P(), cache)
 
 
-def state_shapes(config: LlamaConfig, mesh: Mesh, sizes: RingSizes, dtype: jnp.dtype) -> State:
-    """State of ShapeDtypeStruct with shardings, to allocate or to compile for."""
+def state_shapes(
+    config: LlamaConfig,
+    mesh: Mesh,
+    sizes: RingSizes,
+    dtype: jnp.dtype,
+    cache_dtype: jnp.dtype | None = None,
+) -> State:
+    """State of ShapeDtypeStruct with shardings, to allocate or to compile for.
+
+    Args:
+      config: the model.
+      mesh: the devices.
+      sizes: of the ring.
+      dtype: of the activations.
+      cache_dtype: of the KV cache; None for that of the activations.
+    """
     num_stages, _ = mesh_shape(mesh)
 
     def array(shape: tuple[int, ...], kind: Any, spec: P) -> jax.ShapeDtypeStruct:
@@ -86,7 +97,9 @@ def state_shapes(config: LlamaConfig, mesh: Mesh, sizes: RingSizes, dtype: jnp.d
             for capacity in capacities
         ),
     )
-    cache = kv_cache.cache_shapes(config, mesh, sizes.num_pages, sizes.page_size, dtype)
+    cache = kv_cache.cache_shapes(
+        config, mesh, sizes.num_pages, sizes.page_size, cache_dtype or dtype
+    )
     return State(ring, array((sizes.num_slots,), jnp.int32, P()), cache)
 
 
@@ -104,7 +117,7 @@ def init_state(shapes: State, sizes: RingSizes, fill: float = 0.0) -> State:
 
 
 def _jit_step(mesh: Mesh, program: Program, name: str) -> Step:
-    specs = state_specs(program.config, mesh)
+    specs = state_specs()
     in_specs = (param_specs(program.config, *mesh_shape(mesh)), specs, P())
     out_specs = (specs, StepOutput(LOGITS_SPEC, P(), P()))
     return MeshProgram(partial(tick, program), mesh, in_specs, out_specs, name=name, donate=(1,))

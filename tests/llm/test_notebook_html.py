@@ -19,9 +19,9 @@ from tests.support.paths import ROOT
 EVIL = '</div><script>alert("1")</script>&amp;'
 ALLOWED = {"div", "b", "small", "code", "table", "tr", "th", "td", "br", "span"}
 INFO = EngineInfo(
-    model=EVIL, mesh="2x2", platform="cpu", dtype="float32", vocab_size=10, max_model_len=4096,
-    max_num_seqs=8, page_size=16, num_pages=100, num_programs=2, load_seconds=1.0,
-    compile_seconds=2.0,
+    model=EVIL, mesh="2x2", platform="cpu", dtype="float32", kv_cache_dtype="float32",
+    vocab_size=10, max_model_len=4096, max_num_seqs=8, page_size=16, num_pages=100,
+    num_programs=2, load_seconds=1.0, compile_seconds=2.0,
     devices=[
         DeviceInfo(f"gpu:{i}{EVIL}", i // 2, i % 2, [[0, 1, 2], []][i // 2], 17_639_000_000, 5_000)
         for i in range(4)

@@ -44,6 +44,7 @@ def make_info(**changes) -> EngineInfo:
         mesh="2x2",
         platform="cpu",
         dtype="float32",
+        kv_cache_dtype="float32",
         vocab_size=320,
         max_model_len=200,
         max_num_seqs=4,

@@ -72,6 +72,7 @@ class FakeEngine:
             mesh=options.mesh,
             platform="cpu",
             dtype="float32",
+            kv_cache_dtype="float32",
             vocab_size=VOCAB_SIZE,
             max_model_len=options.max_model_len or 1_000_000,
             max_num_seqs=options.max_num_seqs,

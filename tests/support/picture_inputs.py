@@ -35,6 +35,7 @@ def make_info(stages: int = 4, ranks: int = 2) -> EngineInfo:
         mesh=f"{stages}x{ranks}",
         platform="gpu",
         dtype="bfloat16",
+        kv_cache_dtype="bfloat16",
         vocab_size=128256,
         max_model_len=4096,
         max_num_seqs=256,

@@ -23,8 +23,9 @@ from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.prompt_logprobs import PromptLogprobs
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.tick_loop import TickLoop
+from llama_jax.model.kv_storage import choose_kv_dtype
 from llama_jax.ring.kv_cache import page_bytes
-from llama_jax.ring.steps import init_state, state_shapes
+from llama_jax.ring.steps import init_state
 from sharding.mesh import make_mesh
 
 MESHES = ("1x1", "2x1", "4x1", "1x2", "2x2", "4x2")
@@ -153,13 +154,14 @@ def make_loop(
         config = reader.config
         dtype = choose_dtype(options.get("dtype", "auto"), config, "cpu")
         params = load_params(reader, device_mesh, dtype)
+    cache_dtype = choose_kv_dtype(options.get("kv_cache_dtype", "auto"), dtype)
     if num_pages is not None:
         page_size = options.get("page_size", EngineOptions(path="").page_size)
-        memory = num_pages * page_bytes(config, device_mesh, page_size, dtype)
+        memory = num_pages * page_bytes(config, device_mesh, page_size, cache_dtype)
         options["kv_cache_memory"] = memory
     chosen = EngineOptions(path=str(path), mesh=mesh, **options)
     sizes, _ = choose_mesh_sizes(chosen, config, device_mesh, dtype)
-    executor = Executor(config, device_mesh, sizes, params, dtype, fill)
+    executor = Executor(config, device_mesh, sizes, params, dtype, fill, cache_dtype=cache_dtype)
     scheduler = Scheduler(sizes, device_mesh.shape["stage"])
     return TickLoop(scheduler, executor, results_late)
 
@@ -167,8 +169,7 @@ def make_loop(
 def restart(loop: TickLoop, results_late: int = 0) -> TickLoop:
     """An empty loop with the compiled programs of another, which must not be used any more."""
     executor, sizes = loop.executor, loop.sizes
-    shapes = state_shapes(executor.config, executor.mesh, sizes, np.dtype(np.float32))
-    executor._state = init_state(shapes, sizes, float("nan"))
+    executor._state = init_state(executor.state_shapes(), sizes, float("nan"))
     return TickLoop(Scheduler(sizes, loop.num_stages), executor, results_late)
 
 

@@ -17,7 +17,6 @@ _ROWS: tuple[tuple[str, str], ...] = (
     ("--enable-chunked-prefill", "every prompt is computed in chunks of up to --max-chunk tokens"),
     ("--max-batch-size", "use --max-num-seqs"),
     ("--async-scheduling --no-async-scheduling", "use --results-late"),
-    ("--kv-cache-dtype", "the KV cache has the dtype of the activations: use --dtype"),
     (
         "--enforce-eager --compilation-config -cc -O --disable-cuda-graph --cuda-graph-max-bs",
         "every program is compiled when the server starts, and none after that",

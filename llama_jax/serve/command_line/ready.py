@@ -103,8 +103,8 @@ def _pool(info: EngineInfo) -> Text:
     tokens = info.num_pages * info.page_size
     whole = tokens // info.max_model_len
     return Text(
-        f"KV pool: {tokens:,} tokens, {count_text(whole, 'sequence')} of full length "
-        f"({info.max_model_len:,} tokens)"
+        f"KV pool: {tokens:,} tokens in {info.kv_cache_dtype}, {count_text(whole, 'sequence')} of "
+        f"full length ({info.max_model_len:,} tokens)"
     )
 
 

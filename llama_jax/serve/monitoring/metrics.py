@@ -220,7 +220,7 @@ class Metrics:
             **self._labels,
             "block_size": str(info.page_size),
             "num_gpu_blocks": str(info.num_pages),
-            "cache_dtype": info.dtype,
+            "cache_dtype": info.kv_cache_dtype,
             "enable_prefix_caching": str(info.prefix_caching),
         }
         name = f"{self._prefix}:cache_config_info"
