@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from bench.hlo import count_ops, large_copies
 from bench.machine import describe
 from llama_jax.config import LlamaConfig, Quantization
-from llama_jax.model.sampling import CONTROL_WIDTH
+from llama_jax.model.controls import CONTROL_WIDTH
 from llama_jax.quantization import QUANTIZERS
 from llama_jax.ring.choosing import sample_step
 from llama_jax.ring.kv_cache import page_bytes

@@ -18,14 +18,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.config import LlamaConfig
+from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.bit_mask import make_mask
 from llama_jax.model import Llama
 from llama_jax.model.adjustments import HISTORY_CHUNK, encode_adjustments
+from llama_jax.model.controls import any_filter, encode_controls
 from llama_jax.model.logprobs import Logprobs
-from llama_jax.model.sampling import encode_controls
 from llama_jax.model.token_masks import capacities, encode_masks
 from llama_jax.ring.choosing import (
-    adjusted_step,
+    adjust_step,
+    count_step,
+    filter_step,
     history_shape,
     history_step,
     logprobs_step,
@@ -133,7 +136,9 @@ class Executor:
             for bucket in sizes.buckets()
         }
         self._sample = sample_step(mesh, model_class)
-        self._sample_adjusted = adjusted_step(mesh, model_class)
+        self._filter = filter_step(mesh, model_class)
+        self._adjust = adjust_step(mesh, model_class)
+        self._count = count_step(mesh)
         self._mask = mask_step(mesh, model_class)
         self._extend_history = history_step(mesh)
         self._log_probabilities = logprobs_step(mesh)
@@ -167,16 +172,18 @@ class Executor:
             room = next(size for size in capacities(n) if size >= len(choice.masks))
             args = encode_masks(n, choice.masks, self.config.vocab_size, self.mesh.size, room)
             kept, output = self._finish(self._mask(kept, output, *args))
-        tokens = output.tokens
         if choice.adjustments is not None:
-            controls = choice.controls
-            if controls is None:
-                controls = encode_controls(self.sizes.num_segments(bucket), [])
-            kept, self._history, tokens = self._sample_adjusted(
-                kept, self._history, output, controls, choice.adjustments
+            kept, output = self._finish(
+                self._adjust(kept, self._history, output, choice.adjustments)
             )
-        elif choice.controls is not None:
-            kept, tokens = self._sample(kept, output, choice.controls)
+        tokens = output.tokens
+        if choice.controls is not None:
+            if self._filter is not None and any_filter(choice.controls):
+                output = self._finish(self._filter(output, choice.controls))
+            kept, tokens = self._finish(self._sample(kept, output, choice.controls))
+        if choice.adjustments is not None:
+            self._history = self._count(self._history, output.slots, tokens)
+            self._finish(self._history)
         self._state = state._replace(tokens=kept)
         self._finish(tokens)
         logprobs = None
@@ -246,8 +253,8 @@ class Executor:
             progress(done, len(buckets), f"{bucket.rows} rows, chunk of {bucket.chunk}")
             packed = encode_packet(self.sizes, bucket, tables, [], [], [])
             n = self.sizes.num_segments(bucket)
-            controls = encode_controls(n, [])
-            choices = [Choice(controls), Choice(controls, encode_adjustments(n, []), logprobs=True)]
+            controls = encode_controls(n, [(0, 0, 0, SamplingParams(top_k=1))])  # with a filter
+            choices = [Choice(controls, encode_adjustments(n, []), logprobs=True)]
             mask = make_mask(self.config.vocab_size, [0])
             choices += [Choice(masks=[(0, mask)] * room) for room in capacities(n)]
             for choice in choices:

@@ -19,8 +19,8 @@ from llama_jax.engine.interface import Output, ProgramStats, StageStats, TokenLo
 from llama_jax.engine.packets import Packet
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.model.adjustments import encode_adjustments
+from llama_jax.model.controls import encode_controls
 from llama_jax.model.logprobs import Logprobs
-from llama_jax.model.sampling import encode_controls
 from llama_jax.ring.packet import encode_packet
 from llama_jax.ring.scoring import TileScores
 from llama_jax.ring.sizes import Bucket

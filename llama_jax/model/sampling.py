@@ -1,34 +1,28 @@
 """Sampling on the device, exact over a vocabulary that is split over all ranks.
 
 Rank r holds logits `[n, V' / ranks]` of the r-th part of the vocabulary. No rank gathers the whole
-vocabulary: ranks exchange maxima, counts and probability masses, a few numbers per row. These
-functions run inside `shard_map` over the mesh.
+vocabulary: ranks exchange maxima, probability masses and their most likely tokens, a few numbers
+per row. These functions run inside `shard_map` over the mesh.
 
 Each draw uses one uniform random number, which depends only on the request's seed and the index of
 the token, and inverts the cumulative distribution in vocabulary order. So nothing else in the batch
-can change it.
+can change it. `keep_likely` removes tokens before the draw, for the rows that ask for it
+(`llama_jax.model.filters`).
 
 For another way of sampling, subclass `Sampler` and set `Llama.sampler` in a subclass.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.model.controls import Controls, decode_controls
+from llama_jax.model.filters import keep_likely
 from sharding.axes import AXES
 from sharding.collectives import all_gather, pmax, psum, rank
 
 NO_TOKEN = -1  # the choice where a logit is NaN
-# int32 words per row: seed (2), token index, top_k, temperature, top_p, min_p, typical_p
-CONTROL_WIDTH = 8
-_RADIX_BITS = 4  # bits of a 32-bit threshold that each step of the search finds
-# The smallest that is not flushed to zero, for top_p and typical_p: 0 keeps every token.
-_SMALLEST = float(np.finfo(np.float32).tiny)
+BLOCK = 256  # tokens whose mass is summed before one of them is drawn
 
 
 def greedy(logits: jax.Array) -> jax.Array:
@@ -41,8 +35,12 @@ def greedy(logits: jax.Array) -> jax.Array:
       `[n]` int32, the same on every rank; `NO_TOKEN` where a logit of the row is NaN.
     """
     with jax.named_scope("greedy"):
-        best = jnp.max(logits, axis=-1)  # NaN if any logit is NaN
-        token = rank(AXES) * logits.shape[1] + jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        best = jnp.max(logits, axis=-1)
+        # XLA:CPU is slow at argmax, and its maximum over many columns ignores NaN.
+        ids = jnp.arange(logits.shape[1], dtype=jnp.int32)
+        index = jnp.min(jnp.where(logits == best[:, None], ids, logits.shape[1]), axis=-1)
+        best = jnp.where(jnp.isnan(logits).any(axis=-1), jnp.nan, best)
+        token = rank(AXES) * logits.shape[1] + index
         # Value and token travel as int32 in one array, so that one all-gather suffices.
         pair = jnp.stack([lax.bitcast_convert_type(best, jnp.int32), token])
         every = all_gather(pair, AXES)  # [ranks, 2, n]
@@ -66,50 +64,6 @@ class Sampler:
         return sample(logits, greedy_tokens, packed_controls)
 
 
-class Controls(NamedTuple):
-    """Sampling parameters of n rows, as in `SamplingParams`: each `[n]`, but key `[n, 2]`."""
-
-    key: jax.Array
-    token_index: jax.Array
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    min_p: jax.Array
-    typical_p: jax.Array
-
-
-def encode_controls(n: int, rows: Sequence[tuple[int, int, int, SamplingParams]]) -> np.ndarray:
-    """Packs the sampling parameters of a packet into one array.
-
-    Args:
-      n: number of rows.
-      rows: (row, seed, token index, parameters) of each row that is not greedy.
-
-    Returns:
-      `[n, CONTROL_WIDTH]` int32.
-    """
-    packed = np.zeros((n, CONTROL_WIDTH), np.int32)
-    floats = packed.view(np.float32)
-    for row, seed, index, params in rows:
-        words = np.array([seed % 2**64], np.uint64).view(np.int32)
-        packed[row, :4] = (*words, index, params.top_k)
-        typical_p = max(params.typical_p, _SMALLEST) if params.typical_p < 1 else 0
-        floats[row, 4:] = (
-            params.temperature,
-            max(params.top_p, _SMALLEST),
-            params.min_p,
-            typical_p,
-        )
-    return packed
-
-
-def _decode_controls(packed: jax.Array) -> Controls:
-    floats = lax.bitcast_convert_type(packed[:, 4:], jnp.float32)
-    key = lax.bitcast_convert_type(packed[:, :2], jnp.uint32)
-    temperature, top_p, min_p, typical_p = floats.T
-    return Controls(key, packed[:, 2], temperature, packed[:, 3], top_p, min_p, typical_p)
-
-
 def sample(logits: jax.Array, greedy_tokens: jax.Array, packed_controls: jax.Array) -> jax.Array:
     """Draws a token for each row whose temperature is not 0.
 
@@ -124,122 +78,79 @@ def sample(logits: jax.Array, greedy_tokens: jax.Array, packed_controls: jax.Arr
     Returns:
       `[n]` int32, the same on every rank.
     """
-    controls = _decode_controls(packed_controls)
-    with jax.named_scope("sample"):
+    return draw(keep_likely(logits, packed_controls), greedy_tokens, packed_controls)
+
+
+def draw(logits: jax.Array, greedy_tokens: jax.Array, packed_controls: jax.Array) -> jax.Array:
+    """Draws a token for each row whose temperature is not 0, by temperature and min-p alone.
+
+    Args, Returns: as for `sample`.
+    """
+    controls = decode_controls(packed_controls)
+    with jax.named_scope("draw"):
         best = pmax(logits.max(axis=-1), AXES)
         # If a logit has overflowed to infinity, there is no distribution, but a most likely token.
         drawn = (controls.temperature > 0) & (greedy_tokens != NO_TOKEN) & jnp.isfinite(best)
-        # The maximum is subtracted before the division, so that no quotient is +infinity.
         temperature = jnp.where(drawn, controls.temperature, 1)
-        mass = jnp.exp((logits - best[:, None]) / temperature[:, None])
-        order = _ordered(logits)
 
-        # Each collective must depend on the one before it (`sharding.collectives`): the weights of
-        # the first threshold depend on `drawn`, those of the second on the sum.
-        each = jnp.broadcast_to(drawn[:, None], mass.shape).astype(jnp.float32)
-        kept = order >= _threshold(order, each, controls.top_k.astype(jnp.float32))[:, None]
-        mass = jnp.where(kept, mass, 0)
-        share = mass / psum(mass.sum(axis=-1), AXES)[:, None]
-        target = jnp.where(controls.top_p < 1, controls.top_p, 0)
-        mass = jnp.where(order >= _threshold(order, share, target)[:, None], mass, 0)
-        # Relative to the most likely token, whose mass is exp(0) = 1.
-        mass = jnp.where(mass >= controls.min_p[:, None], mass, 0)
-        mass = lax.cond(
-            (controls.typical_p > 0).any(), _typical, lambda x, p: x, mass, controls.typical_p
-        )
-        token = invert_cdf(mass, _uniform(controls))
+        def mass_of(logits: jax.Array) -> jax.Array:
+            shape = (-1,) + (1,) * (logits.ndim - 1)
+            # The maximum is subtracted before the division, so that no quotient is +infinity.
+            mass = jnp.exp((logits - best.reshape(shape)) / temperature.reshape(shape))
+            # Relative to the most likely token, whose mass is exp(0) = 1.
+            return jnp.where(mass >= controls.min_p.reshape(shape), mass, 0)
+
+        padding = -logits.shape[1] % BLOCK
+        blocks = jnp.pad(logits, ((0, 0), (0, padding)), constant_values=-jnp.inf)
+        blocks = blocks.reshape(len(logits), -1, BLOCK)
+        block, before, owner = _owner(mass_of(blocks).sum(axis=-1), _uniform(controls))
+        # Only the chosen block is walked token by token.
+        chosen = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+        index = _walk(mass_of(chosen), before)
+        token = rank(AXES) * logits.shape[1] + block * BLOCK + index
+        mine = owner == rank(AXES)
+        token = psum(jnp.where(mine, token, 0).astype(jnp.int32), AXES)
         return jnp.where(drawn, token, greedy_tokens)
 
 
-def _typical(mass: jax.Array, typical_p: jax.Array) -> jax.Array:
-    """Keeps the tokens whose information is closest to the entropy (Meister et al. 2022,
-    arXiv:2202.00666): as many as are needed for a share of `typical_p` of the mass.
-
-    It takes ten all-reduces, so it runs only if a row asks for it; all ranks agree on that.
+def _owner(masses: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Finds where the cumulative mass, in vocabulary order, exceeds uniform × total.
 
     Args:
-      mass: `[n, V' / ranks]` float32, this rank's share, not negative.
-      typical_p: `[n]` float32; 0 to keep all.
+      masses: `[n, blocks]` float32, of the blocks of this rank, not negative.
+      uniform: `[n]` float32 in [0, 1).
 
     Returns:
-      `mass`, with 0 for the other tokens.
+      The block of this rank if the place is here, the mass to pass within it, and the rank that has
+      the place; each `[n]`.
     """
-    share = mass / psum(mass.sum(axis=-1), AXES)[:, None]
-    information = -jnp.log(jnp.where(share > 0, share, 1))
-    entropy = psum((share * information).sum(axis=-1), AXES)
-    # The smaller the difference, the earlier a token is kept. Those without mass weigh nothing.
-    order = _ordered(-jnp.abs(information - entropy[:, None]))
-    return jnp.where(order >= _threshold(order, share, typical_p)[:, None], mass, 0)
+    ends = jnp.cumsum(masses, axis=-1)
+    every = all_gather(ends[:, -1], AXES)  # [ranks, n]
+    target = uniform * every.sum(axis=0)
+    owner = _walk(every.T, target)
+    before = jnp.cumsum(every, axis=0) - every
+    target -= jnp.take_along_axis(before, owner[None], axis=0)[0]
+    block = _walk(masses, target)
+    inside = target - jnp.take_along_axis(ends - masses, block[:, None], axis=1)[:, 0]
+    return block, inside, owner
+
+
+def _walk(masses: jax.Array, target: jax.Array) -> jax.Array:
+    """The first place at which the running sum of masses `[n, size]` exceeds target `[n]`.
+
+    Rounding can raise the sum at a place without mass, and can put the target past the very end.
+    But only a place with mass is returned: the last one then.
+    """
+    passed = (masses > 0) & (jnp.cumsum(masses, axis=-1) > target[:, None])
+    last = masses.shape[1] - 1 - jnp.argmax(masses[:, ::-1] > 0, axis=-1)
+    return jnp.where(passed.any(axis=-1), jnp.argmax(passed, axis=-1), last)
 
 
 def _uniform(controls: Controls) -> jax.Array:
     """One random number in [0, 1) per row, from its seed and token index: `[n]` float32."""
 
-    def draw(key: jax.Array, index: jax.Array) -> jax.Array:
+    def number(key: jax.Array, index: jax.Array) -> jax.Array:
         stream = jax.random.wrap_key_data(key, impl="threefry2x32")
         return jax.random.uniform(jax.random.fold_in(stream, index), dtype=jnp.float32)
 
-    return jax.vmap(draw)(controls.key, controls.token_index)
-
-
-def _ordered(x: jax.Array) -> jax.Array:
-    """Maps float32 to uint32 that compare in the same order."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    # Sign and magnitude: negative numbers compare in reverse, so all their bits are flipped.
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-
-
-def _threshold(order: jax.Array, weight: jax.Array, target: jax.Array) -> jax.Array:
-    """The largest t such that the tokens with `order >= t` weigh at least `target`.
-
-    A radix search, highest digit first; each step costs one all-reduce of 15 numbers per row.
-
-    Args:
-      order: `[n, V' / ranks]` uint32.
-      weight: `[n, V' / ranks]` float32, not negative.
-      target: `[n]` float32; 0 for no limit.
-
-    Returns:
-      `[n]` uint32; 0, which keeps every token, where there is no limit.
-    """
-    digits = jnp.arange(1, 1 << _RADIX_BITS, dtype=jnp.uint32)
-
-    def step(i: jax.Array, threshold: jax.Array) -> jax.Array:
-        shift = (32 - _RADIX_BITS * (i + 1)).astype(jnp.uint32)
-        candidates = threshold[:, None] | (digits << shift)  # [n, 15], ascending
-        above = order[:, None] >= candidates[..., None]
-        weights = psum(jnp.sum(jnp.where(above, weight[:, None], 0), axis=-1), AXES)
-        # Weights fall as candidates rise, so the number of those that suffice is the digit.
-        digit = jnp.sum(weights >= target[:, None], axis=-1).astype(jnp.uint32)
-        return threshold | (digit << shift)
-
-    found = lax.fori_loop(0, 32 // _RADIX_BITS, step, jnp.zeros(order.shape[0], jnp.uint32))
-    return jnp.where(target > 0, found, 0)
-
-
-def invert_cdf(mass: jax.Array, uniform: jax.Array) -> jax.Array:
-    """The token at which the cumulative mass, in vocabulary order, exceeds uniform × total.
-
-    Args:
-      mass: `[n, V' / ranks]` float32, this rank's share, not negative.
-      uniform: `[n]` float32 in [0, 1).
-
-    Returns:
-      `[n]` int32.
-    """
-    size = mass.shape[1]
-    cumulative = jnp.cumsum(mass, axis=-1)
-    masses = all_gather(cumulative[:, -1], AXES)  # [ranks, n]
-    ends = jnp.cumsum(masses, axis=0)
-    target = uniform * ends[-1]
-    # Rounding can put the target at the very end: then the last rank with any mass owns it.
-    passed = jnp.argmax((ends > target) & (masses > 0), axis=0)
-    last = masses.shape[0] - 1 - jnp.argmax(masses[::-1] > 0, axis=0)
-    owner = jnp.where(target < ends[-1], passed, last)
-    before = jnp.take_along_axis(ends - masses, owner[None], axis=0)[0]
-    # Rounding can raise the sum at a token without mass, but only a kept token may be drawn.
-    over = (mass > 0) & (cumulative > (target - before)[:, None])
-    last_kept = size - 1 - jnp.argmax(mass[:, ::-1] > 0, axis=-1)
-    index = jnp.where(over.any(axis=-1), jnp.argmax(over, axis=-1), last_kept)
-    token = rank(AXES) * size + index
-    return psum(jnp.where(owner == rank(AXES), token, 0).astype(jnp.int32), AXES)
+    return jax.vmap(number)(controls.key, controls.token_index)

@@ -1,9 +1,18 @@
 """The compiled programs that may follow a tick, and choose other tokens than the most likely ones.
 
-A tick ends with the greedy choices. `sample_step` replaces them if a row is sampled.
-`adjusted_step` takes its place if the logits of a row change first, and keeps the history of each
-slot for that (`llama_jax.model.adjustments`). `mask_step` runs before both if a row may not choose
-every token (`llama_jax.model.token_masks`). `logprobs_step` runs if log-probabilities are wanted.
+A tick ends with the greedy choices. Each program runs only if a row of the packet asks for it, and
+leaves the other rows as they are. In this order, they replace
+
+- the logits of rows that may not choose every token: `mask_step` (`llama_jax.model.token_masks`);
+- the logits of rows with penalties or biases: `adjust_step` (`llama_jax.model.adjustments`), which
+  reads the history of each slot;
+- the logits of rows with top-k, top-p or typical-p: `filter_step` (`llama_jax.model.filters`);
+- the tokens of rows with a temperature: `sample_step` (`llama_jax.model.sampling`).
+
+`count_step` then adds the tokens to the history, and `logprobs_step` computes log-probabilities.
+
+A token is always drawn by `sample_step`, filters or not, so that the bits of a draw do not depend
+on what the other rows of the packet ask for.
 """
 
 from collections.abc import Callable
@@ -17,8 +26,9 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
 from llama_jax.model.adjustments import adjust, count_tokens, extend_history
+from llama_jax.model.filters import keep_likely
 from llama_jax.model.logprobs import Logprobs, log_probabilities
-from llama_jax.model.sampling import NO_TOKEN
+from llama_jax.model.sampling import Sampler, draw
 from llama_jax.model.token_masks import apply_masks
 from llama_jax.ring.sizes import RingSizes
 from llama_jax.ring.steps import LOGITS_SPEC
@@ -32,11 +42,12 @@ _OUTPUT_SPEC = StepOutput(LOGITS_SPEC, P(), P())
 
 # (tokens of State, output of the step, packed controls) -> (tokens of State, tokens [segments])
 SampleStep = Callable[[jax.Array, StepOutput, Any], tuple[jax.Array, jax.Array]]
-# (tokens of State, history, output, packed controls, packed adjustments)
-# -> (tokens of State, history, tokens [segments])
-AdjustedStep = Callable[
-    [jax.Array, jax.Array, StepOutput, Any, Any], tuple[jax.Array, jax.Array, jax.Array]
-]
+# (output of the step, packed controls) -> output
+FilterStep = Callable[[StepOutput, Any], StepOutput]
+# (tokens of State, history, output, packed adjustments) -> (tokens of State, output)
+AdjustStep = Callable[[jax.Array, jax.Array, StepOutput, Any], tuple[jax.Array, StepOutput]]
+# (history, slots, chosen tokens) -> history
+CountStep = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 # (tokens of State, output of the step, rows, packed masks) -> (tokens of State, output)
 MaskStep = Callable[[jax.Array, StepOutput, Any, Any], tuple[jax.Array, StepOutput]]
 # (history, slot, tokens, whether they are the first, how many of them are of the prompt) -> history
@@ -50,46 +61,60 @@ def sample_step(mesh: Mesh, model_class: type[Llama] = Llama) -> SampleStep:
 
     Replaces the greedy choices of such rows before the next tick reads them. Donates the tokens.
     """
+    sampler = model_class.sampler
+    choose = sampler.sample if _samples_its_own_way(sampler) else draw
 
     def replace_tokens(tokens: jax.Array, output: StepOutput, controls: jax.Array) -> Any:
-        chosen = model_class.sampler.sample(output.logits, output.tokens, controls)
+        chosen = choose(output.logits, output.tokens, controls)
         return tokens.at[output.slots].set(chosen, mode="drop"), chosen
 
     in_specs = (P(), _OUTPUT_SPEC, P())
     return MeshProgram(replace_tokens, mesh, in_specs, (P(), P()), name="sample_step", donate=(0,))
 
 
-def adjusted_step(mesh: Mesh, model_class: type[Llama] = Llama) -> AdjustedStep:
+def filter_step(mesh: Mesh, model_class: type[Llama] = Llama) -> FilterStep | None:
+    """The jitted program for packets with a row that has top-k, top-p or typical-p.
+
+    None if the model has a sampler of its own, which gets the logits as they are.
+    """
+    if _samples_its_own_way(model_class.sampler):
+        return None
+
+    def replace_logits(output: StepOutput, controls: jax.Array) -> StepOutput:
+        return output._replace(logits=keep_likely(output.logits, controls))
+
+    return MeshProgram(replace_logits, mesh, (_OUTPUT_SPEC, P()), _OUTPUT_SPEC, name="filter_step")
+
+
+def _samples_its_own_way(sampler: Sampler) -> bool:
+    return type(sampler).sample is not Sampler.sample
+
+
+def adjust_step(mesh: Mesh, model_class: type[Llama] = Llama) -> AdjustStep:
     """The jitted program for packets with a row whose logits are adjusted.
 
-    Chooses all tokens of the packet anew, and adds them to the history. Donates tokens and history.
+    Replaces the logits and greedy choices. Donates the tokens.
     """
     sampler = model_class.sampler
 
-    def replace_tokens(
-        tokens: jax.Array,
-        history: jax.Array,
-        output: StepOutput,
-        controls: jax.Array,
-        adjustments: jax.Array,
+    def replace_output(
+        tokens: jax.Array, history: jax.Array, output: StepOutput, adjustments: jax.Array
     ) -> Any:
         before = history.at[output.slots].get(mode="fill", fill_value=0)
         logits = adjust(output.logits, before, adjustments)
         best = sampler.greedy(logits)
-        # The collectives of `sample` must depend on that of `greedy` (`sharding.collectives`).
-        logits = jnp.where((best == NO_TOKEN)[:, None], 0, logits)
-        chosen = sampler.sample(logits, best, controls)
-        tokens = tokens.at[output.slots].set(chosen, mode="drop")
-        return tokens, count_tokens(history, output.slots, chosen), chosen
+        tokens = tokens.at[output.slots].set(best, mode="drop")
+        return tokens, StepOutput(logits, best, output.slots)
 
-    return MeshProgram(
-        replace_tokens,
-        mesh,
-        (P(), HISTORY_SPEC, _OUTPUT_SPEC, P(), P()),
-        (P(), HISTORY_SPEC, P()),
-        name="adjusted_step",
-        donate=(0, 1),
-    )
+    in_specs = (P(), HISTORY_SPEC, _OUTPUT_SPEC, P())
+    out_specs = (P(), _OUTPUT_SPEC)
+    return MeshProgram(replace_output, mesh, in_specs, out_specs, name="adjust_step", donate=(0,))
+
+
+def count_step(mesh: Mesh) -> CountStep:
+    """The jitted program that adds chosen tokens to the history. Donates the history."""
+    in_specs = (HISTORY_SPEC, P(), P())
+    return MeshProgram(count_tokens, mesh, in_specs, HISTORY_SPEC, name="count_step", donate=(0,))
 
 
 def mask_step(mesh: Mesh, model_class: type[Llama] = Llama) -> MaskStep:

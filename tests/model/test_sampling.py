@@ -13,20 +13,24 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.model import sampling
-from llama_jax.model.sampling import NO_TOKEN, encode_controls
+from llama_jax.model.controls import encode_controls
+from llama_jax.model.sampling import NO_TOKEN
 from sharding.axes import AXES
 from sharding.mesh import make_mesh
 from sharding.partition import round_up
 from tests.support.reference import MESHES
 
 INF = np.inf
+REPLICATED = P()
 
 
-def on_mesh(mesh, run, *specs):
+def on_mesh(mesh, run, *specs, out_specs=REPLICATED):
     """Jits `run(this rank's share of the logits [n, V], *arguments)` over the mesh."""
     mesh = make_mesh(mesh)
     specs = (P(None, AXES), *specs)
-    mapped = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False))
+    mapped = jax.jit(
+        jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
+    )
 
     def call(logits, *arguments):
         logits = np.asarray(logits, np.float32)
@@ -123,6 +127,14 @@ def test_a_row_with_nan_gets_no_token(mesh):
     np.testing.assert_array_equal(on_mesh(mesh, sampling.greedy)(logits), expected)
     drawn = draw(mesh, logits, [(7, 0, SamplingParams(top_k=1))] * 6)
     np.testing.assert_array_equal(drawn, expected)
+
+
+def test_nan_is_found_among_many():
+    """The maximum of XLA:CPU over many columns ignores NaN."""
+    logits = np.random.default_rng(0).normal(size=(3, 70_000))
+    logits[1, 33_333] = np.nan
+    expected = [logits[0].argmax(), NO_TOKEN, logits[2].argmax()]
+    np.testing.assert_array_equal(on_mesh("1x1", sampling.greedy)(logits), expected)
 
 
 # --- draws ---------------------------------------------------------------------------------------

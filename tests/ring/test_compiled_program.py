@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from bench.hlo import aliased_outputs, count_ops, large_copies, unordered_collectives
 from llama_jax.model import sampling
-from llama_jax.model.sampling import CONTROL_WIDTH
+from llama_jax.model.controls import CONTROL_WIDTH
 from llama_jax.ring import choosing, kv_cache, stage, steps, tick
 from llama_jax.ring.packet import LENGTH
 from llama_jax.ring.sizes import Bucket
@@ -41,7 +41,7 @@ def compile_step(bucket: Bucket, mesh: str) -> jax.stages.Compiled:
     return programs.compile_step(bucket, mesh, config)
 
 
-def compile_sampling(mesh: str):
+def compile_sampling(program: str, mesh: str):
     device_mesh = make_mesh(mesh)
     rows, vocab = 4, round_up(CONFIG.vocab_size, device_mesh.size)
 
@@ -52,6 +52,8 @@ def compile_sampling(mesh: str):
     output = steps.StepOutput(logits, tokens=chosen, slots=chosen)
     tokens = jax.ShapeDtypeStruct((SIZES.num_slots,), jnp.int32)
     controls = jax.ShapeDtypeStruct((rows, CONTROL_WIDTH), jnp.int32)
+    if program == "filter":
+        return choosing.filter_step(device_mesh).lower(output, controls).compile()
     return choosing.sample_step(device_mesh).lower(tokens, output, controls).compile()
 
 
@@ -92,9 +94,11 @@ def test_each_collective_depends_on_the_previous_one(compiled):
         pytest.param("1x2", marks=pytest.mark.slow),
     ],
 )
-def test_each_collective_of_sampling_depends_on_the_previous_one(mesh):
-    text = compile_sampling(mesh).as_text()
-    assert count_ops(text)["all-reduce"] > 3
+@pytest.mark.parametrize("program", ["sample", "filter"])
+def test_each_collective_of_sampling_depends_on_the_previous_one(program, mesh):
+    text = compile_sampling(program, mesh).as_text()
+    assert count_ops(text)["all-gather"] == 1
+    assert count_ops(text)["all-reduce"] >= 2
     assert unordered_collectives(text) == []
 
 

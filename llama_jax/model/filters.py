@@ -1,0 +1,162 @@
+"""Top-k, top-p and typical-p over a vocabulary that is split over all ranks.
+
+Each filter of a row is a threshold: tokens below it are removed. Top-k and top-p look for it among
+the candidates, the `CANDIDATES` most likely tokens of each rank, which all ranks exchange. If the
+threshold of a row may lie below them, as in a flat distribution, a bisection over the whole
+vocabulary finds it. Which of the two happens depends on the row alone.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from llama_jax.model.controls import decode_controls
+from sharding.axes import AXES
+from sharding.collectives import all_gather, psum
+
+CANDIDATES = 256  # of each rank
+
+
+def keep_likely(logits: jax.Array, packed_controls: jax.Array) -> jax.Array:
+    """Removes the tokens that top-k, top-p and typical-p do not keep.
+
+    Args:
+      logits: `[n, V' / ranks]` float32, this rank's share; -inf for padding.
+      packed_controls: `[n, CONTROL_WIDTH]` int32, from `encode_controls`.
+
+    Returns:
+      `logits`, with -inf for the tokens removed; the rows without these filters are unchanged.
+    """
+    controls = decode_controls(packed_controls)
+    with jax.named_scope("keep_likely"):
+        likely, hidden = _candidates(logits)
+        best = likely[:, :1]
+        # If a logit has overflowed to infinity, there is no distribution to filter.
+        active = (controls.temperature > 0) & jnp.isfinite(best[:, 0])
+        temperature = jnp.where(active, controls.temperature, 1)[:, None]
+        # The maximum is subtracted before the division, so that no quotient is +infinity.
+        mass, likely_mass = (jnp.exp((x - best) / temperature) for x in (logits, likely))
+
+        # Top-k. A token outside the candidates may be as likely as the last of the k.
+        top_k = jnp.where(active, controls.top_k, 0)
+        last = jnp.clip(top_k - 1, 0, likely.shape[1] - 1)[:, None]
+        lowest = jnp.where(top_k > 0, jnp.take_along_axis(likely, last, axis=1)[:, 0], -jnp.inf)
+        missed = (top_k > 0) & ((lowest <= hidden) | (top_k > likely.shape[1]))
+        lowest = _search_if(missed, logits, jnp.ones_like(logits), top_k.astype(float), lowest)
+
+        # Top-p, over the mass that top-k left.
+        mass = jnp.where(logits >= lowest[:, None], mass, 0)
+        top_p = jnp.where(active & (controls.top_p < 1), controls.top_p, 0)
+        target = top_p * psum(mass.sum(axis=-1), AXES)
+        likely_mass = jnp.where(likely >= lowest[:, None], likely_mass, 0)
+        suffices = jnp.cumsum(likely_mass, axis=-1) >= target[:, None]
+        first = jnp.argmax(suffices, axis=-1)[:, None]
+        found = jnp.take_along_axis(likely, first, axis=1)[:, 0]
+        found = jnp.where((top_p > 0) & suffices.any(axis=-1), found, lowest)
+        # Where top-k has left candidates only, top-p does so, too.
+        missed = (top_p > 0) & (lowest <= hidden) & (found <= hidden)
+        lowest = _search_if(missed, logits, mass, target, found)
+
+        kept = logits >= lowest[:, None]
+        typical_p = jnp.where(active, controls.typical_p, 0)
+        # Min-p comes before typical-p; elsewhere it is left to the draw.
+        mass = jnp.where(kept & (mass >= controls.min_p[:, None]), mass, 0)
+        kept = lax.cond(
+            (typical_p > 0).any(), _typical, lambda kept, *_: kept, kept, mass, typical_p
+        )
+        return jnp.where(kept, logits, -jnp.inf)
+
+
+def _candidates(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The most likely tokens of each rank: one all-gather.
+
+    Returns:
+      The logits of the candidates, `[n, ranks * CANDIDATES]` in descending order, or fewer of a
+      small vocabulary; and the highest logit that is not among them, `[n]`, -inf if there is none.
+    """
+    size = logits.shape[1]
+    best = lax.top_k(logits, min(CANDIDATES + 1, size))[0]
+    if size <= CANDIDATES:
+        best = jnp.pad(best, ((0, 0), (0, 1)), constant_values=-jnp.inf)
+    every = all_gather(best, AXES)  # [ranks, n, candidates + 1]
+    hidden = every[..., -1].max(axis=0)
+    likely = every[..., :-1].transpose(1, 0, 2).reshape(len(logits), -1)
+    if every.shape[0] > 1:
+        likely = jnp.sort(likely, axis=-1, descending=True)
+    return likely, hidden
+
+
+def _typical(kept: jax.Array, mass: jax.Array, typical_p: jax.Array) -> jax.Array:
+    """Keeps the tokens whose information is closest to the entropy (Meister et al. 2022,
+    arXiv:2202.00666): as many as are needed for a share of `typical_p` of the mass.
+
+    Args:
+      kept: `[n, V' / ranks]` bool, the tokens left so far.
+      mass: `[n, V' / ranks]` float32, this rank's share, not negative.
+      typical_p: `[n]` float32; 0 to keep all.
+
+    Returns:
+      `[n, V' / ranks]` bool.
+    """
+    share = mass / psum(mass.sum(axis=-1), AXES)[:, None]
+    information = -jnp.log(jnp.where(share > 0, share, 1))
+    entropy = psum((share * information).sum(axis=-1), AXES)
+    # The smaller the difference, the earlier a token is kept. Those without mass weigh nothing.
+    closeness = -jnp.abs(information - entropy[:, None])
+    lowest = _threshold(closeness, share, typical_p)
+    typical = (mass > 0) & (closeness >= lowest[:, None])
+    return jnp.where((typical_p > 0)[:, None], typical, kept)
+
+
+def _search_if(
+    wanted: jax.Array, x: jax.Array, weight: jax.Array, target: jax.Array, otherwise: jax.Array
+) -> jax.Array:
+    """`_threshold` for the rows where it is wanted, `otherwise` `[n]` for the others.
+
+    Costs next to nothing if no row wants it. All ranks agree on that.
+    """
+
+    def search(otherwise: jax.Array) -> jax.Array:
+        return jnp.where(wanted, _threshold(x, weight, target), otherwise)
+
+    return lax.cond(wanted.any(), search, lambda otherwise: otherwise, otherwise)
+
+
+def _threshold(x: jax.Array, weight: jax.Array, target: jax.Array) -> jax.Array:
+    """The largest t such that the elements with `x >= t` weigh at least `target`.
+
+    A bisection of the bits of t, highest first. Each of its 32 steps costs one all-reduce of a
+    number per row. (More digits a step would be fewer all-reduces, but XLA:CPU takes more than
+    twice as long for two sums as for one in the same step.)
+
+    Args:
+      x: `[n, V' / ranks]` float32.
+      weight: `[n, V' / ranks]` float32, not negative.
+      target: `[n]` float32.
+
+    Returns:
+      `[n]` float32; -inf where all elements together weigh less.
+    """
+    order = _ordered(x)
+
+    def step(i: jax.Array, threshold: jax.Array) -> jax.Array:
+        raised = threshold | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        above = jnp.where(order >= raised[:, None], weight, 0)
+        return jnp.where(psum(above.sum(axis=-1), AXES) >= target, raised, threshold)
+
+    found = lax.fori_loop(0, 32, step, jnp.zeros(len(x), jnp.uint32))
+    return _unordered(found)
+
+
+def _ordered(x: jax.Array) -> jax.Array:
+    """Maps float32 to uint32 that compare in the same order."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    # Sign and magnitude: negative numbers compare in reverse, so all their bits are flipped.
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _unordered(order: jax.Array) -> jax.Array:
+    """The inverse of `_ordered`; -inf for what stands below it."""
+    bits = jnp.where(order >> 31 == 1, order ^ jnp.uint32(1 << 31), ~order)
+    x = lax.bitcast_convert_type(bits, jnp.float32)
+    return jnp.where(jnp.isnan(x), -jnp.inf, x)
