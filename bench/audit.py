@@ -40,6 +40,7 @@ from llama_jax.ring.steps import (
 )
 from llama_jax.weights.placement import Params, param_shapes
 from sharding.axes import AXES
+from sharding.memory import shard_bytes
 from sharding.partition import round_up, split_layers
 
 HERE = Path(__file__).parent
@@ -77,12 +78,6 @@ def deployment_sizes(config: LlamaConfig, mesh: Mesh) -> RingSizes:
         chunk_buckets=CHUNKS,
         tile=TILE,
     )
-
-
-def shard_bytes(array: jax.ShapeDtypeStruct) -> int:
-    """Bytes of one device's shard; every device has as many."""
-    assert array.sharding is not None
-    return int(np.prod(array.sharding.shard_shape(array.shape))) * array.dtype.itemsize
 
 
 def weight_bytes(config: LlamaConfig, params: Params) -> dict[str, int]:

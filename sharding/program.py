@@ -1,6 +1,6 @@
 """A function compiled for all devices of a mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ class MeshProgram:
       in_specs, out_specs: as for `jax.shard_map`.
       name: of the compiled program.
       donate: numbers of the arguments whose memory the results take over.
+      compiler_options: of XLA, by name.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class MeshProgram:
         *,
         name: str,
         donate: tuple[int, ...] = (),
+        compiler_options: Mapping[str, Any] | None = None,
     ):
         # check_vma would require a collective for each replicated result, even over an axis of
         # size 1, where the functions of `sharding.collectives` issue none.
@@ -38,7 +40,9 @@ class MeshProgram:
             function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
         mapped.__name__ = name
-        self._jitted = jax.jit(mapped, donate_argnums=donate)
+        self._jitted = jax.jit(
+            mapped, donate_argnums=donate, compiler_options=dict(compiler_options or {})
+        )
 
     def __call__(self, *args: Any) -> Any:
         """Runs the program; compiles it first if the shapes of the arguments are new."""

@@ -23,12 +23,13 @@ from llama_jax.checkpoint import CheckpointReader
 from llama_jax.checkpoint.dequantized import read_dequantized
 from llama_jax.config import LlamaConfig
 from llama_jax.terminal.interrupts import held_interrupts
+from llama_jax.weights.device_layout import to_device_layout
 from llama_jax.weights.placement import (
     Params,
     Placement,
     Source,
-    param_shapes,
     placements,
+    stored_shapes,
     unsharded_placements,
 )
 from sharding.errors import UserError
@@ -73,7 +74,7 @@ def load_params(
       CheckpointError: a tensor cannot be read; reading stops.
     """
     places, structure = jax.tree.flatten(placements(reader.config, *mesh_shape(mesh)))
-    shapes = jax.tree.leaves(param_shapes(reader.config, mesh, dtype))
+    shapes = jax.tree.leaves(stored_shapes(reader.config, mesh, dtype))
     arrays = []
     with _threads() as submit:
         reading = []
@@ -91,7 +92,8 @@ def load_params(
                 jax.make_array_from_single_device_arrays(shape.shape, shape.sharding, loaded)
             )
             progress(len(arrays), len(shapes))
-    return jax.tree.unflatten(structure, arrays)
+    params = jax.tree.unflatten(structure, arrays)
+    return to_device_layout(params, mesh.devices.flat[0].platform, dtype)
 
 
 def load_whole(reader: CheckpointReader, dtype: np.dtype) -> Params:
@@ -114,7 +116,9 @@ def load_whole(reader: CheckpointReader, dtype: np.dtype) -> Params:
 
     with _threads() as submit:
         reading = [submit(partial(whole, place)) for place in places]
-        return jax.tree.unflatten(structure, [array.result() for array in reading])
+        params = jax.tree.unflatten(structure, [array.result() for array in reading])
+    (device,) = params.embedding.devices()
+    return to_device_layout(params, device.platform, dtype)
 
 
 def load_array(reader: CheckpointReader, place: Placement, dtype: np.dtype) -> jax.Array:

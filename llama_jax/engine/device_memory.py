@@ -1,6 +1,5 @@
 """The memory of the devices: what weights and arrays take, and what is left for the KV cache."""
 
-import math
 from collections.abc import Sequence
 
 import jax
@@ -15,6 +14,7 @@ from llama_jax.model.kv_storage import choose_kv_dtype
 from llama_jax.ring.kv_cache import page_bytes
 from llama_jax.ring.sizes import RingSizes
 from llama_jax.weights.placement import param_shapes
+from sharding.memory import shard_bytes
 from sharding.mesh import mesh_shape
 
 
@@ -49,10 +49,7 @@ def weight_bytes(config: LlamaConfig, mesh: Mesh, dtype: jnp.dtype) -> int:
     Raises:
       ShardingError: the model cannot be split over this mesh.
     """
-    return sum(
-        math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
-        for array in jax.tree.leaves(param_shapes(config, mesh, dtype))
-    )
+    return sum(map(shard_bytes, jax.tree.leaves(param_shapes(config, mesh, dtype))))
 
 
 def free_bytes(devices: Sequence[jax.Device]) -> list[int]:
@@ -82,6 +79,6 @@ def bytes_by_device(arrays: object, mesh: Mesh) -> dict[jax.Device, int]:
     """Returns the bytes of a pytree of arrays on each device of the mesh."""
     sizes = dict.fromkeys(mesh.devices.flatten(), 0)
     for array in jax.tree.leaves(arrays):
-        for shard in array.addressable_shards:
-            sizes[shard.device] += shard.data.nbytes
+        for device in array.sharding.addressable_devices:
+            sizes[device] += shard_bytes(array)
     return sizes

@@ -1,6 +1,5 @@
 """The bytes of weights and KV cache on each device of a mesh."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from jax.sharding import Mesh
 
 from llama_jax.engine.interface import DeviceInfo, EngineInfo
 from llama_jax.pictures.style import short_device
+from sharding.memory import shard_bytes
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,8 @@ def bytes_by_device(arrays: Any, devices: Iterable[jax.Device]) -> dict[jax.Devi
                 f"An array of shape {np.shape(array)} has no sharding: put it on the mesh with "
                 "jax.device_put, or give a ShapeDtypeStruct with a sharding."
             )
-        size = math.prod(sharding.shard_shape(array.shape)) * array.dtype.itemsize
         for device in sharding.device_set & total.keys():
-            total[device] += size
+            total[device] += shard_bytes(array)
     return total
 
 

@@ -1,13 +1,22 @@
-"""4-bit integers, one scale and zero point per group of columns in each output channel."""
+"""4-bit integers, one scale and zero point per group of columns in each output channel.
+
+There are two layouts. Checkpoints and CPUs hold bytes with two unsigned values each, and the zero
+points. GPUs hold signed integers of 4 bits, and what the zero points add to each group
+(`Int4.for_gpu`): only from these does XLA multiply without writing the matrix out first
+(`quantization.groups`).
+"""
 
 from typing import Any, NamedTuple, Self
 
+import ml_dtypes
 import numpy as np
 
 from llama_jax.quantization.format import Part
+from llama_jax.quantization.groups import dequantize_groups, linear_in_groups
 from sharding.errors import UserError
 
 _MAX = 15
+_MIDDLE = 8  # the unsigned value that is 0 as a signed one
 _ROUNDING = 1e-5  # error of the float32 arithmetic, in steps
 
 
@@ -17,10 +26,12 @@ class Int4(NamedTuple):
     A byte holds two adjacent columns, the even one in its lower half. The zero point makes GPTQ and
     AWQ weights representable exactly.
 
+    On GPUs, matrix[o, i] = values[o, i] · scale[o, g] + zero[o, g].
+
     Attributes:
-      values: uint8 [..., out, in / 2].
-      scale: float32 [..., out, in / group].
-      zero: uint8 [..., out, in / group].
+      values: uint8 [..., out, in / 2]; on GPUs int4 [..., out, in], the nibbles less 8.
+      scale: float32 [..., out, in / group]; on GPUs in the dtype of the activations.
+      zero: uint8 [..., out, in / group]; on GPUs (8 - zero) · scale, in the dtype of the scales.
     """
 
     values: Any
@@ -57,8 +68,21 @@ class Int4(NamedTuple):
         nibbles = np.clip(steps, 0, _MAX).astype(np.uint8).reshape(matrix.shape)
         return cls(nibbles[:, 0::2] | nibbles[:, 1::2] << 4, scale, zero.astype(np.uint8))
 
+    def for_gpu(self, dtype: Any) -> "Int4":
+        """The layout of GPUs, given the dtype of the activations.
+
+        The scales are rounded to that dtype, in which products are computed in any case.
+        """
+        # By broadcasting and not by stacking: one GPU thread then writes both halves of a byte.
+        nibbles = self.values[..., None] >> np.array([0, 4], np.uint8) & 15
+        signed = nibbles.reshape(*self.values.shape[:-1], -1).astype(np.int8) - np.int8(_MIDDLE)
+        zero = (np.float32(_MIDDLE) - self.zero.astype(np.float32)) * self.scale
+        return Int4(signed.astype(ml_dtypes.int4), self.scale.astype(dtype), zero.astype(dtype))
+
     def dequantize(self) -> Any:
         """(nibbles - zero) · scale, float32 [..., out, in]."""
+        if self._is_for_gpu():
+            return dequantize_groups(*self)
         even, odd = self._columns()
         # The array API standard: NumPy's `stack` or JAX's.
         both = even.__array_namespace__().stack((even, odd), axis=-1)
@@ -67,6 +91,8 @@ class Int4(NamedTuple):
     def linear(self, x: Any) -> Any:
         """x [..., in] -> [..., out]. Splits x, which is small, into even and odd columns, instead
         of interleaving the columns of the matrix."""
+        if self._is_for_gpu():
+            return linear_in_groups(x, *self)
         even, odd = self._columns()
         return x[..., 0::2] @ even.astype(x.dtype).mT + x[..., 1::2] @ odd.astype(x.dtype).mT
 
@@ -75,6 +101,9 @@ class Int4(NamedTuple):
         """Half a step of each group, float32 [rows, in]."""
         _, scale = _range(matrix.reshape(len(matrix), -1, group))
         return np.repeat(np.float32(0.5 + _ROUNDING) * scale, group, axis=-1)
+
+    def _is_for_gpu(self) -> bool:
+        return self.values.dtype == ml_dtypes.int4
 
     def _columns(self) -> tuple[Any, Any]:
         """The even columns and the odd ones, each float32 [..., out, in / 2]."""

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import LlamaConfig
 from llama_jax.weights.axes import MESH_AXES, kv_replicas
+from llama_jax.weights.device_layout import device_shapes
 from llama_jax.weights.table import (
     EMBEDDING,
     FINAL_NORM,
@@ -208,6 +209,11 @@ def param_shapes(config: LlamaConfig, mesh: Mesh, dtype: np.dtype) -> Params:
     Raises:
       ShardingError: as `placements`.
     """
+    return device_shapes(stored_shapes(config, mesh, dtype), mesh.devices.flat[0].platform, dtype)
+
+
+def stored_shapes(config: LlamaConfig, mesh: Mesh, dtype: np.dtype) -> Params:
+    """As `param_shapes`, before the weights are converted to the layout of their platform."""
 
     def shape(place: Placement) -> jax.ShapeDtypeStruct:
         sharding = NamedSharding(mesh, place.spec)

@@ -1,0 +1,165 @@
+"""The layout of quantized matrices on GPUs, computed on CPU: the same matrix, the same products."""
+
+import contextlib
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llama_jax import ShardedLlama
+from llama_jax.checkpoint import open_checkpoint
+from llama_jax.checkpoint.load import load_params
+from llama_jax.config import LlamaConfig, Quantization
+from llama_jax.quantization import FORMATS, GPU_COMPILER_OPTIONS, GPU_LAYOUTS, Int4, Int8Grouped
+from llama_jax.weights.device_layout import device_shapes, to_device_layout
+from llama_jax.weights.placement import param_shapes
+from sharding.memory import shard_bytes
+from sharding.mesh import make_mesh
+from tests.support.quantized_checkpoint import save_quantized
+from tests.support.quantized_matrix import exact, random_quantized
+from tests.support.reference import make_model, reference_logits
+
+CONVERTED = [name for name, kind in FORMATS.items() if kind in GPU_LAYOUTS]
+GROUPED = [*CONVERTED, "fp8_grouped"]
+ROWS, COLUMNS, GROUP = 24, 96, 32
+
+
+def on_gpu(quantized, dtype):
+    """The matrix in the layout of GPUs, as JAX arrays."""
+    arrays = type(quantized)(*map(jnp.asarray, quantized))
+    return arrays.for_gpu(dtype) if isinstance(quantized, GPU_LAYOUTS) else arrays
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+@pytest.mark.parametrize(("dtype", "allowed"), [("float32", 1e-6), ("bfloat16", 2.0**-7)])
+def test_it_is_the_same_matrix(name, dtype, allowed):
+    """Relative to the two terms of its definition, which differ in sign."""
+    quantized = random_quantized(name, ROWS, COLUMNS, GROUP)
+    converted = quantized.for_gpu(dtype)
+    in_jax = on_gpu(quantized, dtype)
+    for one, other in zip(converted, in_jax, strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        np.testing.assert_array_equal(one.astype("f4"), np.asarray(other).astype("f4"))
+    expected = exact(quantized)
+    far = np.repeat(np.abs(quantized.scale) * 256, GROUP, axis=1)
+    for found in (converted.dequantize(), in_jax.dequantize()):
+        assert found.dtype == np.float32
+        assert (np.abs(found - expected) <= allowed * far).all()
+
+
+def test_int4_by_hand():
+    """The even column is in the lower nibble; a zero point of GPTQ may be 16."""
+    packed = Int4(
+        np.array([[0x21, 0x43, 0xF0]], np.uint8),
+        np.array([[0.5, 2.0, 1.0]], np.float32),
+        np.array([[1, 3, 16]], np.uint8),
+    ).for_gpu("float32")
+    np.testing.assert_array_equal(packed.values.astype(int), [[-7, -6, -5, -4, -8, 7]])
+    np.testing.assert_array_equal(packed.zero, [[3.5, 10.0, -8.0]])
+    np.testing.assert_array_equal(packed.dequantize(), [[0.0, 0.5, 0.0, 2.0, -16.0, -1.0]])
+
+
+def test_int8_by_hand():
+    converted = Int8Grouped(
+        np.array([[0, 127, 128, 255]], np.uint8),
+        np.array([[0.5, 2.0]], np.float32),
+        np.array([[0, 255]], np.uint8),
+    ).for_gpu("float32")
+    np.testing.assert_array_equal(converted.values, [[-128, -1, 0, 127]])
+    np.testing.assert_array_equal(converted.dequantize(), [[0.0, 63.5, -254.0, 0.0]])
+
+
+@pytest.mark.parametrize("name", GROUPED)
+@pytest.mark.parametrize("tokens", [1, 8, 64, 512])
+@pytest.mark.parametrize(("dtype", "allowed"), [("float32", 2e-6), ("bfloat16", 2.0**-7)])
+def test_products(name, tokens, dtype, allowed):
+    """Against float64, relative to the sum of the magnitudes of all terms."""
+    quantized = random_quantized(name, ROWS, COLUMNS, GROUP)
+    x = jnp.asarray(1 + np.random.default_rng(1).standard_normal((tokens, COLUMNS)), dtype)
+    found = jax.jit(lambda q, x: q.linear(x))(on_gpu(quantized, dtype), x)
+    assert found.dtype == x.dtype and found.shape == (tokens, ROWS)
+    x64 = np.asarray(x).astype(np.float64)
+    error = np.abs(np.asarray(found).astype(np.float64) - x64 @ exact(quantized).T)
+    parts = [np.abs(np.asarray(part).astype(np.float64)) for part in on_gpu(quantized, "float32")]
+    terms = parts[0] * np.repeat(parts[1], GROUP, axis=1)
+    if isinstance(quantized, GPU_LAYOUTS):
+        terms += np.repeat(parts[2], GROUP, axis=1)
+    assert (error <= allowed * (np.abs(x64) @ terms.T)).all()
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_a_group_ends_at_its_border(name):
+    """Each input multiplies the scale and the zero point of its own group."""
+    quantized = random_quantized(name, ROWS, COLUMNS, GROUP)
+    found = on_gpu(quantized, "float32").linear(jnp.eye(COLUMNS))
+    np.testing.assert_allclose(found, exact(quantized).T, rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_padding_stays_zero(name):
+    """Padding layers are zeros in all arrays."""
+    parts = FORMATS[name].parts((8, 32), 16)
+    padding = on_gpu(type(parts)(*(np.zeros(p.shape, p.dtype) for p in parts)), "bfloat16")
+    np.testing.assert_array_equal(padding.dequantize(), np.zeros((8, 32)))
+    found = padding.linear(jnp.full((3, 32), 1e30, jnp.bfloat16))
+    np.testing.assert_array_equal(found, np.zeros((3, 8)))
+
+
+@pytest.mark.parametrize("spec", [P("stage", "model", None), P("stage", None, "model")])
+def test_conversion_on_the_devices(spec):
+    quantized = random_quantized("int4", 8, 128, 16)
+    sharding = NamedSharding(make_mesh("1x4"), spec)
+    matrix = jax.tree.map(lambda part: jax.device_put(part[None], sharding), quantized)
+    plain = jax.device_put(np.ones(3, np.float32))
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding),
+                          {"matrix": matrix, "plain": plain})  # fmt: skip
+    found = to_device_layout({"matrix": matrix, "plain": plain}, "gpu", np.dtype("float32"))
+    assert found["plain"] is plain
+    assert all(part.is_deleted() for part in matrix)
+    for part, wanted in zip(found["matrix"], quantized.for_gpu("float32"), strict=True):
+        np.testing.assert_array_equal(np.asarray(part)[0].astype("f4"), wanted.astype("f4"))
+    predicted = device_shapes(shapes, "gpu", np.dtype("float32"))
+    for part, shape in zip(jax.tree.leaves(found), jax.tree.leaves(predicted), strict=True):
+        assert (part.shape, part.dtype, part.sharding) == (shape.shape, shape.dtype, shape.sharding)
+
+
+def test_cpus_keep_the_layout_of_the_checkpoint():
+    matrix = random_quantized("int4", 8, 128, 16)
+    assert to_device_layout([matrix], "cpu", np.dtype("float32"))[0] is matrix
+
+
+@pytest.mark.parametrize(("name", "bits"), [("int4", 4), ("int8_grouped", 8)])
+def test_bytes_of_70b(name, bits):
+    """Two arrays of bfloat16 for each group of 128 columns, and the values."""
+    config = replace(LlamaConfig.llama3_70b(), quantization=Quantization(format=name))
+    shapes = param_shapes(config, make_mesh("4x2"), jnp.bfloat16).layers
+    matrices = 20 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 28672 * 8192) // 2
+    norms = 20 * 2 * 8192 * 2
+    found = sum(map(shard_bytes, jax.tree.leaves(device_shapes(shapes, "gpu", jnp.bfloat16))))
+    assert found == matrices * bits // 8 + 4 * matrices // 128 + norms
+
+
+@pytest.mark.slow
+def test_the_model_in_the_layout_of_gpus(tmp_path):
+    theirs = make_model(num_heads=8, num_kv_heads=2, num_layers=3, vocab_size=250)
+    path = save_quantized(theirs, tmp_path / "int4", "int4")
+    tokens = np.random.default_rng(2).integers(0, 250, 20)
+    mesh = make_mesh("2x2")  # four positions for three layers: one is padding
+    with contextlib.closing(open_checkpoint(path)) as reader:
+        params = load_params(reader, mesh, np.dtype("float32"))
+        params = to_device_layout(params, "gpu", np.dtype("float32"))
+        model = ShardedLlama(reader.config, mesh, params, np.dtype("float32"))
+    assert params.layers[0]["mlp.w_down"].values.dtype == jnp.int4
+    expected = reference_logits(theirs, tokens.tolist())
+    assert np.abs(model(tokens[None])[0] - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", GPU_COMPILER_OPTIONS)
+def test_xla_knows_the_compiler_options(name):
+    """It refuses unknown options, on CPU as well."""
+    options = GPU_COMPILER_OPTIONS[name]
+    assert options and jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
