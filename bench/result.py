@@ -65,7 +65,7 @@ class Plot:
       y: the columns of figures to draw, all of one unit.
       by: a column whose values get a line, or a color, each.
       kind: "line" or "bar".
-      log: the logarithmic axes: "", "x", "y" or "xy".
+      log: the logarithmic axes of lines: "", "x", "y" or "xy".
     """
 
     title: str
