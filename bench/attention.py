@@ -19,9 +19,9 @@ from bench.one_device import DTYPE, Work, packet, random_cache, ring_sizes
 from bench.partial import keep
 from bench.random_weights import nbytes, random_array
 from bench.result import Result, Row, Target
-from bench.roofline import PACKAGES, copy_rate, matrix_rate
+from bench.roofline import PACKAGES, check_device, copy_rate, matrix_rate
 from bench.step import CONTEXT, PREFILL, TOY_CONTEXT, TOY_PREFILL, rank_config, toy_config
-from bench.timing import time_calls
+from bench.timing import UNITS, time_calls
 from llama_jax.config import LlamaConfig
 from llama_jax.ring.kv_cache import cache_shapes
 from llama_jax.ring.sizes import Bucket
@@ -39,7 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Checks and times attention; keeps what is measured so far in a partial file."""
+    """Checks and times attention; keeps what is measured so far in a partial file.
+
+    Raises:
+      UserError: there is no GPU.
+    """
+    check_device(args.toy)
     config = rank_config(toy_config() if args.toy else LlamaConfig.llama3_70b())
     rows: list[Row] = []
     targets: list[Target] = []
@@ -50,12 +55,10 @@ def run(args: argparse.Namespace) -> Result:
             "Attention over the paged KV cache: one rank of Llama-3-70B on 4 x 2.",
             args=vars(args),
             packages=PACKAGES,
-            units={"time": "µs", "least": "µs", "greatest": "µs", "floor": "µs", "error": "",
-                   "bytes": "MB", "flops": "GFLOP", "copy_rate": "TB/s", "matrix_rate": "TFLOP/s",
-                   "calls": "", "share": ""},
+            units=UNITS | {"error": "", "limit": "", "count": ""},
             rows=rows,
             targets=targets,
-        )  # fmt: skip
+        )
 
     found, targets = check(config, small=args.small or args.toy)
     rows += found
@@ -94,17 +97,14 @@ def time_row(config: LlamaConfig, work: Work, copy: float, matrix: float, second
         cache, out = program(cache, packed, *new)
         return out
 
-    timing = time_calls(call, seconds)
-    each = timing.median / config.num_layers
-    size = nbytes(shapes) * work.keys / (sizes.num_pages * sizes.page_size) / config.num_layers
-    flops = work.attention_flops(config) / config.num_layers
-    floor = flops / matrix if work.chunk else size / copy
-    return {
-        **({"chunk": work.chunk, "prefix": work.prefix} if work.chunk
-           else {"batch": work.rows, "context": work.context}),
-        **timing.row(1e6 / config.num_layers),
-        **({"flops": flops / 1e9, "matrix_rate": matrix / 1e12} if work.chunk
-           else {"bytes": size / 1e6, "copy_rate": copy / 1e12}),
-        "floor": 1e6 * floor,
-        "share": floor / each,
-    }  # fmt: skip
+    timing = time_calls(call, seconds) / config.num_layers
+    if work.chunk:
+        flops = work.attention_flops(config) / config.num_layers
+        floor = flops / matrix
+        what = {"chunk": work.chunk, "prefix": work.prefix, "flops": flops, "matrix_rate": matrix}
+    else:
+        num_keys = sizes.num_pages * sizes.page_size * config.num_layers
+        size = nbytes(shapes) * work.keys // num_keys
+        floor = size / copy
+        what = {"batch": work.rows, "context": work.context, "bytes": size, "copy_rate": copy}
+    return {**what, **timing.row, "floor": floor, "share": floor / timing.median}

@@ -4,6 +4,8 @@
 MEASUREMENTS = {
     "step": ("bench.step", "one rank's decode and prefill tick at full size"),
     "model": ("bench.model", "a whole model on one device"),
+    "attention": ("bench.attention", "the attention that this device uses: is it right, how fast"),
+    "products": ("bench.products", "a layer's matrix products, by weight format and rows"),
     "serve": ("bench.serve_load", "an OpenAI-compatible server under open-loop load"),
     "engine": ("bench.engine", "host time per tick, the scheduler, and streaming over HTTP"),
     "decode": ("bench.decode", "decode speed, against transformers"),
