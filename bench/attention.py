@@ -2,12 +2,13 @@
 
 It is called as the ring calls it, through `PagedAttend`, which first writes the new keys and values
 to the KV cache. `bench.attention_check` compares it with float64. Then it is timed over the caches
-of 20 layers, in decode ticks and with chunks of a prompt. The floor of a decode tick is the time
-that its keys and values take at the copy rate of this run, that of a chunk the time that its
+of several layers, in decode ticks and with chunks of a prompt. The floor of a decode tick is the
+time that its keys and values take at the copy rate of this run, that of a chunk the time that its
 arithmetic takes at the matrix rate.
 """
 
 import argparse
+from dataclasses import replace
 
 import jax
 from jax.sharding import NamedSharding
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from bench.attention_check import check
 from bench.attention_program import attention_program
-from bench.one_device import DTYPE, Work, packet, random_cache, ring_sizes
+from bench.one_device import DTYPE, ENOUGH_BYTES, Work, packet, random_cache, ring_sizes
 from bench.partial import keep
 from bench.random_weights import nbytes, random_array
 from bench.result import Result, Row, Target
@@ -29,6 +30,7 @@ from sharding.mesh import make_mesh
 
 BATCHES, TOY_BATCHES = (1, 8, 32, 64), (1, 8)
 SECONDS = 0.5
+MAX_LAYERS, CHUNK_LAYERS = 20, 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,9 +77,21 @@ def run(args: argparse.Namespace) -> Result:
     return result()
 
 
+def count_layers(config: LlamaConfig, work: Work) -> int:
+    """The layers to attend to in one program: so many that their caches fill no cache of the GPU.
+
+    The arithmetic of a chunk outweighs its keys, so that few are enough.
+    """
+    if work.chunk:
+        return CHUNK_LAYERS
+    one = 2 * work.keys * config.num_kv_heads * config.head_dim * DTYPE.itemsize
+    return min(MAX_LAYERS, max(2, -(-ENOUGH_BYTES // one)))
+
+
 def time_row(config: LlamaConfig, work: Work, copy: float, matrix: float, seconds: float) -> Row:
     """Times the attention of one layer; the rates are in bytes and FLOP per second."""
     sizes, mesh = ring_sizes(work), make_mesh("1x1")
+    config = replace(config, num_layers=count_layers(config, work))
     program = attention_program(config, sizes, Bucket(work.rows, work.chunk))
     shapes = cache_shapes(config, mesh, sizes.num_pages, sizes.page_size, DTYPE)
     cache, packed = random_cache(shapes), packet(work, sizes)

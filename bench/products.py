@@ -15,7 +15,7 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bench.one_device import DTYPE
+from bench.one_device import DTYPE, ENOUGH_BYTES
 from bench.partial import keep
 from bench.random_weights import nbytes, random_array, random_params
 from bench.result import Plot, Result, Row
@@ -31,7 +31,6 @@ from sharding.program import MeshProgram
 
 ROWS, TOY_ROWS = (1, 32, 512), (8,)
 FORMATS = ("bfloat16", *QUANTIZERS)
-ENOUGH_BYTES = 400_000_000  # of matrices in a program: 8 times the second-level cache
 COPIES = 12  # of a matrix in a program, at most
 SECONDS = 0.2
 
