@@ -48,7 +48,8 @@ def svg(result: Result, plot: Plot) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "bench", "svg.fonttype": "none"}):
         picture = draw(result, plot)
         metadata = {"Date": None, "Description": digest(result, plot)}
-        picture.savefig(buffer, format="svg", metadata=metadata)
+        # Tight, since the reader's fonts may be wider than those that the layout was made with.
+        picture.savefig(buffer, format="svg", metadata=metadata, bbox_inches="tight")
     return "".join(f"{line.rstrip()}\n" for line in buffer.getvalue().splitlines())
 
 
@@ -113,6 +114,8 @@ def curves(
     xs: list[Scalar], columns: dict[str, list[float]], plot: Plot, *, xlabel: str, ylabel: str
 ) -> "Picture":
     """Lines with a marker at each point; an axis that is not logarithmic begins at 0."""
+    from matplotlib.ticker import LogLocator
+
     from llama_jax.pictures.line_plot import LINES, MARKERS
     from llama_jax.pictures.style import drawing
 
@@ -127,6 +130,8 @@ def curves(
             axes.set_xticks([], minor=True)
         if "y" in plot.log:
             axes.set_yscale("log")
+            decades = math.log10(axes.get_ylim()[1] / axes.get_ylim()[0])
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
             axes.yaxis.set_major_formatter("{x:g}")  # the default needs math text, which is off
             axes.yaxis.set_minor_formatter("")
         else:
