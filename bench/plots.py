@@ -65,8 +65,10 @@ def draw(result: Result, plot: Plot) -> "Picture":
     factor, unit = fitting_unit(values, result.units.get(plot.y[0], ""))
     lines = series(result, plot, factor)
     xs: list[Scalar] = list(dict.fromkeys(x for points in lines.values() for x in points))
-    xs = sorted(xs) if all(map(is_number, xs)) else [str(x) for x in xs]
+    numbers = all(map(is_number, xs))
+    xs = sorted(xs) if numbers else xs
     columns = {label: [points.get(x, math.nan) for x in xs] for label, points in lines.items()}
+    xs = xs if numbers else list(map(text, xs))
     y = plot.y[0] if len(plot.y) == 1 else ""
     labels = {
         "xlabel": with_unit(plot.x, result.units.get(plot.x, "")),
@@ -89,7 +91,7 @@ def series(result: Result, plot: Plot, factor: float) -> Series:
             value, x = row.get(column), row.get(plot.x)
             if is_number(value) and x is not None:
                 points = lines.setdefault(label(row, column, plot), {})
-                points[x if is_number(x) else str(x)] = value / factor
+                points[x] = value / factor
     if not 0 < len(lines) <= MAX_SERIES:
         raise BadResult(
             f"the plot {plot.title!r} of {result.name} has {len(lines)} lines; it must have 1 to "

@@ -101,6 +101,7 @@ def test_each_subcommand_has_help(name, capsys):
         ["compare", str(ROOT), str(ROOT)],
         ["report", str(ROOT / "docs")],
         ["calibrate", "missing.json"],
+        ["calibrate", "--output", __file__ + "/a.json"],
     ],
     ids=" ".join,
 )
