@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
     table = compare(first, second)
     for warning in differences(first, second):
         print(f"warning: {warning}", file=sys.stderr)
-    table.show()
+    print(table.text(), end="")
 
 
 def compare(first: Result, second: Result) -> Table:

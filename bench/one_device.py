@@ -69,14 +69,15 @@ class OneDevice:
 
     Attributes:
       config: the model, or a rank's share of one.
+      dtype: of weights, activations and KV cache.
       params: its weights.
       layer_bytes, head_bytes: of the layers and norms, and of the LM head; the embedding table is
         not counted, since a tick reads few of its rows.
     """
 
-    def __init__(self, config: LlamaConfig) -> None:
-        self.config, self.mesh = config, make_mesh("1x1")
-        self.params: Params = random_params(param_shapes(config, self.mesh, DTYPE))
+    def __init__(self, config: LlamaConfig, dtype: jnp.dtype = DTYPE) -> None:
+        self.config, self.mesh, self.dtype = config, make_mesh("1x1"), dtype
+        self.params: Params = random_params(param_shapes(config, self.mesh, dtype))
         self.layer_bytes = nbytes((self.params.layers, self.params.final_norm))
         head = self.params.embedding if self.params.lm_head is None else self.params.lm_head
         self.head_bytes = nbytes(head)
@@ -84,7 +85,7 @@ class OneDevice:
     def kv_bytes(self, work: Work) -> int:
         """Bytes of the keys and values that a tick must read."""
         sizes = ring_sizes(work)
-        cache = state_shapes(self.config, self.mesh, sizes, DTYPE).cache
+        cache = state_shapes(self.config, self.mesh, sizes, self.dtype).cache
         return nbytes(cache) * work.keys // (sizes.num_pages * PAGE_SIZE)
 
     def tick(self, work: Work) -> Callable[[], jax.Array]:
@@ -99,7 +100,7 @@ class OneDevice:
         else:
             step = decode_step(self.config, self.mesh, sizes, bucket.rows)
         packed = packet(work, sizes)
-        shapes = state_shapes(self.config, self.mesh, sizes, DTYPE)
+        shapes = state_shapes(self.config, self.mesh, sizes, self.dtype)
         state = init_state(shapes, sizes)._replace(cache=None)  # frees the zeros first
         state = state._replace(cache=random_cache(shapes.cache))
 

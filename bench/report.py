@@ -66,7 +66,7 @@ def section(path: Path, result: Result) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in result.versions.items())
     parts = [
         f"\n## {path.stem}\n",
-        f"`{command(result)}`: {result.what}.\n",
+        f"`{command(result)}`: {result.what.rstrip('.')}.\n",
         f"{machine_text(result)}; {versions}.\n",
         *(table.markdown() for table in tables(result)),
     ]

@@ -1,5 +1,6 @@
 """A result as tables, in the terminal and in Markdown."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,19 +23,25 @@ class Table:
         escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
         return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 
-    def show(self) -> None:
-        """Prints the table to the terminal."""
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table as RichTable
-        from rich.text import Text
+    def text(self) -> str:
+        """The table in plain text. Headings are wrapped to the width of what is below them."""
+        columns = list(zip(*self.rows, strict=True)) or [() for _ in self.headings]
+        widths = [
+            max(map(len, (*heading.split(), *cells)))
+            for heading, cells in zip(self.headings, columns, strict=True)
+        ]
+        wrapped = [textwrap.wrap(h, w) for h, w in zip(self.headings, widths, strict=True)]
+        height = max(map(len, wrapped))
+        above = zip(*([""] * (height - len(lines)) + lines for lines in wrapped), strict=True)
+        rule = ["-" * width for width in widths]
+        return "".join(f"{self._line(row, widths)}\n" for row in [*above, rule, *self.rows])
 
-        table = RichTable(box=box.SIMPLE_HEAD)
-        for heading, numeric in zip(self.headings, self.numeric, strict=True):
-            table.add_column(Text(heading), justify="right" if numeric else "left")
-        for row in self.rows:
-            table.add_row(*map(Text, row))
-        Console(highlight=False).print(table)
+    def _line(self, row: Sequence[str], widths: Sequence[int]) -> str:
+        cells = zip(row, widths, self.numeric, strict=True)
+        aligned = (
+            cell.rjust(width) if right else cell.ljust(width) for cell, width, right in cells
+        )
+        return "  ".join(aligned).rstrip()
 
 
 def tables(result: Result) -> list[Table]:
@@ -70,8 +77,8 @@ def target_text(target: Target) -> str:
 
 def show(result: Result) -> None:
     """Prints a result to the terminal."""
-    print(f"{result.what}:" if result.rows else result.what)
+    print(result.what)
     for each in tables(result):
-        each.show()
+        print("\n" + each.text())
     for target in result.targets:
         print(target_text(target))
