@@ -232,7 +232,13 @@ def test_a_server_that_answers_nothing_is_not_tested():
 
 @pytest.mark.parametrize(
     ("status", "body", "named"),
-    [(401, b"{}", "OPENAI_API_KEY"), (404, b"{}", "404"), (200, b"[1]", "200"), (200, b"", "200")],
+    [
+        (401, b"{}", "OPENAI_API_KEY"),
+        (503, b"", "not ready"),
+        (404, b"{}", "404"),
+        (200, b"[1]", "200"),
+        (200, b"", "200"),
+    ],
 )
 def test_a_server_without_a_model_is_refused(status, body, named):
     transport = ScriptedServer(lambda *_: [body], status)
