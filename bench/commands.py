@@ -20,8 +20,6 @@ MEASUREMENTS = {
     "structured": ("bench.structured_output", "what requests with a grammar cost the others"),
     "hostile": ("bench.hostile_requests", "how long hostile requests stop the event loop"),
     "roofline": ("bench.roofline", "copy bandwidth and matrix rate of this device"),
-    "attention": ("bench.attention", "the attention kernel: correct, and how fast"),
-    "products": ("bench.products", "matrix products by format of the weights"),
     "audit": ("bench.audit_result", "the compiled programs for 8 x H100, without a GPU"),
 }
 # These read results and have `run(args) -> None`.

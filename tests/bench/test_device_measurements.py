@@ -25,7 +25,7 @@ class Described(OneDevice):
     """A model of which only the shapes exist."""
 
     def __init__(self, config: LlamaConfig) -> None:
-        self.config, self.mesh = config, make_mesh("1x1")
+        self.config, self.mesh, self.dtype = config, make_mesh("1x1"), DTYPE
         shapes = param_shapes(config, self.mesh, DTYPE)
         self.layer_bytes = nbytes((shapes.layers, shapes.final_norm))
         self.head_bytes = nbytes(shapes.lm_head)
