@@ -48,10 +48,10 @@ notebooks: .venv/installed-test  ## rerun the notebooks and save their outputs
 audit: .venv-cuda/installed  ## compile Llama-3-70B for 8 x H100, without a GPU
 	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m bench audit --output bench/results/audit_70b_8xh100.json
 
-# In the order of the time they take, the shortest first.
-MEASUREMENTS = hostile startup engine decode quantization divergence loading load-speed structured convert
+MEASUREMENTS = hostile startup engine decode quantization divergence loading load-speed structured \
+	convert scaling peers
 
-bench: .venv/installed-test  ## every measurement that runs on a CPU: one hour, 30 GB of disk
+bench: .venv/installed-test  ## every measurement that runs on a CPU: two hours, 30 GB of disk
 	for name in $(MEASUREMENTS); do \
 		.venv/bin/python -m bench $$name --output bench/results/$$name.json || [ $$? = 1 ] || exit; \
 	done

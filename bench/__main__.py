@@ -14,7 +14,7 @@ from types import ModuleType
 
 from bench.commands import MEASUREMENTS, READERS
 from bench.plots import write_plots
-from bench.result import Result
+from bench.result import BadResult, Result
 from bench.table import show
 from llama_jax.terminal.arguments import Parser
 from llama_jax.terminal.output import protect_output
@@ -30,10 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         name, module, args = parse(argv)
-        if name in READERS:
-            module.run(args)
-            return MET
-        return measure(module, args)
+        return read(module, args) if name in READERS else measure(module, args)
     except UserError as error:
         return fail(str(error))
     except ModuleNotFoundError as error:
@@ -72,6 +69,15 @@ def parse(argv: Sequence[str]) -> tuple[str, ModuleType, argparse.Namespace]:
     return argv[0], module, args
 
 
+def read(module: ModuleType, args: argparse.Namespace) -> int:
+    """Runs what reads results, and returns the exit status."""
+    try:
+        module.run(args)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be written: {error.strerror}") from error
+    return MET
+
+
 def measure(module: ModuleType, args: argparse.Namespace) -> int:
     """Runs a measurement, shows and writes its result, and returns the exit status."""
     check_writable(args.output)
@@ -84,6 +90,8 @@ def measure(module: ModuleType, args: argparse.Namespace) -> int:
             print(f"plot: {path}")
     except ModuleNotFoundError as error:  # the figures are safe: `report` draws them elsewhere
         print(f"no plot: {error.name} is not installed")
+    except BadResult as error:
+        print(f"no plot: {error}")
     return MET if result.met else MISSED
 
 

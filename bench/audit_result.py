@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.result import Result, Row, Target
+from sharding.errors import UserError
 
 KEYS = ("rows", "chunk")  # columns that name a program
 
@@ -35,6 +36,8 @@ def run(args: argparse.Namespace) -> Result:
         if args.quantize:
             command += ["--quantize", args.quantize]
         subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False)
+        if not output.exists():  # a missed check is in the file
+            raise UserError("the audit ended without a result; what it printed says why")
         return as_result(json.loads(output.read_text()), vars(args))
 
 

@@ -13,6 +13,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from bench.new_process import in_new_process
@@ -49,22 +50,23 @@ def write_model(path: Path) -> int:
     return model.num_parameters()
 
 
-def prompts(batch: int) -> list[list[int]]:
+def prompts(batch: int, tokens: int = PROMPT_TOKENS) -> list[list[int]]:
     """Prompts that differ in each row and have the same length, so that neither engine pads."""
     return [
-        [2 + (7919 * row + 31 * i) % (VOCAB_SIZE - 2) for i in range(PROMPT_TOKENS)]
+        [2 + (7919 * row + 31 * i) % (VOCAB_SIZE - 2) for i in range(tokens)]
         for row in range(batch)
     ]
 
 
-def time_transformers(path: str, batch: int) -> float:
-    """Seconds per decode step."""
+def transformers_generator(path: str, rows: list[list[int]], dtype: str) -> Callable[[int], float]:
+    """Makes a function that generates so many tokens for each prompt, and returns the seconds."""
     import torch
     import transformers
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    tokens = torch.tensor(prompts(batch))
+    weights = getattr(torch, dtype)
+    model = transformers.LlamaForCausalLM.from_pretrained(path, dtype=weights).eval()
+    tokens = torch.tensor(rows)
 
     def generate(new_tokens: int) -> float:
         start = time.perf_counter()
@@ -79,19 +81,24 @@ def time_transformers(path: str, batch: int) -> float:
             )
         return time.perf_counter() - start
 
+    return generate
+
+
+def seconds_per_step(generate: Callable[[int], float]) -> float:
+    """Seconds per decode step of a function that generates: without prefill."""
     generate(4)
     prefill = generate(1)
     return (generate(1 + NEW_TOKENS) - prefill) / NEW_TOKENS
 
 
-def time_ring(path: str, batch: int, mesh: str) -> float:
+def time_ring(path: str, batch: int, mesh: str, dtype: str = "float32") -> float:
     """Seconds per token of every request: one turn of the ring."""
     from llama_jax.config.sampling_params import SamplingParams
     from llama_jax.engine.core import Engine
     from llama_jax.engine.options import EngineOptions
 
     options = EngineOptions(
-        path=path, mesh=mesh, max_num_seqs=batch, max_chunk=128, max_model_len=512
+        path=path, mesh=mesh, dtype=dtype, max_num_seqs=batch, max_chunk=128, max_model_len=512
     )
     engine = Engine(options, lambda progress: None)
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS + 8, ignore_eos=True)
@@ -115,7 +122,7 @@ def time_ring(path: str, batch: int, mesh: str) -> float:
 def measure(path: str, engine: str, batch: int) -> float:
     """Seconds per step of one engine."""
     if engine == "transformers":
-        return time_transformers(path, batch)
+        return seconds_per_step(transformers_generator(path, prompts(batch), "float32"))
     return time_ring(path, batch, engine)
 
 

@@ -27,9 +27,10 @@ def in_new_process(function: Callable[..., Any], *arguments: Any, **environment:
       ModuleNotFoundError: a package is missing.
       CalledProcessError: the process failed otherwise, and has printed why.
     """
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         command(function, *arguments),
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **environment},
         stdout=subprocess.PIPE,
         text=True,
         check=True,

@@ -48,7 +48,8 @@ def svg(result: Result, plot: Plot) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "bench", "svg.fonttype": "none"}):
         picture = draw(result, plot)
         metadata = {"Date": None, "Description": digest(result, plot)}
-        picture.savefig(buffer, format="svg", metadata=metadata)
+        # Tight, since the reader's fonts may be wider than those that the layout was made with.
+        picture.savefig(buffer, format="svg", metadata=metadata, bbox_inches="tight")
     return "".join(f"{line.rstrip()}\n" for line in buffer.getvalue().splitlines())
 
 
@@ -64,8 +65,10 @@ def draw(result: Result, plot: Plot) -> "Picture":
     factor, unit = fitting_unit(values, result.units.get(plot.y[0], ""))
     lines = series(result, plot, factor)
     xs: list[Scalar] = list(dict.fromkeys(x for points in lines.values() for x in points))
-    xs = sorted(xs) if all(map(is_number, xs)) else [str(x) for x in xs]
+    numbers = all(map(is_number, xs))
+    xs = sorted(xs) if numbers else xs
     columns = {label: [points.get(x, math.nan) for x in xs] for label, points in lines.items()}
+    xs = xs if numbers else list(map(text, xs))
     y = plot.y[0] if len(plot.y) == 1 else ""
     labels = {
         "xlabel": with_unit(plot.x, result.units.get(plot.x, "")),
@@ -88,7 +91,7 @@ def series(result: Result, plot: Plot, factor: float) -> Series:
             value, x = row.get(column), row.get(plot.x)
             if is_number(value) and x is not None:
                 points = lines.setdefault(label(row, column, plot), {})
-                points[x if is_number(x) else str(x)] = value / factor
+                points[x] = value / factor
     if not 0 < len(lines) <= MAX_SERIES:
         raise BadResult(
             f"the plot {plot.title!r} of {result.name} has {len(lines)} lines; it must have 1 to "
@@ -113,6 +116,8 @@ def curves(
     xs: list[Scalar], columns: dict[str, list[float]], plot: Plot, *, xlabel: str, ylabel: str
 ) -> "Picture":
     """Lines with a marker at each point; an axis that is not logarithmic begins at 0."""
+    from matplotlib.ticker import LogLocator
+
     from llama_jax.pictures.line_plot import LINES, MARKERS
     from llama_jax.pictures.style import drawing
 
@@ -127,6 +132,8 @@ def curves(
             axes.set_xticks([], minor=True)
         if "y" in plot.log:
             axes.set_yscale("log")
+            decades = math.log10(axes.get_ylim()[1] / axes.get_ylim()[0])
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
             axes.yaxis.set_major_formatter("{x:g}")  # the default needs math text, which is off
             axes.yaxis.set_minor_formatter("")
         else:
