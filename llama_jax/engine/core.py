@@ -74,8 +74,11 @@ class Engine:
             check_stages(parse_mesh(options.mesh)[0], config)
             configure_jax(options.gpu_memory_utilization)
             mesh = make_mesh(options.mesh)
-            platform = mesh.devices.flat[0].platform
-            check_platform(options, platform)
+            device = mesh.devices.flat[0]
+            platform = device.platform
+            check_platform(options, platform, getattr(device, "compute_capability", ""))
+            if options.fp8_activations:
+                model_class = type(model_class.__name__, (model_class,), {"fp8_activations": True})
             dtype = choose_dtype(options.dtype, config, platform)
             if platform != "cpu" and dtype == np.float32:  # or a GPU would multiply in TF32
                 jax.config.update("jax_default_matmul_precision", "float32")

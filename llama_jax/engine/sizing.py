@@ -11,6 +11,7 @@ TILE = 64  # tokens per prompt segment
 GPU_MEMORY_SHARE = 0.85  # of a GPU's memory, for weights, cache and temporaries together
 GPU_TEMPORARIES = 1 << 30  # bytes that a running step needs beside weights and cache
 CPU_CACHE_BYTES = 1 << 30  # default maximum for the caches of all CPU devices together
+FP8_CAPABILITY = (8, 9)  # the least CUDA compute capability of GPUs that multiply in fp8
 GPU_RESULTS_LATE = 2  # ticks: enough to keep the devices busy while the host works
 
 
@@ -31,10 +32,22 @@ def check_options(options: EngineOptions, config: LlamaConfig) -> None:
         raise SizingError(
             f"max_model_len must be between 2 and the model's {config.max_context}, got {longest}."
         )
+    if options.fp8_activations and not (
+        config.quantization and config.quantization.format == "fp8"
+    ):
+        raise SizingError(
+            "fp8_activations needs matrices in fp8 with one scale per row, and this checkpoint has "
+            "none: leave it out, or quantize with `python -m convert quantize --quantize fp8`."
+        )
 
 
-def check_platform(options: EngineOptions, platform: str) -> None:
+def check_platform(options: EngineOptions, platform: str, compute_capability: str = "") -> None:
     """Checks the options that only GPUs have.
+
+    Args:
+      options: of the engine.
+      platform: of the devices.
+      compute_capability: of CUDA GPUs, such as "9.0".
 
     Raises:
       SizingError: one is given elsewhere, where it would do nothing.
@@ -42,6 +55,13 @@ def check_platform(options: EngineOptions, platform: str) -> None:
     if platform == "cpu" and options.gpu_memory_utilization is not None:
         raise SizingError(
             "gpu_memory_utilization is for GPUs, and there is none: set kv_cache_memory instead."
+        )
+    major, _, minor = compute_capability.partition(".")
+    version = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (0, 0)
+    if options.fp8_activations and version < FP8_CAPABILITY:
+        raise SizingError(
+            "fp8_activations needs GPUs with CUDA compute capability "
+            f"{'.'.join(map(str, FP8_CAPABILITY))} or higher, which multiply in fp8: leave it out."
         )
 
 

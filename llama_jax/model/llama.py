@@ -202,6 +202,8 @@ class Llama(TappedModule):
 
     layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer
     sampler: ClassVar[Sampler] = Sampler()
+    # Whether programs of the ring with a chunk round the inputs of fp8 matrices to fp8 as well.
+    fp8_activations: ClassVar[bool] = False
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
         self.config = config

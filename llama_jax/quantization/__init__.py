@@ -16,7 +16,7 @@ from typing import Any
 from llama_jax.quantization import groups
 from llama_jax.quantization.act_order import Int4ActOrder, Int8ActOrder
 from llama_jax.quantization.format import Part, Quantized, Quantizer
-from llama_jax.quantization.fp8 import Fp8
+from llama_jax.quantization.fp8 import Fp8, Fp8Activations
 from llama_jax.quantization.grouped import Fp8Grouped, Int8Grouped
 from llama_jax.quantization.int4 import Int4
 from llama_jax.quantization.int8 import Int8
@@ -45,6 +45,7 @@ __all__ = [
     "GPU_LAYOUTS",
     "QUANTIZERS",
     "Fp8",
+    "Fp8Activations",
     "Fp8Grouped",
     "Int4",
     "Int4ActOrder",

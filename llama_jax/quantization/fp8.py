@@ -52,3 +52,22 @@ class Fp8(NamedTuple):
             _RELATIVE * np.abs(matrix), _ABSOLUTE * row_scale(matrix, _MAX)[:, None]
         )
         return np.float32(1 + _ROUNDING) * half_step
+
+
+class Fp8Activations(Fp8):
+    """`Fp8` whose products multiply e4m3 by e4m3, at twice the rate of bfloat16 on GPUs that can.
+
+    Each token is scaled so that its largest magnitude becomes 448, and rounded to e4m3. The error
+    that this adds to a product is about as large as that of the weights.
+    """
+
+    def linear(self, x: Any) -> Any:
+        """x [..., in] -> [..., out]. Scales last."""
+        xp = x.__array_namespace__()
+        wide = x.astype(np.float32)
+        largest = xp.abs(wide).max(axis=-1, keepdims=True)
+        scale = xp.maximum(largest / np.float32(_MAX), np.finfo(np.float32).tiny)
+        quantized = (wide / scale).astype(self.values.dtype)
+        # JAX rounds the product to e4m3, the dtype of both factors, unless it is told otherwise.
+        product = xp.matmul(quantized, self.values.mT, preferred_element_type=x.dtype)
+        return (product * (scale * self.scale)).astype(x.dtype)

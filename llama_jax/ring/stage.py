@@ -16,6 +16,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.model import DecoderLayer, Llama
 from llama_jax.model.attention import ScoreMod, Tap, paged_attention
 from llama_jax.model.llama import set_weights
+from llama_jax.quantization import Fp8, Fp8Activations
 from llama_jax.ring import kv_cache
 from llama_jax.ring.kv_cache import KVCache
 from llama_jax.ring.packet import LENGTH, PAGES, POSITION, segments_of
@@ -194,6 +195,13 @@ def locate_tokens(program: Program, segments: jax.Array) -> TokenLocations:
 def make_layer(program: Program, weights: dict[str, Any]) -> DecoderLayer:
     """Builds a decoder layer around this rank's share of the weights."""
     layer_class = program.model_class.layer_class
+    # With few tokens, a product takes as long as reading the matrix, in whatever dtype it is.
+    if program.bucket.chunk and program.model_class.fp8_activations:
+        weights = jax.tree.map(
+            lambda node: Fp8Activations(*node) if isinstance(node, Fp8) else node,
+            weights,
+            is_leaf=lambda node: isinstance(node, Fp8),
+        )
     # eval_shape builds the module without allocating the parameters that are then replaced.
     layer = nnx.eval_shape(lambda: layer_class(program.config, rngs=nnx.Rngs(0)))
     set_weights(layer, weights)

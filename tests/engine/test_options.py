@@ -34,6 +34,7 @@ FIELDS = [field.name for field in dataclasses.fields(EngineOptions)]
         {"page_size": 0},
         {"max_chunk": 0},
         {"results_late": -1},
+        {"fp8_activations": "yes"},
         {"strict_config": 1},
         {"strict_config": None},
     ],
