@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from sharding.compiler_options import compiler_options
 from sharding.settings import default_settings
 
 
@@ -38,7 +39,9 @@ class MeshProgram:
             function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
         mapped.__name__ = name
-        self._jitted = jax.jit(mapped, donate_argnums=donate)
+        self._jitted = jax.jit(
+            mapped, donate_argnums=donate, compiler_options=compiler_options(mesh)
+        )
 
     def __call__(self, *args: Any) -> Any:
         """Runs the program; compiles it first if the shapes of the arguments are new."""
