@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 # For NVIDIA GPUs. What is said of the compiled program was read from it; no option was timed.
 GPU_OPTIONS: dict[str, Any] = {
     # Untuned, Triton's products split their inputs, write float32 partial results to memory and add
-    # them up: in a tick of Llama-3-70B with 64 rows, 8% more bytes and 3 more kernels in each layer.
+    # them up: 8% more bytes in a tick of Llama-3-70B with 64 rows, and 3 more kernels in a layer.
     # Unmeasured.
     "xla_gpu_experimental_force_split_k": 1,
     # Scales of groups of inputs (int4) become part of the product. Otherwise the whole matrix is
