@@ -16,29 +16,40 @@ _NAME = re.compile(r"%([\w.-]+)")
 
 # Opcodes that write no buffer of their own. The instructions of a loop, a branch or an asynchronous
 # operation are in the computations that it calls, which are analyzed as well.
-_NO_NEW_BUFFER = {
+NO_NEW_BUFFER = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "optimization-barrier",
     "while", "conditional", "call", "async-start", "async-update",
 }  # fmt: skip
-_COLLECTIVES = {
+COLLECTIVES = {
     "all-reduce", "all-gather", "collective-permute", "reduce-scatter", "all-to-all",
 }  # fmt: skip
-_IN_PLACE = {"scatter", "dynamic-update-slice"}  # if XLA must copy first, it emits a `copy`
+IN_PLACE = {"scatter", "dynamic-update-slice"}  # if XLA must copy first, it emits a `copy`
 
 
 @dataclass(frozen=True)
-class _Instruction:
+class Instruction:
+    """An instruction of a computation.
+
+    Attributes:
+      opcode: its kind.
+      shape: of its result, which may be a tuple, as HLO writes it.
+      operands: their names.
+      text: the whole line.
+      calls: the computation of a fusion.
+      root: whether it is the result of its computation.
+    """
+
     opcode: str
     shape: str
     operands: list[str]
     text: str
-    calls: str | None  # the computation of a fusion
+    calls: str | None
     root: bool
 
 
 def count_ops(text: str) -> Counter[str]:
     """Counts instructions by opcode; `all-reduce-start` and `all-reduce-done` count as one."""
-    opcodes = [i.opcode for body in _computations(text).values() for i in body.values()]
+    opcodes = [i.opcode for body in computations(text).values() for i in body.values()]
     return Counter(o.removesuffix("-start") for o in opcodes if not o.endswith("-done"))
 
 
@@ -52,17 +63,17 @@ def large_copies(text: str, at_least_bytes: int) -> list[str]:
     Returns:
       The instructions, as lines of HLO.
     """
-    computations = _computations(text)
-    fused = {i.calls for body in computations.values() for i in body.values() if i.calls}
+    found = computations(text)
+    fused = {i.calls for body in found.values() for i in body.values() if i.calls}
     return [
         instruction.text
-        for name, body in computations.items()
+        for name, body in found.items()
         if name not in fused  # the inside of a fusion is never written to memory
         for instruction in body.values()
         if _largest_array(instruction.shape) >= at_least_bytes
-        and instruction.opcode not in _NO_NEW_BUFFER
+        and instruction.opcode not in NO_NEW_BUFFER
         and not instruction.opcode.endswith("-done")
-        and not _updates_in_place(instruction, computations, at_least_bytes)
+        and not _updates_in_place(instruction, found, at_least_bytes)
     ]
 
 
@@ -81,16 +92,16 @@ def unordered_collectives(text: str) -> list[tuple[str, str]]:
     Returns:
       The names of both instructions of each pair.
     """
-    computations = _computations(text)
+    found = computations(text)
 
-    def communicates(instruction: _Instruction) -> bool:
-        if instruction.opcode.removesuffix("-start") in _COLLECTIVES:
+    def communicates(instruction: Instruction) -> bool:
+        if instruction.opcode.removesuffix("-start") in COLLECTIVES:
             return True
         called = re.findall(r"(?:body|calls|to_apply)=%?([\w.-]+)", instruction.text)
-        return any(communicates(i) for name in called for i in computations[name].values())
+        return any(communicates(i) for name in called for i in found[name].values())
 
     pairs = []
-    for body in computations.values():
+    for body in found.values():
         needs: dict[str, set[str]] = {}  # instruction → the collectives that it depends on
         earlier: list[str] = []
         for name, instruction in body.items():  # operands stand before their users
@@ -102,17 +113,17 @@ def unordered_collectives(text: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def _computations(text: str) -> dict[str, dict[str, _Instruction]]:
+def computations(text: str) -> dict[str, dict[str, Instruction]]:
     """Parses HLO: computation name → instruction name → instruction."""
-    found: dict[str, dict[str, _Instruction]] = {}
-    body: dict[str, _Instruction] = {}
+    found: dict[str, dict[str, Instruction]] = {}
+    body: dict[str, Instruction] = {}
     for line in text.splitlines():
         if computation := _COMPUTATION.match(line):
             body = found[computation[1]] = {}
         elif match := _INSTRUCTION.match(line):
             root, name, shape, opcode, rest = match.groups()
             calls = re.search(r"calls=%?([\w.-]+)", rest) if opcode == "fusion" else None
-            body[name] = _Instruction(
+            body[name] = Instruction(
                 opcode=opcode,
                 shape=shape,
                 operands=_NAME.findall(rest.split(")", 1)[0]),
@@ -123,20 +134,24 @@ def _computations(text: str) -> dict[str, dict[str, _Instruction]]:
     return found
 
 
-def _largest_array(shape: str) -> int:
-    """Bytes of the largest array in a shape, which may be a tuple."""
-    sizes = [0]
+def array_bytes(shape: str) -> list[int]:
+    """Bytes of each array in a shape, which may be a tuple."""
+    sizes = []
     for kind, bits, dimensions in _ARRAY.findall(shape):
         count = math.prod(int(size) for size in dimensions.split(",") if size)
         sizes.append(count if kind == "pred" else count * int(bits) // 8)
-    return max(sizes)
+    return sizes
+
+
+def _largest_array(shape: str) -> int:
+    return max(array_bytes(shape), default=0)
 
 
 def _updates_in_place(
-    instruction: _Instruction, computations: dict[str, dict[str, _Instruction]], at_least: int
+    instruction: Instruction, computations: dict[str, dict[str, Instruction]], at_least: int
 ) -> bool:
     """Whether every large output is an in-place update of an input."""
-    if instruction.opcode in _IN_PLACE:
+    if instruction.opcode in IN_PLACE:
         return True
     if instruction.calls is None:
         return False
@@ -150,9 +165,9 @@ def _updates_in_place(
     )
 
 
-def _updates_parameter(result: _Instruction, body: dict[str, _Instruction]) -> bool:
+def _updates_parameter(result: Instruction, body: dict[str, Instruction]) -> bool:
     updates = 0
-    while result.opcode in _IN_PLACE or result.opcode == "bitcast":
-        updates += result.opcode in _IN_PLACE
+    while result.opcode in IN_PLACE or result.opcode == "bitcast":
+        updates += result.opcode in IN_PLACE
         result = body[result.operands[0]]
     return updates > 0 and result.opcode == "parameter"

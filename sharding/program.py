@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from sharding.compiler_options import compiler_options
 from sharding.settings import default_settings
 
 
@@ -20,7 +21,7 @@ class MeshProgram:
       in_specs, out_specs: as for `jax.shard_map`.
       name: of the compiled program.
       donate: numbers of the arguments whose memory the results take over.
-      compiler_options: of XLA, by name.
+      options: of XLA, by name, beside those that every program of the platform has.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class MeshProgram:
         *,
         name: str,
         donate: tuple[int, ...] = (),
-        compiler_options: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None,
     ):
         # check_vma would require a collective for each replicated result, even over an axis of
         # size 1, where the functions of `sharding.collectives` issue none.
@@ -41,7 +42,9 @@ class MeshProgram:
         )
         mapped.__name__ = name
         self._jitted = jax.jit(
-            mapped, donate_argnums=donate, compiler_options=dict(compiler_options or {})
+            mapped,
+            donate_argnums=donate,
+            compiler_options=compiler_options(mesh) | dict(options or {}),
         )
 
     def __call__(self, *args: Any) -> Any:

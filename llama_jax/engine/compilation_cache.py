@@ -1,4 +1,9 @@
-"""The persistent cache of compiled programs: where it is, and how damaged entries are replaced."""
+"""The persistent cache of compiled programs: where it is, and how damaged entries are replaced.
+
+A cache belongs to its machine. JAX also caches programs for GPUs that are only described (seen with
+jax 0.10.2). XLA compiles those without measuring which products are fastest, so such an entry must
+never reach a server: `bench.audit` turns the cache off, and no cache is shipped.
+"""
 
 import logging
 import os

@@ -125,9 +125,7 @@ def _jit_step(mesh: Mesh, program: Program, name: str) -> Step:
     if quantization is not None and mesh.devices.flat[0].platform == "gpu":
         options = GPU_COMPILER_OPTIONS.get(quantization.format, {})
     function = partial(tick, program)
-    return MeshProgram(
-        function, mesh, in_specs, out_specs, name=name, donate=(1,), compiler_options=options
-    )
+    return MeshProgram(function, mesh, in_specs, out_specs, name=name, donate=(1,), options=options)
 
 
 def check_model_class(model_class: type[Llama]) -> None:

@@ -11,9 +11,10 @@ from transformers.models.llama import modeling_llama
 from llama_jax.config import LlamaConfig
 from llama_jax.model import MLP, Attention, DecoderLayer, Llama, RMSNorm
 from llama_jax.model.attention import causal_attention
-from llama_jax.model.llama import head_logits, weight_of
+from llama_jax.model.llama import head_logits, linear, weight_of
 from llama_jax.model.rope import inverse_frequencies, rotate
 from llama_jax.weights.table import LAYER_PARAMETERS
+from llama_jax.weights.unfused import Unfused
 from tests.support.reference import (
     ROPE_LLAMA3,
     ROPE_PLAIN,
@@ -275,3 +276,20 @@ class TestBfloat16:
         rounded = theirs.bfloat16()(torch.from_numpy(tokens)).logits[0].detach().float().numpy()
         error, their_error = (np.abs(x - exact).max() for x in (np.asarray(ours), rounded))
         assert error <= 1.5 * their_error
+
+
+def test_weights_that_cannot_share_an_array_give_the_same_product():
+    x, parts = activations(2, 64), [activations(rows, 64) for rows in (24, 8, 8)]
+    unfused = linear(x, Unfused(tuple(map(jnp.asarray, parts))))
+    np.testing.assert_allclose(unfused, x @ np.concatenate(parts).T, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("num_ranks", "heads", "kv_heads"), [(1, 8, 2), (2, 4, 1), (8, 1, 1)])
+def test_a_rank_splits_its_share_of_the_heads(num_ranks, heads, kv_heads):
+    """Also if there are more ranks than KV heads."""
+    config = LlamaConfig.from_dict(make_model(num_heads=8, num_kv_heads=2).config.to_dict())
+    attention = nnx.eval_shape(lambda: DecoderLayer(config, rngs=nnx.Rngs(0))).attention
+    rows = np.arange((heads + 2 * kv_heads) * config.head_dim)
+    q, k, v = attention.split(jnp.asarray(rows)[None])
+    assert [part.shape[1] for part in (q, k, v)] == [heads, kv_heads, kv_heads]
+    assert np.array_equal(np.concatenate([np.ravel(part) for part in (q, k, v)]), rows)

@@ -1,0 +1,196 @@
+"""Counts the bytes that each kernel of a compiled program reads and writes in device memory.
+
+From the optimized HLO for a GPU: an instruction of the entry computation, or of a loop's body, is a
+kernel or a call of a library, and reads and writes whole arrays, with these exceptions. A gather or
+a slice reads what it returns, also as the first instruction of a fusion. A scatter or a
+dynamic-update-slice into an existing array writes the update. A kernel from outside XLA, such as
+Pallas attention, reads from the KV cache only the pages of its sequences, which `opaque` tells.
+Caches on the device are not considered.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from bench.hlo import IN_PLACE, NO_NEW_BUFFER, Instruction, array_bytes, computations
+
+_SLICES = {"gather", "dynamic-slice", "slice"}
+_IGNORED = NO_NEW_BUFFER | {"partition-id", "replica-id", "after-all"}
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+# Arguments of `ring.tick.tick`, as XLA names them in the metadata of the parameters.
+_WEIGHTS = "params"
+
+
+class Kernel(NamedTuple):
+    """What one instruction moves.
+
+    Attributes:
+      name: of the instruction.
+      op_name: where it comes from, such as "jit(decode_step)/.../layer_0/qkv/dot_general".
+      read, written: bytes, in all its runs.
+      runs: how often it runs in one run of the program.
+      largest: bytes of the largest array that it writes and that is not updated in place.
+      only_weights: whether its inputs derive from weights and constants alone, so that it need not
+        run in every tick.
+    """
+
+    name: str
+    op_name: str
+    read: int
+    written: int
+    runs: int
+    largest: int
+    only_weights: bool
+
+
+def kernels(text: str, opaque: Mapping[int, int], trips: int) -> list[Kernel]:
+    """Lists the kernels of a program.
+
+    Args:
+      text: the optimized HLO.
+      opaque: for an operand of a custom call that has this many bytes, how many it reads.
+      trips: of a loop whose number of iterations the compiler does not know.
+    """
+    bodies = computations(text)
+    entry = re.search(r"^ENTRY %?([\w.-]+)", text, re.MULTILINE)
+    assert entry is not None, "The text holds no entry computation."
+    return list(_kernels(entry[1], bodies, opaque, trips, 1))
+
+
+def _kernels(
+    name: str,
+    bodies: Mapping[str, Mapping[str, Instruction]],
+    opaque: Mapping[int, int],
+    trips: int,
+    runs: int,
+) -> Iterator[Kernel]:
+    body = bodies[name]
+    only_weights: dict[str, bool] = {}
+    for instruction_name, instruction in body.items():
+        only_weights[instruction_name] = _from_weights(instruction, only_weights)
+        if instruction.opcode in ("while", "conditional", "call", "async-start"):
+            times = _known_trips(instruction.text) or trips if instruction.opcode == "while" else 1
+            for called in _called(instruction.text):
+                yield from _kernels(called, bodies, opaque, trips, runs * times)
+        if instruction.opcode in _IGNORED or instruction.opcode.endswith("-done"):
+            continue
+        fused = bodies[instruction.calls] if instruction.calls else None
+        read = sum(
+            _read(instruction, number, body[operand], fused, opaque)
+            for number, operand in enumerate(instruction.operands)
+            if operand in body
+        )
+        outputs = _outputs(instruction, body, fused, opaque)
+        op_name = _OP_NAME.search(instruction.text)
+        yield Kernel(
+            name=instruction_name,
+            op_name=op_name[1] if op_name else "",
+            read=read * runs,
+            written=sum(size for size, _ in outputs) * runs,
+            runs=runs,
+            largest=max((size for size, in_place in outputs if not in_place), default=0),
+            only_weights=only_weights[instruction_name],
+        )
+
+
+def counted_loops(text: str) -> int:
+    """Counts the loops whose number of iterations the compiler knows: the host does not wait."""
+    instructions = [i for body in computations(text).values() for i in body.values()]
+    return sum(i.opcode == "while" and _known_trips(i.text) is not None for i in instructions)
+
+
+def _from_weights(instruction: Instruction, known: Mapping[str, bool]) -> bool:
+    """Whether the inputs of an instruction derive from weights and constants alone."""
+    if instruction.opcode == "parameter":
+        op_name = _OP_NAME.search(instruction.text)
+        return op_name is not None and op_name[1].startswith(_WEIGHTS)
+    if instruction.opcode in ("partition-id", "replica-id"):
+        return False
+    return all(known.get(operand, False) for operand in instruction.operands)
+
+
+def _known_trips(text: str) -> int | None:
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', text)
+    return int(known[1]) if known else None
+
+
+def _called(text: str) -> list[str]:
+    """The computations of a loop (without its condition), a branch or a call."""
+    branches = re.search(r"branch_computations=\{([^}]*)\}", text)
+    names = re.findall(
+        r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)", text
+    )
+    return names + (re.findall(r"[\w.-]+", branches[1]) if branches else [])
+
+
+def _read(
+    instruction: Instruction,
+    number: int,
+    operand: Instruction,
+    fused: Mapping[str, Instruction] | None,
+    opaque: Mapping[int, int],
+) -> int:
+    """Bytes that an instruction reads of one operand."""
+    size = sum(array_bytes(operand.shape))
+    if fused is not None:
+        return _read_in_fusion(number, size, fused)
+    if instruction.opcode in _SLICES and number == 0:
+        return min(size, sum(array_bytes(instruction.shape)))
+    if instruction.opcode in IN_PLACE and number == 0:
+        return 0
+    if instruction.opcode == "custom-call":
+        return opaque.get(size, size)
+    return size
+
+
+def _read_in_fusion(number: int, size: int, fused: Mapping[str, Instruction]) -> int:
+    parameter = next(
+        name
+        for name, i in fused.items()
+        if i.opcode == "parameter" and f" parameter({number})" in i.text
+    )
+    total, views = 0, [parameter]
+    while views:
+        view = views.pop()
+        for name, user in fused.items():
+            if view not in user.operands:
+                continue
+            if user.opcode == "bitcast":
+                views.append(name)
+            elif user.opcode in _SLICES and user.operands[0] == view:
+                total += sum(array_bytes(user.shape))
+            elif not (user.opcode in IN_PLACE and user.operands[0] == view):
+                return size
+    return min(total, size)
+
+
+def _outputs(
+    instruction: Instruction,
+    body: Mapping[str, Instruction],
+    fused: Mapping[str, Instruction] | None,
+    opaque: Mapping[int, int],
+) -> list[tuple[int, bool]]:
+    """The bytes written to each array of the result, and whether it is updated in place."""
+    if fused is not None:
+        root = next(i for i in fused.values() if i.root)
+        roots = [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        return [_output(result, fused) for result in roots]
+    if instruction.opcode in IN_PLACE:
+        return [_output(instruction, body)]
+    sizes = array_bytes(instruction.shape)
+    if instruction.opcode == "custom-call":
+        if "__cublas" in instruction.text:
+            sizes = sizes[:1]  # the others are its workspace
+        return [(0, True) if size in opaque else (size, False) for size in sizes]
+    if instruction.opcode.endswith("-start"):
+        sizes = sizes[-1:]  # the others are its operands
+    return [(size, False) for size in sizes]
+
+
+def _output(result: Instruction, body: Mapping[str, Instruction]) -> tuple[int, bool]:
+    while result.opcode == "bitcast":
+        result = body[result.operands[0]]
+    if result.opcode in IN_PLACE:
+        update = result.operands[2 if result.opcode == "scatter" else 1]
+        return sum(array_bytes(body[update].shape)), True
+    return sum(array_bytes(result.shape)), False
