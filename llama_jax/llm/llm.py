@@ -188,8 +188,9 @@ class LLM:
 
         executor = self.engine.loop.executor
         return ShardedLlama(
-            executor.config, executor.mesh, executor.params, executor.dtype, executor.model_class
-        )
+            executor.config, executor.mesh, executor.params, executor.dtype, executor.model_class,
+            executor.attention_backend,
+        )  # fmt: skip
 
     @overload  # a string is also a sequence of strings, but this overload comes first
     def generate(  # type: ignore[overload-overlap]

@@ -17,6 +17,7 @@ from llama_jax.model import DecoderLayer, Llama
 from llama_jax.model.attention import ScoreMod, Tap, paged_attention
 from llama_jax.model.llama import set_weights
 from llama_jax.ring import kv_cache
+from llama_jax.ring.attention_backend import AttentionBackend
 from llama_jax.ring.kv_cache import KVCache
 from llama_jax.ring.packet import LENGTH, PAGES, POSITION, segments_of
 from llama_jax.ring.sizes import Bucket, RingSizes
@@ -32,12 +33,14 @@ class Program(NamedTuple):
       sizes: of the ring.
       bucket: rows and chunk of this program.
       model_class: `Llama` or a subclass, whose layers and sampler run.
+      attention: over the KV cache.
     """
 
     config: LlamaConfig
     sizes: RingSizes
     bucket: Bucket
     model_class: type[Llama]
+    attention: AttentionBackend = AttentionBackend()
 
 
 class PagedAttend:
@@ -64,9 +67,10 @@ class PagedAttend:
         locations = self._locations
         self.k_pages = kv_cache.write(self.k_pages, k, locations.page, locations.offset)
         self.v_pages = kv_cache.write(self.v_pages, v, locations.page, locations.offset)
+        attend = self._program.attention.attend(paged_attention)
         return self._by_segment(
             q,
-            lambda q, tables, positions, lengths: paged_attention(
+            lambda q, tables, positions, lengths: attend(
                 q, self.k_pages, self.v_pages, tables, positions, lengths,
                 score_mod, rank(MODEL) * q.shape[2],
             ),
