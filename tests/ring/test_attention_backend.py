@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
+from llama_jax.config import LlamaConfig
 from llama_jax.model import Attention, DecoderLayer, Llama, hopper_attention
-from llama_jax.model.attention import KEY_BLOCK, no_score_mod, paged_attention
+from llama_jax.model.attention import KEY_BLOCK, no_score_mod, no_tap, paged_attention
 from llama_jax.ring import attention_backend
 from llama_jax.ring.attention_backend import (
     AUTO,
@@ -20,8 +22,11 @@ from llama_jax.ring.attention_backend import (
     check_backend,
     choose_backend,
 )
+from llama_jax.ring.sizes import Bucket, RingSizes
+from llama_jax.ring.stage import PagedAttend, Program
 from sharding.errors import UserError
 from sharding.mesh import make_mesh
+from sharding.program import MeshProgram
 
 BF16 = jnp.bfloat16
 
@@ -140,3 +145,48 @@ def test_what_runs(ran, caplog):
     assert ran(choose_backend(AUTO, CPU)) == (PLAIN, KEY_BLOCK)
     with pytest.raises(UserError):
         ran(choose_backend(HOPPER, H100), head_dim=80)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300, method="thread")
+def test_rows_and_tiles_of_a_packet_through_the_kernel(monkeypatch):
+    """Both see what plain attention sees: the kernel takes the first position of each segment."""
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    sizes = RingSizes(4, 20, 16, 6, (3,), (128,), tile=64)
+    rng = np.random.default_rng(0)
+    segments = np.zeros((5, 3 + 6), np.int32)
+    segments[:, 3:] = 20  # no page
+    free = iter(rng.permutation(20))
+    # Rows at the first and at the last place of a page, and none; a full tile after a prefix, and
+    # a part of one.
+    for i, (position, length) in enumerate([(0, 1), (31, 1), (0, 0), (17, 64), (0, 33)]):
+        pages = -(-(position + length) // 16) if length else 0
+        segments[i, 1:3] = position, length
+        segments[i, 3 : 3 + pages] = [next(free) for _ in range(pages)]
+    q, k, v = (rng.normal(size=(3 + 128, heads, 64)) for heads in (8, 2, 2))
+    pools = rng.normal(size=(2, 2, 20, 16, 64))  # the prefixes, and garbage
+
+    def run(backend):
+        program = Program(LlamaConfig.llama3_8b(), sizes, Bucket(3, 128), Llama, backend)
+
+        def attend(segments, pools, q, k, v):
+            attend = PagedAttend(program, segments, *pools)
+            return attend(q, k, v, score_mod=no_score_mod, tap=no_tap)
+
+        arrays = [jnp.asarray(array, BF16) for array in (pools, q, k, v)]
+        mesh_program = MeshProgram(attend, make_mesh("1x1"), P(), P(), name="attend")
+        return np.asarray(mesh_program(jnp.asarray(segments), *arrays), np.float32)
+
+    calls = []
+    original = hopper_attention.hopper_attention
+
+    def interpreted(*args, num_cores):
+        calls.append(args[0].shape)
+        return original(*args, splits=1, interpret=InterpretGPUParams())
+
+    monkeypatch.setattr(hopper_attention, "hopper_attention", interpreted)
+    out, expected = run(AttentionBackend(HOPPER, 132)), run(AttentionBackend())
+    assert calls == [(3, 1, 8, 64), (2, 64, 8, 64)]
+    assert np.linalg.norm(out - expected) <= 1e-2 * np.linalg.norm(expected)
+    assert not out[2].any()
