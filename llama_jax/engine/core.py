@@ -37,6 +37,7 @@ from llama_jax.engine.sizing import (
 from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.model import Llama
 from llama_jax.model.kv_storage import choose_kv_dtype
+from llama_jax.ring.attention_backend import check_backend
 from llama_jax.ring.steps import check_model_class
 from sharding.mesh import make_mesh, mesh_shape, parse_mesh
 from sharding.partition import split_layers
@@ -84,6 +85,11 @@ class Engine:
                 jax.config.update("jax_default_matmul_precision", "float32")
             # Before the weights, whose loading may take minutes.
             sizes, max_model_len = choose_mesh_sizes(options, config, mesh, dtype)
+            cache_dtype = choose_kv_dtype(options.kv_cache_dtype, dtype)
+            check_backend(
+                options.attention_backend, mesh, model_class, config.head_dim, sizes.page_size,
+                dtype, cache_dtype,
+            )  # fmt: skip
             stack.enter_context(compilation_cache())
             self.compilations = CompileCounter()
             grammars = Grammars(options.path, config.vocab_size, config.eos_token_ids)
@@ -92,10 +98,10 @@ class Engine:
             )
             jax.block_until_ready(params)
             loaded = time.perf_counter()
-            cache_dtype = choose_kv_dtype(options.kv_cache_dtype, dtype)
             executor = Executor(
-                config, mesh, sizes, params, dtype, model_class=model_class, cache_dtype=cache_dtype
-            )
+                config, mesh, sizes, params, dtype, cache_dtype=cache_dtype,
+                model_class=model_class, attention_backend=options.attention_backend,
+            )  # fmt: skip
             executor.warm_up(
                 lambda done, total, what: progress(Progress("compiling", done, total, what))
             )

@@ -25,6 +25,7 @@ from llama_jax.model.adjustments import HISTORY_CHUNK, encode_adjustments
 from llama_jax.model.controls import any_filter, encode_controls
 from llama_jax.model.logprobs import Logprobs
 from llama_jax.model.token_masks import capacities, encode_masks
+from llama_jax.ring.attention_backend import AUTO
 from llama_jax.ring.choosing import (
     adjust_step,
     count_step,
@@ -104,6 +105,7 @@ class Executor:
       fill: the initial value of the cache; tests use NaN.
       model_class: the class whose layers run and whose sampler chooses tokens.
       cache_dtype: the dtype of the KV cache; None for that of the activations.
+      attention_backend: of `EngineOptions`.
 
     Attributes:
       call_seconds: host time spent in calls of the compiled programs.
@@ -119,10 +121,12 @@ class Executor:
         fill: float = 0.0,
         model_class: type[Llama] = Llama,
         cache_dtype: jnp.dtype | None = None,
+        attention_backend: str = AUTO,
     ):
         self.config, self.mesh, self.sizes = config, mesh, sizes
         self.dtype, self.model_class = dtype, model_class
         self.cache_dtype = cache_dtype or dtype
+        self.attention_backend = attention_backend
         self.call_seconds = 0.0
         # Several unfinished programs with collectives starve XLA:CPU's threads and hang it. If JAX
         # was initialized before `configure_jax`, a call may return before its program has ended.
@@ -130,9 +134,9 @@ class Executor:
         self.params = params
         self._state: State = init_state(self.state_shapes(), sizes, fill)
         self._steps: dict[Bucket, Step] = {
-            bucket: prefill_step(config, mesh, sizes, bucket.rows, bucket.chunk, model_class)
+            bucket: prefill_step(config, mesh, sizes, *bucket, model_class, attention_backend)
             if bucket.chunk
-            else decode_step(config, mesh, sizes, bucket.rows, model_class)
+            else decode_step(config, mesh, sizes, bucket.rows, model_class, attention_backend)
             for bucket in sizes.buckets()
         }
         self._sample = sample_step(mesh, model_class)

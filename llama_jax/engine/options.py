@@ -170,6 +170,13 @@ class EngineOptions:
         unit="TICKS",
         minimum=0,
     )
+    attention_backend: str = _option(
+        "auto",
+        "attention over the KV cache; hopper is a kernel for Hopper GPUs, plain is compiled by XLA "
+        "for any device, and auto is hopper wherever it can run",
+        unit="NAME",
+        choices=("auto", "plain", "hopper"),
+    )
     prefix_caching: bool = _option(
         True,
         "whether requests that begin alike share the computed beginning",

@@ -194,6 +194,7 @@ class LLM:
             executor.dtype,
             executor.model_class,
             executor.cache_dtype,
+            executor.attention_backend,
         )
 
     @overload  # a string is also a sequence of strings, but this overload comes first

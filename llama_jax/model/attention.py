@@ -89,6 +89,8 @@ def paged_attention(
     first_head: jax.Array | int = 0,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
+    *,
+    key_block: int = KEY_BLOCK,
 ) -> jax.Array:
     """Causal attention over keys and values in pages of the KV cache.
 
@@ -109,13 +111,14 @@ def paged_attention(
       score_mod: changes the scores before the softmax.
       first_head: the index in the whole model of the first of these H heads, for `score_mod`.
       k_scale, v_scale: `[K, num_pages, page_size]` float32, of pages in 8 bits.
+      key_block: keys per iteration, rounded to whole pages.
 
     Returns:
       `[B, T, H, h]`, in the dtype of `q`; zeros for a sequence of length 0.
     """
     batch, num_queries, num_heads, head_dim = q.shape
     num_kv_heads, _, page_size, _ = k_pages.shape
-    pages_per_block = max(1, KEY_BLOCK // page_size)
+    pages_per_block = max(1, key_block // page_size)
     block = pages_per_block * page_size
     padding = -page_table.shape[1] % pages_per_block
     page_table = jnp.pad(page_table, ((0, 0), (0, padding)))

@@ -28,6 +28,7 @@ from llama_jax.model.hopper_kernel import (
 MAX_KEYS_PER_SPLIT = 4096
 SHARED_MEMORY = 113 * 1024  # bytes per thread block, so that two fit on a multiprocessor
 BLOCKS_PER_CORE = 2
+MAX_SPLITS = 64
 
 
 def unsupported(q: Any, k_pages: Any, v_pages: Any) -> str | None:
@@ -59,7 +60,7 @@ def choose_splits(blocks: int, max_keys: int, num_cores: int) -> int:
     to_fill = BLOCKS_PER_CORE * num_cores // max(1, blocks)
     for_length = -(-max_keys // MAX_KEYS_PER_SPLIT)
     most = -(-max_keys // MIN_KEYS_PER_SPLIT)
-    return max(1, min(max(to_fill, for_length), most))
+    return max(1, min(max(to_fill, for_length), most, MAX_SPLITS))
 
 
 # Jitted, so that the layers of a program share one copy: lowering it takes 2 s.
@@ -161,7 +162,14 @@ def _merge(out: jax.Array, log_total: jax.Array) -> jax.Array:
       log_total: `[splits, B, K, rows]`, the base-2 logarithm of the sum of its exponentials;
         MASKED for an empty share.
     """
-    weights = jnp.exp2(log_total - log_total.max(axis=0))
-    weights = jnp.where(log_total > MASKED / 2, weights, 0)[..., None]
-    total = jnp.maximum(weights.sum(axis=0), jnp.finfo(jnp.float32).tiny)
-    return jnp.where(weights > 0, weights * out, 0).sum(axis=0) / total
+    best = jnp.full_like(log_total[0], MASKED)
+    total, merged = jnp.zeros_like(best), jnp.zeros_like(out[0])
+    # Unrolled, so that XLA makes one kernel of it, which adds in this order.
+    for share, log_share in zip(out, log_total, strict=True):
+        new_best = jnp.maximum(best, log_share)
+        rescale, weight = jnp.exp2(best - new_best), jnp.exp2(log_share - new_best)
+        weight = jnp.where(log_share > MASKED / 2, weight, 0)
+        total = total * rescale + weight
+        share = jnp.where(weight[..., None] > 0, weight[..., None] * share, 0)
+        best, merged = new_best, merged * rescale[..., None] + share
+    return merged / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]

@@ -197,14 +197,16 @@ def thread_block(spec: Spec, *refs: Any, **scratch: Any) -> None:
             start_copies(step + ahead, pages)
 
         scales = load_scales(step + ahead, pages)
-        pages = pages_of(step + ahead + 1)
+        next_pages = pages_of(step + ahead + 1)
 
+        keys, values = scratch["k"].at[stage], scratch["v"].at[stage]
         plgpu.barrier_wait(scratch["k_ready"].at[stage])
-        keys = scratch["k"].at[stage]
-        if spec.convert:
+        if spec.convert:  # both at once, while few registers are in use
             scratch["k16"][...] = keys[...].astype(spec.dtype)
+            plgpu.barrier_wait(scratch["v_ready"].at[stage])
+            scratch["v16"][...] = values[...].astype(spec.dtype)
             plgpu.commit_smem()
-            keys = scratch["k16"]
+            keys, values = scratch["k16"], scratch["v16"]
         scores = _scores(spec, scratch["q"], keys)
         factor = spec.head_dim**-0.5 * LOG2E
         if spec.scaled:
@@ -215,28 +217,25 @@ def thread_block(spec: Spec, *refs: Any, **scratch: Any) -> None:
         if masked:
             key = first_key + _iota(scores.shape, 1, matrix)
             query = position + _divide(first_row + _iota(scores.shape, 0, matrix), spec.group)
-            seen = (key <= query) & (key < length)
-            scores = jnp.where(seen, scores, MASKED)
+            scores = jnp.where((key <= query) & (key < length), scores, MASKED)
         new_best = jnp.maximum(best, scores.max(axis=1))
         rescale = jnp.exp2(best - new_best)
-        shift = new_best - FLOAT16_SHIFT if spec.dtype == jnp.float16 else new_best
+        shift = new_best
+        if masked:  # with no visible key so far, exp2(MASKED - MASKED) would be 1
+            shift = jnp.where(new_best > MASKED / 2, shift, 0.0)
+        if spec.dtype == jnp.float16:
+            shift = shift - FLOAT16_SHIFT
         weights = jnp.exp2(scores - lax.broadcast_in_dim(shift, scores.shape, [0]))
-        if masked:  # with no visible key so far, exp2(MASKED - MASKED) is 1
-            weights = jnp.where(seen, weights, 0.0)
         total = total * rescale + weights.sum(axis=1)
         out = out * lax.broadcast_in_dim(rescale, out.shape, [0])
         if spec.scaled:
             scale = _load(scratch["v_scale"], stage, per_key)
+            if masked:  # 0 x NaN is NaN
+                scale = jnp.where(first_key + _iota((KEYS,), 0, per_key) < length, scale, 0.0)
             weights = weights * lax.broadcast_in_dim(scale, weights.shape, [1])
-            if masked:
-                weights = jnp.where(seen, weights, 0.0)
 
-        plgpu.barrier_wait(scratch["v_ready"].at[stage])
-        values = scratch["v"].at[stage]
-        if spec.convert:
-            scratch["v16"][...] = values[...].astype(spec.dtype)
-            plgpu.commit_smem()
-            values = scratch["v16"]
+        if not spec.convert:
+            plgpu.barrier_wait(scratch["v_ready"].at[stage])
         if masked:
             # A page holds what its last owner left, and 0 x NaN is NaN.
             @pl.when(first_key + KEYS > length)
@@ -249,7 +248,7 @@ def thread_block(spec: Spec, *refs: Any, **scratch: Any) -> None:
         out = _accumulate(spec, out, weights.astype(spec.dtype), values)
         if spec.scaled:
             store_scales(step + ahead, scales)
-        return new_best, total, out, pages
+        return new_best, total, out, next_pages
 
     carry = (
         _cast(jnp.full((ROWS,), MASKED, jnp.float32), per_row),

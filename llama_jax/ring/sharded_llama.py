@@ -22,6 +22,7 @@ from llama_jax.model import Llama
 from llama_jax.model.kv_storage import choose_kv_dtype
 from llama_jax.model.llama import check_tokens
 from llama_jax.model.rope import check_length
+from llama_jax.ring.attention_backend import AUTO, choose_backend
 from llama_jax.ring.kv_cache import dequantized
 from llama_jax.ring.observation import WEIGHTS, LayerActivation, observed_step, replicas_by_axis
 from llama_jax.ring.packet import encode_packet
@@ -61,6 +62,7 @@ class ShardedLlama:
         dtype: jnp.dtype,
         model_class: type[Llama] = Llama,
         cache_dtype: jnp.dtype | None = None,
+        attention_backend: str = AUTO,
     ):
         """Uses weights that are already on a mesh; `from_pretrained` loads them.
 
@@ -71,11 +73,13 @@ class ShardedLlama:
           dtype: that `load_params` was called with.
           model_class: `Llama` or a subclass.
           cache_dtype: of the KV cache; None for that of the activations.
+          attention_backend: "auto", "plain" or "hopper", as for the engine.
 
         Raises:
-          UserError: the ring cannot run `model_class`.
+          UserError: the ring cannot run `model_class`, or `attention_backend` on these devices.
         """
         check_model_class(model_class)
+        self._attention = choose_backend(attention_backend, mesh)
         self.config, self.mesh, self.params = config, mesh, params
         self.model_class = model_class
         self.dtype, self.cache_dtype = dtype, cache_dtype or dtype
@@ -191,7 +195,7 @@ class ShardedLlama:
         sizes, bucket = _sizes(*tokens.shape)
         places = {name: self._place(name) for name in found if name.startswith("layers.")}
         activations = tuple(sorted({activation for _, activation in places.values()}))
-        program = Program(self.config, sizes, bucket, self.model_class)
+        program = Program(self.config, sizes, bucket, self.model_class, self._attention)
         step = _step(program, self.mesh, activations)
         packets = _packets(tokens, sizes, bucket)
         tables = np.arange(sizes.num_pages, dtype=np.int32).reshape(sizes.num_slots, -1)

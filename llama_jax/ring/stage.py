@@ -18,6 +18,7 @@ from llama_jax.model.attention import ScoreMod, Tap, paged_attention
 from llama_jax.model.llama import set_weights
 from llama_jax.quantization import Fp8, Fp8Activations
 from llama_jax.ring import kv_cache
+from llama_jax.ring.attention_backend import AttentionBackend
 from llama_jax.ring.kv_cache import KVCache
 from llama_jax.ring.packet import LENGTH, PAGES, POSITION, segments_of
 from llama_jax.ring.sizes import Bucket, RingSizes
@@ -33,12 +34,14 @@ class Program(NamedTuple):
       sizes: of the ring.
       bucket: rows and chunk of this program.
       model_class: `Llama` or a subclass, whose layers and sampler run.
+      attention: over the KV cache.
     """
 
     config: LlamaConfig
     sizes: RingSizes
     bucket: Bucket
     model_class: type[Llama]
+    attention: AttentionBackend = AttentionBackend()
 
 
 class PagedAttend:
@@ -79,9 +82,10 @@ class PagedAttend:
         where = (self._locations.page, self._locations.offset)
         self.k_pages, self.k_scale = kv_cache.write_scaled(self.k_pages, self.k_scale, k, *where)
         self.v_pages, self.v_scale = kv_cache.write_scaled(self.v_pages, self.v_scale, v, *where)
+        attend = self._program.attention.attend(paged_attention)
         return self._by_segment(
             q,
-            lambda q, tables, positions, lengths: paged_attention(
+            lambda q, tables, positions, lengths: attend(
                 q, self.k_pages, self.v_pages, tables, positions, lengths,
                 score_mod, rank(MODEL) * q.shape[2], self.k_scale, self.v_scale,
             ),

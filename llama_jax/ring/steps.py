@@ -22,6 +22,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
 from llama_jax.quantization import GPU_COMPILER_OPTIONS
 from llama_jax.ring import kv_cache
+from llama_jax.ring.attention_backend import AUTO, choose_backend
 from llama_jax.ring.packet import mark_empty, segment_width
 from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.stage import Program
@@ -41,10 +42,17 @@ Step = Callable[[Params, State, Any], tuple[State, StepOutput]]
 
 
 def decode_step(
-    config: LlamaConfig, mesh: Mesh, sizes: RingSizes, rows: int, model_class: type[Llama] = Llama
+    config: LlamaConfig,
+    mesh: Mesh,
+    sizes: RingSizes,
+    rows: int,
+    model_class: type[Llama] = Llama,
+    attention_backend: str = AUTO,
 ) -> Step:
     """The jitted tick with no chunk in flight. Donates the state."""
-    return _jit_step(mesh, Program(config, sizes, Bucket(rows, 0), model_class), "decode_step")
+    attention = choose_backend(attention_backend, mesh)
+    program = Program(config, sizes, Bucket(rows, 0), model_class, attention)
+    return _jit_step(mesh, program, "decode_step")
 
 
 def prefill_step(
@@ -54,9 +62,11 @@ def prefill_step(
     rows: int,
     chunk: int,
     model_class: type[Llama] = Llama,
+    attention_backend: str = AUTO,
 ) -> Step:
     """The jitted tick whose largest chunk in flight fits `chunk` tokens. Donates the state."""
-    program = Program(config, sizes, Bucket(rows, chunk), model_class)
+    attention = choose_backend(attention_backend, mesh)
+    program = Program(config, sizes, Bucket(rows, chunk), model_class, attention)
     return _jit_step(mesh, program, f"prefill_step_{chunk}")
 
 

@@ -1,0 +1,150 @@
+"""Which attention over the KV cache the ring runs: the kernel for Hopper GPUs, or plain JAX.
+
+The kernel serves Hopper GPUs; plain attention serves every other device, every model that changes
+its scores (`Attention.score_mod`), and every shape that the kernel does not know.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from llama_jax.model import Attention, Llama
+from llama_jax.model.attention import KEY_BLOCK, ScoreMod, no_score_mod
+from sharding.errors import UserError
+
+AUTO, PLAIN, HOPPER = "auto", "plain", "hopper"
+# XLA:GPU waits for the host in every iteration of a loop whose length it does not know.
+GPU_KEY_BLOCK = 1024
+
+# (q, k_pages, v_pages, page_table, positions, lengths, score_mod, first_head,
+#  k_scale, v_scale) -> output, as for `paged_attention`
+AttendToPages = Callable[..., jax.Array]
+_log = logging.getLogger(__name__)
+
+
+class AttentionBackend(NamedTuple):
+    """The attention of a program.
+
+    Attributes:
+      name: PLAIN, AUTO (the kernel where it can run) or HOPPER (an error where it cannot).
+      num_cores: multiprocessors of each GPU.
+      key_block: keys per iteration of plain attention.
+    """
+
+    name: str = PLAIN
+    num_cores: int = 0
+    key_block: int = KEY_BLOCK
+
+    def attend(self, plain: AttendToPages) -> AttendToPages:
+        """Returns the kernel where it can run, and elsewhere `plain`; both are called alike."""
+        return lambda *args: self._attend(plain, *args)
+
+    def _attend(
+        self,
+        plain: AttendToPages,
+        q: jax.Array,
+        k_pages: jax.Array,
+        v_pages: jax.Array,
+        page_table: jax.Array,
+        positions: jax.Array,
+        lengths: jax.Array,
+        score_mod: ScoreMod,
+        *rest: jax.Array | int | None,
+    ) -> jax.Array:
+        pages = (q, k_pages, v_pages, page_table, positions, lengths)
+        if self.name != PLAIN:
+            # Imported here, since importing Pallas takes 2 s.
+            from llama_jax.model.hopper_attention import hopper_attention, unsupported
+
+            reason = _changes_scores(score_mod) or unsupported(q, k_pages, v_pages)
+            if reason is None:
+                scales = rest[1:]  # after the first head, which only `score_mod` needs
+                return hopper_attention(*pages, *scales, num_cores=self.num_cores)
+            if self.name == HOPPER:
+                raise _cannot_run(reason)
+            _say_once(reason)
+        if self.key_block == KEY_BLOCK:
+            return plain(*pages, score_mod, *rest)
+        return plain(*pages, score_mod, *rest, key_block=self.key_block)
+
+
+def choose_backend(name: str, mesh: Mesh) -> AttentionBackend:
+    """Chooses the attention for the devices of a mesh.
+
+    Args:
+      name: AUTO, PLAIN or HOPPER.
+      mesh: the devices, which need not exist.
+
+    Raises:
+      UserError: `name` is HOPPER, and these are not Hopper GPUs.
+    """
+    device = mesh.devices.flat[0]
+    if device.platform != "gpu":
+        if name == HOPPER:
+            raise _cannot_run(f"a device of the platform {device.platform}")
+        return AttentionBackend()
+    if name == PLAIN:
+        return AttentionBackend(PLAIN, key_block=GPU_KEY_BLOCK)
+    # The kernel's instructions exist on this generation only.
+    if getattr(device, "compute_capability", None) != "9.0":
+        if name == HOPPER:
+            raise _cannot_run(f"a GPU of the kind {device.device_kind}")
+        _say_once(f"a GPU of the kind {device.device_kind}")
+        return AttentionBackend(PLAIN, key_block=GPU_KEY_BLOCK)
+    return AttentionBackend(name, device.core_count, GPU_KEY_BLOCK)
+
+
+def check_backend(
+    name: str,
+    mesh: Mesh,
+    model_class: type[Llama],
+    head_dim: int,
+    page_size: int,
+    dtype: jnp.dtype,
+    kv_dtype: jnp.dtype,
+) -> None:
+    """Checks, before anything is loaded, that the kernel can run if the user demands it.
+
+    Args:
+      name: AUTO, PLAIN or HOPPER.
+      mesh: the devices.
+      model_class: whose layers run.
+      head_dim, page_size: h, and the tokens of a page.
+      dtype, kv_dtype: of the activations and of the KV cache.
+
+    Raises:
+      UserError: `name` is HOPPER, and the kernel cannot run.
+    """
+    if choose_backend(name, mesh).name != HOPPER:
+        return
+    from llama_jax.model.hopper_attention import unsupported
+
+    q = jax.ShapeDtypeStruct((1, 1, 1, head_dim), dtype)
+    pages = jax.ShapeDtypeStruct((1, 1, page_size, head_dim), kv_dtype)
+    score_mod = model_class.layer_class.attention_class.score_mod
+    reason = _changes_scores(score_mod) or unsupported(q, pages, pages)
+    if reason is not None:
+        raise _cannot_run(reason)
+
+
+def _changes_scores(score_mod: Callable[..., jax.Array]) -> str | None:
+    function = getattr(score_mod, "__func__", score_mod)
+    known: tuple[object, ...] = (Attention.score_mod, no_score_mod)
+    return None if function in known else "a model with its own score_mod"
+
+
+def _cannot_run(reason: str) -> UserError:
+    return UserError(
+        f"attention_backend is {HOPPER}, but its kernel cannot run with {reason}: "
+        f"use {AUTO} or {PLAIN}."
+    )
+
+
+@lru_cache(maxsize=64)  # once per reason, not in every layer of every program
+def _say_once(reason: str) -> None:
+    _log.warning("The attention kernel cannot run with %s: plain attention runs instead.", reason)
