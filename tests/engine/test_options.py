@@ -7,6 +7,7 @@ import pytest
 
 from llama_jax import LLM
 from llama_jax.engine.options import OPTIONS, EngineOptions, OptionError
+from llama_jax.model.kv_storage import KV_DTYPES
 
 FIELDS = [field.name for field in dataclasses.fields(EngineOptions)]
 
@@ -17,6 +18,8 @@ FIELDS = [field.name for field in dataclasses.fields(EngineOptions)]
         {"mesh": None},
         {"mesh": 4},
         {"dtype": "float16"},
+        {"kv_cache_dtype": "fp4"},
+        {"kv_cache_dtype": None},
         {"max_model_len": 1},
         {"max_num_seqs": 0},
         {"max_num_seqs": "4"},
@@ -51,6 +54,11 @@ def test_defaults_and_limits_are_valid() -> None:
         for value in (option.minimum, option.maximum, *(option.choices or ())):
             if value is not None:
                 dataclasses.replace(EngineOptions(path="x"), **{option.name: value}).check()
+
+
+def test_the_dtypes_of_the_kv_cache_are_those_that_it_can_have() -> None:
+    (option,) = (option for option in OPTIONS if option.name == "kv_cache_dtype")
+    assert option.choices == ("auto", *KV_DTYPES)
 
 
 def test_every_option_is_declared_and_documented() -> None:

@@ -23,6 +23,7 @@ from llama_jax.engine.sizing import (
     choose_sizes,
     gpu_cache_bytes,
 )
+from llama_jax.model.kv_storage import choose_kv_dtype
 from llama_jax.ring.kv_cache import cache_shapes, init_cache
 from sharding.mesh import make_mesh
 
@@ -123,6 +124,23 @@ def test_the_cache_takes_the_memory_that_it_was_given(mesh, dtype):
     each = bytes_of_a_page(mesh, sizes.page_size, dtype.dtype.itemsize)
     assert set(found.values()) == {sizes.num_pages * each}
     assert given_bytes - each < found[device_mesh.devices[0, 0]] <= given_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "itemsize", "scale"), [("bf16", 2, 0), ("int8", 1, 4), ("fp8", 1, 4)]
+)
+@pytest.mark.parametrize("mesh", ["1x1", "4x2", "1x4"])
+def test_a_cache_in_fewer_bits_holds_more_tokens(mesh, name, itemsize, scale):
+    """The scales count: 4 bytes for the h numbers of a token and KV head."""
+    chosen = {"kv_cache_memory": 1 << 20, "max_num_seqs": 10_000}
+    sizes, _ = choose(mesh, kv_cache_dtype=name, **chosen)
+    token = bytes_of_a_page(mesh, 1, 1) // CONFIG.head_dim * (CONFIG.head_dim * itemsize + scale)
+    assert sizes.num_pages == (1 << 20) // (16 * token)
+    device_mesh = make_mesh(mesh)
+    kind = choose_kv_dtype(name, jnp.float32)
+    shapes = cache_shapes(CONFIG, device_mesh, sizes.num_pages, sizes.page_size, kind)
+    found = bytes_by_device(init_cache(shapes), device_mesh)
+    assert set(found.values()) == {sizes.num_pages * 16 * token}
 
 
 @pytest.mark.parametrize("mesh", MESHES)

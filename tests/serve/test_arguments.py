@@ -36,15 +36,16 @@ def test_defaults_are_those_of_the_engine():
 
 def test_every_option_reaches_the_engine():
     line = (
-        "models/x --mesh 4x2 --dtype bfloat16 --max-model-len 100 --max-num-seqs 5 --max-queue 6 "
-        "--page-size 32 --kv-cache-memory 2GiB --max-chunk 64 --results-late 1 "
-        "--fp8-activations --strict-config"
+        "models/x --mesh 4x2 --dtype bfloat16 --kv-cache-dtype int8 --max-model-len 100 "
+        "--max-num-seqs 5 --max-queue 6 --page-size 32 --kv-cache-memory 2GiB --max-chunk 64 "
+        "--results-late 1 --fp8-activations --strict-config"
     )
     arguments = parse_arguments(line.split())
     assert engine_options(arguments, arguments.path) == EngineOptions(
         path="models/x",
         mesh="4x2",
         dtype="bfloat16",
+        kv_cache_dtype="int8",
         max_model_len=100,
         max_num_seqs=5,
         max_queue=6,
@@ -85,6 +86,7 @@ def test_the_api_key_can_be_set_in_the_environment(monkeypatch, variable):
         ("--port 65536", "--port"),
         ("--port -1", "--port"),
         ("--dtype float16", "--dtype"),
+        ("--kv-cache-dtype fp4", "--kv-cache-dtype"),
         ("--shutdown-timeout nan", "--shutdown-timeout"),
         ("--shutdown-timeout soon", "--shutdown-timeout"),
         ("--api-key ''", "--api-key"),

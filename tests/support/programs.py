@@ -35,12 +35,16 @@ SIZES = RingSizes(
 
 
 def compile_step(
-    bucket: Bucket, mesh: str, config: LlamaConfig = CONFIG, dtype: jnp.dtype = jnp.float32
+    bucket: Bucket,
+    mesh: str,
+    config: LlamaConfig = CONFIG,
+    dtype: jnp.dtype = jnp.float32,
+    cache_dtype: jnp.dtype | None = None,
 ) -> jax.stages.Compiled:
     """The tick of a bucket, compiled from shapes alone."""
     device_mesh = make_mesh(mesh)
     params = param_shapes(config, device_mesh, dtype)
-    state = steps.state_shapes(config, device_mesh, SIZES, dtype)
+    state = steps.state_shapes(config, device_mesh, SIZES, dtype, cache_dtype)
     packed = jax.ShapeDtypeStruct((packet_size(SIZES, bucket),), jnp.int32)
     if bucket.chunk:
         step = steps.prefill_step(config, device_mesh, SIZES, bucket.rows, bucket.chunk)
