@@ -38,7 +38,7 @@ from llama_jax.engine.executor import Choice, Executor
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.model import Llama
 from llama_jax.model.adjustments import encode_adjustments
-from llama_jax.model.sampling import encode_controls
+from llama_jax.model.controls import encode_controls
 from llama_jax.ring import kv_cache, steps
 from llama_jax.ring.packet import PAGES, SLOT, encode_packet
 from llama_jax.ring.sizes import Bucket, RingSizes
