@@ -55,7 +55,9 @@ WITHOUT_JAX = (
     "llama_jax.weights.table",
 )
 DOCUMENTS = sorted(
-    path for folder in (".", "docs", "demo") for path in (ROOT / folder).glob("*.md")
+    path
+    for folder in (".", "docs", "demo", "bench/results")
+    for path in (ROOT / folder).glob("*.md")
 )
 
 

@@ -1,0 +1,291 @@
+"""Open-loop load on any server that speaks OpenAI's protocol.
+
+Requests arrive at times drawn beforehand, whether or not the server keeps up, and all latencies
+count from the intended arrival. So a server that stalls for a second shows it in every request that
+should have arrived meanwhile. How late the client itself was is reported ("sent too late"); if that
+is much, the client is the limit. Tokens are counted by the server's usage, not by its events.
+
+    python -m bench serve --url http://127.0.0.1:8000/v1 --rate 2 4 8 --duration 60
+        --prompt-tokens lognormal:512,0.6 --answer-tokens 64-256 --ttft 500 --tpot 50
+
+With several rates, each is a test of its own, one after the other. The API key, if the server
+wants one, is read from OPENAI_API_KEY. The exit status is 1 if fewer than --goal of the requests of
+a test keep their targets.
+"""
+
+import argparse
+import asyncio
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from urllib.parse import urlsplit
+
+from bench.load.client import PATHS, Server, ServerError, find_model, send_all
+from bench.load.figures import UNITS, Goals, error_rows, latency_rows, percentile, total_row
+from bench.load.sample import Sample
+from bench.load.workload import ARRIVALS, Lengths, Workload, WorkloadError
+from bench.result import Plot, Result, Row, Target
+from sharding.errors import UserError
+
+URL = "http://127.0.0.1:8000/v1"
+EXTRA = '{"temperature": 0, "ignore_eos": true}'
+KEY = "OPENAI_API_KEY"
+TOO_LATE = 0.010  # seconds at the 99th percentile
+MAX_RATE, MAX_SECONDS, MAX_COUNT = 1e5, 1e6, 10**6
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `python -m bench serve`."""
+    add = parser.add_argument
+    rate = number(float, 0, MAX_RATE, above=True)
+    seconds = number(float, 0, MAX_SECONDS, above=True)
+    natural, positive = number(int, 0, MAX_COUNT), number(int, 1, MAX_COUNT)
+    add("--url", default=URL, help="of the server, with /v1 (default: %(default)s)")
+    add("--endpoint", choices=PATHS, default="completions", help="default: %(default)s")
+    add("--model", help="name of the model (default: the first that the server lists)")
+    add("--rate", type=rate, nargs="+", default=[1.0], metavar="R", help="requests per second")
+    add("--arrivals", choices=ARRIVALS, default="poisson", help="default: %(default)s")
+    many = parser.add_mutually_exclusive_group()
+    many.add_argument(
+        "--requests", type=positive, default=100, metavar="N", help="of each test (default: 100)"
+    )
+    many.add_argument(
+        "--duration", type=seconds, metavar="S", help="seconds in which requests arrive, instead"
+    )
+    forms = "256, 64-512, normal:256,64 or lognormal:256,0.6 (median, sigma)"
+    add("--prompt-tokens", type=lengths, default="256", metavar="L", help=f"lengths: {forms}")
+    add("--answer-tokens", type=lengths, default="128", metavar="L", help="lengths, likewise")
+    add("--prefix-tokens", type=natural, default=0, metavar="N", help="shared, before each prompt")
+    add("--prefixes", type=positive, default=1, metavar="N", help="different shared prefixes")
+    add(
+        "--vocab-size",
+        type=positive,
+        metavar="V",
+        help="send random token ids below V (default: English words, about a token each)",
+    )
+    add(
+        "--extra-body",
+        type=json_object,
+        default=EXTRA,
+        metavar="JSON",
+        help="more fields of every request (default: %(default)s)",
+    )
+    add("--ttft", type=seconds, metavar="MS", help="target: time to the first token")
+    add("--tpot", type=seconds, metavar="MS", help="target: time per output token")
+    add("--e2e", type=seconds, metavar="MS", help="target: time to the last token")
+    add(
+        "--goal",
+        type=number(float, 0, 1),
+        default=0.99,
+        metavar="SHARE",
+        help="of the requests that must keep all targets (default: %(default)s)",
+    )
+    add(
+        "--warm-up",
+        type=natural,
+        default=1,
+        metavar="N",
+        help="requests before each test that do not count (default: %(default)s)",
+    )
+    add(
+        "--timeout",
+        type=seconds,
+        default=600.0,
+        metavar="S",
+        help="after which a request counts as failed (default: %(default)g)",
+    )
+    add("--seed", type=natural, default=0, metavar="N", help="of all random numbers")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Runs a test for each rate.
+
+    Raises:
+      UserError: the flags make no sense, or the server cannot be tested.
+    """
+    server = make_server(args)
+    workloads = [make_workload(args, rate) for rate in args.rate]
+    goals = Goals(*(None if ms is None else ms / 1e3 for ms in (args.ttft, args.tpot, args.e2e)))
+    raise_file_limit()
+    samples_of = asyncio.run(run_tests(server, workloads, args.warm_up))
+    tests = list(zip(args.rate, samples_of, strict=True))
+    for rate, samples in tests:
+        warn_if_late(rate, samples)
+    totals = {rate: total_row(samples, goals) for rate, samples in tests}
+    rows: list[Row] = [
+        {"rate": rate, **row} for rate, samples in tests for row in latency_rows(samples)
+    ]
+    rows += [{"rate": rate, **row} for rate, row in totals.items()]
+    rows += [{"rate": rate, **row} for rate, samples in tests for row in error_rows(samples)]
+    return Result.measured(
+        "serve",
+        f"Open-loop load on {server.model} at {server.url}, {args.arrivals} arrivals.",
+        args=vars(args) | {"model": server.model},
+        packages=("httpx",),
+        units=UNITS,
+        rows=rows,
+        targets=[
+            Target(f"share of requests within the targets at {rate:g} requests/s",
+                   row["goodput_share"], args.goal, "min")
+            for rate, row in totals.items()
+        ],
+        plots=[
+            Plot("Latency against load", "rate", ("p99",), by="latency"),
+            Plot("Goodput against load", "rate", ("goodput", "requests_per_second")),
+        ],
+    )  # fmt: skip
+
+
+async def run_tests(
+    server: Server, workloads: list[Workload], warm_up: int, transport: Any = None
+) -> list[list[Sample]]:
+    """Warms the server up and runs each test.
+
+    Args:
+      server: the server; with an empty model, the first that it lists is taken.
+      workloads: one for each test.
+      warm_up: requests before each test.
+      transport: in place of the network, for tests.
+
+    Raises:
+      ServerError: the server cannot be reached, or answers no request.
+    """
+    drawn = [load.requests() for load in workloads]
+    found = []
+    for load, requests in zip(workloads, drawn, strict=True):
+        if warm_up:
+            # Other prompts, so that the server finds none of the test's in its cache.
+            first = replace(load, num_requests=warm_up, duration=None, seed=load.seed + 1)
+            check_answers(await send_all(server, first.requests(), transport))
+        found.append(await send_all(server, requests, transport))
+    return found
+
+
+def check_answers(samples: list[Sample]) -> None:
+    """Checks that at least one request was answered.
+
+    Raises:
+      ServerError: none was.
+    """
+    if all(sample.error is not None for sample in samples):
+        raise ServerError(
+            f"The requests before the test failed ({samples[0].error}: {samples[0].detail}): check "
+            "--endpoint, --model and --extra-body."
+        )
+
+
+def make_server(args: argparse.Namespace) -> Server:
+    """The server that the flags describe; asks it for its model if they name none.
+
+    Raises:
+      UserError: the flags make no sense.
+      ServerError: the server cannot be reached.
+    """
+    check_url(args.url)
+    if args.endpoint == "chat" and args.vocab_size is not None:
+        raise UserError("--vocab-size is for completions: a chat takes no token ids.")
+    server = Server(
+        url=args.url.rstrip("/"),
+        endpoint=args.endpoint,
+        model=args.model or "",
+        api_key=os.environ.get(KEY) or None,
+        extra=json.loads(args.extra_body),
+        seconds=args.timeout,
+    )
+    return server if server.model else replace(server, model=asyncio.run(find_model(server)))
+
+
+def check_url(text: str) -> None:
+    """Checks the address of a server.
+
+    Raises:
+      UserError: it is no address, or it holds a password, which results would show.
+    """
+    try:
+        url = urlsplit(text)
+        valid = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError:  # a bad port or IPv6 address
+        valid = False
+    if not valid or url.query or url.fragment:
+        raise UserError(f"--url must be the address of a server, such as {URL}.")
+    if url.username is not None or url.password is not None:
+        raise UserError(f"--url may hold no password: put the key into {KEY} in the environment.")
+
+
+def make_workload(args: argparse.Namespace, rate: float) -> Workload:
+    """The load of one test."""
+    return Workload(
+        rate=rate,
+        arrivals=args.arrivals,
+        num_requests=None if args.duration is not None else args.requests,
+        duration=args.duration,
+        prompt=Lengths.parse(args.prompt_tokens),
+        answer=Lengths.parse(args.answer_tokens),
+        prefix_tokens=args.prefix_tokens,
+        prefixes=args.prefixes,
+        vocab_size=args.vocab_size,
+        seed=args.seed,
+    )
+
+
+def warn_if_late(rate: float, samples: list[Sample]) -> None:
+    """Says so if the client, not the server, was the limit."""
+    late = percentile([sample.late for sample in samples], 99)
+    if late > TOO_LATE:
+        print(
+            f"At {rate:g} requests/s the client sent 1 % of the requests at least {1e3 * late:.0f} "
+            "ms too late: its own machine is too slow for this load.",
+            file=sys.stderr,
+        )
+
+
+def raise_file_limit() -> None:
+    """Allows as many connections as the system does: each is an open file."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def number(
+    kind: type[int] | type[float], least: float, most: float, above: bool = False
+) -> Callable[[str], float]:
+    """A type of `argparse`: a number from `least` (or, if `above`, from beyond it) to `most`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (least < value if above else least <= value) or not value <= most:
+            name = "an integer" if kind is int else "a number"
+            lowest = f"above {least:g} and" if above else f"from {least:g}"
+            raise argparse.ArgumentTypeError(
+                f"must be {name} {lowest} up to {most:g}, got {text!r}"
+            )
+        return value
+
+    return parse
+
+
+def lengths(text: str) -> str:
+    """A type of `argparse`: what `Lengths.parse` reads."""
+    try:
+        Lengths.parse(text)
+    except WorkloadError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def json_object(text: str) -> str:
+    """A type of `argparse`: a JSON object."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
+    return text

@@ -1,0 +1,47 @@
+"""Measurements at toy size: each gives the rows, units and targets that it promises."""
+
+from pathlib import Path
+
+import pytest
+
+from bench.__main__ import main
+from bench.result import Result
+
+
+def measured(tmp_path: Path, *argv: str) -> Result:
+    """Runs a measurement; a missed target is no failure here, since other programs run too."""
+    path = tmp_path / "result.json"
+    assert main([*argv, "--output", str(path)]) in (0, 1)
+    return Result.read(path)
+
+
+def columns(result: Result) -> list[tuple[str, ...]]:
+    """The sets of columns of the rows, each once."""
+    return list(dict.fromkeys(tuple(row) for row in result.rows))
+
+
+def test_scheduler(tmp_path):
+    found = measured(tmp_path, "engine", "--parts", "scheduler", "--ticks", "4")
+    assert columns(found) == [("decoding", "per tick", "per row"), ("waiting", "per tick")]
+    assert len(found.targets) == len(found.plots) == 2 and found.flags["ticks"] == 4
+
+
+@pytest.mark.slow
+def test_engine(tmp_path):
+    sizes = ("--ticks", "20", "--tokens", "8", "--repeats", "1")
+    found = measured(tmp_path, "engine", "--parts", "host", "http", *sizes)
+    assert [row.get("requests") for row in found.rows[:2]] == ["greedy", "sampled"]
+    assert 0 < found.rows[3]["share"] and found.rows[2]["share"] is None
+    assert {"jax", "starlette"} <= set(found.versions) and len(found.targets) == 5
+
+
+@pytest.mark.slow
+def test_scaling(tmp_path):
+    found = measured(
+        tmp_path, "scaling", "--batches", "1", "2", "--contexts", "128", "256",
+        "--prompts", "512", "1024", "--pages", "64", "256", "--seconds", "0", "--ticks", "4",
+    )  # fmt: skip
+    memory = [row for row in found.rows if "pages" in row]
+    assert memory[1]["KV cache"] == 4 * memory[0]["KV cache"]
+    assert memory[1]["temporaries"] < 1.1 * memory[0]["temporaries"]
+    assert len(found.targets) == 6 and len(found.plots) == 6

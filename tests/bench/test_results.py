@@ -1,0 +1,221 @@
+"""Results: their files, tables, comparison, page and calibration."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.calibrate import calibration
+from bench.compare import compare, differences
+from bench.figures import fitting_unit, text
+from bench.plots import digest, draw, plot_paths, svg
+from bench.report import PAGE, PLOTS, RESULTS, page, read_all
+from bench.result import BadResult, Plot, Result, Target
+from bench.table import Table, tables
+
+RESULT = Result(
+    name="step",
+    what="a test",
+    machine={"system": "Linux", "cpu": "a CPU", "cpus": 2},
+    versions={"python": "3.11"},
+    flags={"rounds": 3},
+    units={"time": "ms", "rate": "bytes/s", "ratio": ""},
+    rows=[
+        {"batch": 1, "time": 20.0, "rate": 3.0e9, "ratio": 1.5},
+        {"batch": 8, "time": 40.0, "rate": 1.5e9, "ratio": None},
+        {"case": "a | b", "time": 5.0},
+    ],
+    targets=(Target("time", 40.0, 50.0, "max", "ms"), Target("ratio", 1.5, 2.0, "min")),
+    plots=(Plot("Time", "batch", ("time",)), Plot("Rate", "batch", ("rate",), kind="bar")),
+)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def test_a_result_is_read_as_it_was_written(tmp_path):
+    path = tmp_path / "folder" / "a.json"
+    RESULT.write(path)
+    assert Result.read(path) == RESULT
+    assert [target["met"] for target in json.loads(path.read_text())["targets"]] == [True, False]
+    assert not RESULT.met and replace(RESULT, targets=RESULT.targets[:1]).met
+
+
+def test_a_target_that_is_not_a_number_is_missed():
+    assert not Target("a", float("nan"), 1.0, "max").met
+    assert not Target("a", float("nan"), 1.0, "min").met
+
+
+VALUES = (None, True, 5, "x", [], [5], {}, {"a": 5}, {"a": []}, [{"a": []}], [{"a": "x"}], [{}])
+CONTENT = json.loads(json.dumps(vars(RESULT), default=vars))
+
+
+@pytest.mark.parametrize("field", CONTENT)
+def test_a_field_of_another_type_is_refused_or_can_be_shown(field):
+    refused = 0
+    for value in VALUES:
+        try:
+            found = Result.from_json(json.dumps(CONTENT | {field: value}))
+        except BadResult:
+            refused += 1
+            continue
+        assert page({Path("a.json"): found}) and differences(RESULT, found) is not None
+    assert refused >= 5
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "5", "[" * 100_000, '{"name": "step"}'])
+def test_other_files_are_refused(content):
+    with pytest.raises(BadResult):
+        Result.from_json(content)
+
+
+def test_flags_and_versions_name_no_path_and_no_missing_package(tmp_path):
+    args = {"rounds": 3, "directory": tmp_path / "here", "output": tmp_path, "unset": None}
+    found = Result.measured("a", "b", args=args, packages=("no-such",), units={}, rows=[])
+    assert {k: v for k, v in found.flags.items() if k.islower()} == {
+        "rounds": 3,
+        "directory": "here",
+    }
+    assert list(found.versions) == ["python"] and found.machine["cpus"] >= 1
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def test_rows_with_other_columns_have_a_table_of_their_own():
+    first, second = tables(RESULT)
+    assert first.headings == ["batch", "time, ms", "rate, GB/s", "ratio"]
+    assert first.rows == [["1", "20.0", "3.00", "1.50"], ["8", "40.0", "1.50", ""]]
+    assert second.rows == [["a | b", "5.00"]] and second.numeric == [False, True]
+    assert second.markdown().splitlines()[2] == "| a \\| b | 5.00 |"
+
+
+def test_no_cell_is_cut():
+    table = Table(["a long heading", "n"], [False, True], [["x" * 300, "1"], ["y", "10"]])
+    *headings, rule, first, second = table.text().splitlines()
+    assert [line.split() for line in headings] == [["a", "long", "heading", "n"]]
+    assert first == f"{'x' * 300}   1" and second == f"y{' ' * 301}10" and set(rule) <= {"-", " "}
+
+
+@given(st.floats(1e-9, 1e12))
+def test_three_digits_are_shown(value):
+    shown = float(text(value).replace(",", ""))
+    assert shown == pytest.approx(value, rel=0.006, abs=1e-8)
+
+
+def test_a_column_has_the_unit_that_fits_it():
+    assert fitting_unit([0.02, 0.5, None, float("nan")], "s") == (1e-3, "ms")
+    assert fitting_unit([0.0, 2.0], "s") == (1.0, "s")
+    assert fitting_unit([3e9], "bytes") == (1e9, "GB")
+    assert fitting_unit([0.02], "tokens/s") == (1.0, "tokens/s")
+    assert fitting_unit([], "s") == (1.0, "s")
+
+
+# --- compare -------------------------------------------------------------------------------------
+
+
+def test_figures_stand_side_by_side_with_their_ratio():
+    other = replace(
+        RESULT,
+        rows=[
+            {"batch": 8, "time": 20.0, "rate": 1.5e9, "ratio": None},
+            {"batch": 32, "time": 80.0},
+        ],
+    )
+    lines = {(row, figure): values for row, figure, *values in compare(RESULT, other).rows}
+    assert lines["batch 8", "time, ms"] == ["40.0", "20.0", "0.500"]
+    assert lines["batch 8", "rate, GB/s"] == ["1.50", "1.50", "1.00"]
+    assert lines["batch 8", "ratio"] == ["", "", ""]
+    assert lines["batch 1", "time, ms"] == ["20.0", "", ""]
+    assert lines["batch 32", "time, ms"] == ["", "80.0", ""]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "decode"},
+        {"units": {**RESULT.units, "time": "s"}},
+        {"rows": [{"batch": 99, "time": 1.0}]},
+    ],
+    ids=["measurement", "unit", "rows"],
+)
+def test_what_cannot_be_compared_is_refused(change):
+    with pytest.raises(BadResult):
+        compare(RESULT, replace(RESULT, **change))
+
+
+def test_rows_that_are_alike_are_matched_in_order():
+    twice = replace(RESULT, rows=[{"time": 1.0}, {"time": 2.0}])
+    assert [line[-1] for line in compare(twice, twice).rows] == ["1.00", "1.00"]
+
+
+def test_other_conditions_are_warned_of():
+    assert differences(RESULT, RESULT) == []
+    other = replace(RESULT, machine={**RESULT.machine, "accelerator": "a GPU"}, flags={})
+    assert len(differences(RESULT, other)) == 2
+
+
+# --- plots and page ------------------------------------------------------------------------------
+
+
+def test_the_same_rows_give_the_same_plot():
+    for plot in RESULT.plots:
+        assert svg(RESULT, plot) == svg(RESULT, plot) and digest(RESULT, plot) in svg(RESULT, plot)
+    changed = replace(RESULT, rows=RESULT.rows[:2])
+    assert digest(changed, RESULT.plots[0]) != digest(RESULT, RESULT.plots[0])
+
+
+def test_a_plot_shows_the_figures():
+    line = draw(RESULT, RESULT.plots[0]).axes[0].lines[0]
+    assert line.get_xdata().tolist() == [1, 8] and line.get_ydata().tolist() == [20.0, 40.0]
+    bars = draw(RESULT, RESULT.plots[1]).axes[0].patches
+    assert [bar.get_width() for bar in bars] == [3.0, 1.5]  # GB/s
+
+
+def test_a_plot_without_figures_or_with_too_many_lines_is_refused():
+    many = replace(RESULT, rows=[{"batch": 1, "kind": i, "time": 1.0} for i in range(9)])
+    for result, plot in (
+        (RESULT, Plot("Nothing", "batch", ("nothing",))),
+        (many, Plot("Many", "batch", ("time",), by="kind")),
+    ):
+        with pytest.raises(BadResult):
+            draw(result, plot)
+
+
+def test_the_committed_page_shows_the_committed_results():
+    results = read_all(RESULTS)
+    assert (RESULTS / PAGE).read_text() == page(results), "run `python -m bench report`"
+    shown = set()
+    for path, result in results.items():
+        for plot, file in zip(result.plots, plot_paths(result, path), strict=True):
+            shown.add(RESULTS / PLOTS / file.name)
+            drawn = (RESULTS / PLOTS / file.name).read_text()
+            assert digest(result, plot) in drawn, f"run `python -m bench report`: {file.name}"
+    assert set((RESULTS / PLOTS).iterdir()) == shown
+
+
+# --- calibration ---------------------------------------------------------------------------------
+
+
+def test_a_calibration_names_the_source_of_each_figure():
+    roofline = replace(
+        RESULT, name="roofline", units={"bytes_rate": "TB/s"}, rows=[{"bytes_rate": 3.0}]
+    )
+    found = calibration([(Path("s.json"), RESULT), (Path("r.json"), roofline)])
+    assert set(found["inputs"]) == {"s.json", "r.json"}
+    assert found["inputs"]["s.json"]["machine"] == RESULT.machine
+    assert found["tick_seconds"]["ticks"][0] == {"batch": 1, "seconds": 0.02}
+    assert found["copy_bytes_per_second"] == {"from": "r.json", "value": 3.0e12}
+    assert found["matrix_flops_per_second"] is None and found["host_seconds_per_tick"] is None
+
+
+def test_a_calibration_needs_one_result_of_each_kind():
+    for results in ([], [(Path("a"), RESULT), (Path("b"), RESULT)]):
+        with pytest.raises(BadResult):
+            calibration(results)
+    strange = replace(RESULT, units={**RESULT.units, "time": "fortnights"})
+    with pytest.raises(BadResult):
+        calibration([(Path("a"), strange)])
