@@ -1,7 +1,8 @@
 """Audits the compiled Llama-3-70B programs for 8 x H100, without a GPU: `python -m bench audit`.
 
-`bench.audit` compiles them for a described target with XLA's GPU compiler, and checks bytes,
-collectives and copies. Nothing is timed. Needs jax[cuda12], which contains the compiler.
+`bench.audit` compiles them for a described target with XLA's GPU compiler, and checks what they
+move, launch and hold. It runs in a process of its own, on a backend without a GPU. Nothing is
+timed. Needs jax[cuda12], which contains the compiler. Without options it audits every program.
 """
 
 import argparse
@@ -18,12 +19,29 @@ from typing import Any
 from bench.result import Result, Row, Target
 from sharding.errors import UserError
 
-KEYS = ("rows", "chunk")  # columns that name a program
+OPTIONS = ("weights", "rows", "chunks", "gemms", "layers")
+KEYS = ("weights", "rows", "chunk", "gemm")  # the columns that name a program
+# The figures of a program, and their units.
+UNITS = {
+    "read": "bytes",
+    "written": "bytes",
+    "ratio": "",
+    "large_arrays": "",
+    "kernels": "",
+    "kernels_in_graphs": "",
+    "graphs": "",
+    "host_loops": "",
+    "collectives": "",
+    "argument_bytes": "bytes",
+    "temporary_bytes": "bytes",
+    "compile_seconds": "s",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the format of the weights."""
-    parser.add_argument("--quantize", metavar="FORMAT", help="of the layers' matrices")
+    """Adds the options of `bench.audit`, which checks them."""
+    for option in OPTIONS:
+        parser.add_argument(f"--{option}", nargs="+", help="passed on to bench.audit")
 
 
 def run(args: argparse.Namespace) -> Result:
@@ -33,48 +51,42 @@ def run(args: argparse.Namespace) -> Result:
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "audit.json"
         command = [sys.executable, "-m", "bench.audit", "--output", str(output)]
-        if args.quantize:
-            command += ["--quantize", args.quantize]
+        for option in OPTIONS:
+            if values := getattr(args, option):
+                command += [f"--{option}", *values]
         subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False)
-        if not output.exists():  # a missed check is in the file
+        if not output.exists():  # a missed limit is in the file
             raise UserError("the audit ended without a result; what it printed says why")
         return as_result(json.loads(output.read_text()), vars(args))
 
 
-def as_result(content: dict[str, Any], args: Mapping[str, Any]) -> Result:
-    """The content of a file of `bench.audit` as a result: a row per program, and one per memory."""
-    programs = [flat(program) for program in content["programs"]]
+def as_result(content: Mapping[str, Any], args: Mapping[str, Any]) -> Result:
+    """What `bench.audit` writes as a result: rows for the programs, then for a device's memory."""
+    formats = content.get("formats", [content])
     memory: list[Row] = [
-        {"on each device": name, "bytes": count}
-        for name, count in content["bytes_per_device"].items()
+        {"weights": each.get("weights"), "on each device": name.replace("_", " "), "size": size}
+        for each in formats
+        for name, size in each["bytes_per_device"].items()
     ]
-    columns = [column for program in programs for column in program if column not in KEYS]
     return Result.measured(
         "audit",
         content["what"],
         args=args,
         packages=("jax", "jaxlib", "jax-cuda12-plugin"),
-        units={column: unit(column) for column in columns} | {"bytes": "bytes"},
-        rows=[*programs, *memory],
-        targets=[Target("checks that fail", int(not content["holds"]), 0, "max")],
+        units={name.replace("_", " "): unit for name, unit in UNITS.items()}
+        | {"missed limits": "", "size": "bytes"},
+        rows=[*(row(program) for each in formats for program in each["programs"]), *memory],
+        targets=[Target("a limit is missed", int(not content["holds"]), 0, "max")],
     )
 
 
-def flat(program: Mapping[str, Any]) -> Row:
-    """The figures of a program; a list counts as its length, and an inner dict as its entries."""
-    row: Row = {}
-    for name, value in program.items():
-        name = name.replace("_", " ")
-        if isinstance(value, list):
-            row[name] = len(value)
-        elif isinstance(value, dict):
-            row |= {f"{name}: {key}": entry for key, entry in flat(value).items()}
-        else:
-            row[name] = value
-    return row
-
-
-def unit(column: str) -> str:
-    """The unit that the name of a column ends in."""
-    ends = {"bytes": "bytes", "seconds": "s"}
-    return next((unit for end, unit in ends.items() if column.endswith(end)), "")
+def row(program: Mapping[str, Any]) -> Row:
+    """The figures of one program. Lists count as their length, collectives as "42 + 1 + 1"."""
+    found: Row = {key: program[key] for key in KEYS if key in program}
+    for name in UNITS:
+        if name in program:
+            value = program[name]
+            if isinstance(value, dict):
+                value = " + ".join(map(str, value.values()))
+            found[name.replace("_", " ")] = len(value) if isinstance(value, list) else value
+    return found | {"missed limits": ", ".join(program.get("missed", ()))}

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from llama_jax.model.kv_storage import read_pages
 
 KEY_BLOCK = 128  # keys per iteration of paged attention
+QUERY_BLOCK = 4  # queries per iteration, or those of one sequence if it has more
 MASKED = -1e30  # score of a masked key; finite, so that a row without keys gives no NaN
 
 # (scores, head, query position, key position) -> scores: see `llama.Attention.score_mod`.
@@ -91,13 +92,15 @@ def paged_attention(
     v_scale: jax.Array | None = None,
     *,
     key_block: int = KEY_BLOCK,
+    query_block: int = QUERY_BLOCK,
 ) -> jax.Array:
     """Causal attention over keys and values in pages of the KV cache.
 
-    Iterates over blocks of keys with an online softmax (https://arxiv.org/abs/2205.14135), only as
-    many as the longest sequence needs: the cost follows the actual lengths, and the memory for
-    scores does not grow with the context. Blocks beyond the length of a row do not change its
-    result, not even by rounding.
+    Iterates over blocks of keys with an online softmax (https://arxiv.org/abs/2205.14135), so that
+    the memory for scores does not grow with the context. Sequences of similar length share the
+    iterations, only as many as the longest of them needs: the cost follows the actual lengths.
+    Neither the other sequences of a group nor blocks beyond the length of a row change its result,
+    not even by rounding.
 
     Args:
       q: `[B, T, H, h]`; B sequences with T queries each.
@@ -112,12 +115,26 @@ def paged_attention(
       first_head: the index in the whole model of the first of these H heads, for `score_mod`.
       k_scale, v_scale: `[K, num_pages, page_size]` float32, of pages in 8 bits.
       key_block: keys per iteration, rounded to whole pages.
+      query_block: queries of the sequences that share an iteration, rounded to whole sequences.
 
     Returns:
       `[B, T, H, h]`, in the dtype of `q`; zeros for a sequence of length 0.
     """
     batch, num_queries, num_heads, head_dim = q.shape
     num_kv_heads, _, page_size, _ = k_pages.shape
+    group_size = max(1, query_block // num_queries)
+    if batch > group_size:
+
+        def attend(
+            q: jax.Array, page_table: jax.Array, positions: jax.Array, lengths: jax.Array
+        ) -> jax.Array:
+            return paged_attention(
+                q, k_pages, v_pages, page_table, positions, lengths,
+                score_mod, first_head, k_scale, v_scale,
+                key_block=key_block, query_block=query_block,
+            )  # fmt: skip
+
+        return _in_groups(attend, group_size, q, page_table, positions, lengths)
     pages_per_block = max(1, key_block // page_size)
     block = pages_per_block * page_size
     padding = -page_table.shape[1] % pages_per_block
@@ -175,6 +192,34 @@ def paged_attention(
         out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
         out = out.reshape(num_kv_heads, batch, num_queries, group, head_dim)
         return out.transpose(1, 2, 0, 3, 4).reshape(q.shape).astype(q.dtype)
+
+
+def _in_groups(
+    attend: Callable[..., jax.Array],
+    group_size: int,
+    q: jax.Array,
+    page_table: jax.Array,
+    positions: jax.Array,
+    lengths: jax.Array,
+) -> jax.Array:
+    """Calls `attend(q, page_table, positions, lengths)` for groups of rows of similar length.
+
+    Args:
+      group_size: rows of a group.
+      q, page_table, positions, lengths: as for `paged_attention`.
+    """
+    batch = q.shape[0]
+    # Rows of length 0 fill the last group.
+    padding = -batch % group_size
+    order = jnp.argsort(jnp.pad(lengths, (0, padding)), descending=True)
+
+    def grouped(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, padding), *[(0, 0)] * (x.ndim - 1)))
+        return x[order].reshape(-1, group_size, *x.shape[1:])
+
+    rows = jax.tree.map(grouped, (q, page_table, positions, lengths))
+    out = jax.lax.map(lambda rows: attend(*rows), rows)
+    return out.reshape(-1, *q.shape[1:])[jnp.argsort(order)[:batch]]
 
 
 def paged_weights(

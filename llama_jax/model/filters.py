@@ -6,6 +6,9 @@ threshold of a row may lie below them, as in a flat distribution, a bisection ov
 vocabulary finds it. Which of the two happens depends on the row alone.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -34,37 +37,43 @@ def keep_likely(logits: jax.Array, packed_controls: jax.Array) -> jax.Array:
         # If a logit has overflowed to infinity, there is no distribution to filter.
         active = (controls.temperature > 0) & jnp.isfinite(best[:, 0])
         temperature = jnp.where(active, controls.temperature, 1)[:, None]
-        # The maximum is subtracted before the division, so that no quotient is +infinity.
-        mass, likely_mass = (jnp.exp((x - best) / temperature) for x in (logits, likely))
+
+        def mass(x: jax.Array, lowest: jax.Array) -> jax.Array:
+            # The maximum is subtracted before the division, so that no quotient is +infinity.
+            return jnp.where(x >= lowest[:, None], jnp.exp((x - best) / temperature), 0)
 
         # Top-k. A token outside the candidates may be as likely as the last of the k.
         top_k = jnp.where(active, controls.top_k, 0)
         last = jnp.clip(top_k - 1, 0, likely.shape[1] - 1)[:, None]
         lowest = jnp.where(top_k > 0, jnp.take_along_axis(likely, last, axis=1)[:, 0], -jnp.inf)
         missed = (top_k > 0) & ((lowest <= hidden) | (top_k > likely.shape[1]))
-        lowest = _search_if(missed, logits, jnp.ones_like(logits), top_k.astype(float), lowest)
+        target = top_k.astype(jnp.float32)
+        lowest = _search_if(missed, logits, jnp.ones_like, target, lowest)
 
         # Top-p, over the mass that top-k left.
-        mass = jnp.where(logits >= lowest[:, None], mass, 0)
         top_p = jnp.where(active & (controls.top_p < 1), controls.top_p, 0)
-        target = top_p * psum(mass.sum(axis=-1), AXES)
-        likely_mass = jnp.where(likely >= lowest[:, None], likely_mass, 0)
-        suffices = jnp.cumsum(likely_mass, axis=-1) >= target[:, None]
+        target = top_p * psum(mass(logits, lowest).sum(axis=-1), AXES)
+        suffices = jnp.cumsum(mass(likely, lowest), axis=-1) >= target[:, None]
         first = jnp.argmax(suffices, axis=-1)[:, None]
         found = jnp.take_along_axis(likely, first, axis=1)[:, 0]
         found = jnp.where((top_p > 0) & suffices.any(axis=-1), found, lowest)
         # Where top-k has left candidates only, top-p does so, too.
         missed = (top_p > 0) & (lowest <= hidden) & (found <= hidden)
-        lowest = _search_if(missed, logits, mass, target, found)
+        lowest = _search_if(missed, logits, partial(mass, lowest=lowest), target, found)
 
-        kept = logits >= lowest[:, None]
+        def top(lowest: jax.Array) -> jax.Array:
+            return jnp.where(logits >= lowest[:, None], logits, -jnp.inf)
+
         typical_p = jnp.where(active, controls.typical_p, 0)
-        # Min-p comes before typical-p; elsewhere it is left to the draw.
-        mass = jnp.where(kept & (mass >= controls.min_p[:, None]), mass, 0)
-        kept = lax.cond(
-            (typical_p > 0).any(), _typical, lambda kept, *_: kept, kept, mass, typical_p
-        )
-        return jnp.where(kept, logits, -jnp.inf)
+
+        def top_and_typical(lowest: jax.Array) -> jax.Array:
+            # Min-p comes before typical-p. Without typical-p it is left to the draw.
+            left = mass(logits, lowest)
+            left = jnp.where(left >= controls.min_p[:, None], left, 0)
+            kept = _typical(left, typical_p)
+            return jnp.where((typical_p > 0)[:, None] & ~kept, -jnp.inf, top(lowest))
+
+        return lax.cond((typical_p > 0).any(), top_and_typical, top, lowest)
 
 
 def _candidates(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -86,14 +95,13 @@ def _candidates(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return likely, hidden
 
 
-def _typical(kept: jax.Array, mass: jax.Array, typical_p: jax.Array) -> jax.Array:
-    """Keeps the tokens whose information is closest to the entropy (Meister et al. 2022,
+def _typical(mass: jax.Array, typical_p: jax.Array) -> jax.Array:
+    """Finds the tokens whose information is closest to the entropy (Meister et al. 2022,
     arXiv:2202.00666): as many as are needed for a share of `typical_p` of the mass.
 
     Args:
-      kept: `[n, V' / ranks]` bool, the tokens left so far.
       mass: `[n, V' / ranks]` float32, this rank's share, not negative.
-      typical_p: `[n]` float32; 0 to keep all.
+      typical_p: `[n]` float32.
 
     Returns:
       `[n, V' / ranks]` bool.
@@ -103,21 +111,24 @@ def _typical(kept: jax.Array, mass: jax.Array, typical_p: jax.Array) -> jax.Arra
     entropy = psum((share * information).sum(axis=-1), AXES)
     # The smaller the difference, the earlier a token is kept. Those without mass weigh nothing.
     closeness = -jnp.abs(information - entropy[:, None])
-    lowest = _threshold(closeness, share, typical_p)
-    typical = (mass > 0) & (closeness >= lowest[:, None])
-    return jnp.where((typical_p > 0)[:, None], typical, kept)
+    return (mass > 0) & (closeness >= _threshold(closeness, share, typical_p)[:, None])
 
 
 def _search_if(
-    wanted: jax.Array, x: jax.Array, weight: jax.Array, target: jax.Array, otherwise: jax.Array
+    wanted: jax.Array,
+    x: jax.Array,
+    weigh: Callable[[jax.Array], jax.Array],
+    target: jax.Array,
+    otherwise: jax.Array,
 ) -> jax.Array:
-    """`_threshold` for the rows where it is wanted, `otherwise` `[n]` for the others.
+    """`_threshold` of x, which weighs `weigh(x)`, for the rows where it is wanted.
 
-    Costs next to nothing if no row wants it. All ranks agree on that.
+    The others get `otherwise` `[n]`. Costs next to nothing if no row wants it, since weights are
+    computed only then. All ranks agree on that.
     """
 
     def search(otherwise: jax.Array) -> jax.Array:
-        return jnp.where(wanted, _threshold(x, weight, target), otherwise)
+        return jnp.where(wanted, _threshold(x, weigh(x), target), otherwise)
 
     return lax.cond(wanted.any(), search, lambda otherwise: otherwise, otherwise)
 

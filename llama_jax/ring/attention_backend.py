@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llama_jax.model import Attention, Llama
-from llama_jax.model.attention import KEY_BLOCK, ScoreMod, no_score_mod
+from llama_jax.model.attention import KEY_BLOCK, QUERY_BLOCK, ScoreMod, no_score_mod
 from sharding.errors import UserError
 
 AUTO, PLAIN, HOPPER = "auto", "plain", "hopper"
-# XLA:GPU waits for the host in every iteration of a loop whose length it does not know.
-GPU_KEY_BLOCK = 1024
+# XLA:GPU waits for the host in every iteration of a loop whose length it does not know, so there
+# should be few, at the price of keys that only the longest sequence has. Unmeasured.
+GPU_BLOCKS = (1024, 512)  # keys, queries
 
 # (q, k_pages, v_pages, page_table, positions, lengths, score_mod, first_head,
 #  k_scale, v_scale) -> output, as for `paged_attention`
@@ -33,12 +34,13 @@ class AttentionBackend(NamedTuple):
     Attributes:
       name: PLAIN, AUTO (the kernel where it can run) or HOPPER (an error where it cannot).
       num_cores: multiprocessors of each GPU.
-      key_block: keys per iteration of plain attention.
+      key_block, query_block: of plain attention, per iteration.
     """
 
     name: str = PLAIN
     num_cores: int = 0
     key_block: int = KEY_BLOCK
+    query_block: int = QUERY_BLOCK
 
     def attend(self, plain: AttendToPages) -> AttendToPages:
         """Returns the kernel where it can run, and elsewhere `plain`; both are called alike."""
@@ -68,9 +70,8 @@ class AttentionBackend(NamedTuple):
             if self.name == HOPPER:
                 raise _cannot_run(reason)
             _say_once(reason)
-        if self.key_block == KEY_BLOCK:
-            return plain(*pages, score_mod, *rest)
-        return plain(*pages, score_mod, *rest, key_block=self.key_block)
+        blocks = {"key_block": self.key_block, "query_block": self.query_block}
+        return plain(*pages, score_mod, *rest, **blocks)
 
 
 def choose_backend(name: str, mesh: Mesh) -> AttentionBackend:
@@ -89,14 +90,14 @@ def choose_backend(name: str, mesh: Mesh) -> AttentionBackend:
             raise _cannot_run(f"a device of the platform {device.platform}")
         return AttentionBackend()
     if name == PLAIN:
-        return AttentionBackend(PLAIN, key_block=GPU_KEY_BLOCK)
+        return AttentionBackend(PLAIN, 0, *GPU_BLOCKS)
     # The kernel's instructions exist on this generation only.
     if getattr(device, "compute_capability", None) != "9.0":
         if name == HOPPER:
             raise _cannot_run(f"a GPU of the kind {device.device_kind}")
         _say_once(f"a GPU of the kind {device.device_kind}")
-        return AttentionBackend(PLAIN, key_block=GPU_KEY_BLOCK)
-    return AttentionBackend(name, device.core_count, GPU_KEY_BLOCK)
+        return AttentionBackend(PLAIN, 0, *GPU_BLOCKS)
+    return AttentionBackend(name, device.core_count, *GPU_BLOCKS)
 
 
 def check_backend(

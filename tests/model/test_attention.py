@@ -1,11 +1,13 @@
 """Attention against brute force in NumPy, in float64."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.model.attention import causal_attention, paged_attention
+from llama_jax.model.attention import QUERY_BLOCK, causal_attention, paged_attention
 
 
 def brute_force(q, k, v, num_keys):
@@ -41,10 +43,10 @@ class Pool:
     keys, each sequence's keys and values `[2, length, K, h]`. The first sequence may be given.
     """
 
-    def __init__(self, lengths, page_size, *, first=None, seed=0):
+    def __init__(self, lengths, page_size, *, first=None, seed=0, num_pages=None):
         rng = np.random.default_rng(seed)
         num_kv_heads, head_dim, per_sequence = 2, 8, -(-300 // page_size)
-        num_pages = sum(-(-n // page_size) for n in lengths) + 3
+        num_pages = num_pages or sum(-(-n // page_size) for n in lengths) + 3
         shape = (2, num_kv_heads, num_pages, page_size, head_dim)
         pages = np.full(shape, np.nan, np.float32)
         pages[:, :, :, ::2] = np.inf
@@ -111,17 +113,57 @@ def test_scores_of_any_size():
         np.testing.assert_allclose(out[0], expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("page_size", [4, 16])
-def test_a_row_does_not_depend_on_the_others(page_size):
-    """Bit for bit: neither on their keys or the longest length, nor on where its own pages are."""
-    q = jax.random.normal(jax.random.key(0), (3, 1, 6, 8))
+OTHERS = [[0] * 8, [200, 5, 0, 1, 90, 91, 3, 128], [300, 290, 280, 270, 260, 250, 240, 230]]
+
+
+@pytest.mark.parametrize(
+    ("page_size", "num_queries"), [(4, 1), pytest.param(16, 5, marks=pytest.mark.slow)]
+)
+def test_a_row_does_not_depend_on_the_others(page_size, num_queries):
+    """Bit for bit: neither on their keys and lengths, which decide what group of rows it is in and
+    which place it has there, nor on where its own pages are."""
+    q = jax.random.normal(jax.random.key(0), (9, num_queries, 6, 8))
+    attend = jax.jit(paged_attention)
     outs = []
-    for seed, others in enumerate([(0, 0), (200, 5), (300, 290)]):
+    for seed, others in enumerate(OTHERS):
         lengths = np.array((90, *others), np.int32)
         own = np.random.default_rng(9).normal(size=(2, 90, 2, 8)).astype(np.float32)
-        pool = Pool(lengths, page_size, first=own, seed=seed)
-        positions = np.maximum(lengths - 1, 0)[:, None]
+        pool = Pool(lengths, page_size, first=own, seed=seed, num_pages=9 * -(-300 // page_size))
+        positions = np.maximum(lengths[:, None] - num_queries + np.arange(num_queries), 0)
         k_pages, v_pages = jnp.asarray(pool.pages)
-        outs.append(paged_attention(q, k_pages, v_pages, pool.tables, positions, lengths)[0])
+        outs.append(attend(q, k_pages, v_pages, pool.tables, positions, lengths)[0])
+    assert np.isfinite(outs[0]).all()
     np.testing.assert_array_equal(outs[0], outs[1])
     np.testing.assert_array_equal(outs[0], outs[2])
+
+
+iterations = []
+
+
+def counted(scores, *_):
+    jax.debug.callback(lambda: iterations.append(1))
+    return scores
+
+
+counting = jax.jit(partial(paged_attention, score_mod=counted))
+
+
+def count_iterations(lengths, num_queries=1):
+    """How often the loop over blocks of keys runs in all."""
+    lengths = np.array(lengths, np.int32)
+    pool = Pool(lengths, 16, num_pages=320)
+    positions = np.maximum(lengths[:, None] - num_queries + np.arange(num_queries), 0)
+    q = jnp.ones((len(lengths), num_queries, 6, 8))
+    iterations.clear()
+    jax.block_until_ready(counting(q, *pool.pages, pool.tables, positions, lengths))
+    jax.effects_barrier()
+    return len(iterations)
+
+
+def test_a_long_row_costs_its_own_keys_only():
+    """Rows of similar length share the iterations; a tile has its own."""
+    short = count_iterations([20] * 16)
+    assert short == -(-16 // QUERY_BLOCK)
+    assert count_iterations([20] * 7 + [300] + [20] * 8) == short + 2  # 3 blocks of 128 keys
+    assert count_iterations([0] * 15 + [20]) == 1
+    assert count_iterations([40, 300], QUERY_BLOCK) == 1 + 3

@@ -11,11 +11,11 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Attention, DecoderLayer, Llama, hopper_attention
-from llama_jax.model.attention import KEY_BLOCK, no_score_mod, no_tap, paged_attention
+from llama_jax.model.attention import KEY_BLOCK, QUERY_BLOCK, no_score_mod, no_tap, paged_attention
 from llama_jax.ring import attention_backend
 from llama_jax.ring.attention_backend import (
     AUTO,
-    GPU_KEY_BLOCK,
+    GPU_BLOCKS,
     HOPPER,
     PLAIN,
     AttentionBackend,
@@ -59,11 +59,11 @@ def say_again():
     [
         (CPU, AUTO, AttentionBackend(PLAIN)),
         (CPU, PLAIN, AttentionBackend(PLAIN)),
-        (H100, AUTO, AttentionBackend(AUTO, 132, GPU_KEY_BLOCK)),
-        (H100, HOPPER, AttentionBackend(HOPPER, 132, GPU_KEY_BLOCK)),
-        (H100, PLAIN, AttentionBackend(PLAIN, key_block=GPU_KEY_BLOCK)),
-        (A100, AUTO, AttentionBackend(PLAIN, key_block=GPU_KEY_BLOCK)),
-        (B200, AUTO, AttentionBackend(PLAIN, key_block=GPU_KEY_BLOCK)),
+        (H100, AUTO, AttentionBackend(AUTO, 132, *GPU_BLOCKS)),
+        (H100, HOPPER, AttentionBackend(HOPPER, 132, *GPU_BLOCKS)),
+        (H100, PLAIN, AttentionBackend(PLAIN, 0, *GPU_BLOCKS)),
+        (A100, AUTO, AttentionBackend(PLAIN, 0, *GPU_BLOCKS)),
+        (B200, AUTO, AttentionBackend(PLAIN, 0, *GPU_BLOCKS)),
     ],
 )
 def test_the_choice_follows_the_device(mesh, name, chosen):
@@ -71,7 +71,9 @@ def test_the_choice_follows_the_device(mesh, name, chosen):
 
 
 def test_the_meshes_of_this_machine():
-    assert choose_backend(AUTO, make_mesh("1x1")) == AttentionBackend(PLAIN, 0, KEY_BLOCK)
+    assert choose_backend(AUTO, make_mesh("1x1")) == AttentionBackend(
+        PLAIN, 0, KEY_BLOCK, QUERY_BLOCK
+    )
 
 
 @pytest.mark.parametrize("mesh", [CPU, A100, B200])
@@ -115,9 +117,9 @@ def ran(monkeypatch):
         found.append((HOPPER, len(rest), num_cores))
         return q
 
-    def plain(*args, key_block=KEY_BLOCK):
-        found.append((PLAIN, key_block))
-        return paged_attention(*args, key_block=key_block)
+    def plain(*args, key_block, query_block):
+        found.append((PLAIN, key_block, query_block))
+        return paged_attention(*args, key_block=key_block, query_block=query_block)
 
     def run(backend, score_mod=no_score_mod, **sizes):
         def call(*arrays):
@@ -136,13 +138,13 @@ def test_what_runs(ran, caplog):
     assert ran(on_hopper, Attention.score_mod) == (HOPPER, 5, 132)
     assert not caplog.records
     for _ in range(2):  # each reason is logged once, not in every layer of every program
-        assert ran(on_hopper, lambda scores, *_: scores) == (PLAIN, GPU_KEY_BLOCK)
-        assert ran(on_hopper, biased.__get__(object())) == (PLAIN, GPU_KEY_BLOCK)
-        assert ran(on_hopper, page_size=12) == (PLAIN, GPU_KEY_BLOCK)
+        assert ran(on_hopper, lambda scores, *_: scores) == (PLAIN, *GPU_BLOCKS)
+        assert ran(on_hopper, biased.__get__(object())) == (PLAIN, *GPU_BLOCKS)
+        assert ran(on_hopper, page_size=12) == (PLAIN, *GPU_BLOCKS)
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
-    assert ran(choose_backend(PLAIN, H100)) == (PLAIN, GPU_KEY_BLOCK)
-    assert ran(choose_backend(AUTO, A100)) == (PLAIN, GPU_KEY_BLOCK)
-    assert ran(choose_backend(AUTO, CPU)) == (PLAIN, KEY_BLOCK)
+    assert ran(choose_backend(PLAIN, H100)) == (PLAIN, *GPU_BLOCKS)
+    assert ran(choose_backend(AUTO, A100)) == (PLAIN, *GPU_BLOCKS)
+    assert ran(choose_backend(AUTO, CPU)) == (PLAIN, KEY_BLOCK, QUERY_BLOCK)
     with pytest.raises(UserError):
         ran(choose_backend(HOPPER, H100), head_dim=80)
 
