@@ -38,7 +38,8 @@ def choose_mesh_sizes(
     else:
         cache = gpu_cache_bytes(free_bytes(devices), weights)
     page = page_bytes(config, mesh, options.page_size, dtype)
-    return choose_sizes(options, config, mesh_shape(mesh)[0], page, cache)
+    platform = devices[0].platform
+    return choose_sizes(options, config, mesh_shape(mesh)[0], page, cache, platform)
 
 
 def weight_bytes(config: LlamaConfig, mesh: Mesh, dtype: jnp.dtype) -> int:

@@ -187,8 +187,9 @@ class LLM:
         from llama_jax.ring.sharded_llama import ShardedLlama
 
         executor = self.engine.loop.executor
+        programs = executor.programs
         return ShardedLlama(
-            executor.config, executor.mesh, executor.params, executor.dtype, executor.model_class
+            programs.config, programs.mesh, executor.params, programs.dtype, programs.model_class
         )
 
     @overload  # a string is also a sequence of strings, but this overload comes first
