@@ -46,20 +46,16 @@ notebooks: .venv/installed-test  ## rerun the notebooks and save their outputs
 		--CoalesceStreamsPreprocessor.enabled=True notebooks/*.ipynb
 
 audit: .venv-cuda/installed  ## compile Llama-3-70B for 8 x H100, without a GPU
-	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m bench.audit
+	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m bench audit --output bench/results/audit_70b_8xh100.json
+
+# In the order of the time they take, the shortest first.
+MEASUREMENTS = hostile startup engine decode quantization divergence loading load-speed structured convert
 
 bench: .venv/installed-test  ## every measurement that runs on a CPU: one hour, 30 GB of disk
-	.venv/bin/python -m bench.decode
-	.venv/bin/python -m bench.host_time
-	.venv/bin/python -m bench.start_up
-	.venv/bin/python -m bench.divergence
-	.venv/bin/python -m bench.loading
-	.venv/bin/python -m bench.conversion
-	.venv/bin/python -m bench.quantization
-	.venv/bin/python -m bench.load_speed
-	.venv/bin/python -m bench.hostile_requests
-	.venv/bin/python -m bench.streaming
-	.venv/bin/python -m bench.structured_output
+	for name in $(MEASUREMENTS); do \
+		.venv/bin/python -m bench $$name --output bench/results/$$name.json || [ $$? = 1 ] || exit; \
+	done
+	.venv/bin/python -m bench report
 
 demo: .venv/installed-test  ## retrain the demo checkpoint
 	.venv/bin/python demo/train.py

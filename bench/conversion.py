@@ -1,4 +1,4 @@
-"""Measures the speed and memory of `python -m convert`: `python -m bench.conversion`.
+"""Measures the speed and memory of `python -m convert`: `python -m bench convert`.
 
 It writes a 12 GB checkpoint of random numbers with the tensor shapes of Llama-3-70B, and then
 
@@ -28,11 +28,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from bench.machine import describe
+from bench.result import Plot, Result, Target
 from llama_jax.config import LlamaConfig
 from llama_jax.weights.table import StoredTensor, checkpoint_tensors
+from sharding.errors import UserError
 
-RESULT = Path(__file__).parent / "results" / "conversion.json"
 ROUNDS = 3
 RATE_TARGET = 0.7  # minimum, relative to cp's rate
 MEMORY_TARGET = int(1.2 * 2**30)  # maximum bytes above the interpreter
@@ -120,7 +120,7 @@ def convert(source: Path, target: Path, *options: str) -> dict[str, float]:
         assert process.stdout is not None
         report = json.loads(process.stdout.read())
     if process.returncode:
-        raise SystemExit(f"The conversion failed: {report}")
+        raise UserError(f"the conversion failed: {report}")
     shutil.rmtree(target)
     return {"seconds": seconds, "peak": peak, "verify_seconds": report.get("verify_seconds")}
 
@@ -136,12 +136,15 @@ def copy(source: Path, target: Path) -> dict[str, float]:
     return {"seconds": seconds, "durable_seconds": durable}
 
 
-def main() -> int:
-    """Prints and stores the results; the exit status is 1 if a target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the size and the place of the checkpoint."""
     parser.add_argument("--gigabytes", type=float, default=12.0)
     parser.add_argument("--directory", type=Path, help="on the disk to measure")
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Copies and converts in turns, then converts with little memory and with quantization."""
+    little = f"{SMALL_MEMORY >> 20}MiB"
     with tempfile.TemporaryDirectory(dir=args.directory) as name:
         source, target = Path(name) / "source", Path(name) / "target"
         size = write_source(source, args.gigabytes)
@@ -151,57 +154,53 @@ def main() -> int:
             os.sync()
             copied = copy(source, target)
             os.sync()
-            converted = convert(source, target, "--no-verify")
-            rounds.append({"cp": copied, "convert": converted})
-            print(
-                f"round {number + 1}: cp {size / copied['seconds'] / 1e9:.2f} GB/s (durable "
-                f"{size / copied['durable_seconds'] / 1e9:.2f}), convert "
-                f"{size / converted['seconds'] / 1e9:.2f} GB/s",
-                flush=True,
-            )
+            rounds.append({"cp": copied, "convert": convert(source, target, "--no-verify")})
+            print(f"round {number + 1}: {rounds[-1]}", flush=True)
         cases = {"default": rounds[0]["convert"]}
-        little = f"{SMALL_MEMORY >> 20}MiB"
         cases[little] = convert(source, target, "--max-memory", little)
         for quantization in FORMATS:
             options = ("--quantize", quantization, "--max-memory", little, "--no-verify")
             cases[f"{quantization}, {little}"] = convert(source, target, *options)
-    base = interpreter_memory()
-    for case, figures in cases.items():
-        figures["above_interpreter"] = figures["peak"] - base
-        limit = SMALL_MEMORY if little in case else MEMORY_TARGET
-        figures["within"] = figures["above_interpreter"] <= limit
-        print(
-            f"{case:<14} {figures['above_interpreter'] / 2**20:6.0f} MiB above the interpreter, "
-            f"{figures['seconds']:.1f} s, {'within' if figures['within'] else 'ABOVE'} the limit",
-            flush=True,
-        )
     seconds = {
         "cp": statistics.median(r["cp"]["seconds"] for r in rounds),
-        "cp, durable": statistics.median(r["cp"]["durable_seconds"] for r in rounds),
+        "cp and sync": statistics.median(r["cp"]["durable_seconds"] for r in rounds),
         "convert": statistics.median(r["convert"]["seconds"] for r in rounds),
     }
-    ratio = seconds["cp"] / seconds["convert"]
-    ratio_durable = seconds["cp, durable"] / seconds["convert"]
-    met = ratio >= RATE_TARGET and all(figures["within"] for figures in cases.values())
-    print(
-        f"convert runs at {ratio:.2f} of cp's rate, {ratio_durable:.2f} of a durable cp's; target "
-        f"{RATE_TARGET}: {'met' if ratio >= RATE_TARGET else 'MISSED'}"
+    ways = [
+        {"way": way, "time": took, "rate": size / took, "rate / cp": seconds["cp"] / took}
+        for way, took in seconds.items()
+    ]
+    base = interpreter_memory()
+    memory = [
+        {"case": case, "time of the command": found["seconds"], "memory": found["peak"] - base}
+        for case, found in cases.items()
+    ]
+    return Result.measured(
+        "convert",
+        f"{size / 1e9:.2f} GB with the shapes of Llama-3-70B on one disk: medians of {ROUNDS} "
+        "rounds, and peaks of anonymous memory above that of a bare interpreter",
+        args=vars(args),
+        packages=("numpy",),
+        units={
+            "time": "s",
+            "rate": "bytes/s",
+            "rate / cp": "",
+            "time of the command": "s",
+            "memory": "bytes",
+        },
+        rows=[*ways, *memory],
+        targets=[
+            Target("rate of conversion / cp", ways[-1]["rate / cp"], RATE_TARGET, "min"),
+            *(
+                Target(
+                    f"memory, {row['case']}",
+                    row["memory"],
+                    SMALL_MEMORY if little in row["case"] else MEMORY_TARGET,
+                    "max",
+                    "bytes",
+                )
+                for row in memory
+            ),
+        ],
+        plots=[Plot("Rate of conversion and of cp", "way", ("rate",), kind="bar")],
     )
-    result = {
-        "bytes": size,
-        "median_seconds": seconds,
-        "rate_over_cp": ratio,
-        "rate_over_durable_cp": ratio_durable,
-        "rate_target": RATE_TARGET,
-        "interpreter_bytes": base,
-        "memory": cases,
-        "rounds": rounds,
-        "met": met,
-    }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps({**describe("numpy"), **result}, indent=1) + "\n")
-    return 0 if met else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Decode speed compared with transformers on PyTorch: `python -m bench.decode`.
+"""Decode speed compared with transformers on PyTorch: `python -m bench decode`.
 
 Both have the same random weights (100 M parameters, float32), prompts and threads, and decode
 greedily. Each engine runs in its own process, and they take turns, so that other load on the
@@ -9,18 +9,15 @@ comparison.
 """
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from bench.machine import describe
+from bench.new_process import in_new_process
+from bench.result import Plot, Result, Target
 
-RESULT = Path(__file__).parent / "results" / "decode.json"
 BATCHES = (1, 8, 32)
 ENGINES = ("transformers", "1x1", "4x2")
 PROMPT_TOKENS = 128
@@ -116,40 +113,20 @@ def time_ring(path: str, batch: int, mesh: str) -> float:
 
 
 def measure(path: str, engine: str, batch: int) -> float:
-    """Seconds per step of one run, in a new process."""
-    command = [sys.executable, "-m", "bench.decode", "--one", engine, str(batch), path]
-    run = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(run.stdout.split()[-1])
+    """Seconds per step of one engine."""
+    if engine == "transformers":
+        return time_transformers(path, batch)
+    return time_ring(path, batch, engine)
 
 
-def table(rows: list[dict[str, object]]) -> str:
-    """Formats the results for a terminal."""
-    headings = f"{'transformers':>14} {'1x1':>14} {'4x2':>14} {'1x1 / transformers':>20}"
-    lines = [f"{'batch':>5} {headings}"]
-    for row in rows:
-        ms = [f"{1000 * float(row[engine]):.1f} ms" for engine in ENGINES]  # type: ignore[arg-type]
-        ratio = f"{row['ratio']:.2f} (>= {row['target']})"
-        lines.append(f"{row['batch']:>5} {ms[0]:>14} {ms[1]:>14} {ms[2]:>14} {ratio:>20}")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """Runs every measurement, prints the table and writes the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what can be made smaller."""
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
-    parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--one", nargs=3, metavar=("ENGINE", "BATCH", "PATH"), help="internal")
-    args = parser.parse_args()
-    if args.one:
-        engine, batch, path = args.one[0], int(args.one[1]), args.one[2]
-        timed = (
-            time_transformers(path, batch)
-            if engine == "transformers"
-            else time_ring(path, batch, engine)
-        )
-        print(timed)
-        return
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Measures every engine at every batch."""
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         parameters = write_model(Path(directory))
@@ -157,22 +134,23 @@ def main() -> None:
             times: dict[str, list[float]] = {engine: [] for engine in ENGINES}
             for _ in range(args.rounds):
                 for engine in ENGINES:
-                    times[engine].append(measure(directory, engine, batch))
-            row: dict[str, object] = {e: statistics.median(t) for e, t in times.items()}
-            ratio = float(row["transformers"]) / float(row["1x1"])  # type: ignore[arg-type]
-            row |= {"batch": batch, "ratio": ratio, "target": TARGETS.get(batch, 1.0)}
-            rows.append(row)
-            print(table(rows[-1:]), flush=True)
-    result = {
-        "what": f"seconds per decode step, {parameters:,} parameters, float32, prompts of "
-        f"{PROMPT_TOKENS}, up to {NEW_TOKENS} new tokens, median of {args.rounds}",
-        **describe("jax", "flax", "torch", "transformers"),
-        "rows": rows,
-    }
-    args.output.parent.mkdir(exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print("\n" + table(rows))
-
-
-if __name__ == "__main__":
-    main()
+                    seconds = in_new_process(measure, directory, engine, batch)
+                    times[engine].append(seconds)
+                    print(f"batch {batch}, {engine}: {1000 * seconds:.1f} ms", flush=True)
+            row = {engine: statistics.median(found) for engine, found in times.items()}
+            rows.append({"batch": batch, **row, "ratio": row["transformers"] / row["1x1"]})
+    return Result.measured(
+        "decode",
+        f"seconds per decode step, {parameters:,} parameters, float32, prompts of {PROMPT_TOKENS}, "
+        f"up to {NEW_TOKENS} new tokens, median of {args.rounds}",
+        args=vars(args),
+        packages=("jax", "flax", "torch", "transformers"),
+        units={**dict.fromkeys(ENGINES, "s"), "ratio": ""},
+        rows=rows,
+        targets=[
+            Target(f"transformers / 1x1 at batch {row['batch']}", row["ratio"], limit, "min")
+            for row in rows
+            if (limit := TARGETS.get(row["batch"])) is not None
+        ],
+        plots=[Plot("Time of one more token for the whole batch", "batch", ENGINES, log="xy")],
+    )

@@ -1,4 +1,4 @@
-"""How soon greedy answers diverge when other requests run, too: `python -m bench.divergence`.
+"""How soon greedy answers diverge when other requests run, too: `python -m bench divergence`.
 
 The same requests are answered alone, in a full batch, beside chunks of other prompts, and with a
 page pool so small that they are preempted and recomputed. Other programs then sum in another order,
@@ -7,17 +7,14 @@ so logits differ by rounding, and where the two best logits are closer than that
 weights, whose best logits are closer together than those of a trained model.
 """
 
-import json
+import argparse
 import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from rich.console import Console
-from rich.table import Table
 
-from bench.machine import describe
+from bench.result import Plot, Result, Row
 from llama_jax.config import LlamaConfig
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.core import Engine, configure_jax
@@ -25,11 +22,13 @@ from llama_jax.engine.options import EngineOptions
 from llama_jax.ring.kv_cache import page_bytes
 from sharding.mesh import make_mesh
 
-RESULT = Path(__file__).parent / "results" / "divergence.json"
 MESH, PAGE_SIZE = "2x2", 16
 REQUESTS, PROMPT, TOKENS = 8, 40, 200
 PAGES = -(-(PROMPT + TOKENS) // PAGE_SIZE) * REQUESTS  # for all of them at once
 GREEDY = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+UNITS = dict.fromkeys(
+    ("requests", "diverged", "first at token", "median at token", "preemptions"), ""
+) | {"rate per token": "", "same tokens": ""}
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "torch")
 
 
@@ -96,7 +95,7 @@ def answers(
     return tokens
 
 
-def compare(found: dict[int, list[int]], expected: dict[int, list[int]]) -> dict[str, float]:
+def compare(found: dict[int, list[int]], expected: dict[int, list[int]]) -> Row:
     """Counts the answers that diverge, and where; the rate is per token before a divergence."""
     firsts = [
         next((i for i, (a, b) in enumerate(zip(found[n], tokens, strict=True)) if a != b), None)
@@ -106,15 +105,15 @@ def compare(found: dict[int, list[int]], expected: dict[int, list[int]]) -> dict
     at_risk = sum(TOKENS if first is None else first + 1 for first in firsts)
     return {
         "requests": len(firsts),
-        "parted": len(parted),
-        "rate_per_token": len(parted) / at_risk,
-        "first": min(parted, default=None),
-        "median": float(np.median(parted)) if parted else None,
-        "tokens_same": sum(TOKENS if f is None else f for f in firsts) / (TOKENS * len(firsts)),
+        "diverged": len(parted),
+        "rate per token": len(parted) / at_risk,
+        "first at token": min(parted, default=None),
+        "median at token": float(np.median(parted)) if parted else None,
+        "same tokens": sum(TOKENS if f is None else f for f in firsts) / (TOKENS * len(firsts)),
     }
 
 
-def measure(path: str, dtype: str) -> list[dict[str, object]]:
+def measure(path: str, dtype: str) -> list[Row]:
     """Returns one row per kind of other load, compared with the requests answered alone."""
     rng = np.random.default_rng(0)
     engine = make_engine(path, dtype, PAGES + 20)
@@ -136,50 +135,37 @@ def measure(path: str, dtype: str) -> list[dict[str, object]]:
     assert preemptions >= REQUESTS // 2
     return [
         {"dtype": dtype, "company": name, **compare(found, alone)}
-        | ({"preemptions": preemptions} if name.startswith("preempted") else {})
+        | {"preemptions": preemptions if name.startswith("preempted") else None}
         for name, found in company.items()
     ]
 
 
-def main() -> None:
-    """Measures in both dtypes, prints the table and writes the JSON file."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """There is nothing to choose."""
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Measures in both dtypes."""
     configure_jax()  # before the first mesh
-    table = Table(title=f"Greedy answers of {TOKENS} tokens against the same request alone, {MESH}")
-    columns = ("dtype", "company", "parted", "first at", "median at", "per token", "tokens same")
-    for column in columns:
-        table.add_column(column, justify="left" if column in columns[:2] else "right")
-    rows = []
     with tempfile.TemporaryDirectory() as path:
         config = write_model(path)
-        for dtype in ("bfloat16", "float32"):
-            for row in measure(path, dtype):
-                rows.append(row)
-                table.add_row(
-                    dtype,
-                    row["company"],
-                    f"{row['parted']} of {row['requests']}",
-                    str(row["first"] if row["parted"] else "-"),
-                    f"{row['median']:.0f}" if row["parted"] else "-",
-                    f"{row['rate_per_token']:.2%}",
-                    f"{row['tokens_same']:.1%}",
-                )
-    Console(width=110).print(table)
-    report = {
-        **describe(*PACKAGES),
-        "mesh": MESH,
-        "prompt_tokens": PROMPT,
-        "tokens": TOKENS,
-        "model": {
-            "layers": config.num_hidden_layers,
-            "embed_dim": config.hidden_size,
-            "vocab_size": config.vocab_size,
-            "weights": "random",
-        },
-        "rows": rows,
-    }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(report, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        rows = [row for dtype in ("bfloat16", "float32") for row in measure(path, dtype)]
+    return Result.measured(
+        "divergence",
+        f"greedy answers of {TOKENS} tokens to {REQUESTS} prompts of {PROMPT} against the same "
+        f"request alone, {config.num_hidden_layers} random layers of width {config.hidden_size} "
+        f"and {config.vocab_size:,} tokens, on {MESH}",
+        args=vars(args),
+        packages=PACKAGES,
+        units=UNITS,
+        rows=rows,
+        plots=[
+            Plot(
+                "Tokens that are the same as without other requests",
+                "company",
+                ("same tokens",),
+                by="dtype",
+                kind="bar",
+            )
+        ],
+    )

@@ -1,4 +1,4 @@
-"""Host time of the engine per tick with 256 sequences: `python -m bench.host_time`.
+"""Host time of the engine per tick with 256 sequences, a part of `python -m bench engine`.
 
 A small random model runs on 4 x 2 virtual devices, with 256 requests decoding, 64 in each packet.
 Host time is the engine's own work in a tick: scheduling, encoding the packet, matching results to
@@ -8,20 +8,16 @@ the time of the devices.
 """
 
 import argparse
-import json
 import statistics
-import sys
 import tempfile
-from pathlib import Path
 
-from bench.machine import describe
+from bench.result import Result, Row, Target
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.core import Engine
 from llama_jax.engine.options import EngineOptions
 
-RESULT = Path(__file__).parent / "results" / "host_time.json"
 SEQUENCES = 256
-TARGET_MS = 1.0
+TARGET = 1e-3  # seconds
 
 
 def write_model(path: str) -> None:
@@ -42,8 +38,8 @@ def write_model(path: str) -> None:
     transformers.LlamaForCausalLM(config).save_pretrained(path)
 
 
-def measure(params: SamplingParams, ticks: int) -> dict[str, float]:
-    """Milliseconds per tick while all sequences decode."""
+def measure(params: SamplingParams, ticks: int) -> Row:
+    """Seconds per tick while all sequences decode."""
     with tempfile.TemporaryDirectory() as path:
         write_model(path)
         options = EngineOptions(
@@ -63,43 +59,31 @@ def measure(params: SamplingParams, ticks: int) -> dict[str, float]:
         before = loop.host_seconds, loop.executor.call_seconds
         outputs = engine.step()
         assert len(outputs) == SEQUENCES // 4
-        host.append(1000 * (loop.host_seconds - before[0]))
-        call.append(1000 * (loop.executor.call_seconds - before[1]))
+        host.append(loop.host_seconds - before[0])
+        call.append(loop.executor.call_seconds - before[1])
     return {
-        "host_ms": statistics.median(host),
-        "host_ms_p99": sorted(host)[int(0.99 * len(host))],
-        "call_ms": statistics.median(call),
+        "host time": statistics.median(host),
+        "host time, p99": sorted(host)[int(0.99 * len(host))],
+        "jit call": statistics.median(call),
     }
 
 
-def main() -> int:
-    """Prints and writes the figures; the exit status is 1 if the target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--ticks", type=int, default=1000)
-    parser.add_argument("--output", type=Path, default=RESULT)
-    args = parser.parse_args()
+def run(args: argparse.Namespace) -> Result:
+    """Measures greedy and sampled requests."""
     kinds = {
         "greedy": SamplingParams(temperature=0, ignore_eos=True),
         "sampled": SamplingParams(temperature=1.0, top_p=0.9, seed=1, ignore_eos=True),
     }
-    rows = {kind: measure(params, args.ticks) for kind, params in kinds.items()}
-    for kind, row in rows.items():
-        print(
-            f"{kind:<8} host {row['host_ms']:.2f} ms per tick (p99 {row['host_ms_p99']:.2f}), "
-            f"jit call {row['call_ms']:.2f} ms"
-        )
-    met = all(row["host_ms"] <= TARGET_MS for row in rows.values())
-    result = {
-        "what": f"median of {args.ticks} ticks, {SEQUENCES} sequences in 4 packets, mesh 4x2",
-        **describe("jax", "numpy"),
-        "target_ms": TARGET_MS,
-        "met": met,
-        "rows": rows,
-    }
-    args.output.parent.mkdir(exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
-    return 0 if met else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    rows = [{"requests": kind, **measure(params, args.ticks)} for kind, params in kinds.items()]
+    return Result.measured(
+        "engine",
+        f"host time per tick of {SEQUENCES} sequences in 4 packets on 4x2, medians of {args.ticks}",
+        args=vars(args),
+        packages=("jax", "numpy"),
+        units={"host time": "s", "host time, p99": "s", "jit call": "s"},
+        rows=rows,
+        targets=[
+            Target(f"host time per tick, {row['requests']}", row["host time"], TARGET, "max", "s")
+            for row in rows
+        ],
+    )

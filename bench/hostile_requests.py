@@ -1,4 +1,4 @@
-"""How long hostile requests stop the server's event loop: `python -m bench.hostile_requests`.
+"""How long hostile requests stop the server's event loop: `python -m bench hostile`.
 
 Bodies of just under the limit of 2 MB, made to be expensive, are sent one after the other to the
 HTTP server, over an engine without a model. Meanwhile a task on the server's event loop wakes up
@@ -13,19 +13,16 @@ import asyncio
 import json
 import resource
 import socket
-import sys
 import threading
 import time
 import urllib.parse
 from collections.abc import Callable
-from pathlib import Path
 
-from bench.machine import describe
+from bench.result import Result, Row, Target
 from llama_jax.serve.transport.door import MAX_BODY_BYTES
 from llama_jax.serve.transport.http_server import HttpServer, address_of, listen
 from tests.support.fake_client import FakeServer
 
-RESULT = Path(__file__).parent / "results" / "hostile_requests.json"
 MAX_MODEL_LEN = 131_072
 REPEATS = 3  # of each body
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -136,18 +133,18 @@ async def longest_delay(done: threading.Event) -> float:
     return longest
 
 
-async def measure(max_model_len: int, repeats: int) -> dict[str, dict[str, float]]:
-    """The cost of each body, in milliseconds and megabytes."""
+async def measure(max_model_len: int, repeats: int) -> list[Row]:
+    """The cost of each body."""
     server = FakeServer(max_model_len=max_model_len, max_in_flight=288)
     listener = listen("127.0.0.1", 0)
     address = address_of(listener)
-    results = {}
+    results: list[Row] = []
     async with HttpServer(server.app, listener, write_seconds=60.0).running():
         await asyncio.to_thread(post, address, CHAT, b"{}")
         for name, (path, body) in bodies().items():
             rows = [await measure_one(address, path, body) for _ in range(repeats)]
-            results[name] = {key: min(row[key] for row in rows) for key in rows[0]}
-            print(f"{name:32}", *(f"{key} {value:8}" for key, value in results[name].items()))
+            results.append({"body": name} | {key: min(row[key] for row in rows) for key in rows[0]})
+            print(results[-1], flush=True)
     return results
 
 
@@ -161,10 +158,10 @@ async def measure_one(address: str, path: str, body: bytes) -> dict[str, float]:
     done.set()
     return {
         "status": status,
-        "answer_ms": round(1000 * seconds, 1),
-        "loop_delay_ms": round(1000 * await delay, 1),
-        "loop_cpu_ms": round(1000 * (time.thread_time() - cpu), 1),
-        "memory_mb": round(peak_megabytes() - memory, 1),
+        "answer after": round(1000 * seconds, 1),
+        "loop stopped": round(1000 * await delay, 1),
+        "loop's CPU time": round(1000 * (time.thread_time() - cpu), 1),
+        "memory": round(peak_megabytes() - memory, 1),
     }
 
 
@@ -173,17 +170,26 @@ def peak_megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
-def main() -> int:
-    """Prints and stores the results; the exit status is 1 if the target is missed."""
-    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
-    results = asyncio.run(measure(MAX_MODEL_LEN, REPEATS))
-    longest = max(result["loop_delay_ms"] for result in results.values())
-    met = longest <= TARGET_MS
-    print(f"longest delay {longest} ms, target {TARGET_MS} ms: {'met' if met else 'missed'}")
-    content = {"machine": describe(), "target_ms": TARGET_MS, "bodies": results}
-    RESULT.write_text(json.dumps(content, indent=1) + "\n")
-    return 0 if met else 1
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """There is nothing to choose."""
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def run(args: argparse.Namespace) -> Result:
+    """Sends every body."""
+    rows = asyncio.run(measure(MAX_MODEL_LEN, REPEATS))
+    longest = max(row["loop stopped"] for row in rows)
+    return Result.measured(
+        "hostile",
+        f"bodies of up to {MAX_BODY_BYTES / 1e6:.0f} MB, the least of {REPEATS} values each",
+        args=vars(args),
+        packages=("starlette", "uvicorn", "h11", "msgspec"),
+        units={
+            "status": "",
+            "answer after": "ms",
+            "loop stopped": "ms",
+            "loop's CPU time": "ms",
+            "memory": "MB",
+        },
+        rows=rows,
+        targets=[Target("longest stop of the event loop", longest, TARGET_MS, "max", "ms")],
+    )

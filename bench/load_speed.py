@@ -1,4 +1,4 @@
-"""Measures how fast an Orbax checkpoint is loaded onto 4x2: `python -m bench.load_speed`.
+"""Measures how fast an Orbax checkpoint is loaded onto 4x2: `python -m bench load-speed`.
 
 Random bfloat16 weights (2 GB), which stay in the page cache, are
 
@@ -16,31 +16,29 @@ rounds. Imports and the start of JAX are not measured.
 """
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from bench.machine import describe
+from bench.new_process import in_new_process
+from bench.result import Plot, Result, Target
 
-RESULT = Path(__file__).parent / "results" / "load_speed.json"
 ROUNDS = 5
 TARGET = 0.7  # minimum rate, relative to "read and keep"
 KINDS = ("read", "read and keep", "load", "transformers")
 
 
-def write(directory: Path) -> None:
-    """Writes the checkpoint in both layouts to subfolders of `directory`."""
+def write(name: str) -> int:
+    """Writes the checkpoint in both layouts to subfolders; returns the bytes of one."""
     import torch
     import transformers
 
     from convert.conversion import Options, convert
     from convert.source import open_source
 
+    directory = Path(name)
     config = transformers.LlamaConfig(
         vocab_size=32000,
         hidden_size=2048,
@@ -53,6 +51,7 @@ def write(directory: Path) -> None:
     transformers.LlamaForCausalLM(config).save_pretrained(directory / "huggingface")
     source = open_source(directory / "huggingface")
     convert(source, directory / "orbax", Options())
+    return sum(file.stat().st_size for file in (directory / "huggingface").iterdir())
 
 
 def read(path: Path, keep: bool) -> float:
@@ -104,57 +103,44 @@ def load_transformers(path: Path) -> float:
     return time.perf_counter() - start
 
 
-def in_process(*arguments: str) -> str:
-    """Runs this file in a new process and returns the last line that it prints."""
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(Path(__file__).parent.parent),
-    }
-    command = [sys.executable, __file__, *arguments]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return (done.stdout.splitlines() or [""])[-1]
+def seconds(kind: str, directory: str) -> float:
+    """Returns the seconds of one kind of reading the checkpoint in a directory."""
+    if kind == "transformers":
+        return load_transformers(Path(directory) / "huggingface")
+    path = Path(directory) / "orbax"
+    return load(path) if kind == "load" else read(path, kind == "read and keep")
 
 
-def main() -> int:
-    """Prints and stores the rates; the exit status is 1 if a target is missed."""
-    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the number of rounds."""
+    parser.add_argument("--rounds", type=int, default=5)
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Reads in all ways in turns."""
+    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as directory:
-        in_process("--write", directory)
-        size = sum(file.stat().st_size for file in Path(directory, "huggingface").iterdir())
-        for _ in range(ROUNDS):
+        size = in_new_process(write, directory, JAX_PLATFORMS="cpu")
+        for _ in range(args.rounds):
             for kind in KINDS:
-                path = f"{directory}/{'huggingface' if kind == 'transformers' else 'orbax'}"
-                seconds[kind].append(float(in_process("--time", kind, path)))
-    medians = {kind: statistics.median(values) for kind, values in seconds.items()}
-    for kind, value in medians.items():
-        print(f"{kind:<14} {value:6.2f} s {size / value / 1e9:6.2f} GB/s")
-    ratios = {kind: medians[kind] / medians["load"] for kind in KINDS if kind != "load"}
-    met = ratios["read and keep"] >= TARGET and ratios["transformers"] > 1
-    for kind, ratio in ratios.items():
-        print(f"loading runs at {ratio:.2f} of the rate of {kind}")
-    verdict = "met" if met else "MISSED"
-    print(f"target {TARGET} of read and keep, and faster than transformers: {verdict}")
-    result = {"bytes": size, "median_seconds": medians, "rate_of_loading_over": ratios,
-              "target": TARGET, "met": met, "seconds": seconds}  # fmt: skip
-    packages = ("jax", "numpy", "torch", "transformers", "safetensors")
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps({**describe(*packages), **result}, indent=1) + "\n")
-    return 0 if met else 1
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--write", metavar="DIR", help=argparse.SUPPRESS)
-    parser.add_argument("--time", nargs=2, metavar=("KIND", "PATH"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.write:
-        write(Path(options.write))
-    elif options.time:
-        kind, path = options.time[0], Path(options.time[1])
-        if kind.startswith("read"):
-            print(read(path, kind == "read and keep"))
-        else:
-            print(load(path) if kind == "load" else load_transformers(path))
-    else:
-        sys.exit(main())
+                times[kind].append(in_new_process(seconds, kind, directory, JAX_PLATFORMS="cpu"))
+                print(f"{kind}: {times[kind][-1]:.2f} s", flush=True)
+    medians = {kind: statistics.median(values) for kind, values in times.items()}
+    ratios = {kind: took / medians["load"] for kind, took in medians.items()}
+    return Result.measured(
+        "load-speed",
+        f"seconds to load {size / 1e9:.1f} GB of bfloat16 from the page cache, medians of "
+        f"{args.rounds}",
+        args=vars(args),
+        packages=("jax", "numpy", "torch", "transformers", "safetensors"),
+        units={"time": "s", "rate": "bytes/s", "load's rate / this": ""},
+        rows=[
+            {"way": kind, "time": took, "rate": size / took, "load's rate / this": ratios[kind]}
+            for kind, took in medians.items()
+        ],
+        targets=[
+            Target("rate / that of read and keep", ratios["read and keep"], TARGET, "min"),
+            Target("rate / that of transformers", ratios["transformers"], 1.0, "min"),
+        ],
+        plots=[Plot("Rate of loading a checkpoint", "way", ("rate",), kind="bar")],
+    )

@@ -1,4 +1,4 @@
-"""The accuracy of each quantized format on the demo checkpoint: `python -m bench.quantization`.
+"""The accuracy of each quantized format on the demo checkpoint: `python -m bench quantization`.
 
 For each format: bytes of the weights, their relative error by kind of matrix, the KL divergence of
 the predictions from the unquantized model's on the sample text of `convert --check`, and, through
@@ -7,14 +7,11 @@ the fraction that get the right one.
 """
 
 import argparse
-import json
-import sys
 import tempfile
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 
-from bench.machine import describe
+from bench.result import Plot, Result, Row, Target
 from convert.conversion import Options, convert
 from convert.divergence import divergence
 from convert.sample import sample_windows
@@ -24,9 +21,17 @@ from llama_jax import LLM, SamplingParams
 from llama_jax.checkpoint import open_checkpoint
 from llama_jax.quantization import QUANTIZERS
 
-RESULT = Path(__file__).parent / "results" / "quantization.json"
 CHECKPOINT = Path(__file__).resolve().parents[1] / "demo" / "checkpoint"
 MESH = "2x2"
+UNITS = {
+    "right answers": "",
+    "unchanged answers": "",
+    "size": "bytes",
+    "KL divergence": "nats per token",
+    "largest KL divergence": "nats",
+    "unchanged best token": "",
+    "relative error": "",
+}
 PHRASINGS = ("What is {a} + {b}?", "{a}+{b}", "Can you add {a} and {b}?", "{a} plus {b}")
 TARGET = 0.95  # for int8 and fp8: minimum fraction of answers like the unquantized model's
 
@@ -47,14 +52,18 @@ def agreement(answers: list[str], expected: list[str]) -> float:
     return sum(a == b for a, b in zip(answers, expected, strict=True)) / len(answers)
 
 
-def main() -> int:
-    """Prints and writes the results. Returns the exit status: 1 if a target is missed."""
-    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """There is nothing to choose."""
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Quantizes the demo checkpoint in every format, and asks it every sum."""
     right = [sum_answer(*pair) for pair in held_out_pairs()]
     plain = ask(CHECKPOINT)
     source = open_source(CHECKPOINT)
     windows = sample_windows(source, None)
-    rows = {"plain": {"right": agreement(plain, right)}}
+    rows: list[Row] = [{"weights": "unquantized", "right answers": agreement(plain, right)}]
+    errors: list[Row] = []
     for quantize in QUANTIZERS:
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / quantize
@@ -62,30 +71,42 @@ def main() -> int:
             with closing(open_checkpoint(path)) as quantized:
                 predictions = divergence(source.reader, quantized, windows)
             found = ask(path)
-        row = {
-            "bytes": report.bytes,
-            "relative_error": report.quantization_error,
-            "divergence": asdict(predictions),
-            "same_answers": agreement(found, plain),
-            "right": agreement(found, right),
-        }
-        rows[quantize] = row
-        errors = report.quantization_error.values()
-        print(
-            f"{quantize}: {report.bytes / 1e6:.2f} MB, relative error {min(errors):.4f} to "
-            f"{max(errors):.4f}, KL {predictions.mean:.2e} nats per token, same answers "
-            f"{row['same_answers']:.3f}, right {row['right']:.3f} (unquantized "
-            f"{rows['plain']['right']:.3f})",
-            flush=True,
+        rows.append(
+            {
+                "weights": quantize,
+                "right answers": agreement(found, right),
+                "unchanged answers": agreement(found, plain),
+                "size": report.bytes,
+                "KL divergence": predictions.mean,
+                "largest KL divergence": predictions.largest,
+                "unchanged best token": predictions.agreement,
+            }
         )
-    met = all(rows[quantize]["same_answers"] >= TARGET for quantize in ("int8", "fp8"))
-    verdict = "met" if met else "MISSED"
-    print(f"int8 and fp8 keep at least {TARGET} of the unquantized answers: {verdict}")
-    result = {"questions": len(right), "mesh": MESH, "target": TARGET, "met": met, "rows": rows}
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps({**describe("jax", "numpy"), **result}, indent=1) + "\n")
-    return 0 if met else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        errors += [
+            {"weights": quantize, "matrix": matrix, "relative error": error}
+            for matrix, error in report.quantization_error.items()
+        ]
+        print(f"{quantize}: {rows[-1]}", flush=True)
+    return Result.measured(
+        "quantization",
+        f"the demo checkpoint on {MESH}: answers to {len(right):,} held-out sums, and predictions "
+        "of the sample text of convert --check",
+        args=vars(args),
+        packages=("jax", "numpy"),
+        units=UNITS,
+        rows=[*rows, *errors],
+        targets=[
+            Target(f"unchanged answers, {row['weights']}", row["unchanged answers"], TARGET, "min")
+            for row in rows
+            if row["weights"] in ("int8", "fp8")
+        ],
+        plots=[
+            Plot(
+                "Relative error of the weights",
+                "matrix",
+                ("relative error",),
+                by="weights",
+                kind="bar",
+            )
+        ],
+    )

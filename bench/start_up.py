@@ -1,4 +1,4 @@
-"""Measures the time from starting the server to its first answer: `python -m bench.start_up`.
+"""Measures the time from starting the server to its first answer: `python -m bench startup`.
 
 Each start is a new process that serves the demo checkpoint on a 4x2 mesh of virtual devices; a
 client retries until a chat request is answered. The first start has an empty compilation cache, the
@@ -16,11 +16,10 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
-from bench.machine import describe
+from bench.result import Result, Target
+from sharding.errors import UserError
 
-RESULT = Path(__file__).parent / "results" / "start_up.json"
 TARGETS = {"first": 30.0, "second": 15.0}  # seconds, on 2 cores
 
 
@@ -55,31 +54,29 @@ def seconds_to_first_answer(cache: str) -> float:
                 return seconds
             except (urllib.error.URLError, ConnectionError):
                 time.sleep(0.1)
-        raise SystemExit(f"The server ended with exit code {server.returncode}.")
+        raise UserError(f"the server ended with exit code {server.returncode}; its output says why")
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(30)
 
 
-def main() -> int:
-    """Prints and writes the results; returns 1 if a target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=RESULT)
-    args = parser.parse_args()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """There is nothing to choose."""
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Starts the server twice."""
     with tempfile.TemporaryDirectory() as cache:
         seconds = {name: seconds_to_first_answer(cache) for name in TARGETS}
-    met = all(seconds[name] <= limit for name, limit in TARGETS.items())
-    result = {
-        "what": "seconds from starting the process to a whole answer, demo checkpoint on 4x2",
-        **describe("jax", "transformers"),
-        "seconds": seconds,
-        "targets": TARGETS,
-        "met": met,
-    }
-    args.output.parent.mkdir(exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
-    return 0 if met else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return Result.measured(
+        "startup",
+        "seconds from starting the process to a whole answer, demo checkpoint on 4x2",
+        args=vars(args),
+        packages=("jax", "transformers"),
+        units={"time": "s"},
+        rows=[{"start": name, "time": value} for name, value in seconds.items()],
+        targets=[
+            Target(f"{name} start", seconds[name], limit, "max", "s")
+            for name, limit in TARGETS.items()
+        ],
+    )

@@ -1,4 +1,4 @@
-"""What HTTP streaming costs: `python -m bench.streaming`.
+"""What HTTP streaming costs: a part of `python -m bench engine`.
 
 64 streams run at once, their client in a process of its own, in two measurements:
 
@@ -17,15 +17,13 @@ import asyncio
 import contextlib
 import json
 import statistics
-import sys
 import time
 import urllib.parse
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from pathlib import Path
-from typing import Any
 
-from bench.machine import describe
+from bench.new_process import command, outcome
+from bench.result import Result, Row, Target
 from llama_jax.client.client import EngineClient
 from llama_jax.client.engine_process import ENGINE_COMMAND
 from llama_jax.config.sampling_params import SamplingParams
@@ -39,10 +37,9 @@ from llama_jax.serve.transport.http_server import HttpServer, address_of, listen
 from llama_jax.text.tokenizer import Tokenizer
 from tests.support.processes import FAKE
 
-RESULT = Path(__file__).parent / "results" / "streaming.json"
 STREAMS = 64
 PROMPT_TOKENS = 16
-TARGET_SHARE, TARGET_RATE, TARGET_LAG_MS = 0.95, 2000.0, 50.0
+TARGET_SHARE, TARGET_RATE, TARGET_LAG = 0.95, 2000.0, 0.05
 WAKE_SECONDS = 0.005
 
 
@@ -77,12 +74,18 @@ async def read_streams(address: str, tokens: int) -> dict[str, float]:
     return {"tokens": sum(counts), "seconds": time.perf_counter() - start}
 
 
+def read_all(address: str, tokens: int) -> dict[str, float]:
+    """`read_streams` for the process of the client."""
+    return asyncio.run(read_streams(address, tokens))
+
+
 async def through_http(address: str, tokens: int) -> float:
     """Tokens per second of all streams, read by another process."""
-    command = (sys.executable, "-m", "bench.streaming", "--client", address, str(tokens))
-    client = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    client = await asyncio.create_subprocess_exec(
+        *command(read_all, address, tokens), stdout=asyncio.subprocess.PIPE
+    )
     output, _ = await client.communicate()
-    result = json.loads(output)
+    result = outcome(output.decode())
     assert result["tokens"] == STREAMS * tokens, result
     return float(result["tokens"] / result["seconds"])
 
@@ -103,10 +106,10 @@ async def through_client(engine: EngineClient, tokens: int) -> float:
 
 @contextlib.asynccontextmanager
 async def serving(
-    options: EngineOptions, command: Sequence[str]
+    options: EngineOptions, engine_command: Sequence[str]
 ) -> AsyncGenerator[tuple[EngineClient, str], None]:
     """Runs an engine and a server in front of it; yields the engine's client and the address."""
-    engine = await EngineClient.start(options, command=command)
+    engine = await EngineClient.start(options, command=engine_command)
     metrics = Metrics("bench", lambda: engine.stats, lambda: engine.alive, "llama_jax")
     served = ServedModel(
         name="bench",
@@ -139,28 +142,28 @@ def percentile_99(values: list[float]) -> float:
     return sorted(values)[int(0.99 * len(values))]
 
 
-async def measure_engine(tokens: int, repeats: int) -> dict[str, Any]:
+async def measure_engine(tokens: int, repeats: int) -> Row:
     """The share of the engine's own rate that arrives through HTTP."""
     options = EngineOptions(path=str(DEMO_CHECKPOINT), max_num_seqs=STREAMS, max_model_len=1024)
-    rows, lags = [], list[float]()
+    alone, http, lags = list[float](), list[float](), list[float]()
     async with serving(options, ENGINE_COMMAND) as (engine, address):
         await through_client(engine, 8)
         await through_http(address, 8)
         for _ in range(repeats):
-            alone = await through_client(engine, tokens)
+            alone.append(await through_client(engine, tokens))
             lag = asyncio.create_task(record_lag(lags))
-            http = await through_http(address, tokens)
+            http.append(await through_http(address, tokens))
             lag.cancel()
-            rows.append({"engine": round(alone, 1), "http": round(http, 1)})
-    share = statistics.median(row["http"] / row["engine"] for row in rows)
     return {
-        "tokens_per_second": rows,
-        "share": round(share, 3),
-        "lag_ms_p99": round(1000 * percentile_99(lags), 1),
+        "streams over": "the demo checkpoint",
+        "through HTTP": statistics.median(http),
+        "engine's client": statistics.median(alone),
+        "share": statistics.median(h / a for h, a in zip(http, alone, strict=True)),
+        "loop late, p99": percentile_99(lags),
     }
 
 
-async def measure_stub(tokens: int, repeats: int) -> dict[str, Any]:
+async def measure_stub(tokens: int, repeats: int) -> Row:
     """The rate through the server over an engine that is never the limit."""
     lags, rates = list[float](), []
     options = EngineOptions(path="fake", max_num_seqs=STREAMS)
@@ -168,50 +171,41 @@ async def measure_stub(tokens: int, repeats: int) -> dict[str, Any]:
         await through_http(address, 8)
         for _ in range(repeats):
             lag = asyncio.create_task(record_lag(lags))
-            rates.append(round(await through_http(address, tokens), 1))
+            rates.append(await through_http(address, tokens))
             lag.cancel()
     return {
-        "tokens_per_second": statistics.median(rates),
-        "lag_ms_p99": round(1000 * percentile_99(lags), 1),
+        "streams over": "an engine without a model",
+        "through HTTP": statistics.median(rates),
+        "engine's client": None,
+        "share": None,
+        "loop late, p99": percentile_99(lags),
     }
 
 
-def main() -> int:
-    """Prints and stores the figures; the exit status is 1 if a target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=256, help="per stream")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--client", nargs=2, metavar=("ADDRESS", "TOKENS"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.client:
-        address, tokens = args.client
-        print(json.dumps(asyncio.run(read_streams(address, int(tokens)))))
-        return 0
+def run(args: argparse.Namespace) -> Result:
+    """Measures over an engine without a model, and over the demo checkpoint."""
     import uvloop
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         stub = runner.run(measure_stub(args.tokens, args.repeats))
         engine = runner.run(measure_engine(args.tokens, args.repeats))
-    met = (
-        engine["share"] >= TARGET_SHARE
-        and stub["tokens_per_second"] >= TARGET_RATE
-        and max(engine["lag_ms_p99"], stub["lag_ms_p99"]) <= TARGET_LAG_MS
+    late = max(row["loop late, p99"] for row in (stub, engine))
+    share = "share of the engine's rate through HTTP"
+    return Result.measured(
+        "engine",
+        f"{STREAMS} streams of {args.tokens} tokens over HTTP, medians of {args.repeats}",
+        args=vars(args),
+        packages=("jax", "starlette", "uvicorn", "h11"),
+        units={
+            "through HTTP": "tokens/s",
+            "engine's client": "tokens/s",
+            "share": "",
+            "loop late, p99": "s",
+        },
+        rows=[stub, engine],
+        targets=[
+            Target("tokens without a model", stub["through HTTP"], TARGET_RATE, "min", "tokens/s"),
+            Target(share, engine["share"], TARGET_SHARE, "min"),
+            Target("delay of the event loop, p99", late, TARGET_LAG, "max", "s"),
+        ],
     )
-    print(f"stub   {stub['tokens_per_second']:8.0f} tokens/s, lag p99 {stub['lag_ms_p99']} ms")
-    print(f"engine {100 * engine['share']:8.1f} %, lag p99 {engine['lag_ms_p99']} ms")
-    print(f"targets {'met' if met else 'missed'}")
-    content = {
-        "what": f"{STREAMS} streams of {args.tokens} tokens, the demo checkpoint on one device",
-        **describe("jax", "starlette", "uvicorn", "h11"),
-        "targets": {"share": TARGET_SHARE, "rate": TARGET_RATE, "lag_ms_p99": TARGET_LAG_MS},
-        "met": met,
-        "stub": stub,
-        "engine": engine,
-    }
-    args.output.write_text(json.dumps(content, indent=1) + "\n")
-    return 0 if met else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

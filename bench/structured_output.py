@@ -1,4 +1,4 @@
-"""What requests with a grammar cost the others: `python -m bench.structured_output`.
+"""What requests with a grammar cost the others: `python -m bench structured`.
 
 24 requests decode greedily beside 8 others, which differ from run to run: either they decode as
 they like, or they must write JSON under a schema. The vocabulary has 128,256 tokens, as many as
@@ -11,31 +11,27 @@ all cores busy, tokens per second follow from it. So the target is for that rati
 """
 
 import argparse
-import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from bench.machine import describe
+from bench.result import Plot, Result, Row, Target
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.core import Engine
 from llama_jax.engine.options import EngineOptions
 from llama_jax.text.grammar import json_schema_grammar
 from llama_jax.text.tokenizer import byte_alphabet
 
-RESULT = Path(__file__).parent / "results" / "structured_output.json"
 VOCABULARY = 128_256
 EOS = VOCABULARY - 1
 NEIGHBORS, OTHERS = 24, 8
 TOKENS = 12  # of each request
-TARGET = 0.95
+TARGET, TARGET_MESH = 0.95, "4x2"
 SCHEMA = {  # an answer that does not end within `TOKENS`
     "type": "array",
     "minItems": 1000,
@@ -112,7 +108,7 @@ def run_until(engine: Engine, condition: Callable[[], bool]) -> None:
         engine.step()
 
 
-def measure(path: str, mesh: str, rounds: int) -> dict[str, dict[str, float]]:
+def measure(path: str, mesh: str, rounds: int) -> list[Row]:
     """The token rates of the neighbors on one mesh."""
     slots = NEIGHBORS + OTHERS
     engine = Engine(
@@ -125,45 +121,69 @@ def measure(path: str, mesh: str, rounds: int) -> dict[str, dict[str, float]]:
             kv_cache_memory=1 << 27,
         )
     )
-    rows = {}
+    rows: list[Row] = []
     for kind, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         free = SamplingParams(temperature=temperature, ignore_eos=True)
         bound = replace(free, grammar=json_schema_grammar(SCHEMA))
         token_rates(engine, bound)
         pairs = [(token_rates(engine, free), token_rates(engine, bound)) for _ in range(rounds)]
-        rows[kind] = {
-            "tokens_per_second_without": statistics.median(before[0] for before, _ in pairs),
-            "tokens_per_second_beside_grammars": statistics.median(after[0] for _, after in pairs),
-            "ratio": statistics.median(after[0] / before[0] for before, after in pairs),
-            "ratio_by_cpu_time": statistics.median(after[1] / before[1] for before, after in pairs),
-        }
-        print(mesh, kind, {name: round(value, 3) for name, value in rows[kind].items()}, flush=True)
+        rows.append(
+            {
+                "mesh": mesh,
+                "others": kind,
+                "without grammars": statistics.median(before[0] for before, _ in pairs),
+                "beside grammars": statistics.median(after[0] for _, after in pairs),
+                "ratio": statistics.median(after[0] / before[0] for before, after in pairs),
+                "ratio by CPU time": statistics.median(
+                    after[1] / before[1] for before, after in pairs
+                ),
+            }
+        )
+        print(rows[-1], flush=True)
     return rows
 
 
-def main() -> int:
-    """Prints and writes the figures. The exit status is 1 if the target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the number of rounds and the meshes."""
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--meshes", nargs="+", default=["4x2", "1x1"])
-    parser.add_argument("--output", type=Path, default=RESULT)
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Measures on each mesh."""
     with tempfile.TemporaryDirectory() as path:
         write_checkpoint(path)
-        meshes = {mesh: measure(path, mesh, args.rounds) for mesh in args.meshes}
-    met = all(row["ratio_by_cpu_time"] >= TARGET for row in meshes.get("4x2", {}).values())
-    result = {
-        "what": f"tokens per second of {NEIGHBORS} greedy requests beside {OTHERS} others, which "
-        f"have a grammar or not; medians of {args.rounds} pairs of runs, {VOCABULARY} tokens",
-        **describe("jax", "llguidance"),
-        "target_on_4x2": TARGET,
-        "met": met,
-        "meshes": meshes,
-    }
-    args.output.parent.mkdir(exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
-    return 0 if met else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        rows = [row for mesh in args.meshes for row in measure(path, mesh, args.rounds)]
+    return Result.measured(
+        "structured",
+        f"tokens per second of {NEIGHBORS} greedy requests beside {OTHERS} others, which have a "
+        f"grammar or not; medians of {args.rounds} pairs of runs, {VOCABULARY:,} tokens",
+        args=vars(args),
+        packages=("jax", "llguidance"),
+        units={
+            "without grammars": "tokens/s",
+            "beside grammars": "tokens/s",
+            "ratio": "",
+            "ratio by CPU time": "",
+        },
+        rows=rows,
+        targets=[
+            Target(
+                f"ratio by CPU time on {row['mesh']}, others {row['others']}",
+                row["ratio by CPU time"],
+                TARGET,
+                "min",
+            )
+            for row in rows
+            if row["mesh"] == TARGET_MESH
+        ],
+        plots=[
+            Plot(
+                "Token rate beside grammars, over that without",
+                "others",
+                ("ratio", "ratio by CPU time"),
+                by="mesh",
+                kind="bar",
+            )
+        ],
+    )

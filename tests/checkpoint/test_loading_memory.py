@@ -1,9 +1,6 @@
 """Loading adds little more memory than the weights; runs `bench/loading.py` on a small model."""
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -11,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bench import loading
+from bench.new_process import in_new_process
 from llama_jax.config import LlamaConfig
 from llama_jax.weights.table import checkpoint_tensors
 from tests.support.conversions import convert_to
-from tests.support.paths import ROOT
 
 # 41 M parameters, 164 MB in float32. The largest tensors, 50 MB each, are loaded last, when all
 # others are in memory: the hardest case for a loader that holds a tensor twice.
@@ -52,14 +50,7 @@ def checkpoints():
 
 def load(path: Path, mesh: str, dtype: str) -> dict[str, float]:
     """Returns what `bench/loading.py` measures."""
-    done = subprocess.run(
-        [sys.executable, "bench/loading.py", "--load", path, mesh, dtype],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    return json.loads(done.stdout)
+    return in_new_process(loading.load, str(path), mesh, dtype, JAX_PLATFORMS="cpu")
 
 
 @pytest.mark.parametrize("mesh", ["1x1", "1x2"])

@@ -1,0 +1,30 @@
+"""The subcommands of `python -m bench`: the name of each, its module, and what it does."""
+
+# These have `run(args) -> Result`.
+MEASUREMENTS = {
+    "step": ("bench.step", "one rank's decode and prefill tick at full size"),
+    "model": ("bench.model", "a whole model on one device"),
+    "serve": ("bench.serve_load", "an OpenAI-compatible server under open-loop load"),
+    "engine": ("bench.engine", "host time per tick, the scheduler, and streaming over HTTP"),
+    "decode": ("bench.decode", "decode speed, against transformers"),
+    "peers": ("bench.peers", "decode and prefill, against transformers and a JAX peer"),
+    "scaling": ("bench.scaling", "cost by batch, context, prompt length, sequences and pages"),
+    "startup": ("bench.start_up", "from starting the server to its first answer"),
+    "loading": ("bench.loading", "the memory that loading takes"),
+    "load-speed": ("bench.load_speed", "the speed of loading, against transformers"),
+    "convert": ("bench.conversion", "speed and memory of conversion, against cp"),
+    "quantization": ("bench.quantization", "error and answers of each quantized format"),
+    "divergence": ("bench.divergence", "how soon answers diverge beside other requests"),
+    "structured": ("bench.structured_output", "what requests with a grammar cost the others"),
+    "hostile": ("bench.hostile_requests", "how long hostile requests stop the event loop"),
+    "roofline": ("bench.roofline", "copy bandwidth and matrix rate of this device"),
+    "attention": ("bench.attention", "the attention kernel: correct, and how fast"),
+    "products": ("bench.products", "matrix products by format of the weights"),
+    "audit": ("bench.audit_result", "the compiled programs for 8 x H100, without a GPU"),
+}
+# These read results and have `run(args) -> None`.
+READERS = {
+    "compare": ("bench.compare", "show two results side by side"),
+    "calibrate": ("bench.calibrate", "write what a capacity planner needs from results"),
+    "report": ("bench.report", "render the committed results as one Markdown page with plots"),
+}

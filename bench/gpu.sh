@@ -1,0 +1,123 @@
+#!/usr/bin/env bash
+# Measures llama-jax on a machine with one GPU, within 9 minutes: bench/gpu.sh [--toy]
+#
+# The machine needs this repository, and Python with jax (for CUDA), flax and numpy. The steps run in
+# the order in which their results matter, so that a run that is cut off has the most important ones.
+# Each step writes a JSON file into $OUT (default: .bench/gpu) as soon as it ends, and STEP.partial.json
+# while it runs. It has a deadline, and a step that fails does not stop the others. $OUT/machine.tar.gz
+# has the logs, what XLA's autotuner found, and XLA's description of the GPU.
+#
+# The exit status is 0 if every step ran, whether or not it met its goals, and 1 otherwise.
+#
+#   PYTHON    the interpreter (default: python3)
+#   LIMIT     seconds for everything (default: 530)
+#   --toy     tiny sizes on the CPU: to test this script
+set -u
+cd "$(dirname "$0")/.." || exit 1
+
+toy=()
+case "${1-}" in
+  "") ;;
+  --toy)
+    toy=(--toy)
+    export JAX_PLATFORMS=cpu
+    ;;
+  *)
+    echo "usage: bench/gpu.sh [--toy]" >&2
+    exit 2
+    ;;
+esac
+
+python=${PYTHON:-python3}
+limit=${LIMIT:-530}
+out=$(realpath -m "${OUT:-.bench/gpu}")
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$out" "$work/logs"
+
+export PYTHONUNBUFFERED=1
+# 70 GB of weights must fit on a card of 80 GB; the default is 75 %.
+export XLA_PYTHON_CLIENT_MEM_FRACTION=0.95
+# With a cache of its own, JAX keeps the results of the autotuner, too: later steps reuse them.
+export JAX_COMPILATION_CACHE_DIR=$work/cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+
+summary=() failed=0
+
+# report NAME WHAT: notes how a step ended.
+report() {
+  summary+=("$(printf '%-11s %s (at %d s)' "$1" "$2" "$SECONDS")")
+  echo "--- ${summary[-1]}"
+  (
+    cd "$work" || exit
+    find . -name '*.gpu_target_config.pbtxt' -exec cp -n {} . \; 2>/dev/null
+    rm -rf xla
+    tar -czf "$out/machine.tar.gz" --ignore-failed-read \
+      $(ls -d logs cache/xla_gpu_per_fusion_autotune_cache_dir ./*.pbtxt 2>/dev/null)
+  )
+}
+
+# seconds_for DEADLINE: the smaller of a deadline and the seconds that are left.
+seconds_for() {
+  local left=$((limit - SECONDS))
+  echo $(($1 < left ? $1 : left))
+}
+
+# step NAME DEADLINE MEASUREMENT [OPTION...]: runs one measurement of `python -m bench`.
+step() {
+  local name=$1 seconds status
+  seconds=$(seconds_for "$2")
+  rm -f "$out/$name.json" "$out/$name.partial.json"
+  if ((seconds < 5)); then
+    failed=1
+    report "$name" "skipped: no time is left"
+    return
+  fi
+  echo "=== $name (at most $seconds s)"
+  timeout --kill-after=5 "$seconds" "$python" -m bench "${@:3}" "${toy[@]}" \
+    --output "$out/$name.json" 2>&1 | tee "$work/logs/$name.txt"
+  status=${PIPESTATUS[0]}
+  # Status 1 is a missed goal, and also that of a traceback, which leaves no result.
+  if ((status <= 1)) && [[ -e $out/$name.json ]]; then
+    rm -f "$out/$name.partial.json"
+    report "$name" "$( ((status)) && echo "ran, and missed a goal" || echo "ran")"
+  else
+    failed=1
+    report "$name" "$( ((status == 124 || status == 137)) && echo "stopped after $seconds s" ||
+      echo "failed with status $status")"
+  fi
+}
+
+# Runs the checks of attention again under compute-sanitizer, where it is installed.
+sanitize() {
+  local seconds log=$work/logs/sanitizer.txt
+  command -v compute-sanitizer >/dev/null || return
+  seconds=$(seconds_for "$1")
+  ((seconds < 5)) && return
+  # Each array in memory of its own, so that an access beyond it is noticed.
+  XLA_PYTHON_CLIENT_ALLOCATOR=platform timeout --kill-after=5 "$seconds" \
+    compute-sanitizer --tool memcheck --report-api-errors no \
+    "$python" -m bench attention --check-only --small "${toy[@]}" \
+    --output "$work/sanitized.json" >"$log" 2>&1
+  case $(grep -o 'ERROR SUMMARY: [0-9]*' "$log" | tail -1) in
+    "ERROR SUMMARY: 0") report sanitizer "found nothing" ;;
+    "ERROR SUMMARY: "*)
+      failed=1
+      report sanitizer "FOUND ERRORS"
+      grep -m 20 '^=========' "$log"
+      ;;
+    *) report sanitizer "did not run here: $(tail -1 "$log")" ;;
+  esac
+}
+
+nvidia-smi >"$work/logs/nvidia-smi.txt" 2>&1
+XLA_FLAGS="--xla_dump_to=$work/xla ${XLA_FLAGS-}" step rates 60 roofline
+step attention 110 attention
+sanitize 50
+step products 110 products --rows 1 32 512
+step step 190 step
+step model_70b 150 model --cases b5
+step model_8b 110 model --cases b2 b3
+
+printf '\n%s\n' "${summary[@]}"
+echo "results in $out"
+exit $failed

@@ -1,0 +1,130 @@
+"""The matrix products of a rank's layer, by weight format and number of rows M.
+
+Each product is `llama_jax.model.llama.linear` with a matrix as the engine holds it in memory. One
+program multiplies by several different matrices of the same shape, so that no cache holds them and
+the time between kernels does not count. A figure is the time of one product; the bytes are those of
+the weights, and the share is that of the copy rate of the same run. From a few hundred rows on the
+arithmetic is the limit, and the rate in TFLOP/s says more.
+"""
+
+import argparse
+from dataclasses import replace
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bench.one_device import DTYPE
+from bench.partial import keep
+from bench.random_weights import nbytes, random_array, random_params
+from bench.result import Plot, Result, Row
+from bench.roofline import PACKAGES, copy_rate, matrix_rate
+from bench.step import rank_config, toy_config
+from bench.timing import Timing, time_calls
+from llama_jax.config import LlamaConfig, Quantization
+from llama_jax.model.llama import linear
+from llama_jax.quantization import QUANTIZERS
+from llama_jax.weights.placement import param_shapes
+from sharding.mesh import make_mesh
+from sharding.program import MeshProgram
+
+ROWS, TOY_ROWS = (1, 32, 512, 8, 64, 256), (1, 8)
+FORMATS = ("bfloat16", *QUANTIZERS)
+ENOUGH_BYTES = 400_000_000  # of matrices in a program: 8 times the second-level cache
+COPIES = 12  # of a matrix in a program, at most
+SECONDS = 0.2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `python -m bench products`."""
+    parser.add_argument("--rows", type=int, nargs="+", help="values of M (default: 1 to 512)")
+    parser.add_argument("--formats", choices=FORMATS, nargs="+", default=list(FORMATS))
+    parser.add_argument("--toy", action="store_true", help="tiny matrices, to try it on a CPU")
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Times the products; keeps what is measured so far in a partial file."""
+    copy, matrix = copy_rate(args.toy), matrix_rate(args.toy)
+    seconds = 0.0 if args.toy else SECONDS
+    rows: list[Row] = []
+
+    def result() -> Result:
+        return Result.measured(
+            "products",
+            "The matrix products of one layer of a rank of Llama-3-70B on 4 x 2.",
+            args=vars(args),
+            packages=PACKAGES,
+            units={"time": "µs", "least": "µs", "greatest": "µs", "bytes": "MB", "calls": "",
+                   "rate": "TFLOP/s", "copy_rate": "TB/s", "matrix_rate": "TFLOP/s",
+                   "share_of_copy": "", "share_of_matrix": ""},
+            rows=rows,
+            plots=[Plot("Products of a layer", "rows", ("time",), by="format", log="xy")],
+        )  # fmt: skip
+
+    for num_rows in args.rows or (TOY_ROWS if args.toy else ROWS):
+        for name in args.formats:
+            for product, shapes, width in matrices(name, args.toy):
+                case = {"format": name, "product": product, "rows": num_rows}
+                try:
+                    row = product_row(shapes, width, num_rows, copy, matrix, seconds)
+                except jax.errors.JaxRuntimeError as error:  # a finding, too
+                    row = {"error": str(error).splitlines()[0][:200]}
+                rows.append(case | row)
+        keep(result(), args.output)
+    return result()
+
+
+def matrices(name: str, toy: bool) -> list[tuple[str, Any, int]]:
+    """The matrices of a layer in one format: name, shapes as in memory, and number of columns."""
+    config = replace(rank_config(toy_config() if toy else LlamaConfig.llama3_70b()), num_layers=1)
+    if name in QUANTIZERS:
+        config = replace(config, quantization=Quantization(format=name))
+    layer = param_shapes(config, make_mesh("1x1"), DTYPE).layers[0]
+    columns = {"wo": config.num_heads * config.head_dim, "w_down": config.mlp_dim}
+    return [
+        (product, shapes, columns.get(product.split(".")[-1], config.embed_dim))
+        for product, shapes in layer.items()
+        if max(len(array.shape) for array in jax.tree.leaves(shapes)) == 3
+    ]
+
+
+def product_row(
+    shapes: Any, width: int, num_rows: int, copy: float, matrix: float, seconds: float
+) -> Row:
+    """Times one product; `copy` and `matrix` are the rates in bytes and FLOP per second."""
+    size = nbytes(shapes)
+    copies = max(2, min(COPIES, -(-ENOUGH_BYTES // size)))
+    timing, outputs = time_products(shapes, width, num_rows, copies, seconds)
+    median = timing.median / copies
+    flops = 2 * num_rows * width * outputs
+    return {
+        **timing.row(1e6 / copies),
+        "bytes": size / 1e6,
+        "copy_rate": copy / 1e12,
+        "share_of_copy": size / copy / median,
+        "matrix_rate": matrix / 1e12,
+        "rate": flops / median / 1e12,
+        "share_of_matrix": flops / median / matrix,
+    }
+
+
+def time_products(
+    shapes: Any, width: int, num_rows: int, copies: int, seconds: float
+) -> tuple[Timing, int]:
+    """Times a program that multiplies by `copies` matrices; also returns the outputs of one."""
+    mesh = make_mesh("1x1")
+    sharding = NamedSharding(mesh, P())
+    weights = tuple(random_params([shapes] * copies))
+    x_shape = jax.ShapeDtypeStruct((num_rows, width), DTYPE, sharding=sharding)
+    # XLA would join products of one x into one product.
+    xs = tuple(random_array(x_shape, seed) for seed in range(copies))
+    program = MeshProgram(_multiply, mesh, (P(), P()), P(), name="products")
+    timing = time_calls(lambda: program(xs, weights), seconds)
+    return timing, program(xs, weights)[0].shape[-1]
+
+
+def _multiply(xs: tuple[jax.Array, ...], weights: tuple[Any, ...]) -> tuple[jax.Array, ...]:
+    # Without the axis over stages, as the ring passes them to the layers.
+    matrices = (jax.tree.map(lambda array: array[0], weight) for weight in weights)
+    return tuple(linear(x, matrix) for x, matrix in zip(xs, matrices, strict=True))

@@ -1,0 +1,83 @@
+"""The rates of this device: copying memory, and multiplying matrices.
+
+Decoding can be no faster than its bytes at the copy rate, and prefill no faster than its arithmetic
+at the matrix rate. Every other measurement on a GPU measures them in the same run and reports its
+figures as shares of them. `--toy` takes sizes that a CPU multiplies at once.
+"""
+
+import argparse
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bench.random_weights import random_array
+from bench.result import Result, Row
+from bench.timing import time_calls
+
+PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "numpy")
+COPY_BYTES, TOY_COPY_BYTES = 4 << 30, 1 << 22
+SIDE, TOY_SIDE = 8192, 256
+SECONDS = 0.5
+# Bytes/s and bfloat16 FLOP/s by datasheet (SXM; without sparsity), by the name of the device.
+DATASHEET = {"H100": (3.35e12, 989e12), "H200": (4.8e12, 989e12)}
+
+
+def copy_rate(toy: bool) -> float:
+    """Bytes per second that a copy from device memory to device memory reads and writes."""
+    size = TOY_COPY_BYTES if toy else COPY_BYTES
+    array = _random((size // 2,), jnp.bfloat16)
+    copy = jax.jit(jnp.copy)
+    return 2 * size / time_calls(lambda: copy(array), 0 if toy else SECONDS).median
+
+
+def matrix_rate(toy: bool, dtype: Any = jnp.bfloat16) -> float:
+    """FLOP/s of a square matrix product of random values, with sums in float32.
+
+    The second matrix is `[out, in]`, as weights are.
+    """
+    side = TOY_SIDE if toy else SIDE
+    a, b = _random((side, side), dtype, 0), _random((side, side), dtype, 1)
+    product = jax.jit(partial(_product, out=jnp.bfloat16))
+    return 2 * side**3 / time_calls(lambda: product(a, b), 0 if toy else SECONDS).median
+
+
+def _product(a: jax.Array, b: jax.Array, out: Any) -> jax.Array:
+    contract = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(a, b, contract, preferred_element_type=jnp.float32).astype(out)
+
+
+def _random(shape: tuple[int, ...], dtype: Any, seed: int = 0) -> jax.Array:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return random_array(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding), seed)
+
+
+def datasheet() -> tuple[float, float] | None:
+    """Bytes/s and bfloat16 FLOP/s of this device by its datasheet, if it is in `DATASHEET`."""
+    kind = jax.devices()[0].device_kind
+    return next((rates for name, rates in DATASHEET.items() if name in kind), None)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `python -m bench roofline`."""
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, to try it on a CPU")
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Measures the rates."""
+    rows: list[Row] = [{"operation": "copy", "bytes_rate": copy_rate(args.toy) / 1e12}]
+    for name, dtype in (("bfloat16", jnp.bfloat16), ("fp8", jnp.float8_e4m3fn)):
+        rate = matrix_rate(args.toy, dtype) / 1e12
+        rows.append({"operation": f"{name} product", "matrix_rate": rate})
+    if (rates := datasheet()) is not None:
+        for row, peak in zip(rows, (rates[0], rates[1], 2 * rates[1]), strict=True):
+            row["share_of_datasheet"] = list(row.values())[1] / (peak / 1e12)  # type: ignore
+    return Result.measured(
+        "roofline",
+        f"The rates of one device: {jax.devices()[0].device_kind}.",
+        args=vars(args),
+        packages=PACKAGES,
+        units={"bytes_rate": "TB/s", "matrix_rate": "TFLOP/s", "share_of_datasheet": ""},
+        rows=rows,
+    )

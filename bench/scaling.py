@@ -1,0 +1,151 @@
+"""How the cost of a tick grows: `python -m bench scaling`.
+
+The engine's programs run with random weights on one device: decode ticks by batch and by context,
+whole prompts by length, and the memory of the decode program by the pages of the pool. Time may
+grow in proportion to the batch and to the context, and at most with the square of a prompt's
+length. The pool may take its own bytes and no more: no program copies it. The scheduler is measured
+without programs (`bench.scheduler_time`). A time is the least of several, since other programs on
+the machine only add to it.
+"""
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench import scheduler_time
+from bench.engine import combined
+from bench.one_device import OneDevice, Work, packet, ring_sizes
+from bench.random_weights import nbytes
+from bench.result import Plot, Result, Row, Target
+from bench.timing import time_calls
+from llama_jax.config import LlamaConfig
+from llama_jax.ring.steps import decode_step, init_state, prefill_step, state_shapes
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+PROMPTS = (512, 1024, 2048, 4096, 8192)
+PAGES = (256, 1024, 4096, 16384, 65536)
+BATCH, CONTEXT, CHUNK = 4, 128, 512  # where they are not what varies
+SECONDS = 1.0  # for each point
+# The greatest growth when the last step doubles the cause; noise included.
+LINEAR, SQUARE, CONSTANT = 2.5, 4.5, 1.1
+CONFIG = dataclasses.replace(
+    LlamaConfig.llama3_70b(),
+    vocab_size=2048,
+    embed_dim=512,
+    num_layers=4,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=64,
+    mlp_dim=1024,
+    max_position_embeddings=32768,
+    eos_token_ids=(),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what varies."""
+    parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS))
+    parser.add_argument("--prompts", type=int, nargs="+", default=list(PROMPTS), help="tokens")
+    parser.add_argument("--pages", type=int, nargs="+", default=list(PAGES))
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for each point")
+    parser.add_argument("--ticks", type=int, default=400, help="of the scheduler")
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Measures each cause alone."""
+    device = OneDevice(CONFIG, jnp.dtype(jnp.float32))
+    batches: list[Row] = [
+        {"batch": batch, "tick": tick(device, Work(rows=batch, context=CONTEXT), args.seconds)}
+        for batch in args.batches
+    ]
+    contexts: list[Row] = [
+        {"context": context, "tick": tick(device, Work(rows=BATCH, context=context), args.seconds)}
+        for context in args.contexts
+    ]
+    prompts: list[Row] = [
+        {"prompt": tokens, "prefill": prefill(device, tokens)} for tokens in args.prompts
+    ]
+    pages = [memory(device, count) for count in args.pages]
+    programs = Result.measured(
+        "scaling",
+        f"{CONFIG.num_layers} layers of width {CONFIG.embed_dim} in float32 on one device: decode "
+        f"ticks of {CONTEXT} tokens by batch, and of {BATCH} rows by context; prompts in chunks of "
+        f"{CHUNK}; memory of a program by pages",
+        args=vars(args),
+        packages=("jax", "jaxlib", "numpy"),
+        units={"tick": "s", "prefill": "s", "KV cache": "bytes", "temporaries": "bytes"},
+        rows=[*batches, *contexts, *prompts, *pages],
+        targets=[
+            *growth("decode tick", batches, "batch", "tick", LINEAR),
+            *growth("decode tick", contexts, "context", "tick", LINEAR),
+            *growth("prefill", prompts, "prompt", "prefill", SQUARE),
+            *growth("temporaries", pages, "pages", "temporaries", CONSTANT),
+        ],
+        plots=[
+            Plot(f"Decode tick, {CONTEXT} tokens of context", "batch", ("tick",), log="xy"),
+            Plot(f"Decode tick, batch {BATCH}", "context", ("tick",), log="xy"),
+            Plot(f"A prompt in chunks of {CHUNK}", "prompt", ("prefill",), log="xy"),
+            Plot("Memory of the decode program", "pages", ("KV cache", "temporaries"), log="xy"),
+        ],
+    )
+    return combined([programs, scheduler_time.run(args)])
+
+
+def tick(device: OneDevice, work: Work, seconds: float) -> float:
+    """Seconds of one tick."""
+    least = time_calls(device.tick(work), seconds).least
+    print(f"{work}: {1000 * least:.2f} ms", flush=True)
+    return least
+
+
+def prefill(device: OneDevice, tokens: int) -> float:
+    """Seconds of all ticks of one prompt, whose length is a multiple of the chunk."""
+    works = [Work(chunk=CHUNK, prefix=prefix) for prefix in range(0, tokens, CHUNK)]
+    sizes = ring_sizes(works[-1])
+    step = prefill_step(device.config, device.mesh, sizes, 0, CHUNK)
+    packets = [packet(work, sizes) for work in works]
+    state = init_state(state_shapes(device.config, device.mesh, sizes, device.dtype), sizes)
+
+    def once() -> float:
+        nonlocal state
+        start = time.perf_counter()
+        for packed in packets:
+            state, output = step(device.params, state, packed)
+        jax.block_until_ready(output)
+        return time.perf_counter() - start
+
+    once()
+    seconds = min(once() for _ in range(3))
+    print(f"prompt of {tokens}: {seconds:.2f} s", flush=True)
+    return seconds
+
+
+def memory(device: OneDevice, pages: int) -> Row:
+    """Bytes of the cache, and of what the decode program needs beside its arguments."""
+    work = Work(rows=BATCH, context=CONTEXT)
+    sizes = dataclasses.replace(ring_sizes(work), num_pages=pages)
+    state = state_shapes(device.config, device.mesh, sizes, device.dtype)
+    packed = np.zeros_like(packet(work, ring_sizes(work)))
+    step = decode_step(device.config, device.mesh, sizes, work.rows)
+    found = step.lower(device.params, state, packed).compile().memory_analysis()
+    return {
+        "pages": pages,
+        "KV cache": nbytes(state.cache),
+        "temporaries": found.temp_size_in_bytes,
+    }
+
+
+def growth(what: str, rows: Sequence[Row], cause: str, figure: str, limit: float) -> list[Target]:
+    """How much more the last step costs than the step before it."""
+    if len(rows) < 2:
+        return []
+    before, after = rows[-2:]
+    name = f"{what}, {cause} {after[cause]:,} / {before[cause]:,}"
+    return [Target(name, after[figure] / before[figure], limit, "max")]
