@@ -37,6 +37,7 @@ from llama_jax.engine.sizing import (
     check_stages,
     choose_results_late,
 )
+from llama_jax.engine.tick_cost import CPU_COST, GPU_COST
 from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.engine.warm_up import WarmUp, wait
 from llama_jax.model import Llama
@@ -101,7 +102,12 @@ class Engine:
             executor.run_empty(sizes.largest())
             stop_on_error.pop_all()
         weakref.finalize(self, self.warm_up.stop).atexit = False
-        scheduler = Scheduler(sizes, mesh_shape(mesh)[0], prefix_caching=options.prefix_caching)
+        scheduler = Scheduler(
+            sizes,
+            mesh_shape(mesh)[0],
+            prefix_caching=options.prefix_caching,
+            cost=CPU_COST if platform == "cpu" else GPU_COST,
+        )
         self.loop = TickLoop(scheduler, executor, choose_results_late(options, platform))
         self.loop.ready = lambda: self.warm_up.ready
         self._stop_ids = frozenset(config.eos_token_ids)
