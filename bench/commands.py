@@ -17,6 +17,7 @@ MEASUREMENTS = {
     "convert": ("bench.conversion", "speed and memory of conversion, against cp"),
     "quantization": ("bench.quantization", "error and answers of each quantized format"),
     "divergence": ("bench.divergence", "how soon answers diverge beside other requests"),
+    "buckets": ("bench.buckets", "the scheduler by the buckets of its programs, simulated"),
     "structured": ("bench.structured_output", "what requests with a grammar cost the others"),
     "hostile": ("bench.hostile_requests", "how long hostile requests stop the event loop"),
     "roofline": ("bench.roofline", "copy bandwidth and matrix rate of this device"),

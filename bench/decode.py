@@ -98,7 +98,13 @@ def time_ring(path: str, batch: int, mesh: str, dtype: str = "float32") -> float
     from llama_jax.engine.options import EngineOptions
 
     options = EngineOptions(
-        path=path, mesh=mesh, dtype=dtype, max_num_seqs=batch, max_chunk=128, max_model_len=512
+        path=path,
+        mesh=mesh,
+        dtype=dtype,
+        max_num_seqs=batch,
+        max_chunk=128,
+        max_model_len=512,
+        wait_for_programs=True,
     )
     engine = Engine(options, lambda progress: None)
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS + 8, ignore_eos=True)

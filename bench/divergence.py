@@ -66,6 +66,7 @@ def make_engine(path: str, dtype: str, num_pages: int) -> Engine:
             mesh=MESH,
             dtype=dtype,
             max_num_seqs=REQUESTS + 2,
+            wait_for_programs=True,
             page_size=PAGE_SIZE,
             max_chunk=64,
             kv_cache_memory=num_pages * each,

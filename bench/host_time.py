@@ -44,7 +44,7 @@ def measure(params: SamplingParams, ticks: int) -> Row:
         write_model(path)
         options = EngineOptions(
             path=path, mesh="4x2", max_num_seqs=SEQUENCES, max_queue=SEQUENCES, max_model_len=4096,
-            kv_cache_memory=1 << 28,
+            kv_cache_memory=1 << 28, wait_for_programs=True,
         )  # fmt: skip
         engine = Engine(options, lambda progress: None)
     for request_id in range(SEQUENCES):

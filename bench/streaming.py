@@ -144,7 +144,9 @@ def percentile_99(values: list[float]) -> float:
 
 async def measure_engine(tokens: int, repeats: int) -> Row:
     """The share of the engine's own rate that arrives through HTTP."""
-    options = EngineOptions(path=str(DEMO_CHECKPOINT), max_num_seqs=STREAMS, max_model_len=1024)
+    options = EngineOptions(
+        path=str(DEMO_CHECKPOINT), max_num_seqs=STREAMS, max_model_len=1024, wait_for_programs=True
+    )
     alone, http, lags = list[float](), list[float](), list[float]()
     async with serving(options, ENGINE_COMMAND) as (engine, address):
         await through_client(engine, 8)

@@ -116,6 +116,7 @@ def measure(path: str, mesh: str, rounds: int) -> list[Row]:
             path=path,
             mesh=mesh,
             max_num_seqs=slots,
+            wait_for_programs=True,
             max_model_len=256,
             max_chunk=64,
             kv_cache_memory=1 << 27,

@@ -52,6 +52,28 @@ class MeshProgram:
         with default_settings():
             return self._jitted(*args)
 
+    def compile(self, *args: Any) -> Any:
+        """Compiles the program for arguments of these shapes; nothing runs.
+
+        It may be called in any thread. A later call with such arguments compiles nothing.
+
+        Args:
+          args: arrays, or `jax.ShapeDtypeStruct`s with the shardings of those to come.
+
+        Returns:
+          The results as `jax.ShapeDtypeStruct`s with their shardings.
+        """
+        with default_settings():
+            lowered = self._jitted.lower(*args)
+            shardings = lowered.compile().output_shardings
+        return jax.tree.map(
+            lambda result, sharding: jax.ShapeDtypeStruct(
+                result.shape, result.dtype, sharding=sharding
+            ),
+            lowered.out_info,
+            shardings,
+        )
+
     def lower(self, *args: Any) -> jax.stages.Lowered:
         """Lowers the program for arguments of these shapes; nothing runs."""
         with default_settings():

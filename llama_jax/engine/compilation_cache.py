@@ -7,8 +7,9 @@ never reach a server: `bench.audit` turns the cache off, and no cache is shipped
 
 import logging
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
@@ -16,13 +17,35 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 _JAX_COMPILER = logging.getLogger("jax._src.compiler")
 
 
+_lock = threading.Lock()
+_inside = 0  # contexts that are entered now, in any thread
+_settings = ExitStack()  # those of the first of them
+
+
 @contextmanager
 def compilation_cache() -> Iterator[None]:
     """Caches every program that is compiled inside on disk, however fast it compiled.
 
-    The settings are restored afterwards: the process may be a notebook kernel, whose own programs
-    do not belong in this project's cache directory.
+    The settings count for the whole process and are restored when nobody is inside any more: the
+    process may be a notebook kernel, whose own programs do not belong in this project's cache
+    directory.
     """
+    global _inside
+    with _lock:
+        if not _inside:
+            _settings.enter_context(_cache_settings())
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                _settings.close()
+
+
+@contextmanager
+def _cache_settings() -> Iterator[None]:
     settings: dict[str, object] = {
         # By default, JAX caches only programs that took a second to compile.
         "jax_persistent_cache_min_compile_time_secs": 0.0,

@@ -3,7 +3,9 @@
 import os
 import random
 import time
+import weakref
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from functools import partial
 from itertools import chain
@@ -23,9 +25,10 @@ from llama_jax.engine.device_memory import (
     memory_stats,
 )
 from llama_jax.engine.executor import CompileCounter, Executor
-from llama_jax.engine.grammars import Grammars
+from llama_jax.engine.grammars import Grammars, Matcher
 from llama_jax.engine.interface import DeviceInfo, EngineInfo, Output, Progress, Stats
 from llama_jax.engine.options import EngineOptions
+from llama_jax.engine.programs import Programs
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.sizing import (
     GPU_MEMORY_SHARE,
@@ -34,10 +37,13 @@ from llama_jax.engine.sizing import (
     check_stages,
     choose_results_late,
 )
+from llama_jax.engine.tick_cost import CPU_COST, GPU_COST
 from llama_jax.engine.tick_loop import TickLoop
+from llama_jax.engine.warm_up import WarmUp, wait
 from llama_jax.model import Llama
 from llama_jax.model.kv_storage import choose_kv_dtype
 from llama_jax.ring.attention_backend import check_backend
+from llama_jax.ring.sizes import RingSizes
 from llama_jax.ring.steps import check_model_class
 from sharding.mesh import make_mesh, mesh_shape, parse_mesh
 from sharding.partition import split_layers
@@ -92,25 +98,38 @@ class Engine:
             )  # fmt: skip
             stack.enter_context(compilation_cache())
             self.compilations = CompileCounter()
-            grammars = Grammars(options.path, config.vocab_size, config.eos_token_ids)
+            programs = Programs(
+                config, mesh, sizes, dtype, cache_dtype=cache_dtype,
+                model_class=model_class, attention_backend=options.attention_backend,
+            )  # fmt: skip
+            self.warm_up = WarmUp(programs)  # compiles while the weights are loaded, and after that
+            stop_on_error = stack.enter_context(ExitStack())
+            stop_on_error.callback(self.warm_up.stop)
             params = load_params(
                 reader, mesh, dtype, lambda done, total: progress(Progress("loading", done, total))
             )
             jax.block_until_ready(params)
             loaded = time.perf_counter()
-            executor = Executor(
-                config, mesh, sizes, params, dtype, cache_dtype=cache_dtype,
-                model_class=model_class, attention_backend=options.attention_backend,
-            )  # fmt: skip
-            executor.warm_up(
-                lambda done, total, what: progress(Progress("compiling", done, total, what))
-            )
-        scheduler = Scheduler(sizes, mesh_shape(mesh)[0], prefix_caching=options.prefix_caching)
+            executor = Executor(programs, params)
+            self._compile(sizes, options.wait_for_programs, progress)
+            executor.run_empty(sizes.largest())
+            stop_on_error.pop_all()
+        weakref.finalize(self, self.warm_up.stop).atexit = False
+        scheduler = Scheduler(
+            sizes,
+            mesh_shape(mesh)[0],
+            prefix_caching=options.prefix_caching,
+            cost=CPU_COST if platform == "cpu" else GPU_COST,
+        )
         self.loop = TickLoop(scheduler, executor, choose_results_late(options, platform))
+        self.loop.ready = lambda: self.warm_up.ready
         self._stop_ids = frozenset(config.eos_token_ids)
         self._seeds = seed_source(options.seed)
-        self._compiling = CompilingRequests(grammars)
-        executor.call_seconds = 0.0  # without the warm-up
+        self._grammars = Grammars(options.path, config.vocab_size, config.eos_token_ids)
+        self._compiling = CompilingRequests(self.warm_up.every_request)
+        # Not before: it would delay the start, and it is the least likely thing to be needed.
+        self.warm_up.every_request.add_done_callback(partial(_load_if_done, self._grammars))
+        executor.call_seconds = 0.0  # without the first runs
 
         self._devices = mesh.devices.flatten().tolist()
         weights = bytes_by_device(params, mesh)
@@ -140,10 +159,24 @@ class Engine:
                 for (stage, rank), device in np.ndenumerate(mesh.devices)
             ],
             num_programs=len(sizes.buckets()),
+            programs_at_start=len(self.warm_up.ready),
             prefix_caching=options.prefix_caching,
             load_seconds=loaded - start,
             compile_seconds=time.perf_counter() - loaded,
         )
+
+    def _compile(
+        self, sizes: RingSizes, everything: bool, progress: Callable[[Progress], None]
+    ) -> None:
+        """Waits until an engine can begin: for the largest programs, or for all."""
+        total = len(sizes.buckets() if everything else sizes.largest())
+
+        def report() -> None:
+            done = min(len(self.warm_up.ready), total)
+            progress(Progress("compiling", done, total))
+
+        wait(self.warm_up.every_program if everything else self.warm_up.largest, report)
+        report()
 
     def add(self, request_id: int, prompt: list[int], params: SamplingParams) -> None:
         """Queues a request that `client.request_check.check_request` accepts."""
@@ -164,12 +197,17 @@ class Engine:
             salt=params.cache_salt.encode(),
             arrived_at=time.perf_counter(),
         )
+
+        def queue_with(matcher: Matcher | None) -> None:
+            constraint = Constraint(params, vocab_size, matcher) if params.constrains else None
+            queue(constraint=constraint)
+
         if params.grammar:
-            self._compiling.add(request_id, params, vocab_size, queue)
-        elif params.constrains:
-            queue(constraint=Constraint(params, vocab_size))
+            self._compiling.add(request_id, queue_with, self._grammars.compile(params.grammar))
+        elif _is_plain(params) or self._compiling.has_programs:
+            queue_with(None)
         else:
-            queue()
+            self._compiling.add(request_id, queue_with)
 
     def abort(self, request_id: int) -> None:
         """Drops a request and frees its pages; no further output comes for it."""
@@ -204,7 +242,8 @@ class Engine:
             stage_ticks_busy=loop.stage_ticks_busy,
             token_slots=loop.token_slots,
             token_slots_used=loop.token_slots_used,
-            compilations=self.compilations.count,
+            compilations=self.compilations.count + self.warm_up.compilations,
+            programs_ready=len(self.warm_up.ready),
             tick_seconds=loop.seconds,
             host_seconds=loop.host_seconds,
             wait_reason=scheduler.prefill.wait_reason(),
@@ -214,6 +253,17 @@ class Engine:
             stages=loop.stage_stats,
             memory=memory_stats(self._devices),
         )
+
+
+def _load_if_done(grammars: Grammars, programs: "Future[None]") -> None:
+    if programs.exception() is None:
+        grammars.load()
+
+
+def _is_plain(params: SamplingParams) -> bool:
+    """Whether a request needs no program but those of `Programs.plain_choices`."""
+    scored = params.logprobs is not None or params.prompt_logprobs is not None
+    return not (params.adjusts or params.constrains or scored)
 
 
 def seed_source(seed: int | None) -> random.Random:

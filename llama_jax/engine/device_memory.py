@@ -40,7 +40,8 @@ def choose_mesh_sizes(
         cache = gpu_cache_bytes(free_bytes(devices), weights)
     cache_dtype = choose_kv_dtype(options.kv_cache_dtype, dtype)
     page = page_bytes(config, mesh, options.page_size, cache_dtype)
-    return choose_sizes(options, config, mesh_shape(mesh)[0], page, cache)
+    platform = devices[0].platform
+    return choose_sizes(options, config, mesh_shape(mesh)[0], page, cache, platform)
 
 
 def weight_bytes(config: LlamaConfig, mesh: Mesh, dtype: jnp.dtype) -> int:

@@ -94,7 +94,11 @@ class DeviceInfo:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """Facts about an engine, fixed when it is ready. Bytes and pages are per device."""
+    """Facts about an engine, fixed when it is ready. Bytes and pages are per device.
+
+    `programs_at_start` of the `num_programs` were compiled when it was ready; it compiles the
+    others while it answers requests (`Stats.programs_ready`).
+    """
 
     model: str
     mesh: str
@@ -111,6 +115,7 @@ class EngineInfo:
     load_seconds: float
     compile_seconds: float
     prefix_caching: bool = True
+    programs_at_start: int = 0
 
 
 WaitReason = Literal["slot", "pages", "prefill"]
@@ -155,6 +160,9 @@ class Stats:
     stages, and `token_slots_used` those that were tokens. `host_seconds` is the part of
     `tick_seconds` outside the device programs.
 
+    `programs_ready` of the `EngineInfo.num_programs` are compiled. `compilations` counts each
+    compiled part of them.
+
     `wait_reason` says what the next request in line waits for: a slot, pages, or its turn to be
     prefilled. `queue_tokens` counts the tokens of those that wait. `pages_cached` are free pages
     that still hold a known text. `stages` are in order, and `memory` is in the order of
@@ -183,3 +191,4 @@ class Stats:
     programs: tuple[ProgramStats, ...] = ()
     stages: tuple[StageStats, ...] = ()
     memory: tuple[MemoryStats, ...] = ()
+    programs_ready: int = 0

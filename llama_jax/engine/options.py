@@ -120,9 +120,11 @@ class EngineOptions:
         minimum=2,
         flags=("--context-length", "--max-seq-len"),
     )
-    max_num_seqs: int = _option(
-        32,
+    max_num_seqs: int | None = _option(
+        None,
         "maximum number of sequences that are generated at once",
+        unset="32 on CPU; 256 on a GPU, or fewer if its KV cache holds less than 1024 tokens for "
+        "each",
         minimum=1,
         flags=("--max-running-requests",),
     )
@@ -155,10 +157,11 @@ class EngineOptions:
         minimum=1,
         flags=("--block-size", "--tokens-per-block"),
     )
-    max_chunk: int = _option(
-        128,
+    max_chunk: int | None = _option(
+        None,
         "maximum number of prompt tokens per tick, rounded up to a multiple of 64; more gives "
         "faster first tokens and slower streams",
+        unset="128 on CPU, 256 on a GPU",
         unit="TOKENS",
         minimum=1,
         flags=("--chunked-prefill-size",),
@@ -176,6 +179,12 @@ class EngineOptions:
         "for any device, and auto is hopper wherever it can run",
         unit="NAME",
         choices=("auto", "plain", "hopper"),
+    )
+    wait_for_programs: bool = _option(
+        False,
+        "whether a start waits until all programs are compiled, instead of compiling the smaller "
+        "ones while requests run; then the program of a tick, and the rounding of its results, "
+        "depends on the requests alone",
     )
     prefix_caching: bool = _option(
         True,

@@ -6,8 +6,10 @@ from llama_jax.engine.interface import WaitReason
 from llama_jax.engine.packets import Packet
 from llama_jax.engine.roster import Roster
 from llama_jax.engine.sequence import Sequence
+from llama_jax.engine.tick_cost import Load, TickCost, choose_chunk
 from llama_jax.ring.sizes import RingSizes
 
+MANY_PROMPTS = 32  # more make no difference to the size of the chunk
 SHORT_CHUNKS = 8  # a prompt that needs no more chunks than this may overtake a long one
 
 
@@ -23,11 +25,13 @@ class Prefill:
     Args:
       sizes: the sizes of the ring.
       roster: the sequences.
+      cost: of a tick, by which the size of the chunk is chosen; None for the largest.
     """
 
-    def __init__(self, sizes: RingSizes, roster: Roster):
+    def __init__(self, sizes: RingSizes, roster: Roster, cost: TickCost | None = None):
         self._sizes = sizes
         self._roster = roster
+        self._cost = cost
         self._odd = True
 
     def make_room(self, sequence: Sequence) -> None:
@@ -46,9 +50,10 @@ class Prefill:
           share: the rows that the microbatch may have, from `share`.
         """
         self._odd = not self._odd
-        tiles_left = self._sizes.max_chunk // self._sizes.tile
+        chunk = self._chunk()
+        tiles_left = chunk // self._sizes.tile
         first = self._first()
-        if first is not None and self._left(first) > self._sizes.max_chunk:
+        if first is not None and self._left(first) > chunk:
             # Of an odd number of tiles, the half is rounded up in every other tick.
             aside = (tiles_left + self._odd) // 2
             while aside and (short := self._short()):
@@ -111,6 +116,18 @@ class Prefill:
         if ends:
             self._roster.join(sequence, microbatch)
         return -(-count // tile)
+
+    def _chunk(self) -> int:
+        """The size of the chunk that enters now."""
+        sizes, roster = self._sizes, self._roster
+        if self._cost is None or len(sizes.chunk_buckets) <= 2:
+            return sizes.max_chunk
+        waiting = list(islice(roster.waiting, min(len(roster.free_slots), MANY_PROMPTS)))
+        tokens = sum(map(self._left, roster.prefilling)) + sum(len(s.tokens) for s in waiting)
+        rows = [len(microbatch) for microbatch in roster.microbatches]
+        prompts = len(roster.prefilling) + len(waiting)
+        load = Load(len(rows), prompts, tokens, sum(rows), max(rows))
+        return choose_chunk(self._cost, sizes, load)
 
     def _first(self) -> Sequence | None:
         """The prompt that is prefilled now, or else the next in line if it can begin."""

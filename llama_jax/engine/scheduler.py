@@ -20,6 +20,7 @@ from llama_jax.engine.prefill import Prefill
 from llama_jax.engine.prompt_logprobs import PromptScoring
 from llama_jax.engine.roster import Roster
 from llama_jax.engine.sequence import Sequence
+from llama_jax.engine.tick_cost import TickCost
 from llama_jax.ring.sizes import RingSizes
 
 NOT_A_NUMBER = "The model's output is not a number (NaN) for this request: check the weights."
@@ -37,6 +38,7 @@ class Scheduler:
       sizes: the sizes of the ring.
       num_microbatches: M, equal to the number of stages P.
       prefix_caching: whether sequences that begin alike share pages.
+      cost: of a tick, by which the size of the chunk is chosen; None for the largest.
 
     Attributes:
       sizes: the sizes of the ring.
@@ -46,10 +48,17 @@ class Scheduler:
       num_generated_tokens: since the start.
     """
 
-    def __init__(self, sizes: RingSizes, num_microbatches: int, *, prefix_caching: bool = True):
+    def __init__(
+        self,
+        sizes: RingSizes,
+        num_microbatches: int,
+        *,
+        prefix_caching: bool = True,
+        cost: TickCost | None = None,
+    ):
         self.sizes = sizes
         self.roster = Roster(sizes, num_microbatches, prefix_caching)
-        self.prefill = Prefill(sizes, self.roster)
+        self.prefill = Prefill(sizes, self.roster, cost)
         self.waiting, self.prefilling = self.roster.waiting, self.roster.prefilling
         self.microbatches = self.roster.microbatches
         self.num_generated_tokens = 0

@@ -8,15 +8,16 @@ when more results are unread than `results_late` allows.
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import numpy as np
 
 from llama_jax.engine.errors import RequestError
-from llama_jax.engine.executor import GREEDY, Choice, Executor, TickResult
+from llama_jax.engine.executor import Executor
 from llama_jax.engine.interface import Output, ProgramStats, StageStats, TokenLogprobs
 from llama_jax.engine.packets import Packet
+from llama_jax.engine.programs import GREEDY, Choice, TickResult
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.model.adjustments import encode_adjustments
 from llama_jax.model.controls import encode_controls
@@ -54,6 +55,7 @@ class TickLoop:
 
     Attributes:
       on_result: called with each packet that leaves and its result, before the result is read.
+      ready: returns the buckets whose programs are compiled, the largest among them; None for all.
       on_tick: functions called at the end of each step that dispatched a tick, in the thread that
         steps.
       ticks: ticks dispatched.
@@ -69,6 +71,7 @@ class TickLoop:
         self.sizes = scheduler.sizes
         self.num_stages = len(scheduler.microbatches)
         self.on_result: Callable[[Packet, TickResult], None] = lambda packet, result: None
+        self.ready: Callable[[], Collection[Bucket] | None] = lambda: None
         self.on_tick: list[Callable[[Tick], None]] = []
         self.results_late = results_late
         self._in_flight = deque([Packet()] * self.num_stages, maxlen=self.num_stages)
@@ -153,7 +156,7 @@ class TickLoop:
         # The program must fit the largest packet in any stage, not just the one that enters.
         rows = max(len(packet.rows) for packet in self._in_flight)
         tiles = max(len(packet.tiles) for packet in self._in_flight)
-        bucket = self.sizes.bucket(max(rows, 1), tiles * self.sizes.tile)
+        bucket = self.sizes.bucket(max(rows, 1), tiles * self.sizes.tile, self.ready())
         packed = encode_packet(
             self.sizes,
             bucket,

@@ -187,14 +187,15 @@ class LLM:
         from llama_jax.ring.sharded_llama import ShardedLlama
 
         executor = self.engine.loop.executor
+        programs = executor.programs
         return ShardedLlama(
-            executor.config,
-            executor.mesh,
+            programs.config,
+            programs.mesh,
             executor.params,
-            executor.dtype,
-            executor.model_class,
-            executor.cache_dtype,
-            executor.attention_backend,
+            programs.dtype,
+            programs.model_class,
+            programs.cache_dtype,
+            programs.attention_backend,
         )
 
     @overload  # a string is also a sequence of strings, but this overload comes first

@@ -1,5 +1,6 @@
 """The sizes that the scheduler and the compiled programs share. Imports no JAX."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,9 +58,18 @@ class RingSizes:
         """The buckets of all programs."""
         return [Bucket(rows, chunk) for chunk in self.chunk_buckets for rows in self.row_buckets]
 
-    def bucket(self, rows: int, chunk: int) -> Bucket:
-        """The smallest bucket with room for this many rows and chunk tokens."""
-        return Bucket(
-            next(size for size in self.row_buckets if size >= rows),
-            next(size for size in self.chunk_buckets if size >= chunk),
-        )
+    def largest(self) -> list[Bucket]:
+        """The largest bucket with a chunk, if there is one, and the largest without: one of them
+        has room for every packet."""
+        return [Bucket(self.max_rows, chunk) for chunk in sorted({self.max_chunk, 0}, reverse=True)]
+
+    def bucket(self, rows: int, chunk: int, ready: Collection[Bucket] | None = None) -> Bucket:
+        """The smallest bucket with room for this many rows and chunk tokens.
+
+        Args:
+          rows, chunk: what it must hold.
+          ready: the buckets to choose from, the `largest` among them; None for all.
+        """
+        known = self.buckets() if ready is None else ready
+        fitting = [bucket for bucket in known if bucket.rows >= rows and bucket.chunk >= chunk]
+        return min(fitting, key=lambda bucket: bucket.rows + bucket.chunk)

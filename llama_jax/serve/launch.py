@@ -5,7 +5,8 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from typing import Any
 
 import uvloop
 from rich.console import Console
@@ -26,6 +27,7 @@ from llama_jax.serve.transport.http_server import HttpServer, address_of, is_loo
 from llama_jax.serve.transport.interrupt import Interrupted, unless
 from llama_jax.terminal.output import protect_output
 from llama_jax.terminal.progress import TerminalDisplay
+from llama_jax.text.tokenizer import Tokenizer
 from sharding.errors import UserError
 
 
@@ -93,15 +95,15 @@ async def _serve(
                     lambda step: display.update(step.title, step.done, step.total, step.detail),
                     command=engine_command,
                 )
-                engine = await unless(stop.asked.wait(), start)
+                engine, tokenizer = await unless(stop.asked.wait(), _with_tokenizer(setup, start))
         except Interrupted:
             if stop.first == signal.SIGINT:
                 raise KeyboardInterrupt from None
             return
         try:
-            served = _served_model(setup, engine)
+            served = _served_model(setup, engine, tokenizer)
             site.open(served)
-            _show_ready(setup, engine, time.perf_counter() - started, console)
+            _show_ready(setup, served, time.perf_counter() - started, console)
             throughput = _throughput(engine, setup.arguments.log_stats_interval)
             try:
                 reason = await unless(stop.asked.wait(), engine.wait_dead())
@@ -118,6 +120,23 @@ async def _serve(
                 engine.kill()
             # Requests that still wait get an error now, before their connections close.
             await engine.close()
+
+
+async def _with_tokenizer(
+    setup: Setup, start: Coroutine[Any, Any, EngineClient]
+) -> tuple[EngineClient, Tokenizer]:
+    """Loads the tokenizer while the engine starts; an error of one ends the other.
+
+    Raises the errors of both.
+    """
+    loading = asyncio.to_thread(setup.load_tokenizer)
+    tasks = asyncio.create_task(start), asyncio.create_task(loading)
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _throughput(engine: EngineClient, interval: float) -> asyncio.Task[None]:
@@ -141,7 +160,7 @@ async def _drain(server: HttpServer, stop: StopSignals, seconds: float, console:
         await asyncio.wait_for(unless(stop.repeated.wait(), server.idle()), seconds)
 
 
-def _served_model(setup: Setup, engine: EngineClient) -> ServedModel:
+def _served_model(setup: Setup, engine: EngineClient, tokenizer: Tokenizer) -> ServedModel:
     metrics = Metrics(
         setup.names[0],
         lambda: engine.stats,
@@ -154,7 +173,7 @@ def _served_model(setup: Setup, engine: EngineClient) -> ServedModel:
         aliases=setup.names[1:],
         root=setup.options.path,
         engine=engine,
-        tokenizer=setup.tokenizer,
+        tokenizer=tokenizer,
         metrics=metrics,
         defaults=setup.defaults,
         keep_alive_seconds=setup.arguments.sse_keep_alive_interval or None,
@@ -163,16 +182,16 @@ def _served_model(setup: Setup, engine: EngineClient) -> ServedModel:
     )
 
 
-def _show_ready(setup: Setup, engine: EngineClient, seconds: float, console: Console) -> None:
+def _show_ready(setup: Setup, served: ServedModel, seconds: float, console: Console) -> None:
     key = bool(setup.keys)
     show_ready(
         console,
-        engine.info,
+        served.engine.info,
         model=setup.names[0],
         address=address_of(setup.listener, tls=setup.tls is not None),
         unix_socket=setup.arguments.uds,
         seconds=seconds,
-        chat=setup.tokenizer.has_chat_template,
+        chat=served.tokenizer.has_chat_template,
         key=key,
     )
     if not key and not is_loopback(setup.listener):

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import socket
 import ssl
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +36,15 @@ class TemplateError(UserError):
 
 @dataclass(frozen=True)
 class Setup:
-    """A checked command line: everything that the server needs before the engine starts."""
+    """A checked command line: everything that the server needs before the engine starts.
+
+    `load_tokenizer` takes a second, and raises `TokenizerError`.
+    """
 
     arguments: argparse.Namespace
     options: EngineOptions
     names: tuple[str, ...]
-    tokenizer: Tokenizer
+    load_tokenizer: Callable[[], Tokenizer]
     defaults: SamplingParams
     listener: socket.socket
     keys: Sequence[str]
@@ -49,12 +52,11 @@ class Setup:
 
 
 def prepare(arguments: argparse.Namespace, path: Path, name: str, listener: socket.socket) -> Setup:
-    """Loads what the server needs besides the engine, which takes a second or two.
+    """Checks what can be checked before anything is loaded.
 
     Raises:
-      ConfigError, TokenizerError: it cannot be served.
+      ConfigError: it cannot be served.
     """
-    # What is cheap to check comes first.
     keys = list(arguments.api_keys)
     if arguments.api_key_file is not None:
         keys += read_key_file(arguments.api_key_file)
@@ -67,15 +69,20 @@ def prepare(arguments: argparse.Namespace, path: Path, name: str, listener: sock
         arguments.generation_config,
         arguments.override_generation_config,
     )
-    tokenizer = Tokenizer(path, _chat_template(arguments.chat_template))
-    if tokenizer.chat_problem is not None:
-        log.warning(tokenizer.chat_problem)
+    template = _chat_template(arguments.chat_template)
+
+    def load_tokenizer() -> Tokenizer:
+        tokenizer = Tokenizer(path, template)
+        if tokenizer.chat_problem is not None:
+            log.warning(tokenizer.chat_problem)
+        return tokenizer
+
     return Setup(
         arguments=arguments,
         options=engine_options(arguments, path),
         names=tuple(arguments.served_model_name or (name,)),
         defaults=defaults,
-        tokenizer=tokenizer,
+        load_tokenizer=load_tokenizer,
         listener=listener,
         keys=keys,
         tls=tls,

@@ -143,7 +143,8 @@ def test_progress_is_reported_as_it_is_made(engine, progress):
 def test_a_program_can_be_read_without_touching_it(idle):
     executor = idle.loop.executor
     text = {
-        bucket: executor.lowered(bucket).compile().as_text() for bucket in executor.sizes.buckets()
+        bucket: executor.programs.lowered(bucket).compile().as_text()
+        for bucket in executor.sizes.buckets()
     }
     for bucket, program in text.items():
         counts = count_ops(program)
@@ -297,7 +298,8 @@ def test_the_second_start_compiles_nothing(tmp_path, monkeypatch, no_cache_direc
 
     def start() -> tuple[int, int]:
         events.clear()
-        Engine(EngineOptions(path=str(tmp_path / "checkpoint"), max_num_seqs=1, max_chunk=64))
+        path = str(tmp_path / "checkpoint")
+        Engine(EngineOptions(path=path, max_num_seqs=1, max_chunk=64, wait_for_programs=True))
         return events["cache_hits"], events["cache_misses"]
 
     jax.monitoring.register_event_listener(listen)

@@ -23,7 +23,6 @@ FIELDS = [field.name for field in dataclasses.fields(EngineOptions)]
         {"max_model_len": 1},
         {"max_num_seqs": 0},
         {"max_num_seqs": "4"},
-        {"max_num_seqs": None},
         {"max_num_seqs": True},
         {"max_num_seqs": 4.0},
         {"max_queue": -1},

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import pairwise
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -86,7 +87,7 @@ def check_sizes(num_stages, max_num_seqs, max_chunk, page_size, max_model_len, p
     assert sizes.chunk_buckets[0] == 0
     for buckets in (sizes.row_buckets, sizes.chunk_buckets):
         assert list(buckets) == sorted(set(buckets))
-        assert len(buckets) <= 5
+        assert all(2 * small >= large for small, large in pairwise(buckets) if small)
     assert sizes.row_buckets[0] >= 1
     assert all(chunk % sizes.tile == 0 for chunk in sizes.chunk_buckets)
 

@@ -1,6 +1,9 @@
-"""Nothing compiles after the warm-up, whatever the requests are."""
+"""No tick compiles anything, whatever the requests are, and however far the warm-up has come."""
 
+import threading
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -8,7 +11,8 @@ import pytest
 
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.executor import CompileCounter
-from tests.support.reference import Request, drive, make_loop, make_model, save_model
+from llama_jax.engine.warm_up import WarmUp, order_of_need
+from tests.support.reference import Request, drive, make_loop, make_model, restart, save_model
 
 KINDS = [
     SamplingParams(temperature=0),
@@ -47,35 +51,62 @@ def make_requests(count: int) -> list[Request]:
         pytest.param("4x2", 16, 48, marks=pytest.mark.slow),
     ],
 )
-def test_nothing_compiles_after_the_warm_up(mesh, max_num_seqs, num_pages, path):
+def test_no_tick_compiles_anything(mesh, max_num_seqs, num_pages, path, monkeypatch):
+    gate = threading.Event()
+
+    def behind_the_gate(buckets):
+        gate.wait()
+        return order_of_need(buckets)
+
+    monkeypatch.setattr("llama_jax.engine.warm_up.order_of_need", behind_the_gate)
     sizes = dict(max_num_seqs=max_num_seqs, max_chunk=128, num_pages=num_pages)
     loop = make_loop(path, mesh, results_late=2, **sizes)
-    programs = set(loop.sizes.buckets())
-    steps = []
-    loop.executor.warm_up(lambda done, total, what: steps.append((done, total)))
-    assert steps == [(i, len(programs)) for i in range(len(programs) + 1)]
+    executor = loop.executor
+    warm_up = WarmUp(executor.programs)
+    loop.ready = lambda: warm_up.ready
+    warm_up.every_request.result()
+    executor.run_empty(warm_up.ready)
+    with noted_ticks(executor) as early:
+        check_varied_requests(loop)
+    assert early.buckets == warm_up.ready == set(loop.sizes.largest())
 
+    gate.set()
+    warm_up.every_program.result()
+    assert warm_up.ready == set(loop.sizes.buckets())
+    again = restart(loop, results_late=2)
+    again.ready = loop.ready
+    with noted_ticks(executor) as late:
+        check_varied_requests(again)
+    assert late.buckets == warm_up.ready
+
+
+@contextmanager
+def noted_ticks(executor):
+    """Notes what the ticks inside ask for; they must be varied, and compile nothing."""
+    noted = SimpleNamespace(buckets=set(), greedy=set(), kinds=set())
     counter = CompileCounter()
-    buckets, kinds = set(), set()
-    run_tick = loop.executor.run
+    run_tick = executor.run
 
     def run(bucket, packed, choice):
-        buckets.add((bucket, choice.controls is None))
-        kinds.add((choice.adjustments is None, choice.masks is None, choice.logprobs))
+        noted.buckets.add(bucket)
+        noted.greedy.add(choice.controls is None)
+        noted.kinds.add((choice.adjustments is None, choice.masks is None, choice.logprobs))
         return run_tick(bucket, packed, choice)
 
-    loop.executor.run = run
-    requests = make_requests(24)
-    aborts = [(12, 3), (13, 9)]
-    result = drive(loop, requests, aborts=aborts, keep_logits=False)
+    executor.run = run
+    yield noted
+    executor.run = run_tick
     assert counter.count == 0
+    assert noted.greedy == {True, False}
+    # Adjusted, masked, with log-probabilities.
+    assert noted.kinds >= {(True, True, False), (False, True, True), (True, False, False)}
+
+
+def check_varied_requests(loop):
+    requests = make_requests(24)
+    result = drive(loop, requests, aborts=[(12, 3), (13, 9)], keep_logits=False)
     assert loop.scheduler.num_preemptions > 0
     assert len(result.reasons) == len(requests) and result.prompt_logprobs
-    # The run was varied enough: with and without a chunk, small and large, greedy and sampled.
-    assert {bucket for bucket, _ in buckets} == programs
-    assert {greedy for _, greedy in buckets} == {True, False}
-    # Adjusted, masked, with log-probabilities.
-    assert kinds >= {(True, True, False), (False, True, True), (True, False, False)}
 
 
 def test_the_counter_sees_a_compilation():

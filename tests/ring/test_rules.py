@@ -34,7 +34,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config.sampling_params import SamplingParams
-from llama_jax.engine.executor import Choice, Executor
+from llama_jax.engine.executor import Executor
+from llama_jax.engine.programs import Choice
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.model import Llama
 from llama_jax.model.adjustments import encode_adjustments
@@ -211,12 +212,12 @@ def test_stages_read_current_page_tables(model, loop, monkeypatch):
     run = Executor.run
 
     def with_tables_of_now(self, *arguments):
-        ring = self._state.ring
-        metadata = np.array(ring.metadata)
+        metadata = np.array(self.state.ring.metadata)
         owned = metadata[..., SLOT] < self.sizes.num_slots
         metadata[owned, PAGES:] = loop.scheduler.page_tables[metadata[owned, SLOT]]
-        metadata = jax.device_put(metadata, ring.metadata.sharding)
-        self._state = self._state._replace(ring=ring._replace(metadata=metadata))
+        metadata = jax.device_put(metadata, self.state.ring.metadata.sharding)
+        state = self.state._replace(ring=self.state.ring._replace(metadata=metadata))
+        self._arrays = self._arrays._replace(state=state)
         return run(self, *arguments)
 
     monkeypatch.setattr(Executor, "run", with_tables_of_now)
@@ -240,10 +241,9 @@ def test_the_program_fits_the_entering_packet_only(model, loop):
     """Rule 4, broken: the program fits the entering packet, but not those at the other stages."""
 
     class ByEntering(RingSizes):
-        def bucket(self, rows, chunk):
+        def bucket(self, rows, chunk, ready):
             entering = loop._in_flight[-1]
-            tokens = len(entering.tiles) * self.tile
-            return super().bucket(max(len(entering.rows), 1), tokens)
+            return super().bucket(max(len(entering.rows), 1), len(entering.tiles) * self.tile)
 
     fields = {f.name: getattr(loop.sizes, f.name) for f in dataclasses.fields(RingSizes)}
     loop.sizes = ByEntering(**fields)

@@ -206,6 +206,7 @@ def test_every_counter_of_the_engine_is_exported() -> None:
         host_seconds=0.5,
         queue_tokens=13,
         pages_cached=14,
+        programs_ready=5,
     )
     values = [v for v in dataclasses.asdict(stats).values() if isinstance(v, int | float)]
     assert len(set(values)) == len(values), "equal values could be swapped"
@@ -216,6 +217,7 @@ def test_every_counter_of_the_engine_is_exported() -> None:
         "kv_cache_usage_perc": 0.25,
         "kv_pages": 64,
         "kv_pages_free": 48,
+        "programs_ready": 5,
         "engine_up": 1,
         "prompt_tokens_total": 7,
         "generation_tokens_total": 8,

@@ -52,6 +52,7 @@ def make_info(**changes) -> EngineInfo:
         num_pages=64,
         devices=devices,
         num_programs=3,
+        programs_at_start=2,
         load_seconds=1.0,
         compile_seconds=2.0,
     )

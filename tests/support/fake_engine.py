@@ -75,7 +75,7 @@ class FakeEngine:
             kv_cache_dtype="float32",
             vocab_size=VOCAB_SIZE,
             max_model_len=options.max_model_len or 1_000_000,
-            max_num_seqs=options.max_num_seqs,
+            max_num_seqs=options.max_num_seqs or 32,
             page_size=options.page_size,
             num_pages=1,
             devices=[DeviceInfo("fake:0", 0, 0, [0, 1], 10, 20)],

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llama_jax.engine.executor import GREEDY, Choice, TickResult
+from llama_jax.engine.programs import GREEDY, Choice, TickResult
 from llama_jax.ring.sizes import Bucket, RingSizes
 
 VOCAB_SIZE = 50

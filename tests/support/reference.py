@@ -20,12 +20,12 @@ from llama_jax.engine.device_memory import choose_mesh_sizes
 from llama_jax.engine.executor import Executor
 from llama_jax.engine.interface import TokenLogprobs
 from llama_jax.engine.options import EngineOptions
+from llama_jax.engine.programs import Programs
 from llama_jax.engine.prompt_logprobs import PromptLogprobs
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.model.kv_storage import choose_kv_dtype
 from llama_jax.ring.kv_cache import page_bytes
-from llama_jax.ring.steps import init_state
 from sharding.mesh import make_mesh
 
 MESHES = ("1x1", "2x1", "4x1", "1x2", "2x2", "4x2")
@@ -161,16 +161,17 @@ def make_loop(
         options["kv_cache_memory"] = memory
     chosen = EngineOptions(path=str(path), mesh=mesh, **options)
     sizes, _ = choose_mesh_sizes(chosen, config, device_mesh, dtype)
-    executor = Executor(config, device_mesh, sizes, params, dtype, fill, cache_dtype=cache_dtype)
+    executor = Executor(
+        Programs(config, device_mesh, sizes, dtype, cache_dtype=cache_dtype), params, fill
+    )
     scheduler = Scheduler(sizes, device_mesh.shape["stage"])
     return TickLoop(scheduler, executor, results_late)
 
 
 def restart(loop: TickLoop, results_late: int = 0) -> TickLoop:
     """An empty loop with the compiled programs of another, which must not be used any more."""
-    executor, sizes = loop.executor, loop.sizes
-    executor._state = init_state(executor.state_shapes(), sizes, float("nan"))
-    return TickLoop(Scheduler(sizes, loop.num_stages), executor, results_late)
+    loop.executor.reset(float("nan"))
+    return TickLoop(Scheduler(loop.sizes, loop.num_stages), loop.executor, results_late)
 
 
 def drive(

@@ -76,7 +76,7 @@ class StartProgress:
         self._display.finish(
             f"{info.model} is ready on the mesh {info.mesh} ({info.platform}, {info.dtype}) after "
             f"{seconds}: {duration_text(info.load_seconds)} loading, "
-            f"{duration_text(info.compile_seconds)} compiling "
+            f"{duration_text(info.compile_seconds)} compiling {info.programs_at_start} of "
             f"{count_text(info.num_programs, 'program')}."
         )
 

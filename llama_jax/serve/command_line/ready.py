@@ -111,6 +111,6 @@ def _pool(info: EngineInfo) -> Text:
 def _seconds(info: EngineInfo, seconds: float) -> Text:
     return Text(
         f"Started in {duration_text(seconds)} (loading weights {duration_text(info.load_seconds)}, "
-        f"compiling {count_text(info.num_programs, 'program')} "
+        f"compiling {info.programs_at_start} of {count_text(info.num_programs, 'program')} "
         f"{duration_text(info.compile_seconds)})"
     )

@@ -57,6 +57,7 @@ _GAUGES: tuple[_Report, ...] = (
     ("kv_cache_usage_perc", "Fraction of KV-cache pages in use.", lambda s: _pages_used(s)),
     ("kv_pages", "KV-cache pages.", lambda s: s.pages_total),
     ("kv_pages_free", "Free KV-cache pages.", lambda s: s.pages_free),
+    ("programs_ready", "Buckets whose programs are compiled.", lambda s: s.programs_ready),
 )
 _COUNTERS: tuple[_Report, ...] = (
     ("prompt_tokens", "Prompt tokens computed.", lambda s: s.prompt_tokens),

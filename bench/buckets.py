@@ -1,0 +1,191 @@
+"""Simulates the ring under a mixed load with different buckets: `python -m bench buckets`.
+
+The real scheduler and tick loop run, with a clock in place of devices: a tick takes the time that
+its program is modeled to take. Requests arrive at random times, with prompts and answers of many
+lengths. "quarters" are the buckets of earlier versions, each four times the one before, and always
+the largest chunk; "defaults" are what an engine chooses now, and "32 sequences" are that with the
+`max_num_seqs` of earlier versions.
+
+Two devices are modeled, both as 4 stages x 2 ranks. The CPU's figures were measured with the demo
+checkpoint on 8 virtual devices. The H100's are those of Llama-3-70B by arithmetic, at 60 % of the
+arithmetic and 90 % of the bandwidth; nothing there was measured.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bench.result import Plot, Result, Row, Target
+from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.options import EngineOptions
+from llama_jax.engine.programs import GREEDY, Choice, TickResult
+from llama_jax.engine.scheduler import Scheduler
+from llama_jax.engine.sizing import choose_sizes
+from llama_jax.engine.tick_cost import CPU_COST, GPU_COST, TickCost
+from llama_jax.engine.tick_loop import TickLoop
+from llama_jax.ring.sizes import Bucket, RingSizes
+
+STAGES = 4
+LONGEST = 2048  # tokens of a sequence
+FEW_SEQUENCES = 32  # the default of earlier versions, on every device
+LEAST_USED = 0.7  # of the token slots, with long prompts on the CPU
+
+
+class Device(NamedTuple):
+    """A modeled device.
+
+    Attributes:
+      platform: whose defaults hold.
+      sequences: maximum number at once.
+      seconds: the duration of a tick with room for so many tokens.
+      cost: what the scheduler believes.
+      rates: requests per second, from a light load to one that is more than enough.
+    """
+
+    platform: str
+    sequences: int
+    seconds: Callable[[int], float]
+    cost: TickCost
+    rates: tuple[float, ...]
+
+
+DEVICES = {
+    "CPU": Device("cpu", 32, lambda tokens: 0.009 + 0.000125 * tokens, CPU_COST, (2, 4, 6)),
+    "H100": Device(
+        "gpu", 256, lambda tokens: 0.0004 + max(0.0057, 0.0000288 * tokens), GPU_COST, (5, 10, 20)
+    ),
+}
+PROMPTS = {"short": 60, "medium": 300, "long": 800}  # median tokens
+
+
+class Clock:
+    """Stands in for an `Executor`: a tick takes no time, but moves the clock."""
+
+    def __init__(self, sizes: RingSizes, seconds: Callable[[int], float]) -> None:
+        self._tokens = {b: np.ones(sizes.num_segments(b), np.int32) for b in sizes.buckets()}
+        self._seconds = seconds
+        self.now = self.call_seconds = 0.0
+
+    def run(self, bucket: Bucket, packed: np.ndarray, choice: Choice = GREEDY) -> Any:
+        """Answers every row with the same token."""
+        self.now += self._seconds(bucket.rows + bucket.chunk)
+        return TickResult(self._tokens[bucket], np.empty(0), bucket)  # type: ignore[arg-type]
+
+
+def default_sizes(device: Device) -> RingSizes:
+    """The sizes that an engine chooses on a device with room for all sequences."""
+    options = EngineOptions(path="", max_num_seqs=device.sequences, max_model_len=LONGEST)
+    config: Any = None  # is asked for the longest sequence only
+    sizes, _ = choose_sizes(options, config, STAGES, 1, 1 << 20, device.platform)
+    return sizes
+
+
+def quarters(sizes: RingSizes) -> RingSizes:
+    """The sizes with the buckets of earlier versions."""
+    rows = [sizes.max_rows]
+    while rows[0] >= 4 and len(rows) < 4:
+        rows.insert(0, rows[0] // 4)
+    return replace(sizes, row_buckets=tuple(rows), chunk_buckets=(0, 128))
+
+
+def requests(number: int, rate: float, prompt: int) -> list[tuple[float, int, int]]:
+    """(arrival in seconds, prompt tokens, answer tokens) of each request; always the same."""
+    rng = np.random.default_rng(0)
+    arrivals = np.cumsum(rng.exponential(1 / rate, number))
+    prompts = np.clip(rng.lognormal(np.log(prompt), 0.8, number), 8, 1024)
+    answers = np.clip(rng.lognormal(np.log(100), 0.6, number), 8, 256)
+    return [(float(t), int(p), int(a)) for t, p, a in zip(arrivals, prompts, answers, strict=True)]
+
+
+def simulate(
+    device: Device, sizes: RingSizes, cost: TickCost | None, load: list[tuple[float, int, int]]
+) -> dict[str, float]:
+    """Runs all requests; returns the times that their clients see, and the use of the slots."""
+    clock: Any = Clock(sizes, device.seconds)
+    scheduler = Scheduler(sizes, STAGES, prefix_caching=False, cost=cost)
+    loop = TickLoop(scheduler, clock, results_late=0)
+    times: list[list[float]] = []
+    while len(times) < len(load) or loop.has_work:
+        if not loop.has_work:
+            clock.now = max(clock.now, load[len(times)][0])
+        while len(times) < len(load) and load[len(times)][0] <= clock.now:
+            _, prompt, answer = load[len(times)]
+            params = SamplingParams(temperature=0, max_tokens=answer)
+            scheduler.add(
+                len(times), [1] * prompt, params,
+                max_model_len=LONGEST, seed=0, stop_ids=frozenset(),
+            )  # fmt: skip
+            times.append([])
+        for output in loop.step():
+            times[output.request_id].append(clock.now)
+    first = [1000 * (own[0] - arrival) for own, (arrival, _, _) in zip(times, load, strict=True)]
+    each = [1000 * (own[-1] - own[0]) / (len(own) - 1) for own in times]
+    return {
+        "slots_used": round(loop.token_slots_used / loop.token_slots, 3),
+        "ttft_p50": round(float(np.median(first)), 1),
+        "ttft_p99": round(float(np.percentile(first, 99)), 1),
+        "tpot_p50": round(float(np.median(each)), 1),
+        "tpot_p99": round(float(np.percentile(each, 99)), 1),
+        "requests_per_second": round(len(load) / clock.now, 2),
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this measurement."""
+    parser.add_argument("--requests", type=int, default=400, help="requests in each run")
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Simulates every device, load and choice of buckets."""
+    rows: list[Row] = []
+    for name, device in DEVICES.items():
+        sizes = default_sizes(device)
+        choices = {"quarters": (quarters(sizes), None), "defaults": (sizes, device.cost)}
+        if name == "H100":
+            few = default_sizes(device._replace(sequences=FEW_SEQUENCES))
+            choices[f"{FEW_SEQUENCES} sequences"] = (few, device.cost)
+        for prompts, median in PROMPTS.items():
+            for rate in device.rates:
+                load = requests(args.requests, rate, median)
+                for buckets, (chosen, cost) in choices.items():
+                    figures = simulate(device, chosen, cost, load)
+                    what = {"device": name, "prompts": prompts, "rate": f"{rate:g}"}
+                    programs = len(chosen.buckets())
+                    rows.append({**what, "buckets": buckets, "programs": programs, **figures})
+    return Result.measured(
+        "buckets",
+        "a simulation of the scheduler on 4 stages x 2 ranks by the buckets of the programs",
+        args=vars(args),
+        packages=("numpy",),
+        units={
+            "programs": "",
+            "slots_used": "",
+            "ttft_p50": "ms",
+            "ttft_p99": "ms",
+            "tpot_p50": "ms",
+            "tpot_p99": "ms",
+            "requests_per_second": "1/s",
+        },
+        rows=rows,
+        targets=_targets(rows),
+        plots=(
+            Plot("Time per output token, p99", "rate", ("tpot_p99",), by="buckets", kind="bar"),
+        ),
+    )
+
+
+def _targets(rows: list[Row]) -> list[Target]:
+    def figures(column: str, buckets: str, **chosen: str) -> list[float]:
+        wanted = {"buckets": buckets, **chosen}
+        return [float(row[column] or 0) for row in rows if wanted.items() <= row.items()]
+
+    used = figures("slots_used", "defaults", device="CPU", prompts="long")
+    before, now = figures("tpot_p99", "quarters"), figures("tpot_p99", "defaults")
+    worst = max(new / old for old, new in zip(before, now, strict=True))
+    return [
+        Target("least share of slots used, CPU, long prompts", min(used), LEAST_USED, "min"),
+        Target("most TPOT p99 of the defaults, in those of quarters", worst, 1.0, "max"),
+    ]
