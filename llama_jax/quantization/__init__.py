@@ -32,7 +32,7 @@ FORMATS: dict[str, type[Quantized]] = {
 # A format with groups → its form for act-order, where the columns of a group are not adjacent.
 ACT_ORDER = {"int4": "int4_act_order", "int8_grouped": "int8_act_order"}
 # The formats that GPUs hold in another layout, to which `for_gpu` converts a matrix.
-GPU_LAYOUTS = (Int4, Int8Grouped)
+GPU_LAYOUTS = (Int4, Int4ActOrder, Int8Grouped)
 # Options of XLA:GPU for the programs that multiply by matrices of a format.
 GPU_COMPILER_OPTIONS: dict[str, dict[str, Any]] = dict.fromkeys(
     ("int4", "int8_grouped", "fp8_grouped"), groups.GPU_COMPILER_OPTIONS
