@@ -23,6 +23,9 @@ GPU_OPTIONS: dict[str, Any] = {
     # Scales of groups of inputs (int4) become part of the product. Otherwise the whole matrix is
     # written out dequantized. Unmeasured.
     "xla_gpu_experimental_enable_subchannel_dequantisation_fusion": True,
+    # Products of one input (q, k and v in act-order, which cannot share an array) stay apart. To
+    # merge them, XLA would join their matrices, and write out those in groups. Unmeasured.
+    "xla_gpu_dot_merger_threshold_mb": 0,
 }
 
 

@@ -1,6 +1,6 @@
 """A function compiled for all devices of a mesh."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +21,6 @@ class MeshProgram:
       in_specs, out_specs: as for `jax.shard_map`.
       name: of the compiled program.
       donate: numbers of the arguments whose memory the results take over.
-      options: of XLA, by name, beside those that every program of the platform has.
     """
 
     def __init__(
@@ -33,7 +32,6 @@ class MeshProgram:
         *,
         name: str,
         donate: tuple[int, ...] = (),
-        options: Mapping[str, Any] | None = None,
     ):
         # check_vma would require a collective for each replicated result, even over an axis of
         # size 1, where the functions of `sharding.collectives` issue none.
@@ -44,7 +42,7 @@ class MeshProgram:
         self._jitted = jax.jit(
             mapped,
             donate_argnums=donate,
-            compiler_options=compiler_options(mesh) | dict(options or {}),
+            compiler_options=compiler_options(mesh),
         )
 
     def __call__(self, *args: Any) -> Any:

@@ -11,9 +11,6 @@ write and these cannot.
 A new format is one class and one entry in `FORMATS` or `QUANTIZERS`.
 """
 
-from typing import Any
-
-from llama_jax.quantization import groups
 from llama_jax.quantization.act_order import Int4ActOrder, Int8ActOrder
 from llama_jax.quantization.format import Part, Quantized, Quantizer
 from llama_jax.quantization.fp8 import Fp8, Fp8Activations
@@ -32,16 +29,11 @@ FORMATS: dict[str, type[Quantized]] = {
 # A format with groups → its form for act-order, where the columns of a group are not adjacent.
 ACT_ORDER = {"int4": "int4_act_order", "int8_grouped": "int8_act_order"}
 # The formats that GPUs hold in another layout, to which `for_gpu` converts a matrix.
-GPU_LAYOUTS = (Int4, Int8Grouped)
-# Options of XLA:GPU for the programs that multiply by matrices of a format.
-GPU_COMPILER_OPTIONS: dict[str, dict[str, Any]] = dict.fromkeys(
-    ("int4", "int8_grouped", "fp8_grouped"), groups.GPU_COMPILER_OPTIONS
-)
+GPU_LAYOUTS = (Int4, Int4ActOrder, Int8Grouped)
 
 __all__ = [
     "ACT_ORDER",
     "FORMATS",
-    "GPU_COMPILER_OPTIONS",
     "GPU_LAYOUTS",
     "QUANTIZERS",
     "Fp8",

@@ -9,18 +9,24 @@ of a row are on each rank that holds a part of the row.
 
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from llama_jax.quantization.format import Part
+from llama_jax.quantization.int4 import MIDDLE, signed
 
 
 class Int4ActOrder(NamedTuple):
     """matrix[o, i] = (nibble[o, i] - zero[o, g]) · scale[o, g], where g = group[i].
 
+    On GPUs, the same with values[o, i] in place of nibble[o, i]. XLA:GPU writes the matrix out to
+    multiply by it, since it fuses no gather of scales.
+
     Attributes:
-      values: uint8 [..., out, in / 2], two adjacent columns a byte, as in `Int4`.
+      values: uint8 [..., out, in / 2], two adjacent columns a byte, as in `Int4`; on GPUs int4
+        [..., out, in], the nibbles less 8.
       scale: float32 [..., out, groups].
-      zero: uint8 [..., out, groups].
+      zero: uint8 [..., out, groups]; on GPUs int8, the same less 8.
       group: int32 [..., in].
     """
 
@@ -35,14 +41,23 @@ class Int4ActOrder(NamedTuple):
         num_out, num_in = shape
         return cls(Part("", (num_out, num_in // 2), "uint8", (0, 1)), *_group_parts(shape, group))
 
+    def for_gpu(self, dtype: Any) -> "Int4ActOrder":
+        """The layout of GPUs; `dtype` is not used."""
+        zero = self.zero.astype(np.int8) - np.int8(MIDDLE)
+        return Int4ActOrder(signed(self.values), self.scale, zero, self.group)
+
     def dequantize(self) -> Any:
         """(nibbles - zero) · scale, float32 [..., out, in]."""
+        if self.values.dtype == ml_dtypes.int4:
+            return _scaled(*self)
         even, odd = self._columns()
         both = even.__array_namespace__().stack((even, odd), axis=-1)
         return both.reshape(*self.values.shape[:-1], -1)
 
     def linear(self, x: Any) -> Any:
-        """x [..., in] -> [..., out], by even and odd columns, as `Int4.linear`."""
+        """x [..., in] -> [..., out]; on CPUs by even and odd columns, as `Int4.linear`."""
+        if self.values.dtype == ml_dtypes.int4:
+            return x @ self.dequantize().astype(x.dtype).mT
         even, odd = self._columns()
         return x[..., 0::2] @ even.astype(x.dtype).mT + x[..., 1::2] @ odd.astype(x.dtype).mT
 

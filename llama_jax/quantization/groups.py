@@ -4,15 +4,6 @@ from typing import Any
 
 import numpy as np
 
-# Let XLA:GPU multiply by the scales inside a matrix product, which excludes splitting the sum over
-# columns among thread blocks and merging the products of one input: merged, they would no longer
-# match. Unmeasured: compiled for an H100, but never timed on one.
-GPU_COMPILER_OPTIONS = {
-    "xla_gpu_experimental_enable_subchannel_dequantisation_fusion": True,
-    "xla_gpu_experimental_force_split_k": 1,
-    "xla_gpu_dot_merger_threshold_mb": 0,
-}
-
 
 def in_groups(values: Any, scale: Any, dtype: Any) -> Any:
     """Casts values [..., out, in] and splits their columns: [..., out, groups, group].
@@ -25,9 +16,10 @@ def in_groups(values: Any, scale: Any, dtype: Any) -> Any:
 def linear_in_groups(x: Any, values: Any, scale: Any, zero: Any = None) -> Any:
     """Multiplies x by the transpose of `values · scale + zero`.
 
-    XLA:GPU then reads the values as they are stored: with `GPU_COMPILER_OPTIONS`, it fuses into the
-    product the conversion of signed or floating-point values and one factor of each group, all in
-    the dtype of `x`. It would fuse no sum, so `zero` multiplies the sums of the inputs of a group.
+    XLA:GPU then reads the values as they are stored: with the options of
+    `sharding.compiler_options`, it fuses into the product the conversion of signed or
+    floating-point values and one factor of each group, all in the dtype of `x`. It would fuse no
+    sum, so `zero` multiplies the sums of the inputs of a group.
 
     Args:
       x: [..., in].

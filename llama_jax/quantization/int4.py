@@ -16,7 +16,7 @@ from llama_jax.quantization.groups import dequantize_groups, linear_in_groups
 from sharding.errors import UserError
 
 _MAX = 15
-_MIDDLE = 8  # the unsigned value that is 0 as a signed one
+MIDDLE = 8  # the unsigned value that is 0 as a signed one
 _ROUNDING = 1e-5  # error of the float32 arithmetic, in steps
 
 
@@ -73,11 +73,8 @@ class Int4(NamedTuple):
 
         The scales are rounded to that dtype, in which products are computed in any case.
         """
-        # By broadcasting and not by stacking: one GPU thread then writes both halves of a byte.
-        nibbles = self.values[..., None] >> np.array([0, 4], np.uint8) & 15
-        signed = nibbles.reshape(*self.values.shape[:-1], -1).astype(np.int8) - np.int8(_MIDDLE)
-        zero = (np.float32(_MIDDLE) - self.zero.astype(np.float32)) * self.scale
-        return Int4(signed.astype(ml_dtypes.int4), self.scale.astype(dtype), zero.astype(dtype))
+        zero = (np.float32(MIDDLE) - self.zero.astype(np.float32)) * self.scale
+        return Int4(signed(self.values), self.scale.astype(dtype), zero.astype(dtype))
 
     def dequantize(self) -> Any:
         """(nibbles - zero) · scale, float32 [..., out, in]."""
@@ -114,6 +111,14 @@ class Int4(NamedTuple):
             for nibble in (pairs & 15, pairs >> 4)
         )
         return even, odd
+
+
+def signed(values: Any) -> Any:
+    """Packed values uint8 [..., in / 2] -> the nibbles less 8, int4 [..., in]."""
+    # By broadcasting and not by stacking: one GPU thread then writes both halves of a byte.
+    nibbles = values[..., None] >> np.array([0, 4], np.uint8) & 15
+    steps = nibbles.reshape(*values.shape[:-1], -1).astype(np.int8) - np.int8(MIDDLE)
+    return steps.astype(ml_dtypes.int4)
 
 
 def _range(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,6 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
-from llama_jax.quantization import GPU_COMPILER_OPTIONS
 from llama_jax.ring import kv_cache
 from llama_jax.ring.attention_backend import AUTO, choose_backend
 from llama_jax.ring.packet import mark_empty, segment_width
@@ -131,11 +130,8 @@ def _jit_step(mesh: Mesh, program: Program, name: str) -> Step:
     specs = state_specs()
     in_specs = (param_specs(program.config, *mesh_shape(mesh)), specs, P())
     out_specs = (specs, StepOutput(LOGITS_SPEC, P(), P()))
-    quantization, options = program.config.quantization, {}
-    if quantization is not None and mesh.devices.flat[0].platform == "gpu":
-        options = GPU_COMPILER_OPTIONS.get(quantization.format, {})
     function = partial(tick, program)
-    return MeshProgram(function, mesh, in_specs, out_specs, name=name, donate=(1,), options=options)
+    return MeshProgram(function, mesh, in_specs, out_specs, name=name, donate=(1,))
 
 
 def check_model_class(model_class: type[Llama]) -> None:

@@ -14,7 +14,7 @@ from llama_jax import ShardedLlama
 from llama_jax.checkpoint import open_checkpoint
 from llama_jax.checkpoint.load import load_params
 from llama_jax.config import LlamaConfig, Quantization
-from llama_jax.quantization import FORMATS, GPU_COMPILER_OPTIONS, GPU_LAYOUTS, Int4, Int8Grouped
+from llama_jax.quantization import FORMATS, GPU_LAYOUTS, Int4, Int8Grouped
 from llama_jax.weights.device_layout import device_shapes, to_device_layout
 from llama_jax.weights.placement import param_shapes
 from sharding.memory import shard_bytes
@@ -24,7 +24,7 @@ from tests.support.quantized_matrix import exact, random_quantized
 from tests.support.reference import make_model, reference_logits
 
 CONVERTED = [name for name, kind in FORMATS.items() if kind in GPU_LAYOUTS]
-GROUPED = [*CONVERTED, "fp8_grouped"]
+PRODUCTS = [*CONVERTED, "fp8_grouped"]
 ROWS, COLUMNS, GROUP = 24, 96, 32
 
 
@@ -45,7 +45,7 @@ def test_it_is_the_same_matrix(name, dtype, allowed):
         assert one.dtype == other.dtype and one.shape == other.shape
         np.testing.assert_array_equal(one.astype("f4"), np.asarray(other).astype("f4"))
     expected = exact(quantized)
-    far = np.repeat(np.abs(quantized.scale) * 256, GROUP, axis=1)
+    far = 256 * np.abs(quantized.scale).max(axis=1, keepdims=True)
     for found in (converted.dequantize(), in_jax.dequantize()):
         assert found.dtype == np.float32
         assert (np.abs(found - expected) <= allowed * far).all()
@@ -73,7 +73,7 @@ def test_int8_by_hand():
     np.testing.assert_array_equal(converted.dequantize(), [[0.0, 63.5, -254.0, 0.0]])
 
 
-@pytest.mark.parametrize("name", GROUPED)
+@pytest.mark.parametrize("name", PRODUCTS)
 @pytest.mark.parametrize("tokens", [1, 8, 64, 512])
 @pytest.mark.parametrize(("dtype", "allowed"), [("float32", 2e-6), ("bfloat16", 2.0**-7)])
 def test_products(name, tokens, dtype, allowed):
@@ -84,14 +84,13 @@ def test_products(name, tokens, dtype, allowed):
     assert found.dtype == x.dtype and found.shape == (tokens, ROWS)
     x64 = np.asarray(x).astype(np.float64)
     error = np.abs(np.asarray(found).astype(np.float64) - x64 @ exact(quantized).T)
-    parts = [np.abs(np.asarray(part).astype(np.float64)) for part in on_gpu(quantized, "float32")]
-    terms = parts[0] * np.repeat(parts[1], GROUP, axis=1)
-    if isinstance(quantized, GPU_LAYOUTS):
-        terms += np.repeat(parts[2], GROUP, axis=1)
-    assert (error <= allowed * (np.abs(x64) @ terms.T)).all()
+    # A value and a zero point may be as large as 256 steps, or 16, and nearly cancel.
+    steps = 16 if name.startswith("int4") else 256
+    largest = steps * np.abs(quantized.scale).max(axis=1)
+    assert (error <= allowed * (np.abs(x64).sum(axis=1, keepdims=True) * largest)).all()
 
 
-@pytest.mark.parametrize("name", GROUPED)
+@pytest.mark.parametrize("name", PRODUCTS)
 def test_a_group_ends_at_its_border(name):
     """Each input multiplies the scale and the zero point of its own group."""
     quantized = random_quantized(name, ROWS, COLUMNS, GROUP)
@@ -156,10 +155,3 @@ def test_the_model_in_the_layout_of_gpus(tmp_path):
     assert params.layers[0]["mlp.w_down"].values.dtype == jnp.int4
     expected = reference_logits(theirs, tokens.tolist())
     assert np.abs(model(tokens[None])[0] - expected).max() <= 1e-4 * np.abs(expected).max()
-
-
-@pytest.mark.parametrize("name", GPU_COMPILER_OPTIONS)
-def test_xla_knows_the_compiler_options(name):
-    """It refuses unknown options, on CPU as well."""
-    options = GPU_COMPILER_OPTIONS[name]
-    assert options and jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
