@@ -15,10 +15,11 @@ import ml_dtypes
 import numpy as np
 
 from bench.attention_program import attention_program
-from bench.one_device import DTYPE, PAGE_SIZE
+from bench.one_device import PAGE_SIZE
 from bench.result import Row, Target
 from llama_jax.config import LlamaConfig
 from llama_jax.engine.sizing import TILE
+from llama_jax.model.kv_storage import KV_DTYPES
 from llama_jax.ring.kv_cache import cache_shapes, init_cache
 from llama_jax.ring.packet import encode_packet
 from llama_jax.ring.sizes import Bucket, RingSizes
@@ -28,7 +29,9 @@ LENGTHS = (1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 511, 513, 1023, 1024, 1025,
 SMALL_LENGTHS = (1, 17, 64, 130)
 TILES = 4  # in a chunk
 EMPTY_ROWS = 2
-TOLERANCE = 1e-2  # of the norm of the reference, for bfloat16
+# KV cache dtype → the greatest norm of the error, as a share of the norm of the reference. In 8
+# bits it is the rounding of the keys and values that counts.
+TOLERANCES = {"bf16": 0.01, "int8": 0.02, "fp8": 0.08}
 RUNS = 20
 
 
@@ -40,8 +43,13 @@ class Sequences(NamedTuple):
     v: list[np.ndarray]
 
 
-def check(config: LlamaConfig, small: bool) -> tuple[list[Row], list[Target]]:
+def check(config: LlamaConfig, kind: str, small: bool) -> tuple[list[Row], list[Target]]:
     """Checks attention with the heads of a config.
+
+    Args:
+      config: the model.
+      kind: the dtype of the KV cache, a key of `TOLERANCES`.
+      small: whether to take few short sequences.
 
     Returns:
       The rows and the targets of a result.
@@ -49,16 +57,16 @@ def check(config: LlamaConfig, small: bool) -> tuple[list[Row], list[Target]]:
     config = replace(config, num_layers=1)
     sequences = random_sequences(config, SMALL_LENGTHS if small else LENGTHS)
     expected = [reference(q, k, v) for q, k, v in zip(*sequences, strict=True)]
-    tiles, rows, changed = attend(config, sequences, seed=0)
-    again = attend(config, sequences, seed=1)
+    tiles, rows, changed = attend(config, kind, sequences, seed=0)
+    again = attend(config, kind, sequences, seed=1)
     moved = count_different((tiles, rows), again[:2])
-    empty = rows[len(expected) :]
+    empty, limit = rows[len(expected) :], TOLERANCES[kind]
     errors = {
         "tiles": max(map(relative_error, tiles, expected)),
         "decode rows": max(relative_error(r, e[-1]) for r, e in zip(rows, expected, strict=False)),
     }
     found: list[Row] = [
-        {"compared with float64": name, "error": error, "limit": TOLERANCE}
+        {"kv_cache": kind, "compared with float64": name, "error": error, "limit": limit}
         for name, error in errors.items()
     ]
     counts = {
@@ -66,9 +74,9 @@ def check(config: LlamaConfig, small: bool) -> tuple[list[Row], list[Target]]:
         "sequences that differ in a bit when they lie in other pages": moved,
         "empty rows that are not zero": int(sum(np.any(row != 0) for row in empty)),
     }
-    found += [{"what": what, "count": count} for what, count in counts.items()]
-    targets = [Target(f"error of {n}", error, TOLERANCE, "max") for n, error in errors.items()]
-    return found, targets + [Target(what, count, 0, "max") for what, count in counts.items()]
+    found += [{"kv_cache": kind, "what": what, "count": count} for what, count in counts.items()]
+    targets = [Target(f"{kind}: error of {n}", e, limit, "max") for n, e in errors.items()]
+    return found, targets + [Target(f"{kind}: {n}", c, 0, "max") for n, c in counts.items()]
 
 
 def random_sequences(config: LlamaConfig, lengths: Sequence[int]) -> Sequences:
@@ -111,7 +119,7 @@ def count_different(one: Any, other: Any) -> int:
 
 
 def attend(
-    config: LlamaConfig, sequences: Sequences, seed: int
+    config: LlamaConfig, kind: str, sequences: Sequences, seed: int
 ) -> tuple[list[np.ndarray], list[np.ndarray], int]:
     """Runs all tiles of all sequences, and then a decode row for each and some empty rows.
 
@@ -122,7 +130,7 @@ def attend(
     lengths = list(map(len, sequences.q))
     rows = Bucket(len(lengths) + EMPTY_ROWS, 0)
     sizes, tables = layout(lengths, seed)
-    shapes = cache_shapes(config, make_mesh("1x1"), sizes.num_pages, PAGE_SIZE, DTYPE)
+    shapes = cache_shapes(config, make_mesh("1x1"), sizes.num_pages, PAGE_SIZE, KV_DTYPES[kind])
     cache = init_cache(shapes, float("nan"))
     chunk_sizes, chunk = replace(sizes, row_buckets=(0,)), Bucket(0, sizes.max_chunk)
     row_sizes = replace(sizes, row_buckets=(rows.rows,), chunk_buckets=(0,))

@@ -142,19 +142,19 @@ class Noisy(PagedAttend):
     ("wrong", "missed"),
     [
         (PagedAttend, set()),
-        (Scaled, {"error of tiles", "error of decode rows"}),
-        (Early, {"error of tiles", "error of decode rows"}),
+        (Scaled, {"bf16: error of tiles", "bf16: error of decode rows"}),
+        (Early, {"bf16: error of tiles", "bf16: error of decode rows"}),
     ],
 )
 def test_the_check_notices_wrong_attention(wrong, missed, monkeypatch):
     monkeypatch.setattr(attention_program, "PagedAttend", wrong)
-    _, targets = attention_check.check(rank_config(toy_config()), small=True)
+    _, targets = attention_check.check(rank_config(toy_config()), "bf16", small=True)
     assert {target.what for target in targets if not target.met} == missed
 
 
 @pytest.mark.slow
 def test_the_check_notices_results_that_change(monkeypatch):
     monkeypatch.setattr(attention_program, "PagedAttend", Noisy)
-    _, targets = attention_check.check(rank_config(toy_config()), small=True)
+    _, targets = attention_check.check(rank_config(toy_config()), "bf16", small=True)
     [changed] = [target for target in targets if "runs" in target.what]
     assert not changed.met

@@ -136,7 +136,7 @@ def test_the_script_at_toy_size_on_a_bare_machine(bare, tmp_path):
     results = {path.stem: Result.read(path) for path in out.glob("*.json")}
     assert results.keys() == set(STEPS)
     assert all(result.rows and result.flags["toy"] for result in results.values())
-    assert len(results["attention"].targets) == 5 and results["attention"].met
+    assert len(results["attention"].targets) == 15 and results["attention"].met
     times = {
         name: [row for row in result.rows if "time" in row] for name, result in results.items()
     }
