@@ -2,12 +2,13 @@
 
 It is called as the ring calls it, through `PagedAttend`, which first writes the new keys and values
 to the KV cache. `bench.attention_check` compares it with float64. Then it is timed over the caches
-of 20 layers, in decode ticks and with chunks of a prompt. The floor of a decode tick is the time
-that its keys and values take at the copy rate of this run, that of a chunk the time that its
+of several layers, in decode ticks and with chunks of a prompt. The floor of a decode tick is the
+time that its keys and values take at the copy rate of this run, that of a chunk the time that its
 arithmetic takes at the matrix rate.
 """
 
 import argparse
+from dataclasses import replace
 
 import jax
 from jax.sharding import NamedSharding
@@ -15,13 +16,13 @@ from jax.sharding import PartitionSpec as P
 
 from bench.attention_check import check
 from bench.attention_program import attention_program
-from bench.one_device import DTYPE, Work, packet, random_cache, ring_sizes
+from bench.one_device import DTYPE, ENOUGH_BYTES, Work, packet, random_cache, ring_sizes
 from bench.partial import keep
 from bench.random_weights import nbytes, random_array
 from bench.result import Result, Row, Target
-from bench.roofline import PACKAGES, copy_rate, matrix_rate
+from bench.roofline import PACKAGES, check_device, copy_rate, matrix_rate
 from bench.step import CONTEXT, PREFILL, TOY_CONTEXT, TOY_PREFILL, rank_config, toy_config
-from bench.timing import time_calls
+from bench.timing import UNITS, time_calls
 from llama_jax.config import LlamaConfig
 from llama_jax.ring.kv_cache import cache_shapes
 from llama_jax.ring.sizes import Bucket
@@ -29,6 +30,7 @@ from sharding.mesh import make_mesh
 
 BATCHES, TOY_BATCHES = (1, 8, 32, 64), (1, 8)
 SECONDS = 0.5
+MAX_LAYERS, CHUNK_LAYERS = 20, 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Checks and times attention; keeps what is measured so far in a partial file."""
+    """Checks and times attention; keeps what is measured so far in a partial file.
+
+    Raises:
+      UserError: there is no GPU.
+    """
+    check_device(args.toy)
     config = rank_config(toy_config() if args.toy else LlamaConfig.llama3_70b())
     rows: list[Row] = []
     targets: list[Target] = []
@@ -50,12 +57,10 @@ def run(args: argparse.Namespace) -> Result:
             "Attention over the paged KV cache: one rank of Llama-3-70B on 4 x 2.",
             args=vars(args),
             packages=PACKAGES,
-            units={"time": "µs", "least": "µs", "greatest": "µs", "floor": "µs", "error": "",
-                   "bytes": "MB", "flops": "GFLOP", "copy_rate": "TB/s", "matrix_rate": "TFLOP/s",
-                   "calls": "", "share": ""},
+            units=UNITS | {"error": "", "limit": "", "count": ""},
             rows=rows,
             targets=targets,
-        )  # fmt: skip
+        )
 
     found, targets = check(config, small=args.small or args.toy)
     rows += found
@@ -72,9 +77,21 @@ def run(args: argparse.Namespace) -> Result:
     return result()
 
 
+def count_layers(config: LlamaConfig, work: Work) -> int:
+    """The layers to attend to in one program: so many that their caches fill no cache of the GPU.
+
+    The arithmetic of a chunk outweighs its keys, so that few are enough.
+    """
+    if work.chunk:
+        return CHUNK_LAYERS
+    one = 2 * work.keys * config.num_kv_heads * config.head_dim * DTYPE.itemsize
+    return min(MAX_LAYERS, max(2, -(-ENOUGH_BYTES // one)))
+
+
 def time_row(config: LlamaConfig, work: Work, copy: float, matrix: float, seconds: float) -> Row:
     """Times the attention of one layer; the rates are in bytes and FLOP per second."""
     sizes, mesh = ring_sizes(work), make_mesh("1x1")
+    config = replace(config, num_layers=count_layers(config, work))
     program = attention_program(config, sizes, Bucket(work.rows, work.chunk))
     shapes = cache_shapes(config, mesh, sizes.num_pages, sizes.page_size, DTYPE)
     cache, packed = random_cache(shapes), packet(work, sizes)
@@ -94,17 +111,14 @@ def time_row(config: LlamaConfig, work: Work, copy: float, matrix: float, second
         cache, out = program(cache, packed, *new)
         return out
 
-    timing = time_calls(call, seconds)
-    each = timing.median / config.num_layers
-    size = nbytes(shapes) * work.keys / (sizes.num_pages * sizes.page_size) / config.num_layers
-    flops = work.attention_flops(config) / config.num_layers
-    floor = flops / matrix if work.chunk else size / copy
-    return {
-        **({"chunk": work.chunk, "prefix": work.prefix} if work.chunk
-           else {"batch": work.rows, "context": work.context}),
-        **timing.row(1e6 / config.num_layers),
-        **({"flops": flops / 1e9, "matrix_rate": matrix / 1e12} if work.chunk
-           else {"bytes": size / 1e6, "copy_rate": copy / 1e12}),
-        "floor": 1e6 * floor,
-        "share": floor / each,
-    }  # fmt: skip
+    timing = time_calls(call, seconds) / config.num_layers
+    if work.chunk:
+        flops = work.attention_flops(config) / config.num_layers
+        floor = flops / matrix
+        what = {"chunk": work.chunk, "prefix": work.prefix, "flops": flops, "matrix_rate": matrix}
+    else:
+        num_keys = sizes.num_pages * sizes.page_size * config.num_layers
+        size = nbytes(shapes) * work.keys // num_keys
+        floor = size / copy
+        what = {"batch": work.rows, "context": work.context, "bytes": size, "copy_rate": copy}
+    return {**what, **timing.row, "floor": floor, "share": floor / timing.median}

@@ -4,6 +4,8 @@
 MEASUREMENTS = {
     "step": ("bench.step", "one rank's decode and prefill tick at full size"),
     "model": ("bench.model", "a whole model on one device"),
+    "attention": ("bench.attention", "the attention that this device uses: is it right, how fast"),
+    "products": ("bench.products", "a layer's matrix products, by weight format and rows"),
     "serve": ("bench.serve_load", "an OpenAI-compatible server under open-loop load"),
     "engine": ("bench.engine", "host time per tick, the scheduler, and streaming over HTTP"),
     "decode": ("bench.decode", "decode speed, against transformers"),
@@ -18,8 +20,6 @@ MEASUREMENTS = {
     "structured": ("bench.structured_output", "what requests with a grammar cost the others"),
     "hostile": ("bench.hostile_requests", "how long hostile requests stop the event loop"),
     "roofline": ("bench.roofline", "copy bandwidth and matrix rate of this device"),
-    "attention": ("bench.attention", "the attention kernel: correct, and how fast"),
-    "products": ("bench.products", "matrix products by format of the weights"),
     "audit": ("bench.audit_result", "the compiled programs for 8 x H100, without a GPU"),
 }
 # These read results and have `run(args) -> None`.

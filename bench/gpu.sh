@@ -33,13 +33,15 @@ limit=${LIMIT:-530}
 out=$(realpath -m "${OUT:-.bench/gpu}")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-mkdir -p "$out" "$work/logs"
+mkdir -p "$out" "$work/kept"
 
 export PYTHONUNBUFFERED=1
 # 70 GB of weights must fit on a card of 80 GB; the default is 75 %.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=0.95
 # With a cache of its own, JAX keeps the results of the autotuner, too: later steps reuse them.
-export JAX_COMPILATION_CACHE_DIR=$work/cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+cache=${JAX_COMPILATION_CACHE_DIR:-$work/cache}
+export JAX_COMPILATION_CACHE_DIR=$cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+export COLUMNS=130 # of the tables
 
 summary=() failed=0
 
@@ -47,13 +49,9 @@ summary=() failed=0
 report() {
   summary+=("$(printf '%-11s %s (at %d s)' "$1" "$2" "$SECONDS")")
   echo "--- ${summary[-1]}"
-  (
-    cd "$work" || exit
-    find . -name '*.gpu_target_config.pbtxt' -exec cp -n {} . \; 2>/dev/null
-    rm -rf xla
-    tar -czf "$out/machine.tar.gz" --ignore-failed-read \
-      $(ls -d logs cache/xla_gpu_per_fusion_autotune_cache_dir ./*.pbtxt 2>/dev/null)
-  )
+  local autotuned=$cache/xla_gpu_per_fusion_autotune_cache_dir
+  [[ -d $autotuned ]] && cp -rT "$autotuned" "$work/kept/autotuned"
+  tar -czf "$out/machine.tar.gz" -C "$work/kept" .
 }
 
 # seconds_for DEADLINE: the smaller of a deadline and the seconds that are left.
@@ -74,8 +72,9 @@ step() {
   fi
   echo "=== $name (at most $seconds s)"
   timeout --kill-after=5 "$seconds" "$python" -m bench "${@:3}" "${toy[@]}" \
-    --output "$out/$name.json" 2>&1 | tee "$work/logs/$name.txt"
+    --output "$out/$name.json" 2>&1 | tee "$work/kept/$name.txt"
   status=${PIPESTATUS[0]}
+  rm -f "$out/$name"*.svg # `python -m bench report` draws them again
   # Status 1 is a missed goal, and also that of a traceback, which leaves no result.
   if ((status <= 1)) && [[ -e $out/$name.json ]]; then
     rm -f "$out/$name.partial.json"
@@ -89,7 +88,7 @@ step() {
 
 # Runs the checks of attention again under compute-sanitizer, where it is installed.
 sanitize() {
-  local seconds log=$work/logs/sanitizer.txt
+  local seconds log=$work/kept/sanitizer.txt
   command -v compute-sanitizer >/dev/null || return
   seconds=$(seconds_for "$1")
   ((seconds < 5)) && return
@@ -98,7 +97,7 @@ sanitize() {
     compute-sanitizer --tool memcheck --report-api-errors no \
     "$python" -m bench attention --check-only --small "${toy[@]}" \
     --output "$work/sanitized.json" >"$log" 2>&1
-  case $(grep -o 'ERROR SUMMARY: [0-9]*' "$log" | tail -1) in
+  case $(grep -o 'ERROR SUMMARY: [0-9][0-9]*' "$log" | tail -1) in
     "ERROR SUMMARY: 0") report sanitizer "found nothing" ;;
     "ERROR SUMMARY: "*)
       failed=1
@@ -109,15 +108,19 @@ sanitize() {
   esac
 }
 
-nvidia-smi >"$work/logs/nvidia-smi.txt" 2>&1
+nvidia-smi >"$work/kept/nvidia-smi.txt" 2>&1
 XLA_FLAGS="--xla_dump_to=$work/xla ${XLA_FLAGS-}" step rates 60 roofline
+description=$(find "$work/xla" -name '*gpu_target_config.pbtxt' -print -quit 2>/dev/null)
+[[ $description ]] && cp "$description" "$work/kept/gpu_target_config.pbtxt"
+rm -rf "$work/xla"
 step attention 110 attention
 sanitize 50
-step products 110 products --rows 1 32 512
+step products 110 products
 step step 190 step
 step model_70b 150 model --cases b5
 step model_8b 110 model --cases b2 b3
 
-printf '\n%s\n' "${summary[@]}"
+echo
+printf '%s\n' "${summary[@]}"
 echo "results in $out"
 exit $failed

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from bench.one_device import OneDevice, Work
 from bench.partial import keep
 from bench.result import Result, Row, Target
-from bench.roofline import PACKAGES, copy_rate
+from bench.roofline import PACKAGES, check_device, copy_rate
 from bench.step import toy_config
-from bench.timing import time_calls
+from bench.timing import UNITS, time_calls
 from llama_jax.config import LlamaConfig, Quantization
 from llama_jax.quantization import QUANTIZERS
 
@@ -62,7 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Times the cases; keeps what is measured so far in a partial file."""
+    """Times the cases; keeps what is measured so far in a partial file.
+
+    Raises:
+      UserError: there is no GPU.
+    """
+    check_device(args.toy)
     copy = copy_rate(args.toy)
     rows: list[Row] = []
     targets: list[Target] = []
@@ -73,11 +78,10 @@ def run(args: argparse.Namespace) -> Result:
             "Decoding with a whole model with random weights on one device.",
             args=vars(args),
             packages=PACKAGES,
-            units={"time": "ms", "least": "ms", "greatest": "ms", "floor": "ms", "bytes": "GB",
-                   "tokens_per_second": "", "copy_rate": "TB/s", "calls": "", "share": ""},
+            units=UNITS | {"tokens_per_second": ""},
             rows=rows,
             targets=targets,
-        )  # fmt: skip
+        )
 
     device: OneDevice | None = None
     for name in args.cases:
@@ -110,10 +114,10 @@ def case_row(name: str, device: OneDevice, toy: bool, copy: float) -> Row:
         "weights": "bfloat16" if quantization is None else quantization.format,
         "batch": case.batch,
         "context": work.context,
-        **timing.row(),
-        "bytes": size / 1e9,
-        "copy_rate": copy / 1e12,
-        "floor": 1e3 * floor,
+        **timing.row,
+        "bytes": size,
+        "copy_rate": copy,
+        "floor": floor,
         "tokens_per_second": case.batch / timing.median,
         "share": floor / timing.median,
     }

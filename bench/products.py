@@ -15,13 +15,13 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bench.one_device import DTYPE
+from bench.one_device import DTYPE, ENOUGH_BYTES
 from bench.partial import keep
 from bench.random_weights import nbytes, random_array, random_params
 from bench.result import Plot, Result, Row
-from bench.roofline import PACKAGES, copy_rate, matrix_rate
+from bench.roofline import PACKAGES, check_device, copy_rate, matrix_rate
 from bench.step import rank_config, toy_config
-from bench.timing import Timing, time_calls
+from bench.timing import UNITS, Timing, time_calls
 from llama_jax.config import LlamaConfig, Quantization
 from llama_jax.model.llama import linear
 from llama_jax.quantization import QUANTIZERS
@@ -29,50 +29,62 @@ from llama_jax.weights.placement import param_shapes
 from sharding.mesh import make_mesh
 from sharding.program import MeshProgram
 
-ROWS, TOY_ROWS = (1, 32, 512, 8, 64, 256), (1, 8)
+ROWS, TOY_ROWS = (1, 32, 512), (8,)
 FORMATS = ("bfloat16", *QUANTIZERS)
-ENOUGH_BYTES = 400_000_000  # of matrices in a program: 8 times the second-level cache
 COPIES = 12  # of a matrix in a program, at most
 SECONDS = 0.2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `python -m bench products`."""
-    parser.add_argument("--rows", type=int, nargs="+", help="values of M (default: 1 to 512)")
+    parser.add_argument("--rows", type=int, nargs="+", help="values of M (default: 1 32 512)")
     parser.add_argument("--formats", choices=FORMATS, nargs="+", default=list(FORMATS))
     parser.add_argument("--toy", action="store_true", help="tiny matrices, to try it on a CPU")
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Times the products; keeps what is measured so far in a partial file."""
+    """Times the products; keeps what is measured so far in a partial file.
+
+    Raises:
+      UserError: there is no GPU.
+    """
+    check_device(args.toy)
     copy, matrix = copy_rate(args.toy), matrix_rate(args.toy)
-    seconds = 0.0 if args.toy else SECONDS
     rows: list[Row] = []
 
     def result() -> Result:
+        plot = Plot("Products of a layer", "rows", ("layer_time",), by="format", log="xy")
         return Result.measured(
             "products",
             "The matrix products of one layer of a rank of Llama-3-70B on 4 x 2.",
             args=vars(args),
             packages=PACKAGES,
-            units={"time": "µs", "least": "µs", "greatest": "µs", "bytes": "MB", "calls": "",
-                   "rate": "TFLOP/s", "copy_rate": "TB/s", "matrix_rate": "TFLOP/s",
-                   "share_of_copy": "", "share_of_matrix": ""},
+            units=UNITS | {"layer_time": "s", "share_of_copy": "", "share_of_matrix": ""},
             rows=rows,
-            plots=[Plot("Products of a layer", "rows", ("time",), by="format", log="xy")],
-        )  # fmt: skip
+            plots=[plot] if any("layer_time" in row for row in rows) else [],
+        )
 
     for num_rows in args.rows or (TOY_ROWS if args.toy else ROWS):
         for name in args.formats:
-            for product, shapes, width in matrices(name, args.toy):
-                case = {"format": name, "product": product, "rows": num_rows}
-                try:
-                    row = product_row(shapes, width, num_rows, copy, matrix, seconds)
-                except jax.errors.JaxRuntimeError as error:  # a finding, too
-                    row = {"error": str(error).splitlines()[0][:200]}
-                rows.append(case | row)
-        keep(result(), args.output)
+            rows += layer_rows(name, num_rows, args.toy, copy, matrix)
+            keep(result(), args.output)
     return result()
+
+
+def layer_rows(name: str, num_rows: int, toy: bool, copy: float, matrix: float) -> list[Row]:
+    """Times each product of a layer in one format; the last row has their sum."""
+    found: list[Row] = []
+    for product, shapes, width in matrices(name, toy):
+        case = {"format": name, "product": product, "rows": num_rows}
+        try:
+            row = product_row(shapes, width, num_rows, copy, matrix, 0 if toy else SECONDS)
+        except jax.errors.JaxRuntimeError as error:  # a finding, too
+            row = {"error": str(error).splitlines()[0][:200]}
+        found.append(case | row)
+    if any("error" in row for row in found):
+        return found
+    total = sum(row["time"] for row in found)  # type: ignore[misc]
+    return [*found, {"format": name, "rows": num_rows, "layer_time": total}]
 
 
 def matrices(name: str, toy: bool) -> list[tuple[str, Any, int]]:
@@ -96,23 +108,22 @@ def product_row(
     size = nbytes(shapes)
     copies = max(2, min(COPIES, -(-ENOUGH_BYTES // size)))
     timing, outputs = time_products(shapes, width, num_rows, copies, seconds)
-    median = timing.median / copies
     flops = 2 * num_rows * width * outputs
     return {
-        **timing.row(1e6 / copies),
-        "bytes": size / 1e6,
-        "copy_rate": copy / 1e12,
-        "share_of_copy": size / copy / median,
-        "matrix_rate": matrix / 1e12,
-        "rate": flops / median / 1e12,
-        "share_of_matrix": flops / median / matrix,
+        **timing.row,
+        "bytes": size,
+        "copy_rate": copy,
+        "share_of_copy": size / copy / timing.median,
+        "flops": flops,
+        "matrix_rate": matrix,
+        "share_of_matrix": flops / matrix / timing.median,
     }
 
 
 def time_products(
     shapes: Any, width: int, num_rows: int, copies: int, seconds: float
 ) -> tuple[Timing, int]:
-    """Times a program that multiplies by `copies` matrices; also returns the outputs of one."""
+    """Times one product in a program of `copies`; also returns its number of outputs."""
     mesh = make_mesh("1x1")
     sharding = NamedSharding(mesh, P())
     weights = tuple(random_params([shapes] * copies))
@@ -120,7 +131,7 @@ def time_products(
     # XLA would join products of one x into one product.
     xs = tuple(random_array(x_shape, seed) for seed in range(copies))
     program = MeshProgram(_multiply, mesh, (P(), P()), P(), name="products")
-    timing = time_calls(lambda: program(xs, weights), seconds)
+    timing = time_calls(lambda: program(xs, weights), seconds) / copies
     return timing, program(xs, weights)[0].shape[-1]
 
 

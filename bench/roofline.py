@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from bench.random_weights import random_array
 from bench.result import Result, Row
-from bench.timing import time_calls
+from bench.timing import UNITS, time_calls
+from sharding.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "numpy")
 COPY_BYTES, TOY_COPY_BYTES = 4 << 30, 1 << 22
@@ -22,6 +23,16 @@ SIDE, TOY_SIDE = 8192, 256
 SECONDS = 0.5
 # Bytes/s and bfloat16 FLOP/s by datasheet (SXM; without sparsity), by the name of the device.
 DATASHEET = {"H100": (3.35e12, 989e12), "H200": (4.8e12, 989e12)}
+
+
+def check_device(toy: bool) -> None:
+    """Checks that there is a GPU for a measurement at full size, before anything is allocated.
+
+    Raises:
+      UserError: there is none.
+    """
+    if not toy and jax.default_backend() == "cpu":
+        raise UserError("JAX finds no GPU here: add --toy to try this at tiny sizes on the CPU.")
 
 
 def copy_rate(toy: bool) -> float:
@@ -65,19 +76,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Measures the rates."""
-    rows: list[Row] = [{"operation": "copy", "bytes_rate": copy_rate(args.toy) / 1e12}]
+    """Measures the rates.
+
+    Raises:
+      UserError: there is no GPU.
+    """
+    check_device(args.toy)
+    rows: list[Row] = [{"operation": "copy", "copy_rate": copy_rate(args.toy)}]
     for name, dtype in (("bfloat16", jnp.bfloat16), ("fp8", jnp.float8_e4m3fn)):
-        rate = matrix_rate(args.toy, dtype) / 1e12
+        rate = matrix_rate(args.toy, dtype)
         rows.append({"operation": f"{name} product", "matrix_rate": rate})
     if (rates := datasheet()) is not None:
         for row, peak in zip(rows, (rates[0], rates[1], 2 * rates[1]), strict=True):
-            row["share_of_datasheet"] = list(row.values())[1] / (peak / 1e12)  # type: ignore
+            row["share_of_datasheet"] = list(row.values())[1] / peak  # type: ignore
     return Result.measured(
         "roofline",
         f"The rates of one device: {jax.devices()[0].device_kind}.",
         args=vars(args),
         packages=PACKAGES,
-        units={"bytes_rate": "TB/s", "matrix_rate": "TFLOP/s", "share_of_datasheet": ""},
+        units=UNITS | {"share_of_datasheet": ""},
         rows=rows,
     )

@@ -14,8 +14,8 @@ from dataclasses import replace
 from bench.one_device import OneDevice, Work
 from bench.partial import keep
 from bench.result import Plot, Result, Row, Target
-from bench.roofline import PACKAGES, copy_rate, matrix_rate
-from bench.timing import time_calls
+from bench.roofline import PACKAGES, check_device, copy_rate, matrix_rate
+from bench.timing import UNITS, time_calls
 from llama_jax.config import LlamaConfig, Quantization
 from llama_jax.quantization import QUANTIZERS
 
@@ -23,8 +23,8 @@ STAGES, RANKS = 4, 2
 # Batch → the least share of the copy rate (B1).
 DECODE = {1: 0.80, 8: 0.85, 32: 0.85}
 CONTEXT = 2048
-# (chunk, prefix) → the greatest time in milliseconds (B4).
-PREFILL = {(2048, 0): 60.0, (512, 0): 16.0, (512, 1536): 16.0}
+# (chunk, prefix) → the greatest time in seconds (B4).
+PREFILL = {(2048, 0): 0.060, (512, 0): 0.016, (512, 1536): 0.016}
 TOY_CONTEXT, TOY_PREFILL = 64, ((128, 0), (64, 64))
 SECONDS = 1.0
 
@@ -48,7 +48,7 @@ def toy_config() -> LlamaConfig:
         LlamaConfig.llama3_70b(),
         vocab_size=1024,
         embed_dim=64,
-        num_layers=8,
+        num_layers=4,
         num_heads=16,
         num_kv_heads=2,
         head_dim=16,
@@ -66,7 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Times the ticks; keeps what is measured so far in a partial file."""
+    """Times the ticks; keeps what is measured so far in a partial file.
+
+    Raises:
+      UserError: there is no GPU.
+    """
+    check_device(args.toy)
     config = rank_config(toy_config() if args.toy else LlamaConfig.llama3_70b())
     if args.quantize:
         config = replace(config, quantization=Quantization(format=args.quantize))
@@ -76,18 +81,17 @@ def run(args: argparse.Namespace) -> Result:
     targets: list[Target] = []
 
     def result() -> Result:
+        plot = Plot("A rank's decode tick", "batch", ("time", "floor"))
         return Result.measured(
             "step",
             "One tick of one rank of a middle stage of Llama-3-70B on 4 x 2, without collectives.",
             args=vars(args),
             packages=PACKAGES,
-            units={"time": "ms", "least": "ms", "greatest": "ms", "floor": "ms", "bytes": "GB",
-                   "flops": "TFLOP", "copy_rate": "TB/s", "matrix_rate": "TFLOP/s", "calls": "",
-                   "share": ""},
+            units=UNITS,
             rows=rows,
             targets=targets,
-            plots=[Plot("A rank's decode tick", "batch", ("time", "floor"))],
-        )  # fmt: skip
+            plots=[plot] if args.batches else [],
+        )
 
     context, seconds = (TOY_CONTEXT, 0.0) if args.toy else (CONTEXT, SECONDS)
     for batch in args.batches:
@@ -100,7 +104,7 @@ def run(args: argparse.Namespace) -> Result:
         rows.append(prefill_row(device, chunk, prefix, matrix, seconds))
         if not args.toy:
             what, limit = f"chunk of {chunk} after {prefix} tokens", PREFILL[chunk, prefix]
-            targets.append(Target(what, rows[-1]["time"], limit, "max", "ms"))  # type: ignore
+            targets.append(Target(what, rows[-1]["time"], limit, "max", "s"))  # type: ignore
         keep(result(), args.output)
     return result()
 
@@ -113,10 +117,10 @@ def decode_row(device: OneDevice, batch: int, context: int, copy: float, seconds
     return {
         "batch": batch,
         "context": context,
-        **timing.row(),
-        "bytes": size / 1e9,
-        "copy_rate": copy / 1e12,
-        "floor": 1e3 * floor,
+        **timing.row,
+        "bytes": size,
+        "copy_rate": copy,
+        "floor": floor,
         "share": floor / timing.median,
     }
 
@@ -129,9 +133,9 @@ def prefill_row(device: OneDevice, chunk: int, prefix: int, matrix: float, secon
     return {
         "chunk": chunk,
         "prefix": prefix,
-        **timing.row(),
-        "flops": flops / 1e12,
-        "matrix_rate": matrix / 1e12,
-        "floor": 1e3 * floor,
+        **timing.row,
+        "flops": flops,
+        "matrix_rate": matrix,
+        "floor": floor,
         "share": floor / timing.median,
     }

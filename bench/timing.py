@@ -9,6 +9,16 @@ import jax
 
 BATCHES = 5
 MAX_CALLS = 1000  # in a batch
+# Of the columns that the measurements of a device share.
+UNITS = {
+    **dict.fromkeys(("time", "least", "greatest", "floor"), "s"),
+    "bytes": "bytes",
+    "copy_rate": "bytes/s",
+    "matrix_rate": "FLOP/s",
+    "flops": "FLOP",
+    "calls": "",
+    "share": "",
+}
 
 
 class Timing(NamedTuple):
@@ -19,14 +29,15 @@ class Timing(NamedTuple):
     greatest: float
     calls: int
 
-    def row(self, unit: float = 1e3) -> dict[str, float | int]:
-        """The columns of a result, in milliseconds or, if `unit` is 1e6, in microseconds."""
-        return {
-            "time": unit * self.median,
-            "least": unit * self.least,
-            "greatest": unit * self.greatest,
-            "calls": self.calls,
-        }
+    def __truediv__(self, parts: int) -> "Timing":
+        """The time of one of `parts` equal parts of a call."""
+        return Timing(self.median / parts, self.least / parts, self.greatest / parts, self.calls)
+
+    @property
+    def row(self) -> dict[str, float | int]:
+        """The columns of a result; their units are `UNITS`."""
+        times = {"time": self.median, "least": self.least, "greatest": self.greatest}
+        return {**times, "calls": self.calls}
 
 
 def time_calls(call: Callable[[], Any], seconds: float) -> Timing:

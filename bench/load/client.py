@@ -94,6 +94,10 @@ async def find_model(server: Server, transport: "httpx.AsyncBaseTransport | None
         raise ServerError(
             f"{server.url} wants an API key that it knows: set OPENAI_API_KEY in the environment."
         )
+    if response.status_code >= 500:
+        raise ServerError(
+            f"{server.url} is not ready (status {response.status_code}): try again once it answers."
+        )
     try:
         return str(response.json()["data"][0]["id"])
     except (ValueError, LookupError, TypeError) as error:

@@ -10,7 +10,7 @@ from bench.result import Row
 
 PERCENTILES = (50, 90, 95, 99)
 UNITS = {
-    **dict.fromkeys(("mean", *(f"p{p}" for p in PERCENTILES), "max"), "ms"),
+    **dict.fromkeys(("mean", *(f"p{p}" for p in PERCENTILES), "max"), "s"),
     **dict.fromkeys(("sent", "completed", "failed", "prompt_tokens", "output_tokens"), ""),
     "duration": "s",
     "requests_per_second": "",
@@ -53,7 +53,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def latency_rows(samples: Sequence[Sample]) -> list[Row]:
-    """Percentiles of every latency, in milliseconds.
+    """Percentiles of every latency.
 
     All but that of the sending are of the completed requests: a failure counts against goodput.
     """
@@ -65,14 +65,16 @@ def latency_rows(samples: Sequence[Sample]) -> list[Row]:
         "end to end": [sample.e2e for sample in done],
         "sent too late": [sample.late for sample in samples],
     }
-    return [{"latency": name, **_in_ms(values)} for name, values in latencies.items() if values]
+    return [
+        {"latency": name, **_percentiles(values)} for name, values in latencies.items() if values
+    ]
 
 
-def _in_ms(values: Sequence[float]) -> Row:
+def _percentiles(values: Sequence[float]) -> Row:
     return {
-        "mean": 1e3 * sum(values) / len(values),
-        **{f"p{percent}": 1e3 * percentile(values, percent) for percent in PERCENTILES},
-        "max": 1e3 * max(values),
+        "mean": sum(values) / len(values),
+        **{f"p{percent}": percentile(values, percent) for percent in PERCENTILES},
+        "max": max(values),
     }
 
 

@@ -51,13 +51,13 @@ def test_percentiles_are_those_computed_by_hand():
     samples, _ = measure(lambda _, i: answer(0.1 + i / 1e3, i / 1e3), every(1.0, 100))
     rows = by_latency(samples)
     assert rows["time to first token"] == approx(
-        {"mean": 149.5, "p50": 149, "p90": 189, "p95": 194, "p99": 198, "max": 199}
+        {"mean": 0.1495, "p50": 0.149, "p90": 0.189, "p95": 0.194, "p99": 0.198, "max": 0.199}
         | {"latency": "time to first token"}
     )
-    assert rows["time per output token"]["p50"] == approx(49)
-    assert rows["time per output token"]["p99"] == approx(98)
-    assert rows["end to end"]["p90"] == approx(189 + 2 * 89)
-    assert rows["time between events"]["p99"] == approx(98)
+    assert rows["time per output token"]["p50"] == approx(0.049)
+    assert rows["time per output token"]["p99"] == approx(0.098)
+    assert rows["end to end"]["p90"] == approx(0.189 + 2 * 0.089)
+    assert rows["time between events"]["p99"] == approx(0.098)
     assert rows["sent too late"]["max"] == approx(0)
 
 
@@ -85,7 +85,7 @@ def test_a_stall_shows_in_every_request_that_should_have_arrived_meanwhile():
     assert [time - start for time, _ in transport.requests] == approx([i / 10 for i in range(50)])
     late = [sample for sample in samples if sample.ttft > 0.06]
     assert [sample.ttft for sample in late] == approx([1.05 - i / 10 for i in range(10)])
-    assert by_latency(samples)["time to first token"]["p90"] == approx(550)
+    assert by_latency(samples)["time to first token"]["p90"] == approx(0.550)
 
 
 def test_a_slow_client_reports_what_it_sent_late_and_counts_from_the_intended_arrival():
@@ -118,8 +118,8 @@ def test_tokens_are_counted_by_usage_not_by_events():
     samples, _ = measure(lambda *_: steps, every(5.0, 2))
     row = total_row(samples, Goals())
     assert row["output_tokens"] == 20 and row["tokens_per_event"] == 5
-    assert by_latency(samples)["time per output token"]["p50"] == approx(100)
-    assert by_latency(samples)["time between events"]["p50"] == approx(900)
+    assert by_latency(samples)["time per output token"]["p50"] == approx(0.1)
+    assert by_latency(samples)["time between events"]["p50"] == approx(0.9)
 
 
 @pytest.mark.parametrize("content", ["content", "reasoning_content"])
@@ -183,7 +183,7 @@ def test_a_failure_is_counted_by_its_kind_and_ends_nothing(kind):
     assert (row["error"], row["count"]) == (kind, 5) and row["example"]
     total = total_row(samples, Goals())
     assert (total["completed"], total["failed"], total["goodput_share"]) == (5, 5, 0.5)
-    assert by_latency(samples)["time to first token"]["max"] == approx(100)
+    assert by_latency(samples)["time to first token"]["max"] == approx(0.1)
 
 
 def test_an_http_error_is_counted_by_its_status():
@@ -232,7 +232,13 @@ def test_a_server_that_answers_nothing_is_not_tested():
 
 @pytest.mark.parametrize(
     ("status", "body", "named"),
-    [(401, b"{}", "OPENAI_API_KEY"), (404, b"{}", "404"), (200, b"[1]", "200"), (200, b"", "200")],
+    [
+        (401, b"{}", "OPENAI_API_KEY"),
+        (503, b"", "not ready"),
+        (404, b"{}", "404"),
+        (200, b"[1]", "200"),
+        (200, b"", "200"),
+    ],
 )
 def test_a_server_without_a_model_is_refused(status, body, named):
     transport = ScriptedServer(lambda *_: [body], status)

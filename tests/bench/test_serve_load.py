@@ -13,6 +13,7 @@ from sharding.errors import UserError
 from tests.support.fake_client import FakeServer
 from tests.support.listening import listening
 from tests.support.server_process import FAKE_SERVER, ServerProcess
+from tests.support.tiny_tokenizer import make_tokenizer
 
 QUICK = ("--rate", "200", "--requests", "20", "--prompt-tokens", "5", "--answer-tokens", "4-9")
 
@@ -111,9 +112,11 @@ def test_malformed_flags_are_refused_in_one_line(flags, capsys):
 
 
 @pytest.mark.slow
-def test_a_server_that_is_killed_is_reported_as_errors():
+def test_a_server_that_is_killed_is_reported_as_errors(tmp_path):
     """The engine kills itself in the middle of the test; then the server is killed, too."""
-    with ServerProcess(FAKE_SERVER, "fake:kill:200") as server:
+    checkpoint = make_tokenizer(tmp_path / "fake:kill:200")
+    (checkpoint / "model.safetensors").touch()
+    with ServerProcess(FAKE_SERVER, str(checkpoint)) as server:
         url = server.wait_ready().url + "/v1"
         result = run(parse("--url", url, *QUICK, "--requests", "60", "--answer-tokens", "20"))
         [row] = rows_with(result, "sent")
