@@ -61,7 +61,8 @@ def digest(result: Result, plot: Plot) -> str:
 
 def draw(result: Result, plot: Plot) -> "Picture":
     """One plot as a matplotlib figure."""
-    values = [row.get(column) for row in result.rows for column in plot.y]
+    shown = [row for row in result.rows if row.get(plot.x) is not None]
+    values = [row.get(column) for row in shown for column in plot.y]
     factor, unit = fitting_unit(values, result.units.get(plot.y[0], ""))
     lines = series(result, plot, factor)
     xs: list[Scalar] = list(dict.fromkeys(x for points in lines.values() for x in points))

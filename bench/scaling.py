@@ -4,14 +4,16 @@ The engine's programs run with random weights on one device: decode ticks by bat
 whole prompts by length, and the memory of the decode program by the pages of the pool. Time may
 grow in proportion to the batch and to the context, and at most with the square of a prompt's
 length. The pool may take its own bytes and no more: no program copies it. The scheduler is measured
-without programs (`bench.scheduler_time`). A time is the least of several, since other programs on
-the machine only add to it.
+without programs (`bench.scheduler_time`).
+
+Times are the least of several, since other programs on the machine only add to them. They add less
+to the CPU time of this process, over all its threads, so the limits on growth are for that.
 """
 
 import argparse
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,6 @@ from bench.engine import combined
 from bench.one_device import OneDevice, Work, packet, ring_sizes
 from bench.random_weights import nbytes
 from bench.result import Plot, Result, Row, Target
-from bench.timing import time_calls
 from llama_jax.config import LlamaConfig
 from llama_jax.ring.steps import decode_step, init_state, prefill_step, state_shapes
 
@@ -31,7 +32,8 @@ CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 PROMPTS = (512, 1024, 2048, 4096, 8192)
 PAGES = (256, 1024, 4096, 16384, 65536)
 BATCH, CONTEXT, CHUNK = 4, 128, 512  # where they are not what varies
-SECONDS = 1.0  # for each point
+SECONDS = 2.0  # for each point, and at least three ticks
+TIMES = ("time", "CPU time")
 # The greatest growth when the last step doubles the cause; noise included.
 LINEAR, SQUARE, CONSTANT = 2.5, 4.5, 1.1
 CONFIG = dataclasses.replace(
@@ -62,15 +64,15 @@ def run(args: argparse.Namespace) -> Result:
     """Measures each cause alone."""
     device = OneDevice(CONFIG, jnp.dtype(jnp.float32))
     batches: list[Row] = [
-        {"batch": batch, "tick": tick(device, Work(rows=batch, context=CONTEXT), args.seconds)}
+        {"batch": batch, **tick(device, Work(rows=batch, context=CONTEXT), args.seconds)}
         for batch in args.batches
     ]
     contexts: list[Row] = [
-        {"context": context, "tick": tick(device, Work(rows=BATCH, context=context), args.seconds)}
+        {"context": context, **tick(device, Work(rows=BATCH, context=context), args.seconds)}
         for context in args.contexts
     ]
     prompts: list[Row] = [
-        {"prompt": tokens, "prefill": prefill(device, tokens)} for tokens in args.prompts
+        {"prompt": tokens, **prefill(device, tokens, args.seconds)} for tokens in args.prompts
     ]
     pages = [memory(device, count) for count in args.pages]
     programs = Result.measured(
@@ -80,51 +82,61 @@ def run(args: argparse.Namespace) -> Result:
         f"{CHUNK}; memory of a program by pages",
         args=vars(args),
         packages=("jax", "jaxlib", "numpy"),
-        units={"tick": "s", "prefill": "s", "KV cache": "bytes", "temporaries": "bytes"},
+        units={"time": "s", "CPU time": "s", "KV cache": "bytes", "temporaries": "bytes"},
         rows=[*batches, *contexts, *prompts, *pages],
         targets=[
-            *growth("decode tick", batches, "batch", "tick", LINEAR),
-            *growth("decode tick", contexts, "context", "tick", LINEAR),
-            *growth("prefill", prompts, "prompt", "prefill", SQUARE),
+            *growth("decode tick", batches, "batch", "CPU time", LINEAR),
+            *growth("decode tick", contexts, "context", "CPU time", LINEAR),
+            *growth("prefill", prompts, "prompt", "CPU time", SQUARE),
             *growth("temporaries", pages, "pages", "temporaries", CONSTANT),
         ],
         plots=[
-            Plot(f"Decode tick, {CONTEXT} tokens of context", "batch", ("tick",), log="xy"),
-            Plot(f"Decode tick, batch {BATCH}", "context", ("tick",), log="xy"),
-            Plot(f"A prompt in chunks of {CHUNK}", "prompt", ("prefill",), log="xy"),
+            Plot(f"Decode tick, {CONTEXT} tokens of context", "batch", TIMES, log="xy"),
+            Plot(f"Decode tick, batch {BATCH}", "context", TIMES, log="xy"),
+            Plot(f"A prompt in chunks of {CHUNK}", "prompt", TIMES, log="xy"),
             Plot("Memory of the decode program", "pages", ("KV cache", "temporaries"), log="xy"),
         ],
     )
     return combined([programs, scheduler_time.run(args)])
 
 
-def tick(device: OneDevice, work: Work, seconds: float) -> float:
-    """Seconds of one tick."""
-    least = time_calls(device.tick(work), seconds).least
-    print(f"{work}: {1000 * least:.2f} ms", flush=True)
-    return least
+def tick(device: OneDevice, work: Work, seconds: float) -> Row:
+    """The times of one tick."""
+    found = least_times(device.tick(work), seconds)
+    print(work, found, flush=True)
+    return found
 
 
-def prefill(device: OneDevice, tokens: int) -> float:
-    """Seconds of all ticks of one prompt, whose length is a multiple of the chunk."""
+def least_times(call: Callable[[], jax.Array], seconds: float) -> Row:
+    """The least time of a call, and the least CPU time of one; the first call compiles."""
+    jax.block_until_ready(call())
+    end = time.perf_counter() + seconds
+    walls, cpus = list[float](), list[float]()
+    while len(walls) < 3 or time.perf_counter() < end:
+        start, cpu_start = time.perf_counter(), time.process_time()
+        jax.block_until_ready(call())
+        walls.append(time.perf_counter() - start)
+        cpus.append(time.process_time() - cpu_start)
+    return {"time": min(walls), "CPU time": min(cpus)}
+
+
+def prefill(device: OneDevice, tokens: int, seconds: float) -> Row:
+    """The times of all ticks of one prompt, whose length is a multiple of the chunk."""
     works = [Work(chunk=CHUNK, prefix=prefix) for prefix in range(0, tokens, CHUNK)]
     sizes = ring_sizes(works[-1])
     step = prefill_step(device.config, device.mesh, sizes, 0, CHUNK)
     packets = [packet(work, sizes) for work in works]
     state = init_state(state_shapes(device.config, device.mesh, sizes, device.dtype), sizes)
 
-    def once() -> float:
+    def call() -> jax.Array:
         nonlocal state
-        start = time.perf_counter()
         for packed in packets:
             state, output = step(device.params, state, packed)
-        jax.block_until_ready(output)
-        return time.perf_counter() - start
+        return output.tokens
 
-    once()
-    seconds = min(once() for _ in range(3))
-    print(f"prompt of {tokens}: {seconds:.2f} s", flush=True)
-    return seconds
+    found = least_times(call, seconds)
+    print(f"prompt of {tokens}", found, flush=True)
+    return found
 
 
 def memory(device: OneDevice, pages: int) -> Row:

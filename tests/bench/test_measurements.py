@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import peers
 from bench.__main__ import main
 from bench.result import Result
 
@@ -24,6 +25,24 @@ def test_scheduler(tmp_path):
     found = measured(tmp_path, "engine", "--parts", "scheduler", "--ticks", "4")
     assert columns(found) == [("decoding", "per tick", "per row"), ("waiting", "per tick")]
     assert len(found.targets) == len(found.plots) == 2 and found.flags["ticks"] == 4
+
+
+def test_peers(tmp_path, monkeypatch):
+    """With given times: only what is made of them is tested here."""
+    times = {"llama-jax": 1.0, "transformers": 1.2, "tunix": 3.0}
+    monkeypatch.setattr(peers, "find_spec", lambda name: object())
+    monkeypatch.setattr(peers, "write_model", lambda path: 5)
+    monkeypatch.setattr(peers, "in_turns", lambda *_: dict(times))
+    found = measured(tmp_path, "peers")
+    assert [(row["weights"], row.get("batch", row.get("prompt"))) for row in found.rows] == [
+        (dtype, number) for dtype in ("float32", "bfloat16") for number in (1, 8, 32, 512)
+    ]
+    assert {row["transformers / llama-jax"] for row in found.rows} == {1.2}
+    met = {target.what: target.met for target in found.targets}
+    assert len(met) == 2 * (3 + 1 + 1)
+    assert not met["transformers / llama-jax: decode at batch 8, float32"]
+    assert met["transformers / llama-jax: prefill of 512, bfloat16"]
+    assert met["tunix / llama-jax: decode at batch 8, float32"]
 
 
 @pytest.mark.slow
