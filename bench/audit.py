@@ -15,6 +15,7 @@ contains the GPU compiler.
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -77,6 +78,7 @@ LIMITS: dict[str, float] = {
     "ratio": 1.10,  # bytes to the ideal
     "ratio through cublas": 1.05,
     "kernels": 450,
+    "kernels_per_layer": 15,  # at 8 rows and more
     "host_loops": 0,
     "temporary_bytes": 300_000_000,
 }
@@ -157,6 +159,7 @@ def audit_program(
         "ratio": round(total / sum(ideal), 3),
         "large_arrays": large_arrays(moved, config, bucket),
         "kernels": thunks.kernels,
+        "kernels_per_layer": kernels_per_layer(moved),
         "kernels_in_graphs": thunks.in_graphs,
         "graphs": thunks.graphs,
         "host_loops": thunks.loops - counted_loops(compiled.as_text()),
@@ -191,6 +194,19 @@ def large_arrays(moved: list[Kernel], config: LlamaConfig, bucket: Bucket) -> li
     ]
 
 
+def kernels_per_layer(moved: list[Kernel]) -> float:
+    """The median over the layers of their kernels, without collectives; a loop's count once.
+
+    A kernel belongs to the layer that XLA names as its source. For what all layers need, such as
+    the sines of the positions, that is the first.
+    """
+    count: Counter[str] = Counter()
+    for kernel in moved:
+        if not kernel.name.startswith(COLLECTIVES):
+            count.update(part for part in kernel.op_name.split("/") if part.startswith("layer_"))
+    return statistics.median(count.values()) if count else 0
+
+
 def missed(row: dict[str, Any]) -> list[str]:
     """Names the limits that a program misses.
 
@@ -199,6 +215,8 @@ def missed(row: dict[str, Any]) -> list[str]:
     """
     plain = row["weights"] == "bfloat16"
     names = ["kernels", "host_loops"]
+    if row["rows"] + row["chunk"] >= 8:
+        names.append("kernels_per_layer")
     if plain or row["gemm"] == "triton":
         names += ["temporary_bytes", "ratio"]
     found = [name for name in names if row[name] > LIMITS[name]]
@@ -294,7 +312,8 @@ def line(row: dict[str, Any]) -> str:
     return (
         f"{row['weights']:>8}, rows {row['rows']:>2}, chunk {row['chunk']:>3}, {row['gemm']}: "
         f"{moved:.2f} GB = {row['ratio']:.3f} x ideal, {len(row['large_arrays'])} large arrays, "
-        f"{row['kernels']} kernels, {row['host_loops']} host loops, {row['graphs']} graphs, "
+        f"{row['kernels']} kernels, {row['kernels_per_layer']} a layer, "
+        f"{row['host_loops']} host loops, {row['graphs']} graphs, "
         f"{' + '.join(map(str, count))} collectives, {row['temporary_bytes'] / 1e9:.3f} GB of "
         f"temporaries: {'misses ' + ', '.join(row['missed']) if row['missed'] else 'holds'} "
         f"({row['compile_seconds']:.0f} s)"

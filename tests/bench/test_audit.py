@@ -70,6 +70,8 @@ def missed(name: str) -> list[str]:
         "weights": "bfloat16",
         "gemm": "cublas",
         "kernels": found.kernels,
+        "kernels_per_layer": audit.kernels_per_layer(moved),
+        **ROWS._asdict(),
         "host_loops": found.loops - counted_loops(program(name)),
         "temporary_bytes": 0,
         "ratio": 1.0,
@@ -134,12 +136,15 @@ def test_an_opaque_kernel_reads_its_pages_and_a_copy_of_the_cache_is_caught():
         ({"ratio": 9.0, "weights": "int8", "temporary_bytes": 4e8, "large_arrays": ["x"]}, []),
         ({"temporary_bytes": 4e8}, ["temporary_bytes"]),
         ({"kernels": 451}, ["kernels"]),
+        ({"kernels_per_layer": 16}, ["kernels_per_layer"]),
+        ({"kernels_per_layer": 16, "rows": 1}, []),
         ({"collectives": {"all-reduce": 43}}, ["collectives"]),
     ],
 )
 def test_limits(changes, expected):
     row = {
         "weights": "bfloat16", "gemm": "cublas", "kernels": 450, "host_loops": 0, "ratio": 1.0,
+        "kernels_per_layer": 15, "rows": 8, "chunk": 0,
         "temporary_bytes": 3e8, "large_arrays": [], "collectives": {"all-reduce": 42},
         "collectives_expected": {"all-reduce": 42},
     }  # fmt: skip
@@ -196,6 +201,23 @@ def test_the_ideal_of_one_rank_of_70b():
     assert ideal.cache == 40_960 * 64 * (2048 + 1)
     widths = 16 * 8192 + (10240 + 8192 + 3 * 28672)  # written and read, by two ranks
     assert ideal.activations == 64 * (20 * 2 * widths + 2 * 4 * 128256 // 8)
+
+
+def test_kernels_of_a_layer():
+    """Neither collectives nor what belongs to no layer."""
+    text = """
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0), metadata={op_name="packed"}
+  %a = f32[8]{0} copy(%x), metadata={op_name="jit(f)/layer_1/mlp/mul"}
+  %b = f32[8]{0} copy(%a), metadata={op_name="jit(f)/layer_1/add"}
+  %all-reduce-start = f32[8]{0} all-reduce-start(%b), metadata={op_name="jit(f)/layer_1/psum"}
+  %c = f32[8]{0} copy(%b), metadata={op_name="jit(f)/layer_10/add"}
+  %e = f32[8]{0} copy(%c), metadata={op_name="jit(f)/layer_10/add"}
+  %f = f32[8]{0} copy(%b), metadata={op_name="jit(f)/layer_0/add"}
+  ROOT %d = f32[8]{0} copy(%c), metadata={op_name="jit(f)/head/mul"}
+}
+"""
+    assert audit.kernels_per_layer(kernels(text, {}, 1)) == 2
 
 
 def test_bytes_of_four_bit_values():

@@ -1,6 +1,7 @@
 """`ShardedLlama` is called like the plain model and compiles no more than it must."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -54,6 +55,16 @@ def test_unembed(path):
     for part in (x, x[0, 0, 0]):
         assert sharded.unembed(part).shape == (*part.shape[:-1], VOCAB)
         assert_close(sharded.unembed(part), plain.unembed(part))
+
+
+def test_unembed_one_row_in_bfloat16(path):
+    """A product of its own (`ring.tick.local_logits`)."""
+    plain, sharded = (
+        model.from_pretrained(path, dtype="bfloat16") for model in (Llama, ShardedLlama)
+    )
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 64)), jnp.bfloat16)
+    assert sharded.unembed(x).shape == (1, VOCAB)
+    assert_close(sharded.unembed(x), plain.unembed(x))
 
 
 def test_one_call_leaves_nothing_for_the_next(path):
