@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.result import Plot, Result, Row, Target
+from bench.result import Result, Row, Target
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.programs import GREEDY, Choice, TickResult
@@ -171,9 +171,6 @@ def run(args: argparse.Namespace) -> Result:
         },
         rows=rows,
         targets=_targets(rows),
-        plots=(
-            Plot("Time per output token, p99", "rate", ("tpot_p99",), by="buckets", kind="bar"),
-        ),
     )
 
 

@@ -16,7 +16,13 @@ from tests.support.tiny_tokenizer import make_tokenizer
 pytestmark = pytest.mark.slow
 
 # Few tokens, so that the requests without a limit end soon.
-SMALL = ("--mesh=2x1", "--max-num-seqs=4", "--max-chunk=64", "--max-model-len=64")
+SMALL = (
+    "--mesh=2x1",
+    "--max-num-seqs=4",
+    "--max-chunk=64",
+    "--max-model-len=64",
+    "--wait-for-programs",
+)
 
 
 @pytest.fixture

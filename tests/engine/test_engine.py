@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import threading
 from collections import Counter
 from types import SimpleNamespace
 
@@ -279,6 +280,9 @@ def test_options_that_do_not_work(engine, path, changes, error, named):
 @pytest.fixture
 def no_cache_directory():
     """Makes the engine choose its own directory for compiled programs."""
+    for thread in threading.enumerate():
+        if thread.name == "compile-programs":  # of an earlier engine, with another setting
+            thread.join()
     directory = jax.config.jax_compilation_cache_dir
     for value in (None, directory):
         jax.config.update("jax_compilation_cache_dir", value)

@@ -75,6 +75,7 @@ def subject(checkpoint: Path) -> Iterator[Subject]:
             max_chunk=64,
             page_size=PAGE_SIZE,
             kv_cache_memory=NUM_PAGES * PAGE_BYTES,
+            wait_for_programs=True,
         )
         assert llm.info.num_pages == NUM_PAGES
         model = transformers.LlamaForCausalLM.from_pretrained(checkpoint)

@@ -23,6 +23,7 @@ from tests.support.tiny_checkpoint import write_checkpoint
 from tests.support.tiny_tokenizer import make_tokenizer
 
 SMALL = ("--max-num-seqs=4", "--max-chunk=64", "--max-model-len=96", "--max-queue=4")
+ALL_PROGRAMS = "--wait-for-programs"  # so that a test can tell that no request compiles any
 COMPLETIONS = "/v1/completions"
 LONG = {"prompt": "x", "max_tokens": 90, "ignore_eos": True}
 
@@ -44,7 +45,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(checkpoint):
-    with ServerProcess(REAL_SERVER, str(checkpoint), "--mesh=2x2", *SMALL) as server:
+    with ServerProcess(REAL_SERVER, str(checkpoint), "--mesh=2x2", *SMALL, ALL_PROGRAMS) as server:
         yield server.wait_ready()
 
 

@@ -60,6 +60,7 @@ async def running_server(checkpoint: Path):
         max_chunk=64,
         max_model_len=400,
         kv_cache_memory=56_000,
+        wait_for_programs=True,
     )
     engine = await EngineClient.start(options)
     served = ServedModel(
