@@ -118,10 +118,13 @@ def paged_attention(
     group_size = max(1, query_block // num_queries)
     if batch > group_size:
 
-        def attend(q: jax.Array, *rows: jax.Array) -> jax.Array:
+        def attend(
+            q: jax.Array, page_table: jax.Array, positions: jax.Array, lengths: jax.Array
+        ) -> jax.Array:
             return paged_attention(
-                q, k_pages, v_pages, *rows, score_mod, first_head, query_block=query_block
-            )
+                q, k_pages, v_pages, page_table, positions, lengths, score_mod, first_head,
+                query_block=query_block,
+            )  # fmt: skip
 
         return _in_groups(attend, group_size, q, page_table, positions, lengths)
     pages_per_block = max(1, KEY_BLOCK // page_size)
