@@ -9,6 +9,7 @@ MEASUREMENTS = {
     "serve": ("bench.serve_load", "an OpenAI-compatible server under open-loop load"),
     "engine": ("bench.engine", "host time per tick, the scheduler, and streaming over HTTP"),
     "decode": ("bench.decode", "decode speed, against transformers"),
+    "sampling": ("bench.sampling", "choosing tokens, by what the rows of a packet ask for"),
     "peers": ("bench.peers", "decode and prefill, against transformers and a JAX peer"),
     "scaling": ("bench.scaling", "cost by batch, context, prompt length, sequences and pages"),
     "startup": ("bench.start_up", "from starting the server to its first answer"),

@@ -1,9 +1,9 @@
 """Top-k, top-p and typical-p over a vocabulary that is split over all ranks.
 
 Each filter of a row is a threshold: tokens below it are removed. Top-k and top-p look for it among
-the candidates, the `CANDIDATES` most likely tokens of each rank, which all ranks exchange. If the
-threshold of a row may lie below them, as in a flat distribution, a bisection over the whole
-vocabulary finds it. Which of the two happens depends on the row alone.
+the candidates, the row's `CANDIDATES` most likely tokens, which ranks exchange. If it may lie below
+them, as in a flat distribution, a bisection over the whole vocabulary finds it. Which of the two
+happens depends on the row alone.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from llama_jax.model.controls import decode_controls
 from sharding.axes import AXES
 from sharding.collectives import all_gather, psum
 
-CANDIDATES = 256  # of each rank
+CANDIDATES = 256
 
 
 def keep_likely(logits: jax.Array, packed_controls: jax.Array) -> jax.Array:
@@ -77,22 +77,26 @@ def keep_likely(logits: jax.Array, packed_controls: jax.Array) -> jax.Array:
 
 
 def _candidates(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The most likely tokens of each rank: one all-gather.
+    """The logits of the most likely tokens of each row: one all-gather.
 
     Returns:
-      The logits of the candidates, `[n, ranks * CANDIDATES]` in descending order, or fewer of a
-      small vocabulary; and the highest logit that is not among them, `[n]`, -inf if there is none.
+      The candidates, `[n, CANDIDATES]` in descending order, or fewer of a small vocabulary; and the
+      highest logit that is not among them, `[n]`, -inf if there is none.
     """
-    size = logits.shape[1]
-    best = lax.top_k(logits, min(CANDIDATES + 1, size))[0]
-    if size <= CANDIDATES:
-        best = jnp.pad(best, ((0, 0), (0, 1)), constant_values=-jnp.inf)
-    every = all_gather(best, AXES)  # [ranks, n, candidates + 1]
-    hidden = every[..., -1].max(axis=0)
-    likely = every[..., :-1].transpose(1, 0, 2).reshape(len(logits), -1)
-    if every.shape[0] > 1:
-        likely = jnp.sort(likely, axis=-1, descending=True)
-    return likely, hidden
+    best = _top(logits, CANDIDATES + 1)
+    every = all_gather(best, AXES)  # [ranks, n, CANDIDATES + 1]
+    if every.shape[0] == 1:
+        best = every[0]
+    else:
+        best = _top(every.transpose(1, 0, 2).reshape(len(logits), -1), CANDIDATES + 1)
+    if best.shape[1] <= CANDIDATES:
+        return best, jnp.full(len(logits), -jnp.inf)
+    return best[:, :-1], best[:, -1]
+
+
+def _top(x: jax.Array, count: int) -> jax.Array:
+    # XLA turns top_k into a whole sort if it can merge it with a later slice.
+    return lax.optimization_barrier(lax.top_k(x, min(count, x.shape[1]))[0])
 
 
 def _typical(mass: jax.Array, typical_p: jax.Array) -> jax.Array:

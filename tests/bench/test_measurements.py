@@ -64,3 +64,10 @@ def test_scaling(tmp_path):
     assert memory[1]["KV cache"] == 4 * memory[0]["KV cache"]
     assert memory[1]["temporaries"] < 1.1 * memory[0]["temporaries"]
     assert len(found.targets) == 6 and len(found.plots) == 6
+
+
+@pytest.mark.slow
+def test_sampling(tmp_path):
+    found = measured(tmp_path, "sampling", "--toy", "--rounds", "1", "--meshes", "2x2", "1x1")
+    assert columns(found) == [("mesh", "logits", "kind", "time", "least")]
+    assert len(found.rows) == 2 * 2 * 9 and all(row["time"] > 0 for row in found.rows)

@@ -34,7 +34,7 @@ PARAMS = [
 
 @cache
 def filtered(mesh, candidates):
-    """`keep_likely` over a mesh, with this many candidates of each rank."""
+    """`keep_likely` over a mesh, with this many candidates."""
 
     def run(logits, controls):
         return keep_likely(logits, controls)

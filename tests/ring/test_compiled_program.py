@@ -41,9 +41,9 @@ def compile_step(bucket: Bucket, mesh: str) -> jax.stages.Compiled:
     return programs.compile_step(bucket, mesh, config)
 
 
-def compile_sampling(program: str, mesh: str):
+def compile_sampling(program: str, mesh: str, vocab_size: int = CONFIG.vocab_size):
     device_mesh = make_mesh(mesh)
-    rows, vocab = 4, round_up(CONFIG.vocab_size, device_mesh.size)
+    rows, vocab = 4, round_up(vocab_size, device_mesh.size)
 
     logits = jax.ShapeDtypeStruct(
         (rows, vocab), jnp.float32, sharding=NamedSharding(device_mesh, steps.LOGITS_SPEC)
@@ -100,6 +100,13 @@ def test_each_collective_of_sampling_depends_on_the_previous_one(program, mesh):
     assert count_ops(text)["all-gather"] == 1
     assert count_ops(text)["all-reduce"] >= 2
     assert unordered_collectives(text) == []
+
+
+def test_candidates_are_not_sorted():
+    """XLA turns top_k into a sort of the whole vocabulary if it can merge it with a slice."""
+    for mesh in ("1x1", "4x2"):
+        text = compile_sampling("filter", mesh, 8000).as_text()
+        assert "TopK" in text and count_ops(text)["sort"] == 0
 
 
 def test_no_branch(compiled):
