@@ -56,6 +56,7 @@ bench: .venv/installed-test  ## every measurement that runs on a CPU: one hour, 
 	.venv/bin/python -m bench.loading
 	.venv/bin/python -m bench.conversion
 	.venv/bin/python -m bench.quantization
+	.venv/bin/python -m bench.kv_cache_dtype
 	.venv/bin/python -m bench.load_speed
 	.venv/bin/python -m bench.hostile_requests
 	.venv/bin/python -m bench.streaming

@@ -37,8 +37,8 @@ def test_defaults_are_those_of_the_engine():
 def test_every_option_reaches_the_engine():
     line = (
         "models/x --mesh 4x2 --dtype bfloat16 --kv-cache-dtype int8 --max-model-len 100 "
-        "--max-num-seqs 5 --max-queue 6 --page-size 32 --kv-cache-memory 2GiB --max-chunk 64 --results-late 1 "
-        "--strict-config"
+        "--max-num-seqs 5 --max-queue 6 --page-size 32 --kv-cache-memory 2GiB --max-chunk 64 "
+        "--results-late 1 --strict-config"
     )
     arguments = parse_arguments(line.split())
     assert engine_options(arguments, arguments.path) == EngineOptions(

@@ -1,0 +1,250 @@
+"""What the dtype of the KV cache costs and saves: `python -m bench.kv_cache_dtype`.
+
+For each dtype: the predictions of the demo checkpoint, teacher-forced, against transformers in
+float64, on dialogues that it was not trained on and on a text unlike them; the held-out sums that
+it answers as before; the tokens that fit into the memory of the 70B deployment; and the time of a
+decode tick on this CPU, in turns. And for keys and values of Llama's shape with outliers, the error
+of attention, also with float8 without scales, which is why there are scales.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+import transformers
+from tokenizers import Tokenizer
+
+from bench.machine import describe
+from bench.quantization import CHECKPOINT, agreement, ask
+from convert.sample import TEXT
+from demo.batches import encode
+from demo.corpus import Corpus, held_out_pairs, sum_answer
+from llama_jax import ShardedLlama
+from llama_jax.config import LlamaConfig
+from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.core import Engine, configure_jax
+from llama_jax.engine.options import EngineOptions
+from llama_jax.model.kv_storage import choose_kv_dtype
+from llama_jax.ring.kv_cache import page_bytes
+from sharding.mesh import make_mesh
+
+RESULT = Path(__file__).parent / "results" / "kv_cache_dtype.json"
+NAMES = ("auto", "bf16", "int8", "fp8")
+DIALOGUES, LENGTH = 16, 256  # and the tokens that each row is padded to
+POOL = 20_000_000_000  # bytes on each GPU of the 70B deployment
+BATCH, CONTEXT, TICKS = 8, 900, 30  # of the decode ticks that are timed
+SUMS_APART = 7  # of those held out, one in 7 is asked
+LIMIT = 0.01  # nats per token between a cache in 8 bits and float64
+
+
+def texts() -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Token ids `[rows, LENGTH]`, and for each text which of them are to be predicted.
+
+    The dialogues are like the training text, but not in it; of them, the assistant's words count.
+    The sample text of `convert --check` is unlike it.
+    """
+    tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+    corpus = Corpus("kv cache")
+    rows = []
+    while len(rows) < DIALOGUES:
+        ids, said = encode(tokenizer, corpus.dialogue(max_turns=6))
+        if LENGTH // 2 <= len(ids) <= LENGTH:
+            rows.append((ids, said, [False] * len(ids)))
+    sample = tokenizer.encode(TEXT, add_special_tokens=False).ids
+    for start in range(0, len(sample), LENGTH):
+        part = sample[start : start + LENGTH]
+        rows.append((part, [False] * len(part), [True] * len(part)))
+    tokens, spoken, counted = (
+        np.zeros((len(rows), LENGTH), kind) for kind in (np.int32, bool, bool)
+    )
+    for row, parts in enumerate(rows):
+        for array, part in zip((tokens, spoken, counted), parts, strict=True):
+            array[row, : len(part)] = part
+    return tokens, {"dialogues": spoken, "sample": counted}
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result
+
+
+def reference(tokens: np.ndarray) -> np.ndarray:
+    """Log-probabilities `[rows, LENGTH, V]` by transformers in float64."""
+    model = transformers.LlamaForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float64).eval()
+    with torch.inference_mode():
+        return log_softmax(model(torch.from_numpy(tokens).long()).logits.numpy())
+
+
+def predictions() -> list[dict[str, Any]]:
+    """Compares every dtype of activations and cache with the reference, on both texts."""
+    tokens, wanted = texts()
+    expected = reference(tokens)
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        for name in NAMES:
+            model = ShardedLlama.from_pretrained(str(CHECKPOINT), dtype=dtype, kv_cache_dtype=name)
+            found = log_softmax(np.asarray(model(tokens), np.float64))
+            for text, counted in wanted.items():
+                # The distribution at a position is that of the next token.
+                next_counts = counted[:, 1:]
+                p, q = expected[:, :-1][next_counts], found[:, :-1][next_counts]
+                row = {"dtype": dtype, "kv_cache_dtype": name, "text": text}
+                row |= compare(p, q, tokens[:, 1:][next_counts])
+                print(
+                    f"{dtype:>8} {name:>4} {text:>9}: KL {row['kl_mean']:.2e} nats a token "
+                    f"(largest {row['kl_largest']:.2e}), same first choice "
+                    f"{row['same_first_choice']:.4f}, perplexity {row['perplexity']:.5g} (float64 "
+                    f"{row['perplexity_float64']:.5g})",
+                    flush=True,
+                )
+                rows.append(row)
+    return rows
+
+
+def compare(expected: np.ndarray, found: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """Compares log-probabilities `[N, V]`, given the tokens that came, `[N]`."""
+    kl = (np.exp(expected) * (expected - found)).sum(axis=1)
+    losses = [-np.take_along_axis(logs, targets[:, None], axis=1) for logs in (expected, found)]
+    return {
+        "tokens": len(kl),
+        "kl_mean": float(kl.mean()),
+        "kl_largest": float(kl.max()),
+        "same_first_choice": float((expected.argmax(1) == found.argmax(1)).mean()),
+        "perplexity": float(np.exp(losses[1].mean())),
+        "perplexity_float64": float(np.exp(losses[0].mean())),
+    }
+
+
+def answers() -> dict[str, dict[str, float]]:
+    """Held-out sums through the engine on 2x2: as with a cache in float32, and right."""
+    pairs = held_out_pairs()[::SUMS_APART]
+    right = [sum_answer(*pair) for pair in pairs]
+    found = {name: ask(CHECKPOINT, pairs, kv_cache_dtype=name) for name in NAMES}
+    rows = {
+        name: {"same": agreement(texts, found["auto"]), "right": agreement(texts, right)}
+        for name, texts in found.items()
+    }
+    for name, row in rows.items():
+        print(f"{name:>4}: same answers {row['same']:.4f}, right {row['right']:.4f}", flush=True)
+    return rows
+
+
+def memory() -> dict[str, dict[str, float]]:
+    """Llama-3-70B on 4 x 2: bytes of a page on each device, and the tokens of the pool."""
+    config, mesh, page_size = LlamaConfig.llama3_70b(), make_mesh("4x2"), 16
+    rows = {}
+    for name in NAMES[1:]:
+        dtype = choose_kv_dtype(name, np.dtype(np.float32))
+        each = page_bytes(config, mesh, page_size, dtype)
+        rows[name] = {"page_bytes": each, "tokens": POOL // each * page_size}
+        print(f"{name:>4}: {each:,} bytes a page, {rows[name]['tokens']:,} tokens", flush=True)
+    return rows
+
+
+def tick_times() -> dict[str, dict[str, float]]:
+    """Milliseconds of a decode tick of the demo checkpoint; the engines take turns tick by tick."""
+    rng = np.random.default_rng(0)
+    params = SamplingParams(temperature=0, max_tokens=TICKS + 8, ignore_eos=True)
+    engines: dict[str, Engine] = {}
+    for dtype in ("float32", "bfloat16"):
+        for name in NAMES if dtype == "float32" else ("auto", "int8", "fp8"):
+            options = EngineOptions(
+                path=str(CHECKPOINT), dtype=dtype, kv_cache_dtype=name, max_num_seqs=BATCH,
+                kv_cache_memory=1 << 26,
+            )  # fmt: skip
+            engine = engines[f"{dtype} {name}"] = Engine(options)
+            for number in range(BATCH):
+                engine.add(number, rng.integers(0, 1800, CONTEXT).tolist(), params)
+            produced: set[int] = set()
+            while len(produced) < BATCH:
+                produced |= {output.request_id for output in engine.step()}
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for _ in range(TICKS):
+        for name, engine in engines.items():
+            start = time.perf_counter()
+            engine.step()
+            times[name].append(1000 * (time.perf_counter() - start))
+    rows = {
+        name: {"median": statistics.median(each), "least": min(each)}
+        for name, each in times.items()
+    }
+    for name, row in rows.items():
+        print(f"{name:>13}: {row['median']:.1f} ms a tick, least {row['least']:.1f}", flush=True)
+    return rows
+
+
+def attention_errors() -> dict[str, dict[str, float]]:
+    """‖out − exact‖ / ‖exact‖ of attention in float64 over 1,024 rounded keys and values, h 128."""
+
+    def scaled(limit: float, to: Callable[[np.ndarray], np.ndarray]) -> Callable[..., np.ndarray]:
+        def through(x: np.ndarray) -> np.ndarray:
+            scale = np.abs(x).max(axis=-1, keepdims=True) / limit
+            return to(x / scale) * scale
+
+        return through
+
+    def float8(x: np.ndarray) -> np.ndarray:
+        return np.clip(x, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+
+    formats = {
+        "bf16": lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float64),
+        "int8": scaled(127, np.rint),
+        "fp8": scaled(448, float8),
+        "fp8 without scales": float8,
+    }
+
+    def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        weights: np.ndarray = np.exp(log_softmax(q @ k.T / np.sqrt(q.shape[1]))) @ v
+        return weights
+
+    rng = np.random.default_rng(0)
+    rows = {}
+    # Magnitude of four channels of the keys, of all values, and of eight tokens' values.
+    for key, value, token in ((1, 1, 1), (10, 1, 1), (300, 1, 1), (1, 1e-3, 1), (1, 1, 50)):
+        k, v = rng.normal(size=(1024, 128)), rng.normal(size=(1024, 128)) * value
+        k[:, rng.choice(128, 4, False)] *= key
+        v[rng.choice(1024, 8, False)] *= token
+        q = rng.normal(size=(64, 128)) * min(1, 6 / key)
+        exact = attend(q, k, v)
+        name = f"4 key channels x {key}, values x {value}, 8 tokens' values x {token}"
+        rows[name] = {
+            kind: float(np.linalg.norm(attend(q, to(k), to(v)) - exact) / np.linalg.norm(exact))
+            for kind, to in formats.items()
+        }
+        print(f"{name}: " + ", ".join(f"{k} {e:.4f}" for k, e in rows[name].items()), flush=True)
+    return rows
+
+
+def main() -> int:
+    """Prints and writes the results. Returns the exit status: 1 if a limit is exceeded."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=RESULT)
+    args = parser.parse_args()
+    configure_jax()  # before the first mesh
+    result = {
+        "attention": attention_errors(),
+        "memory_70b": memory(),
+        "predictions": predictions(),
+        "tick_ms": tick_times(),
+        "answers": answers(),
+    }
+    met = all(row["kl_mean"] <= LIMIT for row in result["predictions"])
+    print(f"at most {LIMIT} nats a token from float64: {'met' if met else 'MISSED'}")
+    about = describe("jax", "numpy", "torch", "transformers")
+    about["ticks"] = {"batch": BATCH, "context": CONTEXT, "ticks": TICKS}
+    args.output.parent.mkdir(exist_ok=True)
+    args.output.write_text(json.dumps({**about, "limit": LIMIT, "met": met, **result}, indent=1))
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
