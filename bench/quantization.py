@@ -13,7 +13,6 @@ import tempfile
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from bench.machine import describe
 from convert.conversion import Options, convert
@@ -32,10 +31,12 @@ PHRASINGS = ("What is {a} + {b}?", "{a}+{b}", "Can you add {a} and {b}?", "{a} p
 TARGET = 0.95  # for int8 and fp8: minimum fraction of answers like the unquantized model's
 
 
-def ask(path: Path, pairs: list[tuple[int, int]], **options: Any) -> list[str]:
-    """Greedy answers to sums, by an engine with these options."""
-    questions = [PHRASINGS[i % len(PHRASINGS)].format(a=a, b=b) for i, (a, b) in enumerate(pairs)]
-    with LLM(path, mesh=MESH, **options) as llm:
+def ask(path: Path) -> list[str]:
+    """Greedy answers to every held-out sum."""
+    questions = [
+        PHRASINGS[i % len(PHRASINGS)].format(a=a, b=b) for i, (a, b) in enumerate(held_out_pairs())
+    ]
+    with LLM(path, mesh=MESH) as llm:
         chats = [[{"role": "user", "content": question}] for question in questions]
         completions = llm.chat(chats, SamplingParams(temperature=0, max_tokens=64))
     return [completion.text for completion in completions]
@@ -50,7 +51,7 @@ def main() -> int:
     """Prints and writes the results. Returns the exit status: 1 if a target is missed."""
     argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     right = [sum_answer(*pair) for pair in held_out_pairs()]
-    plain = ask(CHECKPOINT, held_out_pairs())
+    plain = ask(CHECKPOINT)
     source = open_source(CHECKPOINT)
     windows = sample_windows(source, None)
     rows = {"plain": {"right": agreement(plain, right)}}
@@ -60,7 +61,7 @@ def main() -> int:
             report = convert(source, path, Options(quantize=quantize))
             with closing(open_checkpoint(path)) as quantized:
                 predictions = divergence(source.reader, quantized, windows)
-            found = ask(path, held_out_pairs())
+            found = ask(path)
         row = {
             "bytes": report.bytes,
             "relative_error": report.quantization_error,
