@@ -48,8 +48,8 @@ notebooks: .venv/installed-test  ## rerun the notebooks and save their outputs
 audit: .venv-cuda/installed  ## compile Llama-3-70B for 8 x H100, without a GPU
 	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m bench audit --output bench/results/audit_70b_8xh100.json
 
-MEASUREMENTS = hostile startup engine decode quantization divergence loading load-speed structured \
-	convert scaling peers
+MEASUREMENTS = hostile startup engine decode quantization kv-cache-dtype divergence loading \
+	load-speed structured convert scaling sampling buckets peers
 
 bench: .venv/installed-test  ## every measurement that runs on a CPU: two hours, 30 GB of disk
 	for name in $(MEASUREMENTS); do \

@@ -17,6 +17,7 @@ MEASUREMENTS = {
     "load-speed": ("bench.load_speed", "the speed of loading, against transformers"),
     "convert": ("bench.conversion", "speed and memory of conversion, against cp"),
     "quantization": ("bench.quantization", "error and answers of each quantized format"),
+    "kv-cache-dtype": ("bench.kv_cache_dtype", "error, memory and time of each KV cache dtype"),
     "divergence": ("bench.divergence", "how soon answers diverge beside other requests"),
     "buckets": ("bench.buckets", "the scheduler by the buckets of its programs, simulated"),
     "structured": ("bench.structured_output", "what requests with a grammar cost the others"),

@@ -387,7 +387,7 @@ def test_nowhere_is_a_page_of_the_pool(nowhere, path, model, monkeypatch):
 # --- 9: garbage ----------------------------------------------------------------------------------
 
 
-def plain_attention(q, k_pages, v_pages, page_table, positions, lengths, *_, mask_values):
+def plain_attention(q, k_pages, v_pages, page_table, positions, lengths, *_, mask_values, **blocks):
     """Paged attention in its simplest form, at any cost."""
     batch, _, num_heads, head_dim = q.shape
 
