@@ -194,9 +194,9 @@ def test_layers_sliced_out_of_one_array_are_found(monkeypatch):
     """K and V of a layer in one array, as a stacked cache would have them."""
     attention = stage.paged_attention
 
-    def stacked(q, k_pages, v_pages, *rest):
+    def stacked(q, k_pages, v_pages, *rest, **blocks):
         both = lax.optimization_barrier(jnp.stack([k_pages, v_pages]))
-        return attention(q, both[0], both[1], *rest)
+        return attention(q, both[0], both[1], *rest, **blocks)
 
     monkeypatch.setattr(stage, "paged_attention", stacked)
     assert copies_in_decode_step()
