@@ -6,6 +6,7 @@ every position of a chunk gets logits.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -152,7 +153,8 @@ def _spec(program: Program, mesh: Mesh, name: str) -> P:
     local = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.sharding.shard_shape(a.shape)[1:], a.dtype), weights
     )
-    shapes = zip(_shape(program, whole, name), _shape(program, local, name), strict=True)
+    same = _with_copies(program, mesh)
+    shapes = zip(_shape(same, whole, name), _shape(same, local, name), strict=True)
     return P(STAGE, *(MODEL if total != part else None for total, part in shapes))
 
 
@@ -167,8 +169,15 @@ def replicas_by_axis(program: Program, mesh: Mesh, name: str) -> tuple[int, ...]
         lambda place: jax.ShapeDtypeStruct(place.shape, place.dtype(np.dtype(np.float32))),
         unsharded_placements(program.config).layers[0],
     )
-    shapes = zip(_shape(program, replicated, name), _shape(program, single, name), strict=True)
-    return tuple(have // want for have, want in shapes)
+    have = _shape(_with_copies(program, mesh), replicated, name)
+    want = _shape(program, single, name)
+    return tuple(copies // one for copies, one in zip(have, want, strict=True))
+
+
+def _with_copies(program: Program, mesh: Mesh) -> Program:
+    """The program of a model that has a KV head for each rank, as the weights on a mesh do."""
+    heads = max(program.config.num_kv_heads, mesh.shape[MODEL])
+    return program._replace(config=replace(program.config, num_kv_heads=heads))
 
 
 def _shape(program: Program, weights: dict[str, Any], name: str) -> tuple[int, ...]:

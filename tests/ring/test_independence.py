@@ -47,6 +47,7 @@ def compiled(request, model, tmp_path_factory):
         max_chunk=64,
         page_size=8,
         num_pages=30 * num_stages,
+        largest_only=True,
     )
 
 

@@ -3,7 +3,7 @@
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -146,9 +146,13 @@ def make_loop(
     results_late: int = 0,
     fill: float = float("nan"),
     num_pages: int | None = None,
+    largest_only: bool = False,
     **options: object,
 ) -> TickLoop:
-    """A `TickLoop` that serves a checkpoint; its page pool starts full of NaN."""
+    """A `TickLoop` that serves a checkpoint; its page pool starts full of NaN.
+
+    With `largest_only`, it has one bucket of rows, and one of a chunk.
+    """
     device_mesh = make_mesh(mesh)
     with contextlib.closing(open_checkpoint(path)) as reader:
         config = reader.config
@@ -161,6 +165,9 @@ def make_loop(
         options["kv_cache_memory"] = memory
     chosen = EngineOptions(path=str(path), mesh=mesh, **options)
     sizes, _ = choose_mesh_sizes(chosen, config, device_mesh, dtype)
+    if largest_only:
+        rows, chunks = (sizes.max_rows,), (0, sizes.max_chunk)
+        sizes = replace(sizes, row_buckets=rows, chunk_buckets=chunks)
     executor = Executor(
         Programs(config, device_mesh, sizes, dtype, cache_dtype=cache_dtype), params, fill
     )
