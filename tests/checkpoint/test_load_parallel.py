@@ -173,7 +173,7 @@ def test_each_of_two_processes_reads_what_its_devices_hold(tmp_path):
     for number, out in enumerate(outputs):
         found = json.loads(out.read_text())
         assert found["local"] == [number == 0] * 4 + [number == 1] * 4  # two stages each
-        assert len(found["right"]) == 21
+        assert len(found["right"]) == 15
         for name, right in found["right"].items():
             assert right == [True] * 5, name
         # Of the layers, those of its stages; of the vocabulary, the rows of its devices.

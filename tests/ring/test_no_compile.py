@@ -77,7 +77,8 @@ def test_no_tick_compiles_anything(mesh, max_num_seqs, num_pages, path, monkeypa
     again.ready = loop.ready
     with noted_ticks(executor) as late:
         check_varied_requests(again)
-    assert late.buckets == warm_up.ready
+    assert late.buckets <= warm_up.ready
+    assert late.buckets - early.buckets  # smaller programs than before
 
 
 @contextmanager

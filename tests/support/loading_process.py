@@ -27,7 +27,7 @@ def main(number: str, port: str, path: str, out: str) -> None:
     mesh = make_mesh("4x2", jax.devices())
     spy = Spy(path)
     params = load_params(spy, mesh, np.dtype("float32"))
-    expected = expected_params(safetensors.torch.load_file(f"{path}/model.safetensors"), 4, 8)
+    expected = expected_params(safetensors.torch.load_file(f"{path}/model.safetensors"), 4, 2)
     right = {}
     for key, array in jax.tree_util.tree_leaves_with_path(params):
         wanted = expected[jax.tree_util.keystr(key)]
