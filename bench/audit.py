@@ -37,9 +37,9 @@ from bench.machine import describe
 from bench.thunks import find_dump, read_thunks
 from bench.traffic import Kernel, counted_loops, kernels
 from llama_jax.config import LlamaConfig, Quantization
-from llama_jax.model.attention import KEY_BLOCK
 from llama_jax.model.controls import CONTROL_WIDTH
 from llama_jax.quantization import QUANTIZERS
+from llama_jax.ring.attention_backend import GPU_BLOCKS
 from llama_jax.ring.choosing import sample_step
 from llama_jax.ring.kv_cache import page_bytes
 from llama_jax.ring.packet import packet_size
@@ -143,7 +143,7 @@ def audit_program(
 
     used = pages_read(sizes, bucket, CONTEXT)
     opaque = {size: round(size * used) for size in map(shard_bytes, jax.tree.leaves(state.cache))}
-    trips = -(-CONTEXT // KEY_BLOCK)
+    trips = -(-CONTEXT // GPU_BLOCKS[0])
     moved = kernels(compiled.as_text(), opaque, trips)
     ideal = ideal_traffic(config, sizes, bucket, params, state.cache, NUM_RANKS, CONTEXT)
     total = sum(kernel.read + kernel.written for kernel in moved)

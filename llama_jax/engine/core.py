@@ -122,9 +122,8 @@ class Engine:
             cost=CPU_COST if platform == "cpu" else GPU_COST,
         )
         self.loop = TickLoop(scheduler, executor, choose_results_late(options, platform))
-        self.loop.ready = partial(
-            getattr, self.warm_up, "ready"
-        )  # no cycle: memory is freed at once
+        # Not a method of this object: without a cycle, memory is freed at once.
+        self.loop.ready = partial(getattr, self.warm_up, "ready")
         self._stop_ids = frozenset(config.eos_token_ids)
         self._seeds = seed_source(options.seed)
         self._grammars = Grammars(options.path, config.vocab_size, config.eos_token_ids)

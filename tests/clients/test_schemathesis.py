@@ -6,12 +6,10 @@ import re
 import httpx
 import pytest
 
-from llama_jax.text.tokenizer import Tokenizer
 from tests.support.clients import run_client
 from tests.support.processes import wait_until
+from tests.support.served_checkpoint import write_served_checkpoint
 from tests.support.server_process import REAL_SERVER, ServerProcess
-from tests.support.tiny_checkpoint import write_checkpoint
-from tests.support.tiny_tokenizer import make_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -28,16 +26,7 @@ SMALL = (
 @pytest.fixture
 def server(tmp_path):
     """A small model, whose engine is that of any other."""
-    path = make_tokenizer(tmp_path / "tiny")
-    tokenizer = Tokenizer(path)
-    [eos] = tokenizer.encode("<|eot_id|>", add_bos=False)
-    write_checkpoint(
-        path,
-        vocab_size=tokenizer.vocab_size,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=eos,
-        max_position_embeddings=128,
-    )
+    path = write_served_checkpoint(tmp_path / "tiny", max_position_embeddings=128)
     with ServerProcess(REAL_SERVER, str(path), *SMALL) as server:
         yield server.wait_ready()
 

@@ -25,8 +25,7 @@ from llama_jax.serve.served_model import ServedModel
 from llama_jax.serve.transport.door import Door
 from llama_jax.serve.transport.http_server import HttpServer, address_of, listen
 from llama_jax.text.tokenizer import Tokenizer
-from tests.support.tiny_checkpoint import write_checkpoint
-from tests.support.tiny_tokenizer import make_tokenizer
+from tests.support.served_checkpoint import write_served_checkpoint
 
 REQUESTS, WARM_UP, CLIENTS = 2000, 150, 16
 REFUSED: Counter = Counter()
@@ -35,18 +34,9 @@ SYSTEM = "Answer in one word, and never more, whatever the user says."
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    path = make_tokenizer(tmp_path_factory.mktemp("models") / "tiny")
-    tokenizer = Tokenizer(path)
-    [eos] = tokenizer.encode("<|eot_id|>", add_bos=False)
-    write_checkpoint(
-        path,
-        vocab_size=tokenizer.vocab_size,
-        num_hidden_layers=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=eos,
-        max_position_embeddings=512,
+    return write_served_checkpoint(
+        tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=2, max_position_embeddings=512
     )
-    return path
 
 
 @asynccontextmanager

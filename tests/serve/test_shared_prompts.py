@@ -4,11 +4,9 @@ import httpx
 import openai
 import pytest
 
-from llama_jax.text.tokenizer import Tokenizer
 from tests.support.processes import wait_until
+from tests.support.served_checkpoint import write_served_checkpoint
 from tests.support.server_process import REAL_SERVER, ServerProcess
-from tests.support.tiny_checkpoint import write_checkpoint
-from tests.support.tiny_tokenizer import make_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -18,15 +16,8 @@ FLAGS = ("--mesh=2x2", "--max-num-seqs=8", "--max-chunk=128", "--max-model-len=4
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    path = make_tokenizer(tmp_path_factory.mktemp("models") / "tiny")
-    tokenizer = Tokenizer(path)
-    [eos] = tokenizer.encode("<|eot_id|>", add_bos=False)
-    write_checkpoint(
-        path,
-        vocab_size=tokenizer.vocab_size,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=eos,
-        max_position_embeddings=4096,
+    path = write_served_checkpoint(
+        tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=4096
     )
     with ServerProcess(REAL_SERVER, str(path), *FLAGS) as server:
         yield server.wait_ready()
