@@ -28,18 +28,21 @@ LAYERS = (
     "llama_jax.checkpoint",
     "llama_jax.model",
     "llama_jax.ring",
+    "llama_jax.costs",
     "llama_jax.engine",
     "llama_jax.interpret",
     "llama_jax.pictures",
     "llama_jax.client",
     "llama_jax.llm",
     "llama_jax.serve",
+    "llama_jax.plan",
     "convert",
     "bench",
 )
 # What the HTTP process and the capacity planner load, in addition to `client`, `llm` and `serve`.
 WITHOUT_JAX = (
     "llama_jax.config",
+    "llama_jax.costs",
     "llama_jax.engine.interface",
     "llama_jax.engine.messages",
     "llama_jax.engine.options",
@@ -51,6 +54,7 @@ WITHOUT_JAX = (
     "llama_jax.engine.roster",
     "llama_jax.engine.scheduler",
     "llama_jax.engine.sizing",
+    "llama_jax.plan",
     "llama_jax.ring.sizes",
     "llama_jax.weights.table",
 )

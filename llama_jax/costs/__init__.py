@@ -1,0 +1,1 @@
+"""What a tick costs: GPUs, memory, and times by arithmetic and by measured kernels. No JAX."""
