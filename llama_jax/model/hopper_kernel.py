@@ -35,7 +35,7 @@ class Spec(NamedTuple):
       rows: rows of each sequence and KV head, padded: queries x `group`.
       row_blocks: blocks of up to 64 rows.
       head_dim: h.
-      page_size, num_pages: of the pool.
+      page_size: of the pool.
       splits: shares of the keys.
       stages: blocks of keys in shared memory.
       dtype: of the matrix products.
@@ -51,7 +51,6 @@ class Spec(NamedTuple):
     row_blocks: int
     head_dim: int
     page_size: int
-    num_pages: int
     splits: int
     stages: int
     dtype: Any
@@ -132,7 +131,7 @@ def thread_block(spec: Spec, *refs: Any, **scratch: Any) -> None:
         for copy in range(KEYS // spec.copied):
             key = jnp.clip(first_key + copy * spec.copied, 0, jnp.maximum(visible - 1, 0))
             index = jnp.minimum(_divide(key, spec.page_size), table_ref.shape[1] - 1)
-            pages.append(jnp.clip(table_ref[sequence, index], 0, spec.num_pages - 1))
+            pages.append(table_ref[sequence, index])
         return tuple(pages)
 
     def sources(step: jax.Array, pages: tuple[jax.Array, ...]) -> list[tuple[Any, Any]]:
