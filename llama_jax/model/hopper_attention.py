@@ -29,6 +29,7 @@ MAX_KEYS_PER_SPLIT = 4096
 SHARED_MEMORY = 113 * 1024  # bytes per thread block, so that two fit on a multiprocessor
 BLOCKS_PER_CORE = 2
 MAX_SPLITS = 64
+MAX_STAGES = 4
 
 
 def unsupported(q: Any, k_pages: Any, v_pages: Any) -> str | None:
@@ -117,13 +118,12 @@ def hopper_attention(
     dtype = jnp.dtype(jnp.float16) if fp8 else q.dtype
     convert = k_pages.dtype != q.dtype
     out_dtype = jnp.dtype(jnp.float32) if splits > 1 else q.dtype
-    out_bytes = 0 if out_dtype == dtype else out_dtype.itemsize  # else in the place of the queries
-    fixed = ROWS * head_dim * (2 + out_bytes + 4 * convert)
+    fixed = ROWS * head_dim * (2 + 4 * convert)  # the queries, and the converted keys and values
     stage = 2 * KEYS * head_dim * k_pages.dtype.itemsize
     spec = Spec(
         group=group, rows=rows, row_blocks=row_blocks, head_dim=head_dim, page_size=page_size,
         splits=splits, dtype=dtype, out_dtype=out_dtype, convert=convert,
-        stages=max(2, min(4, (SHARED_MEMORY - fixed) // stage)),
+        stages=max(2, min(MAX_STAGES, (SHARED_MEMORY - fixed) // stage)),
         scaled=k_scale is not None, interpreted=interpret is not None,
     )  # fmt: skip
 
