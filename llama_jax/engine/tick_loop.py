@@ -9,7 +9,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from llama_jax.model.controls import encode_controls
 from llama_jax.model.logprobs import Logprobs
 from llama_jax.ring.packet import encode_packet
 from llama_jax.ring.scoring import TileScores
-from llama_jax.ring.sizes import Bucket
+from llama_jax.ring.sizes import Bucket, RingSizes
 
 
 class Tick(NamedTuple):
@@ -32,7 +32,7 @@ class Tick(NamedTuple):
 
     Attributes:
       number: its index among the ticks of the loop.
-      start: the time when its step began, from `time.perf_counter`.
+      start: the time when its step began, by the clock of the loop.
       seconds: the duration of its step, including the wait for results that were due.
       bucket: the bucket of the program that ran.
       in_flight: the packet at each stage, the last stage first; the last packet entered now.
@@ -52,6 +52,9 @@ class TickLoop:
       scheduler: chooses packets and processes results.
       executor: runs ticks.
       results_late: ticks that may be dispatched ahead of the oldest unread result.
+      clock: returns the time in seconds; by default the real time.
+      encode: turns the packet that enters into what the executor takes; by default
+        `encode_entering`.
 
     Attributes:
       on_result: called with each packet that leaves and its result, before the result is read.
@@ -66,8 +69,18 @@ class TickLoop:
       wait_seconds: the part spent waiting for results.
     """
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, results_late: int):
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        results_late: int,
+        *,
+        clock: Callable[[], float] | None = None,
+        encode: Callable[[RingSizes, Bucket, np.ndarray, Packet], Any] | None = None,
+    ):
         self.scheduler, self.executor = scheduler, executor
+        self.clock = clock or time.perf_counter
+        self._encode = encode or encode_entering
         self.sizes = scheduler.sizes
         self.num_stages = len(scheduler.microbatches)
         self.on_result: Callable[[Packet, TickResult], None] = lambda packet, result: None
@@ -88,7 +101,7 @@ class TickLoop:
 
     def step(self) -> list[Output]:
         """Dispatches a tick; returns the outputs of the results that are due."""
-        start = time.perf_counter()
+        start = self.clock()
         outputs: list[Output] = []
         bucket = None
         if self.scheduler.has_work or any(list(self._in_flight)[1:]):
@@ -104,7 +117,7 @@ class TickLoop:
             late = 0  # nothing to dispatch: read the remaining results
         while len(self._unread) > late:
             outputs += self._read(*self._unread.popleft())
-        seconds = time.perf_counter() - start
+        seconds = self.clock() - start
         self.seconds += seconds
         if bucket:
             program = self._programs[bucket]
@@ -157,14 +170,7 @@ class TickLoop:
         rows = max(len(packet.rows) for packet in self._in_flight)
         tiles = max(len(packet.tiles) for packet in self._in_flight)
         bucket = self.sizes.bucket(max(rows, 1), tiles * self.sizes.tile, self.ready())
-        packed = encode_packet(
-            self.sizes,
-            bucket,
-            self.scheduler.page_tables,
-            [row.slot for row in entering.rows],
-            [row.position for row in entering.rows],
-            [(tile.slot, tile.position, tile.ends, tile.tokens or []) for tile in entering.tiles],
-        )
+        packed = self._encode(self.sizes, bucket, self.scheduler.page_tables, entering)
         leaving = self._in_flight[0]
         choice = self._choice(leaving, bucket, outputs)
         result = self.executor.run(bucket, packed, choice)
@@ -220,14 +226,28 @@ class TickLoop:
         if not packet:
             return []
         self.on_result(packet, result)
-        start = time.perf_counter()
+        start = self.clock()
         tokens = np.asarray(result.tokens).tolist()
         logprobs = None if result.logprobs is None else _as_lists(result.logprobs)
         scores = {i: [np.asarray(array) for array in each] for i, each in result.scores.items()}
-        self.wait_seconds += time.perf_counter() - start
+        self.wait_seconds += self.clock() - start
         for i, arrays in scores.items():
             self.scheduler.score(packet.tiles[i], *arrays)
         return self.scheduler.process(packet, tokens, result.bucket.rows, logprobs)
+
+
+def encode_entering(
+    sizes: RingSizes, bucket: Bucket, page_tables: np.ndarray, packet: Packet
+) -> np.ndarray:
+    """Encodes a packet for the devices: see `ring.packet`."""
+    return encode_packet(
+        sizes,
+        bucket,
+        page_tables,
+        [row.slot for row in packet.rows],
+        [row.position for row in packet.rows],
+        [(tile.slot, tile.position, tile.ends, tile.tokens or []) for tile in packet.tiles],
+    )
 
 
 def _as_lists(logprobs: Logprobs) -> list[TokenLogprobs]:
