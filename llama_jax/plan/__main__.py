@@ -21,6 +21,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     try:
         mode = chosen_mode(arguments)
+        if mode is not None and not mode.needs_plan:
+            return mode.run(arguments, None)
         question = read_question(arguments)
         fewest = recommend(question) if arguments.recommend else None
         plan = make_plan(question) if fewest is None else fewest.plan

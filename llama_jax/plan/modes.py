@@ -31,23 +31,29 @@ class Mode(NamedTuple):
       flag: that asks for the mode, as in `argparse`'s namespace: "simulate" for --simulate.
       module: that does it.
       includes: the flags of modes that may be asked for as well, as options of this one.
+      needs_plan: whether it is given a plan. Without one, the command line need not ask a question
+        that has an answer.
     """
 
     flag: str
     module: str
     includes: tuple[str, ...] = ()
+    needs_plan: bool = True
 
     def is_asked_for(self, arguments: argparse.Namespace) -> bool:
         """Whether the command line has the flag."""
         return getattr(arguments, self.flag, None) not in (None, False)
 
-    def run(self, arguments: argparse.Namespace, plan: "Plan") -> int:
+    def run(self, arguments: argparse.Namespace, plan: "Plan | None") -> int:
         """Runs the mode; returns the exit code."""
         code: int = import_module(self.module).run(arguments, plan)
         return code
 
 
-MODES: tuple[Mode, ...] = ()
+MODES: tuple[Mode, ...] = (
+    Mode("validate", "llama_jax.plan.machine.command", needs_plan=False),
+    Mode("calibrate", "llama_jax.plan.machine.command", needs_plan=False),
+)
 
 
 def add_modes(parser: argparse.ArgumentParser) -> None:
