@@ -50,6 +50,8 @@ class Prefill:
           share: the rows that the microbatch may have, from `share`.
         """
         self._odd = not self._odd
+        if not self._roster.prefilling and not self._roster.waiting:
+            return
         chunk = self._chunk()
         tiles_left = chunk // self._sizes.tile
         first = self._first()

@@ -88,6 +88,7 @@ class TickLoop:
         self.on_tick: list[Callable[[Tick], None]] = []
         self.results_late = results_late
         self._in_flight = deque([Packet()] * self.num_stages, maxlen=self.num_stages)
+        self._tokens_in_flight = deque([0] * self.num_stages, maxlen=self.num_stages)
         self._unread: deque[tuple[Packet, TickResult]] = deque()
         self.ticks = self.stage_ticks_busy = self.token_slots = self.token_slots_used = 0
         self.seconds = self.wait_seconds = 0.0
@@ -96,8 +97,9 @@ class TickLoop:
     @property
     def has_work(self) -> bool:
         """Whether another `step` has something to do."""
-        in_ring = any(list(self._in_flight)[1:])
-        return self.scheduler.has_work or in_ring or any(packet for packet, _ in self._unread)
+        if self.scheduler.has_work or any(list(self._in_flight)[1:]):
+            return True
+        return any(packet for packet, _ in self._unread)
 
     def step(self) -> list[Output]:
         """Dispatches a tick; returns the outputs of the results that are due."""
@@ -137,12 +139,20 @@ class TickLoop:
     def _lacks_answers(self) -> bool:
         """Whether a mask of the packet that leaves in this step depends on tokens not yet read."""
         if self.num_stages == 1:  # it has yet to enter
-            rows = [(s, s.next_position) for s in self.scheduler.microbatches[0]]
+            constrained = [
+                (s, s.next_position)
+                for s in self.scheduler.microbatches[0]
+                if s.constraint is not None
+            ]
         else:
-            rows = [(row.sequence, row.position) for row in self._in_flight[1].rows if row.current]
+            constrained = [
+                (row.sequence, row.position)
+                for row in self._in_flight[1].rows
+                if row.sequence.constraint is not None and row.current
+            ]
         return any(
             s.constraint is not None and s.constraint.follows_answer and len(s.tokens) <= position
-            for s, position in rows
+            for s, position in constrained
         )
 
     @property
@@ -166,20 +176,23 @@ class TickLoop:
     def _dispatch(self, entering: Packet, outputs: list[Output]) -> Bucket:
         """Dispatches a tick; adds the outputs of requests that cannot go on."""
         self._in_flight.append(entering)
+        self._tokens_in_flight.append(entering.num_tokens)
         # The program must fit the largest packet in any stage, not just the one that enters.
-        rows = max(len(packet.rows) for packet in self._in_flight)
-        tiles = max(len(packet.tiles) for packet in self._in_flight)
+        rows = max([len(packet.rows) for packet in self._in_flight])
+        tiles = max([len(packet.tiles) for packet in self._in_flight])
         bucket = self.sizes.bucket(max(rows, 1), tiles * self.sizes.tile, self.ready())
         packed = self._encode(self.sizes, bucket, self.scheduler.page_tables, entering)
         leaving = self._in_flight[0]
         choice = self._choice(leaving, bucket, outputs)
         result = self.executor.run(bucket, packed, choice)
-        self._unread.append((leaving, result._replace(scores=self._scores(leaving))))
+        if leaving.tiles:
+            result = result._replace(scores=self._scores(leaving))
+        self._unread.append((leaving, result))
 
         self.ticks += 1
-        self.stage_ticks_busy += sum(1 for packet in self._in_flight if packet)
+        self.stage_ticks_busy += self.num_stages - self._tokens_in_flight.count(0)
         self.token_slots += self.num_stages * (bucket.rows + bucket.chunk)
-        self.token_slots_used += sum(packet.num_tokens for packet in self._in_flight)
+        self.token_slots_used += sum(self._tokens_in_flight)
         return bucket
 
     def _choice(self, leaving: Packet, bucket: Bucket, outputs: list[Output]) -> Choice:
