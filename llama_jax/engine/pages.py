@@ -39,9 +39,9 @@ class PagePool:
     def __init__(self, num_pages: int):
         self.num_pages = num_pages
         self._empty = list(range(num_pages - 1, -1, -1))  # a stack: freed last, reused first
-        self._kept: OrderedDict[int, None] = (
-            OrderedDict()
-        )  # free, but with a key; given back longest ago first
+        # Free, but with a key; given back longest ago first. The front of a dict that has lost many
+        # is slow to find.
+        self._kept: OrderedDict[int, None] = OrderedDict()
         self._owners = [0] * num_pages
         self._keys: list[bytes | None] = [None] * num_pages
         self._pages: dict[bytes, int] = {}  # by key

@@ -75,7 +75,8 @@ class Lengths:
             "lognormal": lambda: a * np.exp(np.minimum(rng.normal(0, b, size), 100)),
             "empirical": lambda: rng.choice(np.asarray(self.numbers), size),
         }
-        return np.clip(np.rint(values[self.kind]()), 1, MAX_TOKENS).astype(np.int64)
+        rounded: np.ndarray = np.rint(values[self.kind]())
+        return rounded.clip(1, MAX_TOKENS).astype(np.int64)
 
 
 def _read(path: Path) -> tuple[float, ...]:
