@@ -7,6 +7,7 @@ from llama_jax.plan.price import cost_per_million, least_cost
 WEIGHTS = "the table of the weights, split as the engine splits it"
 QUEUE = "Little's law, and prompts as an M/D/1 queue, over the times of the ticks"
 TICKS = "a roofline of the data sheet"
+PER_MILLION = "per million output tokens"
 PARTS = ("decode", "prefill")
 
 
@@ -104,9 +105,9 @@ def _load(candidate: Candidate) -> dict[str, Figure]:
 def _costs(candidate: Candidate, price: float) -> dict[str, Figure]:
     source = "the price that was given"
     now = cost_per_million(candidate, price, candidate.rate)
-    found = {"cost of a million output tokens": _exactly(now, "", source)}
+    found = {"cost of a million output tokens": _exactly(now, PER_MILLION, source)}
     if candidate.max_rate.expected:
         found["cost at the highest rate inside the targets"] = Figure(
-            least_cost(candidate, price), "", Evidence.ARITHMETIC, source
+            least_cost(candidate, price), PER_MILLION, Evidence.ARITHMETIC, source
         )
     return found

@@ -38,6 +38,8 @@ class SteadyState:
       tpot: the same for a request during which prompts never cease: P ticks, each with a chunk.
       mean_ttft: to the first token.
       ttft: which `inside` of the requests keep.
+      overload: why it falls behind: "prompts" arrive faster than they are computed, or more
+        "sequences" live than its cache has room for; "" if it keeps up.
     """
 
     live: float
@@ -50,9 +52,15 @@ class SteadyState:
     tpot: float
     mean_ttft: float
     ttft: float
+    overload: str = ""
 
 
-OVERLOADED = SteadyState(*(math.inf, 2**31, *(math.inf,) * 2, 1.0, 1.0, *(math.inf,) * 4))
+def overloaded(why: str) -> SteadyState:
+    """The state of a replica that falls behind."""
+    endless = math.inf
+    return SteadyState(
+        endless, 2**31, endless, endless, 1.0, 1.0, endless, endless, endless, endless, why
+    )
 
 
 def steady_state(
@@ -69,7 +77,7 @@ def steady_state(
       most_live: sequences that it can decode at once.
 
     Returns:
-      The state; `OVERLOADED` if more arrives than it can do.
+      The state; an `overloaded` one if more arrives than it can do.
     """
     chunks = -(-load.prompt_tokens // chunk)
     share_of_chunk = -(-load.prompt_tokens // TILE) * TILE / chunk  # prompts share chunks
@@ -79,18 +87,20 @@ def steady_state(
         service = share_of_chunk * with_chunk
         entrance = load.rate * service
         if entrance >= 1:
-            return OVERLOADED
+            return overloaded("prompts")
         drained = math.exp(-load.rate * (num_stages - 1) * with_chunk)
         chunk_share = 1 - (1 - entrance) * drained
         tick = 1 / (chunk_share / with_chunk + (1 - chunk_share) / decode)
         live = load.rate * (load.output_tokens - 1) * num_stages * tick
         if live > most_live:
-            return OVERLOADED
+            return overloaded("sequences")
         needed = math.ceil(live / num_stages)
         if needed <= rows:
             break
         rows = needed
     most = math.ceil(live + NormalDist().inv_cdf(max(inside, 0.5)) * math.sqrt(live))
+    if most > most_live:
+        return overloaded("sequences")
     # Ticks that were dispatched ahead, and what is left of the one that runs.
     before = (GPU_RESULTS_LATE + 0.5) * tick
     through = (chunks + num_stages - 1) * with_chunk
