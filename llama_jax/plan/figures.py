@@ -92,6 +92,7 @@ def _load(candidate: Candidate) -> dict[str, Figure]:
         "TTFT": arithmetic(candidate.band("ttft"), "s"),
         "mean TTFT": arithmetic(candidate.band("mean_ttft"), "s"),
         "TPOT": arithmetic(candidate.band("tpot"), "s"),
+        "TPOT while prompts never cease": arithmetic(candidate.band("worst_tpot"), "s"),
         "mean TPOT": arithmetic(user, "s"),
         "output rate of a user": arithmetic(inverse, "tokens/s"),
         "output rate of a GPU": _exactly(made, "tokens/s", "the rate that is asked for"),

@@ -160,11 +160,16 @@ class Replica:
         return max(1.0, ttft, tpot, float("inf") if state.overload else 0.0)
 
     def best_chunk(self, rate: float) -> int:
-        """The chunk with which the latencies hold, or are missed least; then the shortest TTFT."""
+        """The chunk to serve with: the one with which the latencies hold, or are missed least.
 
-        def key(chunk: int) -> tuple[float, float, float]:
+        Of several, it is one that holds even if ticks are long, then even if prompts never cease,
+        as an engine chooses that knows the targets; then the one with the shortest TTFT.
+        """
+
+        def key(chunk: int) -> tuple[float, ...]:
             expected, high = (self.state(rate, chunk, level) for level in ("expected", "high"))
-            return self.excess(expected), self.excess(high), expected.ttft
+            worst = expected.worst_tpot / self.targets.tpot if self.targets.tpot else 0.0
+            return self.excess(expected), self.excess(high), max(1.0, worst), expected.ttft
 
         return min(self.chunks, key=key)
 
