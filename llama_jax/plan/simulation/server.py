@@ -30,7 +30,7 @@ class TickTime:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replica:
+class Server:
     """One engine and the front of its server.
 
     Attributes:
