@@ -19,6 +19,7 @@ from llama_jax.engine.interface import Output, ProgramStats, StageStats, TokenLo
 from llama_jax.engine.packets import Packet
 from llama_jax.engine.programs import GREEDY, Choice, TickResult
 from llama_jax.engine.scheduler import Scheduler
+from llama_jax.engine.tick_timer import TickTimer
 from llama_jax.model.adjustments import encode_adjustments
 from llama_jax.model.controls import encode_controls
 from llama_jax.model.logprobs import Logprobs
@@ -32,7 +33,7 @@ class Tick(NamedTuple):
 
     Attributes:
       number: its index among the ticks of the loop.
-      start: the time when its step began, from `time.perf_counter`.
+      start: the time when its step began, by the clock of the loop.
       seconds: the duration of its step, including the wait for results that were due.
       bucket: the bucket of the program that ran.
       in_flight: the packet at each stage, the last stage first; the last packet entered now.
@@ -52,6 +53,7 @@ class TickLoop:
       scheduler: chooses packets and processes results.
       executor: runs ticks.
       results_late: ticks that may be dispatched ahead of the oldest unread result.
+      clock: returns the time in seconds; by default the real time.
 
     Attributes:
       on_result: called with each packet that leaves and its result, before the result is read.
@@ -66,10 +68,20 @@ class TickLoop:
       wait_seconds: the part spent waiting for results.
     """
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, results_late: int):
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        results_late: int,
+        *,
+        clock: Callable[[], float] | None = None,
+    ):
         self.scheduler, self.executor = scheduler, executor
+        self.clock = clock or time.perf_counter
         self.sizes = scheduler.sizes
         self.num_stages = len(scheduler.microbatches)
+        chunks = scheduler.prefill.chunks
+        self._timer = TickTimer(self.num_stages, chunks.times.observe) if chunks else None
         self.on_result: Callable[[Packet, TickResult], None] = lambda packet, result: None
         self.ready: Callable[[], Collection[Bucket] | None] = lambda: None
         self.on_tick: list[Callable[[Tick], None]] = []
@@ -88,12 +100,15 @@ class TickLoop:
 
     def step(self) -> list[Output]:
         """Dispatches a tick; returns the outputs of the results that are due."""
-        start = time.perf_counter()
+        start = self.clock()
         outputs: list[Output] = []
         bucket = None
         if self.scheduler.has_work or any(list(self._in_flight)[1:]):
             while self._unread and self._lacks_answers():
                 outputs += self._read(*self._unread.popleft())
+            if self._timer and not (self._unread or any(list(self._in_flight)[1:])):
+                self._timer.begin(start)
+            self.scheduler.now = start
             entering = self.scheduler.schedule()
             for tile in entering.tiles:
                 if tile.sequence.queue_seconds is None:
@@ -104,7 +119,7 @@ class TickLoop:
             late = 0  # nothing to dispatch: read the remaining results
         while len(self._unread) > late:
             outputs += self._read(*self._unread.popleft())
-        seconds = time.perf_counter() - start
+        seconds = self.clock() - start
         self.seconds += seconds
         if bucket:
             program = self._programs[bucket]
@@ -169,6 +184,8 @@ class TickLoop:
         choice = self._choice(leaving, bucket, outputs)
         result = self.executor.run(bucket, packed, choice)
         self._unread.append((leaving, result._replace(scores=self._scores(leaving))))
+        if self._timer:
+            self._timer.dispatched(bucket, entering)
 
         self.ticks += 1
         self.stage_ticks_busy += sum(1 for packet in self._in_flight if packet)
@@ -218,13 +235,18 @@ class TickLoop:
 
     def _read(self, packet: Packet, result: TickResult) -> list[Output]:
         if not packet:
+            if self._timer:
+                self._timer.passed()
             return []
         self.on_result(packet, result)
-        start = time.perf_counter()
+        start = self.clock()
         tokens = np.asarray(result.tokens).tolist()
         logprobs = None if result.logprobs is None else _as_lists(result.logprobs)
         scores = {i: [np.asarray(array) for array in each] for i, each in result.scores.items()}
-        self.wait_seconds += time.perf_counter() - start
+        end = self.clock()
+        self.wait_seconds += end - start
+        if self._timer:
+            self._timer.read(end)
         for i, arrays in scores.items():
             self.scheduler.score(packet.tiles[i], *arrays)
         return self.scheduler.process(packet, tokens, result.bucket.rows, logprobs)

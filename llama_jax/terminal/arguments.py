@@ -1,4 +1,4 @@
-"""What the command lines of the server and the converter share."""
+"""What the command lines of the server, the converter and the planner share."""
 
 import argparse
 import re
@@ -10,6 +10,8 @@ _UNITS = {
     **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)},
     **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)},
 }
+
+_SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0, "h": 3600.0}
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,3 +43,20 @@ def size(text: str) -> int:
             "KiB, MiB, GiB), such as 2GB"
         )
     return int(float(match[1]) * unit)
+
+
+def duration(text: str) -> float:
+    """Parses a duration in seconds, with or without a unit: "50ms", "0.05", "1.5 s", "2min".
+
+    Raises:
+      ArgumentTypeError: the text is not a duration of more than 0 seconds.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)", text.strip())
+    unit = _SECONDS.get(match[2].lower()) if match else None
+    if match is None or unit is None or not 0 < float(match[1]) * unit < float("inf"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a duration: give a number of seconds, or a number with a unit (us, "
+            "ms, s, min, h), such as 50ms"
+        )
+    # By division, 50ms is 0.05 to the last bit; by multiplication it would not always be.
+    return float(match[1]) / round(1 / unit) if unit < 1 else float(match[1]) * unit
