@@ -199,7 +199,7 @@ def test_dependencies_are_declared_as_imported(arguments):
 def test_what_the_package_declares_exists():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     scripts = project["project"]["scripts"]
-    assert set(scripts) == {"llama-jax-serve", "llama-jax-convert"}
+    assert set(scripts) == {"llama-jax-serve", "llama-jax-convert", "llama-jax-plan"}
     for target in scripts.values():
         module, function = target.split(":")
         assert callable(getattr(import_module(module), function))

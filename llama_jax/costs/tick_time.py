@@ -1,5 +1,6 @@
 """The time of a tick of a deployment. Imports no JAX."""
 
+from llama_jax.costs.calibration import Calibration
 from llama_jax.costs.deployment import KV_BYTES, Deployment
 from llama_jax.costs.figure import Band
 from llama_jax.costs.work import Work
@@ -11,8 +12,8 @@ class TickModel:
     All stages run in lockstep, so that the tick of the ring is that of its slowest stage.
     """
 
-    def __init__(self, deployment: Deployment) -> None:
-        self.deployment = deployment
+    def __init__(self, deployment: Deployment, calibration: Calibration | None = None) -> None:
+        self.deployment, self.calibration = deployment, calibration
 
     def parts(self, work: Work) -> dict[str, Band]:
         """Seconds by what they are spent on: products, attention, communication, head, launch."""

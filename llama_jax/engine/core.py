@@ -98,9 +98,7 @@ class Engine:
                 jax.config.update("jax_default_matmul_precision", "float32")
             # Before the weights, whose loading may take minutes.
             cache_dtype = choose_kv_dtype(options.kv_cache_dtype, dtype)
-            known = known_devices(
-                config, device.device_kind, mesh_shape(mesh), str(dtype), str(cache_dtype)
-            )
+            known = known_devices(options, config, device.device_kind, mesh_shape(mesh), str(dtype))
             sizes, max_model_len = choose_mesh_sizes(options, config, mesh, dtype, known)
             check_backend(
                 options.attention_backend, mesh, model_class, config.head_dim, sizes.page_size,

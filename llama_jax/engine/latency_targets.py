@@ -1,8 +1,10 @@
 """What the latency targets of an engine follow from: its devices, or a rule of thumb. No JAX."""
 
+from dataclasses import replace
+
 from llama_jax.config import LlamaConfig
 from llama_jax.costs.deployment import Deployment, Layout
-from llama_jax.costs.device_kinds import gpu_of_device
+from llama_jax.costs.gpus import gpu_of_device
 from llama_jax.costs.tick_time import TickModel
 from llama_jax.costs.work import Work
 from llama_jax.engine.chunk_choice import ChunkChoice
@@ -12,24 +14,31 @@ from llama_jax.engine.tick_times import TickTimes
 from llama_jax.ring.sizes import RingSizes
 
 MOST_TOKENS = 2048  # in a chunk that a target chooses: more fill no GPU better
-KV_FORMATS = {"bfloat16": "bf16", "float8_e4m3fn": "fp8", "int8": "int8"}
 
 
 def known_devices(
-    config: LlamaConfig, device_kind: str, mesh: tuple[int, int], dtype: str, kv_dtype: str
+    options: EngineOptions,
+    config: LlamaConfig,
+    device_kind: str,
+    mesh: tuple[int, int],
+    dtype: str,
 ) -> TickModel | None:
     """The times of ticks on these devices; None if the table of GPUs does not have them.
 
     Args:
+      options: of the engine.
       config: the model.
       device_kind: the name of the devices, as JAX reports it.
       mesh: stages and ranks.
-      dtype, kv_dtype: those of activations and KV cache; the table has none for float32.
+      dtype: of the activations; the table has no times for float32.
     """
     gpu = gpu_of_device(device_kind)
-    if gpu is None or dtype != "bfloat16" or kv_dtype not in KV_FORMATS:
+    if gpu is None or gpu.platform == "cpu" or dtype != "bfloat16":
         return None
-    return TickModel(Deployment(config, gpu, Layout(*mesh), KV_FORMATS[kv_dtype]))
+    config = replace(config, dtype=dtype)  # that of the checkpoint may be float16
+    return TickModel(
+        Deployment(config, gpu, Layout(*mesh), options.kv_cache_dtype, options.fp8_activations)
+    )
 
 
 def largest_chunk(model: TickModel, num_stages: int, tpot: float, tile: int) -> int:

@@ -1,6 +1,7 @@
 """What the command lines of the server, the converter and the planner share."""
 
 import argparse
+import math
 import re
 from typing import NoReturn
 
@@ -10,8 +11,7 @@ _UNITS = {
     **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)},
     **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)},
 }
-
-_SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0, "h": 3600.0}
+_SECONDS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,17 +46,15 @@ def size(text: str) -> int:
 
 
 def duration(text: str) -> float:
-    """Parses a duration in seconds, with or without a unit: "50ms", "0.05", "1.5 s", "2min".
+    """Parses a duration with its unit to seconds: "500ms", "0.5s", "250 us", "1 min".
 
     Raises:
-      ArgumentTypeError: the text is not a duration of more than 0 seconds.
+      ArgumentTypeError: it has another form, or is zero.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)", text.strip())
-    unit = _SECONDS.get(match[2].lower()) if match else None
-    if match is None or unit is None or not 0 < float(match[1]) * unit < float("inf"):
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-zµ]+)", text.strip().lower())
+    unit = _SECONDS.get(match[2]) if match else None
+    if match is None or unit is None or not 0 < float(match[1]) < math.inf:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a duration: give a number of seconds, or a number with a unit (us, "
-            "ms, s, min, h), such as 50ms"
+            f"{text!r} is not a duration: give a number and a unit, such as 500ms or 0.5s"
         )
-    # By division, 50ms is 0.05 to the last bit; by multiplication it would not always be.
-    return float(match[1]) / round(1 / unit) if unit < 1 else float(match[1]) * unit
+    return float(match[1]) * unit

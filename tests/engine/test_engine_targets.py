@@ -8,7 +8,6 @@ from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.tick_times import BELIEF
 from tests.support.reference import make_model, save_model
 
-
 pytestmark = pytest.mark.slow  # each compiles an engine
 
 

@@ -27,7 +27,7 @@ def option_parser(option: Option) -> Callable[[str], object]:
         if option.unit == "BYTES":
             value = size(text)
         elif option.unit == "TIME":
-            value = duration(text)
+            value = _duration(text)
         elif option.maximum is not None:
             value = float(text)  # argparse reports the ValueError
         elif option.minimum is not None:
@@ -142,3 +142,11 @@ def _count(text: str) -> int:
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM])", text):
         return int(float(match[1]) * _THOUSANDS[match[2]])
     return int(text)  # argparse reports the ValueError
+
+
+def _duration(text: str) -> float:
+    """A number is in seconds; else the text has a unit."""
+    try:
+        return float(text)
+    except ValueError:
+        return duration(text)

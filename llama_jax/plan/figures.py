@@ -1,0 +1,113 @@
+"""The figures of a layout, each with its unit and how it is known. Imports no JAX."""
+
+from llama_jax.costs.figure import Band, Evidence, Figure
+from llama_jax.plan.candidate import Candidate
+from llama_jax.plan.price import cost_per_million, least_cost
+
+WEIGHTS = "the table of the weights, split as the engine splits it"
+QUEUE = "Little's law, and prompts as an M/D/1 queue, over the times of the ticks"
+TICKS = "a roofline of the data sheet"
+PER_MILLION = "per million output tokens"
+PARTS = ("decode", "prefill")
+
+
+def figures(candidate: Candidate, price: float | None = None) -> dict[str, Figure]:
+    """The figures of a layout by name; the names are the keys of the JSON.
+
+    Args:
+      candidate: the layout.
+      price: of one GPU for one hour; None to leave costs out.
+    """
+    found = _memory(candidate)
+    if candidate.fits:
+        found |= _ticks(candidate) | _load(candidate)
+        if price is not None:
+            found |= _costs(candidate, price)
+    return found
+
+
+def _exactly(value: float, unit: str, source: str) -> Figure:
+    return Figure(Band.exactly(value), unit, Evidence.ARITHMETIC, source)
+
+
+def _memory(candidate: Candidate) -> dict[str, Figure]:
+    memory = candidate.memory
+    weights = sum(memory.weights.values())
+    found = {
+        f"weights: {kind}": _exactly(size, "bytes", WEIGHTS)
+        for kind, size in memory.weights.items()
+        if size
+    }
+    layout, config = candidate.layout, candidate.deployment.config
+    positions = layout.num_stages * -(-config.num_layers // layout.num_stages)
+    found |= {
+        "weights": _exactly(weights, "bytes", WEIGHTS),
+        "temporaries": Figure(
+            Band.exactly(memory.temporaries), "bytes", Evidence.ASSUMED, "the engine's reserve"
+        ),
+        "KV cache": _exactly(memory.cache, "bytes", "what the target leaves of the memory"),
+        "KV cache per token": _exactly(memory.token, "bytes", "its shape"),
+        "KV capacity of a replica": _exactly(memory.tokens, "tokens", "the bytes of its pages"),
+        "memory variance across GPUs": _exactly(0.0, "", "all shards have one shape"),
+        "share of layer positions in use": _exactly(
+            config.num_layers / positions, "", "stages with fewer layers compute padding"
+        ),
+    }
+    return found
+
+
+def _ticks(candidate: Candidate) -> dict[str, Figure]:
+    replica, state = candidate.replica, candidate.state()
+    live = max(1, round(state.live / candidate.layout.num_stages)) if state.live < 1e9 else 1
+    found = {}
+    for name, chunk in zip(PARTS, (0, candidate.chunk), strict=True):
+        work = replica.work(live, chunk)
+        figure = Figure(replica.model.seconds(work), "s", Evidence.ARITHMETIC, TICKS)
+        parts = replica.model.parts(work)
+        total = figure.value.expected
+        found[f"{name} tick"] = figure
+        for part, band in parts.items():
+            found[f"{name} tick: {part}"] = Figure(band, "s", figure.evidence, figure.source)
+        if "communication" in parts:
+            share = parts["communication"] * (1 / total)
+            found[f"communication share of a {name} tick"] = Figure(
+                share, "", figure.evidence, figure.source
+            )
+    return found
+
+
+def _load(candidate: Candidate) -> dict[str, Figure]:
+    stages, lengths = candidate.layout.num_stages, candidate.replica.workload
+
+    def arithmetic(band: Band, unit: str) -> Figure:
+        return Figure(band, unit, Evidence.ARITHMETIC, QUEUE)
+
+    found = {"highest rate inside the targets": arithmetic(candidate.max_rate, "requests/s")}
+    if candidate.state().live == float("inf"):
+        return found
+    user = candidate.band("mean_tpot")
+    inverse = Band(1 / user.high, 1 / user.expected, 1 / user.low)
+    made = candidate.rate * lengths.output_tokens / candidate.layout.gpus
+    return found | {
+        "TTFT": arithmetic(candidate.band("ttft"), "s"),
+        "mean TTFT": arithmetic(candidate.band("mean_ttft"), "s"),
+        "TPOT": arithmetic(candidate.band("tpot"), "s"),
+        "mean TPOT": arithmetic(user, "s"),
+        "output rate of a user": arithmetic(inverse, "tokens/s"),
+        "output rate of a GPU": _exactly(made, "tokens/s", "the rate that is asked for"),
+        "sequences that decode in a replica": arithmetic(candidate.band("live"), "sequences"),
+        "share of the time with a chunk": arithmetic(candidate.band("chunk_share"), ""),
+        "microbatches in flight": _exactly(stages, "", "one for each stage"),
+        "tokens in the KV cache of a replica": _exactly(candidate.kv_needed, "tokens", QUEUE),
+    }
+
+
+def _costs(candidate: Candidate, price: float) -> dict[str, Figure]:
+    source = "the price that was given"
+    now = cost_per_million(candidate, price, candidate.rate)
+    found = {"cost of a million output tokens": _exactly(now, PER_MILLION, source)}
+    if candidate.max_rate.expected:
+        found["cost at the highest rate inside the targets"] = Figure(
+            least_cost(candidate, price), PER_MILLION, Evidence.ARITHMETIC, source
+        )
+    return found
