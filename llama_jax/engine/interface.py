@@ -151,6 +151,39 @@ class MemoryStats(NamedTuple):
     limit: int
 
 
+class TickTime(NamedTuple):
+    """What is known of the ticks of one program, without any context.
+
+    Attributes:
+      rows, chunk: the bucket of the program.
+      seconds: of a tick, corrected by those that were seen.
+      modeled: of a tick, before that.
+      seen: ticks that the correction rests on.
+    """
+
+    rows: int
+    chunk: int
+    seconds: float
+    modeled: float
+    seen: int
+
+
+@dataclass(frozen=True)
+class LatencyStats:
+    """The latency targets, and what follows from them.
+
+    Attributes:
+      tpot, ttft: the targets in seconds: per output token, and to the first token.
+      chunk_limit: the largest chunk that may enter now, in tokens.
+      ticks: by program.
+    """
+
+    tpot: float | None = None
+    ttft: float | None = None
+    chunk_limit: int = 0
+    ticks: tuple[TickTime, ...] = ()
+
+
 @dataclass(frozen=True)
 class Stats:
     """Counters since the engine was ready, and current gauges (`num_*` and `pages_*`).
@@ -192,3 +225,4 @@ class Stats:
     stages: tuple[StageStats, ...] = ()
     memory: tuple[MemoryStats, ...] = ()
     programs_ready: int = 0
+    latency: LatencyStats = LatencyStats()

@@ -12,6 +12,7 @@ is at stage 0, and the packet with the last chunk becomes the sequence's microba
 import numpy as np
 
 from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.chunk_choice import ChunkChoice
 from llama_jax.engine.constraint import Constraint
 from llama_jax.engine.interface import FinishReason, Output, TokenLogprobs
 from llama_jax.engine.packets import Packet, Segment
@@ -20,7 +21,6 @@ from llama_jax.engine.prefill import Prefill
 from llama_jax.engine.prompt_logprobs import PromptScoring
 from llama_jax.engine.roster import Roster
 from llama_jax.engine.sequence import Sequence
-from llama_jax.engine.tick_cost import TickCost
 from llama_jax.ring.sizes import RingSizes
 
 NOT_A_NUMBER = "The model's output is not a number (NaN) for this request: check the weights."
@@ -38,7 +38,7 @@ class Scheduler:
       sizes: the sizes of the ring.
       num_microbatches: M, equal to the number of stages P.
       prefix_caching: whether sequences that begin alike share pages.
-      cost: of a tick, by which the size of the chunk is chosen; None for the largest.
+      chunks: chooses the size of each chunk; None for the largest.
 
     Attributes:
       sizes: the sizes of the ring.
@@ -46,6 +46,8 @@ class Scheduler:
       prefill: chooses the prompt tokens of each packet.
       waiting, prefilling, microbatches: those of the roster.
       num_generated_tokens: since the start.
+      now: the time by the clock of `arrived_at`, kept current by whoever calls `schedule`; it
+        matters only to a target for first tokens.
     """
 
     def __init__(
@@ -54,14 +56,15 @@ class Scheduler:
         num_microbatches: int,
         *,
         prefix_caching: bool = True,
-        cost: TickCost | None = None,
+        chunks: ChunkChoice | None = None,
     ):
         self.sizes = sizes
         self.roster = Roster(sizes, num_microbatches, prefix_caching)
-        self.prefill = Prefill(sizes, self.roster, cost)
+        self.prefill = Prefill(sizes, self.roster, chunks)
         self.waiting, self.prefilling = self.roster.waiting, self.roster.prefilling
         self.microbatches = self.roster.microbatches
         self.num_generated_tokens = 0
+        self.now = 0.0
         self._sequences: dict[int, Sequence] = {}  # the unfinished ones, by request id
         self._arrivals = 0
         self._turn = 0  # the microbatch that enters next
@@ -181,7 +184,7 @@ class Scheduler:
         packet = Packet()
         share = self.prefill.share()
         self._add_rows(packet, microbatch)
-        self.prefill.fill(packet, microbatch, share)
+        self.prefill.fill(packet, microbatch, share, self.now)
         # A sequence's slot and pages are free once its last packet has entered, though the result
         # is not known yet. Not earlier: this packet must not overwrite pages that it reads.
         for sequence in [s for s in microbatch if s.next_position >= s.max_length - 1]:

@@ -19,6 +19,7 @@ from llama_jax.engine.interface import Output, ProgramStats, StageStats, TokenLo
 from llama_jax.engine.packets import Packet
 from llama_jax.engine.programs import GREEDY, Choice, TickResult
 from llama_jax.engine.scheduler import Scheduler
+from llama_jax.engine.tick_timer import TickTimer
 from llama_jax.model.adjustments import encode_adjustments
 from llama_jax.model.controls import encode_controls
 from llama_jax.model.logprobs import Logprobs
@@ -83,6 +84,8 @@ class TickLoop:
         self._encode = encode or encode_entering
         self.sizes = scheduler.sizes
         self.num_stages = len(scheduler.microbatches)
+        chunks = scheduler.prefill.chunks
+        self._timer = TickTimer(self.num_stages, chunks.times.observe) if chunks else None
         self.on_result: Callable[[Packet, TickResult], None] = lambda packet, result: None
         self.ready: Callable[[], Collection[Bucket] | None] = lambda: None
         self.on_tick: list[Callable[[Tick], None]] = []
@@ -109,6 +112,9 @@ class TickLoop:
         if self.scheduler.has_work or any(list(self._in_flight)[1:]):
             while self._unread and self._lacks_answers():
                 outputs += self._read(*self._unread.popleft())
+            if self._timer and not (self._unread or any(list(self._in_flight)[1:])):
+                self._timer.begin(start)
+            self.scheduler.now = start
             entering = self.scheduler.schedule()
             for tile in entering.tiles:
                 if tile.sequence.queue_seconds is None:
@@ -188,6 +194,8 @@ class TickLoop:
         if leaving.tiles:
             result = result._replace(scores=self._scores(leaving))
         self._unread.append((leaving, result))
+        if self._timer:
+            self._timer.dispatched(bucket, entering)
 
         self.ticks += 1
         self.stage_ticks_busy += self.num_stages - self._tokens_in_flight.count(0)
@@ -237,13 +245,18 @@ class TickLoop:
 
     def _read(self, packet: Packet, result: TickResult) -> list[Output]:
         if not packet:
+            if self._timer:
+                self._timer.passed()
             return []
         self.on_result(packet, result)
         start = self.clock()
         tokens = np.asarray(result.tokens).tolist()
         logprobs = None if result.logprobs is None else _as_lists(result.logprobs)
         scores = {i: [np.asarray(array) for array in each] for i, each in result.scores.items()}
-        self.wait_seconds += self.clock() - start
+        end = self.clock()
+        self.wait_seconds += end - start
+        if self._timer:
+            self._timer.read(end)
         for i, arrays in scores.items():
             self.scheduler.score(packet.tiles[i], *arrays)
         return self.scheduler.process(packet, tokens, result.bucket.rows, logprobs)

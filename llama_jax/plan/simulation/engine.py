@@ -89,7 +89,7 @@ class Engine:
             server.sizes,
             server.num_stages,
             prefix_caching=server.prefix_caching,
-            cost=server.cost,
+            chunks=server.chunks(),
         )
         self.loop = TickLoop(
             scheduler, executor, server.results_late, clock=self.time, encode=pass_on
