@@ -19,6 +19,7 @@ from llama_jax.engine.interface import Output, ProgramStats, StageStats, TokenLo
 from llama_jax.engine.packets import Packet
 from llama_jax.engine.programs import GREEDY, Choice, TickResult
 from llama_jax.engine.scheduler import Scheduler
+from llama_jax.engine.tick_timer import TickTimer
 from llama_jax.model.adjustments import encode_adjustments
 from llama_jax.model.controls import encode_controls
 from llama_jax.model.logprobs import Logprobs
@@ -83,11 +84,14 @@ class TickLoop:
         self._encode = encode or encode_entering
         self.sizes = scheduler.sizes
         self.num_stages = len(scheduler.microbatches)
+        chunks = scheduler.prefill.chunks
+        self._timer = TickTimer(self.num_stages, chunks.times.observe) if chunks else None
         self.on_result: Callable[[Packet, TickResult], None] = lambda packet, result: None
         self.ready: Callable[[], Collection[Bucket] | None] = lambda: None
         self.on_tick: list[Callable[[Tick], None]] = []
         self.results_late = results_late
         self._in_flight = deque([Packet()] * self.num_stages, maxlen=self.num_stages)
+        self._tokens_in_flight = deque([0] * self.num_stages, maxlen=self.num_stages)
         self._unread: deque[tuple[Packet, TickResult]] = deque()
         self.ticks = self.stage_ticks_busy = self.token_slots = self.token_slots_used = 0
         self.seconds = self.wait_seconds = 0.0
@@ -96,8 +100,9 @@ class TickLoop:
     @property
     def has_work(self) -> bool:
         """Whether another `step` has something to do."""
-        in_ring = any(list(self._in_flight)[1:])
-        return self.scheduler.has_work or in_ring or any(packet for packet, _ in self._unread)
+        if self.scheduler.has_work or any(list(self._in_flight)[1:]):
+            return True
+        return any(packet for packet, _ in self._unread)
 
     def step(self) -> list[Output]:
         """Dispatches a tick; returns the outputs of the results that are due."""
@@ -107,6 +112,9 @@ class TickLoop:
         if self.scheduler.has_work or any(list(self._in_flight)[1:]):
             while self._unread and self._lacks_answers():
                 outputs += self._read(*self._unread.popleft())
+            if self._timer and not (self._unread or any(list(self._in_flight)[1:])):
+                self._timer.begin(start)
+            self.scheduler.now = start
             entering = self.scheduler.schedule()
             for tile in entering.tiles:
                 if tile.sequence.queue_seconds is None:
@@ -137,12 +145,20 @@ class TickLoop:
     def _lacks_answers(self) -> bool:
         """Whether a mask of the packet that leaves in this step depends on tokens not yet read."""
         if self.num_stages == 1:  # it has yet to enter
-            rows = [(s, s.next_position) for s in self.scheduler.microbatches[0]]
+            constrained = [
+                (s, s.next_position)
+                for s in self.scheduler.microbatches[0]
+                if s.constraint is not None
+            ]
         else:
-            rows = [(row.sequence, row.position) for row in self._in_flight[1].rows if row.current]
+            constrained = [
+                (row.sequence, row.position)
+                for row in self._in_flight[1].rows
+                if row.sequence.constraint is not None and row.current
+            ]
         return any(
             s.constraint is not None and s.constraint.follows_answer and len(s.tokens) <= position
-            for s, position in rows
+            for s, position in constrained
         )
 
     @property
@@ -166,20 +182,25 @@ class TickLoop:
     def _dispatch(self, entering: Packet, outputs: list[Output]) -> Bucket:
         """Dispatches a tick; adds the outputs of requests that cannot go on."""
         self._in_flight.append(entering)
+        self._tokens_in_flight.append(entering.num_tokens)
         # The program must fit the largest packet in any stage, not just the one that enters.
-        rows = max(len(packet.rows) for packet in self._in_flight)
-        tiles = max(len(packet.tiles) for packet in self._in_flight)
+        rows = max([len(packet.rows) for packet in self._in_flight])
+        tiles = max([len(packet.tiles) for packet in self._in_flight])
         bucket = self.sizes.bucket(max(rows, 1), tiles * self.sizes.tile, self.ready())
         packed = self._encode(self.sizes, bucket, self.scheduler.page_tables, entering)
         leaving = self._in_flight[0]
         choice = self._choice(leaving, bucket, outputs)
         result = self.executor.run(bucket, packed, choice)
-        self._unread.append((leaving, result._replace(scores=self._scores(leaving))))
+        if leaving.tiles:
+            result = result._replace(scores=self._scores(leaving))
+        self._unread.append((leaving, result))
+        if self._timer:
+            self._timer.dispatched(bucket, entering)
 
         self.ticks += 1
-        self.stage_ticks_busy += sum(1 for packet in self._in_flight if packet)
+        self.stage_ticks_busy += self.num_stages - self._tokens_in_flight.count(0)
         self.token_slots += self.num_stages * (bucket.rows + bucket.chunk)
-        self.token_slots_used += sum(packet.num_tokens for packet in self._in_flight)
+        self.token_slots_used += sum(self._tokens_in_flight)
         return bucket
 
     def _choice(self, leaving: Packet, bucket: Bucket, outputs: list[Output]) -> Choice:
@@ -224,13 +245,18 @@ class TickLoop:
 
     def _read(self, packet: Packet, result: TickResult) -> list[Output]:
         if not packet:
+            if self._timer:
+                self._timer.passed()
             return []
         self.on_result(packet, result)
         start = self.clock()
         tokens = np.asarray(result.tokens).tolist()
         logprobs = None if result.logprobs is None else _as_lists(result.logprobs)
         scores = {i: [np.asarray(array) for array in each] for i, each in result.scores.items()}
-        self.wait_seconds += self.clock() - start
+        end = self.clock()
+        self.wait_seconds += end - start
+        if self._timer:
+            self._timer.read(end)
         for i, arrays in scores.items():
             self.scheduler.score(packet.tiles[i], *arrays)
         return self.scheduler.process(packet, tokens, result.bucket.rows, logprobs)

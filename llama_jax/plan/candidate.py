@@ -20,12 +20,14 @@ class Missed(NamedTuple):
       value: what it comes to, in `unit`.
       bound: what it should.
       unit: "s", "requests/s" or "bytes".
+      overload: for the rate, why it cannot be kept: see `SteadyState`.
     """
 
     target: str
     value: float
     bound: float
     unit: str
+    overload: str = ""
 
     @property
     def excess(self) -> float:
@@ -87,9 +89,7 @@ class Candidate:
     def max_num_seqs(self) -> int:
         """The sequences to make room for in each replica: a power of two."""
         needed = max(FIRST_SEQUENCES, self.state().most_live)
-        if needed > self.replica.max_live:
-            return max(1, self.replica.max_live)
-        return min(1 << (needed - 1).bit_length(), self.replica.max_live)
+        return max(1, min(1 << (needed - 1).bit_length(), self.replica.max_live))
 
     def state(self, level: str = "expected") -> SteadyState:
         """What each replica does, if ticks are as long as `level` says."""
@@ -125,9 +125,11 @@ class Candidate:
             tokens = lengths.prompt_tokens + lengths.output_tokens
             return (Missed("memory", memory.needed(tokens), memory.allowed, "bytes"),)
         found = []
-        if state.most_live > self.replica.max_live:
+        if state.overload:
             most = self.max_rate.expected or self.max_load
-            found.append(Missed("rate", most, self.rate, "requests/s"))
+            more = 1.01 * most / self.layout.replicas
+            why = self.replica.state(more, self.replica.best_chunk(more)).overload
+            found.append(Missed("rate", most, self.rate, "requests/s", why or "latency"))
         else:
             for target, value, bound in (
                 ("TTFT", state.ttft, targets.ttft),

@@ -7,6 +7,7 @@ from llama_jax.plan.price import cost_per_million, least_cost
 WEIGHTS = "the table of the weights, split as the engine splits it"
 QUEUE = "Little's law, and prompts as an M/D/1 queue, over the times of the ticks"
 TICKS = "a roofline of the data sheet"
+PER_MILLION = "per million output tokens"
 PARTS = ("decode", "prefill")
 
 
@@ -91,6 +92,7 @@ def _load(candidate: Candidate) -> dict[str, Figure]:
         "TTFT": arithmetic(candidate.band("ttft"), "s"),
         "mean TTFT": arithmetic(candidate.band("mean_ttft"), "s"),
         "TPOT": arithmetic(candidate.band("tpot"), "s"),
+        "TPOT while prompts never cease": arithmetic(candidate.band("worst_tpot"), "s"),
         "mean TPOT": arithmetic(user, "s"),
         "output rate of a user": arithmetic(inverse, "tokens/s"),
         "output rate of a GPU": _exactly(made, "tokens/s", "the rate that is asked for"),
@@ -104,9 +106,9 @@ def _load(candidate: Candidate) -> dict[str, Figure]:
 def _costs(candidate: Candidate, price: float) -> dict[str, Figure]:
     source = "the price that was given"
     now = cost_per_million(candidate, price, candidate.rate)
-    found = {"cost of a million output tokens": _exactly(now, "", source)}
+    found = {"cost of a million output tokens": _exactly(now, PER_MILLION, source)}
     if candidate.max_rate.expected:
         found["cost at the highest rate inside the targets"] = Figure(
-            least_cost(candidate, price), "", Evidence.ARITHMETIC, source
+            least_cost(candidate, price), PER_MILLION, Evidence.ARITHMETIC, source
         )
     return found

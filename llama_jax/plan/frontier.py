@@ -10,7 +10,8 @@ from llama_jax.costs.deployment import Layout
 from llama_jax.plan.candidate import Candidate
 from llama_jax.plan.plan import Plan
 
-LEAST_SHARE, STEPS = 1 / 256, 24  # of the highest rate, in equal factors
+# Of the highest rate: in equal factors where few users are, then in equal steps.
+SHARES = sorted({2 ** (-step / 2) for step in range(2, 17)} | {n / 24 for n in range(12, 25)})
 
 
 class Point(NamedTuple):
@@ -57,8 +58,8 @@ def _points(candidate: Candidate) -> Iterator[Point]:
     replica, layout = candidate.replica, candidate.layout
     most = replica.max_load()
     limit = replica.targets.ttft or float("inf")
-    for step in range(STEPS + 1):
-        rate = most * LEAST_SHARE ** (1 - step / STEPS)
+    for share in SHARES:
+        rate = most * share
         states = ((replica.state(rate, chunk), chunk) for chunk in replica.chunks)
         kept = [(state, c) for state, c in states if state.ttft <= limit]
         if most and kept:

@@ -12,25 +12,39 @@ from llama_jax.plan.recommend import recommend
 from llama_jax.terminal.units import bytes_text, count_text
 
 REFERENCE_MESH = (4, 2)
+_OVERLOADS = {
+    "prompts": "prompts arrive faster than they are computed",
+    "sequences": "its KV cache is full",
+    "latency": "a latency is missed",
+}
+_GROWN = {
+    "rate": "the rate, at",
+    "prompt length": "the prompt length, at",
+    "launch gap": "the launch gap, at ticks of",
+    "memory": "the memory, at a cache of",
+}
 OUT_OF_SCOPE = "Not planned: disaggregated prefill, mixtures of experts, power."
 
 
 def verdict(plan: Plan) -> str:
     """Whether a layout holds the targets, and what is missing if none does."""
     best, question = plan.best, plan.question
-    where = f"{question.model} on {count_text(question.gpus, question.gpu.name)}"
+    where = f"{question.model} on {question.gpus} x {question.gpu.name}"
     if best.holds_surely:
-        return f"{best.layout} holds every target for {where}, even with the slowest ticks."
+        return f"{where}: {_keeps(best)} every target, even with the slowest ticks."
     if best.holds:
         return (
-            f"{best.layout} holds every target for {where} as expected, but not with the slowest "
-            f"ticks: {_latencies(best, 'high')}."
+            f"{where}: {_keeps(best)} every target as expected, but not with the slowest ticks: "
+            f"{_latencies(best, 'high')}."
         )
     missing = " and ".join(map(missed_text, best.missed))
-    only = "No layout of" if question.layout is None else f"{best.layout} does not hold them:"
     if question.layout is not None:
-        return f"{best.layout} of {where} misses its targets: {missing}."
-    return f"{only} {where} holds every target; {best.layout} is nearest, and its {missing}."
+        return f"{where}: {best.layout} misses its targets: {missing}."
+    return f"{where}: no layout keeps every target. {best.layout} comes nearest: {missing}."
+
+
+def _keeps(candidate: Candidate) -> str:
+    return f"{candidate.layout} " + ("keeps" if candidate.layout.replicas == 1 else "keep")
 
 
 def missed_text(missed: Missed) -> str:
@@ -39,7 +53,7 @@ def missed_text(missed: Missed) -> str:
     if missed.target == "memory":
         return f"memory comes to {value} a GPU, of which {bound} are allowed"
     if missed.target == "rate":
-        return f"rate ends at {value}, {1 - missed.value / missed.bound:.0%} short of {bound}"
+        return f"it keeps up with {value}, not {bound}, before {_OVERLOADS[missed.overload]}"
     return f"{missed.target} is {value}, {missed.excess - 1:.0%} over the target of {bound}"
 
 
@@ -51,9 +65,9 @@ def why(plan: Plan) -> Iterator[str]:
     if best.holds:
         holding = sum(candidate.holds for candidate in plan.candidates)
         yield (
-            f"{best.layout} holds the targets up to {amount(best.max_rate.expected, 'requests/s')},"
-            f" the most of {count_text(len(plan.candidates), 'layout')}, of which {holding} hold "
-            "them at this rate."
+            f"{_keeps(best)} the targets up to {amount(best.max_rate.expected, 'requests/s')}, "
+            f"the most of the {holding} that keep them at this rate, of "
+            f"{count_text(len(plan.candidates), 'layout')}."
         )
     yield _profile(best)
     shown = others[:1] + [
@@ -79,7 +93,7 @@ def _profile(candidate: Candidate) -> str:
         f"{count_text(layout.num_ranks, 'GPU')}, each with {weights} of weights"
     )
     if candidate.max_rate.expected:
-        parts.append(f"the targets hold up to {amount(candidate.max_rate.expected, 'requests/s')}")
+        parts.append(f"targets kept up to {amount(candidate.max_rate.expected, 'requests/s')}")
     return "; ".join(parts) + "."
 
 
@@ -91,13 +105,12 @@ def _latencies(candidate: Candidate, level: str = "expected") -> str:
 def breaks_first(found: tuple[Headroom, ...]) -> Iterator[str]:
     """How far each thing may grow, the nearest limit first."""
     for number, headroom in enumerate(found):
-        first = "First to break: " if number == 0 else ""
-        grown = "each tick" if headroom.what == "launch gap" else headroom.what
-        text = (
-            f"{first}{grown} may grow from {amount(headroom.now, headroom.unit)} to "
-            f"{amount(headroom.limit, headroom.unit)} ({headroom.factor:.1f} times)"
+        now, limit = (amount(value, headroom.unit) for value in (headroom.now, headroom.limit))
+        yield (
+            f"{'Breaks first' if number == 0 else 'Then'}: {_GROWN[headroom.what]} {limit}, "
+            f"{headroom.factor:.1f} times the {now} of this plan"
+            + (f"; beyond, {headroom.then} is missed." if headroom.then else ", the model's limit.")
         )
-        yield text + (f", then {headroom.then} is missed." if headroom.then else ".")
 
 
 def remedies(plan: Plan) -> Iterator[str]:
@@ -105,16 +118,16 @@ def remedies(plan: Plan) -> Iterator[str]:
     question = plan.question
     most = max(candidate.max_rate.expected for candidate in plan.candidates)
     if most:
-        yield f"The targets hold at {amount(most, 'requests/s')}."
+        yield f"Up to {amount(most, 'requests/s')}, the targets are kept."
     for what, other in _changes(question):
         best = make_plan(other).best
         if best.holds:
-            yield f"With {what}, {best.layout} holds them."
+            yield f"With {what}, {_keeps(best)} them."
     if question.layout is None:
         fewest = recommend(question)
         if fewest.gpus is not None:
-            layout = fewest.plan.best.layout
-            yield f"On {count_text(fewest.gpus, question.gpu.name)}, {layout} holds them."
+            best = fewest.plan.best
+            yield f"On {fewest.gpus} x {question.gpu.name}, {_keeps(best)} them."
 
 
 def _changes(question: Question) -> Iterator[tuple[str, Question]]:

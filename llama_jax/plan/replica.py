@@ -11,7 +11,7 @@ from llama_jax.costs.work import Work
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.sizing import GPU_TEMPORARIES, TILE, choose_sizes, gpu_cache_bytes
 from llama_jax.plan.bisection import largest
-from llama_jax.plan.steady_state import OVERLOADED, SteadyState, steady_state
+from llama_jax.plan.steady_state import SteadyState, overloaded, steady_state
 from llama_jax.plan.targets import Targets, Workload
 from llama_jax.ring.sizes import RingSizes
 
@@ -143,7 +143,7 @@ class Replica:
 
     def _state(self, rate: float, chunk: int, level: str) -> SteadyState:
         if self.memory.tokens < self.workload.prompt_tokens + self.workload.output_tokens:
-            return OVERLOADED
+            return overloaded("sequences")
 
         def ticks(live: int, chunk: int) -> float:
             seconds: float = getattr(self.tick(live, chunk), level)
@@ -157,15 +157,19 @@ class Replica:
         """By how much a state misses the latencies: 1 is within, 1.2 is a fifth too long."""
         ttft = state.ttft / self.targets.ttft if self.targets.ttft else 0.0
         tpot = state.tpot / self.targets.tpot if self.targets.tpot else 0.0
-        lost = float("inf") if state.most_live > self.max_live else 0.0
-        return max(1.0, ttft, tpot, lost)
+        return max(1.0, ttft, tpot, float("inf") if state.overload else 0.0)
 
     def best_chunk(self, rate: float) -> int:
-        """The chunk with which the latencies hold, or are missed least; then the shortest TTFT."""
+        """The chunk to serve with: the one with which the latencies hold, or are missed least.
 
-        def key(chunk: int) -> tuple[float, float, float]:
+        Of several, it is one that holds even if ticks are long, then even if prompts never cease,
+        as an engine chooses that knows the targets; then the one with the shortest TTFT.
+        """
+
+        def key(chunk: int) -> tuple[float, ...]:
             expected, high = (self.state(rate, chunk, level) for level in ("expected", "high"))
-            return self.excess(expected), self.excess(high), expected.ttft
+            worst = expected.worst_tpot / self.targets.tpot if self.targets.tpot else 0.0
+            return self.excess(expected), self.excess(high), max(1.0, worst), expected.ttft
 
         return min(self.chunks, key=key)
 
@@ -180,8 +184,5 @@ class Replica:
     def max_load(self, level: str = "expected") -> float:
         """The highest rate that it can do at all, however long the requests take."""
         return largest(
-            lambda rate: any(
-                self.state(rate, c, level).most_live <= self.max_live for c in self.chunks
-            ),
-            1.0,
+            lambda rate: any(not self.state(rate, c, level).overload for c in self.chunks), 1.0
         )

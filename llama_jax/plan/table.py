@@ -1,6 +1,6 @@
 """A plan on the terminal."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from rich import box
 from rich.console import Console
@@ -22,22 +22,25 @@ from llama_jax.plan.reasons import (
 )
 from llama_jax.plan.recommend import Recommendation
 
-# Column → the figure in it, its unit and what one of it is.
+# Column → the figure in it, and how large one of it is.
 _MEMORY = {
     "weights\nGB": ("weights", 1e9),
-    "KV cache\nGB": ("KV cache", 1e9),
-    "KV capacity\ntokens": ("KV capacity of a replica", 1),
-    "decode tick\nms": ("decode tick", 1e-3),
-    "with chunk\nms": ("prefill tick", 1e-3),
-    "communi-\ncation %": ("communication share of a decode tick", 1e-2),
-    "layers in\nuse %": ("share of layer positions in use", 1e-2),
+    "KV cache\nk tokens": ("KV capacity of a replica", 1e3),
+    "decode\ntick, ms": ("decode tick", 1e-3),
+    "tick with\nchunk, ms": ("prefill tick", 1e-3),
+    "commun-\nication, %": ("communication share of a decode tick", 1e-2),
+    "layers\nused, %": ("share of layer positions in use", 1e-2),
 }
 _LOAD = {
     "TTFT\nms": ("TTFT", 1e-3),
     "TPOT\nms": ("TPOT", 1e-3),
-    "mean TPOT\nms": ("mean TPOT", 1e-3),
+    "mean\nTPOT, ms": ("mean TPOT", 1e-3),
     "tokens/s\na GPU": ("output rate of a GPU", 1),
-    "up to\nrequests/s": ("highest rate inside the targets", 1),
+    "requests/s\nat most": ("highest rate inside the targets", 1),
+}
+_PRICES = {
+    "at this\nrate": ("cost of a million output tokens", 1),
+    "at the\nhighest": ("cost at the highest rate inside the targets", 1),
 }
 
 
@@ -50,8 +53,10 @@ def show_plan(plan: Plan, price: float | None = None, fewest: Recommendation | N
         _say(console, recommendation_text(fewest))
     _say(console, verdict(plan), "")
     shown = {candidate: figures(candidate, price) for candidate in plan.candidates}
-    console.print(_layouts(shown, _MEMORY, "Each GPU, and each tick of its stage"))
-    console.print(_layouts(shown, _LOAD | _prices(price), "At the rate that is asked for", True))
+    console.print(_layouts(shown, _MEMORY, "Each GPU, and the ticks of its ring", _chunk))
+    console.print(_layouts(shown, _LOAD, f"At {question.workload.rate:g} requests/s", _held))
+    if price is not None:
+        console.print(_layouts(shown, _PRICES, "Cost of a million tokens"))
     _say(console, "", *why(plan), "")
     if plan.best.holds:
         _say(console, *breaks_first(headrooms(question, plan.best)), "")
@@ -65,8 +70,8 @@ def recommendation_text(fewest: Recommendation) -> str:
     """How many GPUs to take."""
     gpu = fewest.plan.question.gpu.name
     if fewest.gpus is None:
-        return f"No number of {gpu} holds the targets."
-    text = f"The fewest {gpu} that hold the targets: {fewest.gpus}"
+        return f"No number of {gpu} keeps the targets."
+    text = f"The fewest {gpu} that keep the targets: {fewest.gpus}"
     if fewest.gpus_surely == fewest.gpus:
         return f"{text}, even with the slowest ticks."
     if fewest.gpus_surely is None:
@@ -87,20 +92,11 @@ def _targets(plan: Plan) -> str:
     return text
 
 
-def _prices(price: float | None) -> dict[str, tuple[str, float]]:
-    if price is None:
-        return {}
-    return {
-        "cost per\nmillion": ("cost of a million output tokens", 1),
-        "at the\nhighest rate": ("cost at the highest rate inside the targets", 1),
-    }
-
-
 def _layouts(
     shown: dict[Candidate, dict[str, Figure]],
-    columns: dict[str, tuple[str, float]],
+    columns: Mapping[str, tuple[str, float]],
     title: str,
-    with_verdict: bool = False,
+    last: Callable[[Candidate], str] | None = None,
 ) -> Table:
     """One row for each layout, the best first; a band has its ends in a second line."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), title=title)
@@ -108,21 +104,24 @@ def _layouts(
     table.add_column("layout", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
-    if with_verdict:
-        table.add_column("chunk", justify="right")
-        table.add_column("targets")
+    if last is not None:
+        table.add_column("targets" if last is _held else "chunk,\ntokens", no_wrap=True)
     for candidate, found in shown.items():
         cells = [_cell(found.get(name), factor) for name, factor in columns.values()]
-        if with_verdict:
-            cells += [str(candidate.chunk) if candidate.fits else "-", _held(candidate)]
+        if last is not None:
+            cells.append(last(candidate))
         table.add_row(layout_name(candidate.layout), *cells)
     return table
 
 
+def _chunk(candidate: Candidate) -> str:
+    return str(candidate.chunk) if candidate.fits else "-"
+
+
 def _held(candidate: Candidate) -> str:
     if candidate.holds:
-        return "hold" if candidate.holds_surely else "likely"
-    return "no: " + ", ".join(missed.target for missed in candidate.missed)
+        return "kept" if candidate.holds_surely else "likely kept"
+    return "misses " + ", ".join(missed.target for missed in candidate.missed)
 
 
 def _cell(figure: Figure | None, factor: float) -> str:
@@ -132,11 +131,13 @@ def _cell(figure: Figure | None, factor: float) -> str:
     text = _number(band.expected)
     if band.low == band.high:
         return text
-    return f"{text}\n{_number(band.low)}-{_number(band.high)}"
+    return f"{text}\n{_number(band.low, 2)}-{_number(band.high, 2)}"
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
+def _number(value: float, digits: int = 3) -> str:
+    if value == float("inf"):
+        return "∞"
+    return f"{value:,.0f}" if value >= 10 ** min(digits, 2) - 0.5 else f"{value:.{digits}g}"
 
 
 def _evidence(found: dict[str, Figure]) -> Table:

@@ -9,7 +9,7 @@ import numpy as np
 from llama_jax.costs.work import Work
 from llama_jax.engine.packets import Packet
 from llama_jax.engine.programs import GREEDY, Choice, TickResult
-from llama_jax.plan.simulation.replica import Replica, TickTime
+from llama_jax.plan.simulation.server import Server, TickTime
 from llama_jax.ring.sizes import Bucket, RingSizes
 
 ANSWER = 0  # every token of every answer; no prompt holds it
@@ -32,7 +32,7 @@ class Clock:
     program, and attends to the keys of the packet that it holds.
 
     Args:
-      replica: what is simulated.
+      server: what is simulated.
 
     Attributes:
       now: the time of the host, in seconds.
@@ -41,13 +41,13 @@ class Clock:
       programs: the ticks of each bucket, and the seconds of the devices in them.
     """
 
-    def __init__(self, replica: Replica) -> None:
-        sizes = replica.sizes
+    def __init__(self, server: Server) -> None:
+        sizes = server.sizes
         self._tokens = {b: np.full(sizes.num_segments(b), ANSWER) for b in sizes.buckets()}
-        self._tick_time = replica.tick_time
-        self._host_seconds, self._waits = replica.host_seconds, replica.waits
+        self._tick_time = server.tick_time
+        self._host_seconds, self._waits = server.host_seconds, server.waits
         self._times: dict[Bucket, dict[Keys, TickTime]] = {b: {} for b in sizes.buckets()}
-        self._in_flight = deque([Keys()] * replica.num_stages, maxlen=replica.num_stages)
+        self._in_flight = deque([Keys()] * server.num_stages, maxlen=server.num_stages)
         self._free = 0.0  # when the devices have run all ticks
         self.now = self.call_seconds = 0.0
         self.communication_seconds = 0.0

@@ -12,7 +12,7 @@ from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.plan.simulation.clock import Clock, pass_on
 from llama_jax.plan.simulation.front import Front, Ticket
 from llama_jax.plan.simulation.load import Load, Request
-from llama_jax.plan.simulation.replica import Replica
+from llama_jax.plan.simulation.server import Server
 from llama_jax.plan.simulation.simulated import Moment, Outcome, Program, Sample, Simulated
 
 FIRST_TEXT = 1  # the token of the first text; `clock.ANSWER` is that of every answer
@@ -73,7 +73,7 @@ class Engine:
     """The scheduler, tick loop and admission of an engine, with a clock in place of its devices.
 
     Args:
-      replica: what is simulated.
+      server: what is simulated.
       now: the time when it is ready.
 
     Attributes:
@@ -81,22 +81,22 @@ class Engine:
       open: by request id, those that have not ended.
     """
 
-    def __init__(self, replica: Replica, now: float = 0.0) -> None:
-        self.clock = Clock(replica)
+    def __init__(self, server: Server, now: float = 0.0) -> None:
+        self.clock = Clock(server)
         self.clock.now = now
         executor: Any = self.clock
         scheduler = Scheduler(
-            replica.sizes,
-            replica.num_stages,
-            prefix_caching=replica.prefix_caching,
-            cost=replica.cost,
+            server.sizes,
+            server.num_stages,
+            prefix_caching=server.prefix_caching,
+            chunks=server.chunks(),
         )
         self.loop = TickLoop(
-            scheduler, executor, replica.results_late, clock=self.time, encode=pass_on
+            scheduler, executor, server.results_late, clock=self.time, encode=pass_on
         )
-        self.front = Front(replica, self.time)
+        self.front = Front(server, self.time)
         self.open: dict[int, Open] = {}
-        self._longest = replica.max_model_len
+        self._longest = server.max_model_len
 
     def time(self) -> float:
         """The time in seconds."""
@@ -138,22 +138,22 @@ class Simulation:
     """Runs a load through one engine.
 
     Args:
-      replica: what is simulated.
+      server: what is simulated.
       load: what it is asked.
       outage: when its engine dies, if it does.
     """
 
-    replica: Replica
+    server: Server
     load: Load
     outage: Outage | None = None
     samples: list[tuple[int, Sample]] = field(default_factory=list)
     moments: list[Moment] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.engine = Engine(self.replica)
+        self.engine = Engine(self.server)
         self._totals = Totals()
         self._communication = self._page_seconds = self._last = 0.0
-        self._programs = {b: [0, 0.0] for b in self.replica.sizes.buckets()}
+        self._programs = {b: [0, 0.0] for b in self.server.sizes.buckets()}
         self._coming: list[Attempt] = []
         self._leaving: list[tuple[float, int]] = []  # when a client loses patience
         self._numbers = count()
@@ -271,7 +271,7 @@ class Simulation:
         while self._coming and self._coming[0].at < back:
             meanwhile.append(heapq.heappop(self._coming))
         self._count(dead)
-        self.engine = Engine(self.replica, back)
+        self.engine = Engine(self.server, back)
         for state in lost:
             if outage.retry:
                 meanwhile.append(state.attempt)
@@ -312,10 +312,10 @@ class Simulation:
             samples=tuple(samples),
             replicas=1,
             seconds=max((sample.last for sample in samples), default=0.0),
-            num_stages=self.replica.num_stages,
+            num_stages=self.server.num_stages,
             busy_seconds=sum(seconds for _, seconds in self._programs.values()),
             communication_seconds=self._communication,
-            pages=self.replica.sizes.num_pages,
+            pages=self.server.sizes.num_pages,
             page_seconds=self._page_seconds,
             programs=tuple(
                 Program(*bucket, int(ticks), seconds)
@@ -327,6 +327,6 @@ class Simulation:
         )
 
 
-def simulate(replica: Replica, load: Load, outage: Outage | None = None) -> Simulated:
+def simulate(server: Server, load: Load, outage: Outage | None = None) -> Simulated:
     """Runs a load through one engine, and returns what became of it."""
-    return Simulation(replica, load, outage).run()
+    return Simulation(server, load, outage).run()

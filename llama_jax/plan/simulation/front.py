@@ -4,7 +4,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
 from typing import Any
 
-from llama_jax.plan.simulation.replica import Replica
+from llama_jax.plan.simulation.server import Server
 from llama_jax.serve.errors import ApiError
 from llama_jax.serve.generation.admission import Admission
 
@@ -15,20 +15,20 @@ class Front:
     It stands for the engine's client and for the metrics that admission asks.
 
     Args:
-      replica: what is simulated.
+      server: what is simulated.
       clock: returns the time in seconds.
 
     Attributes:
       in_flight: requests that run or wait.
     """
 
-    def __init__(self, replica: Replica, clock: Callable[[], float]) -> None:
-        self.max_num_seqs = replica.sizes.num_slots
-        self.max_in_flight = self.max_num_seqs + replica.max_queue
+    def __init__(self, server: Server, clock: Callable[[], float]) -> None:
+        self.max_num_seqs = server.sizes.num_slots
+        self.max_in_flight = self.max_num_seqs + server.max_queue
         self.in_flight = 0
         self.clock = clock
         stand_in: Any = self
-        self._admission = Admission(stand_in, stand_in, replica.max_queue_tokens)
+        self._admission = Admission(stand_in, stand_in, server.max_queue_tokens)
 
     @property
     def info(self) -> "Front":

@@ -1,6 +1,7 @@
 """Distributions of the lengths of prompts and answers. Imports no JAX."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,14 +68,15 @@ class Lengths:
     def draw(self, rng: np.random.Generator, size: int) -> np.ndarray:
         """Draws lengths `[size]` int64."""
         a, b = (*self.numbers, 0.0)[:2]
-        values = {
+        values: dict[str, Callable[[], np.ndarray]] = {
             "constant": lambda: np.full(size, a),
             "uniform": lambda: rng.integers(int(a), int(b) + 1, size),
             "normal": lambda: rng.normal(a, b, size),
             "lognormal": lambda: a * np.exp(np.minimum(rng.normal(0, b, size), 100)),
             "empirical": lambda: rng.choice(np.asarray(self.numbers), size),
-        }[self.kind]()
-        return np.clip(np.rint(values), 1, MAX_TOKENS).astype(np.int64)
+        }
+        rounded: np.ndarray = np.rint(values[self.kind]())
+        return rounded.clip(1, MAX_TOKENS).astype(np.int64)
 
 
 def _read(path: Path) -> tuple[float, ...]:

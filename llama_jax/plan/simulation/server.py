@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llama_jax.costs.work import Work
+from llama_jax.engine.chunk_choice import ChunkChoice
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.sizing import GPU_RESULTS_LATE
-from llama_jax.engine.tick_cost import TickCost
 from llama_jax.ring.sizes import RingSizes
 
 # Of the engine's own work in a tick with 64 decode rows: `python -m bench engine`.
@@ -30,7 +30,7 @@ class TickTime:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replica:
+class Server:
     """One engine and the front of its server.
 
     Attributes:
@@ -38,7 +38,7 @@ class Replica:
       sizes: of its ring, from `engine.sizing.choose_sizes`.
       max_model_len: maximum tokens of a sequence.
       tick_time: the time of a tick in which the slowest stage has this work.
-      cost: by which the scheduler chooses a chunk; None for the largest.
+      chunks: makes what chooses the chunks of an engine (`engine.latency_targets.choose_chunks`).
       prefix_caching: whether prompts that begin alike share pages.
       results_late: ticks that the host dispatches ahead of the oldest unread result.
       host_seconds: the host's work in a tick.
@@ -51,7 +51,7 @@ class Replica:
     sizes: RingSizes
     max_model_len: int
     tick_time: Callable[[Work], TickTime]
-    cost: TickCost | None = None
+    chunks: Callable[[], ChunkChoice | None] = lambda: None
     prefix_caching: bool = True
     results_late: int = GPU_RESULTS_LATE
     host_seconds: float = HOST_SECONDS
