@@ -6,7 +6,8 @@ a name, the engine's programs run with random weights of the full size.
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -37,75 +38,105 @@ from llama_jax.weights.placement import param_shapes
 from sharding.mesh import make_mesh, mesh_shape
 
 CONTEXTS = (128, 512, 2048)  # of the batches that are timed by default
-GPU_SECONDS, CPU_SECONDS = 0.5, 0.25  # of each batch
+ROUNDS = 3
+GPU_SECONDS, CPU_SECONDS = 0.3, 0.1  # of each batch in a round
 KV_DTYPES = {"bfloat16": "bf16", "float8_e4m3fn": "fp8", "int8": "int8", "float32": "fp32"}
 
 
 def calibrate(arguments: argparse.Namespace) -> None:
     """Measures, and writes the file that `--calibrate` names."""
-    mesh = "{}x{}".format(*(arguments.layout or (1, 1)))
     planned = arguments.kv_cache_dtype
     options = EngineOptions(
         path=arguments.model,
-        mesh=mesh,
+        mesh="{}x{}".format(*(arguments.layout or (1, 1))),
         kv_cache_dtype="auto" if planned == "bf16" else planned,  # its default: auto of an engine
         max_chunk=arguments.max_chunk,
         wait_for_programs=True,
     )
-    found = measure_ticks(options, arguments.weights, arguments.batches, progress=print)
-    found.write(arguments.calibrate)
-    print(f"{len(found.ticks)} ticks, written to {arguments.calibrate}")
+    calibrator = Calibrator(options, arguments.weights, arguments.batches)
+    for number in range(ROUNDS):
+        calibrator.time_all()
+        print(f"round {number + 1} of {ROUNDS}: {len(calibrator.seconds)} batches timed")
+    for batch, seconds in calibrator.seconds.items():
+        print(f"{batch!s:>24}: {1e3 * statistics.median(seconds):9.3f} ms")
+    calibrator.calibration().write(arguments.calibrate)
+    print(f"written to {arguments.calibrate}")
 
 
-def measure_ticks(
-    options: EngineOptions,
-    weights: str | None = None,
-    batches: Sequence[Batch] | None = None,
-    progress: Callable[[str], None] = lambda text: None,
-) -> Calibration:
-    """Times the ticks of an engine with these options.
+class Calibrator:
+    """Times the ticks of an engine, in rounds.
+
+    Every round times each batch once, and the median of the rounds counts: if something else
+    slows the machine down for a while, it spoils no batch alone.
 
     Args:
       options: of the engine. Its `path` is a checkpoint, or a name that `find_model` knows.
       weights: the format of random weights, as in `with_weights`.
       batches: what to time; None for every program at some contexts.
-      progress: called with a line for each batch.
+
+    Attributes:
+      loop: of the engine.
+      seconds: of each batch, in every round so far.
 
     Raises:
       UserError: the engine cannot start, or cannot hold a batch.
     """
-    stored = os.path.exists(options.path)
-    loop = Engine(options).loop if stored else random_loop(options, weights)
-    executor = loop.executor
-    programs, sizes = executor.programs, executor.sizes
-    cpu = executor.mesh.devices.flat[0].platform == "cpu"
-    chosen = grid(sizes, CONTEXTS) if batches is None else list(batches)
-    for batch in chosen:
-        batch.bucket(sizes)  # raises before anything is timed
-    ticks = []
-    for batch in chosen:
-        timing = time_batch(executor, batch, CPU_SECONDS if cpu else GPU_SECONDS)
-        ticks.append(MeasuredTick(*batch, seconds=timing.median))
-        progress(f"{batch}: {1e3 * timing.median:.3f} ms")
-    executor.reset()
-    host = host_seconds(loop)
-    seen = measure(options.mesh)
-    quantization = programs.config.quantization
-    return Calibration(
-        device=seen.devices[0],
-        mesh=options.mesh,
-        model=model_sizes(programs.config),
-        weights=str(np.dtype(programs.dtype)) if quantization is None else quantization.format,
-        kv_cache_dtype=KV_DTYPES[str(np.dtype(programs.cache_dtype))],
-        ticks=tuple(ticks),
-        host_seconds_per_tick=host,
-        copy_bytes_per_second=min(seen.copy_rates),
-        matrix_flops_per_second={"float32" if cpu else "bfloat16": min(seen.matrix_rates)},
-        collectives=tuple(MeasuredCollective(**entry) for entry in seen.collectives),
-        versions=seen.versions,
-        source=f"python -m llama_jax.plan --calibrate; {'checkpoint' if stored else 'random'} "
-        f"weights; {os.cpu_count()} CPU cores",
-    )
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        weights: str | None = None,
+        batches: Sequence[Batch] | None = None,
+    ) -> None:
+        self._options = options
+        self._stored = os.path.exists(options.path)
+        self.loop = Engine(options).loop if self._stored else random_loop(options, weights)
+        sizes = self.loop.sizes
+        chosen = grid(sizes, CONTEXTS) if batches is None else batches
+        self.seconds: dict[Batch, list[float]] = {batch: [] for batch in chosen}
+        for batch in self.seconds:
+            batch.bucket(sizes)  # raises before anything is timed
+
+    @property
+    def _cpu(self) -> bool:
+        platform: str = self.loop.executor.mesh.devices.flat[0].platform
+        return platform == "cpu"
+
+    def time_all(self) -> None:
+        """Times each batch once more."""
+        executor = self.loop.executor
+        for batch, seconds in self.seconds.items():
+            timing = time_batch(executor, batch, CPU_SECONDS if self._cpu else GPU_SECONDS)
+            seconds.append(timing.median)
+        executor.reset()
+
+    def calibration(self) -> Calibration:
+        """What was measured. Measures the time of the host and the rates of the devices, too."""
+        host = host_seconds(self.loop)
+        seen = measure(self._options.mesh)
+        programs = self.loop.executor.programs
+        quantization = programs.config.quantization
+        dtype = str(np.dtype(programs.dtype))
+        weights = "weights of a checkpoint" if self._stored else "random weights"
+        return Calibration(
+            device=seen.devices[0],
+            mesh=self._options.mesh,
+            model=model_sizes(programs.config),
+            weights=dtype if quantization is None else quantization.format,
+            kv_cache_dtype=KV_DTYPES[str(np.dtype(programs.cache_dtype))],
+            ticks=tuple(
+                MeasuredTick(*batch, seconds=statistics.median(seconds))
+                for batch, seconds in self.seconds.items()
+            ),
+            host_seconds_per_tick=host,
+            copy_bytes_per_second=min(seen.copy_rates),
+            matrix_flops_per_second={
+                "float32" if self._cpu else "bfloat16": min(seen.matrix_rates)
+            },
+            collectives=tuple(MeasuredCollective(**entry) for entry in seen.collectives),
+            versions=seen.versions,
+            source=f"python -m llama_jax.plan --calibrate; {weights}; {os.cpu_count()} CPU cores",
+        )
 
 
 def random_loop(options: EngineOptions, weights: str | None) -> TickLoop:

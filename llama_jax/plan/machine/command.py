@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     from llama_jax.plan.plan import Plan
 
 AUTO = "auto"  # --gpu: whatever this machine has
-CPU_CACHE = 1 << 30  # bytes of the default KV cache, of all CPU devices together
-CPU_WEIGHTS = 2  # the factor from a checkpoint in 16 bits to weights in 32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,11 +75,8 @@ def expectation(arguments: argparse.Namespace) -> Expectation:
     if arguments.gpu == AUTO:
         return Expectation(mesh, checkpoint_bytes=size, load_seconds=arguments.load_within)
     gpu = find_gpu(arguments.gpu)
-    expected = Expectation(mesh, gpus, gpu, size, load_seconds=arguments.load_within)
-    if gpu.platform == "cpu":
-        needed = CPU_WEIGHTS * size + CPU_CACHE
-        return replace(expected, gpus=0, gpu=None, host_bytes=needed)
-    return expected
+    count = 0 if gpu.platform == "cpu" else gpus
+    return Expectation(mesh, count, gpu, size, load_seconds=arguments.load_within)
 
 
 def _validate(arguments: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 
-from llama_jax.costs.gpus import Gpu, gpu_of_device
+from llama_jax.costs.gpus import Gpu
 from llama_jax.plan.machine.exit_codes import Exit
 from llama_jax.plan.machine.expectation import (
     JAX_VERSIONS,
@@ -73,11 +73,7 @@ def jax_checks(
 
 def rate_checks(seen: Measurement, expected: Expectation) -> list[Check]:
     """Copy and matrix rates, and collectives, against the data sheet of the planned GPU."""
-    gpu = expected.gpu
-    if gpu is None and seen.platform == "gpu":
-        gpu = gpu_of_device(seen.devices[0])
-    if seen.platform == "cpu":
-        gpu = None  # nothing is known of this machine
+    gpu = expected.gpu if seen.platform == "gpu" else None  # of a CPU, nothing is known
     copy = None if gpu is None else LEAST_COPY * gpu.bandwidth
     matrix = None if gpu is None else LEAST_MATRIX * gpu.flops["bfloat16"]
     checks = [

@@ -1,6 +1,8 @@
 """What a plan assumes of a machine, and the verdict on each assumption. Imports no JAX."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from llama_jax.costs.gpus import Gpu, gpu_of_device
@@ -13,7 +15,9 @@ MOST_ALL_REDUCE = 30e-6  # seconds of one token's all-reduce; 6 to 10 µs are us
 MOST_SPREAD = 0.05  # between the GPUs of a ring, which is as fast as its slowest
 SIZE_TOLERANCE = 0.02  # of a GPU's memory: drivers differ in what they reserve
 MOST_USED = 0.02  # of a GPU's memory, by drivers and displays alone
-GPU_HOST_MEMORY = 8 << 30  # bytes that the processes of a server take on the host
+GPU_HOST_MEMORY = 8 << 30  # bytes that the processes of a server take on a host with GPUs
+CPU_CACHE = 1 << 30  # bytes of the default KV cache of all CPU devices together
+CPU_WEIGHTS = 2  # bytes in memory by bytes of a checkpoint in 16 bits, since a CPU takes 32
 JAX_VERSIONS = ((0, 10), (0, 13))  # from, and before
 
 
@@ -54,10 +58,10 @@ class Expectation:
 
     Attributes:
       mesh: (stages, ranks) of one replica.
-      gpus: of all replicas on this host; 0 to plan for CPUs, or for whatever there is.
+      gpus: of all replicas on this host; 0 for CPUs, or for as many as the mesh needs if there are
+        any.
       gpu: their kind; None for whatever there is.
       checkpoint_bytes: that loading reads; 0 if unknown.
-      host_bytes: that the host's memory must have free.
       load_seconds: in which the checkpoint must be read; None for any time.
     """
 
@@ -65,8 +69,28 @@ class Expectation:
     gpus: int = 0
     gpu: Gpu | None = None
     checkpoint_bytes: int = 0
-    host_bytes: int = GPU_HOST_MEMORY
     load_seconds: float | None = None
+
+    @property
+    def for_cpu(self) -> bool:
+        """Whether CPUs were planned for."""
+        return self.gpu is not None and self.gpu.platform == "cpu"
+
+    @property
+    def host_bytes(self) -> int:
+        """The bytes that the host must have free."""
+        if self.gpus:
+            return GPU_HOST_MEMORY
+        return CPU_WEIGHTS * self.checkpoint_bytes + CPU_CACHE
+
+    def on(self, kinds: Sequence[str]) -> "Expectation":
+        """The same on a host with these GPUs, if it was planned for whatever there is.
+
+        Then the mesh takes as many of them as it needs, and all must be as the first.
+        """
+        if self.gpus or self.for_cpu or not kinds:
+            return self
+        return replace(self, gpus=math.prod(self.mesh), gpu=gpu_of_device(kinds[0]))
 
     @property
     def mesh_text(self) -> str:

@@ -42,10 +42,11 @@ def gpu_checks(reading: Reading, gpus: Sequence[GpuReading], expected: Expectati
 
     Args:
       reading: all GPUs of the host.
-      gpus: the visible ones, in their order; the mesh takes the first of them.
+      gpus: the visible ones, in their order; the mesh takes the first of them, and the others do
+        not count.
       expected: what was planned.
     """
-    used = gpus[: expected.gpus or len(gpus)]
+    used = gpus[: expected.gpus]
     checks = [_count(reading, gpus, expected), *_each("GPU", used, _model, expected)]
     readable = [gpu for gpu in used if gpu.error is None]
     for what, check in (

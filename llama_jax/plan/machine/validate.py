@@ -60,24 +60,25 @@ def validate(expected: Expectation, checkpoint: Path | None = None) -> Validatio
       checkpoint: whose directory is read; None to leave the disk out.
     """
     disk = None if checkpoint is None else read_rate(checkpoint)
-    host = host_checks(available_memory(), disk, expected)
+    memory = available_memory()
     with ExitStack() as stack:
         try:
             nvml = stack.enter_context(Nvml())
             reading = nvml.read()
         except NvmlMissing as error:
             checks, seen = _measured(expected, None, ())
-            gpus_there = expected.gpus > 0 or (seen is not None and seen.platform == "gpu")
-            verdict = Verdict.FAILS if gpus_there else Verdict.SEEN
-            advice = str(error) if gpus_there else ""
+            if seen is not None and seen.platform == "gpu":
+                expected = expected.on(seen.devices)
+            verdict = Verdict.FAILS if expected.gpus else Verdict.SEEN
+            advice = str(error) if expected.gpus else ""
             driver = Check("driver", "none", "", verdict, Exit.DRIVER, advice)
-            return Validation([driver, *checks, *host], seen)
+            return Validation([driver, *checks, *host_checks(memory, disk, expected)], seen)
         gpus = visible(reading)
-        used = gpus[: expected.gpus or len(gpus)]
-        checks, seen = _measured(expected, nvml, used)
+        expected = expected.on([gpu.name or "" for gpu in gpus])
+        checks, seen = _measured(expected, nvml, gpus[: expected.gpus])
         versions = seen.versions if seen is not None else measurement.versions()
         before = [driver_check(reading, versions), *gpu_checks(reading, gpus, expected)]
-        return Validation([*before, *checks, *host], seen)
+        return Validation([*before, *checks, *host_checks(memory, disk, expected)], seen)
 
 
 def _measured(
