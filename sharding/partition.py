@@ -1,10 +1,13 @@
-"""Partition specs from logical axes, and the assignment of layers to stages."""
+"""Partition specs from logical axes. The assignment of layers to stages is in `sharding.stages`."""
 
 from collections.abc import Mapping, Sequence
 
 from jax.sharding import PartitionSpec as P
 
 from sharding.axes import STAGE
+from sharding.stages import positions_per_stage, round_up, split_layers
+
+__all__ = ["Rules", "partition_spec", "positions_per_stage", "round_up", "split_layers"]
 
 # Logical axis → the mesh axis or axes that split it; None for an axis that is not split.
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -13,30 +16,3 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 def partition_spec(axes: Sequence[str], rules: Rules, stacked: bool = False) -> P:
     """The spec of an array with these logical axes, after an axis over `stage` if `stacked`."""
     return P(*((STAGE,) if stacked else ()), *(rules[axis] for axis in axes))
-
-
-def positions_per_stage(num_layers: int, num_stages: int) -> int:
-    """Layer positions of each stage, padding layers included."""
-    return -(-num_layers // num_stages)
-
-
-def split_layers(num_layers: int, num_stages: int) -> tuple[tuple[int | None, ...], ...]:
-    """Assigns layers to stages: the layer at each position of each stage, None for padding.
-
-    All stages run the same program, so all have the same number of positions. If the layers do not
-    divide evenly, the first stages get one more: 22 layers on 4 stages give 6, 6, 5 and 5.
-    """
-    fewest, extra = divmod(num_layers, num_stages)
-    positions = positions_per_stage(num_layers, num_stages)
-    stages, first = [], 0
-    for stage in range(num_stages):
-        count = fewest + (stage < extra)
-        layers = [*range(first, first + count), *[None] * (positions - count)]
-        stages.append(tuple(layers))
-        first += count
-    return tuple(stages)
-
-
-def round_up(size: int, multiple: int) -> int:
-    """`size`, rounded up to a multiple of `multiple`."""
-    return -(-size // multiple) * multiple

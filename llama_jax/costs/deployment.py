@@ -6,7 +6,9 @@ from typing import NamedTuple
 from llama_jax.config import LlamaConfig
 from llama_jax.costs.gpus import Gpu
 
-KV_BYTES = {"bf16": 2, "fp8": 1, "int8": 1}  # of one number; in 8 bits the scales come on top
+# Bytes of one number; in 8 bits the scales come on top.
+KV_BYTES = {"bf16": 2, "fp8": 1, "int8": 1, "fp16": 2, "fp32": 4}
+_KV_AUTO = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 class Layout(NamedTuple):
@@ -27,9 +29,13 @@ class Layout(NamedTuple):
         """The GPUs of all replicas together."""
         return self.num_stages * self.num_ranks * self.replicas
 
+    @property
+    def mesh(self) -> str:
+        """The mesh of one replica, such as "4x2"."""
+        return f"{self.num_stages}x{self.num_ranks}"
+
     def __str__(self) -> str:
-        mesh = f"{self.num_stages}x{self.num_ranks}"
-        return mesh if self.replicas == 1 else f"{self.replicas} replicas of {mesh}"
+        return self.mesh if self.replicas == 1 else f"{self.replicas} replicas of {self.mesh}"
 
 
 @dataclass(frozen=True)
@@ -40,16 +46,29 @@ class Deployment:
       config: the model; its `quantization` says how the matrices of the layers are stored.
       gpu: of which all are.
       layout: how it lies on them.
-      kv_cache_dtype: "bf16", "fp8" or "int8".
+      kv_cache_dtype: "bf16", "fp8", "int8", or "auto" for the dtype of the activations.
+      fp8_activations: whether products multiply fp8 by fp8, as the option of the server with this
+        name says. If not, weights of any format are multiplied in the dtype of the activations.
     """
 
     config: LlamaConfig
     gpu: Gpu
     layout: Layout
     kv_cache_dtype: str = "bf16"
+    fp8_activations: bool = False
 
     @property
     def weights(self) -> str:
         """The format of the layers' matrices: "bfloat16", or a name from `quantization.FORMATS`."""
         quantization = self.config.quantization
-        return "bfloat16" if quantization is None else quantization.format
+        return self.dtype if quantization is None else quantization.format
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of activations, norms, embedding and head: float32 on CPUs."""
+        return "float32" if self.gpu.platform == "cpu" else self.config.dtype
+
+    @property
+    def kv_dtype(self) -> str:
+        """`kv_cache_dtype` without "auto": a key of `KV_BYTES`."""
+        return _KV_AUTO[self.dtype] if self.kv_cache_dtype == "auto" else self.kv_cache_dtype

@@ -13,11 +13,11 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.config import LlamaConfig
 from llama_jax.weights.axes import MESH_AXES, kv_replicas
 from llama_jax.weights.device_layout import device_shapes
+from llama_jax.weights.split import ShardingError, check_split
 from llama_jax.weights.table import (
     EMBEDDING,
     FINAL_NORM,
     LAYER_PARAMETERS,
-    LAYER_WEIGHTS,
     LM_HEAD,
     StoredTensor,
     Weight,
@@ -26,9 +26,20 @@ from llama_jax.weights.table import (
     stored_tree,
 )
 from llama_jax.weights.unfused import Unfused
-from sharding.errors import UserError
 from sharding.mesh import mesh_shape
 from sharding.partition import partition_spec, round_up, split_layers
+
+__all__ = [
+    "Params",
+    "Placement",
+    "ShardingError",
+    "Source",
+    "param_shapes",
+    "param_specs",
+    "placements",
+    "stored_shapes",
+    "unsharded_placements",
+]
 
 
 class Params(NamedTuple):
@@ -112,10 +123,6 @@ class Placement:
         return jnp.dtype(self.sources[0].tensor.dtype or activations)
 
 
-class ShardingError(UserError):
-    """The mesh cannot split the model."""
-
-
 def placements(config: LlamaConfig, num_stages: int, num_ranks: int) -> Params:
     """Params of `Placement`, for a mesh of this shape.
 
@@ -123,7 +130,7 @@ def placements(config: LlamaConfig, num_stages: int, num_ranks: int) -> Params:
       ShardingError: the heads, the MLP width or the groups of a quantized matrix cannot be divided
         evenly among the tensor-parallel ranks.
     """
-    _check(config, num_ranks)
+    check_split(config, num_ranks)
     replicas = kv_replicas(config, num_ranks)
 
     def unstacked(weight: Weight) -> Placement:
@@ -236,29 +243,3 @@ def unsharded_placements(config: LlamaConfig) -> Params:
         return Placement(sources, None, place.shape[1:], P(*place.spec[1:]))
 
     return jax.tree.map(whole, placements(config, 1, 1))
-
-
-def _check(config: LlamaConfig, num_ranks: int) -> None:
-    split = {"attention heads": config.num_heads, "MLP columns": config.mlp_dim}
-    # The arrays of a quantized matrix are split like the matrix. They have its rows, but fewer
-    # columns: several packed in a byte, or one per group.
-    layers = range(config.num_layers)
-    for weight in LAYER_WEIGHTS:
-        quantized = any(is_quantized(weight, config, layer) for layer in layers)
-        for part in quantized_tree(weight, config) if quantized else ():
-            if len(part.axes) == 2 and MESH_AXES[part.axes[1]]:
-                split[f"columns of {part.hf_name.format(layer=0)}"] = part.shape[1]
-
-    def uneven(num_ranks: int) -> str | None:
-        """What this many ranks cannot share evenly."""
-        num_kv_heads = config.num_kv_heads
-        if num_kv_heads % num_ranks and num_ranks % num_kv_heads:
-            return f"{num_kv_heads} KV heads"
-        return next((f"{size} {what}" for what, size in split.items() if size % num_ranks), None)
-
-    if problem := uneven(num_ranks):
-        fits = max(n for n in range(1, num_ranks) if not uneven(n))
-        raise ShardingError(
-            f"{num_ranks} tensor-parallel ranks cannot share the {problem} of this model evenly: "
-            f"use a mesh whose second number is {fits}."
-        )

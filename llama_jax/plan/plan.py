@@ -1,0 +1,96 @@
+"""What is asked of the planner, and its answer. Imports no JAX."""
+
+from dataclasses import dataclass
+
+from llama_jax.config import LlamaConfig
+from llama_jax.costs.calibration import Calibration
+from llama_jax.costs.deployment import Deployment, Layout
+from llama_jax.costs.gpus import Gpu
+from llama_jax.costs.tick_time import TickModel
+from llama_jax.plan.candidate import Candidate
+from llama_jax.plan.layouts import layouts
+from llama_jax.plan.replica import Replica
+from llama_jax.plan.targets import Targets, Workload
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be planned.
+
+    Attributes:
+      model: its name or path, as it was given.
+      config: the model; its `quantization` is that of the weights to plan for.
+      gpu: of which all are.
+      gpus: their number, of all replicas together.
+      workload: what arrives.
+      targets: what must hold.
+      kv_cache_dtype: as of a `Deployment`.
+      layout: the only one to consider; None for all.
+      max_chunk: the largest chunk in tokens; None to choose it.
+      calibration: times measured on the machine, for the layout that it names; None for none.
+      fp8_activations: as of a `Deployment`.
+    """
+
+    model: str
+    config: LlamaConfig
+    gpu: Gpu
+    gpus: int
+    workload: Workload
+    targets: Targets
+    kv_cache_dtype: str = "auto"
+    layout: Layout | None = None
+    max_chunk: int | None = None
+    calibration: Calibration | None = None
+    fp8_activations: bool = False
+
+    def deployment(self, layout: Layout) -> Deployment:
+        """The model on these GPUs in a layout."""
+        return Deployment(self.config, self.gpu, layout, self.kv_cache_dtype, self.fp8_activations)
+
+    def tick_model(self, layout: Layout) -> TickModel:
+        """The times of the ticks in a layout."""
+        measured = self.calibration
+        if measured is not None and measured.mesh != f"{layout.num_stages}x{layout.num_ranks}":
+            measured = None
+        return TickModel(self.deployment(layout), measured)
+
+    def candidate(self, layout: Layout, gap: float = 0.0) -> Candidate:
+        """A layout under the load that is asked for.
+
+        Args:
+          layout: how the model lies on the GPUs.
+          gap: seconds by which every tick is longer than the model of ticks says.
+        """
+        model = self.tick_model(layout)
+        return Candidate(
+            Replica(model, self.workload, self.targets, self.max_chunk, gap), self.workload.rate
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer to a question.
+
+    Attributes:
+      question: that was asked.
+      candidates: the layouts that are possible, with their figures, the best first.
+    """
+
+    question: Question
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def best(self) -> Candidate:
+        """The best layout; the one that misses the targets least if none holds."""
+        return self.candidates[0]
+
+
+def make_plan(question: Question) -> Plan:
+    """Plans every layout, or the only one that is asked for.
+
+    Raises:
+      LayoutError: there is none.
+    """
+    only = question.layout
+    found = [only] if only is not None else layouts(question.config, question.gpus)
+    return Plan(question, tuple(sorted(map(question.candidate, found), key=lambda c: c.order)))

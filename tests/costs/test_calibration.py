@@ -1,0 +1,97 @@
+"""The calibration file: what is written is read again, and anything broken is refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from llama_jax.config import LlamaConfig
+from llama_jax.costs.calibration import (
+    BadCalibration,
+    Calibration,
+    MeasuredCollective,
+    MeasuredTick,
+    model_sizes,
+)
+
+MEASURED = Calibration(
+    device="NVIDIA H200",
+    mesh="4x2",
+    model=model_sizes(LlamaConfig.llama3_70b()),
+    weights="bfloat16",
+    kv_cache_dtype="bf16",
+    ticks=(MeasuredTick(8, 2048, 256, 0, 0.006), MeasuredTick(1, 128, 0, 0, 0.004)),
+    host_seconds_per_tick=0.0,
+    copy_bytes_per_second=4.13e12,
+    matrix_flops_per_second={"bfloat16": 6.9e14},
+    collectives=(MeasuredCollective("all_reduce", 2, 16384, 5e-6),),
+    versions={"jax": "0.11.2"},
+    source="a test",
+)
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    path = tmp_path / "new" / "calibration.json"
+    MEASURED.write(path)
+    assert Calibration.read(path) == MEASURED
+    sparse = replace(MEASURED, ticks=(), collectives=(), host_seconds_per_tick=None)
+    sparse.write(path)
+    assert Calibration.read(path) == sparse
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("format",), "llama_jax calibration 0"),
+        (("mesh",), "4"),
+        (("mesh",), "0x2"),
+        (("model",), {"embed_dim": 8}),
+        (("versions",), {"jax": 1}),
+        (("with_collectives",), 1),
+        (("copy_bytes_per_second",), 0),
+        (("host_seconds_per_tick",), -1e-3),
+        (("matrix_flops_per_second",), {"bfloat16": "fast"}),
+        (("surprise",), 1),
+        (("ticks",), None),
+        (("ticks", 0), []),
+        (("ticks", 0, "rows"), 1.5),
+        (("ticks", 0, "rows"), True),
+        (("ticks", 1, "rows"), 0),
+        (("ticks", 0, "seconds"), float("nan")),
+        (("ticks", 0, "seconds"), 0),
+        (("ticks", 0, "surprise"), 1),
+        (("collectives", 0, "kind"), "gossip"),
+        (("collectives", 0, "bytes"), 0),
+    ],
+)
+def test_a_wrong_value_is_refused(tmp_path, keys, value):
+    path = tmp_path / "calibration.json"
+    MEASURED.write(path)
+    content = json.loads(path.read_text())
+    place = content
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(BadCalibration):
+        Calibration.read(path)
+
+
+def test_a_missing_key_and_a_file_that_is_no_json_are_refused(tmp_path):
+    path = tmp_path / "calibration.json"
+    MEASURED.write(path)
+    content = json.loads(path.read_text())
+    for broken in (
+        {key: value for key, value in content.items() if key != "mesh"},
+        content | {"ticks": [{"rows": 1}]},
+        [],
+    ):
+        path.write_text(json.dumps(broken))
+        with pytest.raises(BadCalibration):
+            Calibration.read(path)
+    for text in ("{", ""):
+        path.write_text(text)
+        with pytest.raises(BadCalibration):
+            Calibration.read(path)
+    with pytest.raises(BadCalibration):
+        Calibration.read(tmp_path / "missing.json")
