@@ -47,7 +47,7 @@ class Mode(NamedTuple):
         return code
 
 
-MODES: tuple[Mode, ...] = ()
+MODES: tuple[Mode, ...] = (Mode("report", "llama_jax.plan.report.command"),)
 
 
 def add_modes(parser: argparse.ArgumentParser) -> None:
