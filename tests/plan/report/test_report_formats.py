@@ -126,7 +126,7 @@ def test_the_page_is_whole_escaped_and_self_contained():
     page = Page(text)
     assert page.open == [] and page.references == ["#targets"]
     assert "8 × &lt;H100&gt;" in text and "<code>why</code>" in text
-    assert "25 ms <span" in text and "<sup>2</sup>" in text
+    assert "25 ms<sup>1</sup> <span" in text and "<sup>2</sup>" in text
     assert not re.findall(r"@import|url\(|<script|<link", text)
 
 

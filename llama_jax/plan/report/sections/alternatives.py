@@ -9,8 +9,9 @@ from llama_jax.plan.figures import figures
 from llama_jax.plan.frontier import frontier, points
 from llama_jax.plan.headroom import headrooms
 from llama_jax.plan.json_text import point_json
+from llama_jax.plan.numbers import amount
 from llama_jax.plan.plan import Plan
-from llama_jax.plan.reasons import amount, breaks_first, layout_name, remedies, why
+from llama_jax.plan.reasons import breaks_first, layout_name, remedies, why
 from llama_jax.plan.report import drawing
 from llama_jax.plan.report.document import Cell, Plot, Section, Table
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 from llama_jax.plan.headroom import headrooms
+from llama_jax.plan.numbers import amount
 from llama_jax.plan.plan import Plan
-from llama_jax.plan.reasons import amount
 from llama_jax.plan.report.document import Section, Table
 
 CLOSE = 1.5  # a limit nearer than this factor is a risk
