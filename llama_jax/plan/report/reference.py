@@ -175,26 +175,38 @@ def alone_section() -> Section:
     )
 
 
+def bandwidth_needed(weights: str) -> tuple[float, float, float]:
+    """The shares of the peak bandwidth that the claimed time per token needs.
+
+    Args:
+      weights: "bf16", or a name from `quantization.FORMATS`.
+
+    Returns:
+      If nothing but reading took time; beside communication and small kernels; and beside these
+      and waiting for the host, all as expected.
+    """
+    seen = outlook(TYPICAL, REQUIRED_RATE, REQUIRED, ("h100-sxm", weights, LAYOUT))
+    parts = seen.replica.model.parts(seen.replica.work(1, 0))
+    others = LAYOUT.num_stages * (parts["communication"] + parts["small"]).expected
+    gap = LAYOUT.num_stages * parts["launch"].expected
+    target = CLAIMED.tpot or math.inf
+    alone, beside, late = (
+        seen.floor_tpot / max(target - taken, 1e-9) for taken in (0.0, others, others + gap)
+    )
+    return alone, beside, late
+
+
 def _bandwidth_text() -> str:
     """What the claimed time per token asks of the memory, with each kind of weights."""
-    target = CLAIMED.tpot or math.inf
-    floors, others, gap = [], 0.0, 0.0
-    for weights in ("bf16", "fp8"):
-        seen = outlook(TYPICAL, REQUIRED_RATE, REQUIRED, ("h100-sxm", weights, LAYOUT))
-        parts = seen.replica.model.parts(seen.replica.work(1, 0))
-        others = LAYOUT.num_stages * (parts["communication"] + parts["small"]).expected
-        gap = LAYOUT.num_stages * parts["launch"].expected
-        floors.append(seen.floor_tpot)
+    needed = [bandwidth_needed(weights) for weights in ("bf16", "fp8")]
     alone, beside, late = (
-        " and ".join(f"{100 * floor / (target - other):.0f} %" for floor in floors)
-        for other in (0.0, others, others + gap)
+        " and ".join(f"{100 * share:.0f} %" for share in shares)
+        for shares in zip(*needed, strict=True)
     )
-    reading = " and ".join(f"{1e3 * floor:.1f}" for floor in floors)
     return (
-        f"{1e3 * target:g} ms per token needs {beside} of the peak bandwidth with bf16 and fp8 "
-        f"weights: at the peak, reading takes {reading} ms, and communication and small kernels "
-        f"take {1e3 * others:.1f} ms more. If nothing else took time, it would be {alone}; with "
-        f"the {1e3 * gap:.1f} ms that waiting for the host is expected to take, {late}."
+        f"{1e3 * (CLAIMED.tpot or 0):g} ms per token needs {beside} of the peak bandwidth with "
+        "bf16 and fp8 weights: reading must fit beside communication and small kernels. If nothing "
+        f"else took time, it would be {alone}; with the expected waiting for the host, {late}."
     )
 
 
