@@ -6,6 +6,8 @@ from pathlib import Path
 from llama_jax.engine.options import OPTIONS, Option
 from llama_jax.serve.command_line import values
 
+_EXAMPLES = {"BYTES": ", such as 2GB", "SHARE": ", such as 0.9", "TIME": ", such as 50ms"}
+
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Adds PATH and the flags of what the checkpoint is and how it is offered."""
@@ -108,7 +110,9 @@ def _add_option(engine: argparse._ArgumentGroup, option: Option) -> None:
     if option.type is bool:
         engine.add_argument(flag, action="store_true", dest=option.name, help=option.help)
         return
-    example = {"BYTES": ", such as 2GB", "SHARE": ", such as 0.9"}.get(option.unit, "")
+    example = {"BYTES": ", such as 2GB", "SHARE": ", such as 0.9", "TIME": ", such as 50ms"}.get(
+        option.unit, ""
+    )
     engine.add_argument(
         flag,
         *option.flags,
