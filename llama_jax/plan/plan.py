@@ -54,17 +54,11 @@ class Question:
             measured = None
         return TickModel(self.deployment(layout), measured)
 
-    def candidate(self, layout: Layout, gap: float = 0.0) -> Candidate:
-        """A layout under the load that is asked for.
-
-        Args:
-          layout: how the model lies on the GPUs.
-          gap: seconds by which every tick is longer than the model of ticks says.
-        """
+    def candidate(self, layout: Layout) -> Candidate:
+        """A layout under the load that is asked for."""
         model = self.tick_model(layout)
-        return Candidate(
-            Replica(model, self.workload, self.targets, self.max_chunk, gap), self.workload.rate
-        )
+        replica = Replica(model, self.workload, self.targets, self.max_chunk)
+        return Candidate(replica, self.workload.rate)
 
 
 @dataclass(frozen=True)

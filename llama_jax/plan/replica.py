@@ -82,6 +82,11 @@ class Replica:
         self._ticks: dict[tuple[int, int], Band] = {}
         self._states: dict[tuple[str, float, int], SteadyState] = {}
 
+    def variant(self, workload: Workload | None = None, gap: float = 0.0) -> "Replica":
+        """The same replica with other lengths, or with longer ticks."""
+        workload = workload or self.workload
+        return Replica(self.model, workload, self.targets, self.max_chunk, gap)
+
     @property
     def deployment(self) -> Deployment:
         """The deployment that it is a replica of."""

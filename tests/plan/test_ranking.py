@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from llama_jax.config import LlamaConfig
 from llama_jax.costs.deployment import Layout
 from llama_jax.costs.gpus import GPUS, find_gpu
+from llama_jax.plan.candidate import Candidate
 from llama_jax.plan.frontier import frontier, points
 from llama_jax.plan.headroom import headrooms
 from llama_jax.plan.plan import Plan, Question, make_plan
@@ -138,8 +139,8 @@ def test_the_limits_are_where_the_plan_breaks():
     assert holds(prompt_tokens=length) and not holds(prompt_tokens=int(1.02 * length) + 64)
     assert holds(rate=rate) and not holds(rate=1.02 * rate)
     gap = found["launch gap"].limit - found["launch gap"].now
-    assert asked.candidate(best.layout, 0.98 * gap).holds
-    assert not asked.candidate(best.layout, 1.1 * gap).holds
+    assert Candidate(best.replica.variant(gap=0.98 * gap), 8.0).holds
+    assert not Candidate(best.replica.variant(gap=1.1 * gap), 8.0).holds
 
 
 def test_the_frontier_is_what_no_other_point_beats():
