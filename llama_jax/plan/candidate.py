@@ -1,6 +1,6 @@
 """One layout with its figures under the load that is asked for. Imports no JAX."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -42,22 +42,19 @@ class Candidate:
     """A layout, and what it does.
 
     Attributes:
+      layout: how the model lies on the GPUs.
       replica: one of its replicas.
       rate: requests/s, of all replicas together.
     """
 
+    layout: Layout
     replica: Replica
     rate: float
 
     @property
     def deployment(self) -> Deployment:
         """The model in this layout."""
-        return self.replica.deployment
-
-    @property
-    def layout(self) -> Layout:
-        """The layout."""
-        return self.deployment.layout
+        return replace(self.replica.deployment, layout=self.layout)
 
     @property
     def memory(self) -> Memory:

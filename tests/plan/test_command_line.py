@@ -150,6 +150,7 @@ def test_unknown_gpus_get_the_nearest_names(capsys):
     assert "h100-sxm" in error and "h100-pcie" in error
 
 
+@pytest.mark.slow
 def test_the_frontier_is_drawn_the_same_each_time(tmp_path, capsys):
     paths = [tmp_path / name for name in ("one.svg", "two.svg")]
     for path in paths:
