@@ -20,6 +20,8 @@ def main(argv: list[str] | None = None) -> int:
     protect_output()
     arguments = make_parser().parse_args(argv)
     try:
+        if not (sys.argv[1:] if argv is None else argv):
+            return _show_reference()
         mode = chosen_mode(arguments)
         question = read_question(arguments)
         fewest = recommend(question) if arguments.recommend else None
@@ -34,6 +36,16 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         traceback.print_exc()
         return _fail(arguments, f"This is a defect of the program: {error!r}.", DEFECT)
+
+
+def _show_reference() -> int:
+    """Prints the reference deployment, row by row."""
+    from llama_jax.plan.report.reference import reference_report
+    from llama_jax.plan.report.text import show
+
+    report = reference_report()
+    show(report)
+    return MET if report.met else MISSED
 
 
 def _show(arguments: argparse.Namespace, plan: Plan, fewest: Recommendation | None) -> int:

@@ -47,7 +47,10 @@ class Mode(NamedTuple):
         return code
 
 
-MODES: tuple[Mode, ...] = ()
+MODES: tuple[Mode, ...] = (
+    Mode("compare", "llama_jax.plan.live"),
+    Mode("report", "llama_jax.plan.report.command"),
+)
 
 
 def add_modes(parser: argparse.ArgumentParser) -> None:
