@@ -42,14 +42,19 @@ class Candidate:
     """A layout, and what it does.
 
     Attributes:
-      layout: how the model lies on the GPUs.
       replica: one of its replicas.
       rate: requests/s, of all replicas together.
+      replicas: their number.
     """
 
-    layout: Layout
     replica: Replica
     rate: float
+    replicas: int = 1
+
+    @property
+    def layout(self) -> Layout:
+        """How the model lies on the GPUs."""
+        return self.replica.deployment.layout._replace(replicas=self.replicas)
 
     @property
     def deployment(self) -> Deployment:

@@ -60,7 +60,7 @@ class Question:
         """A layout under the load that is asked for."""
         model = self.tick_model(layout)
         replica = Replica(model, self.workload, self.targets, self.max_chunk)
-        return Candidate(layout, replica, self.workload.rate)
+        return Candidate(replica, self.workload.rate, layout.replicas)
 
 
 @lru_cache(maxsize=256)  # making one takes milliseconds, and plans look at some layouts often

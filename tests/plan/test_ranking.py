@@ -139,8 +139,8 @@ def test_the_limits_are_where_the_plan_breaks():
     assert holds(prompt_tokens=length) and not holds(prompt_tokens=int(1.02 * length) + 64)
     assert holds(rate=rate) and not holds(rate=1.02 * rate)
     gap = found["launch gap"].limit - found["launch gap"].now
-    assert Candidate(best.layout, best.replica.variant(gap=0.98 * gap), 8.0).holds
-    assert not Candidate(best.layout, best.replica.variant(gap=1.1 * gap), 8.0).holds
+    assert Candidate(best.replica.variant(gap=0.98 * gap), 8.0).holds
+    assert not Candidate(best.replica.variant(gap=1.1 * gap), 8.0).holds
 
 
 def test_the_frontier_is_what_no_other_point_beats():
