@@ -47,7 +47,7 @@ class RankAttention:
         self._sets: list[DecodeAttention] = []
         prefill: list[Callable[[float], float]] = []
         compute_scale = 1.0
-        self.known = Known(Evidence.ARITHMETIC, "roofline, at assumed shares of the peak")
+        self.known = Known(Evidence.ARITHMETIC, "roofline at assumed shares of the peak")
         if system and deployment.dtype != "float32":
             wide = config.head_dim / _HEAD_DIM
             kv_heads = config.num_kv_heads * kv_replicas(config, ranks) // ranks * wide

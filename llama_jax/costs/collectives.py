@@ -1,9 +1,10 @@
 """The collectives of a tick: how many, of how many bytes, and their time. Imports no JAX."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from llama_jax.costs.calibration import MeasuredCollective
 from llama_jax.costs.curve import Curve
 from llama_jax.costs.deployment import KV_BYTES, Deployment
 from llama_jax.costs.figure import Band, Evidence
@@ -11,6 +12,8 @@ from llama_jax.costs.gpus import Gpu
 from llama_jax.costs.kernels import KERNEL_SETS, LINK, all_gather, all_reduce, source
 from llama_jax.costs.roofline import shares_of
 from sharding.stages import positions_per_stage
+
+_MEASURED_KINDS = {"all_reduce": "all-reduce", "ppermute": "collective-permute"}
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,19 @@ class Collective:
     source: str
 
 
-def collectives(deployment: Deployment, tokens: int, segments: int) -> tuple[Collective, ...]:
+def collectives(
+    deployment: Deployment,
+    tokens: int,
+    segments: int,
+    measured: Sequence[MeasuredCollective] = (),
+) -> tuple[Collective, ...]:
     """The collectives of a tick. An axis of size 1 has none.
 
     Args:
       deployment: what runs.
       tokens: of the program: rows and chunk.
       segments: of the program: rows and tiles.
+      measured: on these very devices; they take precedence.
     """
     config, layout, gpu = deployment.config, deployment.layout, deployment.gpu
     stages, ranks = layout.num_stages, layout.num_ranks
@@ -63,11 +72,13 @@ def collectives(deployment: Deployment, tokens: int, segments: int) -> tuple[Col
         Collective(what, kind, count, group, size, seconds * count, evidence, origin)
         for what, kind, count, group, size in planned
         if group > 1
-        for seconds, evidence, origin in [collective_time(gpu, kind, group, size)]
+        for seconds, evidence, origin in [collective_time(gpu, kind, group, size, measured)]
     )
 
 
-def collective_time(gpu: Gpu, kind: str, ranks: int, size: int) -> tuple[Band, Evidence, str]:
+def collective_time(
+    gpu: Gpu, kind: str, ranks: int, size: int, measured: Sequence[MeasuredCollective] = ()
+) -> tuple[Band, Evidence, str]:
     """The time of one collective over `ranks` devices of a host, how it is known, and from where.
 
     Args:
@@ -75,7 +86,15 @@ def collective_time(gpu: Gpu, kind: str, ranks: int, size: int) -> tuple[Band, E
       kind: as in `Collective`.
       ranks: in the group.
       size: bytes of each rank's array.
+      measured: on these very devices.
     """
+    here = {
+        float(each.bytes): each.seconds
+        for each in measured
+        if (each.ranks, _MEASURED_KINDS[each.kind]) == (ranks, kind)
+    }
+    if here:
+        return Band.exactly(Curve(here).at(size)), Evidence.MEASURED_HERE, "the calibration"
     curves = _curves(gpu.measured_as, kind, ranks) if gpu.measured_as else None
     if curves:
         scale = LINK / gpu.link_bandwidth

@@ -24,7 +24,7 @@ class Curve:
     def at(self, size: float) -> float:
         """The time of this size."""
         sizes, times = self.sizes, self.times
-        if size <= sizes[0]:
+        if size <= sizes[0] or len(sizes) == 1:
             return times[0]
         i = min(bisect_right(sizes, size), len(sizes) - 1)
         x0, x1 = sizes[i - 1], sizes[i]

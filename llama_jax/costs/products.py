@@ -95,7 +95,7 @@ class RankProducts:
         else:
             self._sets, self._head_sets = [], []
             self.known = self.head_known = Known(
-                Evidence.ARITHMETIC, "roofline, at assumed shares of the peak"
+                Evidence.ARITHMETIC, "roofline at assumed shares of the peak"
             )
 
     def _how(self, system: str) -> Known:

@@ -34,7 +34,7 @@ class Work(NamedTuple):
 
     @classmethod
     def of(
-        cls, rows: int, context: float = 0, chunk: int = 0, prefix: int = 0, tile: int = TILE
+        cls, rows: int, context: float = 0, chunk: int = 0, prefix: float = 0, tile: int = TILE
     ) -> "Work":
         """The work of rows with the same context, and of a chunk of one prompt after a prefix."""
         tiles = -(-chunk // tile)

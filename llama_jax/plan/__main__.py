@@ -20,9 +20,11 @@ def main(argv: list[str] | None = None) -> int:
     protect_output()
     arguments = make_parser().parse_args(argv)
     try:
-        if not (sys.argv[1:] if argv is None else argv):
-            return _show_reference()
+        if set(sys.argv[1:] if argv is None else argv) <= {"--json"}:
+            return _show_reference(arguments.json)
         mode = chosen_mode(arguments)
+        if mode is not None and not mode.needs_plan:
+            return mode.run(arguments, None)
         question = read_question(arguments)
         fewest = recommend(question) if arguments.recommend else None
         plan = make_plan(question) if fewest is None else fewest.plan
@@ -38,13 +40,17 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(arguments, f"This is a defect of the program: {error!r}.", DEFECT)
 
 
-def _show_reference() -> int:
+def _show_reference(as_json: bool) -> int:
     """Prints the reference deployment, row by row."""
+    from llama_jax.plan.report.json_text import json_text
     from llama_jax.plan.report.reference import reference_report
     from llama_jax.plan.report.text import show
 
     report = reference_report()
-    show(report)
+    if as_json:
+        print(json_text(report), end="")
+    else:
+        show(report)
     return MET if report.met else MISSED
 
 

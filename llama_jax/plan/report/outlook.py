@@ -30,7 +30,7 @@ class Outlook:
 
     def at_rate(self, rate: float) -> "Outlook":
         """The same layout at another rate, of all replicas together."""
-        return Outlook(Candidate(self.replica, rate))
+        return Outlook(replace(self.candidate, rate=rate))
 
     @property
     def sustained(self) -> bool:
