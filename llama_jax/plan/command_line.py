@@ -5,6 +5,7 @@ import math
 import re
 from pathlib import Path
 
+from llama_jax.costs.calibration import Calibration
 from llama_jax.costs.deployment import Layout
 from llama_jax.costs.gpus import GPUS, find_gpu
 from llama_jax.plan.layouts import check_layout
@@ -50,7 +51,7 @@ def make_parser() -> Parser:
     add("--layout", type=_layout, metavar="PxR", help="only this one: stages x ranks, as 4x2")
     add("--replicas", type=_count, metavar="N", help="copies of the model, with --layout")
     add("--weights", choices=WEIGHTS, help="of the layers' matrices (as the checkpoint)")
-    add("--kv-cache-dtype", choices=KV_DTYPES, default="bf16", help="(%(default)s)")
+    add("--kv-cache-dtype", choices=KV_DTYPES, default="auto", help="(%(default)s)")
     add("--fp8-activations", action="store_true", help="multiply fp8 by fp8")
     add("--max-chunk", type=_count, metavar="TOKENS", help="prompt tokens per tick (chosen)")
     add("--calibration", type=Path, metavar="FILE", help="times measured on the machine itself")
@@ -113,7 +114,7 @@ def read_question(arguments: argparse.Namespace) -> Question:
         arguments.kv_cache_dtype,
         layout,
         arguments.max_chunk,
-        arguments.calibration,
+        arguments.calibration and Calibration.read(arguments.calibration),
         arguments.fp8_activations,
     )
 

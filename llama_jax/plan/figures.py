@@ -1,12 +1,13 @@
 """The figures of a layout, each with its unit and how it is known. Imports no JAX."""
 
 from llama_jax.costs.figure import Band, Evidence, Figure
+from llama_jax.costs.tick_time import TickModel
+from llama_jax.costs.work import Work
 from llama_jax.plan.candidate import Candidate
 from llama_jax.plan.price import cost_per_million, least_cost
 
 WEIGHTS = "the table of the weights, split as the engine splits it"
 QUEUE = "Little's law, and prompts as an M/D/1 queue, over the times of the ticks"
-TICKS = "a roofline of the data sheet"
 PER_MILLION = "per million output tokens"
 PARTS = ("decode", "prefill")
 
@@ -56,24 +57,37 @@ def _memory(candidate: Candidate) -> dict[str, Figure]:
     return found
 
 
+def tick_work(candidate: Candidate, chunk: int) -> Work:
+    """The work of a tick with as many live rows as on average, and a chunk."""
+    state = candidate.state()
+    live = 1 if state.overload else max(1, round(state.live / candidate.layout.num_stages))
+    return candidate.replica.work(live, chunk)
+
+
 def _ticks(candidate: Candidate) -> dict[str, Figure]:
-    replica, state = candidate.replica, candidate.state()
-    live = max(1, round(state.live / candidate.layout.num_stages)) if state.live < 1e9 else 1
-    found = {}
+    model, found = candidate.replica.model, {}
     for name, chunk in zip(PARTS, (0, candidate.chunk), strict=True):
-        work = replica.work(live, chunk)
-        figure = Figure(replica.model.seconds(work), "s", Evidence.ARITHMETIC, TICKS)
-        parts = replica.model.parts(work)
-        total = figure.value.expected
-        found[f"{name} tick"] = figure
-        for part, band in parts.items():
-            found[f"{name} tick: {part}"] = Figure(band, "s", figure.evidence, figure.source)
-        if "communication" in parts:
-            share = parts["communication"] * (1 / total)
-            found[f"communication share of a {name} tick"] = Figure(
-                share, "", figure.evidence, figure.source
-            )
+        work = tick_work(candidate, chunk)
+        parts, seconds = model.figures(work), model.seconds(work)
+        largest = max(parts.values(), key=lambda figure: figure.value.expected)
+        found[f"{name} tick"] = Figure(seconds, "s", largest.evidence, largest.source)
+        found |= {f"{name} tick: {part}": figure for part, figure in parts.items()}
+        sent = parts["communication"]
+        found[f"communication share of a {name} tick"] = Figure(
+            communication(model, work), "", sent.evidence, sent.source
+        )
     return found
+
+
+def communication(model: TickModel, work: Work) -> Band:
+    """The share of communication in a tick: each end where the rest is at the other end."""
+    part, whole = model.parts(work)["communication"], model.seconds(work)
+    rest = Band(whole.low - part.low, whole.expected - part.expected, whole.high - part.high)
+    return Band(
+        part.low / (part.low + rest.high),
+        part.expected / whole.expected,
+        part.high / (part.high + rest.low),
+    )
 
 
 def _load(candidate: Candidate) -> dict[str, Figure]:
@@ -92,6 +106,7 @@ def _load(candidate: Candidate) -> dict[str, Figure]:
         "TTFT": arithmetic(candidate.band("ttft"), "s"),
         "mean TTFT": arithmetic(candidate.band("mean_ttft"), "s"),
         "TPOT": arithmetic(candidate.band("tpot"), "s"),
+        "TPOT while prompts never cease": arithmetic(candidate.band("worst_tpot"), "s"),
         "mean TPOT": arithmetic(user, "s"),
         "output rate of a user": arithmetic(inverse, "tokens/s"),
         "output rate of a GPU": _exactly(made, "tokens/s", "the rate that is asked for"),

@@ -39,17 +39,17 @@ def headrooms(question: Question, candidate: Candidate) -> tuple[Headroom, ...]:
       question: that is answered.
       candidate: a layout in which every target holds.
     """
-    layout, load = candidate.layout, question.workload
+    replica, load = candidate.replica, question.workload
 
     def at_rate(rate: float) -> Candidate:
-        return Candidate(candidate.replica, rate)
+        return Candidate(replica, rate)
 
     def at_length(tokens: float) -> Candidate:
         workload = replace(load, prompt_tokens=int(tokens))
-        return replace(question, workload=workload).candidate(layout)
+        return Candidate(replica.variant(workload), load.rate)
 
     def at_tick(seconds: float) -> Candidate:
-        return question.candidate(layout, max(0.0, seconds - tick))
+        return Candidate(replica.variant(gap=max(0.0, seconds - tick)), load.rate)
 
     tick = candidate.state().chunk_tick
     longest = question.config.max_context - load.output_tokens

@@ -3,9 +3,10 @@
 import math
 from typing import Any
 
+from llama_jax.costs.collectives import Collective
 from llama_jax.costs.figure import Figure
 from llama_jax.plan.candidate import Candidate
-from llama_jax.plan.figures import figures
+from llama_jax.plan.figures import PARTS, figures, tick_work
 from llama_jax.plan.frontier import Point, frontier, points
 from llama_jax.plan.headroom import headrooms
 from llama_jax.plan.plan import Plan, Question
@@ -66,7 +67,11 @@ def question_json(question: Question) -> dict[str, Any]:
 
 def candidate_json(candidate: Candidate, price: float | None = None) -> dict[str, Any]:
     """A layout and its figures."""
-    layout = candidate.layout
+    layout, model = candidate.layout, candidate.replica.model
+    used = {
+        name: model.collectives(tick_work(candidate, chunk))
+        for name, chunk in zip(PARTS, (0, candidate.chunk), strict=True)
+    }
     return {
         "layout": str(layout),
         "stages": layout.num_stages,
@@ -81,6 +86,11 @@ def candidate_json(candidate: Candidate, price: float | None = None) -> dict[str
         "figures": {
             name: figure_json(figure) for name, figure in figures(candidate, price).items()
         },
+        "collectives": {
+            f"{name} tick": [collective_json(entry) for entry in found]
+            for name, found in used.items()
+            if candidate.fits
+        },
     }
 
 
@@ -94,6 +104,18 @@ def figure_json(figure: Figure) -> dict[str, Any]:
         "unit": figure.unit,
         "evidence": figure.evidence.value,
         "source": figure.source,
+    }
+
+
+def collective_json(used: Collective) -> dict[str, Any]:
+    """The collectives of one kind in a tick."""
+    return {
+        "for": used.what,
+        "kind": used.kind,
+        "count": used.count,
+        "ranks": used.ranks,
+        "bytes_each": used.bytes,
+        "in_all": figure_json(Figure(used.seconds, "s", used.evidence, used.source)),
     }
 
 

@@ -1,9 +1,9 @@
 """What is asked of the planner, and its answer. Imports no JAX."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from llama_jax.config import LlamaConfig
+from llama_jax.costs.calibration import Calibration
 from llama_jax.costs.deployment import Deployment, Layout
 from llama_jax.costs.gpus import Gpu
 from llama_jax.costs.tick_time import TickModel
@@ -27,7 +27,7 @@ class Question:
       kv_cache_dtype: as of a `Deployment`.
       layout: the only one to consider; None for all.
       max_chunk: the largest chunk in tokens; None to choose it.
-      calibration: a file of measured times that replace those of the table; None for none.
+      calibration: times measured on the machine, for the layout that it names; None for none.
       fp8_activations: as of a `Deployment`.
     """
 
@@ -40,7 +40,7 @@ class Question:
     kv_cache_dtype: str = "auto"
     layout: Layout | None = None
     max_chunk: int | None = None
-    calibration: Path | None = None
+    calibration: Calibration | None = None
     fp8_activations: bool = False
 
     def deployment(self, layout: Layout) -> Deployment:
@@ -49,19 +49,16 @@ class Question:
 
     def tick_model(self, layout: Layout) -> TickModel:
         """The times of the ticks in a layout."""
-        return TickModel(self.deployment(layout))
+        measured = self.calibration
+        if measured is not None and measured.mesh != f"{layout.num_stages}x{layout.num_ranks}":
+            measured = None
+        return TickModel(self.deployment(layout), measured)
 
-    def candidate(self, layout: Layout, gap: float = 0.0) -> Candidate:
-        """A layout under the load that is asked for.
-
-        Args:
-          layout: how the model lies on the GPUs.
-          gap: seconds by which every tick is longer than the model of ticks says.
-        """
+    def candidate(self, layout: Layout) -> Candidate:
+        """A layout under the load that is asked for."""
         model = self.tick_model(layout)
-        return Candidate(
-            Replica(model, self.workload, self.targets, self.max_chunk, gap), self.workload.rate
-        )
+        replica = Replica(model, self.workload, self.targets, self.max_chunk)
+        return Candidate(replica, self.workload.rate)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ from dataclasses import replace
 from llama_jax.costs.deployment import Layout
 from llama_jax.costs.gpus import Gpu
 from llama_jax.plan.candidate import Candidate, Missed
+from llama_jax.plan.figures import communication, tick_work
 from llama_jax.plan.headroom import Headroom
+from llama_jax.plan.numbers import amount
 from llama_jax.plan.plan import Plan, Question, make_plan
 from llama_jax.plan.recommend import recommend
 from llama_jax.terminal.units import bytes_text, count_text
@@ -92,6 +94,12 @@ def _profile(candidate: Candidate) -> str:
         f"a token passes {count_text(layout.num_stages, 'stage')} of "
         f"{count_text(layout.num_ranks, 'GPU')}, each with {weights} of weights"
     )
+    model, chunk = candidate.replica.model, candidate.chunk
+    shares = (communication(model, tick_work(candidate, size)) for size in (0, chunk))
+    parts.append(
+        f"communication takes {' and '.join(f'{s.expected:.0%}' for s in shares)} of its ticks "
+        "without and with a chunk"
+    )
     if candidate.max_rate.expected:
         parts.append(f"targets kept up to {amount(candidate.max_rate.expected, 'requests/s')}")
     return "; ".join(parts) + "."
@@ -144,20 +152,6 @@ def _changes(question: Question) -> Iterator[tuple[str, Question]]:
 
 def _formats(gpu: Gpu) -> tuple[str, ...]:
     return ("fp8", "int4") if "fp8" in gpu.flops else ("int8", "int4")
-
-
-def amount(value: float, unit: str) -> str:
-    """A value with its unit, to three digits."""
-    if value == float("inf"):
-        return "endless" if unit == "s" else "unbounded"
-    if unit == "bytes":
-        return bytes_text(value)
-    if unit == "s":
-        return f"{value:.3g} s" if value >= 0.9995 else f"{value * 1e3:.3g} ms"
-    if unit == "tokens":
-        return f"{value:,.0f} tokens"
-    number = f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
-    return f"{number} {unit}".strip()
 
 
 def layout_name(layout: Layout) -> str:

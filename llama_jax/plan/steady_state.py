@@ -10,6 +10,8 @@ The ring runs one program per tick on all stages, P of them for each token (docs
   an M/D/1 queue whose service time is k ticks. The ring runs without a chunk only if the entrance
   has been idle for P - 1 ticks.
 - Each sequence gets one token in P ticks. By Little's law, rate x time to answer sequences live.
+- An answer takes longer the more prompts arrive meanwhile, a Poisson number. At worst, every tick
+  of it has a chunk.
 """
 
 import math
@@ -35,7 +37,8 @@ class SteadyState:
       chunk_share: of the time in which a chunk is in the ring.
       entrance: share of the time in which a chunk enters.
       mean_tpot: per output token after the first.
-      tpot: the same for a request during which prompts never cease: P ticks, each with a chunk.
+      tpot: which `inside` of the requests keep.
+      worst_tpot: of a request during which prompts never cease: P ticks, each with a chunk.
       mean_ttft: to the first token.
       ttft: which `inside` of the requests keep.
       overload: why it falls behind: "prompts" arrive faster than they are computed, or more
@@ -50,6 +53,7 @@ class SteadyState:
     entrance: float
     mean_tpot: float
     tpot: float
+    worst_tpot: float
     mean_ttft: float
     ttft: float
     overload: str = ""
@@ -59,12 +63,18 @@ def overloaded(why: str) -> SteadyState:
     """The state of a replica that falls behind."""
     endless = math.inf
     return SteadyState(
-        endless, 2**31, endless, endless, 1.0, 1.0, endless, endless, endless, endless, why
+        endless, 2**31, endless, endless, 1.0, 1.0, endless, endless, endless, endless, endless, why
     )
 
 
 def steady_state(
-    ticks: Ticks, num_stages: int, load: Workload, chunk: int, inside: float, most_live: int
+    ticks: Ticks,
+    num_stages: int,
+    load: Workload,
+    chunk: int,
+    inside: float,
+    most_live: int,
+    results_late: int = GPU_RESULTS_LATE,
 ) -> SteadyState:
     """The steady state of a replica.
 
@@ -75,6 +85,7 @@ def steady_state(
       chunk: C, tokens of the chunks that prompts are cut into.
       inside: the share of the time, and of the requests, that the tails are for.
       most_live: sequences that it can decode at once.
+      results_late: ticks that are dispatched ahead, which a new prompt waits for.
 
     Returns:
       The state; an `overloaded` one if more arrives than it can do.
@@ -98,13 +109,18 @@ def steady_state(
         if needed <= rows:
             break
         rows = needed
-    most = math.ceil(live + NormalDist().inv_cdf(max(inside, 0.5)) * math.sqrt(live))
+    deviations = NormalDist().inv_cdf(max(inside, 0.5))
+    most = math.ceil(live + deviations * math.sqrt(live))
     if most > most_live:
         return overloaded("sequences")
-    # Ticks that were dispatched ahead, and what is left of the one that runs.
-    before = (GPU_RESULTS_LATE + 0.5) * tick
+    before = (results_late + 0.5) * tick  # what is left of the one that runs is half of it
     through = (chunks + num_stages - 1) * with_chunk
-    slowest = ticks(max(1, -(-most // num_stages)), chunk)
+    worst = num_stages * ticks(max(1, -(-most // num_stages)), chunk)
+    # Each prompt brings so many ticks with a chunk, which make the answer longer.
+    tokens = max(1, load.output_tokens - 1)
+    per_prompt = chunk_share / with_chunk / load.rate * max(0.0, with_chunk - decode)
+    prompts = load.rate * tokens * num_stages * tick
+    spread = deviations * math.sqrt(prompts) * per_prompt / tokens
     return SteadyState(
         live,
         most,
@@ -113,7 +129,8 @@ def steady_state(
         chunk_share,
         entrance,
         num_stages * tick,
-        num_stages * slowest,
+        min(worst, num_stages * tick + spread),
+        worst,
         before + mean_wait(entrance, service) + through,
         before + tail_wait(entrance, service, 1 - inside) + through,
     )

@@ -6,14 +6,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from llama_jax.costs.figure import Band, Figure
+from llama_jax.costs.figure import Figure
+from llama_jax.plan.best_tables import best_tables, plain_table
 from llama_jax.plan.candidate import Candidate
 from llama_jax.plan.figures import figures
 from llama_jax.plan.headroom import headrooms
+from llama_jax.plan.numbers import amount, cell
 from llama_jax.plan.plan import Plan
 from llama_jax.plan.reasons import (
     OUT_OF_SCOPE,
-    amount,
     breaks_first,
     layout_name,
     remedies,
@@ -53,15 +54,17 @@ def show_plan(plan: Plan, price: float | None = None, fewest: Recommendation | N
         _say(console, recommendation_text(fewest))
     _say(console, verdict(plan), "")
     shown = {candidate: figures(candidate, price) for candidate in plan.candidates}
-    console.print(_layouts(shown, _MEMORY, "Each GPU, and the ticks of its ring", _chunk))
-    console.print(_layouts(shown, _LOAD, f"At {question.workload.rate:g} requests/s", _held))
+    console.print(_layouts(shown, _MEMORY, "Each GPU, and the ticks of its ring", _chunk), "")
+    console.print(_layouts(shown, _LOAD, f"At {question.workload.rate:g} requests/s", _held), "")
     if price is not None:
-        console.print(_layouts(shown, _PRICES, "Cost of a million tokens"))
-    _say(console, "", *why(plan), "")
+        console.print(_layouts(shown, _PRICES, "Cost of a million tokens"), "")
+    _say(console, *why(plan), "")
     if plan.best.holds:
         _say(console, *breaks_first(headrooms(question, plan.best)), "")
     else:
         _say(console, *remedies(plan), "")
+    for table in best_tables(plan.best, shown[plan.best]):
+        console.print(table, "")
     console.print(_evidence(shown[plan.best]))
     _say(console, "", OUT_OF_SCOPE)
 
@@ -99,15 +102,11 @@ def _layouts(
     last: Callable[[Candidate], str] | None = None,
 ) -> Table:
     """One row for each layout, the best first; a band has its ends in a second line."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), title=title)
-    table.title_justify = "left"
-    table.add_column("layout", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+    table = plain_table(title, ("layout", *columns), 1)
     if last is not None:
         table.add_column("targets" if last is _held else "chunk,\ntokens", no_wrap=True)
     for candidate, found in shown.items():
-        cells = [_cell(found.get(name), factor) for name, factor in columns.values()]
+        cells = [cell(found.get(name), factor) for name, factor in columns.values()]
         if last is not None:
             cells.append(last(candidate))
         table.add_row(layout_name(candidate.layout), *cells)
@@ -124,22 +123,6 @@ def _held(candidate: Candidate) -> str:
     return "misses " + ", ".join(missed.target for missed in candidate.missed)
 
 
-def _cell(figure: Figure | None, factor: float) -> str:
-    if figure is None or figure.value.expected == float("inf"):
-        return "-"
-    band: Band = figure.value * (1 / factor)
-    text = _number(band.expected)
-    if band.low == band.high:
-        return text
-    return f"{text}\n{_number(band.low, 2)}-{_number(band.high, 2)}"
-
-
-def _number(value: float, digits: int = 3) -> str:
-    if value == float("inf"):
-        return "∞"
-    return f"{value:,.0f}" if value >= 10 ** min(digits, 2) - 0.5 else f"{value:.{digits}g}"
-
-
 def _evidence(found: dict[str, Figure]) -> Table:
     """How the figures are known, those with the same origin together."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title="How this is known")
@@ -150,8 +133,8 @@ def _evidence(found: dict[str, Figure]) -> Table:
     for name, figure in found.items():
         origins.setdefault((figure.evidence.value, figure.source), []).append(name)
     for (evidence, source), names in origins.items():
-        shown = [name for name in names if ":" not in name]
-        table.add_row(evidence, source, ", ".join(shown))
+        plain = [name for name in names if ":" not in name]
+        table.add_row(evidence, source, ", ".join(plain or names))
     return table
 
 

@@ -1,5 +1,6 @@
 """The closed formulas of the ring under load, against queues that are played through."""
 
+import itertools
 import math
 import random
 
@@ -10,7 +11,7 @@ from llama_jax.plan.steady_state import mean_wait, steady_state, tail_wait
 from llama_jax.plan.targets import Workload
 
 
-def waits(utilization: float, number: int = 120_000) -> list[float]:
+def waits(utilization: float, number: int = 200_000) -> list[float]:
     """Sorted waits in an M/D/1 queue with a service time of 1, played through (Lindley)."""
     dice, wait, found = random.Random(7), 0.0, []
     for _ in range(number):
@@ -42,36 +43,49 @@ def ticks(live: int, chunk: int) -> float:
 def test_a_single_request_takes_its_ticks():
     """A prompt of 4 chunks passes 4 stages in 4 + 3 ticks, and each token takes 4 ticks."""
     alone = steady_state(ticks, 4, Workload(1024, 100, 1e-6), 256, 0.99, 1000)
-    assert alone.tpot == pytest.approx(4 * 0.014)
+    assert alone.worst_tpot == pytest.approx(4 * 0.014)
     assert alone.mean_tpot == pytest.approx(4 * 0.010, rel=1e-4)
     dispatched = (GPU_RESULTS_LATE + 0.5) * 0.010
     assert alone.ttft == pytest.approx(dispatched + 7 * 0.014, rel=1e-4)
     assert alone.live == pytest.approx(1e-6 * 99 * 0.040, rel=1e-4)
 
 
-def played_chunk_share(rate: float, chunks: int, num_stages: int) -> float:
-    """The share of the time in which a chunk is in the ring, tick by tick."""
+def played_ticks(rate: float, chunks: int, num_stages: int) -> list[float]:
+    """The seconds of each tick of a ring into which prompts enter, chunk by chunk."""
     dice = random.Random(3)
-    now, arrival, left, in_ring, busy = 0.0, 0.0, 0, 0, 0.0
-    for _ in range(150_000):
+    now, arrival, left, in_ring, found = 0.0, 0.0, 0, 0, []
+    for _ in range(200_000):
         while arrival <= now:
             left += chunks
             arrival += dice.expovariate(rate)
         if left:
             left, in_ring = left - 1, num_stages
-        seconds = ticks(1, 256 if in_ring else 0)
-        busy += seconds * (in_ring > 0)
+        found.append(ticks(1, 256 if in_ring else 0))
         in_ring -= in_ring > 0
-        now += seconds
-    return busy / now
+        now += found[-1]
+    return found
 
 
 @pytest.mark.parametrize("rate", [2.0, 8.0])
-def test_the_share_of_ticks_with_a_chunk_is_that_of_a_ring(rate):
-    state = steady_state(ticks, 4, Workload(1024, 2, rate), 256, 0.99, 1000)
-    assert state.chunk_share == pytest.approx(played_chunk_share(rate, 4, 4), rel=0.04)
-    tick = 1 / (state.chunk_share / 0.014 + (1 - state.chunk_share) / 0.010)
-    assert state.mean_tpot == pytest.approx(4 * tick)
+def test_tokens_take_as_long_as_in_a_ring_that_is_played_through(rate):
+    tokens, stages = 128, 4
+    state = steady_state(ticks, stages, Workload(1024, tokens + 1, rate), 256, 0.99, 10_000)
+    played = played_ticks(rate, 4, stages)
+    with_chunk = sum(seconds for seconds in played if seconds > 0.012)
+    assert state.chunk_share == pytest.approx(with_chunk / sum(played), rel=0.04)
+    assert state.mean_tpot == pytest.approx(stages * sum(played) / len(played), rel=0.01)
+    passed = list(itertools.accumulate(played, initial=0.0))
+    answers = sorted(
+        (passed[end] - passed[end - tokens * stages]) / tokens
+        for end in range(tokens * stages, len(passed), 16)
+    )
+    assert state.tpot == pytest.approx(answers[int(0.99 * len(answers))], rel=0.015)
+    assert state.mean_tpot < state.tpot < state.worst_tpot
+
+
+def test_an_answer_is_never_slower_than_with_a_chunk_in_every_tick():
+    state = steady_state(ticks, 4, Workload(1024, 2, 8.0), 256, 0.99, 1000)
+    assert state.tpot == state.worst_tpot == pytest.approx(4 * 0.014)
 
 
 def test_sequences_live_by_littles_law():
