@@ -86,5 +86,5 @@ def choose_chunks(
     cost = CPU_COST if platform == "cpu" else GPU_COST
     model = cost.seconds
     if known is not None and (options.tpot_slo or options.ttft_slo):
-        model = lambda work: known.seconds(work).expected  # noqa: E731
+        model = known.expected
     return ChunkChoice(sizes, TickTimes(model, sizes), options.tpot_slo, options.ttft_slo)
