@@ -11,7 +11,6 @@ from llama_jax.costs.deployment import Deployment, Layout
 from llama_jax.costs.gpus import find_gpu
 from llama_jax.costs.latency import (
     closed_loop,
-    communication_share,
     decode_rate,
     one_request,
     prefill_ticks,
@@ -76,8 +75,3 @@ def test_more_rows_answer_more_requests(model):
     assert full[0] == pytest.approx(full[1])
     tick = model.expected(Work.of(1, 4104, 256, (4096 - 256) / 2))
     assert full[0] == pytest.approx(1 / (16 * tick), rel=0.05)
-
-
-def test_a_pipeline_communicates_less_than_tensor_parallelism():
-    work = Work.of(1, 1000, 512)
-    assert 0 < communication_share(RING, work) < communication_share(ONE_STAGE, work)
