@@ -47,7 +47,7 @@ class Mode(NamedTuple):
         return code
 
 
-MODES: tuple[Mode, ...] = ()
+MODES: tuple[Mode, ...] = (Mode("compile", "llama_jax.plan.compiled.command"),)
 
 
 def add_modes(parser: argparse.ArgumentParser) -> None:
