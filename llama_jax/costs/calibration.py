@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.config import LlamaConfig
+from llama_jax.costs.deployment import Deployment
+from llama_jax.costs.gpus import gpu_of_device
 from llama_jax.costs.work import Work
 from sharding.errors import UserError
 
@@ -124,6 +126,37 @@ class Calibration:
     collectives: tuple[MeasuredCollective, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     source: str = ""
+
+    def mismatch(self, deployment: Deployment) -> str | None:
+        """What keeps these figures from holding for a deployment; None if they hold."""
+        planned = {
+            "model": model_sizes(deployment.config),
+            "mesh": deployment.layout.mesh,
+            "weights": deployment.weights,
+            "KV cache": deployment.kv_dtype,
+        }
+        measured = {
+            "model": dict(self.model),
+            "mesh": self.mesh,
+            "weights": self.weights,
+            "KV cache": self.kv_cache_dtype,
+        }
+        gpu = gpu_of_device(self.device)
+        if gpu is not None and gpu.name != deployment.gpu.name:
+            return f"it was measured on {self.device}, and {deployment.gpu.name} is planned"
+        for what, value in planned.items():
+            if measured[what] != value:
+                return f"it was measured with the {what} {measured[what]}, and {value} is planned"
+        return None
+
+    def check(self, deployment: Deployment) -> None:
+        """Checks that the figures hold for a deployment.
+
+        Raises:
+          BadCalibration: they do not.
+        """
+        if problem := self.mismatch(deployment):
+            raise BadCalibration(f"The calibration does not hold for this plan: {problem}.")
 
     def write(self, path: Path) -> None:
         """Writes the file, and the folder that it lies in if that is missing."""

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+TILE = 64  # tokens of a chunk that make a segment; that of `llama_jax.engine.sizing`
+
 
 class Work(NamedTuple):
     """What one stage computes in a tick, in the sizes of the program that runs.
@@ -25,9 +27,14 @@ class Work(NamedTuple):
         """The tokens that every matrix is multiplied by."""
         return self.rows + self.chunk
 
+    @property
+    def segments(self) -> int:
+        """Rows and tiles: each gets a next token."""
+        return self.rows - (-self.chunk // TILE)
+
     @classmethod
     def of(
-        cls, rows: int, context: float = 0, chunk: int = 0, prefix: int = 0, tile: int = 64
+        cls, rows: int, context: float = 0, chunk: int = 0, prefix: float = 0, tile: int = TILE
     ) -> "Work":
         """The work of rows with the same context, and of a chunk of one prompt after a prefix."""
         tiles = -(-chunk // tile)

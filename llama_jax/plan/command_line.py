@@ -5,7 +5,8 @@ import math
 import re
 from pathlib import Path
 
-from llama_jax.costs.deployment import KV_BYTES, Layout
+from llama_jax.costs.calibration import Calibration
+from llama_jax.costs.deployment import Layout
 from llama_jax.costs.gpus import GPUS, find_gpu
 from llama_jax.plan.layouts import check_layout
 from llama_jax.plan.model import MODELS, WEIGHTS, find_model, with_weights
@@ -16,6 +17,7 @@ from llama_jax.terminal.arguments import Parser, duration
 from sharding.errors import UserError
 
 GPUS_ASSUMED = 8
+KV_DTYPES = ("auto", "bf16", "fp8", "int8")
 
 _EPILOG = f"""\
 models: {", ".join(MODELS)}, or a checkpoint
@@ -49,7 +51,8 @@ def make_parser() -> Parser:
     add("--layout", type=_layout, metavar="PxR", help="only this one: stages x ranks, as 4x2")
     add("--replicas", type=_count, metavar="N", help="copies of the model, with --layout")
     add("--weights", choices=WEIGHTS, help="of the layers' matrices (as the checkpoint)")
-    add("--kv-cache-dtype", choices=KV_BYTES, default="bf16", help="(%(default)s)")
+    add("--kv-cache-dtype", choices=KV_DTYPES, default="auto", help="(%(default)s)")
+    add("--fp8-activations", action="store_true", help="multiply fp8 by fp8")
     add("--max-chunk", type=_count, metavar="TOKENS", help="prompt tokens per tick (chosen)")
     add("--calibration", type=Path, metavar="FILE", help="times measured on the machine itself")
     add = parser.add_argument_group("workload").add_argument
@@ -99,6 +102,8 @@ def read_question(arguments: argparse.Namespace) -> Question:
         )
     if layout is not None:
         check_layout(config, layout)
+    if arguments.fp8_activations and arguments.weights != "fp8":
+        raise UserError("--fp8-activations needs matrices in fp8: add --weights fp8.")
     return Question(
         arguments.model,
         config,
@@ -109,7 +114,8 @@ def read_question(arguments: argparse.Namespace) -> Question:
         arguments.kv_cache_dtype,
         layout,
         arguments.max_chunk,
-        arguments.calibration,
+        arguments.calibration and Calibration.read(arguments.calibration),
+        arguments.fp8_activations,
     )
 
 

@@ -1,0 +1,151 @@
+"""What requests see of the ticks: latency of one, of several users, and the most there can be.
+
+These are means in a steady state, by arithmetic; distributions need the simulation of the
+scheduler. Imports no JAX.
+"""
+
+from typing import NamedTuple
+
+from llama_jax.costs.figure import Band
+from llama_jax.costs.tick_time import TickModel
+from llama_jax.costs.work import TILE, Work
+
+
+class Latency(NamedTuple):
+    """Mean latencies, in seconds.
+
+    Attributes:
+      ttft: from the arrival of a request to its first token.
+      tpot: for each token after the first.
+    """
+
+    ttft: Band
+    tpot: Band
+
+
+def prefill_ticks(num_stages: int, prompt: int, chunk: int) -> int:
+    """Ticks to the first token: the chunks follow each other through the stages."""
+    return num_stages + -(-prompt // chunk) - 1
+
+
+def time_to_first_token(
+    model: TickModel, prompt: int, chunk: int, rows: int = 1, context: float = 0
+) -> Band:
+    """Seconds from entering an idle ring to the first token.
+
+    In each tick the slowest stage is the one whose chunk has the longest prefix.
+
+    Args:
+      model: of the ticks.
+      prompt: its tokens.
+      chunk: tokens of each chunk.
+      rows: of the program, live or not.
+      context: keys that each row attends to.
+    """
+    ticks = prefill_ticks(model.deployment.layout.num_stages, prompt, chunk)
+    last = -(-prompt // chunk) - 1
+    size = min(chunk, -(-prompt // TILE) * TILE)
+    total = Band.exactly(0.0)
+    for tick in range(ticks):
+        work = Work.of(rows, context, size, min(tick, last) * chunk)
+        total += model.seconds(work)
+    return total
+
+
+def time_per_token(model: TickModel, rows: int, context: float) -> Band:
+    """Seconds per output token while nothing is prefilled: as many ticks as there are stages.
+
+    Args:
+      model: of the ticks.
+      rows: in each packet.
+      context: keys that each row attends to.
+    """
+    return model.seconds(Work.of(rows, context)) * model.deployment.layout.num_stages
+
+
+def decode_rate(model: TickModel, rows: int, context: float) -> Band:
+    """Tokens per second of all packets, while nothing is prefilled: a packet leaves in each tick.
+
+    Args:
+      model: of the ticks.
+      rows: in each packet.
+      context: keys that each row attends to.
+    """
+    return _inverse(model.seconds(Work.of(rows, context))) * rows
+
+
+def one_request(model: TickModel, prompt: int, output: int, chunk: int) -> Latency:
+    """The latencies of a request that is alone."""
+    first = time_to_first_token(model, prompt, chunk)
+    return Latency(first, time_per_token(model, 1, prompt + output / 2))
+
+
+def closed_loop(model: TickModel, users: int, prompt: int, output: int, chunk: int) -> Latency:
+    """The latencies of users who each send a request as soon as the last one is answered.
+
+    Chunks enter beside the rows, so that everyone waits for them: if a share of the ticks has one,
+    a token takes the mean of both kinds of ticks. A prompt finds others before it, as in a queue
+    with a single server, of which each prompt takes equally long.
+    """
+    if users == 1:
+        return one_request(model, prompt, output, chunk)
+    bands = [_closed_loop(model, users, prompt, output, chunk, bound) for bound in range(3)]
+    return Latency(*(Band(*values) for values in zip(*bands, strict=True)))
+
+
+def _closed_loop(
+    model: TickModel, users: int, prompt: int, output: int, chunk: int, bound: int
+) -> tuple[float, float]:
+    stages = model.deployment.layout.num_stages
+    rows, context = -(-users // stages), prompt + output / 2
+    chunks = -(-prompt // chunk)
+    size = min(chunk, -(-prompt // TILE) * TILE)
+    decode = model.times(Work.of(rows, context))[bound]
+    prefill = model.times(Work.of(rows, context, size, (prompt - size) / 2))[bound]
+    ticks = prefill_ticks(stages, prompt, chunk) + stages * (output - 1)
+    entering = min(1.0, users * chunks / ticks)  # share of the ticks in which a chunk enters
+    share = 1 - (1 - entering) ** stages  # of those in which a stage has one
+    tick = share * prefill + (1 - share) * decode
+    own = prefill_ticks(stages, prompt, chunk) * prefill
+    busy = min(0.95, entering * prefill / tick)
+    waiting = chunks * prefill * busy / (2 * (1 - busy)) + (1 - busy) * decode / 2
+    return min(own + waiting, users * own), stages * tick
+
+
+def saturated_rate(model: TickModel, prompt: int, output: int, chunk: int, rows: int) -> Band:
+    """Requests per second if there are always more than enough.
+
+    Args:
+      model: of the ticks.
+      prompt, output: tokens of each request.
+      chunk: tokens of each chunk; several prompts may share one.
+      rows: that each packet has room for.
+    """
+    chunks = prompt / chunk  # of each request
+    if rows * chunks > output:  # a chunk in every tick cannot feed more rows
+        rows, share = max(1, round(output / chunks)), 1.0
+    else:
+        share = rows * chunks / output
+    context = prompt + output / 2
+    alone = Work.of(rows, context)
+    before = (prompt - min(prompt, chunk)) / 2
+    per_prompt = Work.of(0, 0, min(prompt, chunk), before)
+    prompts = max(1.0, chunk / prompt)
+    both = alone._replace(
+        chunk=chunk,
+        chunk_pairs=prompts * per_prompt.chunk_pairs,
+        chunk_keys=prompts * per_prompt.chunk_keys,
+    )
+    tick = model.seconds(both) * share + model.seconds(alone) * (1 - share)
+    return _inverse(tick) * (rows / output)
+
+
+def communication_share(model: TickModel, work: Work) -> float:
+    """The expected share of a tick that collectives take."""
+    parts = model.parts(work)
+    return parts["communication"].expected / sum(part.expected for part in parts.values())
+
+
+def _inverse(band: Band) -> Band:
+    """One over a time: a rate."""
+    return Band(1 / band.high, 1 / band.expected, 1 / band.low)

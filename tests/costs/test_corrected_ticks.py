@@ -1,0 +1,151 @@
+"""Ticks corrected by measured ones: exact where measured, and near between them."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from llama_jax.config import LlamaConfig
+from llama_jax.costs.calibration import (
+    BadCalibration,
+    Calibration,
+    MeasuredCollective,
+    MeasuredTick,
+    model_sizes,
+)
+from llama_jax.costs.deployment import Deployment, Layout
+from llama_jax.costs.figure import Evidence
+from llama_jax.costs.gpus import CPU, find_gpu
+from llama_jax.costs.tick_time import TickModel
+from llama_jax.costs.work import Work
+
+TINY = replace(
+    LlamaConfig.llama3_70b(),
+    vocab_size=1024,
+    embed_dim=256,
+    num_layers=4,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=32,
+    mlp_dim=512,
+    dtype="float32",
+    eos_token_ids=(),
+)
+ON_CPU = Deployment(TINY, CPU, Layout(1, 1), "auto")
+ON_RING = Deployment(LlamaConfig.llama3_70b(), find_gpu("h100-sxm"), Layout(4, 2))
+BATCHES = [
+    (rows, context, chunk, prefix)
+    for rows in (1, 8, 64)
+    for context, prefix in ((128, 0), (2048, 1024))
+    for chunk in (0, 64, 256)
+]
+
+
+def calibration(deployment, seconds, batches=BATCHES, **changes):
+    """A calibration in which each tick takes what `seconds` says of its work."""
+    ticks = [
+        MeasuredTick(*batch, seconds(Work.of(*batch)))  # type: ignore[call-arg]
+        for batch in batches
+    ]
+    return replace(
+        Calibration(
+            device="cpu" if deployment.gpu is CPU else "NVIDIA H100 80GB HBM3",
+            mesh=deployment.layout.mesh,
+            model=model_sizes(deployment.config),
+            weights=deployment.weights,
+            kv_cache_dtype=deployment.kv_dtype,
+            ticks=tuple(ticks),
+            source="a test",
+        ),
+        **changes,
+    )
+
+
+def cpu_truth(work: Work) -> float:
+    """A machine whose ticks are linear in what they compute."""
+    return 2e-3 + 3e-5 * work.tokens + 4e-9 * work.row_keys + 2e-8 * work.chunk_pairs
+
+
+@pytest.mark.parametrize("deployment", [ON_CPU, ON_RING])
+def test_a_measured_tick_comes_out_as_measured(deployment):
+    found = calibration(deployment, cpu_truth)
+    model = TickModel(deployment, found)
+    for tick in found.ticks:
+        assert model.expected(tick.work) == pytest.approx(tick.seconds)
+        seconds = model.seconds(tick.work)
+        assert seconds.low < tick.seconds < seconds.high
+        parts = model.parts(tick.work).values()
+        assert sum(part.expected for part in parts) == pytest.approx(tick.seconds)
+        evidence = {figure.evidence for figure in model.figures(tick.work).values()}
+        assert evidence == {Evidence.MEASURED_HERE}
+
+
+def test_ticks_between_are_near():
+    """Other rows and contexts than the measured ones, on a CPU without a data sheet."""
+    rates = {"copy_bytes_per_second": 1e10, "matrix_flops_per_second": {"float32": 5e10}}
+    model = TickModel(ON_CPU, calibration(ON_CPU, cpu_truth, **rates))
+    for batch in [(4, 128, 0, 0), (32, 500, 0, 0), (16, 1024, 64, 512), (8, 256, 128, 0)]:
+        work = Work.of(*batch)
+        assert model.expected(work) == pytest.approx(cpu_truth(work), rel=0.1)
+
+
+def test_a_gpu_that_is_slower_by_a_factor_is_found_out():
+    plain = TickModel(ON_RING)
+    slower = TickModel(ON_RING, calibration(ON_RING, lambda work: 1.3 * plain.expected(work)))
+    work = Work.of(100, 700, 512, 300)
+    assert slower.expected(work) == pytest.approx(1.3 * plain.expected(work), rel=0.05)
+
+
+def test_noise_makes_no_tick_shorter_by_15_percent_with_more_rows():
+    noise = random.Random(0)
+    plain = TickModel(ON_RING)
+    noisy = calibration(ON_RING, lambda work: noise.uniform(0.96, 1.04) * plain.expected(work))
+    model = TickModel(ON_RING, noisy)
+    times = [model.expected(Work.of(rows, 512)) for rows in range(1, 129)]
+    assert all(
+        later > 0.85 * most
+        for later, most in zip(times[1:], (max(times[:n]) for n in range(1, 128)), strict=True)
+    )
+
+
+def test_collectives_are_added_to_the_ticks_of_a_rank_alone():
+    plain = TickModel(ON_RING)
+    alone = calibration(ON_RING, cpu_truth, with_collectives=False)
+    model = TickModel(ON_RING, alone)
+    work = alone.ticks[0].work
+    added = plain.parts(work)["communication"].expected
+    assert added > 0
+    assert model.parts(work)["communication"].expected == pytest.approx(added)
+    assert model.expected(work) == pytest.approx(cpu_truth(work) + added)
+    measured = replace(
+        alone,
+        collectives=tuple(
+            MeasuredCollective("all_reduce", ranks, size, 50e-6)
+            for ranks in (2, 4, 8)
+            for size in (16, 1 << 30)
+        ),
+    )
+    slow = TickModel(ON_RING, measured)
+    layers = next(each for each in slow.collectives(work) if each.what == "layers")
+    assert layers.seconds.expected == pytest.approx(40 * 50e-6)
+    assert layers.evidence is Evidence.MEASURED_HERE
+
+
+def test_one_tick_is_enough():
+    model = TickModel(ON_CPU, calibration(ON_CPU, cpu_truth, BATCHES[:1]))
+    assert model.expected(Work.of(1, 128)) == pytest.approx(cpu_truth(Work.of(1, 128)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mesh": "1x1"},
+        {"weights": "fp8"},
+        {"kv_cache_dtype": "int8"},
+        {"device": "NVIDIA H200"},
+        {"model": model_sizes(LlamaConfig.llama3_8b())},
+    ],
+)
+def test_a_calibration_of_something_else_is_refused(changes):
+    with pytest.raises(BadCalibration):
+        TickModel(ON_RING, replace(calibration(ON_RING, cpu_truth), **changes))

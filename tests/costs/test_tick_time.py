@@ -1,0 +1,177 @@
+"""The time of a tick: against the table itself, and the properties that any model must have."""
+
+import json
+from dataclasses import replace
+from importlib.resources import files
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama_jax.config import LlamaConfig, Quantization
+from llama_jax.costs.collectives import collectives
+from llama_jax.costs.deployment import Deployment, Layout
+from llama_jax.costs.figure import Evidence
+from llama_jax.costs.gpus import CPU, GPUS, find_gpu, gpu_of_device
+from llama_jax.costs.tick_time import TickModel
+from llama_jax.costs.work import Work
+from sharding.errors import UserError
+
+CONFIG_70B, CONFIG_8B = LlamaConfig.llama3_70b(), LlamaConfig.llama3_8b()
+H100, H200 = find_gpu("h100-sxm"), find_gpu("h200")
+TABLE = json.loads(
+    (files("llama_jax.costs") / "data" / "measured_kernels_llama70b.json").read_text()
+)
+
+
+def deployment(config=CONFIG_70B, gpu=H100, mesh=(4, 2), weights=None, kv="bf16", fp8=False):
+    if weights:
+        config = replace(config, quantization=Quantization(format=weights))
+    return Deployment(config, gpu, Layout(*mesh), kv, fp8)
+
+
+@st.composite
+def models(draw):
+    gpu = draw(st.sampled_from([*GPUS.values(), CPU]))
+    config = draw(st.sampled_from([CONFIG_70B, CONFIG_8B, LlamaConfig.llama3_2_1b()]))
+    mesh = draw(st.sampled_from([(1, 1), (4, 2), (2, 4), (3, 1), (1, 8), (1, 16)]))
+    weights = draw(st.sampled_from([None, "fp8", "int8", "int4"]))
+    kv = draw(st.sampled_from(["bf16", "fp8", "int8", "auto"]))
+    return deployment(config, gpu, mesh, weights, kv, draw(st.booleans()))
+
+
+works = st.builds(
+    Work.of,
+    rows=st.sampled_from([1, 2, 7, 8, 64, 100, 256]),
+    context=st.sampled_from([0, 1, 100, 4096, 100_000]),
+    chunk=st.sampled_from([0, 64, 256, 512, 8192, 20_000]),
+    prefix=st.sampled_from([0, 64, 5000]),
+)
+
+
+@given(models(), works)
+def test_the_bounds_are_in_order_and_above_the_floor(deployment, work):
+    model = TickModel(deployment)
+    for part in model.parts(work).values():
+        assert 0 <= part.low <= part.expected <= part.high
+    seconds = model.seconds(work)
+    assert 0 < model.floor(work) <= seconds.high
+    assert model.expected(work) == pytest.approx(seconds.expected)
+    assert seconds.expected == pytest.approx(
+        sum(part.expected for part in model.parts(work).values())
+    )
+    if deployment.gpu.measured_as is None:  # a roofline is never faster than the device
+        assert model.floor(work) <= seconds.low
+
+
+@given(models(), works, st.floats(1.0, 4.0))
+def test_more_bandwidth_never_slows_a_tick(deployment, work, factor):
+    faster = replace(deployment.gpu, bandwidth=deployment.gpu.bandwidth * factor)
+    before = TickModel(deployment).seconds(work)
+    after = TickModel(replace(deployment, gpu=faster)).seconds(work)
+    for bound in ("low", "expected", "high"):
+        assert getattr(after, bound) <= getattr(before, bound) * (1 + 1e-9)
+
+
+def test_bandwidth_changes_the_time_of_measured_kernels():
+    half = replace(H100, bandwidth=H100.bandwidth / 2)
+    work = Work.of(1, 2048)
+    before, after = (TickModel(deployment(gpu=gpu)).parts(work) for gpu in (H100, half))
+    assert after["products"].expected == pytest.approx(2 * before["products"].expected, rel=0.02)
+
+
+@given(models(), st.integers(1, 300), st.integers(1, 300), st.sampled_from([0, 256]))
+def test_time_never_falls_when_rows_grow(deployment, rows, more, chunk):
+    model = TickModel(deployment)
+    few, many = (model.seconds(Work.of(n, 1000, chunk)) for n in (rows, rows + more))
+    for bound in ("low", "expected", "high"):
+        assert getattr(many, bound) >= getattr(few, bound) * (1 - 1e-9)
+
+
+@pytest.mark.parametrize(("system", "gpu"), [("h100_sxm", H100), ("h200_sxm", H200)])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("rows", [1, 64, 2048])
+def test_products_of_llama_3_70b_are_those_of_the_table(system, gpu, ranks, rows):
+    """A time may be lowered to that of more rows, and never by more than the noise."""
+    for of, weights in (("bfloat16", None), ("fp8", "fp8")):
+        sums = {}
+        for key, times in TABLE["gemm_us"].items():
+            on, by, dtype, tp, _ = key.split("|")
+            if (on, dtype, tp) == (system, of, f"TP{ranks}"):
+                sums[by] = sums.get(by, 0.0) + times[str(rows)]
+        low, middle, high = (20 * time * 1e-6 for time in sorted(sums.values()))
+        planned = deployment(gpu=gpu, mesh=(4, ranks), weights=weights, fp8=bool(weights))
+        model = TickModel(planned)
+        found = model.parts(Work.of(rows, 1000))["products"]
+        assert found.low <= low * 1.001 and found.high <= high * 1.001
+        assert found.expected == pytest.approx(middle, rel=0.1)
+        assert model.products.known.evidence is Evidence.MEASURED_ELSEWHERE
+        assert model.floor(Work.of(rows, 1000)) <= model.seconds(Work.of(rows, 1000)).low
+
+
+def test_another_model_is_fitted_and_says_so():
+    """SGLang with torch.compile decodes 155.7 tokens/s of the 8B on an H100."""
+    model = TickModel(deployment(CONFIG_8B, mesh=(1, 1)))
+    assert model.products.known.evidence is Evidence.ARITHMETIC
+    assert 1 / model.expected(Work.of(1, 512)) == pytest.approx(155.7, rel=0.15)
+
+
+def test_every_part_says_how_it_is_known():
+    work = Work.of(8, 1000, 256)
+    for gpu in GPUS.values():
+        model = TickModel(deployment(gpu=gpu))
+        figures = model.figures(work)
+        assert figures.keys() == model.parts(work).keys()
+        assert all(figure.source and figure.unit == "s" for figure in figures.values())
+        measured = figures["products"].evidence is Evidence.MEASURED_ELSEWHERE
+        assert measured == (gpu in (H100, H200))
+        if gpu.measured_as is None:
+            assert "roofline" in figures["products"].source
+
+
+def test_weights_in_8_bits_save_reading_and_not_arithmetic():
+    plain, narrow, multiplied = (
+        TickModel(deployment(weights=weights, fp8=fp8)).products
+        for weights, fp8 in ((None, False), ("fp8", False), ("fp8", True))
+    )
+    assert narrow.time(1).low < 0.65 * plain.time(1).low
+    assert narrow.time(4096).expected == pytest.approx(plain.time(4096).expected, rel=0.05)
+    assert multiplied.time(4096).expected < 0.7 * plain.time(4096).expected
+
+
+@pytest.mark.parametrize(
+    ("mesh", "kinds"),
+    [
+        ((1, 1), {}),
+        ((4, 2), {"all-reduce": 42, "collective-permute": 1, "all-gather": 1}),
+        ((8, 1), {"all-reduce": 2, "collective-permute": 1, "all-gather": 1}),
+        ((1, 8), {"all-reduce": 161, "all-gather": 1}),
+    ],
+)
+def test_the_collectives_are_those_of_the_ring(mesh, kinds):
+    found: dict[str, int] = {}
+    for each in collectives(deployment(mesh=mesh), tokens=64, segments=64):
+        found[each.kind] = found.get(each.kind, 0) + each.count
+    assert found == kinds
+    layers = [c for c in collectives(deployment(mesh=(4, 2)), 64, 64) if c.what == "layers"]
+    assert [each.bytes for each in layers] == [64 * 8192 * 2]
+
+
+def test_the_cache_in_8_bits_halves_long_contexts():
+    work = Work.of(64, 8192)
+    wide, narrow = (
+        TickModel(deployment(kv=kv)).parts(work)["attention"] for kv in ("bf16", "int8")
+    )
+    assert 0.4 < narrow.expected / wide.expected < 0.85
+
+
+def test_gpus_have_sources_and_are_found():
+    for gpu in GPUS.values():
+        assert find_gpu(gpu.name) is gpu
+        for figure in ("memory_bytes", "bandwidth", "flops", "link_bandwidth"):
+            assert gpu.source_of(figure)
+    assert gpu_of_device("NVIDIA H200") is H200
+    assert gpu_of_device("NVIDIA H100 80GB HBM3") is H100
+    assert gpu_of_device("NVIDIA T1000") is None
+    with pytest.raises(UserError, match="h100-sxm"):
+        find_gpu("h100")
