@@ -26,13 +26,18 @@ def engine_programs(deployment: Deployment, options: EngineOptions, allowed: int
 
     Args:
       deployment: one replica of it is taken.
-      options: of the engine; the KV cache's dtype is the deployment's.
+      options: of the engine; the dtypes of cache and activations are the deployment's.
       allowed: bytes of each GPU that everything together may take.
 
     Raises:
       UserError: the engine would refuse the options, or the model does not fit into the GPUs.
     """
     config, gpu, layout = deployment.config, deployment.gpu, deployment.layout
+    options = replace(
+        options,
+        kv_cache_dtype=deployment.kv_cache_dtype,
+        fp8_activations=deployment.fp8_activations,
+    )
     check_options(options, config)
     check_stages(layout.num_stages, config)
     major, minor = find_description(gpu).compute_capability
@@ -48,13 +53,15 @@ def engine_programs(deployment: Deployment, options: EngineOptions, allowed: int
                 f"{allowed / 1e9:.1f} GB may be taken: use more GPUs or weights in fewer bits."
             )
         options = replace(options, kv_cache_memory=cache)
-    options = replace(options, kv_cache_dtype=deployment.kv_cache_dtype)
     sizes, _ = choose_mesh_sizes(options, config, mesh, dtype)
     cache_dtype = choose_kv_dtype(options.kv_cache_dtype, dtype)
+    model_class = Llama
+    if options.fp8_activations:
+        model_class = type(Llama.__name__, (Llama,), {"fp8_activations": True})
     check_backend(
-        options.attention_backend, mesh, Llama, config.head_dim, sizes.page_size, dtype, cache_dtype
+        options.attention_backend, mesh, model_class, config.head_dim, sizes.page_size, dtype, cache_dtype
     )
     return Programs(
         config, mesh, sizes, dtype,
-        cache_dtype=cache_dtype, attention_backend=options.attention_backend,
+        model_class=model_class, cache_dtype=cache_dtype, attention_backend=options.attention_backend,
     )  # fmt: skip
