@@ -25,20 +25,23 @@ from bench.result import Result, Row, Target
 from llama_jax.config import LlamaConfig, Quantization
 from llama_jax.costs.deployment import Layout
 from llama_jax.costs.gpus import GPUS, Gpu, find_gpu
+from llama_jax.engine.sizing import GPU_PAGE, TILE
 from llama_jax.quantization import QUANTIZERS
 from llama_jax.ring.sizes import Bucket, RingSizes
 from sharding.stages import positions_per_stage
 
 MEASURED = Path(__file__).parent / "measured"  # GPU/target_config.pbtxt, GPU/autotune/
 FORMATS = ("bfloat16", *QUANTIZERS)
-ROWS, CHUNKS, PAGE_SIZE, TILE = (1, 64), (0, 256, 512), 16, 64
+ROWS, CHUNKS = (1, 64), (0, 256, 512)
 CONTEXT = 2048  # tokens that each row and tile attends to
 MAX_CONTEXT = 4096
 KV_BYTES = 20_000_000_000  # on each device
 MAX_TOTAL = 0.8  # of a device's memory: 68 of 85 GB, the deployment's claim
-# How products are compiled → compiler options.
+# How products are compiled → compiler options. On a card, XLA measures whether splitting a product
+# over its inputs pays for the partial results that it writes. Without one it always splits, which
+# says nothing of the card.
 GEMMS: dict[str, dict[str, Any]] = {
-    "triton": {},
+    "triton": {"xla_gpu_experimental_force_split_k": 1},
     "cublas": {"xla_gpu_enable_triton_gemm": False},
 }
 LIMITS: dict[str, float] = {
@@ -130,9 +133,9 @@ def audit(args: argparse.Namespace, gpu: Gpu, layout: Layout) -> Iterator[Row]:
     sizes = RingSizes(
         num_slots=max(args.rows) * layout.num_stages,
         # The pool of the whole model, so that a page is as many bytes of it with fewer layers.
-        num_pages=KV_BYTES // page_bytes(whole, mesh, PAGE_SIZE, dtype),
-        page_size=PAGE_SIZE,
-        pages_per_sequence=MAX_CONTEXT // PAGE_SIZE,
+        num_pages=KV_BYTES // page_bytes(whole, mesh, GPU_PAGE, dtype),
+        page_size=GPU_PAGE,
+        pages_per_sequence=MAX_CONTEXT // GPU_PAGE,
         row_buckets=tuple(sorted(args.rows)),
         chunk_buckets=tuple(sorted({0, *args.chunks})),
         tile=TILE,

@@ -54,15 +54,14 @@ def run(arguments: argparse.Namespace, plan: "Plan") -> int:
     from llama_jax.plan.compiled.deployment import compile_deployment
     from llama_jax.plan.compiled.table import show
 
-    options = EngineOptions(
-        path=question.model,
-        kv_cache_dtype=question.kv_cache_dtype,
-        max_chunk=question.max_chunk,
-        gpu_memory_utilization=question.targets.memory_share,
-    )
     console = Console(highlight=False)
     found, holds = [], True
     for layout in layouts:
+        options = EngineOptions(
+            path=question.model,
+            max_chunk=question.candidate(layout).max_chunk,
+            gpu_memory_utilization=question.targets.memory_share,
+        )
         compiled = compile_deployment(question.deployment(layout), options)
         holds = holds and not missed(compiled)
         if arguments.json:

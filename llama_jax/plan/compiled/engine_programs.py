@@ -59,7 +59,13 @@ def engine_programs(deployment: Deployment, options: EngineOptions, allowed: int
     if options.fp8_activations:
         model_class = type(Llama.__name__, (Llama,), {"fp8_activations": True})
     check_backend(
-        options.attention_backend, mesh, model_class, config.head_dim, sizes.page_size, dtype, cache_dtype
+        options.attention_backend,
+        mesh,
+        model_class,
+        config.head_dim,
+        sizes.page_size,
+        dtype,
+        cache_dtype,
     )
     return Programs(
         config, mesh, sizes, dtype,

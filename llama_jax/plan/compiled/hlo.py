@@ -8,6 +8,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _ENTRY = re.compile(r"^ENTRY %?([\w.-]+)", re.MULTILINE)
@@ -114,6 +115,7 @@ def unordered_collectives(text: str) -> list[tuple[str, str]]:
     return pairs
 
 
+@lru_cache(maxsize=2)  # the programs of a large model are megabytes of text
 def computations(text: str) -> dict[str, dict[str, Instruction]]:
     """Parses HLO: computation name → instruction name → instruction."""
     found: dict[str, dict[str, Instruction]] = {}
