@@ -55,6 +55,7 @@ MODES: tuple[Mode, ...] = (
     Mode("validate", "llama_jax.plan.machine.command", needs_plan=False),
     Mode("calibrate", "llama_jax.plan.machine.command", needs_plan=False),
     Mode("compare", "llama_jax.plan.live"),
+    Mode("compile", "llama_jax.plan.compiled.command"),
     Mode("report", "llama_jax.plan.report.command"),
 )
 
