@@ -23,7 +23,7 @@ from llama_jax.plan.report.sections.memory import (
 )
 from llama_jax.plan.report.sections.promises import assumptions_section, compliance_section
 from llama_jax.plan.report.sections.risks import risk_section
-from llama_jax.plan.report.sections.simulated import Outcome, simulation_section
+from llama_jax.plan.report.sections.simulated import Outcome, simulation_section, tails
 from llama_jax.plan.report.sections.ticks import communication_section, tick_section
 from llama_jax.plan.report.sections.timeline import timeline_section
 from llama_jax.plan.report.utilization import utilization_section
@@ -55,16 +55,22 @@ def plan_report(plan: Plan, outcome: Outcome | None) -> Report:
 def target_section(plan: Plan, outcome: Outcome | None) -> Section:
     """Every target of the best layout with floor, found, margin and evidence."""
     seen, targets = Outlook(plan.best), plan.question.targets
-    claims = []
-    if targets.ttft is not None:
-        floor = floor_figure(seen.floor_ttft)
-        claims.append(Claim("time to first token", seen.ttft, Limit(targets.ttft), floor=floor))
-    if targets.tpot is not None:
-        floor = floor_figure(seen.floor_tpot)
-        claims.append(Claim("time per output token", seen.tpot, Limit(targets.tpot), floor=floor))
+    ttft, tpot, inside = tails(outcome)
+    claims = [
+        Claim(what, found, Limit(limit), None, floor_figure(floor), simulated)
+        for what, found, limit, floor, simulated in (
+            ("time to first token", seen.ttft, targets.ttft, seen.floor_ttft,
+             ttft),
+            ("time per output token", seen.tpot, targets.tpot, seen.floor_tpot,
+             tpot),
+        )
+        if limit is not None
+    ]  # fmt: skip
     if targets.ttft is not None or targets.tpot is not None:
-        inside = outcome.inside if outcome else seen.inside
-        claims.append(Claim("requests inside both", inside, Limit(targets.inside, True)))
+        claims.append(
+            Claim("requests inside both", seen.inside, Limit(targets.inside, True),
+                  simulated=inside)
+        )  # fmt: skip
     rate = Limit(plan.question.workload.rate, True)
     claims.append(Claim("highest rate within the targets", seen.max_rate, rate))
     claims.append(_memory_claim(plan))

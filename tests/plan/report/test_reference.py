@@ -28,7 +28,7 @@ def claims():
 
 def test_every_deployment_target_is_a_row():
     found = claims()
-    assert len(found) == 11
+    assert len(found) == 12
     assert {found[name].required.bound for name in (TTFT, TPOT, RATE)} == {0.5, 0.05, 8}
     assert {found[name].claimed.bound for name in (TTFT, TPOT, RATE)} == {0.25, 0.025, 10}
     weights = found["weights per GPU"]

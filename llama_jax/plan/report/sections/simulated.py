@@ -36,10 +36,16 @@ class Outcome:
     targets: Targets
     load: str
 
-    @property
-    def inside(self) -> Figure:
-        """The share of the requests inside both targets."""
-        return _simulated(self.figures.inside, "")
+
+def tails(outcome: Outcome | None) -> tuple[Figure | None, Figure | None, Figure | None]:
+    """TTFT and TPOT that 99 % of the requests keep, and the share inside both targets."""
+    if outcome is None:
+        return None, None, None
+    ttft, tpot = (
+        _simulated(spread.p99, "s") if spread else None
+        for spread in (outcome.figures.ttft, outcome.figures.tpot)
+    )
+    return ttft, tpot, _simulated(outcome.figures.inside, "")
 
 
 def simulate_layout(candidate: Candidate, seconds: float = SECONDS) -> Outcome | None:
