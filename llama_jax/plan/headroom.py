@@ -39,17 +39,17 @@ def headrooms(question: Question, candidate: Candidate) -> tuple[Headroom, ...]:
       question: that is answered.
       candidate: a layout in which every target holds.
     """
-    layout, load = candidate.layout, question.workload
+    replica, load = candidate.replica, question.workload
 
     def at_rate(rate: float) -> Candidate:
-        return Candidate(candidate.replica, rate)
+        return replace(candidate, rate=rate)
 
     def at_length(tokens: float) -> Candidate:
         workload = replace(load, prompt_tokens=int(tokens))
-        return replace(question, workload=workload).candidate(layout)
+        return replace(candidate, replica=replica.variant(workload))
 
     def at_tick(seconds: float) -> Candidate:
-        return question.candidate(layout, max(0.0, seconds - tick))
+        return replace(candidate, replica=replica.variant(gap=max(0.0, seconds - tick)))
 
     tick = candidate.state().chunk_tick
     longest = question.config.max_context - load.output_tokens

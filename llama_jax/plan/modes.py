@@ -7,8 +7,9 @@ A mode is a module with two functions:
 
 `arguments` holds what the whole command line says; with `--json`, a mode prints one JSON object to
 standard output. `plan` is a `plan.Plan`: the question, and every layout with its figures, the best
-first. Errors that the user can fix are raised as `UserError`. A module that imports JAX does so
-inside `run`, because the command line imports all modes.
+first. It is None for a mode that needs none, which then accepts what no plan could be made for.
+Errors that the user can fix are raised as `UserError`. A module that imports JAX does so
+inside `run`, because the command line imports the modules of all modes.
 
 A new mode is one row of `MODES`. The first one that is asked for runs; others may be asked for at
 the same time only if it `includes` them, and reads their options itself.
@@ -33,6 +34,7 @@ class Mode(NamedTuple):
       includes: the flags of modes that may be asked for as well, as options of this one.
       needs_plan: whether it is given a plan. Without one, the command line need not ask a question
         that has an answer.
+      needs_plan: whether the layouts are planned before it runs.
     """
 
     flag: str
@@ -53,6 +55,8 @@ class Mode(NamedTuple):
 MODES: tuple[Mode, ...] = (
     Mode("validate", "llama_jax.plan.machine.command", needs_plan=False),
     Mode("calibrate", "llama_jax.plan.machine.command", needs_plan=False),
+    Mode("compare", "llama_jax.plan.live"),
+    Mode("report", "llama_jax.plan.report.command"),
 )
 
 

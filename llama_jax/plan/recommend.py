@@ -7,13 +7,16 @@ from llama_jax.costs.deployment import Layout
 from llama_jax.plan.layouts import LayoutError, meshes
 from llama_jax.plan.plan import Plan, Question, make_plan
 
+ALONE = 0.001  # requests/s: a request never meets another
+
 
 @dataclass(frozen=True)
 class Recommendation:
     """How many GPUs to take.
 
     Attributes:
-      plan: of that many; of one mesh of the nearest layout, if no number of GPUs is enough.
+      plan: of that many; if no number is enough, of those of the mesh that comes nearest, with
+        requests that are alone.
       gpus: their number as expected; None if none is enough.
       gpus_surely: the number if ticks are as long as they may be; None if none is enough.
     """
@@ -35,8 +38,9 @@ def recommend(question: Question) -> Recommendation:
         raise LayoutError("The model cannot be laid out on the GPUs of one host.")
     expected = _fewest(question, found, "expected")
     if expected is None:
-        plans = (make_plan(_on(question, mesh, only)) for mesh in found)
-        return Recommendation(min(plans, key=lambda plan: plan.best.order), None, None)
+        alone = replace(question, workload=replace(question.workload, rate=ALONE))
+        nearest = min(found, key=lambda mesh: alone.candidate(mesh).order)
+        return Recommendation(make_plan(_on(alone, nearest, only)), None, None)
     surely = _fewest(question, found, "high")
     plan = make_plan(_on(question, expected, only))
     return Recommendation(plan, expected.gpus, surely and surely.gpus)

@@ -9,7 +9,14 @@ from llama_jax.costs.memory import kv_bytes_per_token, page_bytes, weight_bytes
 from llama_jax.costs.tick_time import TickModel
 from llama_jax.costs.work import Work
 from llama_jax.engine.options import EngineOptions
-from llama_jax.engine.sizing import GPU_TEMPORARIES, TILE, choose_sizes, gpu_cache_bytes
+from llama_jax.engine.sizing import (
+    CPU_CACHE_BYTES,
+    GPU_TEMPORARIES,
+    TILE,
+    choose_results_late,
+    choose_sizes,
+    gpu_cache_bytes,
+)
 from llama_jax.plan.bisection import largest
 from llama_jax.plan.steady_state import SteadyState, overloaded, steady_state
 from llama_jax.plan.targets import Targets, Workload
@@ -75,6 +82,11 @@ class Replica:
         self._ticks: dict[tuple[int, int], Band] = {}
         self._states: dict[tuple[str, float, int], SteadyState] = {}
 
+    def variant(self, workload: Workload | None = None, gap: float = 0.0) -> "Replica":
+        """The same replica with other lengths, or with longer ticks."""
+        workload = workload or self.workload
+        return Replica(self.model, workload, self.targets, self.max_chunk, gap)
+
     @property
     def deployment(self) -> Deployment:
         """The deployment that it is a replica of."""
@@ -87,6 +99,9 @@ class Replica:
         total = self.deployment.gpu.memory_bytes
         allowed = int(total * (self.targets.memory_share or 1.0))
         cache = gpu_cache_bytes([allowed], sum(weights.values()))
+        if self._platform == "cpu" and cache:
+            layout = self.deployment.layout
+            cache = min(cache, CPU_CACHE_BYTES // (layout.num_stages * layout.num_ranks))
         tokens = cache // page_bytes(self.deployment, PAGE_SIZE) * PAGE_SIZE
         token = kv_bytes_per_token(self.deployment)
         return Memory(weights, GPU_TEMPORARIES, cache, token, tokens, allowed, total)
@@ -98,7 +113,11 @@ class Replica:
             path="", max_num_seqs=MAX_LIVE, max_chunk=self.max_chunk or LARGEST_CHUNK
         )
         stages = self.deployment.layout.num_stages
-        return choose_sizes(options, self.deployment.config, stages, 1, 1 << 60, "gpu")[0]
+        return choose_sizes(options, self.deployment.config, stages, 1, 1 << 60, self._platform)[0]
+
+    @property
+    def _platform(self) -> str:
+        return self.deployment.gpu.platform
 
     @property
     def chunks(self) -> tuple[int, ...]:
@@ -129,7 +148,7 @@ class Replica:
 
     def work(self, live: int, chunk: int) -> Work:
         """The work of such a tick, in the middle of an answer and of a prompt."""
-        rows = self.sizes.bucket(live, 0).rows
+        rows = next(rows for rows in self.sizes.row_buckets if rows >= live)
         before = max(0, (self.workload.prompt_tokens - chunk) // 2)
         work = Work.of(rows, self.context, chunk, before if chunk else 0)
         return work._replace(row_keys=live * self.context)
@@ -151,7 +170,9 @@ class Replica:
 
         load = Workload(self.workload.prompt_tokens, self.workload.output_tokens, rate)
         stages = self.deployment.layout.num_stages
-        return steady_state(ticks, stages, load, chunk, self.targets.inside, self.max_live)
+        late = choose_results_late(EngineOptions(path=""), self._platform)
+        inside = self.targets.inside
+        return steady_state(ticks, stages, load, chunk, inside, self.max_live, late)
 
     def excess(self, state: SteadyState) -> float:
         """By how much a state misses the latencies: 1 is within, 1.2 is a fifth too long."""

@@ -68,7 +68,13 @@ def overloaded(why: str) -> SteadyState:
 
 
 def steady_state(
-    ticks: Ticks, num_stages: int, load: Workload, chunk: int, inside: float, most_live: int
+    ticks: Ticks,
+    num_stages: int,
+    load: Workload,
+    chunk: int,
+    inside: float,
+    most_live: int,
+    results_late: int = GPU_RESULTS_LATE,
 ) -> SteadyState:
     """The steady state of a replica.
 
@@ -79,6 +85,7 @@ def steady_state(
       chunk: C, tokens of the chunks that prompts are cut into.
       inside: the share of the time, and of the requests, that the tails are for.
       most_live: sequences that it can decode at once.
+      results_late: ticks that are dispatched ahead, which a new prompt waits for.
 
     Returns:
       The state; an `overloaded` one if more arrives than it can do.
@@ -106,8 +113,7 @@ def steady_state(
     most = math.ceil(live + deviations * math.sqrt(live))
     if most > most_live:
         return overloaded("sequences")
-    # Ticks that were dispatched ahead, and what is left of the one that runs.
-    before = (GPU_RESULTS_LATE + 0.5) * tick
+    before = (results_late + 0.5) * tick  # what is left of the one that runs is half of it
     through = (chunks + num_stages - 1) * with_chunk
     worst = num_stages * ticks(max(1, -(-most // num_stages)), chunk)
     # Each prompt brings so many ticks with a chunk, which make the answer longer.

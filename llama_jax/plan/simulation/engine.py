@@ -123,14 +123,11 @@ class Engine:
 
 def prompt_of(attempt: Attempt) -> list[int]:
     """Token ids with which prompts begin alike if and only if their runs do."""
-    request = attempt.request
-    if not request.runs:
-        # Of nobody else: the runs of the others have numbers of 0 and more.
-        return [-attempt.number - 1] * request.prompt_tokens
     tokens: list[int] = []
-    for run in request.runs:
+    for run in attempt.request.runs:
         tokens += [FIRST_TEXT + run.text] * run.tokens
-    return tokens
+    # Of nobody else: the runs of the others have numbers of 0 and more.
+    return tokens + [-attempt.number - 1] * (attempt.request.prompt_tokens - len(tokens))
 
 
 @dataclass

@@ -35,8 +35,7 @@ class Request(NamedTuple):
     Attributes:
       at: seconds from the start to its arrival.
       prompt_tokens, output_tokens: its lengths.
-      runs: the content of the prompt, in order, with `prompt_tokens` in all; empty for a prompt
-        that no other begins like.
+      runs: the content with which the prompt begins, in order; no other has what follows.
       patience: seconds after which the client goes away.
     """
 
@@ -131,15 +130,11 @@ class Draw:
         limits = self.answer.draw(answers, len(at))
         chosen = prefixes.integers(0, self.prefixes, len(at))
         drawn = zip(at.tolist(), lengths.tolist(), limits.tolist(), chosen.tolist(), strict=True)
+        shared = self.prefix_tokens
         return [
-            Request(time, self.prefix_tokens + length, limit, self._runs(number, length, prefix))
-            for number, (time, length, limit, prefix) in enumerate(drawn)
+            Request(time, shared + length, limit, (Run(prefix, shared),) if shared else ())
+            for time, length, limit, prefix in drawn
         ]
-
-    def _runs(self, number: int, length: int, prefix: int) -> tuple[Run, ...]:
-        if not self.prefix_tokens:
-            return ()
-        return Run(prefix, self.prefix_tokens), Run(self.prefixes + number, length)
 
     def _gaps(self, rng: np.random.Generator, gap: float, size: int) -> np.ndarray:
         if self.arrivals == "constant":
