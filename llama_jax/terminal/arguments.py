@@ -1,6 +1,7 @@
-"""What the command lines of the server and the converter share."""
+"""What the command lines of the server, the converter and the planner share."""
 
 import argparse
+import math
 import re
 from typing import NoReturn
 
@@ -10,6 +11,7 @@ _UNITS = {
     **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)},
     **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)},
 }
+_SECONDS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,3 +43,18 @@ def size(text: str) -> int:
             "KiB, MiB, GiB), such as 2GB"
         )
     return int(float(match[1]) * unit)
+
+
+def duration(text: str) -> float:
+    """Parses a duration with its unit to seconds: "500ms", "0.5s", "250 us", "1 min".
+
+    Raises:
+      ArgumentTypeError: it has another form, or is zero.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-zµ]+)", text.strip().lower())
+    unit = _SECONDS.get(match[2]) if match else None
+    if match is None or unit is None or not 0 < float(match[1]) < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a duration: give a number and a unit, such as 500ms or 0.5s"
+        )
+    return float(match[1]) * unit

@@ -1,0 +1,37 @@
+"""The largest number for which something holds. Imports no JAX."""
+
+from collections.abc import Callable
+
+RELATIVE = 1e-3  # precision
+LIMIT = 1e9
+
+
+def largest(holds: Callable[[float], bool], start: float, least: float = 1e-3) -> float:
+    """The largest number for which `holds`, which holds for all smaller ones as well.
+
+    Args:
+      holds: to try.
+      start: a number to begin with.
+      least: below which there is none.
+
+    Returns:
+      The number to `RELATIVE`, from below; 0 if there is none.
+    """
+    low, high = 0.0, start
+    while holds(high):
+        low, high = high, 2 * high
+        if high > LIMIT:
+            return low
+    if low == 0:
+        while high > least and not holds(high):
+            high /= 2
+        if not holds(high):
+            return 0.0
+        low, high = high, 2 * high
+    while high - low > RELATIVE * low:
+        middle = (low + high) / 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle
+    return low

@@ -1,0 +1,184 @@
+"""The command line of `python -m llama_jax.plan`. Imports no JAX."""
+
+import argparse
+import math
+import re
+from pathlib import Path
+
+from llama_jax.costs.calibration import Calibration
+from llama_jax.costs.deployment import Layout
+from llama_jax.costs.gpus import GPUS, find_gpu
+from llama_jax.plan.layouts import check_layout
+from llama_jax.plan.model import MODELS, WEIGHTS, find_model, with_weights
+from llama_jax.plan.modes import add_modes
+from llama_jax.plan.plan import Question
+from llama_jax.plan.targets import Targets, Workload
+from llama_jax.terminal.arguments import Parser, duration
+from sharding.errors import UserError
+
+GPUS_ASSUMED = 8
+KV_DTYPES = ("auto", "bf16", "fp8", "int8")
+
+_EPILOG = f"""\
+models: {", ".join(MODELS)}, or a checkpoint
+GPUs: {", ".join(GPUS)}
+
+Every figure is a band (low, expected, high) and says how it is known. Without any argument, the
+reference deployment is planned, row by row. Not planned: disaggregated prefill, mixtures of
+experts, power.
+
+exit codes:
+  0    a layout meets every target as expected
+  1    no layout does: the plan says what is missing, and by how much
+  2    the question is wrong: one sentence on standard error
+  70   a defect of the program, with a traceback on standard error
+"""
+
+
+def make_parser() -> Parser:
+    """The parser, with the arguments of all modes."""
+    parser = Parser(
+        prog="python -m llama_jax.plan",
+        description="Says what a model does on GPUs, before there are any.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("deployment").add_argument
+    add("--model", default="llama3-70b", metavar="NAME", help="name or checkpoint (%(default)s)")
+    add("--gpu", default="h100-sxm", metavar="NAME", help="kind of all GPUs (%(default)s)")
+    add("--gpus", type=_count, metavar="N", help=f"number of GPUs ({GPUS_ASSUMED})")
+    add("--layout", type=_layout, metavar="PxR", help="only this one: stages x ranks, as 4x2")
+    add("--replicas", type=_count, metavar="N", help="copies of the model, with --layout")
+    add("--weights", choices=WEIGHTS, help="of the layers' matrices (as the checkpoint)")
+    add("--kv-cache-dtype", choices=KV_DTYPES, default="auto", help="(%(default)s)")
+    add("--fp8-activations", action="store_true", help="multiply fp8 by fp8")
+    add("--max-chunk", type=_count, metavar="TOKENS", help="prompt tokens per tick (chosen)")
+    add("--calibration", type=Path, metavar="FILE", help="times measured on the machine itself")
+    add = parser.add_argument_group("workload").add_argument
+    add("--prompt-tokens", type=_count, default=1024, metavar="N", help="(%(default)s)")
+    add("--output-tokens", type=_count, default=256, metavar="N", help="(%(default)s)")
+    add("--rate", type=_positive, default=8.0, metavar="R", help="requests/s (%(default)g)")
+    add = parser.add_argument_group("targets").add_argument
+    add("--ttft", type=duration, default="500ms", help="to the first token (%(default)s)")
+    add("--tpot", type=duration, default="50ms", help="per token after it (%(default)s)")
+    add("--inside", type=_share, default=0.99, help="share of requests inside both (%(default)g)")
+    add("--memory", type=_share, default=0.85, help="share of each GPU's memory (%(default)g)")
+    add = parser.add_argument_group("answer").add_argument
+    add("--recommend", action="store_true", help="find the fewest GPUs for the rate and targets")
+    add(
+        "--cost-per-gpu-hour",
+        type=_positive,
+        metavar="X",
+        help="price: adds cost per million tokens",
+    )
+    add(
+        "--frontier",
+        type=Path,
+        metavar="FILE",
+        help="draw the frontier (.svg, .png)",
+    )
+    add("--json", action="store_true", help="print one JSON object instead of tables")
+    add_modes(parser)
+    return parser
+
+
+def read_question(arguments: argparse.Namespace) -> Question:
+    """The question that a command line asks.
+
+    Raises:
+      UserError: an unknown model or GPU, an impossible layout, or arguments that contradict each
+        other.
+    """
+    config = with_weights(find_model(arguments.model), arguments.weights)
+    layout, gpus = _layout_and_gpus(arguments)
+    workload = Workload(arguments.prompt_tokens, arguments.output_tokens, arguments.rate)
+    longest = workload.prompt_tokens + workload.output_tokens
+    if longest > config.max_context:
+        raise UserError(
+            f"A request of {workload.prompt_tokens:,} + {workload.output_tokens:,} tokens is "
+            f"longer than the model's context of {config.max_context:,}: lower --prompt-tokens or "
+            "--output-tokens."
+        )
+    if layout is not None:
+        check_layout(config, layout)
+    if arguments.fp8_activations and arguments.weights != "fp8":
+        raise UserError("--fp8-activations needs matrices in fp8: add --weights fp8.")
+    return Question(
+        arguments.model,
+        config,
+        find_gpu(arguments.gpu),
+        gpus,
+        workload,
+        Targets(arguments.ttft, arguments.tpot, arguments.memory, arguments.inside),
+        arguments.kv_cache_dtype,
+        layout,
+        arguments.max_chunk,
+        arguments.calibration and Calibration.read(arguments.calibration),
+        arguments.fp8_activations,
+    )
+
+
+def _layout_and_gpus(arguments: argparse.Namespace) -> tuple[Layout | None, int]:
+    gpus, replicas, mesh = arguments.gpus, arguments.replicas, arguments.layout
+    if arguments.recommend and gpus is not None:
+        raise UserError("--recommend finds the number of GPUs: leave --gpus out.")
+    if mesh is None:
+        if replicas is not None:
+            raise UserError("--replicas says how often --layout is repeated: give both.")
+        return None, gpus or GPUS_ASSUMED
+    each = math.prod(mesh)
+    if arguments.recommend:
+        if replicas is not None:
+            raise UserError("--recommend finds the number of replicas: leave --replicas out.")
+        return Layout(*mesh), each
+    if gpus is None:
+        gpus = each * (replicas or 1)
+    if gpus % each or gpus < each:
+        raise UserError(
+            f"A layout of {mesh[0]}x{mesh[1]} takes {each} GPUs for each replica, and --gpus is "
+            f"{gpus}: give a multiple of {each}."
+        )
+    if replicas not in (None, gpus // each):
+        raise UserError(
+            f"{replicas} replicas of {mesh[0]}x{mesh[1]} are {replicas * each} GPUs, and --gpus "
+            f"is {gpus}: leave one of them out."
+        )
+    return Layout(mesh[0], mesh[1], gpus // each), gpus
+
+
+def _layout(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"\s*([1-9]\d{0,5})\s*[x×X]\s*([1-9]\d{0,5})\s*", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a layout: give stages x ranks, such as 4x2"
+        )
+    return int(match[1]), int(match[2])
+
+
+def _count(text: str) -> int:
+    try:
+        number = int(text.replace(",", ""))
+    except ValueError:
+        number = 0
+    if not 1 <= number < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return number
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return number
+
+
+def _share(text: str) -> float:
+    percent = text.strip().endswith("%")
+    number = _positive(text.strip().removesuffix("%")) / (100 if percent else 1)
+    if number > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share: give 0.85 or 85%")
+    return number

@@ -1,0 +1,89 @@
+"""What the planner can do beside its arithmetic: one table of modes.
+
+A mode is a module with two functions:
+
+    add_arguments(parser)          adds the flag that asks for the mode, and its options
+    run(arguments, plan) -> int    does it, prints its result, and returns the exit code
+
+`arguments` holds what the whole command line says; with `--json`, a mode prints one JSON object to
+standard output. `plan` is a `plan.Plan`: the question, and every layout with its figures, the best
+first. It is None for a mode that needs none, which then accepts what no plan could be made for.
+Errors that the user can fix are raised as `UserError`. A module that imports JAX does so
+inside `run`, because the command line imports the modules of all modes.
+
+A new mode is one row of `MODES`. The first one that is asked for runs; others may be asked for at
+the same time only if it `includes` them, and reads their options itself.
+"""
+
+import argparse
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple
+
+from sharding.errors import UserError
+
+if TYPE_CHECKING:
+    from llama_jax.plan.plan import Plan
+
+
+class Mode(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+      flag: that asks for the mode, as in `argparse`'s namespace: "simulate" for --simulate.
+      module: that does it.
+      includes: the flags of modes that may be asked for as well, as options of this one.
+      needs_plan: whether it is given a plan. Without one, the command line need not ask a question
+        that has an answer.
+    """
+
+    flag: str
+    module: str
+    includes: tuple[str, ...] = ()
+    needs_plan: bool = True
+
+    def is_asked_for(self, arguments: argparse.Namespace) -> bool:
+        """Whether the command line has the flag."""
+        return getattr(arguments, self.flag, None) not in (None, False)
+
+    def run(self, arguments: argparse.Namespace, plan: "Plan | None") -> int:
+        """Runs the mode; returns the exit code."""
+        code: int = import_module(self.module).run(arguments, plan)
+        return code
+
+
+MODES: tuple[Mode, ...] = (
+    Mode("validate", "llama_jax.plan.machine.command", needs_plan=False),
+    Mode("calibrate", "llama_jax.plan.machine.command", needs_plan=False),
+    Mode("compare", "llama_jax.plan.live"),
+    Mode("compile", "llama_jax.plan.compiled.command"),
+    Mode("report", "llama_jax.plan.report.command"),
+)
+
+
+def add_modes(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of all modes."""
+    for module in dict.fromkeys(mode.module for mode in MODES):
+        import_module(module).add_arguments(parser)
+
+
+def chosen_mode(arguments: argparse.Namespace) -> Mode | None:
+    """The mode that the command line asks for; None for the arithmetic plan.
+
+    Raises:
+      UserError: it asks for two that do not go together.
+    """
+    asked = [mode for mode in MODES if mode.is_asked_for(arguments)]
+    if not asked:
+        return None
+    first, *others = asked
+    for other in others:
+        if other.flag not in first.includes and other.module != first.module:
+            raise UserError(
+                f"{_option(first.flag)} and {_option(other.flag)} are two different runs: leave "
+                "one of them out."
+            )
+    return first
+
+
+def _option(flag: str) -> str:
+    return "--" + flag.replace("_", "-")

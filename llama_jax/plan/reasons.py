@@ -1,0 +1,160 @@
+"""What a plan comes to, in sentences whose figures are computed. Imports no JAX."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from llama_jax.costs.deployment import Layout
+from llama_jax.costs.gpus import Gpu
+from llama_jax.plan.candidate import Candidate, Missed
+from llama_jax.plan.figures import communication, tick_work
+from llama_jax.plan.headroom import Headroom
+from llama_jax.plan.numbers import amount
+from llama_jax.plan.plan import Plan, Question, make_plan
+from llama_jax.plan.recommend import recommend
+from llama_jax.terminal.units import bytes_text, count_text
+
+REFERENCE_MESH = (4, 2)
+_OVERLOADS = {
+    "prompts": "prompts arrive faster than they are computed",
+    "sequences": "its KV cache is full",
+    "latency": "a latency is missed",
+}
+_GROWN = {
+    "rate": "the rate, at",
+    "prompt length": "the prompt length, at",
+    "launch gap": "the launch gap, at ticks of",
+    "memory": "the memory, at a cache of",
+}
+OUT_OF_SCOPE = "Not planned: disaggregated prefill, mixtures of experts, power."
+
+
+def verdict(plan: Plan) -> str:
+    """Whether a layout holds the targets, and what is missing if none does."""
+    best, question = plan.best, plan.question
+    where = f"{question.model} on {question.gpus} x {question.gpu.name}"
+    if best.holds_surely:
+        return f"{where}: {_keeps(best)} every target, even with the slowest ticks."
+    if best.holds:
+        return (
+            f"{where}: {_keeps(best)} every target as expected, but not with the slowest ticks: "
+            f"{_latencies(best, 'high')}."
+        )
+    missing = " and ".join(map(missed_text, best.missed))
+    if question.layout is not None:
+        return f"{where}: {best.layout} misses its targets: {missing}."
+    return f"{where}: no layout keeps every target. {best.layout} comes nearest: {missing}."
+
+
+def _keeps(candidate: Candidate) -> str:
+    return f"{candidate.layout} " + ("keeps" if candidate.layout.replicas == 1 else "keep")
+
+
+def missed_text(missed: Missed) -> str:
+    """A target that is missed: "TPOT is 53 ms, 6 % over the target of 50 ms"."""
+    value, bound = amount(missed.value, missed.unit), amount(missed.bound, missed.unit)
+    if missed.target == "memory":
+        return f"memory comes to {value} a GPU, of which {bound} are allowed"
+    if missed.target == "rate":
+        return f"it keeps up with {value}, not {bound}, before {_OVERLOADS[missed.overload]}"
+    return f"{missed.target} is {value}, {missed.excess - 1:.0%} over the target of {bound}"
+
+
+def why(plan: Plan) -> Iterator[str]:
+    """Why the best layout is the best, beside the next one and the reference mesh."""
+    best, *others = plan.candidates
+    if not others:
+        return
+    if best.holds:
+        holding = sum(candidate.holds for candidate in plan.candidates)
+        yield (
+            f"{_keeps(best)} the targets up to {amount(best.max_rate.expected, 'requests/s')}, "
+            f"the most of the {holding} that keep them at this rate, of "
+            f"{count_text(len(plan.candidates), 'layout')}."
+        )
+    yield _profile(best)
+    shown = others[:1] + [
+        candidate
+        for candidate in others[1:]
+        if candidate.layout[:2] == REFERENCE_MESH and candidate.layout.replicas == 1
+    ]
+    for other in shown:
+        yield _profile(other)
+
+
+def _profile(candidate: Candidate) -> str:
+    """What decides about a layout, in one sentence."""
+    if not candidate.fits:
+        return f"{candidate.layout}: {missed_text(candidate.missed[0])}."
+    parts = [f"{candidate.layout}: {_latencies(candidate)}"]
+    layout = candidate.layout
+    if candidate.missed and candidate.missed[0].target == "rate":
+        parts = [f"{layout}: {missed_text(candidate.missed[0])}"]
+    weights = bytes_text(sum(candidate.memory.weights.values()))
+    parts.append(
+        f"a token passes {count_text(layout.num_stages, 'stage')} of "
+        f"{count_text(layout.num_ranks, 'GPU')}, each with {weights} of weights"
+    )
+    model, chunk = candidate.replica.model, candidate.chunk
+    shares = (communication(model, tick_work(candidate, size)) for size in (0, chunk))
+    parts.append(
+        f"communication takes {' and '.join(f'{s.expected:.0%}' for s in shares)} of its ticks "
+        "without and with a chunk"
+    )
+    if candidate.max_rate.expected:
+        parts.append(f"targets kept up to {amount(candidate.max_rate.expected, 'requests/s')}")
+    return "; ".join(parts) + "."
+
+
+def _latencies(candidate: Candidate, level: str = "expected") -> str:
+    state = candidate.state(level)
+    return f"TTFT {amount(state.ttft, 's')} and TPOT {amount(state.tpot, 's')}"
+
+
+def breaks_first(found: tuple[Headroom, ...]) -> Iterator[str]:
+    """How far each thing may grow, the nearest limit first."""
+    for number, headroom in enumerate(found):
+        now, limit = (amount(value, headroom.unit) for value in (headroom.now, headroom.limit))
+        yield (
+            f"{'Breaks first' if number == 0 else 'Then'}: {_GROWN[headroom.what]} {limit}, "
+            f"{headroom.factor:.1f} times the {now} of this plan"
+            + (f"; beyond, {headroom.then} is missed." if headroom.then else ", the model's limit.")
+        )
+
+
+def remedies(plan: Plan) -> Iterator[str]:
+    """What would make the targets hold where no layout does."""
+    question = plan.question
+    most = max(candidate.max_rate.expected for candidate in plan.candidates)
+    if most:
+        yield f"Up to {amount(most, 'requests/s')}, the targets are kept."
+    for what, other in _changes(question):
+        best = make_plan(other).best
+        if best.holds:
+            yield f"With {what}, {_keeps(best)} them."
+    if question.layout is None:
+        fewest = recommend(question)
+        if fewest.gpus is not None:
+            best = fewest.plan.best
+            yield f"On {fewest.gpus} x {question.gpu.name}, {_keeps(best)} them."
+
+
+def _changes(question: Question) -> Iterator[tuple[str, Question]]:
+    """Other ways to store weights and cache."""
+    from llama_jax.plan.model import with_weights
+
+    if question.config.quantization is None:
+        for weights in _formats(question.gpu):
+            config = with_weights(question.config, weights)
+            yield f"weights in {weights}", replace(question, config=config)
+    if question.kv_cache_dtype in ("auto", "bf16"):
+        yield "a KV cache in int8", replace(question, kv_cache_dtype="int8")
+
+
+def _formats(gpu: Gpu) -> tuple[str, ...]:
+    return ("fp8", "int4") if "fp8" in gpu.flops else ("int8", "int4")
+
+
+def layout_name(layout: Layout) -> str:
+    """A layout in a narrow column: "4x2", "2 x 4x1"."""
+    mesh = f"{layout.num_stages}x{layout.num_ranks}"
+    return mesh if layout.replicas == 1 else f"{layout.replicas} * {mesh}"

@@ -1,0 +1,143 @@
+"""A plan on the terminal."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from llama_jax.costs.figure import Figure
+from llama_jax.plan.best_tables import best_tables, plain_table
+from llama_jax.plan.candidate import Candidate
+from llama_jax.plan.figures import figures
+from llama_jax.plan.headroom import headrooms
+from llama_jax.plan.numbers import amount, cell
+from llama_jax.plan.plan import Plan
+from llama_jax.plan.reasons import (
+    OUT_OF_SCOPE,
+    breaks_first,
+    layout_name,
+    remedies,
+    verdict,
+    why,
+)
+from llama_jax.plan.recommend import Recommendation
+
+# Column → the figure in it, and how large one of it is.
+_MEMORY = {
+    "weights\nGB": ("weights", 1e9),
+    "KV cache\nk tokens": ("KV capacity of a replica", 1e3),
+    "decode\ntick, ms": ("decode tick", 1e-3),
+    "tick with\nchunk, ms": ("prefill tick", 1e-3),
+    "commun-\nication, %": ("communication share of a decode tick", 1e-2),
+    "layers\nused, %": ("share of layer positions in use", 1e-2),
+}
+_LOAD = {
+    "TTFT\nms": ("TTFT", 1e-3),
+    "TPOT\nms": ("TPOT", 1e-3),
+    "mean\nTPOT, ms": ("mean TPOT", 1e-3),
+    "tokens/s\na GPU": ("output rate of a GPU", 1),
+    "requests/s\nat most": ("highest rate inside the targets", 1),
+}
+_PRICES = {
+    "at this\nrate": ("cost of a million output tokens", 1),
+    "at the\nhighest": ("cost at the highest rate inside the targets", 1),
+}
+
+
+def show_plan(plan: Plan, price: float | None = None, fewest: Recommendation | None = None) -> None:
+    """Prints a plan: the verdict, the layouts, why the best is the best, and what breaks first."""
+    console = Console(highlight=False)
+    question = plan.question
+    _say(console, f"{question.model}, {question.workload}; {_targets(plan)}", "")
+    if fewest is not None:
+        _say(console, recommendation_text(fewest))
+    _say(console, verdict(plan), "")
+    shown = {candidate: figures(candidate, price) for candidate in plan.candidates}
+    console.print(_layouts(shown, _MEMORY, "Each GPU, and the ticks of its ring", _chunk), "")
+    console.print(_layouts(shown, _LOAD, f"At {question.workload.rate:g} requests/s", _held), "")
+    if price is not None:
+        console.print(_layouts(shown, _PRICES, "Cost of a million tokens"), "")
+    _say(console, *why(plan), "")
+    if plan.best.holds:
+        _say(console, *breaks_first(headrooms(question, plan.best)), "")
+    else:
+        _say(console, *remedies(plan), "")
+    for table in best_tables(plan.best, shown[plan.best]):
+        console.print(table, "")
+    console.print(_evidence(shown[plan.best]))
+    _say(console, "", OUT_OF_SCOPE)
+
+
+def recommendation_text(fewest: Recommendation) -> str:
+    """How many GPUs to take."""
+    gpu = fewest.plan.question.gpu.name
+    if fewest.gpus is None:
+        return f"No number of {gpu} keeps the targets."
+    text = f"The fewest {gpu} that keep the targets: {fewest.gpus}"
+    if fewest.gpus_surely == fewest.gpus:
+        return f"{text}, even with the slowest ticks."
+    if fewest.gpus_surely is None:
+        return f"{text} as expected; with the slowest ticks, no number does."
+    return f"{text} as expected, {fewest.gpus_surely} with the slowest ticks."
+
+
+def _targets(plan: Plan) -> str:
+    targets = plan.question.targets
+    bounds = [
+        f"{name} of {amount(value, 's')}"
+        for name, value in (("TTFT", targets.ttft), ("TPOT", targets.tpot))
+        if value is not None
+    ]
+    text = f"{targets.inside:.3g} of the requests inside " + " and ".join(bounds) if bounds else ""
+    if targets.memory_share is not None:
+        text += f", {targets.memory_share:.0%} of the memory"
+    return text
+
+
+def _layouts(
+    shown: dict[Candidate, dict[str, Figure]],
+    columns: Mapping[str, tuple[str, float]],
+    title: str,
+    last: Callable[[Candidate], str] | None = None,
+) -> Table:
+    """One row for each layout, the best first; a band has its ends in a second line."""
+    table = plain_table(title, ("layout", *columns), 1)
+    if last is not None:
+        table.add_column("targets" if last is _held else "chunk,\ntokens", no_wrap=True)
+    for candidate, found in shown.items():
+        cells = [cell(found.get(name), factor) for name, factor in columns.values()]
+        if last is not None:
+            cells.append(last(candidate))
+        table.add_row(layout_name(candidate.layout), *cells)
+    return table
+
+
+def _chunk(candidate: Candidate) -> str:
+    return str(candidate.chunk) if candidate.fits else "-"
+
+
+def _held(candidate: Candidate) -> str:
+    if candidate.holds:
+        return "kept" if candidate.holds_surely else "likely kept"
+    return "misses " + ", ".join(missed.target for missed in candidate.missed)
+
+
+def _evidence(found: dict[str, Figure]) -> Table:
+    """How the figures are known, those with the same origin together."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title="How this is known")
+    table.title_justify = "left"
+    for column in ("evidence", "source", "figures"):
+        table.add_column(column)
+    origins: dict[tuple[str, str], list[str]] = {}
+    for name, figure in found.items():
+        origins.setdefault((figure.evidence.value, figure.source), []).append(name)
+    for (evidence, source), names in origins.items():
+        plain = [name for name in names if ":" not in name]
+        table.add_row(evidence, source, ", ".join(plain or names))
+    return table
+
+
+def _say(console: Console, *lines: str | Iterable[str]) -> None:
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=False)
