@@ -1,8 +1,9 @@
 """Published measurements against the planner's arithmetic: `python -m bench published`.
 
-Nothing is measured here. Each figure was measured by others on their own software, and is set beside
-what `llama_jax.costs` expects on the same GPUs: low, expected and high. The error is that of the expected figure. "roofline" is what is
-expected without measured kernels, and "limit" what the data sheet of the device allows.
+Nothing is measured here. Each figure was measured by others on their own software, and is set
+beside what `llama_jax.costs` expects on the same GPUs: low, expected and high. The error is that of
+the expected figure. "roofline" is what is expected without measured kernels, and "limit" what the
+data sheet of the device allows.
 """
 
 import argparse
