@@ -129,7 +129,7 @@ class Candidate:
         found = []
         if state.overload:
             most = self.max_rate.expected or self.max_load
-            more = 1.01 * most / self.layout.replicas
+            more = 1.01 * most / self.layout.replicas or self.replica_rate
             why = self.replica.state(more, self.replica.best_chunk(more)).overload
             found.append(Missed("rate", most, self.rate, "requests/s", why or "latency"))
         else:
