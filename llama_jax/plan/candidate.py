@@ -89,8 +89,14 @@ class Candidate:
 
     @property
     def max_num_seqs(self) -> int:
-        """The sequences to make room for in each replica: a power of two."""
-        needed = max(FIRST_SEQUENCES, self.state().most_live)
+        """The sequences to make room for in each replica: a power of two.
+
+        It is enough even if ticks are as long as they may be, when more sequences live at once.
+        """
+        states = (self.state(level) for level in LEVELS)
+        kept = [state.most_live for state in states if not state.overload]
+        needed = max(kept, default=self.replica.max_live)
+        needed = max(FIRST_SEQUENCES, needed)
         return max(1, min(1 << (needed - 1).bit_length(), self.replica.max_live))
 
     def state(self, level: str = "expected") -> SteadyState:
