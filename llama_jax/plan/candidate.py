@@ -10,6 +10,7 @@ from llama_jax.plan.replica import LEVELS, Memory, Replica
 from llama_jax.plan.steady_state import SteadyState
 
 FIRST_SEQUENCES = 8  # the least that a replica is told to decode at once
+ALONE = 0.001  # requests/s: a request never meets another
 
 
 class Missed(NamedTuple):
@@ -126,9 +127,11 @@ class Candidate:
 
     @cached_property
     def missed(self) -> tuple[Missed, ...]:
-        """The targets that it misses, as expected; the worst first."""
-        targets, state, memory = self.replica.targets, self.state(), self.memory
-        lengths = self.replica.workload
+        """The targets that it misses, as expected; the worst first.
+
+        If it falls behind, the latencies are those of a request that is alone.
+        """
+        lengths, memory, state = self.replica.workload, self.memory, self.state()
         if not self.fits:
             tokens = lengths.prompt_tokens + lengths.output_tokens
             return (Missed("memory", memory.needed(tokens), memory.allowed, "bytes"),)
@@ -138,13 +141,14 @@ class Candidate:
             more = 1.01 * most / self.layout.replicas or self.replica_rate
             why = self.replica.state(more, self.replica.best_chunk(more)).overload
             found.append(Missed("rate", most, self.rate, "requests/s", why or "latency"))
-        else:
-            for target, value, bound in (
-                ("TTFT", state.ttft, targets.ttft),
-                ("TPOT", state.tpot, targets.tpot),
-            ):
-                if bound is not None and value > bound:
-                    found.append(Missed(target, value, bound, "s"))
+            state = self.replica.state(ALONE, self.replica.best_chunk(ALONE))
+        targets = self.replica.targets
+        for target, value, bound in (
+            ("TTFT", state.ttft, targets.ttft),
+            ("TPOT", state.tpot, targets.tpot),
+        ):
+            if bound is not None and value > bound:
+                found.append(Missed(target, value, bound, "s"))
         return tuple(sorted(found, key=lambda missed: -missed.excess))
 
     @property
