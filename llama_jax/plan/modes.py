@@ -47,7 +47,10 @@ class Mode(NamedTuple):
         return code
 
 
-MODES: tuple[Mode, ...] = ()
+MODES: tuple[Mode, ...] = (
+    Mode("server_command", "llama_jax.plan.serving"),
+    Mode("kubernetes", "llama_jax.plan.serving"),
+)
 
 
 def add_modes(parser: argparse.ArgumentParser) -> None:
