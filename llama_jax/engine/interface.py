@@ -35,10 +35,10 @@ class Output(NamedTuple):
       param: the field of `SamplingParams` at fault, if there is an error and the request caused it.
       cached_tokens: tokens of the prompt that did not have to be computed, because a request before
         began with them; the same in every output of a request.
-      logprobs: if the request asks for them.
-      prompt_logprobs: in the request's first output, if the request asks for them.
       queue_seconds: how long the request waited in the engine before its prompt was first computed;
         the same in every output of a request; None if it is not known.
+      logprobs: if the request asks for them.
+      prompt_logprobs: in the request's first output, if the request asks for them.
     """
 
     request_id: int
@@ -46,10 +46,10 @@ class Output(NamedTuple):
     finish_reason: FinishReason | None = None
     error: str | None = None
     cached_tokens: int = 0
+    queue_seconds: float | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: PromptLogprobs | None = None
     param: str | None = None
-    queue_seconds: float | None = None
 
     @classmethod
     def of_error(cls, request_id: int, error: RequestError) -> "Output":

@@ -53,6 +53,8 @@ class Prefill:
           now: the time by the clock of `arrived_at`.
         """
         self._odd = not self._odd
+        if not self._roster.prefilling and not self._roster.waiting:
+            return
         chunk = self._chunk(now)
         tiles_left = chunk // self._sizes.tile
         first = self._first()

@@ -187,19 +187,23 @@ class Scheduler:
         self.prefill.fill(packet, microbatch, share, self.now)
         # A sequence's slot and pages are free once its last packet has entered, though the result
         # is not known yet. Not earlier: this packet must not overwrite pages that it reads.
-        for sequence in [s for s in microbatch if s.fully_sent]:
+        for sequence in [s for s in microbatch if s.next_position >= s.max_length - 1]:
             self.roster.release(sequence)
         return packet
 
     def _add_rows(self, packet: Packet, microbatch: list[Sequence]) -> None:
+        rows, page_size = packet.rows, self.sizes.page_size
         # The most important first: one preempted for a page is less so, and not in the packet yet.
         for sequence in self.roster.with_first_prompt(microbatch):
-            if sequence.slot is None:
+            slot, position = sequence.slot, sequence.next_position
+            if slot is None:
                 continue
             if sequence.prefilling:
                 self.prefill.make_room(sequence)
-            elif self.roster.make_room(sequence, 1):
-                packet.rows.append(self.roster.send(sequence, None, 1))
+            # Most rows have room in their last page.
+            elif position < len(sequence.pages) * page_size or self.roster.make_room(sequence, 1):
+                sequence.next_position = position + 1
+                rows.append(Segment(sequence, sequence.epoch, slot, position))
 
     def _finish(self, sequence: Sequence) -> None:
         sequence.epoch += 1
@@ -246,19 +250,18 @@ class Scheduler:
         outputs = []
         for index, segment in packet.results(bucket_rows):
             sequence = segment.sequence
-            if segment.current:
-                output = self._take_token(sequence, tokens[index])
+            if segment.epoch != sequence.epoch:
+                continue
+            output = self._take_token(sequence, tokens[index])
+            if logprobs is not None and output.token is not None:
                 wanted = sequence.params.logprobs
-                if logprobs is not None and wanted is not None and output.token is not None:
-                    output = output._replace(
-                        logprobs=TokenLogprobs(
-                            logprobs[index].logprob, logprobs[index].top[:wanted]
-                        )
-                    )
-                if sequence.scoring is not None and output.token is not None:
-                    output = output._replace(prompt_logprobs=sequence.scoring.result())
-                    sequence.scoring = None
-                outputs.append(output)
+                if wanted is not None:
+                    own = TokenLogprobs(logprobs[index].logprob, logprobs[index].top[:wanted])
+                    output = output._replace(logprobs=own)
+            if sequence.scoring is not None and output.token is not None:
+                output = output._replace(prompt_logprobs=sequence.scoring.result())
+                sequence.scoring = None
+            outputs.append(output)
         return outputs
 
     def _take_token(self, sequence: Sequence, token: int) -> Output:
@@ -273,24 +276,23 @@ class Scheduler:
                 cached_tokens=sequence.num_cached,
                 queue_seconds=sequence.queue_seconds,
             )
-        sequence.tokens.append(token)
+        known = sequence.tokens
+        known.append(token)
         self.num_generated_tokens += 1
         reason: FinishReason | None = None
         if token in sequence.stop_ids:
             reason = "stop"
-        elif len(sequence.tokens) >= sequence.max_length:
+        elif len(known) >= sequence.max_length:
             reason = "length"
         if reason:
             self._finish(sequence)
         else:
             if sequence.constraint is not None:
                 sequence.constraint.take(token)
-            if sequence.slot is not None:
+            full = (sequence.num_published + 1) * self.sizes.page_size
+            if sequence.next_position >= full and sequence.slot is not None:
                 self.roster.pages.publish(sequence)
+        # By position: names would take twice the time, and this is done for every token.
         return Output(
-            sequence.request_id,
-            token,
-            reason,
-            cached_tokens=sequence.num_cached,
-            queue_seconds=sequence.queue_seconds,
+            sequence.request_id, token, reason, None, sequence.num_cached, sequence.queue_seconds
         )

@@ -20,7 +20,11 @@ def main(argv: list[str] | None = None) -> int:
     protect_output()
     arguments = make_parser().parse_args(argv)
     try:
+        if set(sys.argv[1:] if argv is None else argv) <= {"--json"}:
+            return _show_reference(arguments.json)
         mode = chosen_mode(arguments)
+        if mode is not None and not mode.needs_plan:
+            return mode.run(arguments, None)
         question = read_question(arguments)
         fewest = recommend(question) if arguments.recommend else None
         plan = make_plan(question) if fewest is None else fewest.plan
@@ -34,6 +38,20 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         traceback.print_exc()
         return _fail(arguments, f"This is a defect of the program: {error!r}.", DEFECT)
+
+
+def _show_reference(as_json: bool) -> int:
+    """Prints the reference deployment, row by row."""
+    from llama_jax.plan.report.json_text import json_text
+    from llama_jax.plan.report.reference import reference_report
+    from llama_jax.plan.report.text import show
+
+    report = reference_report()
+    if as_json:
+        print(json_text(report), end="")
+    else:
+        show(report)
+    return MET if report.met else MISSED
 
 
 def _show(arguments: argparse.Namespace, plan: Plan, fewest: Recommendation | None) -> int:

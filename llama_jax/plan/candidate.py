@@ -1,6 +1,6 @@
 """One layout with its figures under the load that is asked for. Imports no JAX."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -44,20 +44,22 @@ class Candidate:
     Attributes:
       replica: one of its replicas.
       rate: requests/s, of all replicas together.
+      replicas: their number.
     """
 
     replica: Replica
     rate: float
+    replicas: int = 1
+
+    @property
+    def layout(self) -> Layout:
+        """How the model lies on the GPUs."""
+        return self.replica.deployment.layout._replace(replicas=self.replicas)
 
     @property
     def deployment(self) -> Deployment:
         """The model in this layout."""
-        return self.replica.deployment
-
-    @property
-    def layout(self) -> Layout:
-        """The layout."""
-        return self.deployment.layout
+        return replace(self.replica.deployment, layout=self.layout)
 
     @property
     def memory(self) -> Memory:

@@ -42,14 +42,14 @@ def headrooms(question: Question, candidate: Candidate) -> tuple[Headroom, ...]:
     replica, load = candidate.replica, question.workload
 
     def at_rate(rate: float) -> Candidate:
-        return Candidate(replica, rate)
+        return replace(candidate, rate=rate)
 
     def at_length(tokens: float) -> Candidate:
         workload = replace(load, prompt_tokens=int(tokens))
-        return Candidate(replica.variant(workload), load.rate)
+        return replace(candidate, replica=replica.variant(workload))
 
     def at_tick(seconds: float) -> Candidate:
-        return Candidate(replica.variant(gap=max(0.0, seconds - tick)), load.rate)
+        return replace(candidate, replica=replica.variant(gap=max(0.0, seconds - tick)))
 
     tick = candidate.state().chunk_tick
     longest = question.config.max_context - load.output_tokens

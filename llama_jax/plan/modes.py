@@ -7,8 +7,9 @@ A mode is a module with two functions:
 
 `arguments` holds what the whole command line says; with `--json`, a mode prints one JSON object to
 standard output. `plan` is a `plan.Plan`: the question, and every layout with its figures, the best
-first. Errors that the user can fix are raised as `UserError`. A module that imports JAX does so
-inside `run`, because the command line imports all modes.
+first. It is None for a mode that needs none, which then accepts what no plan could be made for.
+Errors that the user can fix are raised as `UserError`. A module that imports JAX does so
+inside `run`, because the command line imports the modules of all modes.
 
 A new mode is one row of `MODES`. The first one that is asked for runs; others may be asked for at
 the same time only if it `includes` them, and reads their options itself.
@@ -31,17 +32,19 @@ class Mode(NamedTuple):
       flag: that asks for the mode, as in `argparse`'s namespace: "simulate" for --simulate.
       module: that does it.
       includes: the flags of modes that may be asked for as well, as options of this one.
+      needs_plan: whether the layouts are planned before it runs.
     """
 
     flag: str
     module: str
     includes: tuple[str, ...] = ()
+    needs_plan: bool = True
 
     def is_asked_for(self, arguments: argparse.Namespace) -> bool:
         """Whether the command line has the flag."""
         return getattr(arguments, self.flag, None) not in (None, False)
 
-    def run(self, arguments: argparse.Namespace, plan: "Plan") -> int:
+    def run(self, arguments: argparse.Namespace, plan: "Plan | None") -> int:
         """Runs the mode; returns the exit code."""
         code: int = import_module(self.module).run(arguments, plan)
         return code
@@ -50,6 +53,8 @@ class Mode(NamedTuple):
 MODES: tuple[Mode, ...] = (
     Mode("server_command", "llama_jax.plan.serving"),
     Mode("kubernetes", "llama_jax.plan.serving"),
+    Mode("compare", "llama_jax.plan.live"),
+    Mode("report", "llama_jax.plan.report.command"),
 )
 
 

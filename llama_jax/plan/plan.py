@@ -1,6 +1,7 @@
 """What is asked of the planner, and its answer. Imports no JAX."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from llama_jax.config import LlamaConfig
 from llama_jax.costs.calibration import Calibration
@@ -27,7 +28,7 @@ class Question:
       kv_cache_dtype: as of a `Deployment`.
       layout: the only one to consider; None for all.
       max_chunk: the largest chunk in tokens; None to choose it.
-      calibration: times measured on the machine, for the layout that it names; None for none.
+      calibration: what was measured on the machine, for one layout; None for nothing.
       fp8_activations: as of a `Deployment`.
     """
 
@@ -48,17 +49,23 @@ class Question:
         return Deployment(self.config, self.gpu, layout, self.kv_cache_dtype, self.fp8_activations)
 
     def tick_model(self, layout: Layout) -> TickModel:
-        """The times of the ticks in a layout."""
+        """The times of the ticks of one replica in a layout, calibrated if that is possible."""
+        deployment = self.deployment(layout._replace(replicas=1))
         measured = self.calibration
-        if measured is not None and measured.mesh != f"{layout.num_stages}x{layout.num_ranks}":
-            measured = None
-        return TickModel(self.deployment(layout), measured)
+        if measured is not None and measured.mismatch(deployment) is None:
+            return TickModel(deployment, measured)
+        return _tick_model(deployment)
 
     def candidate(self, layout: Layout) -> Candidate:
         """A layout under the load that is asked for."""
         model = self.tick_model(layout)
         replica = Replica(model, self.workload, self.targets, self.max_chunk)
-        return Candidate(replica, self.workload.rate)
+        return Candidate(replica, self.workload.rate, layout.replicas)
+
+
+@lru_cache(maxsize=256)  # making one takes milliseconds, and plans look at some layouts often
+def _tick_model(deployment: Deployment) -> TickModel:
+    return TickModel(deployment)
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,11 @@ def make_plan(question: Question) -> Plan:
 
     Raises:
       LayoutError: there is none.
+      BadCalibration: the calibration holds for none of them.
     """
     only = question.layout
     found = [only] if only is not None else layouts(question.config, question.gpus)
+    measured = question.calibration
+    if measured is not None and all(measured.mismatch(question.deployment(x)) for x in found):
+        measured.check(question.deployment(found[0]))
     return Plan(question, tuple(sorted(map(question.candidate, found), key=lambda c: c.order)))

@@ -4,12 +4,14 @@ import argparse
 import json
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
 from llama_jax.costs.figure import Evidence
 from llama_jax.plan import modes
 from llama_jax.plan.__main__ import DEFECT, MET, MISSED, WRONG, main
+from llama_jax.plan.command_line import make_parser
 from llama_jax.plan.modes import Mode
 from llama_jax.terminal.arguments import duration
 from sharding.errors import UserError
@@ -150,6 +152,7 @@ def test_unknown_gpus_get_the_nearest_names(capsys):
     assert "h100-sxm" in error and "h100-pcie" in error
 
 
+@pytest.mark.slow
 def test_the_frontier_is_drawn_the_same_each_time(tmp_path, capsys):
     paths = [tmp_path / name for name in ("one.svg", "two.svg")]
     for path in paths:
@@ -186,6 +189,36 @@ def test_a_mode_is_one_row_of_the_table(monkeypatch):
     monkeypatch.setattr(modes, "MODES", rows[::-1])
     with pytest.raises(UserError):
         modes.chosen_mode(both)
+
+
+def test_every_mode_adds_its_flag_and_can_be_run():
+    known = vars(make_parser().parse_args([]))
+    for mode in modes.MODES:
+        assert mode.flag in known and not mode.is_asked_for(argparse.Namespace(**known))
+        assert callable(import_module(mode.module).run)
+        assert set(mode.includes) <= known.keys()
+
+
+def test_a_mode_that_needs_no_plan_runs_without_one(monkeypatch):
+    class Module:
+        @staticmethod
+        def run(arguments, plan):
+            return 3 if plan is None else 4
+
+    monkeypatch.setattr(modes, "MODES", (Mode("json", "any", needs_plan=False),))
+    monkeypatch.setattr(modes, "import_module", lambda name: Module)
+    monkeypatch.setattr(modes, "add_modes", lambda parser: None)
+    monkeypatch.setattr("llama_jax.plan.command_line.add_modes", lambda parser: None)
+    assert main(["--json", "--gpu", "auto"]) == 3
+
+
+def test_without_arguments_the_reference_deployment_is_judged(capsys):
+    assert main([]) in (MET, MISSED)
+    printed = capsys.readouterr().out
+    for lengths in ("128/128", "1024/256", "2048/128", "1000/1000"):
+        assert lengths in printed
+    assert main(["--json"]) in (MET, MISSED)
+    assert json.loads(capsys.readouterr().out)
 
 
 def test_planning_loads_no_jax():

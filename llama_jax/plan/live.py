@@ -1,0 +1,202 @@
+"""`--compare URL`: what was predicted beside what a running server reports. Imports no JAX."""
+
+import argparse
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+
+from llama_jax.costs.figure import Band, Evidence, Figure
+from llama_jax.plan.candidate import Candidate
+from llama_jax.plan.plan import Plan
+from llama_jax.plan.report.document import Cell, Report, Section, Table
+from llama_jax.plan.report.json_text import json_text
+from llama_jax.plan.report.outlook import STEADY, Outlook
+from llama_jax.plan.report.quantities import number_text
+from llama_jax.plan.report.text import show
+from llama_jax.plan.server_metrics import ComparisonError, Latency, Seen, metrics_url, observe
+from llama_jax.plan.targets import Workload
+from llama_jax.terminal.arguments import duration
+
+KEYS = ("LLAMA_JAX_API_KEY", "OPENAI_API_KEY")
+COLUMNS = ("figure", "predicted", "seen", "drift", "band")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the address, the key and the window."""
+    add = parser.add_argument_group("comparison with a running server").add_argument
+    add("--compare", metavar="URL", help="its metrics, such as http://HOST:8000/metrics")
+    add(
+        "--api-key",
+        metavar="KEY",
+        help=f"of that server (${KEYS[0]} or ${KEYS[1]}, which other users do not see)",
+    )
+    add(
+        "--window",
+        type=duration,
+        default=0.0,
+        metavar="SECONDS",
+        help="observe it for so long (compare with everything since its start)",
+    )
+
+
+def run(arguments: argparse.Namespace, plan: Plan) -> int:
+    """Prints the comparison; returns the exit code.
+
+    Raises:
+      ComparisonError: there is no server of this project, it has another mesh than the plan, or it
+        has not answered a request yet.
+    """
+    key = arguments.api_key or next(filter(None, map(os.environ.get, KEYS)), None)
+    url = metrics_url(arguments.compare)
+    report = comparison(plan, observe(url, key, arguments.window), url, arguments.window)
+    if arguments.json:
+        print(json_text(report), end="")
+    else:
+        show(report)
+    return 0
+
+
+def comparison(plan: Plan, seen: Seen, url: str, window: float = 0.0) -> Report:
+    """The report of a comparison.
+
+    The load is the one that was seen: its rate and the mean lengths of its requests.
+
+    Args:
+      plan: what was asked, and its layouts.
+      seen: of the server.
+      url: of its metrics.
+      window: seconds that it was observed for; 0 for since its start.
+
+    Raises:
+      ComparisonError: the server has another mesh, or has not answered a request.
+    """
+    if not seen.requests or math.isnan(seen.prompt_tokens):
+        when = f"in {window:g} s" if window else "yet"
+        raise ComparisonError(f"{url} has answered no request {when}: send some, and try again.")
+    load = Workload(max(1, round(seen.prompt_tokens)), max(1, round(seen.output_tokens)), seen.rate)
+    layout = matching(plan, seen, url).layout._replace(replicas=1)
+    predicted = Outlook(replace(plan.question, workload=load).candidate(layout))
+    since = f"in {window:g} s" if window else f"since its start {seen.seconds:,.0f} s ago"
+    rows = [row for row in _figures(predicted, seen) if row is not None]
+    inside = sum(row[-1] == "inside" for row in rows)
+    sections = [
+        Section("load", "Load", (), (_load_table(plan.question.workload, seen),)),
+        Section(
+            "figures",
+            "Latencies and use, at the load that was seen",
+            (),
+            (Table("figures", COLUMNS, tuple(rows)),),
+        ),
+    ]
+    if seen.ticks:
+        sections.append(_tick_section(predicted, seen))
+    return Report(
+        f"{url} against the plan for {plan.question.model} as {layout} of {plan.question.gpu.name}",
+        f"{inside} of {len(rows)} figures are inside the predicted band; {seen.requests:,.0f} "
+        f"requests were answered {since}.",
+        None,
+        tuple(sections),
+        {"url": url, "window_seconds": window, "requests": seen.requests},
+    )
+
+
+def matching(plan: Plan, seen: Seen, url: str) -> Candidate:
+    """The best layout of the plan that has the server's mesh.
+
+    Raises:
+      ComparisonError: there is none.
+    """
+    for candidate in plan.candidates:
+        layout = candidate.layout
+        ranks = seen.num_devices / seen.num_stages if seen.num_devices else layout.num_ranks
+        if (seen.num_stages, ranks) == (layout.num_stages, layout.num_ranks):
+            return candidate
+    mesh = f"{seen.num_stages} stages"
+    if seen.num_devices:
+        mesh += f" on {seen.num_devices} devices"
+    raise ComparisonError(
+        f"{url} runs {mesh}, which no layout of this plan has: give its mesh with --layout."
+    )
+
+
+def drift(predicted: Band, seen: float) -> tuple[str, str]:
+    """By how much a value differs from the expected one, and where it lies."""
+    if not predicted.expected or not math.isfinite(predicted.expected):
+        return "", "overloaded" if predicted.expected else ""
+    share = 100 * (seen / predicted.expected - 1)
+    where = "inside" if predicted.low <= seen <= predicted.high else "outside"
+    return f"{share:+.0f} %", where
+
+
+def _figures(predicted: Outlook, seen: Seen) -> Iterator[tuple[Cell, ...] | None]:
+    """Rows of latencies and of how full the server is; None where nothing was seen."""
+    replica, state = predicted.replica, predicted.candidate.state()
+    for name, latency, mean, tail in (
+        ("TTFT", seen.ttft, predicted.mean_ttft, predicted.ttft),
+        ("TPOT", seen.tpot, predicted.mean_tpot, predicted.tpot),
+    ):
+        yield _row(f"mean {name}", mean, latency.mean if latency else None)
+        yield _tail_row(name, tail, latency, replica.targets.inside)
+    running = Figure(predicted.candidate.band("live"), "sequences", Evidence.ARITHMETIC, STEADY)
+    yield _row("running", running, seen.running)
+    tokens = seen.pool_tokens or replica.memory.tokens
+    if tokens and math.isfinite(state.live):
+        share = running.value * (replica.context / tokens)
+        yield _row("KV pool in use", Figure(share, "", Evidence.ARITHMETIC, STEADY), seen.pool)
+    use = predicted.utilization
+    for name, value in (("slots used", seen.slots_used), ("stages busy", seen.stages_busy)):
+        yield _row(name, use[name], value) if name in use else None
+
+
+def _tail_row(
+    name: str, tail: Figure, latency: Latency | None, share: float
+) -> tuple[Cell, ...] | None:
+    """The 99th percentile: of the server, only the bucket of its histogram is known."""
+    if latency is None or share != 0.99:
+        return None
+    found = latency.p99
+    inside = found.low <= tail.value.high and found.high >= tail.value.low
+    return (f"{name}, p99", tail, _measured(found, "s"), drift(tail.value, found.expected)[0],
+            "inside" if inside else "outside")  # fmt: skip
+
+
+def _row(name: str, predicted: Figure, seen: float | None) -> tuple[Cell, ...] | None:
+    if seen is None or math.isnan(seen):
+        return None
+    found = _measured(Band.exactly(seen), predicted.unit)
+    return (name, predicted, found, *drift(predicted.value, seen))
+
+
+def _measured(band: Band, unit: str) -> Figure:
+    return Figure(band, unit, Evidence.MEASURED_HERE, "the server's metrics")
+
+
+def _load_table(planned: Workload, seen: Seen) -> Table:
+    pairs = (
+        ("requests/s", planned.rate, seen.rate),
+        ("prompt tokens, mean", planned.prompt_tokens, seen.prompt_tokens),
+        ("output tokens, mean", planned.output_tokens, seen.output_tokens),
+    )
+    rows = tuple(
+        (name, number_text(plan), number_text(found), drift(Band.exactly(plan), found)[0])
+        for name, plan, found in pairs
+    )
+    return Table("load", ("figure", "planned", "seen", "drift"), rows)
+
+
+def _tick_section(predicted: Outlook, seen: Seen) -> Section:
+    """Each program that ran, with the context that the load gives its rows."""
+    replica = predicted.replica
+    live = seen.running / seen.num_stages
+    rows: list[tuple[Cell, ...]] = []
+    for bucket, (count, seconds) in seen.ticks.items():
+        work = replica.work(bucket.rows, bucket.chunk)
+        work = work._replace(row_keys=min(live, bucket.rows) * replica.context)
+        band = replica.model.seconds(work)
+        figure = Figure(band, "s", Evidence.ARITHMETIC, "the model of ticks")
+        name = f"{bucket.rows} rows" + (f" + {bucket.chunk}" if bucket.chunk else "")
+        found = _measured(Band.exactly(seconds), "s")
+        rows.append((name, f"{count:,.0f}", figure, found, *drift(band, seconds)))
+    columns = ("program", "ticks", "predicted", "seen", "drift", "band")
+    return Section("ticks", "Ticks by program", (), (Table("ticks", columns, tuple(rows)),))

@@ -1,0 +1,1 @@
+"""Reports of a plan: one document, written as HTML, Markdown, JSON and text."""

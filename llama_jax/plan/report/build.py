@@ -1,0 +1,145 @@
+"""A report of a plan. Imports no JAX."""
+
+from llama_jax.costs.figure import Band, Evidence, Figure
+from llama_jax.plan.figures import figures
+from llama_jax.plan.json_text import question_json
+from llama_jax.plan.plan import Plan
+from llama_jax.plan.reasons import verdict
+from llama_jax.plan.report.claims import Claim, claim_table
+from llama_jax.plan.report.document import Report, Section, Table
+from llama_jax.plan.report.drawing import NO_PLOTS, can_draw
+from llama_jax.plan.report.floor import floor_figure
+from llama_jax.plan.report.judgement import Limit
+from llama_jax.plan.report.outlook import Outlook
+from llama_jax.plan.report.sections.alternatives import (
+    frontier_section,
+    headroom_section,
+    why_section,
+)
+from llama_jax.plan.report.sections.memory import (
+    balance_figures,
+    memory_section,
+    stage_section,
+)
+from llama_jax.plan.report.sections.promises import assumptions_section, compliance_section
+from llama_jax.plan.report.sections.risks import risk_section
+from llama_jax.plan.report.sections.ticks import communication_section, tick_section
+from llama_jax.plan.report.sections.timeline import timeline_section
+from llama_jax.plan.report.utilization import utilization_section
+
+PROMISED = (0.70, 0.85)  # GPU utilization, in the deployment targets
+
+
+def plan_report(plan: Plan, extra: tuple[Section, ...] = ()) -> Report:
+    """The whole report.
+
+    Args:
+      plan: that is reported.
+      extra: sections of other modes that ran as well, such as the simulation.
+    """
+    question = plan.question
+    title = (
+        f"{question.model} on {question.gpus} × {question.gpu.name}: "
+        f"{question.workload.prompt_tokens:,} + {question.workload.output_tokens:,} tokens at "
+        f"{question.workload.rate:g} requests/s"
+    )
+    sections = (target_section(plan), why_section(plan), *detail_sections(plan, plan, extra))
+    return Report(title, verdict(plan), plan.best.holds, sections, question_json(question))
+
+
+def target_section(plan: Plan) -> Section:
+    """Every target of the best layout with floor, found, margin and evidence."""
+    seen, targets = Outlook(plan.best), plan.question.targets
+    claims = []
+    if targets.ttft is not None:
+        floor = floor_figure(seen.floor_ttft)
+        claims.append(Claim("time to first token", seen.ttft, Limit(targets.ttft), floor=floor))
+    if targets.tpot is not None:
+        floor = floor_figure(seen.floor_tpot)
+        claims.append(Claim("time per output token", seen.tpot, Limit(targets.tpot), floor=floor))
+    if targets.ttft is not None or targets.tpot is not None:
+        claims.append(Claim("requests inside both", seen.inside, Limit(targets.inside, True)))
+    rate = Limit(plan.question.workload.rate, True)
+    claims.append(Claim("highest rate within the targets", seen.max_rate, rate))
+    claims.append(_memory_claim(plan))
+    text = (
+        f"The layout is {plan.best.layout}. Latencies are those that "
+        f"{100 * targets.inside:g} % of the requests keep.",
+        "A verdict is about the whole band: `holds` and `fails` are certain within it, `likely` "
+        "and `unlikely` follow the expected value. The percentage is the room that is left.",
+    )
+    return Section("targets", "Targets", text, (claim_table(claims),))
+
+
+def detail_sections(
+    plan: Plan, every: Plan, extra: tuple[Section, ...] = ()
+) -> tuple[Section, ...]:
+    """Everything about the best layout.
+
+    Args:
+      plan: that is reported.
+      every: the same question for all layouts.
+      extra: sections of other modes.
+    """
+    best = plan.best
+    seen, deployment = Outlook(best), best.deployment
+    rows = seen.rows
+    context = round(seen.replica.context)
+    work = (rows, context, best.chunk)
+    found = figures(best)
+    return (
+        stage_section(deployment),
+        memory_section(deployment, best.memory.cache, found["temporaries"],
+                       plan.question.targets.memory_share),
+        tick_section(best.replica.model, *work),
+        communication_section(best.replica.model, *work),
+        balance_section(plan),
+        utilization_section(seen, PROMISED),
+        headroom_section(plan),
+        *extra,
+        frontier_section(every),
+        timeline_section(best),
+        risk_section(plan),
+        compliance_section(),
+        assumptions_section(_assumptions(plan)),
+    )  # fmt: skip
+
+
+def balance_section(plan: Plan) -> Section:
+    """How far the GPUs differ."""
+    shares = balance_figures(plan.best.deployment)
+    rows = tuple((what, figure) for what, figure in shares.items())
+    text = "The largest difference between two GPUs, as a share of the larger."
+    return Section("balance", "Balance", (text,), (Table("balance", ("of", "difference"), rows),))
+
+
+def _memory_claim(plan: Plan) -> Claim:
+    memory, share = plan.best.memory, plan.question.targets.memory_share
+    needed = memory.needed(plan.best.kv_needed if plan.best.fits else 0) / memory.total
+    figure = Figure(
+        Band.exactly(min(needed, 99.0)), "", Evidence.ARITHMETIC,
+        "weights, temporaries, and the cache that this load fills",
+    )  # fmt: skip
+    return Claim("memory of each GPU in use", figure, Limit(share) if share else None)
+
+
+def _assumptions(plan: Plan) -> tuple[tuple[str, str], ...]:
+    question = plan.question
+    gpu, workload = question.gpu, question.workload
+    rows = [
+        ("arrivals", "Poisson, open loop; lengths constant; no prompt begins like another"),
+        ("lengths", f"{workload.prompt_tokens:,} prompt and {workload.output_tokens:,} output "
+                    "tokens"),
+        ("weights", question_json(question)["weights"]),
+        ("KV cache", question.kv_cache_dtype),
+        ("memory bandwidth", f"{gpu.bandwidth / 1e12:g} TB/s ({gpu.source})"),
+        ("links", f"{gpu.link_bandwidth / 1e9:g} GB/s in each direction"),
+        ("sampling", "greedy; other sampling adds a second, small program to a tick"),
+    ]  # fmt: skip
+    if question.calibration is None:
+        rows.append(("times measured on this machine", "none: `--calibrate` writes them"))
+    else:
+        rows.append(("times measured on this machine", f"`{question.calibration}`"))
+    if not can_draw():
+        rows.append(("plots", NO_PLOTS))
+    return tuple(rows)

@@ -1,0 +1,48 @@
+"""`--report DIR`: writes the plan as a page, as Markdown and as JSON. Imports no JAX."""
+
+import argparse
+import json
+from pathlib import Path
+
+from llama_jax.plan.plan import Plan
+from llama_jax.plan.report.build import plan_report
+from llama_jax.plan.report.reference import reference_report
+from llama_jax.plan.report.writing import check_directory, write
+
+MET, MISSED = 0, 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the directory."""
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="write report.html, report.md and report.json; alone, of the reference deployment",
+    )
+
+
+def run(arguments: argparse.Namespace, plan: Plan) -> int:
+    """Writes the report and prints its verdict; returns the exit code.
+
+    Raises:
+      ReportError: the directory cannot be written.
+    """
+    check_directory(arguments.report)
+    report = reference_report(details=True) if _is_alone(arguments) else plan_report(plan)
+    paths = [str(path) for path in write(report, arguments.report)]
+    if arguments.json:
+        print(json.dumps({"verdict": report.verdict, "met": report.met, "files": paths}, indent=1))
+    else:
+        print(report.verdict)
+        print(f"Written: {', '.join(paths)}")
+    return MET if report.met else MISSED
+
+
+def _is_alone(arguments: argparse.Namespace) -> bool:
+    """Whether the command line says nothing but where to write."""
+    from llama_jax.plan.command_line import make_parser
+
+    defaults = vars(make_parser().parse_args([]))
+    said = {name for name, value in vars(arguments).items() if value != defaults.get(name)}
+    return said <= {"report", "json"}

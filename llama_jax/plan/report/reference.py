@@ -1,0 +1,283 @@
+"""The reference deployment: Llama-3-70B on 8 x H100 as 4 x 2, and what was promised of it.
+
+Every verdict is computed from the tables of GPUs and kernels. Imports no JAX.
+"""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from llama_jax.costs.deployment import Layout
+from llama_jax.costs.figure import Band, Evidence, Figure
+from llama_jax.costs.gpus import Gpu, find_gpu
+from llama_jax.costs.memory import weight_bytes
+from llama_jax.plan.model import find_model, with_weights
+from llama_jax.plan.plan import Question, make_plan
+from llama_jax.plan.report.build import PROMISED, detail_sections
+from llama_jax.plan.report.claims import Claim, claim_table, names_text, verdict_text
+from llama_jax.plan.report.document import Cell, Report, Section, Table
+from llama_jax.plan.report.floor import floor_figure
+from llama_jax.plan.report.judgement import Limit, Verdict, overall
+from llama_jax.plan.report.outlook import Outlook
+from llama_jax.plan.report.sections.alternatives import why_section
+from llama_jax.plan.report.sections.memory import balance_figures, counted
+from llama_jax.plan.report.sections.promises import assumptions_section, compliance_section
+from llama_jax.plan.report.utilization import utilization_section
+from llama_jax.plan.targets import Targets, Workload
+
+MODEL = "llama3-70b"
+LAYOUT = Layout(4, 2)
+REQUIRED = Targets(0.5, 0.05, 0.85)
+CLAIMED = Targets(0.25, 0.025, 0.85)
+REQUIRED_RATE, CLAIMED_RATE = 8.0, 10.0
+LENGTHS = ((128, 128), (1024, 256), (2048, 128), (1000, 1000))
+TYPICAL = (1024, 256)
+CACHE = 20 * 10**9  # bytes of KV cache on each GPU
+CLAIMED_WEIGHTS = 17.5e9
+RESTART = 30.0  # seconds
+AVAILABILITY = 0.999
+MONTH = 30 * 86400
+
+# What might make a claim hold: (name, GPU, weights, layout).
+VARIANTS = (
+    ("4x2, bf16 weights", "h100-sxm", "bf16", Layout(4, 2)),
+    ("4x2, fp8 weights", "h100-sxm", "fp8", Layout(4, 2)),
+    ("2x4, bf16 weights", "h100-sxm", "bf16", Layout(2, 4)),
+    ("1x8, bf16 weights", "h100-sxm", "bf16", Layout(1, 8)),
+    ("1x8, fp8 weights", "h100-sxm", "fp8", Layout(1, 8)),
+    ("4x2, bf16 weights, 8 × H200", "h200", "bf16", Layout(4, 2)),
+)
+
+
+def question(
+    lengths: tuple[int, int] = TYPICAL,
+    rate: float = REQUIRED_RATE,
+    targets: Targets = REQUIRED,
+    variant: tuple[str, str, Layout] = ("h100-sxm", "bf16", LAYOUT),
+) -> Question:
+    """Llama-3-70B on 8 GPUs under a load."""
+    gpu, weights, layout = variant
+    config = with_weights(find_model(MODEL), weights)
+    return Question(
+        MODEL, config, find_gpu(gpu), layout.gpus, Workload(*lengths, rate), targets, layout=layout
+    )
+
+
+def outlook(*arguments: Any) -> Outlook:
+    """What it does; `arguments` are those of `question`."""
+    asked = question(*arguments)
+    assert asked.layout is not None
+    return Outlook(asked.candidate(asked.layout))
+
+
+def reference_report(details: bool = False) -> Report:
+    """The reference deployment, row by row.
+
+    Args:
+      details: whether to add everything that a report says of a layout, with its plots.
+    """
+    claims = typical_claims()
+    wrong = [c.what for c in claims if c.required_verdict not in (None, *_KEPT)]
+    broken = [c.what for c in claims if c.claimed_verdict not in (None, *_KEPT)]
+    verdict = (
+        f"At {REQUIRED_RATE:g} requests/s of {TYPICAL[0]:,} + {TYPICAL[1]} tokens, "
+        + (f"these requirements are missed: {names_text(wrong)}" if wrong else
+           "every requirement is expected to hold")
+        + ("; " + f"claimed but not to be expected: {names_text(broken)}." if broken else
+           ", and so is every claim.")
+    )  # fmt: skip
+    asked = question()
+    free = make_plan(replace(asked, layout=None))
+    return Report(
+        "Reference deployment: Llama-3-70B on 8 × H100 80 GB, 4 stages × 2 ranks, bf16",
+        verdict,
+        not wrong,
+        (
+            Section(
+                "targets",
+                "Targets",
+                ("A verdict is about the whole band: `holds` and `fails` are certain within it, "
+                 "`likely` and `unlikely` follow the expected value.",),
+                (claim_table(claims),),
+            ),
+            alone_section(),
+            workload_section(),
+            cure_section(),
+            *((why_section(free), *detail_sections(make_plan(asked), free)) if details else (
+                utilization_section(outlook(), PROMISED),
+                compliance_section(),
+                assumptions_section(_assumptions(asked.gpu)),
+            )),
+        ),
+        {"model": MODEL, "gpu": asked.gpu.name, "layout": str(LAYOUT),
+         "bandwidth_bytes_per_second": asked.gpu.bandwidth},
+    )  # fmt: skip
+
+
+_KEPT = (Verdict.HOLDS, Verdict.LIKELY)
+
+
+def typical_claims() -> list[Claim]:
+    """Every deployment target under the typical workload at the required rate."""
+    seen = outlook()
+    planned, memory = seen.candidate.deployment, seen.candidate.memory
+    weights = sum(weight_bytes(planned).values())
+    peak = weights + CACHE + memory.temporaries
+    balance = balance_figures(planned)
+    faults = MONTH * (1 - AVAILABILITY) / RESTART
+    return [
+        Claim("time to first token", seen.ttft, Limit(0.5), Limit(0.25),
+              floor_figure(seen.floor_ttft)),
+        Claim("time per output token", seen.tpot, Limit(0.05), Limit(0.025),
+              floor_figure(seen.floor_tpot)),
+        Claim("highest rate within 500 / 50 ms", seen.max_rate, Limit(REQUIRED_RATE, True),
+              Limit(CLAIMED_RATE, True)),
+        Claim("requests inside 500 / 50 ms", seen.inside, Limit(0.99, True)),
+        Claim("weights per GPU", counted(weights), None, Limit(CLAIMED_WEIGHTS)),
+        Claim("room for KV cache per GPU", counted(memory.cache, source="85 % of the memory, less "
+              "weights and temporaries"), None, Limit(CACHE, True)),
+        Claim("peak memory with 20 GB of cache",
+              counted(peak / planned.gpu.memory_bytes, "", "weights + cache + temporaries"),
+              Limit(0.85), Limit(68e9 / planned.gpu.memory_bytes)),
+        Claim("memory variance across GPUs", balance["memory of weights and cache"], Limit(0.05),
+              Limit(0.0)),
+        Claim("compute variance across GPUs", balance["layers, and so products and attention"],
+              Limit(0.05), Limit(0.0)),
+        Claim("communication share", seen.communication, Limit(0.2)),
+        Claim(f"faults a month that leave {100 * AVAILABILITY:g} %, at {RESTART:g} s each",
+              Figure(Band.exactly(faults), "faults", Evidence.ARITHMETIC, "30 days × 0.1 % / 30 s; "
+              "one host has no spare: `--simulate` shows what a fault does to requests")),
+    ]  # fmt: skip
+
+
+def alone_section() -> Section:
+    """Latencies without any load."""
+    rows: list[tuple[Cell, ...]] = []
+    for lengths in LENGTHS:
+        seen = outlook(lengths)
+        rows.append(
+            (
+                _lengths_text(lengths),
+                floor_figure(seen.floor_ttft),
+                seen.alone_ttft,
+                verdict_text(Limit(CLAIMED.ttft or 0), seen.alone_ttft),
+                floor_figure(seen.floor_tpot),
+                seen.alone_tpot,
+                verdict_text(Limit(CLAIMED.tpot or 0), seen.alone_tpot),
+            )
+        )
+    columns = ("prompt/output", "TTFT floor", "TTFT", "250 ms", "TPOT floor", "TPOT", "25 ms")
+    return Section(
+        "alone",
+        "One request alone",
+        (_bandwidth_text(),),
+        (Table("alone", columns, tuple(rows)),),
+    )
+
+
+def _bandwidth_text() -> str:
+    """What the claimed time per token asks of the memory, with each kind of weights."""
+    target = CLAIMED.tpot or math.inf
+    floors, others, gap = [], 0.0, 0.0
+    for weights in ("bf16", "fp8"):
+        seen = outlook(TYPICAL, REQUIRED_RATE, REQUIRED, ("h100-sxm", weights, LAYOUT))
+        parts = seen.replica.model.parts(seen.replica.work(1, 0))
+        others = LAYOUT.num_stages * (parts["communication"] + parts["small"]).expected
+        gap = LAYOUT.num_stages * parts["launch"].expected
+        floors.append(seen.floor_tpot)
+    alone, beside, late = (
+        " and ".join(f"{100 * floor / (target - other):.0f} %" for floor in floors)
+        for other in (0.0, others, others + gap)
+    )
+    reading = " and ".join(f"{1e3 * floor:.1f}" for floor in floors)
+    return (
+        f"{1e3 * target:g} ms per token needs {beside} of the peak bandwidth with bf16 and fp8 "
+        f"weights: at the peak, reading takes {reading} ms, and communication and small kernels "
+        f"take {1e3 * others:.1f} ms more. If nothing else took time, it would be {alone}; with "
+        f"the {1e3 * gap:.1f} ms that waiting for the host is expected to take, {late}."
+    )
+
+
+def workload_section() -> Section:
+    """The latencies under each workload at the required and the claimed rate."""
+    rows: list[tuple[Cell, ...]] = []
+    for lengths in LENGTHS:
+        for rate in (REQUIRED_RATE, CLAIMED_RATE):
+            seen = outlook(lengths, rate)
+            rows.append(
+                (
+                    f"{_lengths_text(lengths)}, {rate:g}/s",
+                    seen.ttft,
+                    seen.tpot,
+                    str(latency_verdict(seen, REQUIRED)),
+                    str(latency_verdict(seen, CLAIMED)),
+                    seen.max_rate,
+                    f"{seen.candidate.chunk}",
+                )
+            )
+    columns = (
+        *("prompt/output, rate", "TTFT, p99", "TPOT, p99", "500/50 ms"),
+        *("250/25 ms", "rate up to which 500/50 ms hold", "chunk"),
+    )
+    return Section(
+        "workloads",
+        "Under load",
+        ("`chunk` is the number of prompt tokens in a tick that suits the targets best.",),
+        (Table("workloads", columns, tuple(rows)),),
+    )
+
+
+def cure_section() -> Section:
+    """Which change makes the claims hold, by trying each."""
+    tables = []
+    for targets, rate in ((CLAIMED, CLAIMED_RATE), (REQUIRED, REQUIRED_RATE)):
+        rows: list[tuple[Cell, ...]] = []
+        for name, gpu, weights, layout in VARIANTS:
+            variant = gpu, weights, layout
+            seen = [outlook(lengths, rate, targets, variant) for lengths in LENGTHS]
+            rows.append((name, *(_cure_text(each, targets) for each in seen)))
+        ttft, tpot = (1e3 * (limit or 0) for limit in (targets.ttft, targets.tpot))
+        caption = (
+            f"{ttft:g} ms to the first token and {tpot:g} ms per token at {rate:g} requests/s:"
+        )
+        columns = ("deployment", *map(_lengths_text, LENGTHS))
+        tables.append(Table(f"at_{rate:g}", columns, tuple(rows), caption))
+    return Section(
+        "cures",
+        "What would make them hold",
+        ("Each cell has TTFT/TPOT at the 99th percentile, as expected.",),
+        tuple(tables),
+    )
+
+
+def latency_verdict(seen: Outlook, targets: Targets) -> Verdict:
+    """Whether both latencies are kept."""
+    return overall(
+        [
+            Limit(limit).judge(figure)
+            for limit, figure in ((targets.ttft, seen.ttft), (targets.tpot, seen.tpot))
+            if limit is not None
+        ]
+    )
+
+
+def _cure_text(seen: Outlook, targets: Targets) -> str:
+    verdict = latency_verdict(seen, targets)
+    if not seen.sustained:
+        return f"{verdict}: overloaded"
+    ttft, tpot = seen.ttft.value.expected, seen.tpot.value.expected
+    return f"{verdict}: {1e3 * ttft:.0f}/{1e3 * tpot:.0f} ms"
+
+
+def _lengths_text(lengths: tuple[int, int]) -> str:
+    return f"{lengths[0]}/{lengths[1]}"
+
+
+def _assumptions(gpu: Gpu) -> tuple[tuple[str, str], ...]:
+    return (
+        ("arrivals", "Poisson, open loop, lengths constant, no prompt begins like another"),
+        ("memory bandwidth", f"{gpu.bandwidth / 1e12:g} TB/s ({gpu.source})"),
+        ("percentile of latencies", f"{100 * REQUIRED.inside:g} %"),
+        ("sampling", "greedy; other sampling adds a second, small program to a tick"),
+        ("measured on these GPUs by this project", "nothing yet: `--calibrate` replaces the table"),
+    )

@@ -1,0 +1,63 @@
+"""What may still go wrong, from the figures. Imports no JAX."""
+
+from collections.abc import Iterator
+
+from llama_jax.plan.headroom import headrooms
+from llama_jax.plan.numbers import amount
+from llama_jax.plan.plan import Plan
+from llama_jax.plan.report.document import Section, Table
+
+CLOSE = 1.5  # a limit nearer than this factor is a risk
+FULL = 0.8  # of the pool
+RESTART_SECONDS, AVAILABILITY, MONTH = 30.0, 0.999, 30 * 86400
+
+
+def risk_section(plan: Plan) -> Section:
+    """Each risk with what it rests on and what to do."""
+    columns = ("risk", "because", "what to do")
+    return Section("risks", "Risks", (), (Table("risks", columns, tuple(_risks(plan))),))
+
+
+def _risks(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    best, question = plan.best, plan.question
+    if not best.holds:
+        yield (
+            "targets are missed",
+            ", ".join(missed.target for missed in best.missed),
+            "see “What would help”",
+        )
+    elif not best.holds_surely:
+        yield (
+            "targets may be missed",
+            "they hold as expected, but not with the slowest ticks of the band",
+            "measure the ticks: `--calibrate` on the machine narrows the band",
+        )
+    if question.calibration is None:
+        yield (
+            "ticks are slower than the table says",
+            "no tick of this model was measured on this machine",
+            "`--validate`, then `--calibrate`",
+        )
+    for each in headrooms(question, best) if best.holds else ():
+        if each.factor < CLOSE:
+            what = "tick" if each.what == "launch gap" else each.what
+            yield (
+                f"{what} is close to its limit",
+                f"{each.then or 'the context'} ends it at {amount(each.limit, each.unit)}, "
+                f"{each.factor:.2f} times of now",
+                "plan for more, or watch it: docs/alerts.yaml",
+            )
+    if best.fits and best.kv_needed > FULL * best.memory.tokens:
+        yield (
+            "the KV pool fills up",
+            f"the load needs {best.kv_needed / best.memory.tokens:.0%} of its tokens",
+            "an 8-bit cache (`--kv-cache-dtype`), or more GPUs",
+        )
+    faults = MONTH * (1 - AVAILABILITY) / RESTART_SECONDS
+    yield (
+        "a GPU fails",
+        f"all GPUs of a replica stop with it; {question.gpus // best.layout.replicas} of "
+        f"{question.gpus} GPUs restart together. {AVAILABILITY:.1%} availability leaves "
+        f"{faults:.0f} restarts of {RESTART_SECONDS:g} s a month",
+        "`--simulate` shows what a failure does to requests; a second replica takes its load",
+    )

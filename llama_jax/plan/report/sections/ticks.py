@@ -1,0 +1,137 @@
+"""Where the time goes: ticks by part, communication, latency against batch and context.
+
+Imports no JAX.
+"""
+
+from llama_jax.costs.figure import Band, Evidence, Figure
+from llama_jax.costs.tick_time import TickModel
+from llama_jax.costs.work import Work
+from llama_jax.plan.report.document import Cell, Plot, Section, Table
+from llama_jax.plan.report.drawing import bands, draw
+from llama_jax.plan.report.quantities import band_text
+from llama_jax.terminal.units import bytes_text, count_text
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # sequences of the whole ring
+CONTEXTS = (512, 2048, 8192)
+COMMUNICATION = "communication"
+PURPOSES = {
+    "layers": "partial sums of the layers",
+    "embedding": "embeddings of the entering packet",
+    "stages": "activations to the next stage",
+    "finished": "activations of the leaving packet",
+    "tokens": "the likeliest token of each GPU",
+}
+
+
+def tick_section(model: TickModel, rows: int, context: int, chunk: int) -> Section:
+    """The parts of a tick without and with a chunk.
+
+    Args:
+      model: of the deployment.
+      rows: decode rows of a packet.
+      context: keys of each.
+      chunk: prompt tokens of a chunk.
+    """
+    works = _works(rows, context, chunk)
+    parts = [model.figures(work) for work in works.values()]
+    table: list[tuple[Cell, ...]] = [(name, *(found[name] for found in parts)) for name in parts[0]]
+    num_stages = model.deployment.layout.num_stages
+    for name, factor in (("whole tick", 1), (f"per token: {num_stages} ticks", num_stages)):
+        sums = (model.seconds(work) * factor for work in works.values())
+        table.append(
+            (name, *(Figure(band, "s", Evidence.ARITHMETIC, "sum of the parts") for band in sums))
+        )
+    return Section(
+        "ticks",
+        "Where the time of a tick goes",
+        (
+            f"Rows have a context of {context:,} tokens. All stages run in lockstep, so every tick "
+            f"lasts as long as its slowest stage, and each token takes {num_stages} ticks.",
+        ),
+        (Table("parts", ("", *works), tuple(table)),),
+        (_latency_plot(model),),
+    )
+
+
+def communication_section(model: TickModel, rows: int, context: int, chunk: int) -> Section:
+    """The collectives of a tick: how many, how large, and their share of the time."""
+    gpu = model.deployment.gpu
+    works = _works(rows, context, chunk)
+    shares = " and ".join(
+        f"{band_text(communication_share(model, work), '')} of a tick with {name}"
+        for name, work in works.items()
+    )
+    table: list[tuple[Cell, ...]] = []
+    for few, many in zip(*map(model.collectives, works.values()), strict=True):
+        table.append(
+            (
+                PURPOSES.get(few.what, few.what),
+                few.kind,
+                f"{few.count}",
+                f"{few.ranks}",
+                *(bytes_text(each.bytes) for each in (few, many)),
+                *(Figure(c.seconds, "s", c.evidence, c.source) for c in (few, many)),
+            )
+        )
+    columns = (
+        *("for", "collective", "a tick", "GPUs"),
+        *(f"bytes of each, {name}" for name in works),
+        *(f"time of all, {name}" for name in works),
+    )
+    if not table:
+        return Section("communication", "Communication", ("One GPU has nothing to send.",))
+    return Section(
+        "communication",
+        "Communication",
+        (
+            f"Data moves for {shares}. The links carry {gpu.link_bandwidth / 1e9:,.0f} GB/s in "
+            f"each direction ({gpu.source}).",
+        ),
+        (Table("collectives", columns, tuple(table)),),
+    )
+
+
+def _works(rows: int, context: int, chunk: int) -> dict[str, Work]:
+    return {
+        count_text(rows, "row"): Work.of(rows, context),
+        f"{count_text(rows, 'row')} + {chunk}": Work.of(rows, context, chunk, context),
+    }
+
+
+def communication_share(model: TickModel, work: Work) -> Band:
+    """The share of a tick in which data moves between GPUs."""
+    parts, whole = model.parts(work), model.seconds(work)
+    moved = parts.get(COMMUNICATION, Band.exactly(0.0))
+    shares = sorted(
+        part / total
+        for part, total in (
+            (moved.low, whole.low),
+            (moved.expected, whole.expected),
+            (moved.high, whole.high),
+        )
+    )
+    return Band(shares[0], moved.expected / whole.expected, shares[2])
+
+
+def _latency_plot(model: TickModel) -> Plot:
+    num_stages = model.deployment.layout.num_stages
+    curves = {}
+    for context in CONTEXTS:
+        points = []
+        for batch in BATCHES:
+            band = model.seconds(Work.of(-(-batch // num_stages), context)) * (1e3 * num_stages)
+            points.append((round(band.low, 4), round(band.expected, 4), round(band.high, 4)))
+        curves[f"context {context:,}"] = points
+    data = {
+        "sequences": list(BATCHES),
+        "milliseconds_low_expected_high": {k: list(map(list, v)) for k, v in curves.items()},
+    }
+    return Plot(
+        "latency",
+        "Time per output token by the number of sequences and their context, without prompts",
+        data,
+        draw(
+            "latency by batch and context",
+            lambda: bands(BATCHES, curves, "sequences that decode", "ms per token", {}),
+        ),
+    )
