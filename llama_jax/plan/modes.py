@@ -51,6 +51,8 @@ class Mode(NamedTuple):
 
 
 MODES: tuple[Mode, ...] = (
+    Mode("server_command", "llama_jax.plan.serving"),
+    Mode("kubernetes", "llama_jax.plan.serving"),
     Mode("compare", "llama_jax.plan.live"),
     Mode("report", "llama_jax.plan.report.command"),
 )

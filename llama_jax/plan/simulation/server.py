@@ -82,7 +82,9 @@ def server_for(
     deployment = model.deployment
     stages, platform = deployment.layout.num_stages, deployment.gpu.platform
     page = page_bytes(deployment, options.page_size)
-    sizes, longest = choose_sizes(options, deployment.config, stages, page, cache_bytes, platform)
+    sizes, longest = choose_sizes(
+        options, deployment.config, stages, page, cache_bytes, platform, model
+    )
     index = LEVELS.index(level)
     communication: dict[tuple[int, int], float] = {}
 
