@@ -3,6 +3,7 @@
 import csv
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,7 +117,7 @@ def read_curve(path: Path) -> list[Point]:
 
 def rate_at(curve: list[Point], at: float) -> float:
     """The rate at a time, by straight lines between the points."""
-    for before, after in zip(curve, curve[1:], strict=False):
+    for before, after in pairwise(curve):
         if at <= after.at:
             share = (at - before.at) / (after.at - before.at)
             return before.rate + max(0.0, share) * (after.rate - before.rate)
