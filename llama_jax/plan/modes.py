@@ -54,9 +54,20 @@ class Mode(NamedTuple):
 MODES: tuple[Mode, ...] = (
     Mode("validate", "llama_jax.plan.machine.command", needs_plan=False),
     Mode("calibrate", "llama_jax.plan.machine.command", needs_plan=False),
+    Mode("server_command", "llama_jax.plan.serving"),
+    Mode("kubernetes", "llama_jax.plan.serving"),
     Mode("compare", "llama_jax.plan.live"),
+    Mode(
+        "report",
+        "llama_jax.plan.report.command",
+        includes=("compile", "simulate", "trace", "highest_rate", "outage", "daily"),
+    ),
     Mode("compile", "llama_jax.plan.compiled.command"),
-    Mode("report", "llama_jax.plan.report.command"),
+    Mode("simulate", "llama_jax.plan.simulation.command"),
+    Mode("trace", "llama_jax.plan.simulation.command"),
+    Mode("highest_rate", "llama_jax.plan.simulation.command"),
+    Mode("outage", "llama_jax.plan.simulation.command"),
+    Mode("daily", "llama_jax.plan.simulation.command"),
 )
 
 

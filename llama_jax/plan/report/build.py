@@ -5,7 +5,7 @@ from llama_jax.plan.figures import figures
 from llama_jax.plan.json_text import question_json
 from llama_jax.plan.plan import Plan
 from llama_jax.plan.reasons import verdict
-from llama_jax.plan.report.claims import Claim, claim_table
+from llama_jax.plan.report.claims import HOW_TO_READ, Claim, claim_table
 from llama_jax.plan.report.document import Report, Section, Table
 from llama_jax.plan.report.drawing import NO_PLOTS, can_draw
 from llama_jax.plan.report.floor import floor_figure
@@ -77,8 +77,7 @@ def target_section(plan: Plan, outcome: Outcome | None) -> Section:
     text = (
         f"The layout is {plan.best.layout}. Latencies are those that "
         f"{100 * targets.inside:g} % of the requests keep.",
-        "A verdict is about the whole band: `holds` and `fails` are certain within it, `likely` "
-        "and `unlikely` follow the expected value. The percentage is the room that is left.",
+        HOW_TO_READ,
     )
     return Section("targets", "Targets", text, (claim_table(claims),))
 

@@ -108,7 +108,7 @@ class Simulation:
         heapq.heappush(self._coming, attempt)
 
     def _user_asks(self, at: float) -> None:
-        request = next(self._next, None)
+        request = next(self._next, None) if at < self.load.until else None
         if request is not None:
             self._come(request, at)
 
