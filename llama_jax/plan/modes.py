@@ -56,7 +56,7 @@ MODES: tuple[Mode, ...] = (
     Mode("calibrate", "llama_jax.plan.machine.command", needs_plan=False),
     Mode("server_command", "llama_jax.plan.serving"),
     Mode("kubernetes", "llama_jax.plan.serving"),
-    Mode("compare", "llama_jax.plan.live"),
+    Mode("compare", "llama_jax.plan.live", needs_plan=False),
     Mode(
         "report",
         "llama_jax.plan.report.command",
