@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, _: None = None) -> int:
     """Prints the comparison; returns the exit code.
 
-    The load is the one that was seen: its rate, and the mean lengths of its requests. So is the mesh
-    unless the command line has one.
+    The load is the one that was seen: its rate, and the mean lengths of its requests. So is the
+    mesh, unless the command line has one.
 
     Raises:
       UserError: there is no server of this project, it has another mesh than the plan, it has not
