@@ -16,6 +16,7 @@ from llama_jax.plan.headroom import headrooms
 from llama_jax.plan.plan import Plan, Question, make_plan
 from llama_jax.plan.price import cost_per_million
 from llama_jax.plan.recommend import recommend
+from llama_jax.plan.replica import LEVELS
 from llama_jax.plan.targets import Targets, Workload
 
 TARGETS = Targets(ttft=0.5, tpot=0.05, memory_share=0.85)
@@ -67,6 +68,14 @@ def test_a_candidate_misses_nothing_exactly_if_it_is_within_its_targets():
             within = state.ttft <= TARGETS.ttft and state.tpot <= TARGETS.tpot
             assert candidate.holds == (candidate.fits and within)
             assert all(missed.excess > 1 for missed in candidate.missed)
+
+
+def test_there_is_room_for_as_many_sequences_as_may_live():
+    for candidate in reference().candidates:
+        for level in LEVELS:
+            state = candidate.state(level)
+            assert state.overload or candidate.max_num_seqs >= state.most_live
+        assert candidate.max_num_seqs <= max(1, candidate.replica.max_live)
 
 
 def test_weights_and_cache_are_divided_by_stages_and_ranks():
