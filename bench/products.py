@@ -22,6 +22,7 @@ from bench.roofline import PACKAGES, check_device, copy_rate, matrix_rate
 from bench.step import rank_config, toy_config
 from bench.timing import UNITS
 from llama_jax.config import LlamaConfig, Quantization
+from llama_jax.model.hopper_product import with_kernel
 from llama_jax.model.llama import linear
 from llama_jax.plan.machine.random_weights import nbytes, random_array, random_params
 from llama_jax.plan.machine.timing import Timing, time_calls
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `python -m bench products`."""
     parser.add_argument("--rows", type=int, nargs="+", help="values of M (default: 1 8 32 512)")
     parser.add_argument("--formats", choices=FORMATS, nargs="+", default=list(FORMATS))
+    parser.add_argument("--xla", action="store_true", help="without the kernel for 8 bits")
     parser.add_argument("--toy", action="store_true", help="tiny matrices, to try it on a CPU")
 
 
@@ -68,15 +70,19 @@ def run(args: argparse.Namespace) -> Result:
 
     for num_rows in args.rows or (TOY_ROWS if args.toy else ROWS):
         for name in args.formats:
-            rows += layer_rows(name, num_rows, args.toy, copy, matrix)
+            rows += layer_rows(name, num_rows, args.toy, args.xla, copy, matrix)
             keep(result(), args.output)
     return result()
 
 
-def layer_rows(name: str, num_rows: int, toy: bool, copy: float, matrix: float) -> list[Row]:
+def layer_rows(
+    name: str, num_rows: int, toy: bool, xla: bool, copy: float, matrix: float
+) -> list[Row]:
     """Times each product of a layer in one format; the last row has their sum."""
     found: list[Row] = []
     for product, shapes, width in matrices(name, toy):
+        if not (xla or toy):
+            shapes = with_kernel(shapes)
         case = {"format": name, "product": product, "rows": num_rows}
         try:
             row = product_row(shapes, width, num_rows, name, copy, matrix, 0 if toy else SECONDS)

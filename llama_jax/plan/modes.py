@@ -33,6 +33,7 @@ class Mode(NamedTuple):
       flag: that asks for the mode, as in `argparse`'s namespace: "simulate" for --simulate.
       module: that does it.
       includes: the flags of modes that may be asked for as well, as options of this one.
+      reads: modules whose options it has as well, even without their flags.
       needs_plan: whether it is given a plan. Without one, the command line need not ask a question
         that has an answer.
     """
@@ -40,6 +41,7 @@ class Mode(NamedTuple):
     flag: str
     module: str
     includes: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
     needs_plan: bool = True
 
     def is_asked_for(self, arguments: argparse.Namespace) -> bool:
@@ -57,11 +59,12 @@ MODES: tuple[Mode, ...] = (
     Mode("calibrate", "llama_jax.plan.machine.command", needs_plan=False),
     Mode("server_command", "llama_jax.plan.serving"),
     Mode("kubernetes", "llama_jax.plan.serving"),
-    Mode("compare", "llama_jax.plan.live"),
+    Mode("compare", "llama_jax.plan.live", needs_plan=False),
     Mode(
         "report",
         "llama_jax.plan.report.command",
         includes=("compile", "simulate", "trace", "highest_rate", "outage", "daily"),
+        reads=("llama_jax.plan.simulation.command",),
     ),
     Mode("compile", "llama_jax.plan.compiled.command"),
     Mode("simulate", "llama_jax.plan.simulation.command"),
@@ -95,7 +98,7 @@ def chosen_mode(arguments: argparse.Namespace) -> Mode | None:
                 f"{option(first.flag)} and {option(other.flag)} are two different runs: leave "
                 "one of them out."
             )
-    _check_options(arguments, {mode.module for mode in asked})
+    _check_options(arguments, {m for mode in asked for m in (mode.module, *mode.reads)})
     if first is not None:
         for flag in ARITHMETIC:
             if getattr(arguments, flag, None) is not None:

@@ -3,6 +3,7 @@
 Every verdict is computed from the tables of GPUs and kernels. Imports no JAX.
 """
 
+import argparse
 import math
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,7 @@ from llama_jax.plan.report.quantities import figure_text
 from llama_jax.plan.report.sections.alternatives import why_section
 from llama_jax.plan.report.sections.memory import balance_figures, counted
 from llama_jax.plan.report.sections.promises import assumptions_section, compliance_section
-from llama_jax.plan.report.sections.simulated import Outcome, simulate_layout, tails
+from llama_jax.plan.report.sections.simulated import Outcome, simulate_plan, tails
 from llama_jax.plan.report.utilization import utilization_section
 from llama_jax.plan.targets import Targets, Workload
 
@@ -73,15 +74,16 @@ def outlook(*arguments: Any) -> Outlook:
     return Outlook(asked.candidate(asked.layout))
 
 
-def reference_report(details: bool = False) -> Report:
+def reference_report(details: argparse.Namespace | None = None) -> Report:
     """The reference deployment, row by row.
 
     Args:
-      details: whether to add everything that a report says of a layout, with its plots.
+      details: None for the rows alone. With the arguments of a command line, which say how to
+        simulate, everything is added that a report says of a layout, with its plots.
     """
-    outcome = simulate_layout(outlook().candidate) if details else None
-    claims = typical_claims(outcome)
     asked = question()
+    outcome = simulate_plan(details, make_plan(asked)) if details else None
+    claims = typical_claims(outcome)
     rest: tuple[Section, ...]
     if details:
         free = make_plan(replace(asked, layout=None))

@@ -3,15 +3,16 @@
 import argparse
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from llama_jax.costs.figure import Band, Evidence, Figure
 from llama_jax.plan.plan import Plan
 from llama_jax.plan.report.document import Cell, Report, Section, Table
-from llama_jax.plan.simulation.daily import DAY, Policy, Scaling, read_curve, scale
+from llama_jax.plan.simulation.daily import DAY, Point, Policy, Scaling, read_curve, scale
 from llama_jax.plan.simulation.failure import Failure, failure
 from llama_jax.plan.simulation.figures import DEFINITIONS, Figures, Spread, figures
 from llama_jax.plan.simulation.highest_rate import SEEDS, HighestRate, highest_rate
-from llama_jax.plan.simulation.load import Draw
+from llama_jax.plan.simulation.load import Draw, Load
 from llama_jax.plan.simulation.replicas import simulate
 from llama_jax.plan.simulation.scenario import Scenario, scenario
 from llama_jax.plan.simulation.server import HOST_SECONDS, LEVELS
@@ -43,6 +44,7 @@ def simulation_report(arguments: argparse.Namespace, plan: Plan) -> Report:
     """
     asked, targets = scenario(arguments, plan), plan.question.targets
     _check(arguments, asked)
+    curve = read_curve(arguments.daily) if arguments.daily else None
     results = {level: simulate(asked.server(level), asked.load, asked.replicas) for level in LEVELS}
     found = {level: figures(result, targets) for level, result in results.items()}
     sections = [
@@ -51,14 +53,13 @@ def simulation_report(arguments: argparse.Namespace, plan: Plan) -> Report:
         _programs(results["expected"]),
     ]
     rate = None
-    if arguments.highest_rate or arguments.daily:
+    if arguments.highest_rate or curve:
         rate = _highest(asked, targets)
         sections.append(_highest_section(rate, targets))
     if arguments.outage is not None:
         sections.append(_failures(arguments, asked, targets, results["expected"]))
-    if arguments.daily is not None:
-        assert rate is not None
-        sections.append(_daily(arguments, asked, targets, rate))
+    if curve and rate is not None:
+        sections.append(_daily(curve, asked, targets, rate))
     sections.append(_assumptions(asked))
     met = found["expected"].inside >= targets.inside
     return Report(
@@ -169,19 +170,14 @@ def _exactly(value: float, unit: str) -> Figure:
 
 
 def _highest(asked: Scenario, targets: Targets) -> HighestRate:
-    assert asked.draw is not None
-    rate = asked.draw.rate / asked.replicas
-    draw = Draw(
-        rate=rate,
-        arrivals=asked.draw.arrivals,
-        num_requests=TRIED,
-        prompt=asked.draw.prompt,
-        answer=asked.draw.answer,
-        prefix_tokens=asked.draw.prefix_tokens,
-        prefixes=asked.draw.prefixes,
-        seed=asked.draw.seed,
-    )
+    draw = _at(asked, asked.draw.rate / asked.replicas if asked.draw else 1.0)
     return highest_rate(asked.server(), draw, targets, asked.replicas)
+
+
+def _at(asked: Scenario, rate: float) -> Draw:
+    """The load of one replica at another rate."""
+    assert asked.draw is not None
+    return replace(asked.draw, rate=rate, num_requests=TRIED, duration=None)
 
 
 def _highest_section(rate: HighestRate, targets: Targets) -> Section:
@@ -237,27 +233,12 @@ def _failure_section(found: Failure, run: Figures, replicas: int) -> Section:
     return Section("failure", "Loss of a GPU", (text.strip(),), (table,))
 
 
-def _daily(
-    arguments: argparse.Namespace, asked: Scenario, targets: Targets, rate: HighestRate
-) -> Section:
-    curve = read_curve(arguments.daily)
+def _daily(curve: list[Point], asked: Scenario, targets: Targets, rate: HighestRate) -> Section:
     each = min(rate.rates) / asked.replicas
     if not each:
         raise UserError("No rate keeps the targets, so no number of replicas does: see --simulate.")
     found = scale(curve, each, Policy())
-    assert asked.draw is not None
-    worst = found.worst
-    draw = Draw(
-        rate=max(worst.rate / worst.ready, 1e-3),
-        num_requests=TRIED,
-        prompt=asked.draw.prompt,
-        answer=asked.draw.answer,
-        prefix_tokens=asked.draw.prefix_tokens,
-        prefixes=asked.draw.prefixes,
-        seed=asked.draw.seed,
-    )
-    from llama_jax.plan.simulation.load import Load
-
+    draw = _at(asked, max(found.worst.rate / found.worst.ready, 1e-3))
     busiest = figures(simulate(asked.server(), Load(draw.requests())), targets)
     return _daily_section(found, busiest)
 
