@@ -87,7 +87,9 @@ def server_for(
     deployment = model.deployment
     stages, platform = deployment.layout.num_stages, deployment.gpu.platform
     page = page_bytes(deployment, choose_page_size(options, platform))
-    sizes, longest = choose_sizes(options, deployment.config, stages, page, cache_bytes, platform)
+    sizes, longest = choose_sizes(
+        options, deployment.config, stages, page, cache_bytes, platform, model
+    )
     index = LEVELS.index(level)
     communication: dict[tuple[int, int], float] = {}
 
