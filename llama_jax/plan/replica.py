@@ -13,6 +13,7 @@ from llama_jax.engine.sizing import (
     CPU_CACHE_BYTES,
     GPU_TEMPORARIES,
     TILE,
+    choose_page_size,
     choose_results_late,
     choose_sizes,
     gpu_cache_bytes,
@@ -25,7 +26,7 @@ from llama_jax.ring.sizes import RingSizes
 LEVELS = ("low", "expected", "high")  # of the time of a tick
 MAX_LIVE = 4096  # sequences that decode at once in a replica
 LARGEST_CHUNK = 2048
-PAGE_SIZE = EngineOptions(path="").page_size
+PAGE_SIZE = choose_page_size(EngineOptions(path=""), "gpu")
 
 
 @dataclass(frozen=True)
