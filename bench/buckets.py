@@ -20,12 +20,14 @@ import numpy as np
 
 from bench.result import Result, Row, Target
 from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.chunk_choice import ChunkChoice
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.programs import GREEDY, Choice, TickResult
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.sizing import choose_sizes
 from llama_jax.engine.tick_cost import CPU_COST, GPU_COST, TickCost
 from llama_jax.engine.tick_loop import TickLoop
+from llama_jax.engine.tick_times import TickTimes
 from llama_jax.ring.sizes import Bucket, RingSizes
 
 STAGES = 4
@@ -105,8 +107,9 @@ def simulate(
 ) -> dict[str, float]:
     """Runs all requests; returns the times that their clients see, and the use of the slots."""
     clock: Any = Clock(sizes, device.seconds)
-    scheduler = Scheduler(sizes, STAGES, prefix_caching=False, cost=cost)
-    loop = TickLoop(scheduler, clock, results_late=0)
+    chunks = None if cost is None else ChunkChoice(sizes, TickTimes(cost.seconds, sizes))
+    scheduler = Scheduler(sizes, STAGES, prefix_caching=False, chunks=chunks)
+    loop = TickLoop(scheduler, clock, results_late=0, clock=lambda: clock.now)
     times: list[list[float]] = []
     while len(times) < len(load) or loop.has_work:
         if not loop.has_work:

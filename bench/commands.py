@@ -25,6 +25,7 @@ MEASUREMENTS = {
     "structured": ("bench.structured_output", "what requests with a grammar cost the others"),
     "hostile": ("bench.hostile_requests", "how long hostile requests stop the event loop"),
     "roofline": ("bench.roofline", "copy bandwidth and matrix rate of this device"),
+    "published": ("bench.published", "the planner's arithmetic against published measurements"),
     "audit": ("bench.audit", "the compiled programs for 8 x H100, without a GPU"),
 }
 # These read results and have `run(args) -> None`.

@@ -22,8 +22,8 @@ from bench.partial import keep
 from bench.result import Result, Row
 from bench.roofline import PACKAGES, check_device
 from bench.step import CONTEXT, TOY_CONTEXT, rank_config, toy_config
-from bench.timing import time_calls
 from llama_jax.config import LlamaConfig, Quantization
+from llama_jax.plan.machine.timing import time_calls
 from llama_jax.quantization import QUANTIZERS
 
 WORKS = (Work(rows=1, context=CONTEXT), Work(rows=32, context=CONTEXT), Work(chunk=2048))

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.random_weights import nbytes, random_array, random_params
 from llama_jax.config import LlamaConfig
 from llama_jax.engine.sizing import GPU_PAGE, TILE
+from llama_jax.plan.machine.random_weights import nbytes, random_array, random_params
 from llama_jax.ring.kv_cache import KVCache
 from llama_jax.ring.packet import encode_packet
 from llama_jax.ring.sizes import Bucket, RingSizes

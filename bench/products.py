@@ -17,13 +17,14 @@ from jax.sharding import PartitionSpec as P
 
 from bench.one_device import DTYPE, ENOUGH_BYTES
 from bench.partial import keep
-from bench.random_weights import nbytes, random_array, random_params
 from bench.result import Plot, Result, Row
 from bench.roofline import PACKAGES, check_device, copy_rate, matrix_rate
 from bench.step import rank_config, toy_config
-from bench.timing import UNITS, Timing, time_calls
+from bench.timing import UNITS
 from llama_jax.config import LlamaConfig, Quantization
 from llama_jax.model.llama import linear
+from llama_jax.plan.machine.random_weights import nbytes, random_array, random_params
+from llama_jax.plan.machine.timing import Timing, time_calls
 from llama_jax.quantization import GROUPED, QUANTIZERS
 from llama_jax.weights.placement import param_shapes
 from sharding.compiler_options import GROUPED_SCALES

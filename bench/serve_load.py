@@ -26,10 +26,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from bench.load.client import PATHS, Server, ServerError, find_model, send_all
-from bench.load.figures import UNITS, Goals, error_rows, latency_rows, percentile, total_row
+from bench.load.figures import UNITS, Goals, error_rows, latency_rows, total_row
 from bench.load.sample import Sample
-from bench.load.workload import ARRIVALS, Lengths, Workload, WorkloadError
+from bench.load.workload import Workload
 from bench.result import Plot, Result, Row, Target
+from llama_jax.plan.simulation.figures import percentile
+from llama_jax.plan.simulation.lengths import LengthError, Lengths
+from llama_jax.plan.simulation.load import ARRIVALS
 from sharding.errors import UserError
 
 URL = "http://127.0.0.1:8000/v1"
@@ -57,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     many.add_argument(
         "--duration", type=seconds, metavar="S", help="seconds in which requests arrive, instead"
     )
-    forms = "256, 64-512, normal:256,64 or lognormal:256,0.6 (median, sigma)"
+    forms = "256, 64-512, normal:256,64, lognormal:256,0.6 (median, sigma) or empirical:FILE"
     add("--prompt-tokens", type=lengths, default="256", metavar="L", help=f"lengths: {forms}")
     add("--answer-tokens", type=lengths, default="128", metavar="L", help="lengths, likewise")
     add("--prefix-tokens", type=natural, default=0, metavar="N", help="shared, before each prompt")
@@ -155,13 +158,13 @@ async def run_tests(
     Raises:
       ServerError: the server cannot be reached, or answers no request.
     """
-    drawn = [load.requests() for load in workloads]
+    drawn = [load.to_send() for load in workloads]
     found = []
     for load, requests in zip(workloads, drawn, strict=True):
         if warm_up:
             # Other prompts, so that the server finds none of the test's in its cache.
             first = replace(load, num_requests=warm_up, duration=None, seed=load.seed + 1)
-            check_answers(await send_all(server, first.requests(), transport))
+            check_answers(await send_all(server, first.to_send(), transport))
         found.append(await send_all(server, requests, transport))
     return found
 
@@ -275,7 +278,7 @@ def lengths(text: str) -> str:
     """A type of `argparse`: what `Lengths.parse` reads."""
     try:
         Lengths.parse(text)
-    except WorkloadError as error:
+    except LengthError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text
 

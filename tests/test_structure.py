@@ -43,7 +43,9 @@ LAYERS = (
 WITHOUT_JAX = (
     "llama_jax.config",
     "llama_jax.costs",
+    "llama_jax.engine.chunk_choice",
     "llama_jax.engine.interface",
+    "llama_jax.engine.latency_targets",
     "llama_jax.engine.messages",
     "llama_jax.engine.options",
     "llama_jax.engine.packets",
@@ -54,6 +56,7 @@ WITHOUT_JAX = (
     "llama_jax.engine.roster",
     "llama_jax.engine.scheduler",
     "llama_jax.engine.sizing",
+    "llama_jax.engine.tick_timer",
     "llama_jax.plan",
     "llama_jax.ring.sizes",
     "llama_jax.weights.table",

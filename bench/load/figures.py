@@ -1,12 +1,12 @@
 """The figures of a load test: percentiles, rates, goodput and errors."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from bench.load.sample import Sample
 from bench.result import Row
+from llama_jax.plan.simulation.figures import percentile
 
 PERCENTILES = (50, 90, 95, 99)
 UNITS = {
@@ -44,12 +44,6 @@ class Goals:
             return False
         pairs = ((sample.ttft, self.ttft), (sample.tpot, self.tpot), (sample.e2e, self.e2e))
         return all(goal is None or value <= goal for value, goal in pairs)
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The nearest-rank percentile: the least value that `percent` of all do not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)]
 
 
 def latency_rows(samples: Sequence[Sample]) -> list[Row]:

@@ -26,7 +26,15 @@ from llama_jax.engine.device_memory import (
 )
 from llama_jax.engine.executor import CompileCounter, Executor
 from llama_jax.engine.grammars import Grammars, Matcher
-from llama_jax.engine.interface import DeviceInfo, EngineInfo, Output, Progress, Stats
+from llama_jax.engine.interface import (
+    DeviceInfo,
+    EngineInfo,
+    LatencyStats,
+    Output,
+    Progress,
+    Stats,
+)
+from llama_jax.engine.latency_targets import choose_chunks, known_devices
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.programs import Programs
 from llama_jax.engine.scheduler import Scheduler
@@ -37,7 +45,6 @@ from llama_jax.engine.sizing import (
     check_stages,
     choose_results_late,
 )
-from llama_jax.engine.tick_cost import CPU_COST, GPU_COST
 from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.engine.warm_up import WarmUp, wait
 from llama_jax.model import Llama
@@ -45,7 +52,8 @@ from llama_jax.model.kv_storage import choose_kv_dtype
 from llama_jax.ring.attention_backend import check_backend
 from llama_jax.ring.sizes import RingSizes
 from llama_jax.ring.steps import check_model_class
-from sharding.mesh import make_mesh, mesh_shape, parse_mesh
+from sharding.mesh import make_mesh, mesh_shape
+from sharding.mesh_name import parse_mesh
 from sharding.partition import split_layers
 
 
@@ -90,8 +98,9 @@ class Engine:
             if platform != "cpu" and dtype == np.float32:  # or a GPU would multiply in TF32
                 jax.config.update("jax_default_matmul_precision", "float32")
             # Before the weights, whose loading may take minutes.
-            sizes, max_model_len = choose_mesh_sizes(options, config, mesh, dtype)
             cache_dtype = choose_kv_dtype(options.kv_cache_dtype, dtype)
+            known = known_devices(options, config, device.device_kind, mesh_shape(mesh), str(dtype))
+            sizes, max_model_len = choose_mesh_sizes(options, config, mesh, dtype, known)
             check_backend(
                 options.attention_backend, mesh, model_class, config.head_dim, sizes.page_size,
                 dtype, cache_dtype,
@@ -113,13 +122,16 @@ class Engine:
             executor = Executor(programs, params)
             self._compile(sizes, options.wait_for_programs, progress)
             executor.run_empty(sizes.largest())
+            chunks = choose_chunks(options, sizes, mesh_shape(mesh)[0], platform, known)
+            if chunks.has_targets:  # the first ticks are then not guessed
+                executor.time_empty(chunks.times)
             stop_on_error.pop_all()
         weakref.finalize(self, self.warm_up.stop).atexit = False
         scheduler = Scheduler(
             sizes,
             mesh_shape(mesh)[0],
             prefix_caching=options.prefix_caching,
-            cost=CPU_COST if platform == "cpu" else GPU_COST,
+            chunks=chunks,
         )
         self.loop = TickLoop(scheduler, executor, choose_results_late(options, platform))
         # Not a method of this object: without a cycle, memory is freed at once.
@@ -253,6 +265,17 @@ class Engine:
             programs=loop.program_stats,
             stages=loop.stage_stats,
             memory=memory_stats(self._devices),
+            latency=self._latency(),
+        )
+
+    def _latency(self) -> LatencyStats:
+        prefill = self.loop.scheduler.prefill
+        assert prefill.chunks is not None
+        return LatencyStats(
+            prefill.chunks.tpot,
+            prefill.chunks.ttft,
+            prefill.chunk_limit,
+            prefill.chunks.times.table(),
         )
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llama_jax.config import LlamaConfig
+from llama_jax.costs.tick_time import TickModel
 from llama_jax.engine.interface import MemoryStats
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.sizing import (
@@ -25,9 +26,17 @@ from sharding.mesh import mesh_shape
 
 
 def choose_mesh_sizes(
-    options: EngineOptions, config: LlamaConfig, mesh: Mesh, dtype: jnp.dtype
+    options: EngineOptions,
+    config: LlamaConfig,
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    known: TickModel | None = None,
 ) -> tuple[RingSizes, int]:
     """Chooses the sizes of an engine on a mesh, before its weights are loaded.
+
+    Args:
+      options, config, mesh, dtype: of the engine.
+      known: the times of ticks on these devices, if they are known.
 
     Returns:
       The sizes, and the maximum tokens of a sequence.
@@ -47,7 +56,7 @@ def choose_mesh_sizes(
     cache_dtype = choose_kv_dtype(options.kv_cache_dtype, dtype)
     platform = devices[0].platform
     page = page_bytes(config, mesh, choose_page_size(options, platform), cache_dtype)
-    return choose_sizes(options, config, mesh_shape(mesh)[0], page, cache, platform)
+    return choose_sizes(options, config, mesh_shape(mesh)[0], page, cache, platform, known)
 
 
 def weight_bytes(config: LlamaConfig, mesh: Mesh, dtype: jnp.dtype) -> int:

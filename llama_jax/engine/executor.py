@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from llama_jax.config import LlamaConfig
 from llama_jax.engine.programs import GREEDY, Arrays, Choice, Programs, TickResult
+from llama_jax.engine.tick_times import TickTimes
 from llama_jax.ring.kv_cache import allocate
 from llama_jax.ring.packet import encode_packet
 from llama_jax.ring.scoring import TileScores
@@ -26,6 +27,7 @@ from llama_jax.ring.steps import State, init_state
 from llama_jax.weights.placement import Params
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+TIMED_RUNS = 8  # of each program; more than a model counts for
 
 
 class Executor:
@@ -125,11 +127,22 @@ class Executor:
 
         The first run of a program sets up more than a later one, above all on GPUs.
         """
-        tables = np.zeros((self.sizes.num_slots, self.sizes.pages_per_sequence), np.int32)
         for bucket in buckets:
-            packed = encode_packet(self.sizes, bucket, tables, [], [], [])
             for choice in self.programs.plain_choices(bucket):
-                jax.block_until_ready(self.run(bucket, packed, choice).tokens)
+                self._run_empty(bucket, choice)
+
+    def time_empty(self, times: TickTimes) -> None:
+        """Times the largest programs on empty packets, as `run_empty`, which comes before."""
+        for bucket in self.sizes.largest():
+            for _ in range(TIMED_RUNS):
+                start = time.perf_counter()
+                self._run_empty(bucket, GREEDY)
+                times.observe(bucket, 0, 0, time.perf_counter() - start)
+
+    def _run_empty(self, bucket: Bucket, choice: Choice) -> None:
+        tables = np.zeros((self.sizes.num_slots, self.sizes.pages_per_sequence), np.int32)
+        packed = encode_packet(self.sizes, bucket, tables, [], [], [])
+        jax.block_until_ready(self.run(bucket, packed, choice).tokens)
 
     def _call(self, program: Callable[..., Any], *args: Any) -> Any:
         """Runs a program; waits for it where only one may be unfinished at a time."""

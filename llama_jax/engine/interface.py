@@ -35,10 +35,10 @@ class Output(NamedTuple):
       param: the field of `SamplingParams` at fault, if there is an error and the request caused it.
       cached_tokens: tokens of the prompt that did not have to be computed, because a request before
         began with them; the same in every output of a request.
-      logprobs: if the request asks for them.
-      prompt_logprobs: in the request's first output, if the request asks for them.
       queue_seconds: how long the request waited in the engine before its prompt was first computed;
         the same in every output of a request; None if it is not known.
+      logprobs: if the request asks for them.
+      prompt_logprobs: in the request's first output, if the request asks for them.
     """
 
     request_id: int
@@ -46,10 +46,10 @@ class Output(NamedTuple):
     finish_reason: FinishReason | None = None
     error: str | None = None
     cached_tokens: int = 0
+    queue_seconds: float | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: PromptLogprobs | None = None
     param: str | None = None
-    queue_seconds: float | None = None
 
     @classmethod
     def of_error(cls, request_id: int, error: RequestError) -> "Output":
@@ -151,6 +151,39 @@ class MemoryStats(NamedTuple):
     limit: int
 
 
+class TickTime(NamedTuple):
+    """What is known of the ticks of one program, without any context.
+
+    Attributes:
+      rows, chunk: the bucket of the program.
+      seconds: of a tick, corrected by those that were seen.
+      modeled: of a tick, before that.
+      seen: ticks that the correction rests on.
+    """
+
+    rows: int
+    chunk: int
+    seconds: float
+    modeled: float
+    seen: int
+
+
+@dataclass(frozen=True)
+class LatencyStats:
+    """The latency targets, and what follows from them.
+
+    Attributes:
+      tpot, ttft: the targets in seconds: per output token, and to the first token.
+      chunk_limit: the largest chunk that may enter now, in tokens.
+      ticks: by program.
+    """
+
+    tpot: float | None = None
+    ttft: float | None = None
+    chunk_limit: int = 0
+    ticks: tuple[TickTime, ...] = ()
+
+
 @dataclass(frozen=True)
 class Stats:
     """Counters since the engine was ready, and current gauges (`num_*` and `pages_*`).
@@ -192,3 +225,4 @@ class Stats:
     stages: tuple[StageStats, ...] = ()
     memory: tuple[MemoryStats, ...] = ()
     programs_ready: int = 0
+    latency: LatencyStats = LatencyStats()

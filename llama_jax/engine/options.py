@@ -29,7 +29,7 @@ class Option:
       default: its default.
       help: what it means, without a verb and without its default.
       unset: the meaning of None, if None is allowed.
-      unit: what its value is or counts, such as "TOKENS".
+      unit: what its value is or counts, such as "TOKENS"; "TIME" is in seconds.
       minimum: the least valid number.
       maximum: the greatest valid number, if there is one.
       choices: the valid texts, if they are few.
@@ -162,10 +162,27 @@ class EngineOptions:
         None,
         "maximum number of prompt tokens per tick, rounded up to a multiple of 64; more gives "
         "faster first tokens and slower streams",
-        unset="128 on CPU, 256 on a GPU",
+        unset="128 on CPU, 256 on a GPU; with tpot_slo, the most that this target can allow",
         unit="TOKENS",
         minimum=1,
         flags=("--chunked-prefill-size",),
+    )
+    tpot_slo: float | None = _option(
+        None,
+        "target for the mean time per output token: the chunk is the largest one that keeps it",
+        unset="none",
+        unit="TIME",
+        minimum=0.0001,
+        maximum=10,
+    )
+    ttft_slo: float | None = _option(
+        None,
+        "target for the time to the first token: while a prompt would be late, the chunk grows, if "
+        "need be above what tpot_slo allows",
+        unset="none",
+        unit="TIME",
+        minimum=0.001,
+        maximum=300,
     )
     results_late: int | None = _option(
         None,
@@ -185,7 +202,7 @@ class EngineOptions:
         False,
         "whether a start waits until all programs are compiled, instead of compiling the smaller "
         "ones while requests run; then the program of a tick, and the rounding of its results, "
-        "depends on the requests alone",
+        "depends on the requests alone, unless there is a latency target",
     )
     prefix_caching: bool = _option(
         True,

@@ -1,6 +1,8 @@
 """What enters the ring in one tick, and the record by which its result is matched to sequences."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 
 from llama_jax.engine.sequence import Sequence
 
@@ -56,10 +58,12 @@ class Packet:
         """Number of tokens in all segments."""
         return len(self.rows) + sum(tile.length for tile in self.tiles)
 
-    def results(self, bucket_rows: int) -> list[tuple[int, Segment]]:
+    def results(self, bucket_rows: int) -> Iterable[tuple[int, Segment]]:
         """The segments whose next token is sampled, each with its index in the tick's result."""
+        if not self.tiles:
+            return enumerate(self.rows)
         ends = [(bucket_rows + i, tile) for i, tile in enumerate(self.tiles) if tile.ends]
-        return [*enumerate(self.rows), *ends]
+        return chain(enumerate(self.rows), ends)
 
     def __bool__(self) -> bool:
         return bool(self.rows or self.tiles)

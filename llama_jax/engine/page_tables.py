@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from llama_jax.engine.pages import PagePool, page_key
+from llama_jax.engine.pages import PagePool, page_keys
 from llama_jax.engine.sequence import Sequence
 from llama_jax.ring.sizes import RingSizes
 
@@ -35,7 +35,8 @@ class PageTables:
 
     def missing(self, sequence: Sequence, num_tokens: int) -> int:
         """Returns how many pages a sequence lacks to hold this many tokens."""
-        return max(0, self.count(num_tokens) - len(sequence.pages))
+        held = len(sequence.pages)
+        return 0 if num_tokens <= held * self._page_size else self.count(num_tokens) - held
 
     def extend(self, sequence: Sequence, num_pages: int) -> None:
         """Gives a sequence free pages; the caller has checked that there are enough."""
@@ -66,7 +67,8 @@ class PageTables:
 
     def publish(self, sequence: Sequence) -> None:
         """Lets others find its pages whose tokens are all known and have entered the ring."""
-        known = min(len(sequence.tokens), sequence.next_position) // self._page_size
+        tokens, sent = len(sequence.tokens), sequence.next_position
+        known = (tokens if tokens < sent else sent) // self._page_size
         if known <= sequence.num_published or not self._shares(sequence):
             return
         keys = self._keys(sequence, known)
@@ -91,8 +93,8 @@ class PageTables:
     def _keys(self, sequence: Sequence, num_pages: int) -> list[bytes]:
         """Returns the keys of its first pages, computing those that are new."""
         keys, size = sequence.page_keys, self._page_size
-        while len(keys) < num_pages:
-            start = len(keys) * size
+        known = len(keys)
+        if known < num_pages:
             parent = keys[-1] if keys else sequence.salt
-            keys.append(page_key(parent, sequence.tokens[start : start + size]))
+            keys += page_keys(parent, sequence.tokens[known * size : num_pages * size], size)
         return keys[:num_pages]

@@ -1,21 +1,27 @@
 """The pool of KV-cache pages, and which of them hold the beginning of a known text."""
 
+from array import array
+from collections import OrderedDict
 from hashlib import blake2b
 
-import numpy as np
 
-
-def page_key(parent: bytes, tokens: list[int]) -> bytes:
-    """Returns the key of a full page: a hash of its tokens and of all tokens before it.
+def page_keys(parent: bytes, tokens: list[int], page_size: int) -> list[bytes]:
+    """Returns the keys of full pages: each a hash of its tokens and of all tokens before it.
 
     A cryptographic hash, because two texts with one key would share their keys and values: a client
     who could find such a pair would read another's text.
 
     Args:
-      parent: the key of the page before it; for the first page, the salt of its request.
-      tokens: the tokens of the page.
+      parent: the key of the page before them; for the first page, the salt of its request.
+      tokens: the tokens of the pages.
+      page_size: tokens of each page.
     """
-    return blake2b(parent + np.asarray(tokens, np.int32).tobytes(), digest_size=16).digest()
+    content, keys = array("i", tokens), []
+    data, width = content.tobytes(), page_size * content.itemsize
+    for start in range(0, len(data), width):
+        parent = blake2b(parent + data[start : start + width], digest_size=16).digest()
+        keys.append(parent)
+    return keys
 
 
 class PagePool:
@@ -33,7 +39,9 @@ class PagePool:
     def __init__(self, num_pages: int):
         self.num_pages = num_pages
         self._empty = list(range(num_pages - 1, -1, -1))  # a stack: freed last, reused first
-        self._kept: dict[int, None] = {}  # free, but with a key; given back longest ago first
+        # Free, but with a key; given back longest ago first. The front of a dict that has lost many
+        # is slow to find.
+        self._kept: OrderedDict[int, None] = OrderedDict()
         self._owners = [0] * num_pages
         self._keys: list[bytes | None] = [None] * num_pages
         self._pages: dict[bytes, int] = {}  # by key
@@ -57,8 +65,7 @@ class PagePool:
         if self._empty or not self._kept:
             page = self._empty.pop()
         else:
-            page = next(iter(self._kept))
-            del self._kept[page]
+            page, _ = self._kept.popitem(last=False)
             self._forget(page)
         self._owners[page] = 1
         return page

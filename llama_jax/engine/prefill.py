@@ -1,12 +1,12 @@
 """Chooses the prompt tokens of each packet: which prompts begin, and how they share the chunk."""
 
-from itertools import islice
+from itertools import accumulate, islice
 
+from llama_jax.engine.chunk_choice import ChunkChoice, Load
 from llama_jax.engine.interface import WaitReason
 from llama_jax.engine.packets import Packet
 from llama_jax.engine.roster import Roster
 from llama_jax.engine.sequence import Sequence
-from llama_jax.engine.tick_cost import Load, TickCost, choose_chunk
 from llama_jax.ring.sizes import RingSizes
 
 MANY_PROMPTS = 32  # more make no difference to the size of the chunk
@@ -25,13 +25,13 @@ class Prefill:
     Args:
       sizes: the sizes of the ring.
       roster: the sequences.
-      cost: of a tick, by which the size of the chunk is chosen; None for the largest.
+      chunks: chooses the size of each chunk; None for the largest.
     """
 
-    def __init__(self, sizes: RingSizes, roster: Roster, cost: TickCost | None = None):
+    def __init__(self, sizes: RingSizes, roster: Roster, chunks: ChunkChoice | None = None):
         self._sizes = sizes
         self._roster = roster
-        self._cost = cost
+        self.chunks = chunks
         self._odd = True
 
     def make_room(self, sequence: Sequence) -> None:
@@ -41,16 +41,21 @@ class Prefill:
         """
         self._roster.make_room(sequence, min(self._left(sequence), self._sizes.max_chunk))
 
-    def fill(self, packet: Packet, microbatch: list[Sequence], share: int) -> None:
+    def fill(
+        self, packet: Packet, microbatch: list[Sequence], share: int, now: float = 0.0
+    ) -> None:
         """Adds a chunk to a packet.
 
         Args:
           packet: the packet that enters, with its rows.
           microbatch: the sequences of this packet; a prompt that ends here joins them.
           share: the rows that the microbatch may have, from `share`.
+          now: the time by the clock of `arrived_at`.
         """
         self._odd = not self._odd
-        chunk = self._chunk()
+        if not self._roster.prefilling and not self._roster.waiting:
+            return
+        chunk = self._chunk(now)
         tiles_left = chunk // self._sizes.tile
         first = self._first()
         if first is not None and self._left(first) > chunk:
@@ -117,17 +122,40 @@ class Prefill:
             self._roster.join(sequence, microbatch)
         return -(-count // tile)
 
-    def _chunk(self) -> int:
+    @property
+    def chunk_limit(self) -> int:
+        """The largest chunk that may enter now."""
+        return self._sizes.max_chunk if self.chunks is None else self.chunks.limit(self._load(0.0))
+
+    def _chunk(self, now: float) -> int:
         """The size of the chunk that enters now."""
-        sizes, roster = self._sizes, self._roster
-        if self._cost is None or len(sizes.chunk_buckets) <= 2:
+        sizes = self._sizes
+        if self.chunks is None or len(sizes.chunk_buckets) <= 2:
             return sizes.max_chunk
-        waiting = list(islice(roster.waiting, min(len(roster.free_slots), MANY_PROMPTS)))
-        tokens = sum(map(self._left, roster.prefilling)) + sum(len(s.tokens) for s in waiting)
+        load = self._load(now)
+        return self.chunks.choose(load) if load.prompts else sizes.max_chunk
+
+    def _load(self, now: float) -> Load:
+        """What there is to do now."""
+        roster = self._roster
+        waiting = islice(roster.waiting, min(len(roster.free_slots), MANY_PROMPTS))
+        prompts = [(s, self._left(s)) for s in roster.prefilling]
+        prompts += [(s, len(s.tokens)) for s in waiting]
         rows = [len(microbatch) for microbatch in roster.microbatches]
-        prompts = len(roster.prefilling) + len(waiting)
-        load = Load(len(rows), prompts, tokens, sum(rows), max(rows))
-        return choose_chunk(self._cost, sizes, load)
+        tokens = sum(left for _, left in prompts)
+        load = Load(len(rows), len(prompts), tokens, sum(rows), max(rows))
+        if self.chunks is None or not self.chunks.has_targets:
+            return load
+        ends = accumulate(left for _, left in prompts)
+        return load._replace(
+            keys=max(sum(s.next_position for s in batch) for batch in roster.microbatches),
+            prefix=roster.prefilling[0].next_position if roster.prefilling else 0,
+            waits=tuple(
+                (end, now - s.arrived_at)
+                for end, (s, _) in zip(ends, prompts, strict=True)
+                if len(s.tokens) == s.num_prompt  # others have had their first token
+            ),
+        )
 
     def _first(self) -> Sequence | None:
         """The prompt that is prefilled now, or else the next in line if it can begin."""

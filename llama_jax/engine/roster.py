@@ -87,8 +87,8 @@ class Roster:
         self.prefilling.remove(sequence)
         insort(microbatch, sequence, key=_rank)
 
-    def send(self, sequence: Sequence, tokens: list[int] | None, count: int) -> Segment:
-        """Returns the segment with a sequence's next `count` tokens, and counts them as sent."""
+    def send(self, sequence: Sequence, tokens: list[int], count: int) -> Segment:
+        """Returns the segment with a prompt's next `count` tokens, and counts them as sent."""
         assert sequence.slot is not None
         position = sequence.next_position
         sequence.next_position += count
@@ -97,7 +97,7 @@ class Roster:
         if new > 0:
             sequence.prompt_sent += new
             self.num_prompt_tokens += new
-        ends = tokens is None or sequence.next_position == sequence.prefill_until
+        ends = sequence.next_position == sequence.prefill_until
         return Segment(sequence, sequence.epoch, sequence.slot, position, tokens, ends)
 
     def make_room(self, sequence: Sequence, count: int) -> bool:
@@ -117,10 +117,11 @@ class Roster:
     def extend(self, sequence: Sequence, count: int) -> bool:
         """Gives a sequence the pages for its next `count` tokens, if so many are free."""
         missing = self.pages.missing(sequence, sequence.next_position + count)
+        if not missing:
+            return True
         if missing > self.pool.num_free:
             return False
-        if missing:
-            self.pages.extend(sequence, missing)
+        self.pages.extend(sequence, missing)
         return True
 
     def preempt(self, sequence: Sequence) -> None:

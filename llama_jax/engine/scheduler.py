@@ -12,6 +12,7 @@ is at stage 0, and the packet with the last chunk becomes the sequence's microba
 import numpy as np
 
 from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.chunk_choice import ChunkChoice
 from llama_jax.engine.constraint import Constraint
 from llama_jax.engine.interface import FinishReason, Output, TokenLogprobs
 from llama_jax.engine.packets import Packet, Segment
@@ -20,7 +21,6 @@ from llama_jax.engine.prefill import Prefill
 from llama_jax.engine.prompt_logprobs import PromptScoring
 from llama_jax.engine.roster import Roster
 from llama_jax.engine.sequence import Sequence
-from llama_jax.engine.tick_cost import TickCost
 from llama_jax.ring.sizes import RingSizes
 
 NOT_A_NUMBER = "The model's output is not a number (NaN) for this request: check the weights."
@@ -38,7 +38,7 @@ class Scheduler:
       sizes: the sizes of the ring.
       num_microbatches: M, equal to the number of stages P.
       prefix_caching: whether sequences that begin alike share pages.
-      cost: of a tick, by which the size of the chunk is chosen; None for the largest.
+      chunks: chooses the size of each chunk; None for the largest.
 
     Attributes:
       sizes: the sizes of the ring.
@@ -46,6 +46,8 @@ class Scheduler:
       prefill: chooses the prompt tokens of each packet.
       waiting, prefilling, microbatches: those of the roster.
       num_generated_tokens: since the start.
+      now: the time by the clock of `arrived_at`, kept current by whoever calls `schedule`; it
+        matters only to a target for first tokens.
     """
 
     def __init__(
@@ -54,14 +56,15 @@ class Scheduler:
         num_microbatches: int,
         *,
         prefix_caching: bool = True,
-        cost: TickCost | None = None,
+        chunks: ChunkChoice | None = None,
     ):
         self.sizes = sizes
         self.roster = Roster(sizes, num_microbatches, prefix_caching)
-        self.prefill = Prefill(sizes, self.roster, cost)
+        self.prefill = Prefill(sizes, self.roster, chunks)
         self.waiting, self.prefilling = self.roster.waiting, self.roster.prefilling
         self.microbatches = self.roster.microbatches
         self.num_generated_tokens = 0
+        self.now = 0.0
         self._sequences: dict[int, Sequence] = {}  # the unfinished ones, by request id
         self._arrivals = 0
         self._turn = 0  # the microbatch that enters next
@@ -181,22 +184,26 @@ class Scheduler:
         packet = Packet()
         share = self.prefill.share()
         self._add_rows(packet, microbatch)
-        self.prefill.fill(packet, microbatch, share)
+        self.prefill.fill(packet, microbatch, share, self.now)
         # A sequence's slot and pages are free once its last packet has entered, though the result
         # is not known yet. Not earlier: this packet must not overwrite pages that it reads.
-        for sequence in [s for s in microbatch if s.fully_sent]:
+        for sequence in [s for s in microbatch if s.next_position >= s.max_length - 1]:
             self.roster.release(sequence)
         return packet
 
     def _add_rows(self, packet: Packet, microbatch: list[Sequence]) -> None:
+        rows, page_size = packet.rows, self.sizes.page_size
         # The most important first: one preempted for a page is less so, and not in the packet yet.
         for sequence in self.roster.with_first_prompt(microbatch):
-            if sequence.slot is None:
+            slot, position = sequence.slot, sequence.next_position
+            if slot is None:
                 continue
             if sequence.prefilling:
                 self.prefill.make_room(sequence)
-            elif self.roster.make_room(sequence, 1):
-                packet.rows.append(self.roster.send(sequence, None, 1))
+            # Most rows have room in their last page.
+            elif position < len(sequence.pages) * page_size or self.roster.make_room(sequence, 1):
+                sequence.next_position = position + 1
+                rows.append(Segment(sequence, sequence.epoch, slot, position))
 
     def _finish(self, sequence: Sequence) -> None:
         sequence.epoch += 1
@@ -243,19 +250,18 @@ class Scheduler:
         outputs = []
         for index, segment in packet.results(bucket_rows):
             sequence = segment.sequence
-            if segment.current:
-                output = self._take_token(sequence, tokens[index])
+            if segment.epoch != sequence.epoch:
+                continue
+            output = self._take_token(sequence, tokens[index])
+            if logprobs is not None and output.token is not None:
                 wanted = sequence.params.logprobs
-                if logprobs is not None and wanted is not None and output.token is not None:
-                    output = output._replace(
-                        logprobs=TokenLogprobs(
-                            logprobs[index].logprob, logprobs[index].top[:wanted]
-                        )
-                    )
-                if sequence.scoring is not None and output.token is not None:
-                    output = output._replace(prompt_logprobs=sequence.scoring.result())
-                    sequence.scoring = None
-                outputs.append(output)
+                if wanted is not None:
+                    own = TokenLogprobs(logprobs[index].logprob, logprobs[index].top[:wanted])
+                    output = output._replace(logprobs=own)
+            if sequence.scoring is not None and output.token is not None:
+                output = output._replace(prompt_logprobs=sequence.scoring.result())
+                sequence.scoring = None
+            outputs.append(output)
         return outputs
 
     def _take_token(self, sequence: Sequence, token: int) -> Output:
@@ -270,24 +276,23 @@ class Scheduler:
                 cached_tokens=sequence.num_cached,
                 queue_seconds=sequence.queue_seconds,
             )
-        sequence.tokens.append(token)
+        known = sequence.tokens
+        known.append(token)
         self.num_generated_tokens += 1
         reason: FinishReason | None = None
         if token in sequence.stop_ids:
             reason = "stop"
-        elif len(sequence.tokens) >= sequence.max_length:
+        elif len(known) >= sequence.max_length:
             reason = "length"
         if reason:
             self._finish(sequence)
         else:
             if sequence.constraint is not None:
                 sequence.constraint.take(token)
-            if sequence.slot is not None:
+            full = (sequence.num_published + 1) * self.sizes.page_size
+            if sequence.next_position >= full and sequence.slot is not None:
                 self.roster.pages.publish(sequence)
+        # By position: names would take twice the time, and this is done for every token.
         return Output(
-            sequence.request_id,
-            token,
-            reason,
-            cached_tokens=sequence.num_cached,
-            queue_seconds=sequence.queue_seconds,
+            sequence.request_id, token, reason, None, sequence.num_cached, sequence.queue_seconds
         )

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 from llama_jax.config import LlamaConfig
+from llama_jax.costs.tick_time import TickModel
+from llama_jax.engine.latency_targets import largest_chunk
 from llama_jax.engine.options import EngineOptions
 from llama_jax.ring.sizes import RingSizes
 from sharding.errors import UserError
@@ -115,6 +117,7 @@ def choose_sizes(
     page_bytes: int,
     cache_bytes: int,
     platform: str = "cpu",
+    known: TickModel | None = None,
 ) -> tuple[RingSizes, int]:
     """Chooses the sizes of the ring.
 
@@ -125,6 +128,7 @@ def choose_sizes(
       page_bytes: the bytes of one page, of `choose_page_size` tokens, on each device.
       cache_bytes: the bytes that the KV cache may take on each device.
       platform: of the devices, which the defaults fit.
+      known: the times of ticks on them, if they are known, for the latency targets.
 
     Returns:
       The sizes, and the maximum tokens of a sequence.
@@ -148,6 +152,8 @@ def choose_sizes(
         )
     longest = min(longest, num_pages * page_size)
     max_chunk = options.max_chunk or (CPU_CHUNK if platform == "cpu" else GPU_CHUNK)
+    if options.max_chunk is None and options.tpot_slo is not None and known is not None:
+        max_chunk = min(largest_chunk(known, num_stages, options.tpot_slo, TILE), longest)
     sizes = RingSizes(
         num_slots=num_seqs,
         num_pages=num_pages,

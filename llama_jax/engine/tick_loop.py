@@ -9,7 +9,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,12 +19,13 @@ from llama_jax.engine.interface import Output, ProgramStats, StageStats, TokenLo
 from llama_jax.engine.packets import Packet
 from llama_jax.engine.programs import GREEDY, Choice, TickResult
 from llama_jax.engine.scheduler import Scheduler
+from llama_jax.engine.tick_timer import TickTimer
 from llama_jax.model.adjustments import encode_adjustments
 from llama_jax.model.controls import encode_controls
 from llama_jax.model.logprobs import Logprobs
 from llama_jax.ring.packet import encode_packet
 from llama_jax.ring.scoring import TileScores
-from llama_jax.ring.sizes import Bucket
+from llama_jax.ring.sizes import Bucket, RingSizes
 
 
 class Tick(NamedTuple):
@@ -32,7 +33,7 @@ class Tick(NamedTuple):
 
     Attributes:
       number: its index among the ticks of the loop.
-      start: the time when its step began, from `time.perf_counter`.
+      start: the time when its step began, by the clock of the loop.
       seconds: the duration of its step, including the wait for results that were due.
       bucket: the bucket of the program that ran.
       in_flight: the packet at each stage, the last stage first; the last packet entered now.
@@ -52,6 +53,9 @@ class TickLoop:
       scheduler: chooses packets and processes results.
       executor: runs ticks.
       results_late: ticks that may be dispatched ahead of the oldest unread result.
+      clock: returns the time in seconds; by default the real time.
+      encode: turns the packet that enters into what the executor takes; by default
+        `encode_entering`.
 
     Attributes:
       on_result: called with each packet that leaves and its result, before the result is read.
@@ -66,15 +70,28 @@ class TickLoop:
       wait_seconds: the part spent waiting for results.
     """
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, results_late: int):
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        results_late: int,
+        *,
+        clock: Callable[[], float] | None = None,
+        encode: Callable[[RingSizes, Bucket, np.ndarray, Packet], Any] | None = None,
+    ):
         self.scheduler, self.executor = scheduler, executor
+        self.clock = clock or time.perf_counter
+        self._encode = encode or encode_entering
         self.sizes = scheduler.sizes
         self.num_stages = len(scheduler.microbatches)
+        chunks = scheduler.prefill.chunks
+        self._timer = TickTimer(self.num_stages, chunks.times.observe) if chunks else None
         self.on_result: Callable[[Packet, TickResult], None] = lambda packet, result: None
         self.ready: Callable[[], Collection[Bucket] | None] = lambda: None
         self.on_tick: list[Callable[[Tick], None]] = []
         self.results_late = results_late
         self._in_flight = deque([Packet()] * self.num_stages, maxlen=self.num_stages)
+        self._tokens_in_flight = deque([0] * self.num_stages, maxlen=self.num_stages)
         self._unread: deque[tuple[Packet, TickResult]] = deque()
         self.ticks = self.stage_ticks_busy = self.token_slots = self.token_slots_used = 0
         self.seconds = self.wait_seconds = 0.0
@@ -83,17 +100,21 @@ class TickLoop:
     @property
     def has_work(self) -> bool:
         """Whether another `step` has something to do."""
-        in_ring = any(list(self._in_flight)[1:])
-        return self.scheduler.has_work or in_ring or any(packet for packet, _ in self._unread)
+        if self.scheduler.has_work or any(list(self._in_flight)[1:]):
+            return True
+        return any(packet for packet, _ in self._unread)
 
     def step(self) -> list[Output]:
         """Dispatches a tick; returns the outputs of the results that are due."""
-        start = time.perf_counter()
+        start = self.clock()
         outputs: list[Output] = []
         bucket = None
         if self.scheduler.has_work or any(list(self._in_flight)[1:]):
             while self._unread and self._lacks_answers():
                 outputs += self._read(*self._unread.popleft())
+            if self._timer and not (self._unread or any(list(self._in_flight)[1:])):
+                self._timer.begin(start)
+            self.scheduler.now = start
             entering = self.scheduler.schedule()
             for tile in entering.tiles:
                 if tile.sequence.queue_seconds is None:
@@ -104,7 +125,7 @@ class TickLoop:
             late = 0  # nothing to dispatch: read the remaining results
         while len(self._unread) > late:
             outputs += self._read(*self._unread.popleft())
-        seconds = time.perf_counter() - start
+        seconds = self.clock() - start
         self.seconds += seconds
         if bucket:
             program = self._programs[bucket]
@@ -124,12 +145,20 @@ class TickLoop:
     def _lacks_answers(self) -> bool:
         """Whether a mask of the packet that leaves in this step depends on tokens not yet read."""
         if self.num_stages == 1:  # it has yet to enter
-            rows = [(s, s.next_position) for s in self.scheduler.microbatches[0]]
+            constrained = [
+                (s, s.next_position)
+                for s in self.scheduler.microbatches[0]
+                if s.constraint is not None
+            ]
         else:
-            rows = [(row.sequence, row.position) for row in self._in_flight[1].rows if row.current]
+            constrained = [
+                (row.sequence, row.position)
+                for row in self._in_flight[1].rows
+                if row.sequence.constraint is not None and row.current
+            ]
         return any(
             s.constraint is not None and s.constraint.follows_answer and len(s.tokens) <= position
-            for s, position in rows
+            for s, position in constrained
         )
 
     @property
@@ -153,27 +182,25 @@ class TickLoop:
     def _dispatch(self, entering: Packet, outputs: list[Output]) -> Bucket:
         """Dispatches a tick; adds the outputs of requests that cannot go on."""
         self._in_flight.append(entering)
+        self._tokens_in_flight.append(entering.num_tokens)
         # The program must fit the largest packet in any stage, not just the one that enters.
-        rows = max(len(packet.rows) for packet in self._in_flight)
-        tiles = max(len(packet.tiles) for packet in self._in_flight)
+        rows = max([len(packet.rows) for packet in self._in_flight])
+        tiles = max([len(packet.tiles) for packet in self._in_flight])
         bucket = self.sizes.bucket(max(rows, 1), tiles * self.sizes.tile, self.ready())
-        packed = encode_packet(
-            self.sizes,
-            bucket,
-            self.scheduler.page_tables,
-            [row.slot for row in entering.rows],
-            [row.position for row in entering.rows],
-            [(tile.slot, tile.position, tile.ends, tile.tokens or []) for tile in entering.tiles],
-        )
+        packed = self._encode(self.sizes, bucket, self.scheduler.page_tables, entering)
         leaving = self._in_flight[0]
         choice = self._choice(leaving, bucket, outputs)
         result = self.executor.run(bucket, packed, choice)
-        self._unread.append((leaving, result._replace(scores=self._scores(leaving))))
+        if leaving.tiles:
+            result = result._replace(scores=self._scores(leaving))
+        self._unread.append((leaving, result))
+        if self._timer:
+            self._timer.dispatched(bucket, entering)
 
         self.ticks += 1
-        self.stage_ticks_busy += sum(1 for packet in self._in_flight if packet)
+        self.stage_ticks_busy += self.num_stages - self._tokens_in_flight.count(0)
         self.token_slots += self.num_stages * (bucket.rows + bucket.chunk)
-        self.token_slots_used += sum(packet.num_tokens for packet in self._in_flight)
+        self.token_slots_used += sum(self._tokens_in_flight)
         return bucket
 
     def _choice(self, leaving: Packet, bucket: Bucket, outputs: list[Output]) -> Choice:
@@ -218,16 +245,35 @@ class TickLoop:
 
     def _read(self, packet: Packet, result: TickResult) -> list[Output]:
         if not packet:
+            if self._timer:
+                self._timer.passed()
             return []
         self.on_result(packet, result)
-        start = time.perf_counter()
+        start = self.clock()
         tokens = np.asarray(result.tokens).tolist()
         logprobs = None if result.logprobs is None else _as_lists(result.logprobs)
         scores = {i: [np.asarray(array) for array in each] for i, each in result.scores.items()}
-        self.wait_seconds += time.perf_counter() - start
+        end = self.clock()
+        self.wait_seconds += end - start
+        if self._timer:
+            self._timer.read(end)
         for i, arrays in scores.items():
             self.scheduler.score(packet.tiles[i], *arrays)
         return self.scheduler.process(packet, tokens, result.bucket.rows, logprobs)
+
+
+def encode_entering(
+    sizes: RingSizes, bucket: Bucket, page_tables: np.ndarray, packet: Packet
+) -> np.ndarray:
+    """Encodes a packet for the devices: see `ring.packet`."""
+    return encode_packet(
+        sizes,
+        bucket,
+        page_tables,
+        [row.slot for row in packet.rows],
+        [row.position for row in packet.rows],
+        [(tile.slot, tile.position, tile.ends, tile.tokens or []) for tile in packet.tiles],
+    )
 
 
 def _as_lists(logprobs: Logprobs) -> list[TokenLogprobs]:

@@ -1,5 +1,6 @@
 """The sizes that the scheduler and the compiled programs share. Imports no JAX."""
 
+from bisect import bisect_left
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -70,6 +71,10 @@ class RingSizes:
           rows, chunk: what it must hold.
           ready: the buckets to choose from, the `largest` among them; None for all.
         """
-        known = self.buckets() if ready is None else ready
-        fitting = [bucket for bucket in known if bucket.rows >= rows and bucket.chunk >= chunk]
+        if ready is None:
+            return Bucket(
+                self.row_buckets[bisect_left(self.row_buckets, rows)],
+                self.chunk_buckets[bisect_left(self.chunk_buckets, chunk)],
+            )
+        fitting = [bucket for bucket in ready if bucket.rows >= rows and bucket.chunk >= chunk]
         return min(fitting, key=lambda bucket: bucket.rows + bucket.chunk)

@@ -9,8 +9,9 @@ from pytest import approx
 
 from bench.load.client import Server, ServerError, find_model, send_all
 from bench.load.figures import Goals, error_rows, latency_rows, total_row
-from bench.load.workload import Lengths, LoadRequest, Workload
+from bench.load.workload import LoadRequest, Workload
 from bench.serve_load import run_tests
+from llama_jax.plan.simulation.lengths import Lengths
 from tests.support.scripted_server import (
     END,
     ScriptedServer,

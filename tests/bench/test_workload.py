@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from pytest import approx
 
-from bench.load.workload import Lengths, Workload, WorkloadError
+from bench.load.workload import Workload
+from llama_jax.plan.simulation.lengths import Lengths
+from sharding.errors import UserError
 
 LOAD = Workload(
     rate=4.0, num_requests=2000, prompt=Lengths.parse("5-9"), answer=Lengths.parse("3"), seed=1
@@ -14,11 +16,11 @@ LOAD = Workload(
 
 
 def arrivals(load: Workload) -> np.ndarray:
-    return np.array([request.at for request in load.requests()])
+    return np.array([request.at for request in load.to_send()])
 
 
 def words(load: Workload) -> list[list[str]]:
-    return [request.prompt.split() for request in load.requests()]
+    return [request.prompt.split() for request in load.to_send()]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,7 @@ def test_distributions_of_lengths():
      "9999999", "1e3", "８"],
 )  # fmt: skip
 def test_other_lengths_are_refused(text):
-    with pytest.raises(WorkloadError):
+    with pytest.raises(UserError):
         Lengths.parse(text)
 
 
@@ -77,7 +79,7 @@ def test_a_duration_bounds_the_arrivals(kind):
 
 
 def test_the_seed_decides_everything():
-    assert LOAD.requests() == LOAD.requests() != replace(LOAD, seed=2).requests()
+    assert LOAD.to_send() == LOAD.to_send() != replace(LOAD, seed=2).to_send()
 
 
 def test_arrivals_do_not_depend_on_lengths_nor_prompts():
@@ -89,8 +91,8 @@ def test_arrivals_do_not_depend_on_lengths_nor_prompts():
 
 def test_prompts_are_long_as_asked_and_different():
     assert {len(prompt) for prompt in words(LOAD)} == {5, 6, 7, 8, 9}
-    assert len({tuple(prompt) for prompt in words(LOAD)}) == len(LOAD.requests())
-    assert {request.max_tokens for request in LOAD.requests()} == {3}
+    assert len({tuple(prompt) for prompt in words(LOAD)}) == len(LOAD.to_send())
+    assert {request.max_tokens for request in LOAD.to_send()} == {3}
 
 
 def test_prefixes_are_shared():
@@ -102,7 +104,7 @@ def test_prefixes_are_shared():
 
 
 def test_token_ids():
-    prompts = [request.prompt for request in replace(LOAD, vocab_size=10).requests()]
+    prompts = [request.prompt for request in replace(LOAD, vocab_size=10).to_send()]
     assert {token for prompt in prompts for token in prompt} == set(range(10))
 
 
@@ -115,5 +117,5 @@ def test_token_ids():
     ],
 )
 def test_a_load_beyond_memory_is_refused(change):
-    with pytest.raises(WorkloadError):
-        replace(LOAD, **change).requests()
+    with pytest.raises(UserError):
+        replace(LOAD, **change).to_send()

@@ -5,7 +5,7 @@
 
 import pytest
 
-from llama_jax.engine.pages import PagePool, page_key
+from llama_jax.engine.pages import PagePool, page_keys
 from tests.support.mock_executor import POISON, generate
 from tests.support.scheduler_trial import Request, Trial, make_sizes, numbered
 
@@ -98,7 +98,7 @@ def test_nothing_is_shared_with_a_request_whose_logits_are_nan():
 
 def test_pages_are_evicted_in_the_order_in_which_they_were_given_back():
     pool = PagePool(4)
-    keys = [page_key(b"", [i]) for i in range(4)]
+    keys = [page_keys(b"", [i], 1)[0] for i in range(4)]
     pages = [pool.take() for _ in range(3)]
     for page, key in zip(pages, keys, strict=False):
         pool.publish(page, key)
@@ -146,5 +146,9 @@ def test_a_second_page_with_the_same_content_is_not_published():
 
 
 def test_keys_of_pages_depend_on_every_token_before():
-    keys = {page_key(parent, tokens) for parent in (b"", b"x") for tokens in ([1, 2], [2, 1], [1])}
+    keys = {
+        page_keys(parent, tokens, len(tokens))[0]
+        for parent in (b"", b"x")
+        for tokens in ([1, 2], [2, 1], [1])
+    }
     assert len(keys) == 6

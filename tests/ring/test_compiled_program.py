@@ -27,7 +27,8 @@ from llama_jax.ring.sizes import Bucket
 from llama_jax.weights.placement import placements
 from sharding.axes import AXES
 from sharding.collectives import pmax, psum
-from sharding.mesh import make_mesh, parse_mesh
+from sharding.mesh import make_mesh
+from sharding.mesh_name import parse_mesh
 from sharding.partition import round_up
 from sharding.ring import ring_tick
 from tests.support import programs

@@ -38,7 +38,7 @@ def test_every_option_reaches_the_engine():
     line = (
         "models/x --mesh 4x2 --dtype bfloat16 --kv-cache-dtype int8 --max-model-len 100 "
         "--max-num-seqs 5 --max-queue 6 --page-size 32 --kv-cache-memory 2GiB --max-chunk 64 "
-        "--results-late 1 --fp8-activations --strict-config"
+        "--tpot-slo 50ms --ttft-slo 0.5 --results-late 1 --fp8-activations --strict-config"
     )
     arguments = parse_arguments(line.split())
     assert engine_options(arguments, arguments.path) == EngineOptions(
@@ -52,6 +52,8 @@ def test_every_option_reaches_the_engine():
         page_size=32,
         kv_cache_memory=2 * 1024**3,
         max_chunk=64,
+        tpot_slo=0.05,
+        ttft_slo=0.5,
         results_late=1,
         fp8_activations=True,
         strict_config=True,

@@ -1,8 +1,10 @@
 """Amounts as text."""
 
+import argparse
+
 import pytest
 
-from llama_jax.terminal.arguments import size
+from llama_jax.terminal.arguments import duration, size
 from llama_jax.terminal.units import bytes_text, count_text, duration_text, layers_text
 
 
@@ -68,3 +70,26 @@ def test_counts_and_layers() -> None:
 )
 def test_sizes_are_parsed(text: str, expected: int) -> None:
     assert size(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("50ms", 0.05),
+        (".5 s", 0.5),
+        ("1.5S", 1.5),
+        ("49ms", 0.049),
+        ("250us", 0.00025),
+        ("2min", 120.0),
+    ],
+)
+def test_durations_with_units(text: str, seconds: float) -> None:
+    assert duration(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "0.05", "0ms", "-1", "fast", "5 lightyears", "nan", "1e3", "ms"]
+)
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        duration(text)

@@ -57,10 +57,18 @@ def engine_programs(deployment: Deployment, options: EngineOptions, allowed: int
     cache_dtype = choose_kv_dtype(options.kv_cache_dtype, dtype)
     model_class: type[Llama] = Llama
     if options.fp8_activations:
-        model_class = type("Llama", (Llama,), {"fp8_activations": True})
-    backend = options.attention_backend
-    check_backend(backend, mesh, model_class, config.head_dim, sizes.page_size, dtype, cache_dtype)
+        model_class = type(Llama.__name__, (Llama,), {"fp8_activations": True})
+    check_backend(
+        options.attention_backend,
+        mesh,
+        model_class,
+        config.head_dim,
+        sizes.page_size,
+        dtype,
+        cache_dtype,
+    )
     return Programs(
         config, mesh, sizes, dtype,
-        model_class=model_class, cache_dtype=cache_dtype, attention_backend=backend,
+        model_class=model_class, cache_dtype=cache_dtype,
+        attention_backend=options.attention_backend,
     )  # fmt: skip

@@ -6,6 +6,8 @@ from pathlib import Path
 from llama_jax.engine.options import OPTIONS, Option
 from llama_jax.serve.command_line import values
 
+_EXAMPLES = {"BYTES": ", such as 2GB", "SHARE": ", such as 0.9", "TIME": ", such as 50ms"}
+
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Adds PATH and the flags of what the checkpoint is and how it is offered."""
@@ -61,6 +63,18 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="refuse a checkpoint that is not quantized by this method, such as gptq, awq, fp8 or "
         "compressed-tensors (default: any, and none)",
     )
+    model.add_argument(
+        "--preflight",
+        action="store_true",
+        help="check the machine before the engine starts, as python -m llama_jax.plan --validate "
+        "does; a failure stops the start, with the exit code of what is wrong",
+    )
+    model.add_argument(
+        "--preflight-gpu",
+        default="auto",
+        metavar="NAME",
+        help="the GPU that was planned for, such as h100-sxm (default: auto, what there is)",
+    )
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +122,9 @@ def _add_option(engine: argparse._ArgumentGroup, option: Option) -> None:
     if option.type is bool:
         engine.add_argument(flag, action="store_true", dest=option.name, help=option.help)
         return
-    example = {"BYTES": ", such as 2GB", "SHARE": ", such as 0.9"}.get(option.unit, "")
+    example = {"BYTES": ", such as 2GB", "SHARE": ", such as 0.9", "TIME": ", such as 50ms"}.get(
+        option.unit, ""
+    )
     engine.add_argument(
         flag,
         *option.flags,

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from llama_jax.engine.options import Option, OptionError
 from llama_jax.serve.transport.api_keys import is_key
-from llama_jax.terminal.arguments import size
+from llama_jax.terminal.arguments import duration, size
 
 # As vLLM reads them: a small letter is decimal, a capital one binary.
 _THOUSANDS = {"k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}
@@ -26,6 +26,8 @@ def option_parser(option: Option) -> Callable[[str], object]:
             return None
         if option.unit == "BYTES":
             value = size(text)
+        elif option.unit == "TIME":
+            value = _duration(text)
         elif option.maximum is not None:
             value = float(text)  # argparse reports the ValueError
         elif option.minimum is not None:
@@ -140,3 +142,11 @@ def _count(text: str) -> int:
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM])", text):
         return int(float(match[1]) * _THOUSANDS[match[2]])
     return int(text)  # argparse reports the ValueError
+
+
+def _duration(text: str) -> float:
+    """A number is in seconds; else the text has a unit."""
+    try:
+        return float(text)
+    except ValueError:
+        return duration(text)

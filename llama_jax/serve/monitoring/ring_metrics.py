@@ -87,6 +87,38 @@ def ring_families(prefix: str, labels: Mapping[str, str], stats: Stats) -> Itera
             ("device",),
             [((i,), memory.limit) for i, memory in enumerate(stats.memory)],
         ),
+        (
+            "latency_target_seconds",
+            "Latency targets that are set: per output token (tpot), to the first token (ttft).",
+            GaugeMetricFamily,
+            ("target",),
+            [
+                ((name,), seconds)
+                for name, seconds in (("tpot", stats.latency.tpot), ("ttft", stats.latency.ttft))
+                if seconds is not None
+            ],
+        ),
+        (
+            "chunk_limit_tokens",
+            "Prompt tokens of the largest chunk that may enter now.",
+            GaugeMetricFamily,
+            (),
+            [((), stats.latency.chunk_limit)],
+        ),
+        (
+            "program_expected_tick_seconds",
+            "Time of a tick by program, without context, corrected by the ticks that were seen.",
+            GaugeMetricFamily,
+            ("rows", "chunk"),
+            [((t.rows, t.chunk), t.seconds) for t in stats.latency.ticks],
+        ),
+        (
+            "program_modeled_tick_seconds",
+            "The same before it was corrected.",
+            GaugeMetricFamily,
+            ("rows", "chunk"),
+            [((t.rows, t.chunk), t.modeled) for t in stats.latency.ticks],
+        ),
     ):
         family = kind(f"{prefix}:{name}", about, labels=[*labels, *own])
         for values, count in samples:

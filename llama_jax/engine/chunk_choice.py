@@ -1,0 +1,134 @@
+"""Chooses the chunk that enters the ring, by the time of a tick and who waits. No JAX."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from llama_jax.costs.work import Work
+from llama_jax.engine.tick_times import TickTimes
+from llama_jax.ring.sizes import Bucket, RingSizes
+
+AS_LONG = 1.05  # a tick of this many times the seconds counts as equally long
+MARGIN = 0.9  # of the target for the first token, within which prompts are kept: others may come
+
+
+class Load(NamedTuple):
+    """What there is to do when a chunk is chosen.
+
+    Attributes:
+      num_stages: P.
+      prompts: those that can be sent now.
+      tokens: W, theirs.
+      streams: sequences that decode.
+      rows: decode rows in the largest packet.
+      keys: most keys that the rows of a packet attend to, all rows together.
+      prefix: tokens of the first prompt that have been sent.
+      waits: for each prompt that has no token yet, in order: the tokens up to its end, those of the
+        prompts before it included, and the seconds since it arrived.
+    """
+
+    num_stages: int
+    prompts: int
+    tokens: int
+    streams: int
+    rows: int
+    keys: int = 0
+    prefix: int = 0
+    waits: tuple[tuple[int, float], ...] = ()
+
+
+class ChunkChoice:
+    """Chooses the size of each chunk.
+
+    With chunks of C tokens, W tokens take W / C + P - 1 ticks, and every packet of each of these
+    ticks has room for C tokens. The prompts wait for all of that time. The streams wait only for
+    what the chunk adds to each tick, but many may wait. So a large chunk pays for long prompts
+    while few others are answered: 128 tokens in chunks of 64 take 5 ticks instead of 4, but each
+    with half the room.
+
+    Without targets, the chunk is that for which requests wait least in all, by the model alone: the
+    choice depends on nothing but the requests. With targets:
+
+    1. Those chunks come first with which the fewest prompts are late for their first token.
+    2. Of these, the largest with which P ticks, the time of an output token, take no longer than
+       the target, with the present rows, contexts and times of ticks. A chunk whose ticks are as
+       long as those of the smallest is always within it, or prompts would never end.
+    3. If there is none, the smallest. Without a target for output tokens, it is the one for which
+       requests wait least in all.
+
+    So where both targets cannot hold, the one for output tokens yields, but only while a prompt
+    would be late otherwise, and only as far as that takes. The first token comes once, while the
+    time per output token is a mean over the whole answer. And larger chunks take more tokens a
+    second: otherwise the queue would grow until every prompt were late.
+
+    Args:
+      sizes: of the ring, with the chunks to choose from.
+      times: of ticks.
+      tpot: the target for the seconds per output token, if there is one.
+      ttft: the target for the seconds to the first token, if there is one.
+    """
+
+    def __init__(
+        self,
+        sizes: RingSizes,
+        times: TickTimes,
+        tpot: float | None = None,
+        ttft: float | None = None,
+    ):
+        self.times, self.tpot, self.ttft = times, tpot, ttft
+        self._sizes = sizes
+        self._chunks = sizes.chunk_buckets[1:]
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether there is a target, so that the times and contexts count."""
+        return self.tpot is not None or self.ttft is not None
+
+    def choose(self, load: Load) -> int:
+        """Returns one of the chunk buckets, not 0; the smallest one of those that are equally good.
+
+        It is 0 if there is no other.
+        """
+        seconds = self._seconds(load)
+        idle = seconds(0)
+
+        def ticks(tokens: int, chunk: int) -> int:
+            return -(-tokens // chunk) + load.num_stages - 1
+
+        def waiting(chunk: int) -> float:
+            tick = seconds(chunk)
+            streams = load.streams * (tick - idle)
+            return ticks(load.tokens, chunk) * (load.prompts * tick + streams)
+
+        if not self.has_targets:
+            return min(self._chunks, key=waiting, default=0)
+
+        def late(chunk: int) -> int:
+            if self.ttft is None:
+                return 0
+            left, tick = MARGIN * self.ttft, seconds(chunk)
+            return sum(waited + ticks(until, chunk) * tick > left for until, waited in load.waits)
+
+        limit = self.limit(load)
+
+        def rank(chunk: int) -> tuple[int, bool, float]:
+            if self.tpot is None:
+                return late(chunk), False, waiting(chunk)
+            return late(chunk), chunk > limit, chunk if chunk > limit else -chunk
+
+        return min(self._chunks, key=rank, default=0)
+
+    def limit(self, load: Load) -> int:
+        """The largest chunk that the target for output tokens allows now."""
+        if self.tpot is None or not self._chunks:
+            return self._sizes.max_chunk
+        seconds = self._seconds(load)
+        most = max(self.tpot / load.num_stages, AS_LONG * seconds(self._chunks[0]))
+        return max(chunk for chunk in self._chunks if seconds(chunk) <= most)
+
+    def _seconds(self, load: Load) -> Callable[[int], float]:
+        """The seconds of a tick by the size of its chunk."""
+        if not self.has_targets:
+            return lambda chunk: self.times.model(Work(load.rows, chunk))
+        rows = next(rows for rows in self._sizes.row_buckets if rows >= load.rows)
+        context = load.keys / max(rows, 1)
+        return lambda chunk: self.times.seconds(Bucket(rows, chunk), context, load.prefix)

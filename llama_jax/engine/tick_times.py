@@ -1,0 +1,125 @@
+"""The seconds of each program's ticks: a model, corrected by the ticks that were seen. No JAX.
+
+The devices of a ring work in lockstep, so one number per program says how long a tick takes. What a
+model of the devices says of it may be wrong by a factor, and the devices themselves change: a GPU
+that gets hot slows down. What is kept is therefore the ratio of the seconds seen to those of the
+model, for each program.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from itertools import chain
+
+from llama_jax.costs.work import Work
+from llama_jax.engine.interface import TickTime
+from llama_jax.ring.sizes import Bucket, RingSizes
+
+WINDOW = 31  # ticks of a program that count, the latest ones
+BELIEF = 5  # ticks that the model counts for: more must be seen before anything changes
+REFRESH = 16  # ticks between two corrections
+FORGET = 20_000  # ticks after which what was seen of a program no longer counts
+
+
+class TickTimes:
+    """The seconds of a tick by program, context and prefix.
+
+    A program's ratio is the median of those of its latest ticks and of a few that stand for the
+    programs of its kind, with or without a chunk. Theirs is found in the same way from all programs
+    and that of all from the model. So one slow tick changes nothing, and a program that has not run
+    yet profits from those that have. The same ticks always give the same times.
+
+    Args:
+      model: seconds of a tick with this work.
+      sizes: of the ring, with the programs.
+    """
+
+    def __init__(self, model: Callable[[Work], float], sizes: RingSizes):
+        self.model = model
+        self._sizes = sizes
+        self._own: dict[Bucket, deque[float]] = {}
+        self._kinds = {chunk: deque[float](maxlen=2 * WINDOW) for chunk in (False, True)}
+        self._latest: dict[Bucket, int] = {}  # the number of the last tick that was seen
+        self._count = 0
+        self._ratios: dict[Bucket, float] = {}
+        self._modeled: dict[tuple[Bucket, int, int], float] = {}
+        self._corrected: dict[tuple[Bucket, int, int], float] = {}
+
+    def modeled(self, bucket: Bucket, context: float = 0, prefix: int = 0) -> float:
+        """Seconds of a tick as the model has them.
+
+        Args:
+          bucket: of the program.
+          context: keys that the rows attend to, divided by the rows of the bucket.
+          prefix: tokens before the chunk.
+        """
+        return self._model(bucket, _rounded(context), _rounded(prefix))
+
+    def seconds(self, bucket: Bucket, context: float = 0, prefix: int = 0) -> float:
+        """Seconds of a tick, corrected; a program with more room is never faster.
+
+        Args:
+          bucket: of the program.
+          context, prefix: as in `modeled`.
+        """
+        return self._correct(bucket, _rounded(context), _rounded(prefix))
+
+    def observe(self, bucket: Bucket, context: float, prefix: int, seconds: float) -> None:
+        """Takes the seconds of one tick."""
+        ratio = seconds / self.modeled(bucket, context, prefix)
+        self._own.setdefault(bucket, deque(maxlen=WINDOW)).append(ratio)
+        self._kinds[bucket.chunk > 0].append(ratio)
+        self._latest[bucket] = self._count
+        self._count += 1
+        if self._count % REFRESH == 0:
+            self._refresh()
+
+    def table(self) -> tuple[TickTime, ...]:
+        """Every program, at no context."""
+        return tuple(
+            TickTime(*b, self.seconds(b), self.modeled(b), len(self._own.get(b, ())))
+            for b in self._sizes.buckets()
+        )
+
+    def _refresh(self) -> None:
+        every = _median(1.0, chain(*self._kinds.values()))
+        kinds = {kind: _median(every, ratios) for kind, ratios in self._kinds.items()}
+        for bucket in self._sizes.buckets():
+            if self._count - self._latest.get(bucket, self._count) > FORGET:
+                del self._own[bucket], self._latest[bucket]
+            own = self._own.get(bucket, ())
+            self._ratios[bucket] = _median(kinds[bucket.chunk > 0], own)
+        self._corrected.clear()
+
+    def _model(self, bucket: Bucket, context: int, prefix: int) -> float:
+        key = bucket, context, prefix
+        if key not in self._modeled:
+            work = Work.of(bucket.rows, context, bucket.chunk, prefix, self._sizes.tile)
+            self._modeled[key] = self.model(work)
+        return self._modeled[key]
+
+    def _correct(self, bucket: Bucket, context: int, prefix: int) -> float:
+        key = bucket, context, prefix
+        if key not in self._corrected:
+            own = self._ratios.get(bucket, 1.0) * self._model(bucket, context, prefix)
+            smaller = (self._correct(b, context, prefix) for b in self._next_smaller(bucket))
+            self._corrected[key] = max(own, *smaller, 0.0)
+        return self._corrected[key]
+
+    def _next_smaller(self, bucket: Bucket) -> Iterable[Bucket]:
+        rows, chunks = self._sizes.row_buckets, self._sizes.chunk_buckets
+        if i := rows.index(bucket.rows):
+            yield bucket._replace(rows=rows[i - 1])
+        if i := chunks.index(bucket.chunk):
+            yield bucket._replace(chunk=chunks[i - 1])
+
+
+def _median(believed: float, seen: Iterable[float]) -> float:
+    ordered = sorted([*[believed] * BELIEF, *seen])
+    return ordered[len(ordered) // 2]
+
+
+def _rounded(number: float) -> int:
+    """Rounds up to four binary digits, at most 12.5 % too high, so that few contexts differ."""
+    whole = -int(-number // 1)
+    shift = max(0, whole.bit_length() - 4)
+    return -(-whole >> shift) << shift
