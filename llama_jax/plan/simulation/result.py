@@ -271,7 +271,11 @@ def _assumptions(asked: Scenario) -> Section:
         "time of its padded rows and chunk.",
         f"The host needs {host:g} ms a tick"
         + (" before each." if server.waits else ", while the devices run earlier ones.")
-        + (" Measured: python -m bench engine." if server.host_seconds == HOST_SECONDS else ""),
+        + (
+            " Measured elsewhere: python -m bench engine."
+            if server.host_seconds == HOST_SECONDS
+            else " Measured here: the calibration."
+        ),
         "Answers are greedy and end at their length; answers that a trace continues are not found "
         "in the cache.",
         "Prefix caching is " + ("on." if options.prefix_caching else "off."),
