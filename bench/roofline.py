@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bench.random_weights import random_array
 from bench.result import Result, Row
-from bench.timing import UNITS, time_calls
+from bench.timing import UNITS
+from llama_jax.plan.machine.random_weights import random_array
+from llama_jax.plan.machine.timing import time_calls
 from sharding.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "numpy")

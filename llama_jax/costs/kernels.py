@@ -53,7 +53,7 @@ def table() -> dict[str, dict[str, dict[str, float]]]:
 
 def source() -> str:
     """Where the figures come from."""
-    return f"measured kernels of {table()['source'].__str__().split(';')[0]}"
+    return f"measured kernels of {str(table()['source']).split(' (')[0]}"
 
 
 def product_floor(rows: float, shape: Shape, rates: Rates, dtype: str, width: float) -> float:
@@ -72,6 +72,12 @@ def product_floor(rows: float, shape: Shape, rates: Rates, dtype: str, width: fl
     return max(moved / rates.bandwidth, 2 * rows * n * k / rates.flops[dtype])
 
 
+@lru_cache
+def products(system: str, dtype: str) -> "Products":
+    """The one `Products` of these arguments: fitting takes a while."""
+    return Products(system, dtype)
+
+
 class Products:
     """The measured matrix products of one system and dtype.
 
@@ -83,6 +89,7 @@ class Products:
     def __init__(self, system: str, dtype: str) -> None:
         self.rates, self.dtype = REFERENCE[system], dtype
         self.width = 1 if dtype == "fp8" else 2
+        self._fitted: dict[str, dict[float, tuple[float, float]]] = {}
         self._measured: dict[str, dict[Shape, dict[float, float]]] = defaultdict(dict)
         for key, times in table()["gemm_us"].items():
             on, by, of, _, name = key.split("|")
@@ -126,7 +133,13 @@ class Products:
 
     def _fits(self, kernels: str) -> dict[float, tuple[float, float]]:
         """For each M, the fixed time and the multiple of the floor."""
-        shapes = self._measured[kernels]
+        if kernels not in self._fitted:
+            self._fitted[kernels] = self._fit(self._measured[kernels])
+        return self._fitted[kernels]
+
+    def _fit(
+        self, shapes: Mapping[Shape, Mapping[float, float]]
+    ) -> dict[float, tuple[float, float]]:
         sizes = next(iter(shapes.values()))
         return {
             m: fit([(self._floor(m, shape), times[m]) for shape, times in shapes.items()])

@@ -8,10 +8,10 @@ from llama_jax.costs.figure import Band, Evidence
 from llama_jax.costs.kernels import (
     KERNEL_SETS,
     REFERENCE,
-    Products,
     Rates,
     Shape,
     product_floor,
+    products,
     source,
 )
 from llama_jax.costs.memory import weight_bytes
@@ -86,7 +86,7 @@ class RankProducts:
         system = gpu.measured_as
         if system and own == "bfloat16" and self.plain_width == 2:
             self._sets = [self._measured_layer(system, name) for name in KERNEL_SETS]
-            head = Products(system, own)
+            head = products(system, own)
             self._head_sets = [head.curve(name, self.head, self._rates) for name in KERNEL_SETS]
             self.known = self._how(system)
             self.head_known = Known(
@@ -99,7 +99,7 @@ class RankProducts:
             )
 
     def _how(self, system: str) -> Known:
-        measured = all(Products(system, "bfloat16").is_measured(s) for s in self.shapes.values())
+        measured = all(products(system, "bfloat16").is_measured(s) for s in self.shapes.values())
         if not measured:
             return Known(
                 Evidence.ARITHMETIC, f"fitted to {source()}: a fixed time and a share of its floor"
@@ -114,10 +114,10 @@ class RankProducts:
     def _measured_layer(self, system: str, kernels: str) -> Callable[[float], float]:
         """Seconds of the products of a layer by M, with one set of measured kernels."""
         if not self.converted:
-            table = Products(system, self.dtype)
+            table = products(system, self.dtype)
             curves = [table.curve(kernels, s, self._rates) for s in self.shapes.values()]
             return lambda rows: sum(curve.at(rows) for curve in curves)
-        table, narrow = Products(system, "bfloat16"), Products(system, "fp8")
+        table, narrow = products(system, "bfloat16"), products(system, "fp8")
         shapes = [
             Shape(n, k if abs(self.width - 1) < 0.01 else round(k * self.width))
             for n, k in self.shapes.values()

@@ -60,6 +60,9 @@ TPU_SHARES = GPU_SHARES._replace(
 CPU_SHARES = GPU_SHARES._replace(
     bandwidth=(0.9, 0.6, 0.3), flops=(0.9, 0.5, 0.15), kernel=(2e-6, 10e-6, 50e-6)
 )
+# Between hosts: 400 Gbit/s for each GPU, and the time of a message over RDMA.
+NETWORK_BANDWIDTH = 50e9
+NETWORK_HOP = (8e-6, 15e-6, 30e-6)
 PCIE_HOP = (5e-6, 10e-6, 20e-6)  # without NVLink, data goes through the host's bridges
 
 

@@ -112,10 +112,10 @@ class ChunkChoice:
 
         limit = self.limit(load)
 
-        def rank(chunk: int) -> tuple[float, bool, float]:
+        def rank(chunk: int) -> tuple[float, float]:
             if self.tpot is None:
-                return late(chunk), False, waiting(chunk)
-            return late(chunk), chunk > limit, chunk if chunk > limit else -chunk
+                return late(chunk), waiting(chunk)
+            return late(chunk), chunk if chunk > limit else -chunk
 
         return min(self._chunks, key=rank, default=0)
 

@@ -150,9 +150,10 @@ class EngineOptions:
         minimum=0.01,
         maximum=1.0,
     )
-    page_size: int = _option(
-        16,
+    page_size: int | None = _option(
+        None,
         "tokens per KV-cache page",
+        unset="16 on CPU, 64 on a GPU",
         unit="TOKENS",
         minimum=1,
         flags=("--block-size", "--tokens-per-block"),

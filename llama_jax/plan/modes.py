@@ -32,7 +32,8 @@ class Mode(NamedTuple):
       flag: that asks for the mode, as in `argparse`'s namespace: "simulate" for --simulate.
       module: that does it.
       includes: the flags of modes that may be asked for as well, as options of this one.
-      needs_plan: whether the layouts are planned before it runs.
+      needs_plan: whether it is given a plan. Without one, the command line need not ask a question
+        that has an answer.
     """
 
     flag: str
@@ -53,7 +54,10 @@ class Mode(NamedTuple):
 MODES: tuple[Mode, ...] = (
     Mode("server_command", "llama_jax.plan.serving"),
     Mode("kubernetes", "llama_jax.plan.serving"),
+    Mode("validate", "llama_jax.plan.machine.command", needs_plan=False),
+    Mode("calibrate", "llama_jax.plan.machine.command", needs_plan=False),
     Mode("compare", "llama_jax.plan.live"),
+    Mode("compile", "llama_jax.plan.compiled.command"),
     Mode("report", "llama_jax.plan.report.command"),
 )
 

@@ -13,9 +13,14 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bench.hlo import aliased_outputs, count_ops, large_copies, unordered_collectives
 from llama_jax.model import sampling
 from llama_jax.model.controls import CONTROL_WIDTH
+from llama_jax.plan.compiled.hlo import (
+    aliased_outputs,
+    count_ops,
+    large_copies,
+    unordered_collectives,
+)
 from llama_jax.ring import choosing, kv_cache, stage, steps, tick
 from llama_jax.ring.packet import LENGTH
 from llama_jax.ring.sizes import Bucket
