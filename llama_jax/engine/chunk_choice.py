@@ -110,7 +110,7 @@ class ChunkChoice:
             over = (waited + ticks(until, chunk) * tick - left for until, waited in load.waits)
             return sum(max(0.0, each) for each in over)
 
-        limit = self.limit(load)
+        limit = self._sizes.max_chunk if self.tpot is None else self._limit(load, seconds)
 
         def rank(chunk: int) -> tuple[float, float]:
             if self.tpot is None:
@@ -123,14 +123,20 @@ class ChunkChoice:
         """The largest chunk that the target for output tokens allows now."""
         if self.tpot is None or not self._chunks:
             return self._sizes.max_chunk
-        seconds = self._seconds(load)
+        return self._limit(load, self._seconds(load))
+
+    def _limit(self, load: Load, seconds: Callable[[int], float]) -> int:
+        assert self.tpot is not None
         most = max(self.tpot / load.num_stages, AS_LONG * seconds(self._chunks[0]))
         return max(chunk for chunk in self._chunks if seconds(chunk) <= most)
 
     def _seconds(self, load: Load) -> Callable[[int], float]:
         """The seconds of a tick by the size of its chunk."""
+        sizes = self._sizes.chunk_buckets
         if not self.has_targets:
-            return lambda chunk: self.times.model(Work(load.rows, chunk))
+            return {c: self.times.model(Work(load.rows, c)) for c in sizes}.__getitem__
         rows = next(rows for rows in self._sizes.row_buckets if rows >= load.rows)
         context = load.keys / max(rows, 1)
-        return lambda chunk: self.times.seconds(Bucket(rows, chunk), context, load.prefix)
+        return {
+            c: self.times.seconds(Bucket(rows, c), context, load.prefix) for c in sizes
+        }.__getitem__

@@ -59,6 +59,11 @@ MODES: tuple[Mode, ...] = (
     Mode("compare", "llama_jax.plan.live"),
     Mode("compile", "llama_jax.plan.compiled.command"),
     Mode("report", "llama_jax.plan.report.command"),
+    Mode("simulate", "llama_jax.plan.simulation.command"),
+    Mode("trace", "llama_jax.plan.simulation.command"),
+    Mode("highest_rate", "llama_jax.plan.simulation.command"),
+    Mode("outage", "llama_jax.plan.simulation.command"),
+    Mode("daily", "llama_jax.plan.simulation.command"),
 )
 
 
