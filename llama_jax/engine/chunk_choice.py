@@ -89,6 +89,8 @@ class ChunkChoice:
 
         It is 0 if there is no other.
         """
+        if not self._chunks:
+            return 0
         seconds = self._seconds(load)
         idle = seconds(0)
 
@@ -101,7 +103,7 @@ class ChunkChoice:
             return ticks(load.tokens, chunk) * (load.prompts * tick + streams)
 
         if not self.has_targets:
-            return min(self._chunks, key=waiting, default=0)
+            return min(self._chunks, key=waiting)
 
         def late(chunk: int) -> float:
             if self.ttft is None:
@@ -117,7 +119,7 @@ class ChunkChoice:
                 return late(chunk), waiting(chunk)
             return late(chunk), chunk if chunk > limit else -chunk
 
-        return min(self._chunks, key=rank, default=0)
+        return min(self._chunks, key=rank)
 
     def limit(self, load: Load) -> int:
         """The largest chunk that the target for output tokens allows now."""

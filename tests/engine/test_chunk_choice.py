@@ -189,3 +189,9 @@ def test_a_chunk_that_costs_no_time_is_allowed_even_if_the_target_cannot_hold():
     load = BUSY._replace(tokens=4000, prompts=20)
     assert choice(GPU_COST, tpot=1e-6).limit(load) == 128  # 192 tokens are computed for nothing
     assert choice(CPU_COST, tpot=1e-6).limit(load) == 64
+
+
+def test_a_ring_without_chunks_has_nothing_to_choose():
+    sizes = replace(SIZES, chunk_buckets=(0,))
+    assert choice(CPU_COST, sizes).choose(BUSY) == 0
+    assert choice(CPU_COST, sizes, tpot=0.05, ttft=0.5).choose(BUSY) == 0
