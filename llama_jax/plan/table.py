@@ -22,6 +22,7 @@ from llama_jax.plan.reasons import (
     why,
 )
 from llama_jax.plan.recommend import Recommendation
+from llama_jax.plan.serving import serving
 
 # Column → the figure in it, and how large one of it is.
 _MEMORY = {
@@ -61,6 +62,10 @@ def show_plan(plan: Plan, price: float | None = None, fewest: Recommendation | N
     _say(console, *why(plan), "")
     if plan.best.holds:
         _say(console, *breaks_first(headrooms(question, plan.best)), "")
+        command = serving(plan).wrapped
+        console.print(
+            "The server of this plan:", command, "", sep="\n", soft_wrap=True, markup=False
+        )
     else:
         _say(console, *remedies(plan), "")
     for table in best_tables(plan.best, shown[plan.best]):
