@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="check that this machine is what the plan assumes: --gpu, --gpus and --layout, "
         "with --gpu auto for whatever there is; the exit code says what is not "
-        "(docs/planning.md)",
+        "(docs/operations.md)",
     )
     group.add_argument(
         "--load-within",

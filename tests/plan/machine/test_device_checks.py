@@ -1,5 +1,6 @@
 """The verdict on what JAX sees and measures, and on the host."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from llama_jax.plan.machine.exit_codes import Exit
 from llama_jax.plan.machine.expectation import Expectation, Verdict, exit_code
 from llama_jax.plan.machine.host import DiskRate, available_memory, read_rate
 from llama_jax.plan.machine.measurement import Measurement
+from tests.support.paths import ROOT
 
 GPU = GPUS["h100-sxm"]
 H100 = Expectation((4, 2), gpus=8, gpu=GPU)
@@ -120,6 +122,11 @@ def test_the_disk_is_read(tmp_path):
     assert read_rate(tmp_path / "notes.txt").bytes_read == 11
     (tmp_path / "empty").mkdir()
     assert read_rate(tmp_path / "empty") is None
+
+
+def test_every_exit_code_is_documented():
+    table = re.findall(r"^\| (\d+) \|", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
+    assert [int(code) for code in table] == sorted(Exit)[1:]
 
 
 def test_the_memory_of_this_host_is_known():
