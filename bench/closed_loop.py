@@ -1,0 +1,235 @@
+"""The same load simulated and served: is the planner right about this machine?
+
+For each mesh, `python -m bench closed-loop` calibrates the planner with the demo checkpoint's real
+ticks, as `python -m llama_jax.plan --calibrate` does, and starts the real server. Then it sends a
+load over HTTP in rounds, and calibrates anew between them, so that whatever else the machine does
+meets both sides. At last the planner's simulator runs the very same arrivals and lengths. The
+medians of TTFT and TPOT must differ by less than 15 %.
+
+What HTTP and its client cost on the machine is measured before each round with requests that come
+one at a time, and the simulator adds it to the ticks and to the first token ("front").
+"""
+
+import argparse
+import asyncio
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from bench.load.client import Server, send_all
+from bench.load.figures import percentile
+from bench.load.sample import Sample
+from bench.load.workload import Workload
+from bench.new_process import ROOT, in_new_process
+from bench.result import Result, Row, Target
+from llama_jax.plan.simulation.lengths import Lengths
+from llama_jax.serve.command_line.arguments import DEMO_CHECKPOINT
+from sharding.errors import UserError
+
+if TYPE_CHECKING:
+    from llama_jax.plan.machine.calibrate import Calibrator
+
+MESHES = ("1x1", "4x2")
+WITHIN = 0.15
+VOCABULARY = 1700  # of the prompts: ordinary tokens of the demo checkpoint
+ROWS, CONTEXTS = 8, (64, 192, 512)  # of the batches that are timed
+PROBES = 6  # requests, one at a time, before each round
+PACKAGES = ("jax", "numpy", "httpx", "uvicorn")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this measurement."""
+    parser.add_argument("--meshes", nargs="+", default=list(MESHES), metavar="SxT")
+    parser.add_argument("--rate", type=float, default=2.0, help="requests/s (%(default)g)")
+    parser.add_argument("--requests", type=int, default=40, help="in each round (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=4, help="of each mesh (%(default)s)")
+    parser.add_argument("--prompt-tokens", default="lognormal:120,0.6", help="(%(default)s)")
+    parser.add_argument("--answer-tokens", default="lognormal:40,0.5", help="(%(default)s)")
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Runs each mesh in a process of its own: JAX fixes the number of CPU devices at its start."""
+    rows: list[Row] = []
+    for mesh in args.meshes:
+        settings = {
+            "rate": args.rate,
+            "requests": args.requests,
+            "prompt": args.prompt_tokens,
+            "answer": args.answer_tokens,
+        }
+        rows += in_new_process(one_mesh, mesh, args.rounds, settings)
+    return Result.measured(
+        "closed-loop",
+        "The same load simulated from a calibration, and served by the real server",
+        args=vars(args),
+        packages=PACKAGES,
+        units=dict.fromkeys(("simulated", "served"), "s") | {"simulated / served": ""},
+        rows=rows,
+        targets=[
+            Target(
+                f"{row['mesh']}: {row['figure']}, simulated and served apart",
+                abs(float(row["simulated / served"] or 0) - 1), WITHIN, "max",
+            )
+            for row in rows if str(row["figure"]).endswith("p50")
+        ],
+    )  # fmt: skip
+
+
+def workload(settings: dict[str, Any], seed: int) -> Workload:
+    """The load of one round."""
+    return Workload(
+        rate=settings["rate"],
+        num_requests=settings["requests"],
+        prompt=Lengths.parse(settings["prompt"]),
+        answer=Lengths.parse(settings["answer"]),
+        vocab_size=VOCABULARY,
+        seed=seed,
+    )
+
+
+def one_mesh(mesh: str, rounds: int, settings: dict[str, Any]) -> list[Row]:
+    """Calibrates, serves and simulates on one mesh."""
+    from llama_jax.engine.options import EngineOptions
+    from llama_jax.plan.machine.batches import grid
+    from llama_jax.plan.machine.calibrate import Calibrator
+
+    options = EngineOptions(path=str(DEMO_CHECKPOINT), mesh=mesh)
+    # The largest programs take most of the time, and this load does not need them.
+    calibrator = Calibrator(options, choose=lambda sizes: [
+        batch for batch in grid(sizes, CONTEXTS) if batch.rows <= ROWS
+    ])  # fmt: skip
+    loads = [workload(settings, seed) for seed in range(1, rounds + 1)]
+    probes = [probe(seed) for seed in range(1001, rounds + 1001)]
+    served: list[Sample] = []
+    alone: list[Sample] = []
+    calibrator.time_all()
+    with serving(mesh) as server:
+        asyncio.run(send_one_at_a_time(server, probe(0)))  # warms up
+        for load, single in zip(loads, probes, strict=True):
+            alone += asyncio.run(send_one_at_a_time(server, single))
+            served += asyncio.run(send_all(server, load.to_send()))
+            calibrator.time_all()
+    if failed := [sample for sample in (*served, *alone) if sample.error is not None]:
+        raise UserError(f"A request failed ({failed[0].error}: {failed[0].detail}).")
+    twin = Twin(calibrator)
+    twin.add_front(probes, alone)
+    simulated = [sample for load in loads for sample in twin.samples(load)]
+    return [{"mesh": mesh, **row} for row in compare(simulated, served, twin)]
+
+
+class Twin:
+    """The server as the planner simulates it, from a calibration.
+
+    Attributes:
+      host_seconds: of each tick: the engine's own work, and what HTTP takes from the machine.
+      front_seconds: until a request has reached the engine, and its first token the client.
+    """
+
+    def __init__(self, calibrator: "Calibrator") -> None:
+        from llama_jax.costs.deployment import Deployment, Layout
+        from llama_jax.costs.gpus import CPU
+        from llama_jax.costs.tick_time import TickModel
+        from sharding.mesh import parse_mesh
+
+        calibration, loop = calibrator.calibration(), calibrator.loop
+        programs = loop.executor.programs
+        config = replace(programs.config, dtype=str(programs.dtype))
+        self._layout = Layout(*parse_mesh(calibration.mesh))
+        model = TickModel(Deployment(config, CPU, self._layout, "auto"), calibration)
+        self._expected, self._sizes = model.expected, loop.sizes
+        self._longest = loop.sizes.pages_per_sequence * loop.sizes.page_size
+        self.host_seconds = calibration.host_seconds_per_tick or 0.0
+        self.front_seconds = 0.0
+
+    def samples(self, load: Workload, users: int | None = None) -> list[Any]:
+        """Simulates a load; with `users`, each request is sent when the one before it has ended."""
+        from llama_jax.engine.latency_targets import choose_chunks
+        from llama_jax.engine.options import EngineOptions
+        from llama_jax.plan.simulation.engine import simulate
+        from llama_jax.plan.simulation.load import Load
+        from llama_jax.plan.simulation.server import Server as Simulated
+        from llama_jax.plan.simulation.server import TickTime
+
+        stages, options = self._layout.num_stages, EngineOptions(path="")
+        server = Simulated(
+            num_stages=stages,
+            sizes=self._sizes,
+            max_model_len=self._longest,
+            tick_time=lambda work: TickTime(self._expected(work)),
+            chunks=lambda: choose_chunks(options, self._sizes, stages, "cpu"),
+            results_late=0,
+            host_seconds=self.host_seconds,
+            waits=True,
+        )
+        return list(simulate(server, Load(load.requests(), users)).samples)
+
+    def add_front(self, probes: Sequence[Workload], alone: Sequence[Sample]) -> None:
+        """Adds what requests that come one at a time take longer than their ticks do."""
+        alike = [sample for load in probes for sample in self.samples(load, users=1)]
+        tpot = statistics.median(s.tpot for s in alone) - statistics.median(s.tpot for s in alike)
+        self.host_seconds += max(0.0, tpot / self._layout.num_stages)
+        alike = [sample for load in probes for sample in self.samples(load, users=1)]
+        ttft = statistics.median(s.ttft for s in alone) - statistics.median(s.ttft for s in alike)
+        self.front_seconds = max(0.0, ttft)
+
+
+def compare(simulated: Sequence[Any], served: Sequence[Sample], twin: Twin) -> list[Row]:
+    """The two sides, figure by figure."""
+    several = [sample for sample in served if sample.output_tokens > 1]
+    sides = {
+        "TTFT": ([s.ttft + twin.front_seconds for s in simulated], [s.ttft for s in served]),
+        "TPOT": ([s.tpot for s in simulated if s.tpot is not None], [s.tpot for s in several]),
+    }
+    rows: list[Row] = []
+    for name, (left, right) in sides.items():
+        for percent in (50, 90, 99):
+            a, b = percentile(left, percent), percentile(right, percent)
+            row = {"simulated": a, "served": b, "simulated / served": a / b}
+            rows.append({"figure": f"{name} p{percent}", **row})
+    rows.append({"figure": "host, each tick", "simulated": twin.host_seconds})
+    rows.append({"figure": "front, each request", "simulated": twin.front_seconds})
+    return rows
+
+
+@contextmanager
+def serving(mesh: str) -> Iterator[Server]:
+    """Runs the real server in a process of its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llama_jax.serve", "--mesh", mesh, "--port", "0",
+         "--wait-for-programs", "--log-level", "warning"],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if match := re.search(r"Ready at (http://[\d.]+:\d+)", line):
+                break
+        else:
+            raise UserError(f"The server ended with code {process.wait()} before it was ready.")
+        extra = {"temperature": 0, "ignore_eos": True}
+        yield Server(f"{match[1]}/v1", "completions", "llama-jax-demo", extra=extra)
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def probe(seed: int) -> Workload:
+    """Requests that are sent one at a time."""
+    return Workload(
+        rate=1.0, num_requests=PROBES, prompt=Lengths.parse("32"), answer=Lengths.parse("24"),
+        vocab_size=VOCABULARY, seed=seed,
+    )  # fmt: skip
+
+
+async def send_one_at_a_time(server: Server, load: Workload) -> list[Sample]:
+    """Sends each request when the one before it has its answer."""
+    return [
+        sample
+        for request in load.to_send()
+        for sample in await send_all(server, [request._replace(at=0.0)])
+    ]
