@@ -20,7 +20,7 @@ INSTALL = -m pip install --disable-pip-version-check
 
 NODE_MODULES = tests/clients/node/node_modules/installed
 
-.PHONY: FORCE serve lint test test-all notebooks audit bench demo clean
+.PHONY: FORCE serve lint test test-all notebooks plan-compile audit bench demo clean
 
 serve: .venv/installed  ## serve the demo checkpoint on 8 virtual CPU devices
 	.venv/bin/python -m llama_jax.serve $(if $(MODEL),"$(MODEL)") --mesh "$(MESH)" --port "$(PORT)"
@@ -45,7 +45,12 @@ notebooks: .venv/installed-test  ## rerun the notebooks and save their outputs
 	.venv/bin/python -m jupyter nbconvert --to notebook --inplace \
 		--CoalesceStreamsPreprocessor.enabled=True notebooks/*.ipynb
 
-audit: .venv-cuda/installed  ## compile Llama-3-70B for 8 x H100, without a GPU
+LAYOUTS = 4x2 2x4 8x1 1x8
+
+plan-compile: .venv-cuda/installed  ## compile what a server of Llama-3-70B runs on 8 H100, without a GPU
+	.venv-cuda/bin/python -m llama_jax.plan --compile $(LAYOUTS)
+
+audit: .venv-cuda/installed  ## hold the ticks of Llama-3-70B on 8 H100 to their limits, without a GPU
 	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m bench audit --output bench/results/audit_70b_8xh100.json
 
 MEASUREMENTS = hostile startup engine decode quantization kv-cache-dtype divergence loading \

@@ -22,15 +22,17 @@ from bench.roofline import PACKAGES, check_device, copy_rate, matrix_rate
 from bench.step import rank_config, toy_config
 from bench.timing import UNITS
 from llama_jax.config import LlamaConfig, Quantization
+from llama_jax.model.hopper_product import with_kernel
 from llama_jax.model.llama import linear
 from llama_jax.plan.machine.random_weights import nbytes, random_array, random_params
 from llama_jax.plan.machine.timing import Timing, time_calls
-from llama_jax.quantization import QUANTIZERS
+from llama_jax.quantization import GROUPED, QUANTIZERS
 from llama_jax.weights.placement import param_shapes
+from sharding.compiler_options import GROUPED_SCALES
 from sharding.mesh import make_mesh
 from sharding.program import MeshProgram
 
-ROWS, TOY_ROWS = (1, 32, 512), (8,)
+ROWS, TOY_ROWS = (1, 8, 32, 512), (8,)
 FORMATS = ("bfloat16", *QUANTIZERS)
 COPIES = 12  # of a matrix in a program, at most
 SECONDS = 0.2
@@ -38,8 +40,9 @@ SECONDS = 0.2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `python -m bench products`."""
-    parser.add_argument("--rows", type=int, nargs="+", help="values of M (default: 1 32 512)")
+    parser.add_argument("--rows", type=int, nargs="+", help="values of M (default: 1 8 32 512)")
     parser.add_argument("--formats", choices=FORMATS, nargs="+", default=list(FORMATS))
+    parser.add_argument("--xla", action="store_true", help="without the kernel for 8 bits")
     parser.add_argument("--toy", action="store_true", help="tiny matrices, to try it on a CPU")
 
 
@@ -67,18 +70,22 @@ def run(args: argparse.Namespace) -> Result:
 
     for num_rows in args.rows or (TOY_ROWS if args.toy else ROWS):
         for name in args.formats:
-            rows += layer_rows(name, num_rows, args.toy, copy, matrix)
+            rows += layer_rows(name, num_rows, args.toy, args.xla, copy, matrix)
             keep(result(), args.output)
     return result()
 
 
-def layer_rows(name: str, num_rows: int, toy: bool, copy: float, matrix: float) -> list[Row]:
+def layer_rows(
+    name: str, num_rows: int, toy: bool, xla: bool, copy: float, matrix: float
+) -> list[Row]:
     """Times each product of a layer in one format; the last row has their sum."""
     found: list[Row] = []
     for product, shapes, width in matrices(name, toy):
+        if not (xla or toy):
+            shapes = with_kernel(shapes)
         case = {"format": name, "product": product, "rows": num_rows}
         try:
-            row = product_row(shapes, width, num_rows, copy, matrix, 0 if toy else SECONDS)
+            row = product_row(shapes, width, num_rows, name, copy, matrix, 0 if toy else SECONDS)
         except jax.errors.JaxRuntimeError as error:  # a finding, too
             row = {"error": str(error).splitlines()[0][:200]}
         found.append(case | row)
@@ -103,12 +110,12 @@ def matrices(name: str, toy: bool) -> list[tuple[str, Any, int]]:
 
 
 def product_row(
-    shapes: Any, width: int, num_rows: int, copy: float, matrix: float, seconds: float
+    shapes: Any, width: int, num_rows: int, name: str, copy: float, matrix: float, seconds: float
 ) -> Row:
-    """Times one product; `copy` and `matrix` are the rates in bytes and FLOP per second."""
+    """Times one product in the format `name`; the rates are in bytes and FLOP per second."""
     size = nbytes(shapes)
     copies = max(2, min(COPIES, -(-ENOUGH_BYTES // size)))
-    timing, outputs = time_products(shapes, width, num_rows, copies, seconds)
+    timing, outputs = time_products(shapes, width, num_rows, copies, name, seconds)
     flops = 2 * num_rows * width * outputs
     return {
         **timing.row,
@@ -122,7 +129,7 @@ def product_row(
 
 
 def time_products(
-    shapes: Any, width: int, num_rows: int, copies: int, seconds: float
+    shapes: Any, width: int, num_rows: int, copies: int, name: str, seconds: float
 ) -> tuple[Timing, int]:
     """Times one product in a program of `copies`; also returns its number of outputs."""
     mesh = make_mesh("1x1")
@@ -131,7 +138,8 @@ def time_products(
     x_shape = jax.ShapeDtypeStruct((num_rows, width), DTYPE, sharding=sharding)
     # XLA would join products of one x into one product.
     xs = tuple(random_array(x_shape, seed) for seed in range(copies))
-    program = MeshProgram(_multiply, mesh, (P(), P()), P(), name="products")
+    options = GROUPED_SCALES if name in GROUPED else {}
+    program = MeshProgram(_multiply, mesh, (P(), P()), P(), name="products", options=options)
     timing = time_calls(lambda: program(xs, weights), seconds) / copies
     return timing, program(xs, weights)[0].shape[-1]
 

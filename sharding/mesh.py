@@ -1,34 +1,15 @@
 """The mesh: devices laid out as pipeline stages × tensor-parallel ranks."""
 
 import contextlib
-import re
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from sharding.axes import AXES, MODEL, STAGE
-from sharding.errors import UserError
+from sharding.mesh_name import MeshError, parse_mesh
 
 MAX_DEVICES = 1024  # with more virtual devices, JAX takes minutes to start, or crashes
-
-
-class MeshError(UserError):
-    """The mesh cannot be made."""
-
-
-def parse_mesh(shape: str) -> tuple[int, int]:
-    """Parses `"4x2"` to (4 stages, 2 tensor-parallel ranks).
-
-    Raises:
-      MeshError: the shape has another form.
-    """
-    match = re.fullmatch(r"\s*([1-9]\d*)\s*[x×X]\s*([1-9]\d*)\s*", shape)
-    if match is None:
-        raise MeshError(
-            f'A mesh must have the form "stages x ranks", such as "4x2", got {shape!r}.'
-        )
-    return int(match[1]), int(match[2])
 
 
 def make_mesh(shape: str, devices: list[jax.Device] | None = None) -> Mesh:

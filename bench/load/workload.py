@@ -70,7 +70,7 @@ class Workload(Draw):
                 ),
                 limit,
             )
-            for at, length, limit, runs, _ in requests
+            for at, length, limit, runs, *_ in requests
         ]
 
     def _tokens(self, rng: np.random.Generator, size: int) -> list[int]:

@@ -48,15 +48,17 @@ class ChunkChoice:
     Without targets, the chunk is that for which requests wait least in all, by the model alone: the
     choice depends on nothing but the requests. With targets:
 
-    1. A token takes P ticks. The largest chunk is that with which they take no longer than the
-       target for output tokens, with the present rows, contexts and times of ticks. A chunk whose
-       ticks are as long as those of the smallest is always allowed, or prompts would never end.
-    2. Of these chunks, those with which the fewest prompts are late for their first token.
-    3. Of these, the one for which requests wait least in all.
+    1. Those chunks come first with which the fewest prompts are late for their first token.
+    2. Of these, the largest with which P ticks, the time of an output token, take no longer than
+       the target, with the present rows, contexts and times of ticks. A chunk whose ticks are as
+       long as those of the smallest is always within it, or prompts would never end.
+    3. If there is none, the smallest. Without a target for output tokens, it is the one for which
+       requests wait least in all.
 
-    So where both targets cannot hold, the one for the first token yields. A chunk above the limit
-    would slow down all streams, and the queue would hardly be shorter: with several hundred tokens
-    the devices compute at their full rate already.
+    So where both targets cannot hold, the one for output tokens yields, but only while a prompt
+    would be late otherwise, and only as far as that takes. The first token comes once, while the
+    time per output token is a mean over the whole answer. And larger chunks take more tokens a
+    second: otherwise the queue would grow until every prompt were late.
 
     Args:
       sizes: of the ring, with the chunks to choose from.
@@ -107,8 +109,13 @@ class ChunkChoice:
             return sum(waited + ticks(until, chunk) * tick > left for until, waited in load.waits)
 
         limit = self.limit(load)
-        allowed = [chunk for chunk in self._chunks if chunk <= limit]
-        return min(allowed, key=lambda chunk: (late(chunk), waiting(chunk)), default=0)
+
+        def rank(chunk: int) -> tuple[int, bool, float]:
+            if self.tpot is None:
+                return late(chunk), False, waiting(chunk)
+            return late(chunk), chunk > limit, chunk if chunk > limit else -chunk
+
+        return min(self._chunks, key=rank, default=0)
 
     def limit(self, load: Load) -> int:
         """The largest chunk that the target for output tokens allows now."""

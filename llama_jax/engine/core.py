@@ -52,7 +52,8 @@ from llama_jax.model.kv_storage import choose_kv_dtype
 from llama_jax.ring.attention_backend import check_backend
 from llama_jax.ring.sizes import RingSizes
 from llama_jax.ring.steps import check_model_class
-from sharding.mesh import make_mesh, mesh_shape, parse_mesh
+from sharding.mesh import make_mesh, mesh_shape
+from sharding.mesh_name import parse_mesh
 from sharding.partition import split_layers
 
 

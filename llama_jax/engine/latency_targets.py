@@ -36,9 +36,8 @@ def known_devices(
     if gpu is None or gpu.platform == "cpu" or dtype != "bfloat16":
         return None
     config = replace(config, dtype=dtype)  # that of the checkpoint may be float16
-    return TickModel(
-        Deployment(config, gpu, Layout(*mesh), options.kv_cache_dtype, options.fp8_activations)
-    )
+    kv = "bf16" if options.kv_cache_dtype == "auto" else options.kv_cache_dtype
+    return TickModel(Deployment(config, gpu, Layout(*mesh), kv, options.fp8_activations))
 
 
 def largest_chunk(model: TickModel, num_stages: int, tpot: float, tile: int) -> int:
@@ -87,5 +86,5 @@ def choose_chunks(
     cost = CPU_COST if platform == "cpu" else GPU_COST
     model = cost.seconds
     if known is not None and (options.tpot_slo or options.ttft_slo):
-        model = lambda work: known.seconds(work).expected  # noqa: E731
+        model = known.expected
     return ChunkChoice(sizes, TickTimes(model, sizes), options.tpot_slo, options.ttft_slo)

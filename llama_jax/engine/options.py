@@ -150,9 +150,10 @@ class EngineOptions:
         minimum=0.01,
         maximum=1.0,
     )
-    page_size: int = _option(
-        16,
+    page_size: int | None = _option(
+        None,
         "tokens per KV-cache page",
+        unset="16 on CPU, 64 on a GPU",
         unit="TOKENS",
         minimum=1,
         flags=("--block-size", "--tokens-per-block"),
@@ -168,8 +169,7 @@ class EngineOptions:
     )
     tpot_slo: float | None = _option(
         None,
-        "target for the time per output token, which limits the chunk of each tick, and comes "
-        "before the target for first tokens",
+        "target for the mean time per output token: the chunk is the largest one that keeps it",
         unset="none",
         unit="TIME",
         minimum=0.0001,
@@ -177,8 +177,8 @@ class EngineOptions:
     )
     ttft_slo: float | None = _option(
         None,
-        "target for the time to the first token: the chunk grows while a prompt is about to be "
-        "late, as far as the target for output tokens allows",
+        "target for the time to the first token: while a prompt would be late, the chunk grows, if "
+        "need be above what tpot_slo allows",
         unset="none",
         unit="TIME",
         minimum=0.001,

@@ -34,7 +34,6 @@ class Mode(NamedTuple):
       includes: the flags of modes that may be asked for as well, as options of this one.
       needs_plan: whether it is given a plan. Without one, the command line need not ask a question
         that has an answer.
-      needs_plan: whether the layouts are planned before it runs.
     """
 
     flag: str
@@ -56,6 +55,7 @@ MODES: tuple[Mode, ...] = (
     Mode("validate", "llama_jax.plan.machine.command", needs_plan=False),
     Mode("calibrate", "llama_jax.plan.machine.command", needs_plan=False),
     Mode("compare", "llama_jax.plan.live"),
+    Mode("compile", "llama_jax.plan.compiled.command"),
     Mode("report", "llama_jax.plan.report.command"),
 )
 

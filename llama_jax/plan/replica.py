@@ -11,6 +11,7 @@ from llama_jax.costs.work import Work
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.sizing import (
     CPU_CACHE_BYTES,
+    GPU_PAGE,
     GPU_TEMPORARIES,
     TILE,
     choose_results_late,
@@ -25,7 +26,7 @@ from llama_jax.ring.sizes import RingSizes
 LEVELS = ("low", "expected", "high")  # of the time of a tick
 MAX_LIVE = 4096  # sequences that decode at once in a replica
 LARGEST_CHUNK = 2048
-PAGE_SIZE = EngineOptions(path="").page_size
+PAGE_SIZE = GPU_PAGE
 
 
 @dataclass(frozen=True)

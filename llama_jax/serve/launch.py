@@ -1,5 +1,6 @@
 """The server's process, from its command line to its exit code."""
 
+import argparse
 import asyncio
 import contextlib
 import signal
@@ -16,6 +17,7 @@ from llama_jax.client.engine_process import ENGINE_COMMAND
 from llama_jax.engine.errors import EngineDead, EngineStartError
 from llama_jax.serve.command_line.arguments import parse_arguments
 from llama_jax.serve.command_line.ready import show_ready
+from llama_jax.serve.dry_run import dry_run
 from llama_jax.serve.monitoring.logs import logging_to
 from llama_jax.serve.monitoring.metrics import Metrics
 from llama_jax.serve.monitoring.throughput import log_throughput
@@ -44,7 +46,8 @@ def main(argv: list[str] | None = None, engine_command: Sequence[str] = ENGINE_C
 
     Returns:
       The exit code: 0 after a signal, 1 if the server could not start or its engine died, and that
-      of the planner's `--validate` if `--preflight` found something wrong.
+      of the planner's `--validate` if `--preflight` found something wrong. With --dry-run, it is 0
+      if the server could start, else 2.
 
     Raises:
       KeyboardInterrupt: Ctrl-C was pressed before the server was ready.
@@ -52,6 +55,8 @@ def main(argv: list[str] | None = None, engine_command: Sequence[str] = ENGINE_C
     protect_output()
     console = Console()
     arguments = parse_arguments(argv)
+    if arguments.dry_run:
+        return _dry_run(arguments, console)
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(logging_to(arguments.log_level, arguments.request_log))
@@ -69,6 +74,18 @@ def main(argv: list[str] | None = None, engine_command: Sequence[str] = ENGINE_C
     except (UserError, EngineStartError, EngineDead) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _dry_run(arguments: argparse.Namespace, console: Console) -> int:
+    try:
+        with logging_to(arguments.log_level, None):
+            lines = dry_run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

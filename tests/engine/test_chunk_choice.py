@@ -123,7 +123,7 @@ def slower_with_context(work):
 
 @given(TARGETS, TARGETS, LOADS)
 def test_no_other_chunk_keeps_the_targets_better(tpot, ttft, load):
-    """Brute force: every chunk is judged by the three rules, in this order."""
+    """Brute force: every chunk is judged, by ticks that are counted one by one."""
     times = TickTimes(slower_with_context, SIZES)
     chooser = ChunkChoice(SIZES, times, tpot, ttft)
     if not chooser.has_targets:
@@ -149,24 +149,39 @@ def test_no_other_chunk_keeps_the_targets_better(tpot, ttft, load):
         return ticks * (load.prompts * tick(chunk) + load.streams * (tick(chunk) - tick(0)))
 
     chunks = SIZES.chunk_buckets[1:]
-    allowed = [c for c in chunks if tokens_come_in_time(c) or tick(c) <= AS_LONG * tick(chunks[0])]
-    best = chooser.choose(load)
-    assert best in allowed and chooser.limit(load) == max(allowed)
-    for other in allowed:
-        assert (late(best), waiting(best)) <= (late(other), waiting(other))
+    fast = [c for c in chunks if tokens_come_in_time(c) or tick(c) <= AS_LONG * tick(chunks[0])]
+    assert chooser.limit(load) == max(fast)
+    best = [chunk for chunk in chunks if late(chunk) == min(map(late, chunks))]
+    if tpot is None:
+        least = min(map(waiting, best))
+        expected = min(chunk for chunk in best if waiting(chunk) == least)
+    else:
+        expected = max(set(best) & set(fast), default=min(best))
+    assert chooser.choose(load) == expected
     assert SIZES.row_buckets == (8,)  # which `tick` counts on
 
 
-def test_a_prompt_that_would_be_late_gets_a_larger_chunk_up_to_the_limit():
+def test_the_largest_chunk_that_keeps_the_time_per_token():
+    load = BUSY._replace(tokens=1000)
+    for chunk in (64, 128, 256):
+        tokens = 4 * CPU_COST.unit * (64 + 8 + chunk)
+        assert choice(CPU_COST, tpot=tokens).choose(load) == chunk
+        assert choice(CPU_COST, tpot=0.999 * tokens).choose(load) == max(64, chunk // 2)
+
+
+def test_a_prompt_that_would_be_late_gets_a_larger_chunk():
     load = BUSY._replace(tokens=1000, waits=((1000, 0.0),))
     tick = CPU_COST.unit * (64 + 8 + 128)
     soon = (8 + 3) * tick / MARGIN * 1.001  # with chunks of 128; those of 64 take 19 shorter ticks
-    assert choice(CPU_COST, ttft=10.0).choose(load) == 64
+    tokens = 4 * CPU_COST.unit * (64 + 8 + 64)
+    assert choice(CPU_COST, ttft=10.0).choose(load) == 64  # for the streams
     assert choice(CPU_COST, ttft=soon).choose(load) == 128
-    waited = load._replace(waits=((1000, 10.0 * MARGIN - soon * MARGIN),))
-    assert choice(CPU_COST, ttft=10.0).choose(waited) == 128
-    assert choice(CPU_COST, ttft=soon, tpot=4 * tick).choose(load) == 128
-    assert choice(CPU_COST, ttft=soon, tpot=4 * tick * 0.99).choose(load) == 64  # it will be late
+    assert choice(CPU_COST, tpot=tokens, ttft=10.0).choose(load) == 64
+    assert choice(CPU_COST, tpot=tokens, ttft=soon).choose(load) == 128  # above the limit
+    waited = load._replace(waits=((1000, MARGIN * (10.0 - soon)),))
+    assert choice(CPU_COST, tpot=tokens, ttft=10.0).choose(waited) == 128
+    lost = load._replace(waits=((1000, 10.0),))  # late whatever the chunk
+    assert choice(CPU_COST, tpot=tokens, ttft=10.0).choose(lost) == 64
 
 
 def test_a_chunk_that_costs_no_time_is_allowed_even_if_the_target_cannot_hold():

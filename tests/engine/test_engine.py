@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from bench.hlo import count_ops
 from llama_jax.checkpoint import CheckpointError
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.core import Engine, seed_source
 from llama_jax.engine.options import EngineOptions, OptionError
 from llama_jax.engine.sizing import SizingError
+from llama_jax.plan.compiled.hlo import count_ops
 from llama_jax.weights.placement import ShardingError
 from sharding.errors import UserError
 from sharding.mesh import MeshError

@@ -13,16 +13,22 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bench.hlo import aliased_outputs, count_ops, large_copies, unordered_collectives
 from llama_jax.model import sampling
 from llama_jax.model.controls import CONTROL_WIDTH
+from llama_jax.plan.compiled.hlo import (
+    aliased_outputs,
+    count_ops,
+    large_copies,
+    unordered_collectives,
+)
 from llama_jax.ring import choosing, kv_cache, stage, steps, tick
 from llama_jax.ring.packet import LENGTH
 from llama_jax.ring.sizes import Bucket
 from llama_jax.weights.placement import placements
 from sharding.axes import AXES
 from sharding.collectives import pmax, psum
-from sharding.mesh import make_mesh, parse_mesh
+from sharding.mesh import make_mesh
+from sharding.mesh_name import parse_mesh
 from sharding.partition import round_up
 from sharding.ring import ring_tick
 from tests.support import programs

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from sharding.errors import UserError
-from sharding.mesh import parse_mesh
+from sharding.mesh_name import MeshError, parse_mesh
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "numpy")
 SECONDS = 600.0  # after which a measurement is stuck
@@ -99,7 +99,7 @@ def measure(shape: str, sizes: Sizes | None = None) -> Measurement:
     from llama_jax.engine.core import configure_jax
     from llama_jax.plan.machine.collectives import ALL_REDUCE, PPERMUTE, time_collective
     from llama_jax.plan.machine.rates import copy_rate, matrix_rate
-    from sharding.mesh import MeshError, make_mesh
+    from sharding.mesh import make_mesh
 
     configure_jax()
     try:

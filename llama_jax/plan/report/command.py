@@ -7,6 +7,7 @@ from pathlib import Path
 from llama_jax.plan.plan import Plan
 from llama_jax.plan.report.build import plan_report
 from llama_jax.plan.report.reference import reference_report
+from llama_jax.plan.report.sections.simulated import simulate_layout
 from llama_jax.plan.report.writing import check_directory, write
 
 MET, MISSED = 0, 1
@@ -29,7 +30,10 @@ def run(arguments: argparse.Namespace, plan: Plan) -> int:
       ReportError: the directory cannot be written.
     """
     check_directory(arguments.report)
-    report = reference_report(details=True) if _is_alone(arguments) else plan_report(plan)
+    if _is_alone(arguments):
+        report = reference_report(details=True)
+    else:
+        report = plan_report(plan, simulate_layout(plan.best))
     paths = [str(path) for path in write(report, arguments.report)]
     if arguments.json:
         print(json.dumps({"verdict": report.verdict, "met": report.met, "files": paths}, indent=1))

@@ -37,6 +37,7 @@ class Request(NamedTuple):
       prompt_tokens, output_tokens: its lengths.
       runs: the content with which the prompt begins, in order; no other has what follows.
       patience: seconds after which the client goes away.
+      since: when its client sent it first, if this is not the first time.
     """
 
     at: float
@@ -44,6 +45,7 @@ class Request(NamedTuple):
     output_tokens: int
     runs: tuple[Run, ...] = ()
     patience: float = float("inf")
+    since: float | None = None
 
 
 @dataclass(frozen=True)

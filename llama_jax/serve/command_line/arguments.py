@@ -81,6 +81,18 @@ def _parser() -> Parser:
         metavar="FILE",
         help="a YAML file whose keys are names of flags; the command line comes before it",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the command line and the checkpoint, print what would run and the memory that "
+        "it would take, and start nothing; the exit code is 0 if the server could start, else 2",
+    )
+    parser.add_argument(
+        "--dry-run-gpu",
+        metavar="NAME",
+        help="the GPU to count on with --dry-run, such as h100-sxm (default: that of this machine, "
+        "or the CPU)",
+    )
     add_model_flags(parser)
     add_engine_flags(parser)
     add_http_flags(parser)
@@ -152,6 +164,8 @@ def _check_together(parser: Parser, arguments: argparse.Namespace) -> None:
     for flag in ("ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs"):
         if getattr(arguments, flag) is not None and arguments.ssl_certfile is None:
             parser.error(f"--{flag.replace('_', '-')} needs --ssl-certfile")
+    if arguments.dry_run_gpu is not None and not arguments.dry_run:
+        parser.error("--dry-run-gpu needs --dry-run")
     if arguments.log_prompts and arguments.request_log is None:
         parser.error("--log-prompts needs --request-log")
     if arguments.uds is not None and arguments.port != parser.get_default("port"):

@@ -9,7 +9,7 @@ import yaml
 from sharding.errors import UserError
 
 # What a file cannot say, and the names that positional arguments have in one.
-_NOT_IN_FILES = frozenset({"help", "config"})
+_NOT_IN_FILES = frozenset({"help", "config", "dry-run", "dry-run-gpu"})
 
 
 class ConfigFileError(UserError):

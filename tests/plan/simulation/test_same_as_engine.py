@@ -17,9 +17,9 @@ from llama_jax.engine.tick_cost import CPU_COST
 from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.engine.tick_times import TickTimes
 from llama_jax.plan.simulation.clock import Clock
-from llama_jax.plan.simulation.engine import Simulation
 from llama_jax.plan.simulation.load import Load, Request, Run
 from llama_jax.plan.simulation.server import Server, TickTime
+from llama_jax.plan.simulation.simulation import Simulation
 from tests.support.reference import make_loop, make_model, save_model
 
 MAX_MODEL_LEN = 400

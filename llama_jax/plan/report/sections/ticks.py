@@ -14,6 +14,12 @@ from llama_jax.terminal.units import bytes_text, count_text
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # sequences of the whole ring
 CONTEXTS = (512, 2048, 8192)
 COMMUNICATION = "communication"
+PARTS = {
+    "products": "matrix products of the layers",
+    "small": "small kernels of the layers",
+    "head": "LM head and sampling",
+    "launch": "waiting for the host",
+}
 PURPOSES = {
     "layers": "partial sums of the layers",
     "embedding": "embeddings of the entering packet",

@@ -12,7 +12,13 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from bench.hlo import IN_PLACE, NO_NEW_BUFFER, Instruction, array_bytes, computations
+from llama_jax.plan.compiled.hlo import (
+    IN_PLACE,
+    NO_NEW_BUFFER,
+    Instruction,
+    array_bytes,
+    computations,
+)
 
 _SLICES = {"gather", "dynamic-slice", "slice"}
 _IGNORED = NO_NEW_BUFFER | {"partition-id", "replica-id", "after-all"}

@@ -1,0 +1,244 @@
+"""Runs a load through an engine, and what becomes of it when the engine dies."""
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+from typing import NamedTuple
+
+from llama_jax.engine.interface import Output
+from llama_jax.plan.simulation.engine import Attempt, Engine, Open
+from llama_jax.plan.simulation.load import Load, Request
+from llama_jax.plan.simulation.server import Server
+from llama_jax.plan.simulation.simulated import Moment, Outcome, Program, Sample, Simulated
+
+MOMENT_SECONDS = 1.0
+
+
+class Outage(NamedTuple):
+    """The death of an engine, as when a GPU fails, and its restart.
+
+    Attributes:
+      at: when it dies, in seconds from the start.
+      seconds: until it answers again.
+      retry: whether clients send again what failed or was refused meanwhile, once it answers.
+    """
+
+    at: float
+    seconds: float
+    retry: bool
+
+
+@dataclass
+class Totals:
+    """Counters of engines that have died."""
+
+    ticks: int = 0
+    stage_ticks_busy: int = 0
+    token_slots: int = 0
+    token_slots_used: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+
+
+@dataclass
+class Simulation:
+    """Runs a load through one engine.
+
+    Args:
+      server: what is simulated.
+      load: what it is asked.
+      outage: when its engine dies, if it does.
+      goes_on: called with each request that has ended; the simulation stops when it returns False.
+    """
+
+    server: Server
+    load: Load
+    outage: Outage | None = None
+    goes_on: Callable[[Sample], bool] = lambda sample: True
+    samples: list[tuple[int, Sample]] = field(default_factory=list)
+    moments: list[Moment] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.engine = Engine(self.server)
+        self._totals = Totals()
+        self._communication = self._page_seconds = self._last = 0.0
+        self._programs = {b: [0, 0.0] for b in self.server.sizes.buckets()}
+        self._coming: list[Attempt] = []
+        self._leaving: list[tuple[float, int]] = []  # when a client loses patience
+        self._numbers = count()
+        self._stopped = False
+        requests = iter(self.load.requests)
+        self._next = requests
+        if self.load.users is None:
+            for request in requests:
+                self._come(request, request.at)
+        else:
+            for _ in range(self.load.users):
+                self._user_asks(0.0)
+
+    def run(self) -> Simulated:
+        """Runs everything to its end."""
+        pending = self.outage
+        while not self._stopped:
+            clock = self.engine.clock
+            if pending and clock.now >= pending.at:
+                self._die(pending)
+                pending = None
+                continue
+            if not self.engine.loop.has_work:
+                if not self._coming:
+                    break
+                ahead = self._coming[0].at
+                if pending and pending.at <= ahead:
+                    clock.now = max(clock.now, pending.at)
+                    continue
+                clock.now = max(clock.now, ahead)
+            self._arrive(clock.now)
+            self._leave(clock.now)
+            self._step()
+        return self._simulated()
+
+    def _come(self, request: Request, at: float) -> None:
+        attempt = Attempt(at, next(self._numbers), request, at)
+        if request.since is not None:
+            attempt = attempt._replace(since=request.since, attempts=2)
+        heapq.heappush(self._coming, attempt)
+
+    def _user_asks(self, at: float) -> None:
+        request = next(self._next, None)
+        if request is not None:
+            self._come(request, at)
+
+    def _arrive(self, now: float) -> None:
+        while self._coming and self._coming[0].at <= now:
+            attempt = heapq.heappop(self._coming)
+            if not self.engine.add(attempt):
+                self._close(attempt, "rejected", max(now, attempt.at))
+            elif attempt.request.patience < float("inf"):
+                due = attempt.since + attempt.request.patience
+                heapq.heappush(self._leaving, (due, attempt.number))
+
+    def _leave(self, now: float) -> None:
+        while self._leaving and self._leaving[0][0] <= now:
+            _, number = heapq.heappop(self._leaving)
+            if number in self.engine.open:
+                self.engine.loop.scheduler.abort(number)
+                self._end(self.engine.open.pop(number), "gone", now)
+
+    def _step(self) -> None:
+        engine, loop = self.engine, self.engine.loop
+        before, held = engine.clock.now, self._pages_held()
+        outputs = loop.step()
+        now = engine.clock.now
+        self._page_seconds += (now - before) * held
+        if not self.moments or now >= self.moments[-1].at + MOMENT_SECONDS:
+            scheduler = loop.scheduler
+            self.moments.append(Moment(now, scheduler.num_running, len(scheduler.waiting), held))
+        opened = engine.open
+        for output in outputs:
+            state = opened[output.request_id]
+            state.tokens += 1
+            if state.first is None:
+                self._first(state, output, now)
+            if output.finish_reason is not None:
+                del opened[output.request_id]
+                self._end(state, "completed", now)
+
+    def _first(self, state: Open, output: Output, now: float) -> None:
+        state.first = now
+        state.queued, state.cached = output.queue_seconds, output.cached_tokens
+        state.ticket.begun()
+
+    def _end(self, state: Open, outcome: Outcome, now: float) -> None:
+        state.ticket.end()
+        self._close(state.attempt, outcome, now, state)
+
+    def _close(
+        self, attempt: Attempt, outcome: Outcome, now: float, state: Open | None = None
+    ) -> None:
+        request = attempt.request
+        waited = attempt.at - attempt.since
+        queued = None if state is None or state.queued is None else waited + state.queued
+        sample = Sample(
+            at=attempt.since,
+            queued=queued,
+            first=state.first if state else None,
+            last=now,
+            prompt_tokens=request.prompt_tokens,
+            output_tokens=state.tokens if state else 0,
+            cached_tokens=state.cached if state else 0,
+            outcome=outcome,
+            attempts=attempt.attempts,
+        )
+        self.samples.append((attempt.number, sample))
+        self._stopped |= not self.goes_on(sample)
+        if self.load.users is not None:
+            self._user_asks(now + self.load.think)
+
+    def _die(self, outage: Outage) -> None:
+        """Loses all that the engine holds, and starts another."""
+        back = outage.at + outage.seconds
+        dead = self.engine
+        now = dead.clock.now
+        lost = [state for _, state in sorted(dead.open.items())]
+        meanwhile: list[Attempt] = []
+        while self._coming and self._coming[0].at < back:
+            meanwhile.append(heapq.heappop(self._coming))
+        self._count(dead)
+        self.engine = Engine(self.server, back)
+        for state in lost:
+            if outage.retry:
+                meanwhile.append(state.attempt)
+            else:
+                self._close(state.attempt, "failed", now, state)
+        for attempt in meanwhile:
+            if outage.retry:
+                again = attempt._replace(at=back, attempts=attempt.attempts + 1)
+                heapq.heappush(self._coming, again)
+            else:
+                self._close(attempt, "failed", attempt.at)
+
+    def _count(self, engine: Engine) -> None:
+        """Adds the counters of an engine to those before."""
+        totals, loop, clock = self._totals, engine.loop, engine.clock
+        totals.ticks += loop.ticks
+        totals.stage_ticks_busy += loop.stage_ticks_busy
+        totals.token_slots += loop.token_slots
+        totals.token_slots_used += loop.token_slots_used
+        totals.prompt_tokens += loop.scheduler.num_prompt_tokens
+        totals.cached_tokens += loop.scheduler.num_cached_tokens
+        totals.generated_tokens += loop.scheduler.num_generated_tokens
+        totals.preemptions += loop.scheduler.num_preemptions
+        self._communication += clock.communication_seconds
+        for bucket, (ticks, seconds) in clock.programs.items():
+            self._programs[bucket][0] += ticks
+            self._programs[bucket][1] += seconds
+
+    def _pages_held(self) -> int:
+        pool = self.engine.loop.scheduler.pool
+        return pool.num_pages - pool.num_free
+
+    def _simulated(self) -> Simulated:
+        self._count(self.engine)
+        totals = self._totals
+        samples = [sample for _, sample in sorted(self.samples, key=lambda s: (s[1].at, s[0]))]
+        return Simulated(
+            samples=tuple(samples),
+            replicas=1,
+            seconds=max((sample.last for sample in samples), default=0.0),
+            num_stages=self.server.num_stages,
+            busy_seconds=sum(seconds for _, seconds in self._programs.values()),
+            communication_seconds=self._communication,
+            pages=self.server.sizes.num_pages,
+            page_seconds=self._page_seconds,
+            programs=tuple(
+                Program(*bucket, int(ticks), seconds)
+                for bucket, (ticks, seconds) in self._programs.items()
+            ),
+            moments=tuple(self.moments),
+            down_seconds=self.outage.seconds if self.outage else 0.0,
+            **vars(totals),
+        )

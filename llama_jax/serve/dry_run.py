@@ -1,0 +1,186 @@
+"""Checks what a server would run, without weights, devices or a socket: `--dry-run`.
+
+Loads no JAX: the memory is counted by the arithmetic of `llama_jax.costs`.
+"""
+
+import argparse
+import os
+import re
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from llama_jax.checkpoint import open_checkpoint
+from llama_jax.config.huggingface import read_checkpoint_config
+from llama_jax.config.llama_config import LlamaConfig
+from llama_jax.costs.deployment import Deployment, Layout
+from llama_jax.costs.gpus import CPU, GPUS, Gpu, find_gpu, gpu_of_device
+from llama_jax.costs.memory import page_bytes, state_bytes, temporary_bytes, weight_bytes
+from llama_jax.engine.latency_targets import known_devices
+from llama_jax.engine.options import EngineOptions
+from llama_jax.engine.sizing import (
+    CPU_CACHE_BYTES,
+    GPU_MEMORY_SHARE,
+    SizingError,
+    check_options,
+    check_platform,
+    check_stages,
+    choose_page_size,
+    choose_sizes,
+    gpu_cache_bytes,
+)
+from llama_jax.ring.sizes import RingSizes
+from llama_jax.serve.command_line.arguments import engine_options
+from llama_jax.serve.setup import find_checkpoint, prepare
+from llama_jax.terminal.units import bytes_text, count_text
+from sharding.errors import UserError
+from sharding.mesh_name import parse_mesh
+
+_DRIVER = Path("/proc/driver/nvidia/gpus")
+_WITHOUT_WEIGHTS = re.compile(r".*\.(json|jinja|txt|md|model)|\..*")
+_FP8_CAPABILITY = "9.0"  # of every GPU in the table that multiplies in fp8, or more
+
+
+@dataclass(frozen=True)
+class _Served(Deployment):
+    """A deployment whose activations have the dtype that the server gives them."""
+
+    served_dtype: str = "bfloat16"
+
+    @property
+    def dtype(self) -> str:
+        return self.served_dtype
+
+
+def dry_run(arguments: argparse.Namespace) -> list[str]:
+    """Checks a command line.
+
+    Args:
+      arguments: of the server, parsed.
+
+    Returns:
+      What would run, in lines.
+
+    Raises:
+      UserError: the server could not start; one sentence says why.
+    """
+    path = Path() if arguments.path is None else arguments.path.expanduser()
+    if arguments.path is not None and _is_config_alone(path):
+        name, has_weights = path.resolve().name, False
+    else:
+        path, name = find_checkpoint(arguments.path)
+        has_weights = True
+    with socket.socket() as unbound:  # a server may run at the address already
+        setup = prepare(arguments, path, name, unbound)
+    if has_weights:
+        setup.load_tokenizer()
+        open_checkpoint(path).close()  # reads the names and shapes of the weights
+    options = engine_options(arguments, path)
+    gpu = _gpu(arguments.dry_run_gpu, parse_mesh(options.mesh))
+    lines = _sized(setup.names[0], options, read_checkpoint_config(path).config, gpu)
+    if not has_weights:
+        lines.append(f"not checked: weights and tokenizer, of which {path} has none")
+    return lines
+
+
+def _sized(name: str, options: EngineOptions, config: LlamaConfig, gpu: Gpu) -> list[str]:
+    """Sizes the engine as it would size itself, and describes it."""
+    check_options(options, config)
+    mesh = parse_mesh(options.mesh)
+    check_stages(mesh[0], config)
+    platform = gpu.platform
+    check_platform(options, platform, _FP8_CAPABILITY if "fp8" in gpu.flops else "")
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = "float32" if platform == "cpu" or config.dtype == "float32" else "bfloat16"
+    deployment = _Served(
+        config, gpu, Layout(*mesh), options.kv_cache_dtype, options.fp8_activations, dtype
+    )
+    weights = sum(weight_bytes(deployment).values())
+    page = page_bytes(deployment, choose_page_size(options, platform))
+    share = _memory_share(options)
+    allowed = int(gpu.memory_bytes * share)
+    if options.kv_cache_memory is not None:
+        cache = options.kv_cache_memory
+    elif platform == "cpu":
+        cache = CPU_CACHE_BYTES // deployment.layout.gpus
+    else:
+        cache = gpu_cache_bytes([allowed], weights)
+    known = known_devices(
+        options, config, gpu.device_kinds[0] if gpu.device_kinds else "", mesh, dtype
+    )
+    sizes, longest = choose_sizes(options, config, mesh[0], page, cache, platform, known)
+    largest = sizes.largest()[0]
+    ring = state_bytes(deployment, sizes)
+    ring += temporary_bytes(deployment, sum(largest), sizes.num_segments(largest))
+    total = weights + sizes.num_pages * page + ring
+    if platform != "cpu" and total > allowed:
+        raise SizingError(
+            f"Each {gpu.name} would hold {bytes_text(total)}, of which weights are "
+            f"{bytes_text(weights)} and KV cache {bytes_text(sizes.num_pages * page)}, and may "
+            f"hold {bytes_text(allowed)}: lower kv_cache_memory by {bytes_text(total - allowed)}, "
+            "or use a mesh with more GPUs."
+        )
+    targets = {"TPOT": options.tpot_slo, "TTFT": options.ttft_slo}
+    shown = [f"{key} {1000 * value:g} ms" for key, value in targets.items() if value is not None]
+    limit = f" of {bytes_text(allowed)} ({share:.0%})" if platform != "cpu" else ""
+    return [
+        f"{name} on the mesh {options.mesh} of {gpu.name}: {count_text(mesh[0], 'stage')} x "
+        f"{count_text(mesh[1], 'rank')}, {dtype}",
+        f"sequences: {sizes.num_slots:,} at once, max_model_len {longest:,} tokens",
+        f"KV cache: {sizes.num_pages * sizes.page_size:,} tokens in {deployment.kv_dtype}, "
+        f"{count_text(sizes.num_pages, 'page')} of {sizes.page_size}",
+        f"programs: {_programs(sizes)}",
+        f"each device: weights {bytes_text(weights)} + KV cache "
+        f"{bytes_text(sizes.num_pages * page)} + ring and temporaries, about {bytes_text(ring)} = "
+        f"{bytes_text(total)}{limit}",
+        f"latency targets: {', '.join(shown) or 'none'}",
+    ]
+
+
+def _programs(sizes: RingSizes) -> str:
+    rows = ", ".join(map(str, sizes.row_buckets))
+    chunks = ", ".join(map(str, sizes.chunk_buckets))
+    return f"{len(sizes.buckets())} (rows {rows}; chunks {chunks})"
+
+
+def _memory_share(options: EngineOptions) -> float:
+    if options.gpu_memory_utilization is not None:
+        return options.gpu_memory_utilization
+    names = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
+    given = next((os.environ[name] for name in names if name in os.environ), None)
+    return GPU_MEMORY_SHARE if given is None else float(given)
+
+
+def _gpu(name: str | None, mesh: tuple[int, int]) -> Gpu:
+    """The GPU of this name, or else the one in this machine, or else the CPU."""
+    if name is not None:
+        return find_gpu(name)
+    kinds = [_model_line(file) for file in sorted(_DRIVER.glob("*/information"))]
+    if not kinds:
+        return CPU
+    if len(kinds) < mesh[0] * mesh[1]:
+        raise SizingError(
+            f"The mesh {mesh[0]}x{mesh[1]} needs {mesh[0] * mesh[1]} GPUs, and this machine has "
+            f"{len(kinds)}: use a smaller mesh, or name another machine's with --dry-run-gpu."
+        )
+    gpu = gpu_of_device(kinds[0])
+    if gpu is None:
+        raise UserError(
+            f"The table of GPUs has no {kinds[0]}: name a similar one with --dry-run-gpu, of "
+            f"{', '.join(GPUS)}."
+        )
+    return gpu
+
+
+def _model_line(file: Path) -> str:
+    found = re.search(r"^Model:\s*(.+?)\s*$", file.read_text(), re.MULTILINE)
+    return found[1] if found else "GPU of unknown model"
+
+
+def _is_config_alone(path: Path) -> bool:
+    """Whether a directory has a config, and nothing that could be weights."""
+    return (path / "config.json").is_file() and all(
+        _WITHOUT_WEIGHTS.fullmatch(entry.name) and not entry.name.endswith(".index.json")
+        for entry in path.iterdir()
+    )

@@ -1,0 +1,104 @@
+"""`--dry-run`: what would run, by arithmetic, and why it could not."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+from llama_jax.config import LlamaConfig
+from llama_jax.costs.deployment import Deployment, Layout
+from llama_jax.costs.gpus import GPUS
+from llama_jax.costs.tick_time import TickModel
+from llama_jax.engine.core import Engine
+from llama_jax.engine.latency_targets import largest_chunk
+from llama_jax.engine.options import EngineOptions
+from llama_jax.engine.sizing import TILE
+from llama_jax.serve.launch import main
+from llama_jax.terminal.units import bytes_text
+from tests.support.paths import DEMO_CHECKPOINT
+
+
+@pytest.fixture
+def path_70b(tmp_path):
+    """A directory with nothing but the config of Llama-3-70B."""
+    config = LlamaConfig.llama3_70b().to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return str(tmp_path)
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    code = main([*argv, "--dry-run"])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_reference_deployment_is_counted_without_a_gpu(path_70b, capsys):
+    flags = "--mesh 4x2 --dry-run-gpu h100-sxm --kv-cache-memory 20GB --max-num-seqs 256"
+    code, out, _ = run(capsys, path_70b, *flags.split())
+    assert code == 0
+    found = re.search(r"weights ([\d.]+) GB \+ KV cache ([\d.]+) GB", out)
+    assert found and found.groups() == ("17.6", "20.0")
+    assert re.search(r"(\d+) \(rows 1, 8, 16, 32, 64; chunks 0, 64, 128, 256\)", out)[1] == "20"
+
+
+def test_a_target_chooses_the_buckets(path_70b, capsys):
+    flags = ["--mesh", "4x2", "--dry-run-gpu", "h100-sxm", "--ttft-slo", "500ms"]
+
+    def chunks(*more: str) -> list[int]:
+        code, out, _ = run(capsys, path_70b, *flags, *more)
+        assert code == 0
+        return [int(text) for text in re.search(r"chunks ([\d, ]+)", out)[1].split(",")]
+
+    model = TickModel(Deployment(LlamaConfig.llama3_70b(), GPUS["h100-sxm"], Layout(4, 2)))
+    assert chunks()[-1] == 256
+    for tpot in (0.001, 0.03, 0.05, 0.2):
+        assert chunks(f"--tpot-slo={tpot}")[-1] == largest_chunk(model, 4, tpot, TILE)
+    assert chunks("--tpot-slo=50ms", "--max-chunk=128")[-1] == 128
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--mesh 4x3 --dry-run-gpu h100-sxm",  # 8 KV heads on 3 ranks
+        "--mesh 81x1 --dry-run-gpu h100-sxm",  # 80 layers
+        "--mesh 1x1 --dry-run-gpu h100-sxm",  # 141 GB
+        "--mesh 4x2 --dry-run-gpu h100-sxm --kv-cache-memory 70GB",
+        "--mesh 4x2 --dry-run-gpu h100-sxm --max-model-len 9000",
+        "--mesh 4x2 --dry-run-gpu h100",
+        "--mesh 4x2 --gpu-memory-utilization 0.9",
+        "--mesh four",
+        "--quantization awq",
+    ],
+)
+def test_what_could_not_start_is_refused(flags, path_70b, capsys):
+    code, out, err = run(capsys, path_70b, *flags.split())
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_a_checkpoint_without_its_tokenizer_is_refused(tmp_path, capsys):
+    whole = tmp_path / "whole"
+    shutil.copytree(DEMO_CHECKPOINT, whole)
+    assert run(capsys, str(whole))[0] == 0
+    (whole / "tokenizer.json").unlink()
+    assert run(capsys, str(whole))[0] == 2
+
+
+def test_the_flag_of_the_gpu_needs_a_dry_run():
+    with pytest.raises(SystemExit) as caught:
+        main(["--dry-run-gpu", "h200"])
+    assert caught.value.code == 2
+
+
+@pytest.mark.slow
+def test_the_engine_takes_what_was_counted(capsys):
+    options = dict(mesh="2x2", max_num_seqs=6, max_chunk=64, max_model_len=256, page_size=32)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    code, out, _ = run(capsys, str(DEMO_CHECKPOINT), *flags)
+    info = Engine(EngineOptions(path=str(DEMO_CHECKPOINT), **options)).info
+    device = info.devices[0]
+    assert code == 0
+    assert f"weights {bytes_text(device.weight_bytes)} " in out
+    assert f"KV cache {bytes_text(device.kv_bytes)} " in out
+    assert f"programs: {info.num_programs} " in out
+    assert f"max_model_len {info.max_model_len:,} " in out
