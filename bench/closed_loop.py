@@ -134,38 +134,27 @@ class Twin:
         from llama_jax.costs.deployment import Deployment, Layout
         from llama_jax.costs.gpus import CPU
         from llama_jax.costs.tick_time import TickModel
+        from llama_jax.engine.options import EngineOptions
+        from llama_jax.engine.sizing import CPU_CACHE_BYTES
+        from llama_jax.plan.simulation.server import server_for
         from sharding.mesh import parse_mesh
 
         calibration, loop = calibrator.calibration(), calibrator.loop
-        programs = loop.executor.programs
-        config = replace(programs.config, dtype=str(programs.dtype))
         self._layout = Layout(*parse_mesh(calibration.mesh))
+        config = loop.executor.programs.config
         model = TickModel(Deployment(config, CPU, self._layout, "auto"), calibration)
-        self._expected, self._sizes = model.expected, loop.sizes
-        self._longest = loop.sizes.pages_per_sequence * loop.sizes.page_size
+        options = EngineOptions(path="", mesh=calibration.mesh)
+        self._server = server_for(model, options, CPU_CACHE_BYTES // self._layout.gpus)
+        assert self._server.sizes == loop.sizes  # those of the real engine
         self.host_seconds = calibration.host_seconds_per_tick or 0.0
         self.front_seconds = 0.0
 
     def samples(self, load: Workload, users: int | None = None) -> list[Any]:
         """Simulates a load; with `users`, each request is sent when the one before it has ended."""
-        from llama_jax.engine.latency_targets import choose_chunks
-        from llama_jax.engine.options import EngineOptions
-        from llama_jax.plan.simulation.engine import simulate
         from llama_jax.plan.simulation.load import Load
-        from llama_jax.plan.simulation.server import Server as Simulated
-        from llama_jax.plan.simulation.server import TickTime
+        from llama_jax.plan.simulation.replicas import simulate
 
-        stages, options = self._layout.num_stages, EngineOptions(path="")
-        server = Simulated(
-            num_stages=stages,
-            sizes=self._sizes,
-            max_model_len=self._longest,
-            tick_time=lambda work: TickTime(self._expected(work)),
-            chunks=lambda: choose_chunks(options, self._sizes, stages, "cpu"),
-            results_late=0,
-            host_seconds=self.host_seconds,
-            waits=True,
-        )
+        server = replace(self._server, host_seconds=self.host_seconds)
         return list(simulate(server, Load(load.requests(), users)).samples)
 
     def add_front(self, probes: Sequence[Workload], alone: Sequence[Sample]) -> None:
