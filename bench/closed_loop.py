@@ -6,8 +6,8 @@ load over HTTP in rounds, and calibrates anew between them, so that whatever els
 meets both sides. At last the planner's simulator runs the very same arrivals and lengths. The
 medians of TTFT and TPOT must differ by less than 15 %.
 
-What HTTP and its client cost on the machine is measured before each round with requests that come
-one at a time, and the simulator adds it to the ticks and to the first token ("front").
+What HTTP and its client take from the machine is measured before each round, with one stream for
+each microbatch, and the simulator adds it to every tick ("host") and to every request ("front").
 """
 
 import argparse
@@ -16,12 +16,12 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from bench.load.client import Server, send_all
+from bench.load.client import START_SECONDS, Server, send_all
 from bench.load.figures import percentile
 from bench.load.sample import Sample
 from bench.load.workload import Workload
@@ -38,7 +38,7 @@ MESHES = ("1x1", "4x2")
 WITHIN = 0.15
 VOCABULARY = 1700  # of the prompts: ordinary tokens of the demo checkpoint
 ROWS, CONTEXTS = 8, (64, 192, 512)  # of the batches that are timed
-PROBES = 6  # requests, one at a time, before each round
+PROBES = 4  # requests of each user, before each round
 PACKAGES = ("jax", "numpy", "httpx", "uvicorn")
 
 
@@ -97,6 +97,7 @@ def one_mesh(mesh: str, rounds: int, settings: dict[str, Any]) -> list[Row]:
     from llama_jax.engine.options import EngineOptions
     from llama_jax.plan.machine.batches import grid
     from llama_jax.plan.machine.calibrate import Calibrator
+    from sharding.mesh import parse_mesh
 
     options = EngineOptions(path=str(DEMO_CHECKPOINT), mesh=mesh)
     # The largest programs take most of the time, and this load does not need them.
@@ -104,20 +105,21 @@ def one_mesh(mesh: str, rounds: int, settings: dict[str, Any]) -> list[Row]:
         batch for batch in grid(sizes, CONTEXTS) if batch.rows <= ROWS
     ])  # fmt: skip
     loads = [workload(settings, seed) for seed in range(1, rounds + 1)]
-    probes = [probe(seed) for seed in range(1001, rounds + 1001)]
+    users = parse_mesh(mesh)[0]  # a stream for each microbatch: every tick delivers a token
+    probes = [probe(seed, users) for seed in range(1001, rounds + 1001)]
     served: list[Sample] = []
-    alone: list[Sample] = []
+    probed: list[Sample] = []
     calibrator.time_all()
     with serving(mesh) as server:
-        asyncio.run(send_one_at_a_time(server, probe(0)))  # warms up
-        for load, single in zip(loads, probes, strict=True):
-            alone += asyncio.run(send_one_at_a_time(server, single))
+        asyncio.run(send_in_turn(server, probe(0, users), users))  # warms up
+        for load, few in zip(loads, probes, strict=True):
+            probed += asyncio.run(send_in_turn(server, few, users))
             served += asyncio.run(send_all(server, load.to_send()))
             calibrator.time_all()
-    if failed := [sample for sample in (*served, *alone) if sample.error is not None]:
+    if failed := [sample for sample in (*served, *probed) if sample.error is not None]:
         raise UserError(f"A request failed ({failed[0].error}: {failed[0].detail}).")
     twin = Twin(calibrator)
-    twin.add_front(probes, alone)
+    twin.add_front(probes, probed)
     simulated = [sample for load in loads for sample in twin.samples(load)]
     return [{"mesh": mesh, **row} for row in compare(simulated, served, twin)]
 
@@ -150,21 +152,23 @@ class Twin:
         self.front_seconds = 0.0
 
     def samples(self, load: Workload, users: int | None = None) -> list[Any]:
-        """Simulates a load; with `users`, each request is sent when the one before it has ended."""
+        """Simulates a load: at its times, or as `send_in_turn` sends it for so many users."""
         from llama_jax.plan.simulation.load import Load
         from llama_jax.plan.simulation.replicas import simulate
 
         server = replace(self._server, host_seconds=self.host_seconds)
-        return list(simulate(server, Load(load.requests(), users)).samples)
+        return list(simulate(server, Load(load.requests(), users, START_SECONDS)).samples)
 
-    def add_front(self, probes: Sequence[Workload], alone: Sequence[Sample]) -> None:
-        """Adds what requests that come one at a time take longer than their ticks do."""
-        alike = [sample for load in probes for sample in self.samples(load, users=1)]
-        tpot = statistics.median(s.tpot for s in alone) - statistics.median(s.tpot for s in alike)
-        self.host_seconds += max(0.0, tpot / self._layout.num_stages)
-        alike = [sample for load in probes for sample in self.samples(load, users=1)]
-        ttft = statistics.median(s.ttft for s in alone) - statistics.median(s.ttft for s in alike)
-        self.front_seconds = max(0.0, ttft)
+    def add_front(self, probes: Sequence[Workload], probed: Sequence[Sample]) -> None:
+        """Adds what the requests of `probe` take longer than their ticks do."""
+        users = self._layout.num_stages
+
+        def apart(figure: Callable[[Any], float]) -> float:
+            alike = [sample for load in probes for sample in self.samples(load, users)]
+            return statistics.median(map(figure, probed)) - statistics.median(map(figure, alike))
+
+        self.host_seconds += max(0.0, apart(lambda sample: sample.tpot) / users)
+        self.front_seconds = max(0.0, apart(lambda sample: sample.ttft))
 
 
 def compare(simulated: Sequence[Any], served: Sequence[Sample], twin: Twin) -> list[Row]:
@@ -207,18 +211,22 @@ def serving(mesh: str) -> Iterator[Server]:
         process.communicate()
 
 
-def probe(seed: int) -> Workload:
-    """Requests that are sent one at a time."""
+def probe(seed: int, users: int) -> Workload:
+    """Requests that a few users send, each when it has the answer to the one before."""
     return Workload(
-        rate=1.0, num_requests=PROBES, prompt=Lengths.parse("32"), answer=Lengths.parse("24"),
-        vocab_size=VOCABULARY, seed=seed,
+        rate=1.0, num_requests=PROBES * users, prompt=Lengths.parse("32"),
+        answer=Lengths.parse("24"), vocab_size=VOCABULARY, seed=seed,
     )  # fmt: skip
 
 
-async def send_one_at_a_time(server: Server, load: Workload) -> list[Sample]:
-    """Sends each request when the one before it has its answer."""
-    return [
-        sample
-        for request in load.to_send()
-        for sample in await send_all(server, [request._replace(at=0.0)])
-    ]
+async def send_in_turn(server: Server, load: Workload, users: int) -> list[Sample]:
+    """Sends the requests of `probe`."""
+    waiting = iter(load.to_send())
+    samples: list[Sample] = []
+
+    async def ask() -> None:
+        for request in waiting:
+            samples.extend(await send_all(server, [request._replace(at=0.0)]))
+
+    await asyncio.gather(*(ask() for _ in range(users)))
+    return samples
