@@ -37,9 +37,8 @@ def test_the_planner_uses_what_was_measured(tmp_path, random):
 
 
 def test_a_batch_that_does_not_fit_is_refused_before_anything_is_timed(tmp_path, capsys):
-    checkpoint = tmp_path / "model"
-    write_checkpoint(checkpoint)
+    write_checkpoint(tmp_path / "model")
     file = tmp_path / "calibration.json"
-    flags = ["--model", str(checkpoint), "--batches", "1@16", "5000@16"]
-    assert main(["--calibrate", str(file), *flags]) == 2
+    model = str(tmp_path / "model" / "config.json")
+    assert main(["--calibrate", str(file), "--model", model, "--batches", "1@16", "5000@16"]) == 2
     assert not file.exists() and "5000@16" in capsys.readouterr().err
