@@ -132,7 +132,7 @@ def hopper_product(
     spec = Spec(rows, steps, min(STAGES, steps), dtype, interpret is not None)
     run = plgpu.kernel(
         partial(thread_block, spec),
-        out_type=jax.ShapeDtypeStruct((splits, outputs, rows), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((splits, rows, outputs), jnp.float32),
         scratch_types=scratch_types(spec, values.dtype),
         grid=(outputs // OUTPUTS, splits),
         grid_names=("output", "split"),
@@ -143,7 +143,7 @@ def hopper_product(
     with jax.named_scope("product"):
         shares = run(columns, values)
         whole = sum(shares[1:], start=shares[0])  # unrolled: XLA fuses it with what follows
-        return ((whole * scale[:, None]).T[:num_rows] / factor).astype(x.dtype)
+        return (whole[:num_rows] * (scale / factor)).astype(x.dtype)
 
 
 def scratch_types(spec: Spec, matrix_dtype: Any) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def scratch_types(spec: Spec, matrix_dtype: Any) -> dict[str, Any]:
     return {
         "matrix": operand((spec.stages, OUTPUTS, INPUTS), matrix_dtype),
         "x": operand((spec.stages, spec.rows, INPUTS), spec.dtype),
-        "out": operand((OUTPUTS, spec.rows), jnp.float32),
+        "out": operand((spec.rows, OUTPUTS), jnp.float32),
         "ready": plgpu.Barrier(num_arrivals=2, num_barriers=spec.stages),
     }
 
@@ -207,7 +207,11 @@ def thread_block(spec: Spec, x_ref: Any, matrix_ref: Any, out_ref: Any, **scratc
         out = lax.fori_loop(0, spec.steps, add, jnp.zeros((OUTPUTS, spec.rows), jnp.float32))
     else:
         out = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((OUTPUTS, spec.rows), jnp.float32))
-    scratch["out"][...] = out
+    if spec.interpreted:
+        scratch["out"][...] = out.T
+    else:
+        turned = plgpu.transpose_ref(scratch["out"], (1, 0))
+        turned[...] = plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(scratch["out"], out_ref.at[split, outputs])
+    plgpu.copy_smem_to_gmem(scratch["out"], out_ref.at[split, :, outputs])
     plgpu.wait_smem_to_gmem(0)
