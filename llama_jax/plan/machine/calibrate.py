@@ -1,13 +1,14 @@
 """Times the real ticks of an engine at exact batches: `--calibrate`.
 
 Where `--model` is a checkpoint, its engine is started as a server would start it. Where it is only
-a name, the engine's programs run with random weights of the full size.
+a name or a config.json, the engine's programs run with random weights of the full size.
 """
 
 import argparse
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -34,6 +35,7 @@ from llama_jax.plan.machine.host_time import host_seconds
 from llama_jax.plan.machine.measurement import measure
 from llama_jax.plan.machine.random_weights import random_params
 from llama_jax.plan.model import find_model, with_weights
+from llama_jax.ring.sizes import RingSizes
 from llama_jax.weights.placement import param_shapes
 from sharding.mesh import make_mesh, mesh_shape
 
@@ -51,9 +53,10 @@ def calibrate(arguments: argparse.Namespace) -> None:
         mesh="{}x{}".format(*(arguments.layout or (1, 1))),
         kv_cache_dtype="auto" if planned == "bf16" else planned,  # its default: auto of an engine
         max_chunk=arguments.max_chunk,
-        wait_for_programs=True,
     )
-    calibrator = Calibrator(options, arguments.weights, arguments.batches)
+    given = arguments.batches
+    choose = default_batches if given is None else lambda sizes: given
+    calibrator = Calibrator(options, arguments.weights, choose)
     for number in range(ROUNDS):
         calibrator.time_all()
         print(f"round {number + 1} of {ROUNDS}: {len(calibrator.seconds)} batches timed")
@@ -63,6 +66,11 @@ def calibrate(arguments: argparse.Namespace) -> None:
     print(f"written to {arguments.calibrate}")
 
 
+def default_batches(sizes: RingSizes) -> list[Batch]:
+    """Every program at some contexts."""
+    return grid(sizes, CONTEXTS)
+
+
 class Calibrator:
     """Times the ticks of an engine, in rounds.
 
@@ -70,9 +78,10 @@ class Calibrator:
     slows the machine down for a while, it spoils no batch alone.
 
     Args:
-      options: of the engine. Its `path` is a checkpoint, or a name that `find_model` knows.
+      options: of the engine. Its `path` is a checkpoint, or what else `find_model` knows: a name,
+        or a config.json.
       weights: the format of random weights, as in `with_weights`.
-      batches: what to time; None for every program at some contexts.
+      choose: returns the batches to time, by the sizes of the engine.
 
     Attributes:
       loop: of the engine.
@@ -86,14 +95,14 @@ class Calibrator:
         self,
         options: EngineOptions,
         weights: str | None = None,
-        batches: Sequence[Batch] | None = None,
+        choose: Callable[[RingSizes], Sequence[Batch]] = default_batches,
     ) -> None:
         self._options = options
-        self._stored = os.path.exists(options.path)
-        self.loop = Engine(options).loop if self._stored else random_loop(options, weights)
+        path = Path(options.path).expanduser()
+        self._stored = path.exists() and path.name != "config.json"
+        self.loop = stored_loop(options) if self._stored else random_loop(options, weights)
         sizes = self.loop.sizes
-        chosen = grid(sizes, CONTEXTS) if batches is None else batches
-        self.seconds: dict[Batch, list[float]] = {batch: [] for batch in chosen}
+        self.seconds: dict[Batch, list[float]] = {batch: [] for batch in choose(sizes)}
         for batch in self.seconds:
             batch.bucket(sizes)  # raises before anything is timed
 
@@ -137,6 +146,14 @@ class Calibrator:
             versions=seen.versions,
             source=f"python -m llama_jax.plan --calibrate; {weights}; {os.cpu_count()} CPU cores",
         )
+
+
+def stored_loop(options: EngineOptions) -> TickLoop:
+    """The tick loop of an engine with a checkpoint, which compiles nothing in the background."""
+    engine = Engine(options)
+    engine.warm_up.stop()  # what is timed compiles when it first runs
+    engine.warm_up.every_program.exception()  # waits for its end
+    return engine.loop
 
 
 def random_loop(options: EngineOptions, weights: str | None) -> TickLoop:

@@ -23,9 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--validate",
         action="store_true",
-        help="check that this machine is what the plan assumes: --gpu, --gpus and --layout, "
-        "with --gpu auto for whatever there is; the exit code says what is not "
-        "(docs/planning.md)",
+        help="check that this host is what the plan assumes: --gpu, --layout, and --gpus if it "
+        "holds more than one replica; --gpu auto is whatever there is; the exit code says what "
+        "is not (docs/operations.md)",
     )
     group.add_argument(
         "--load-within",
@@ -46,21 +46,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="BATCH",
         help="with --calibrate: what to time, as rows@context+chunk@prefix, such as 8@512+64@0 "
-        "(every program, at two contexts)",
+        "(every program, at three contexts)",
     )
 
 
 def run(arguments: argparse.Namespace, plan: "Plan | None" = None) -> int:
-    """Runs the mode that was asked for; returns its exit code.
+    """Runs the modes that were asked for; returns the exit code.
 
-    Neither needs a plan: it asks the machine, and not whether the targets can be met.
+    Neither needs a plan: they ask the machine, and not whether the targets can be met. With both, a
+    machine that is not what was planned is not calibrated.
     """
-    if arguments.validate:
-        return _validate(arguments)
-    from llama_jax.plan.machine.calibrate import calibrate
+    code = _validate(arguments) if arguments.validate else 0
+    if arguments.calibrate is not None and code == 0:
+        from llama_jax.plan.machine.calibrate import calibrate
 
-    calibrate(arguments)
-    return 0
+        calibrate(arguments)
+    return code
 
 
 def expectation(arguments: argparse.Namespace) -> Expectation:
@@ -70,7 +71,7 @@ def expectation(arguments: argparse.Namespace) -> Expectation:
       UserError: there is no such GPU or model.
     """
     mesh = arguments.layout or _best_mesh(arguments)
-    gpus = arguments.gpus or math.prod(mesh) * (arguments.replicas or 1)
+    gpus = arguments.gpus or math.prod(mesh)  # other replicas may be on other hosts
     size = _checkpoint_bytes(arguments.model)
     if arguments.gpu == AUTO:
         return Expectation(mesh, checkpoint_bytes=size, load_seconds=arguments.load_within)

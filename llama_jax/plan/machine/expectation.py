@@ -58,7 +58,7 @@ class Expectation:
 
     Attributes:
       mesh: (stages, ranks) of one replica.
-      gpus: of all replicas on this host; 0 for CPUs, or for as many as the mesh needs if there are
+      gpus: of this host; 0 for CPUs, or for as many as the mesh needs if there are
         any.
       gpu: their kind; None for whatever there is.
       checkpoint_bytes: that loading reads; 0 if unknown.

@@ -117,6 +117,10 @@ def test_what_a_gpu_does_not_report_is_no_failure(read):
     assert gpu.ecc is gpu.memory_bytes is gpu.power_limit is None and gpu.name is not None
 
 
+def test_replaced_memory_rows_are_no_failure(read):
+    assert failures(read(eight(remapped=(4, 1, 0, 0)))) == set()
+
+
 def test_memory_without_error_correction_is_worth_a_note(read):
     reading = read(eight(ecc=(0, 1)))
     notes = [c for c in gpu_checks(reading, visible(reading), H100) if c.verdict is Verdict.NOTE]
