@@ -12,12 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bench.one_device import DTYPE, ENOUGH_BYTES
 from bench.partial import keep
-from bench.result import Plot, Result, Row
+from bench.result import Plot, Result, Row, Target
 from bench.roofline import PACKAGES, check_device, copy_rate, matrix_rate
 from bench.step import rank_config, toy_config
 from bench.timing import UNITS
@@ -36,6 +37,7 @@ ROWS, TOY_ROWS = (1, 8, 32, 512), (8,)
 FORMATS = ("bfloat16", *QUANTIZERS)
 COPIES = 12  # of a matrix in a program, at most
 SECONDS = 0.2
+MAX_ERROR = 0.01
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,8 +65,10 @@ def run(args: argparse.Namespace) -> Result:
             "The matrix products of one layer of a rank of Llama-3-70B on 4 x 2.",
             args=vars(args),
             packages=PACKAGES,
-            units=UNITS | {"layer_time": "s", "share_of_copy": "", "share_of_matrix": ""},
+            units=UNITS
+            | {"layer_time": "s", "share_of_copy": "", "share_of_matrix": "", "error": ""},
             rows=rows,
+            targets=error_targets(rows),
             plots=[plot] if any("layer_time" in row for row in rows) else [],
         )
 
@@ -73,6 +77,13 @@ def run(args: argparse.Namespace) -> Result:
             rows += layer_rows(name, num_rows, args.toy, args.xla, copy, matrix)
             keep(result(), args.output)
     return result()
+
+
+def error_targets(rows: list[Row]) -> list[Target]:
+    """The largest error of each format; the products of formats with groups are in bfloat16."""
+    errors = [(row["format"], row["error"]) for row in rows if isinstance(row.get("error"), float)]
+    largest = {name: max(error for other, error in errors if other == name) for name, _ in errors}
+    return [Target(f"error of {name}", error, MAX_ERROR, "max") for name, error in largest.items()]
 
 
 def layer_rows(
@@ -115,7 +126,7 @@ def product_row(
     """Times one product in the format `name`; the rates are in bytes and FLOP per second."""
     size = nbytes(shapes)
     copies = max(2, min(COPIES, -(-ENOUGH_BYTES // size)))
-    timing, outputs = time_products(shapes, width, num_rows, copies, name, seconds)
+    timing, outputs, error = time_products(shapes, width, num_rows, copies, name, seconds)
     flops = 2 * num_rows * width * outputs
     return {
         **timing.row,
@@ -125,13 +136,14 @@ def product_row(
         "flops": flops,
         "matrix_rate": matrix,
         "share_of_matrix": flops / matrix / timing.median,
+        "error": error,
     }
 
 
 def time_products(
     shapes: Any, width: int, num_rows: int, copies: int, name: str, seconds: float
-) -> tuple[Timing, int]:
-    """Times one product in a program of `copies`; also returns its number of outputs."""
+) -> tuple[Timing, int, float]:
+    """Times one product in a program of `copies`; also returns its number of outputs and error."""
     mesh = make_mesh("1x1")
     sharding = NamedSharding(mesh, P())
     weights = tuple(random_params([shapes] * copies))
@@ -141,7 +153,20 @@ def time_products(
     options = GROUPED_SCALES if name in GROUPED else {}
     program = MeshProgram(_multiply, mesh, (P(), P()), P(), name="products", options=options)
     timing = time_calls(lambda: program(xs, weights), seconds) / copies
-    return timing, program(xs, weights)[0].shape[-1]
+    out = program(xs, weights)[0]
+    return timing, out.shape[-1], relative_error(out, xs[0], weights[0])
+
+
+def relative_error(out: jax.Array, x: jax.Array, weight: Any) -> float:
+    """The norm of the difference from a product in float32, as a share of the norm of that."""
+
+    def compare(out: jax.Array, x: jax.Array, weight: Any) -> jax.Array:
+        matrix = jax.tree.map(lambda array: array[0], weight)
+        wide = matrix.dequantize() if isinstance(matrix, tuple) else matrix.astype(jnp.float32)
+        exact = jnp.matmul(x.astype(jnp.float32), wide.T, precision="highest")
+        return jnp.linalg.norm(out - exact) / jnp.linalg.norm(exact)
+
+    return float(jax.jit(compare)(out, x, weight))
 
 
 def _multiply(xs: tuple[jax.Array, ...], weights: tuple[Any, ...]) -> tuple[jax.Array, ...]:
