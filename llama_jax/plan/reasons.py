@@ -65,11 +65,12 @@ def why(plan: Plan) -> Iterator[str]:
     if not others:
         return
     if best.holds:
-        holding = sum(candidate.holds for candidate in plan.candidates)
+        alike = [c for c in plan.candidates if c.holds and c.holds_surely == best.holds_surely]
+        sure = ", even with the slowest ticks" if best.holds_surely else ""
         yield (
             f"{_keeps(best)} the targets up to {amount(best.max_rate.expected, 'requests/s')}, "
-            f"the most of the {holding} that keep them at this rate, of "
-            f"{count_text(len(plan.candidates), 'layout')}."
+            f"the most of the {len(alike)} of {count_text(len(plan.candidates), 'layout')} that "
+            f"keep them at this rate{sure}."
         )
     yield _profile(best)
     shown = others[:1] + [

@@ -89,10 +89,12 @@ def _targets(plan: Plan) -> str:
         for name, value in (("TTFT", targets.ttft), ("TPOT", targets.tpot))
         if value is not None
     ]
-    text = f"{targets.inside:.3g} of the requests inside " + " and ".join(bounds) if bounds else ""
+    texts = []
+    if bounds:
+        texts.append(f"{100 * targets.inside:g}% of the requests inside {' and '.join(bounds)}")
     if targets.memory_share is not None:
-        text += f", {targets.memory_share:.0%} of the memory"
-    return text
+        texts.append(f"{targets.memory_share:.0%} of the memory")
+    return ", ".join(texts)
 
 
 def _layouts(
