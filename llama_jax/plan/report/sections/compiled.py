@@ -32,7 +32,7 @@ def compiled_section(plan: Plan) -> Section:
     )
     found = compile_deployment(best.deployment, options)
     memory: list[tuple[Cell, ...]] = [
-        (what.replace("_", " "), _compiled(each.compiled, "bytes"), counted(each.arithmetic),
+        (what.replace("_", " "), _compiled(each.compiled, "bytes"), counted(each.arithmetic, "bytes", "llama_jax.costs.memory"),
          f"{each.bytes:+,} bytes")
         for what, each in differences(found).items()
     ]  # fmt: skip
@@ -40,7 +40,7 @@ def compiled_section(plan: Plan) -> Section:
         (
             f"{tick.bucket.rows} rows + {tick.bucket.chunk}",
             _compiled(tick.kernels, "kernels"),
-            _compiled(len(tick.copies), "copies"),
+            f"{len(tick.copies)}",
             ", ".join(f"{c.calls} {c.kind} over {c.group}" for c in tick.collectives) or "none",
         )
         for tick in found.ticks
@@ -58,7 +58,7 @@ def compiled_section(plan: Plan) -> Section:
             Table("memory", ("on each GPU", "compiled", "arithmetic", "difference"), tuple(memory)),
             Table(
                 "ticks",
-                ("program", "launched", "of weights or cache", "collectives"),
+                ("program", "launched", "copies of weights or cache", "collectives"),
                 tuple(ticks),
             ),
         ),
