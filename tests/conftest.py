@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.support.xla_options import CHEAP_CODE
+
 # JAX and OpenMP read these when they are imported, also in the engines that tests start.
 for name, value in {
     "JAX_PLATFORMS": "cpu",
@@ -18,6 +20,7 @@ for name, value in {
     # The default, 1 s, is longer than most programs here take to compile: none would be kept.
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "XLA_FLAGS": CHEAP_CODE,
     # Two workers share two cores. A second OpenMP thread each would only spin.
     "OMP_NUM_THREADS": "1",
 }.items():
