@@ -5,6 +5,7 @@ import gc
 import os
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,32 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("quick", deadline=None, max_examples=20)
 settings.register_profile("full", deadline=None, max_examples=100)
 settings.load_profile("quick")
+
+# The files that take the longest. One that is begun last keeps one worker busy for minutes while
+# the other has nothing to do.
+LONGEST = (
+    "tests/engine/test_scheduler.py",
+    "tests/bench/test_measurements.py",
+    "tests/demo/test_checkpoint.py",
+    "tests/llm/test_notebook.py",
+    "tests/engine/test_grammars.py",
+    "tests/clients/test_schemathesis.py",
+    "tests/convert/test_resume.py",
+    "tests/convert/test_memory.py",
+)
+
+
+@pytest.hookimpl(trylast=True)  # after those that do not run have been taken out
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Sorts the files: the longest ones, then those with the most tests."""
+    number = Counter(item.path for item in items)
+    places = {config.rootpath / name: place for place, name in enumerate(LONGEST)}
+    assert all(path.is_file() for path in places), "LONGEST names a file that does not exist"
+
+    def key(item: pytest.Item) -> tuple[int, int]:
+        return places.get(item.path, len(places)), -number[item.path]
+
+    items.sort(key=key)
 
 
 @pytest.fixture(scope="module", autouse=True)
