@@ -40,6 +40,7 @@ settings.load_profile("quick")
 # The files that take the longest. One that is begun last keeps one worker busy for minutes while
 # the other has nothing to do.
 LONGEST = (
+    # of the slow tests:
     "tests/engine/test_scheduler.py",
     "tests/bench/test_measurements.py",
     "tests/demo/test_checkpoint.py",
@@ -48,6 +49,16 @@ LONGEST = (
     "tests/clients/test_schemathesis.py",
     "tests/convert/test_resume.py",
     "tests/convert/test_memory.py",
+    # of the quick tests:
+    "tests/ring/test_parity.py",
+    "tests/quantization/test_quantized_model.py",
+    "tests/ring/test_rules.py",
+    "tests/model/test_bring_your_own.py",
+    "tests/model/test_sampling.py",
+    "tests/llm/test_end_to_end.py",
+    "tests/llm/test_in_process_llm.py",
+    "tests/serve/test_end_to_end.py",
+    "tests/interpret/test_capture.py",
 )
 
 
