@@ -217,7 +217,7 @@ def as_row(tick: Any, weights: str, gemm: str, seconds: float, num_layers: int) 
     missed = missed_limits(row, num_layers)
     if wrong_collectives(tick):
         missed.append("collectives")
-    return {"rows": row.pop("rows"), **row, "missed limits": ", ".join(missed)}
+    return row | {"missed limits": ", ".join(missed)}
 
 
 def missed_limits(row: Row, num_layers: int) -> list[str]:
