@@ -4,9 +4,10 @@ MESH ?= 4x2
 MODEL ?=  # the demo checkpoint
 PORT ?= 8000
 
-# Two workers, each with whole files: a file's tests share models and compiled programs. Not in
-# pyproject.toml, so that a bare `pytest` stays in one process, for debugging.
-PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
+# Two workers, each with whole files: a file's tests share models and compiled programs. The longest
+# files come first; tests/conftest.py sorts them. Not in pyproject.toml, so that a bare `pytest` stays
+# in one process, for debugging.
+PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # $(call foreign,ENVIRONMENT) is empty unless PYTHON was given and is another interpreter than the one
 # that ENVIRONMENT was made with. Such an environment is made anew.
@@ -20,7 +21,7 @@ INSTALL = -m pip install --disable-pip-version-check
 
 NODE_MODULES = tests/clients/node/node_modules/installed
 
-.PHONY: FORCE serve lint test test-all notebooks audit bench demo clean
+.PHONY: FORCE serve lint test test-all notebooks plan-compile audit bench demo clean
 
 serve: .venv/installed  ## serve the demo checkpoint on 8 virtual CPU devices
 	.venv/bin/python -m llama_jax.serve $(if $(MODEL),"$(MODEL)") --mesh "$(MESH)" --port "$(PORT)"
@@ -37,7 +38,7 @@ test: .venv/installed-test  ## the quick tests
 
 test-all: .venv/installed-models .venv-clients/installed .venv/installed-browser $(NODE_MODULES)  ## the slow rest, and the notebooks
 	$(PYTEST) -m "slow or hypothesis" --hypothesis-profile=full
-	.venv/bin/python -m pytest --nbmake --nbmake-timeout=180 notebooks
+	$(PYTEST) --nbmake --nbmake-timeout=180 notebooks
 
 notebooks: .venv/installed-test  ## rerun the notebooks and save their outputs
 	.venv/bin/python -m jupyter nbconvert --to notebook --execute --inplace \
@@ -45,11 +46,16 @@ notebooks: .venv/installed-test  ## rerun the notebooks and save their outputs
 	.venv/bin/python -m jupyter nbconvert --to notebook --inplace \
 		--CoalesceStreamsPreprocessor.enabled=True notebooks/*.ipynb
 
-audit: .venv-cuda/installed  ## compile Llama-3-70B for 8 x H100, without a GPU
+LAYOUTS = 4x2 2x4 8x1 1x8
+
+plan-compile: .venv-cuda/installed  ## compile what a server of Llama-3-70B runs on 8 H100, without a GPU
+	.venv-cuda/bin/python -m llama_jax.plan --compile $(LAYOUTS)
+
+audit: .venv-cuda/installed  ## hold the ticks of Llama-3-70B on 8 H100 to their limits, without a GPU
 	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m bench audit --output bench/results/audit_70b_8xh100.json
 
 MEASUREMENTS = hostile startup engine decode quantization kv-cache-dtype divergence loading \
-	load-speed structured convert scaling sampling buckets peers
+	load-speed structured convert scaling sampling buckets closed-loop peers
 
 bench: .venv/installed-test  ## every measurement that runs on a CPU: two hours, 30 GB of disk
 	for name in $(MEASUREMENTS); do \

@@ -18,12 +18,13 @@ from bench.attention_check import TOLERANCES, check
 from bench.attention_program import attention_program
 from bench.one_device import DTYPE, ENOUGH_BYTES, Work, packet, random_cache, ring_sizes
 from bench.partial import keep
-from bench.random_weights import nbytes, random_array
 from bench.result import Result, Row, Target
 from bench.roofline import PACKAGES, check_device, copy_rate, matrix_rate
 from bench.step import CONTEXT, PREFILL, TOY_CONTEXT, TOY_PREFILL, rank_config, toy_config
-from bench.timing import UNITS, time_calls
+from bench.timing import UNITS
 from llama_jax.config import LlamaConfig
+from llama_jax.plan.machine.random_weights import nbytes, random_array
+from llama_jax.plan.machine.timing import time_calls
 from llama_jax.ring.kv_cache import cache_shapes
 from llama_jax.ring.sizes import Bucket
 from sharding.mesh import make_mesh

@@ -1,21 +1,25 @@
-"""Writes what a capacity planner needs from results: `python -m bench calibrate`.
+"""Writes a calibration file for the planner from results: `python -m bench calibrate`.
 
-The file says how long ticks take, at which rates the device copies and multiplies, and how long the
-host works per tick. Nothing is measured or estimated here: each figure names the result it comes
-from, whose machine and versions are listed, and a figure without a result is null.
+The file holds the times of ticks from `step`, the rates at which the device copies and multiplies
+from `roofline`, and the host's time for a tick from `engine` (see `llama_jax.costs.calibration`).
+Nothing is measured or estimated here, and a figure without a result is null. The ticks are those of
+one rank of Llama-3-70B on 4 x 2 without collectives, whose time the planner adds.
+
+On the machine that shall serve, `python -m llama_jax.plan --calibrate` measures all of it itself.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from bench.figures import is_number
 from bench.report import NOT_RESULTS, RESULTS
 from bench.result import BadResult, Result, Row
+from bench.step import RANKS, STAGES, toy_config
+from llama_jax.config import LlamaConfig
+from llama_jax.costs.calibration import Calibration, MeasuredTick, model_sizes
 
-SOURCES = ("step", "decode", "roofline", "engine")
+SOURCES = ("step", "roofline", "engine")
 # Units of figures in units of the file: seconds, bytes/s, FLOP/s.
 FACTORS = {
     "s": 1.0,
@@ -45,20 +49,21 @@ def run(args: argparse.Namespace) -> None:
     """Reads the results and writes the file."""
     paths = args.results or [p for p in sorted(RESULTS.glob("*.json")) if p.name not in NOT_RESULTS]
     read = [(path, Result.read(path)) for path in paths]
-    content = calibration([entry for entry in read if entry[1].name in SOURCES])
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(content, indent=1) + "\n")
-    missing = [name for name, value in content.items() if value is None]
+    found = calibration([entry for entry in read if entry[1].name in SOURCES])
+    found.write(args.output)
+    figures = (found.ticks, found.copy_bytes_per_second, found.host_seconds_per_tick)
+    missing = [name for name, figure in zip(SOURCES, figures, strict=True) if not figure]
     print(
-        f"written to {args.output}" + (f"; not measured: {', '.join(missing)}" if missing else "")
+        f"written to {args.output}" + (f"; no figures from {', '.join(missing)}" if missing else "")
     )
 
 
-def calibration(results: Sequence[tuple[Path, Result]]) -> dict[str, Any]:
+def calibration(results: Sequence[tuple[Path, Result]]) -> Calibration:
     """The content of the file.
 
     Raises:
-      BadResult: there is no result of `SOURCES`, or two of one measurement.
+      BadResult: there is no result of `SOURCES`, or two of one measurement, or they are of several
+        devices.
     """
     by_name: dict[str, tuple[Path, Result]] = {}
     for path, result in results:
@@ -69,45 +74,66 @@ def calibration(results: Sequence[tuple[Path, Result]]) -> dict[str, Any]:
         by_name[result.name] = (path, result)
     if not by_name:
         raise BadResult(f"there is no result of {', '.join(SOURCES)}; measure one of them first")
-    ticks = by_name.get("step") or by_name.get("decode")
-    return {
-        "inputs": {
-            path.name: {
-                "what": result.what,
-                "machine": result.machine,
-                "versions": result.versions,
-                "flags": result.flags,
-            }
-            for path, result in by_name.values()
+    devices = {device(result): path for path, result in by_name.values()}
+    if len(devices) > 1:
+        raise BadResult(f"the results are of different devices: {', '.join(sorted(devices))}")
+    _, step = by_name.get("step", (None, None))
+    flags = step.flags if step else {}
+    config = toy_config() if flags.get("toy") else LlamaConfig.llama3_70b()
+    return Calibration(
+        device=next(iter(devices)),
+        mesh=f"{STAGES}x{RANKS}",
+        model=model_sizes(config),
+        weights=flags.get("quantize") or "bfloat16",
+        kv_cache_dtype="bf16",
+        with_collectives=False,
+        ticks=tuple(tick(row, step) for row in step.rows) if step else (),
+        host_seconds_per_tick=first(by_name, "engine", "host time"),
+        copy_bytes_per_second=first(by_name, "roofline", "copy_rate"),
+        matrix_flops_per_second=matrix_rates(by_name),
+        versions={
+            name: number
+            for _, result in by_name.values()
+            for name, number in result.versions.items()
         },
-        "tick_seconds": tick_seconds(*ticks) if ticks else None,
-        "copy_bytes_per_second": first(by_name, ("bytes_rate", "copy_rate")),
-        "matrix_flops_per_second": first(by_name, ("matrix_rate",)),
-        "host_seconds_per_tick": first(by_name, ("host time",)),
-    }
+        source=", ".join(path.name for path, _ in by_name.values()),
+    )
 
 
-def tick_seconds(path: Path, result: Result) -> dict[str, Any] | None:
-    """The time of each tick that was measured, with the columns that say which tick it is."""
-    column = "time" if result.name == "step" else "1x1"
-    rows = [
-        {key: value for key, value in row.items() if key not in result.units}
-        | {"seconds": figure(row, column, result)}
-        for row in result.rows
-        if is_number(row.get(column))
-    ]
-    return {"from": path.name, "ticks": rows} if rows else None
+def device(result: Result) -> str:
+    """What a result was measured on, as JAX calls it."""
+    return str(result.machine.get("accelerator", "cpu"))
 
 
-def first(results: dict[str, tuple[Path, Result]], columns: Sequence[str]) -> dict[str, Any] | None:
-    """The first figure in one of these columns, and the result that it comes from."""
-    for name in reversed(SOURCES):  # a measurement of its own before a part of another
-        path, result = results.get(name, (None, None))
-        for row in result.rows if result else ():
-            for column in columns:
-                if is_number(row.get(column)):
-                    return {"from": path.name, "value": figure(row, column, result)}
+def tick(row: Row, result: Result) -> MeasuredTick:
+    """A row of `step`.
+
+    Raises:
+      BadResult: it has no time.
+    """
+    if not is_number(row.get("time")):
+        raise BadResult(f"a row of {result.name} has no time; measure it anew")
+    sizes = [int(row.get(name) or 0) for name in ("batch", "context", "chunk", "prefix")]
+    return MeasuredTick(*sizes, seconds=figure(row, "time", result))
+
+
+def first(results: dict[str, tuple[Path, Result]], name: str, column: str) -> float | None:
+    """The first figure in a column of a result; None if it is not there."""
+    _, result = results.get(name, (None, None))
+    for row in result.rows if result else ():
+        if is_number(row.get(column)):
+            return figure(row, column, result)
     return None
+
+
+def matrix_rates(results: dict[str, tuple[Path, Result]]) -> dict[str, float]:
+    """The FLOP/s of products by dtype."""
+    _, result = results.get("roofline", (None, None))
+    return {
+        str(row["operation"]).removesuffix(" product"): figure(row, "matrix_rate", result)
+        for row in (result.rows if result else ())
+        if is_number(row.get("matrix_rate"))
+    }
 
 
 def figure(row: Row, column: str, result: Result) -> float:

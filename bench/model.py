@@ -18,8 +18,9 @@ from bench.partial import keep
 from bench.result import Result, Row, Target
 from bench.roofline import PACKAGES, check_device, copy_rate
 from bench.step import toy_config
-from bench.timing import UNITS, time_calls
+from bench.timing import UNITS
 from llama_jax.config import LlamaConfig, Quantization
+from llama_jax.plan.machine.timing import time_calls
 from llama_jax.quantization import QUANTIZERS
 
 

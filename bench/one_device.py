@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.random_weights import nbytes, random_array, random_params
 from llama_jax.config import LlamaConfig
-from llama_jax.engine.options import EngineOptions
-from llama_jax.engine.sizing import TILE
+from llama_jax.engine.sizing import GPU_PAGE, TILE
+from llama_jax.plan.machine.random_weights import nbytes, random_array, random_params
 from llama_jax.ring.kv_cache import KVCache
 from llama_jax.ring.packet import encode_packet
 from llama_jax.ring.sizes import Bucket, RingSizes
@@ -23,7 +22,7 @@ from llama_jax.ring.steps import decode_step, init_state, prefill_step, state_sh
 from llama_jax.weights.placement import Params, param_shapes
 from sharding.mesh import make_mesh
 
-PAGE_SIZE = EngineOptions(path="").page_size
+PAGE_SIZE = GPU_PAGE
 DTYPE = jnp.dtype(jnp.bfloat16)
 ENOUGH_BYTES = 400_000_000  # for a program to read: 8 times the L2 cache of an H100 or H200
 

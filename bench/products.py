@@ -12,32 +12,37 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bench.one_device import DTYPE, ENOUGH_BYTES
 from bench.partial import keep
-from bench.random_weights import nbytes, random_array, random_params
-from bench.result import Plot, Result, Row
+from bench.result import Plot, Result, Row, Target
 from bench.roofline import PACKAGES, check_device, copy_rate, matrix_rate
 from bench.step import rank_config, toy_config
-from bench.timing import UNITS, Timing, time_calls
+from bench.timing import UNITS
 from llama_jax.config import LlamaConfig, Quantization
 from llama_jax.model.llama import linear
+from llama_jax.plan.machine.random_weights import nbytes, random_array, random_params
+from llama_jax.plan.machine.timing import Timing, time_calls
 from llama_jax.quantization import QUANTIZERS
+from llama_jax.ring.sizes import Bucket
+from llama_jax.ring.steps import product_options
 from llama_jax.weights.placement import param_shapes
 from sharding.mesh import make_mesh
 from sharding.program import MeshProgram
 
-ROWS, TOY_ROWS = (1, 32, 512), (8,)
+ROWS, TOY_ROWS = (1, 8, 32, 512), (8,)
 FORMATS = ("bfloat16", *QUANTIZERS)
 COPIES = 12  # of a matrix in a program, at most
 SECONDS = 0.2
+MAX_ERROR = 0.01
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `python -m bench products`."""
-    parser.add_argument("--rows", type=int, nargs="+", help="values of M (default: 1 32 512)")
+    parser.add_argument("--rows", type=int, nargs="+", help="values of M (default: 1 8 32 512)")
     parser.add_argument("--formats", choices=FORMATS, nargs="+", default=list(FORMATS))
     parser.add_argument("--toy", action="store_true", help="tiny matrices, to try it on a CPU")
 
@@ -59,8 +64,10 @@ def run(args: argparse.Namespace) -> Result:
             "The matrix products of one layer of a rank of Llama-3-70B on 4 x 2.",
             args=vars(args),
             packages=PACKAGES,
-            units=UNITS | {"layer_time": "s", "share_of_copy": "", "share_of_matrix": ""},
+            units=UNITS
+            | {"layer_time": "s", "share_of_copy": "", "share_of_matrix": "", "error": ""},
             rows=rows,
+            targets=error_targets(rows),
             plots=[plot] if any("layer_time" in row for row in rows) else [],
         )
 
@@ -71,13 +78,20 @@ def run(args: argparse.Namespace) -> Result:
     return result()
 
 
+def error_targets(rows: list[Row]) -> list[Target]:
+    """The largest error of each format; the products of formats with groups are in bfloat16."""
+    errors = [(row["format"], row["error"]) for row in rows if isinstance(row.get("error"), float)]
+    largest = {name: max(error for other, error in errors if other == name) for name, _ in errors}
+    return [Target(f"error of {name}", error, MAX_ERROR, "max") for name, error in largest.items()]
+
+
 def layer_rows(name: str, num_rows: int, toy: bool, copy: float, matrix: float) -> list[Row]:
     """Times each product of a layer in one format; the last row has their sum."""
     found: list[Row] = []
     for product, shapes, width in matrices(name, toy):
         case = {"format": name, "product": product, "rows": num_rows}
         try:
-            row = product_row(shapes, width, num_rows, copy, matrix, 0 if toy else SECONDS)
+            row = product_row(shapes, width, num_rows, name, copy, matrix, 0 if toy else SECONDS)
         except jax.errors.JaxRuntimeError as error:  # a finding, too
             row = {"error": str(error).splitlines()[0][:200]}
         found.append(case | row)
@@ -87,11 +101,15 @@ def layer_rows(name: str, num_rows: int, toy: bool, copy: float, matrix: float) 
     return [*found, {"format": name, "rows": num_rows, "layer_time": total}]
 
 
+def layer_config(name: str, toy: bool) -> LlamaConfig:
+    """A rank's share of one layer, in one format."""
+    config = replace(rank_config(toy_config() if toy else LlamaConfig.llama3_70b()), num_layers=1)
+    return replace(config, quantization=Quantization(format=name)) if name in QUANTIZERS else config
+
+
 def matrices(name: str, toy: bool) -> list[tuple[str, Any, int]]:
     """The matrices of a layer in one format: name, shapes as in memory, and number of columns."""
-    config = replace(rank_config(toy_config() if toy else LlamaConfig.llama3_70b()), num_layers=1)
-    if name in QUANTIZERS:
-        config = replace(config, quantization=Quantization(format=name))
+    config = layer_config(name, toy)
     layer = param_shapes(config, make_mesh("1x1"), DTYPE).layers[0]
     columns = {"wo": config.num_heads * config.head_dim, "w_down": config.mlp_dim}
     return [
@@ -102,12 +120,12 @@ def matrices(name: str, toy: bool) -> list[tuple[str, Any, int]]:
 
 
 def product_row(
-    shapes: Any, width: int, num_rows: int, copy: float, matrix: float, seconds: float
+    shapes: Any, width: int, num_rows: int, name: str, copy: float, matrix: float, seconds: float
 ) -> Row:
-    """Times one product; `copy` and `matrix` are the rates in bytes and FLOP per second."""
+    """Times one product in the format `name`; the rates are in bytes and FLOP per second."""
     size = nbytes(shapes)
     copies = max(2, min(COPIES, -(-ENOUGH_BYTES // size)))
-    timing, outputs = time_products(shapes, width, num_rows, copies, seconds)
+    timing, outputs, error = time_products(shapes, width, num_rows, copies, name, seconds)
     flops = 2 * num_rows * width * outputs
     return {
         **timing.row,
@@ -117,22 +135,37 @@ def product_row(
         "flops": flops,
         "matrix_rate": matrix,
         "share_of_matrix": flops / matrix / timing.median,
+        "error": error,
     }
 
 
 def time_products(
-    shapes: Any, width: int, num_rows: int, copies: int, seconds: float
-) -> tuple[Timing, int]:
-    """Times one product in a program of `copies`; also returns its number of outputs."""
+    shapes: Any, width: int, num_rows: int, copies: int, name: str, seconds: float
+) -> tuple[Timing, int, float]:
+    """Times one product in a program of `copies`; also returns its number of outputs and error."""
     mesh = make_mesh("1x1")
     sharding = NamedSharding(mesh, P())
     weights = tuple(random_params([shapes] * copies))
     x_shape = jax.ShapeDtypeStruct((num_rows, width), DTYPE, sharding=sharding)
     # XLA would join products of one x into one product.
     xs = tuple(random_array(x_shape, seed) for seed in range(copies))
-    program = MeshProgram(_multiply, mesh, (P(), P()), P(), name="products")
+    options = product_options(layer_config(name, toy=False), Bucket(num_rows, 0))
+    program = MeshProgram(_multiply, mesh, (P(), P()), P(), name="products", options=options)
     timing = time_calls(lambda: program(xs, weights), seconds) / copies
-    return timing, program(xs, weights)[0].shape[-1]
+    out = program(xs, weights)[0]
+    return timing, out.shape[-1], relative_error(out, xs[0], weights[0])
+
+
+def relative_error(out: jax.Array, x: jax.Array, weight: Any) -> float:
+    """The norm of the difference from a product in float32, as a share of the norm of that."""
+
+    def compare(out: jax.Array, x: jax.Array, weight: Any) -> jax.Array:
+        matrix = jax.tree.map(lambda array: array[0], weight)
+        wide = matrix.dequantize() if isinstance(matrix, tuple) else matrix.astype(jnp.float32)
+        exact = jnp.matmul(x.astype(jnp.float32), wide.T, precision="highest")
+        return jnp.linalg.norm(out - exact) / jnp.linalg.norm(exact)
+
+    return float(jax.jit(compare)(out, x, weight))
 
 
 def _multiply(xs: tuple[jax.Array, ...], weights: tuple[Any, ...]) -> tuple[jax.Array, ...]:

@@ -6,15 +6,14 @@ figures as shares of them. `--toy` takes sizes that a CPU multiplies at once.
 """
 
 import argparse
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from bench.random_weights import random_array
 from bench.result import Result, Row
-from bench.timing import UNITS, time_calls
+from bench.timing import UNITS
+from llama_jax.plan.machine import rates
 from sharding.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "numpy")
@@ -38,30 +37,13 @@ def check_device(toy: bool) -> None:
 def copy_rate(toy: bool) -> float:
     """Bytes per second that a copy from device memory to device memory reads and writes."""
     size = TOY_COPY_BYTES if toy else COPY_BYTES
-    array = _random((size // 2,), jnp.bfloat16)
-    copy = jax.jit(jnp.copy)
-    return 2 * size / time_calls(lambda: copy(array), 0 if toy else SECONDS).median
+    return rates.copy_rate(jax.devices()[0], size, 0 if toy else SECONDS)
 
 
 def matrix_rate(toy: bool, dtype: Any = jnp.bfloat16) -> float:
-    """FLOP/s of a square matrix product of random values, with sums in float32.
-
-    The second matrix is `[out, in]`, as weights are.
-    """
+    """FLOP/s of a square matrix product of random values, with sums in float32."""
     side = TOY_SIDE if toy else SIDE
-    a, b = _random((side, side), dtype, 0), _random((side, side), dtype, 1)
-    product = jax.jit(partial(_product, out=jnp.bfloat16))
-    return 2 * side**3 / time_calls(lambda: product(a, b), 0 if toy else SECONDS).median
-
-
-def _product(a: jax.Array, b: jax.Array, out: Any) -> jax.Array:
-    contract = (((1,), (1,)), ((), ()))
-    return jax.lax.dot_general(a, b, contract, preferred_element_type=jnp.float32).astype(out)
-
-
-def _random(shape: tuple[int, ...], dtype: Any, seed: int = 0) -> jax.Array:
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return random_array(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding), seed)
+    return rates.matrix_rate(jax.devices()[0], side, 0 if toy else SECONDS, dtype)
 
 
 def datasheet() -> tuple[float, float] | None:

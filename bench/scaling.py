@@ -22,9 +22,9 @@ import numpy as np
 from bench import scheduler_time
 from bench.engine import combined
 from bench.one_device import OneDevice, Work, packet, ring_sizes
-from bench.random_weights import nbytes
 from bench.result import Plot, Result, Row, Target
 from llama_jax.config import LlamaConfig
+from llama_jax.plan.machine.random_weights import nbytes
 from llama_jax.ring.steps import decode_step, init_state, prefill_step, state_shapes
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)

@@ -15,8 +15,9 @@ from bench.one_device import OneDevice, Work
 from bench.partial import keep
 from bench.result import Plot, Result, Row, Target
 from bench.roofline import PACKAGES, check_device, copy_rate, matrix_rate
-from bench.timing import UNITS, time_calls
+from bench.timing import UNITS
 from llama_jax.config import LlamaConfig, Quantization
+from llama_jax.plan.machine.timing import time_calls
 from llama_jax.quantization import QUANTIZERS
 
 STAGES, RANKS = 4, 2

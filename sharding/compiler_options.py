@@ -6,7 +6,9 @@ process.
 """
 
 import logging
+from collections.abc import Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -14,26 +16,35 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# For NVIDIA GPUs. What is said of the compiled program was read from it; no option was timed.
+# For NVIDIA GPUs.
 GPU_OPTIONS: dict[str, Any] = {
-    # Untuned, Triton's products split their inputs, write float32 partial results to memory and add
-    # them up: 8% more bytes in a tick of Llama-3-70B with 64 rows, and 3 more kernels in a layer.
-    # Unmeasured.
-    "xla_gpu_experimental_force_split_k": 1,
-    # Scales of groups of inputs (int4) become part of the product. Otherwise the whole matrix is
-    # written out dequantized. Unmeasured.
-    "xla_gpu_experimental_enable_subchannel_dequantisation_fusion": True,
     # Products of one input (q, k and v in act-order, which cannot share an array) stay apart. To
     # merge them, XLA would join their matrices, and write out those in groups. Unmeasured.
     "xla_gpu_dot_merger_threshold_mb": 0,
 }
+# Triton's products are not split over their inputs. A split one writes float32 partial results to
+# memory, and another kernel adds them up; the autotuner times only the first. On an H200 a rank's
+# tick of Llama-3-70B with 32 rows takes 5.8 ms so, and 6.0 if it is free to split.
+UNSPLIT: dict[str, Any] = {"xla_gpu_experimental_force_split_k": 1}
+# For matrices whose columns form groups that share a scale: scales become part of the product. On
+# an H200 the products of a layer of Llama-3-70B in int4, for one row, take 247 µs so. If they may
+# be split, it is 825, since whole matrices are then written out dequantized.
+GROUPED_SCALES: dict[str, Any] = UNSPLIT | {
+    "xla_gpu_experimental_enable_subchannel_dequantisation_fusion": True
+}
 
 
-def compiler_options(mesh: Mesh) -> dict[str, Any]:
-    """The options for programs of a mesh: those for its platform that its compiler knows."""
+def compiler_options(mesh: Mesh, more: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """The options for programs of a mesh: those for its platform that its compiler knows.
+
+    Args:
+      mesh: the devices.
+      more: options for NVIDIA GPUs in addition to `GPU_OPTIONS`.
+    """
     if mesh.devices.flat[0].platform not in ("gpu", "cuda"):
         return {}
-    return {name: value for name, value in GPU_OPTIONS.items() if is_known(mesh, name, value)}
+    wanted = GPU_OPTIONS | dict(more)
+    return {name: value for name, value in wanted.items() if is_known(mesh, name, value)}
 
 
 @cache

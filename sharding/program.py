@@ -1,6 +1,7 @@
 """A function compiled for all devices of a mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ class MeshProgram:
       in_specs, out_specs: as for `jax.shard_map`.
       name: of the compiled program.
       donate: numbers of the arguments whose memory the results take over.
+      options: of the compiler for NVIDIA GPUs, beside those that all programs get.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class MeshProgram:
         *,
         name: str,
         donate: tuple[int, ...] = (),
+        options: Mapping[str, Any] = MappingProxyType({}),
     ):
         # check_vma would require a collective for each replicated result, even over an axis of
         # size 1, where the functions of `sharding.collectives` issue none.
@@ -42,7 +45,7 @@ class MeshProgram:
         self._jitted = jax.jit(
             mapped,
             donate_argnums=donate,
-            compiler_options=compiler_options(mesh),
+            compiler_options=compiler_options(mesh, options),
         )
 
     def __call__(self, *args: Any) -> Any:

@@ -10,7 +10,7 @@ from llama_jax.costs.deployment import KV_BYTES, Deployment
 from llama_jax.costs.figure import Band, Evidence
 from llama_jax.costs.gpus import Gpu
 from llama_jax.costs.kernels import KERNEL_SETS, LINK, all_gather, all_reduce, source
-from llama_jax.costs.roofline import shares_of
+from llama_jax.costs.roofline import NETWORK_BANDWIDTH, NETWORK_HOP, shares_of
 from sharding.stages import positions_per_stage
 
 _MEASURED_KINDS = {"all_reduce": "all-reduce", "ppermute": "collective-permute"}
@@ -60,6 +60,7 @@ def collectives(
     width = KV_BYTES["fp32" if deployment.dtype == "float32" else "bf16"]
     activations = tokens * config.embed_dim * width
     finished = segments * config.embed_dim * width
+    beyond = stages * ranks > gpu.joined  # one host
     layers = 2 * positions_per_stage(config.num_layers, stages)
     planned = (
         ("layers", "all-reduce", layers, ranks, activations),
@@ -72,14 +73,28 @@ def collectives(
         Collective(what, kind, count, group, size, seconds * count, evidence, origin)
         for what, kind, count, group, size in planned
         if group > 1
-        for seconds, evidence, origin in [collective_time(gpu, kind, group, size, measured)]
+        for seconds, evidence, origin in [
+            collective_time(
+                gpu,
+                kind,
+                group,
+                size,
+                measured,
+                beyond and (what != "layers" or ranks > gpu.joined),
+            )
+        ]
     )
 
 
 def collective_time(
-    gpu: Gpu, kind: str, ranks: int, size: int, measured: Sequence[MeasuredCollective] = ()
+    gpu: Gpu,
+    kind: str,
+    ranks: int,
+    size: int,
+    measured: Sequence[MeasuredCollective] = (),
+    between_hosts: bool = False,
 ) -> tuple[Band, Evidence, str]:
-    """The time of one collective over `ranks` devices of a host, how it is known, and from where.
+    """The time of one collective, how it is known, and from where.
 
     Args:
       gpu: of which the devices are.
@@ -87,6 +102,7 @@ def collective_time(
       ranks: in the group.
       size: bytes of each rank's array.
       measured: on these very devices.
+      between_hosts: whether the group spans hosts.
     """
     here = {
         float(each.bytes): each.seconds
@@ -95,7 +111,8 @@ def collective_time(
     }
     if here:
         return Band.exactly(Curve(here).at(size)), Evidence.MEASURED_HERE, "the calibration"
-    curves = _curves(gpu.measured_as, kind, ranks) if gpu.measured_as else None
+    inside = gpu.measured_as is not None and not between_hosts
+    curves = _curves(str(gpu.measured_as), kind, ranks) if inside else None
     if curves:
         scale = LINK / gpu.link_bandwidth
         times = sorted(curve.at(size) * scale for curve in curves)
@@ -104,14 +121,18 @@ def collective_time(
             return seconds, Evidence.MEASURED_ELSEWHERE, source()
         return seconds, Evidence.ARITHMETIC, f"{source()}, by the bandwidth of the links"
     shares = shares_of(gpu.platform, gpu.link)
+    link, hops = gpu.link_bandwidth, shares.hop
+    if between_hosts:
+        link, hops = NETWORK_BANDWIDTH, NETWORK_HOP
     steps, moved = _STEPS[kind](ranks, size)
     seconds = Band(
         *(
-            steps * hop + moved / (gpu.link_bandwidth * share)
-            for hop, share in zip(shares.hop, shares.link, strict=True)
+            steps * hop + moved / (link * share)
+            for hop, share in zip(hops, shares.link, strict=True)
         )
     )
-    return seconds, Evidence.ASSUMED, "bytes over the bandwidth of the links, at assumed shares"
+    what = "a network of 400 Gbit/s a GPU" if between_hosts else "the links"
+    return seconds, Evidence.ASSUMED, f"bytes over the bandwidth of {what}, at assumed shares"
 
 
 # Kind → steps along the ring, and bytes that each device sends. Small arrays go to all at once.

@@ -32,6 +32,7 @@ class Gpu:
       measured_as: the system in the measured kernels that it is, or that its chip is closest to;
         None if its times come from a roofline.
       platform: "gpu", "tpu" or "cpu".
+      joined: how many devices the links join; larger meshes need a network between hosts.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Gpu:
     device_kinds: tuple[str, ...] = ()
     measured_as: str | None = None
     platform: str = "gpu"
+    joined: int = 8
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -93,10 +95,10 @@ GPUS: dict[str, Gpu] = {
             _driver("rtx6000pro", "memory_bytes", "bandwidth"), "PCIe", ("RTX PRO 6000",)),
         Gpu("tpu-v5e", 16 * GB, 0.819 * TB, _flops(197, None, 393), 200 * GB, TPU.format("v5e"),
             {"link_bandwidth": TPU.format("v5e") + ": 400 GB/s in both directions together"},
-            "ICI", ("TPU v5 lite", "TPU v5e"), platform="tpu"),
+            "ICI", ("TPU v5 lite", "TPU v5e"), platform="tpu", joined=256),
         Gpu("tpu-v6e", 32 * GB, 1.638 * TB, _flops(918, None, 1836), 400 * GB, TPU.format("v6e"),
             {"link_bandwidth": TPU.format("v6e") + ": 800 GB/s in both directions together"},
-            "ICI", ("TPU v6 lite", "TPU v6e"), platform="tpu"),
+            "ICI", ("TPU v6 lite", "TPU v6e"), platform="tpu", joined=256),
     )
 }  # fmt: skip
 

@@ -140,12 +140,6 @@ def saturated_rate(model: TickModel, prompt: int, output: int, chunk: int, rows:
     return _inverse(tick) * (rows / output)
 
 
-def communication_share(model: TickModel, work: Work) -> float:
-    """The expected share of a tick that collectives take."""
-    parts = model.parts(work)
-    return parts["communication"].expected / sum(part.expected for part in parts.values())
-
-
 def _inverse(band: Band) -> Band:
     """One over a time: a rate."""
     return Band(1 / band.high, 1 / band.expected, 1 / band.low)

@@ -60,6 +60,9 @@ TPU_SHARES = GPU_SHARES._replace(
 CPU_SHARES = GPU_SHARES._replace(
     bandwidth=(0.9, 0.6, 0.3), flops=(0.9, 0.5, 0.15), kernel=(2e-6, 10e-6, 50e-6)
 )
+# Between hosts: 400 Gbit/s for each GPU, and the time of a message over RDMA.
+NETWORK_BANDWIDTH = 50e9
+NETWORK_HOP = (8e-6, 15e-6, 30e-6)
 PCIE_HOP = (5e-6, 10e-6, 20e-6)  # without NVLink, data goes through the host's bridges
 
 
@@ -72,8 +75,3 @@ def shares_of(platform: str, link: str = "NVLink") -> Shares:
 def band(values: tuple[float, float, float]) -> Band:
     """The band of three times."""
     return Band(*values)
-
-
-def at_shares(floor: float, shares: tuple[float, float, float]) -> Band:
-    """The band of a floor at these shares of the peak."""
-    return Band(*(floor / share for share in shares))

@@ -2,7 +2,7 @@
 
 A cache belongs to its machine. JAX also caches programs for GPUs that are only described (seen with
 jax 0.10.2). XLA compiles those without measuring which products are fastest, so such an entry must
-never reach a server: `bench.audit` turns the cache off, and no cache is shipped.
+never reach a server: `llama_jax.plan.compiled` turns the cache off, and no cache is shipped.
 """
 
 import logging

@@ -10,7 +10,13 @@ from llama_jax.config import LlamaConfig
 from llama_jax.costs.tick_time import TickModel
 from llama_jax.engine.interface import MemoryStats
 from llama_jax.engine.options import EngineOptions
-from llama_jax.engine.sizing import CPU_CACHE_BYTES, SizingError, choose_sizes, gpu_cache_bytes
+from llama_jax.engine.sizing import (
+    CPU_CACHE_BYTES,
+    SizingError,
+    choose_page_size,
+    choose_sizes,
+    gpu_cache_bytes,
+)
 from llama_jax.model.kv_storage import choose_kv_dtype
 from llama_jax.ring.kv_cache import page_bytes
 from llama_jax.ring.sizes import RingSizes
@@ -48,8 +54,8 @@ def choose_mesh_sizes(
     else:
         cache = gpu_cache_bytes(free_bytes(devices), weights)
     cache_dtype = choose_kv_dtype(options.kv_cache_dtype, dtype)
-    page = page_bytes(config, mesh, options.page_size, cache_dtype)
     platform = devices[0].platform
+    page = page_bytes(config, mesh, choose_page_size(options, platform), cache_dtype)
     return choose_sizes(options, config, mesh_shape(mesh)[0], page, cache, platform, known)
 
 

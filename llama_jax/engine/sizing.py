@@ -20,6 +20,8 @@ CPU_SEQUENCES = 32
 GPU_SEQUENCES = 256  # default maximum; Llama-3-70B on 4x2 H100 needs them for 10 requests/s
 TOKENS_EACH = 1024  # of the KV cache for each sequence, if that leaves fewer sequences
 CPU_CHUNK = 128
+CPU_PAGE = 16
+GPU_PAGE = 64  # tokens that the attention kernel reads per step: it then starts one copy, not four
 GPU_CHUNK = 256  # an H100 computes as many while it reads the weights; 512 would double a tick
 
 
@@ -96,6 +98,11 @@ def gpu_cache_bytes(free: Sequence[int], weights: int) -> int:
     return max(0, min(free) - weights - GPU_TEMPORARIES)
 
 
+def choose_page_size(options: EngineOptions, platform: str) -> int:
+    """Returns the tokens of a page of the KV cache."""
+    return options.page_size or (CPU_PAGE if platform == "cpu" else GPU_PAGE)
+
+
 def choose_results_late(options: EngineOptions, platform: str) -> int:
     """Returns how many ticks may be dispatched ahead of the oldest unread result."""
     if options.results_late is not None:
@@ -118,7 +125,7 @@ def choose_sizes(
       options: checked options.
       config: the model.
       num_stages: P, the pipeline stages.
-      page_bytes: the bytes of one page on each device.
+      page_bytes: the bytes of one page, of `choose_page_size` tokens, on each device.
       cache_bytes: the bytes that the KV cache may take on each device.
       platform: of the devices, which the defaults fit.
       known: the times of ticks on them, if they are known, for the latency targets.
@@ -129,7 +136,7 @@ def choose_sizes(
     Raises:
       SizingError: the cache cannot hold a sequence of `options.max_model_len`.
     """
-    page_size = options.page_size
+    page_size = choose_page_size(options, platform)
     longest = options.max_model_len or config.max_context
     affordable = cache_bytes // page_bytes
     num_seqs = options.max_num_seqs
@@ -146,7 +153,9 @@ def choose_sizes(
     longest = min(longest, num_pages * page_size)
     max_chunk = options.max_chunk or (CPU_CHUNK if platform == "cpu" else GPU_CHUNK)
     if options.max_chunk is None and options.tpot_slo is not None and known is not None:
-        max_chunk = min(largest_chunk(known, num_stages, options.tpot_slo, TILE), longest)
+        allowed = largest_chunk(known, num_stages, options.tpot_slo, TILE)
+        # A target for first tokens may need more than that.
+        max_chunk = allowed if options.ttft_slo is None else max(allowed, max_chunk)
     sizes = RingSizes(
         num_slots=num_seqs,
         num_pages=num_pages,

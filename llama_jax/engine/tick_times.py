@@ -17,7 +17,7 @@ from llama_jax.ring.sizes import Bucket, RingSizes
 WINDOW = 31  # ticks of a program that count, the latest ones
 BELIEF = 5  # ticks that the model counts for: more must be seen before anything changes
 REFRESH = 16  # ticks between two corrections
-RATIO_DIGITS = 2  # finer differences are noise, and would change the times of all programs
+RATIO_DIGITS = 3  # finer differences are noise, and would change the times of all programs
 FORGET = 20_000  # ticks after which what was seen of a program no longer counts
 
 
@@ -89,7 +89,8 @@ class TickTimes:
             if self._count - self._latest.get(bucket, self._count) > FORGET:
                 del self._own[bucket], self._latest[bucket]
             own = self._own.get(bucket, ())
-            ratios[bucket] = round(_median(kinds[bucket.chunk > 0], own), RATIO_DIGITS)
+            ratio = _median(kinds[bucket.chunk > 0], own)
+            ratios[bucket] = float(f"{ratio:.{RATIO_DIGITS}g}")
         if ratios != self._ratios:
             self._ratios = ratios
             self._corrected.clear()

@@ -29,6 +29,7 @@ MAX_KEYS_PER_SPLIT = 4096
 SHARED_MEMORY = 113 * 1024  # bytes per thread block, so that two fit on a multiprocessor
 BLOCKS_PER_CORE = 2
 MAX_SPLITS = 64
+MAX_STAGES = 4
 
 
 def unsupported(q: Any, k_pages: Any, v_pages: Any) -> str | None:
@@ -117,20 +118,23 @@ def hopper_attention(
     dtype = jnp.dtype(jnp.float16) if fp8 else q.dtype
     convert = k_pages.dtype != q.dtype
     out_dtype = jnp.dtype(jnp.float32) if splits > 1 else q.dtype
-    out_bytes = 0 if out_dtype == dtype else out_dtype.itemsize  # else in the place of the queries
-    fixed = ROWS * head_dim * (2 + out_bytes + 4 * convert)
+    fixed = ROWS * head_dim * (2 + 4 * convert)  # the queries, and the converted keys and values
     stage = 2 * KEYS * head_dim * k_pages.dtype.itemsize
     spec = Spec(
         group=group, rows=rows, row_blocks=row_blocks, head_dim=head_dim, page_size=page_size,
-        num_pages=num_pages, splits=splits, dtype=dtype, out_dtype=out_dtype, convert=convert,
-        stages=max(2, min(4, (SHARED_MEMORY - fixed) // stage)),
+        splits=splits, dtype=dtype, out_dtype=out_dtype, convert=convert,
+        stages=max(2, min(MAX_STAGES, (SHARED_MEMORY - fixed) // stage)),
         scaled=k_scale is not None, interpreted=interpret is not None,
     )  # fmt: skip
 
     grouped = q.reshape(batch, num_queries, num_kv_heads, group, head_dim).swapaxes(1, 2)
     by_row = grouped.reshape(batch, num_kv_heads, real_rows, head_dim).astype(dtype)
     by_row = jnp.pad(by_row, ((0, 0), (0, 0), (0, rows - real_rows), (0, 0)))
-    operands = [by_row, k_pages, v_pages, page_table, positions[:, 0], lengths]
+    # Computed, not merely sliced out of a packet: XLA would pass the kernel a view of the packet's
+    # buffer, and Mosaic refuses buffers that are not aligned to 256 bytes.
+    table = jnp.clip(page_table, 0, num_pages - 1)
+    bounds = [jnp.maximum(positions[:, 0], 0), jnp.maximum(lengths, 0)]
+    operands = [by_row, k_pages, v_pages, table, *bounds]
     if k_scale is not None and v_scale is not None:
         operands += [k_scale, v_scale]
     shape = (batch, num_kv_heads, rows)

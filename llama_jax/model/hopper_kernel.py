@@ -35,7 +35,7 @@ class Spec(NamedTuple):
       rows: rows of each sequence and KV head, padded: queries x `group`.
       row_blocks: blocks of up to 64 rows.
       head_dim: h.
-      page_size, num_pages: of the pool.
+      page_size: of the pool.
       splits: shares of the keys.
       stages: blocks of keys in shared memory.
       dtype: of the matrix products.
@@ -51,7 +51,6 @@ class Spec(NamedTuple):
     row_blocks: int
     head_dim: int
     page_size: int
-    num_pages: int
     splits: int
     stages: int
     dtype: Any
@@ -84,8 +83,6 @@ def scratch_types(spec: Spec, cache_dtype: Any) -> dict[str, Any]:
     copies = KEYS // spec.copied
     scratch = {
         "q": operand((ROWS, spec.head_dim), spec.dtype),
-        "k": operand(keys, cache_dtype),
-        "v": operand(keys, cache_dtype),
         "q_ready": plgpu.Barrier(),
         "k_ready": plgpu.Barrier(num_arrivals=copies, num_barriers=spec.stages),
         "v_ready": plgpu.Barrier(num_arrivals=copies, num_barriers=spec.stages),
@@ -94,8 +91,15 @@ def scratch_types(spec: Spec, cache_dtype: Any) -> dict[str, Any]:
         scratch["k16"] = scratch["v16"] = operand(keys[1:], spec.dtype)
     if spec.scaled:
         scratch["k_scale"] = scratch["v_scale"] = plgpu.SMEM(keys[:2], jnp.float32)
-    if spec.out_dtype != spec.dtype:
-        scratch["out"] = operand((ROWS, spec.head_dim), spec.out_dtype)
+    stages = [operand(keys, cache_dtype), operand(keys, cache_dtype)]
+    if spec.out_dtype == spec.dtype:  # the result takes the place of the queries
+        scratch["k"], scratch["v"] = stages
+    else:
+        out = operand((ROWS, spec.head_dim), spec.out_dtype)
+        if spec.interpreted:  # it knows no unions
+            scratch["k"], scratch["v"], scratch["out"] = *stages, out
+        else:  # the result takes the place of the keys and values
+            scratch["stages"] = plgpu.RefUnion(stages, out)
     if spec.splits > 1:
         scratch["log_total"] = plgpu.SMEM((ROWS,), jnp.float32)
     return scratch
@@ -104,6 +108,8 @@ def scratch_types(spec: Spec, cache_dtype: Any) -> dict[str, Any]:
 def thread_block(spec: Spec, *refs: Any, **scratch: Any) -> None:
     """The code of one thread block."""
     q_ref, k_ref, v_ref, table_ref, position_ref, length_ref, *rest = refs
+    if "stages" in scratch:
+        (scratch["k"], scratch["v"]), scratch["out"] = scratch.pop("stages")
     scale_refs, out_refs = (rest[:2], rest[2:]) if spec.scaled else ([], rest)
     sequence, kv_head = lax.axis_index("sequence"), lax.axis_index("kv_head")
     row_block, split = lax.axis_index("row_block"), lax.axis_index("split")
@@ -132,7 +138,7 @@ def thread_block(spec: Spec, *refs: Any, **scratch: Any) -> None:
         for copy in range(KEYS // spec.copied):
             key = jnp.clip(first_key + copy * spec.copied, 0, jnp.maximum(visible - 1, 0))
             index = jnp.minimum(_divide(key, spec.page_size), table_ref.shape[1] - 1)
-            pages.append(jnp.clip(table_ref[sequence, index], 0, spec.num_pages - 1))
+            pages.append(table_ref[sequence, index])
         return tuple(pages)
 
     def sources(step: jax.Array, pages: tuple[jax.Array, ...]) -> list[tuple[Any, Any]]:
@@ -189,8 +195,10 @@ def thread_block(spec: Spec, *refs: Any, **scratch: Any) -> None:
         best, total, out, pages = carry
         stage = _remainder(step, spec.stages)
         first_key = (first_step + step) * KEYS
-        # Every warp is done with the stage of the previous step, which the next copy overwrites.
-        plgpu.commit_smem()
+        if spec.convert or spec.interpreted:
+            # Every warp is done with what this step overwrites. On a GPU that suffices for the
+            # copies even without it, since Mosaic makes the warps wait before each.
+            plgpu.commit_smem()
 
         @pl.when(step + ahead < num_steps)
         def _start() -> None:

@@ -31,6 +31,7 @@ RESOURCES = {"gpu": "nvidia.com/gpu", "tpu": "google.com/tpu"}
 SHARED_MEMORY = "16Gi"  # NCCL's rings, and the sockets of the engine process
 START_MINUTES = 30  # for loading and compiling, until a start counts as failed
 GRACE_SECONDS = 30  # beyond the time that running requests have to end
+COLUMNS = 76  # of a wrapped command line
 SEQUENCE_STEP = 1024  # tokens to which the longest sequence is rounded up
 
 
@@ -60,6 +61,17 @@ class Serving:
     def command(self) -> str:
         """The command line, for a shell."""
         return shlex.join(["python", "-m", "llama_jax.serve", self.path, *self.arguments])
+
+    @property
+    def wrapped(self) -> str:
+        """The command line on several lines, for a shell."""
+        lines = [shlex.join(["python", "-m", "llama_jax.serve", self.path])]
+        for argument in map(shlex.quote, self.arguments):
+            if len(lines) > 1 and len(lines[-1]) + len(argument) < COLUMNS:
+                lines[-1] += f" {argument}"
+            else:
+                lines.append(f"    {argument}")
+        return " \\\n".join(lines)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

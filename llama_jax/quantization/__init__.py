@@ -28,6 +28,8 @@ FORMATS: dict[str, type[Quantized]] = {
 }
 # A format with groups → its form for act-order, where the columns of a group are not adjacent.
 ACT_ORDER = {"int4": "int4_act_order", "int8_grouped": "int8_act_order"}
+# The formats whose columns form groups that share a scale.
+GROUPED = ("int4", "int8_grouped", "fp8_grouped", *ACT_ORDER.values())
 # The formats that GPUs hold in another layout, to which `for_gpu` converts a matrix.
 GPU_LAYOUTS = (Int4, Int4ActOrder, Int8Grouped)
 
@@ -35,6 +37,7 @@ __all__ = [
     "ACT_ORDER",
     "FORMATS",
     "GPU_LAYOUTS",
+    "GROUPED",
     "QUANTIZERS",
     "Fp8",
     "Fp8Activations",

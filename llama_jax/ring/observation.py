@@ -22,7 +22,7 @@ from llama_jax.model.attention import ScoreMod, Tap, paged_weights
 from llama_jax.model.tap import captured_by_name
 from llama_jax.ring.kv_cache import KVCache
 from llama_jax.ring.stage import PagedAttend, Program, make_layer, run_layers
-from llama_jax.ring.steps import LOGITS_SPEC, state_specs
+from llama_jax.ring.steps import LOGITS_SPEC, product_options, state_specs
 from llama_jax.ring.tick import State, advance_ring, final_norm, local_logits
 from llama_jax.weights.placement import (
     Params,
@@ -81,7 +81,10 @@ def observed_step(
     shown = Observation(LOGITS_SPEC, P(), P(STAGE), layers)
     in_specs = (param_specs(program.config, *mesh_shape(mesh)), specs, P())
     function = partial(_observed_tick, program, activations)
-    return MeshProgram(function, mesh, in_specs, (specs, shown), name="observed_step", donate=(1,))
+    return MeshProgram(
+        function, mesh, in_specs, (specs, shown), name="observed_step", donate=(1,),
+        options=product_options(program.config, program.bucket),
+    )  # fmt: skip
 
 
 def _observed_tick(

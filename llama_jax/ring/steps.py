@@ -8,7 +8,7 @@ Arguments and results are tuples and dicts of arrays, not NNX objects: traversin
 every call takes more host time than the rest of the call.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
+from llama_jax.quantization import GROUPED
 from llama_jax.ring import kv_cache
 from llama_jax.ring.attention_backend import AUTO, choose_backend
 from llama_jax.ring.packet import mark_empty, segment_width
@@ -28,6 +29,7 @@ from llama_jax.ring.stage import Program
 from llama_jax.ring.tick import State, StepOutput, tick
 from llama_jax.weights.placement import Params, param_specs
 from sharding.axes import AXES, STAGE
+from sharding.compiler_options import GROUPED_SCALES, UNSPLIT
 from sharding.errors import UserError
 from sharding.mesh import mesh_shape
 from sharding.program import MeshProgram
@@ -131,7 +133,19 @@ def _jit_step(mesh: Mesh, program: Program, name: str) -> Step:
     in_specs = (param_specs(program.config, *mesh_shape(mesh)), specs, P())
     out_specs = (specs, StepOutput(LOGITS_SPEC, P(), P()))
     function = partial(tick, program)
-    return MeshProgram(function, mesh, in_specs, out_specs, name=name, donate=(1,))
+    options = product_options(program.config, program.bucket)
+    return MeshProgram(function, mesh, in_specs, out_specs, name=name, donate=(1,), options=options)
+
+
+def product_options(config: LlamaConfig, bucket: Bucket) -> Mapping[str, Any]:
+    """The compiler's options for a program that multiplies by the matrices of a model's layers.
+
+    On an H200, being free to split products speeds up those with matrices in 8 bits by a quarter to
+    a third, and ticks of one row by 2 to 5 %; it slows down the others by 2 to 4 %.
+    """
+    if config.quantization is not None:
+        return GROUPED_SCALES if config.quantization.format in GROUPED else {}
+    return {} if bucket == Bucket(1, 0) else UNSPLIT
 
 
 def check_model_class(model_class: type[Llama]) -> None:

@@ -25,6 +25,7 @@ from llama_jax.engine.sizing import (
     check_options,
     check_platform,
     check_stages,
+    choose_page_size,
     choose_sizes,
     gpu_cache_bytes,
 )
@@ -100,7 +101,7 @@ def describe(name: str, options: EngineOptions, config: LlamaConfig, gpu: Gpu) -
         config, gpu, Layout(*mesh), options.kv_cache_dtype, options.fp8_activations, dtype
     )
     weights = sum(weight_bytes(deployment).values())
-    page = page_bytes(deployment, options.page_size)
+    page = page_bytes(deployment, choose_page_size(options, platform))
     share = _memory_share(options)
     allowed = int(gpu.memory_bytes * share)
     if options.kv_cache_memory is not None:

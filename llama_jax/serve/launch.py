@@ -21,6 +21,7 @@ from llama_jax.serve.dry_run import dry_run
 from llama_jax.serve.monitoring.logs import logging_to
 from llama_jax.serve.monitoring.metrics import Metrics
 from llama_jax.serve.monitoring.throughput import log_throughput
+from llama_jax.serve.preflight import PreflightFailed, preflight
 from llama_jax.serve.served_model import ServedModel
 from llama_jax.serve.setup import Setup, find_checkpoint, open_listener, prepare
 from llama_jax.serve.site import Site
@@ -44,8 +45,9 @@ def main(argv: list[str] | None = None, engine_command: Sequence[str] = ENGINE_C
       engine_command: the command that runs an engine process.
 
     Returns:
-      The exit code: 0 after a signal, 1 if the server could not start or its engine died. With
-      --dry-run, it is 0 if the server could start, else 2.
+      The exit code: 0 after a signal, 1 if the server could not start or its engine died, and that
+      of the planner's `--validate` if `--preflight` found something wrong. With --dry-run, it is 0
+      if the server could start, else 2.
 
     Raises:
       KeyboardInterrupt: Ctrl-C was pressed before the server was ready.
@@ -62,8 +64,13 @@ def main(argv: list[str] | None = None, engine_command: Sequence[str] = ENGINE_C
             # Before anything is loaded: the port is the most likely thing to be wrong.
             listener = stack.enter_context(open_listener(arguments))
             setup = prepare(arguments, path, name, listener)
+            if arguments.preflight:
+                preflight(arguments.preflight_gpu, arguments.mesh, path)
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(_serve(setup, stack, engine_command, console))
+    except PreflightFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
     except (UserError, EngineStartError, EngineDead) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,241 +1,55 @@
-"""What the audit reads from programs for a GPU.
+"""The limits of the audit."""
 
-`data/gpu_programs` holds two small programs as XLA compiled them for an H100: a lookup, a product,
-a scatter into a donated cache, and a loop of products. In `good`, the loop runs four times; in
-`broken`, the host must ask the device whether it goes on, and the weight is copied first.
-"""
-
-from collections import Counter
-from pathlib import Path
-
-import jax
-import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from bench import audit
-from bench.hlo import count_ops
-from bench.ideal_traffic import ideal_traffic
-from bench.thunks import find_dump, read_thunks
-from bench.traffic import counted_loops, kernels
+from bench.audit import UNITS, add_arguments, layers, line, missed_limits
 from llama_jax.config import LlamaConfig
-from llama_jax.ring.sizes import Bucket, RingSizes
-from llama_jax.ring.steps import state_shapes
-from llama_jax.weights.placement import param_shapes
-from sharding.compiler_options import GPU_OPTIONS, compiler_options, is_known
-from sharding.memory import shard_bytes
-from sharding.mesh import make_mesh
+from llama_jax.costs.deployment import Layout
+from llama_jax.terminal.arguments import Parser
 
-PROGRAMS = Path(__file__).parents[1] / "data" / "gpu_programs"
-# On one of two ranks: smallest matrix 131,072 bytes, widest activation of 64 rows 65,536.
-CONFIG = LlamaConfig(
-    vocab_size=64,
-    embed_dim=256,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=256,
-    mlp_dim=512,
-    norm_eps=1e-5,
-    rope_theta=1e4,
-    max_position_embeddings=64,
-)
-ROWS = Bucket(64, 0)
-X, HEADS = 64 * 256 * 2, 64 * 128 * 2  # bytes of activations [64, 256] and [64, 128]
-
-# A Pallas kernel reads pages of a cache [16, 1024, 128]; before it, the cache is copied.
-OPAQUE = """
-ENTRY %main (q: bf16[64,128], pages: bf16[16,1024,128]) -> bf16[64,128] {
-  %q = bf16[64,128]{1,0} parameter(0), metadata={op_name="packed"}
-  %pages = bf16[16,1024,128]{2,1,0} parameter(1), metadata={op_name="state.cache.keys[0]"}
-  %copy.1 = bf16[16,1024,128]{2,1,0} copy(%pages)
-  ROOT %attention = bf16[64,128]{1,0} custom-call(%q, %copy.1), custom_call_target="mosaic_gpu_v2"
-}
-"""
-
-
-def program(name: str) -> str:
-    return (PROGRAMS / f"{name}.hlo").read_text()
-
-
-def thunks(name: str):
-    return read_thunks((PROGRAMS / f"{name}.thunks.txt").read_text())
-
-
-def missed(name: str) -> list[str]:
-    """The limits that the audit would report for a program."""
-    moved, found = kernels(program(name), {}, 4), thunks(name)
-    row = {
-        "weights": "bfloat16",
-        "gemm": "cublas",
-        "kernels": found.kernels,
-        "kernels_per_layer": audit.kernels_per_layer(moved),
-        **ROWS._asdict(),
-        "host_loops": found.loops - counted_loops(program(name)),
-        "temporary_bytes": 0,
-        "ratio": 1.0,
-        "large_arrays": audit.large_arrays(moved, CONFIG, ROWS),
-        "collectives": {},
-        "collectives_expected": {},
-    }
-    return audit.missed(row)
-
-
-def test_bytes_of_each_kernel():
-    found = {k.name: (k.read, k.written) for k in kernels(program("good"), {}, 100)}
-    assert found == {
-        "loop_gather_fusion": (X + 64 * 4, X),  # 64 rows of the table, not all 1,024
-        "custom-call.3": (X + 512 * 256 * 2, 64 * 512 * 2),
-        "wrapped_slice": (HEADS, HEADS),
-        "input_scatter_fusion": (HEADS + 64 * 4, HEADS),  # in place: the cache has 1 MB
-        "copy.10": (4, 4),
-        "loop_convert_fusion": (4 * HEADS, 4 * HEADS),  # four times
-        "custom-call.1": (4 * (HEADS + 128 * 128 * 2), 4 * HEADS),
-        "loop_add_fusion": (4 * 4, 4 * 4),
-        "loop_add_fusion.1": (2 * HEADS, HEADS),
-    }
-
-
-def test_a_loop_of_unknown_length_runs_as_often_as_the_caller_says():
-    runs = {k.name: k.runs for k in kernels(program("broken"), {}, 7)}
-    assert runs["custom-call.1"] == 7 and runs["custom-call.3"] == 1
-    assert (counted_loops(program("good")), counted_loops(program("broken"))) == (1, 0)
-
-
-def test_a_good_program_misses_nothing():
-    assert missed("good") == []
-
-
-def test_a_copied_weight_and_a_host_loop_are_caught():
-    assert missed("broken") == ["host_loops", "large_arrays"]
-    [copied] = audit.large_arrays(kernels(program("broken"), {}, 4), CONFIG, ROWS)
-    assert copied.startswith("wrapped_reverse")
-
-
-def test_a_copied_weight_is_caught_although_activations_are_larger():
-    chunk = Bucket(64, 4096)
-    assert audit.large_arrays(kernels(program("broken"), {}, 4), CONFIG, chunk)
-    assert not audit.large_arrays(kernels(program("good"), {}, 4), CONFIG, chunk)
-
-
-def test_an_opaque_kernel_reads_its_pages_and_a_copy_of_the_cache_is_caught():
-    cache = 16 * 1024 * 128 * 2
-    copy, attention = kernels(OPAQUE, {cache: 1000}, 1)
-    assert (copy.read, copy.written, copy.largest) == (cache, cache, cache)
-    assert (attention.read, attention.written) == (HEADS + 1000, HEADS)
-    assert len(audit.large_arrays([copy, attention], CONFIG, ROWS)) == 1
+ROW = {
+    "weights": "bfloat16", "gemm": "cublas", "kernels": 450, "host loops": 0, "ratio": 1.0,
+    "kernels per layer": 15, "rows": 8, "chunk": 0, "temporary bytes": 3e8, "large arrays": 0,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
+        ({}, []),
         ({"ratio": 1.06}, ["ratio through cublas"]),
         ({"ratio": 1.06, "gemm": "triton"}, []),
         ({"ratio": 1.11, "gemm": "triton", "weights": "int4"}, ["ratio"]),
-        ({"ratio": 9.0, "weights": "int8", "temporary_bytes": 4e8, "large_arrays": ["x"]}, []),
-        ({"temporary_bytes": 4e8}, ["temporary_bytes"]),
+        ({"ratio": 9.0, "weights": "int8", "temporary bytes": 4e8, "large arrays": 1}, []),
+        ({"large arrays": 1}, ["large arrays"]),
+        ({"temporary bytes": 4e8}, ["temporary bytes"]),
+        ({"host loops": 1}, ["host loops"]),
         ({"kernels": 451}, ["kernels"]),
-        ({"kernels_per_layer": 16}, ["kernels_per_layer"]),
-        ({"kernels_per_layer": 16, "rows": 1}, []),
-        ({"collectives": {"all-reduce": 43}}, ["collectives"]),
+        ({"kernels per layer": 16}, ["kernels per layer"]),
+        ({"kernels per layer": 16, "rows": 1}, []),
     ],
 )
 def test_limits(changes, expected):
-    row = {
-        "weights": "bfloat16", "gemm": "cublas", "kernels": 450, "host_loops": 0, "ratio": 1.0,
-        "kernels_per_layer": 15, "rows": 8, "chunk": 0,
-        "temporary_bytes": 3e8, "large_arrays": [], "collectives": {"all-reduce": 42},
-        "collectives_expected": {"all-reduce": 42},
-    }  # fmt: skip
-    assert audit.missed(row | changes) == expected
+    assert missed_limits(ROW | changes, 20) == expected
 
 
-GRAPH = """\
-001: kPartitionId       [source        | next=002 (1)] kPartitionId
-004: kAsyncStart        [prev=002 (1)  | next=016 (3)] stream=communication_stream[0], async_id=4
-    003: kAllReduce [source | sink] kAllReduce
-000: kCommandBuffer     [prev=001 (3)  | next=016 (2)]\x20
-    005: kCopy         [source       | next=006 (1)] kCopy
-    006: kCustomKernel [prev=005 (1) | next=011 (5)] fusion grid: [146, 1, 1] threads: [128, 1, 1]
-    000: kWhile         [prev=000 (1)  | next=037 (1)]\x20
-    condition:
-        007: kCustomKernel [source | sink] compare grid: [1, 1, 1] threads: [1, 1, 1]
-015: kAsyncDone         [source        | sink        ] async_id=4
-017: kCublasLtMatmul    [prev=016 (1)  | next=000 (1)] kCublasLtMatmul
-024: kWhile             [prev=000 (1)  | next=037 (1)]\x20
-condition:
-    025: kCustomKernel [source | sink] compare grid: [1, 1, 1] threads: [1, 1, 1]
-  body:
-    000: kCommandBuffer  [prev=027 (1) | next=034 (1)]\x20
-        028: kCustomKernel [source       | next=029 (1)] fusion grid: [64, 1, 1]
-    034: kCustomCall [prev=000 (1) | sink        ] kCustomCall
-"""
+@pytest.mark.parametrize(("mesh", "most"), [((8, 1), 225), ((2, 4), 900), ((1, 8), 1800)])
+def test_the_limit_of_kernels_grows_with_the_layers_of_a_stage(mesh, most):
+    count = layers(LlamaConfig.llama3_70b(), Layout(*mesh))
+    assert missed_limits(ROW | {"kernels": most}, count) == []
+    assert missed_limits(ROW | {"kernels": most + 1}, count) == ["kernels"]
 
 
-def test_thunks():
-    """A loop inside a graph does not make the host wait."""
-    found = read_thunks(GRAPH)
-    assert found == (8, 2, 4, 1, Counter({"all-reduce": 1}))
-    assert thunks("good").collectives == Counter()
+def test_a_line_for_the_terminal():
+    figures = dict.fromkeys(set(UNITS) - {"size"}, 0) | ROW
+    program = figures | {"collectives": "42 + 1 + 1", "missed limits": ""}
+    assert "42 + 1 + 1" in line(program)
+    assert "ratio" in line(program | {"missed limits": "ratio"})
+    assert "1.500 GB" in line({"weights": "int8", "on each device": "total", "size": 1_500_000_000})
 
 
-def test_the_thunks_after_the_passes_are_preferred(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        find_dump(tmp_path)
-    (tmp_path / "module_1.jit_f.thunk_sequence.txt").write_text("before")
-    assert find_dump(tmp_path) == "before"
-    (tmp_path / "module_1.jit_f.thunk_sequence_after_thunk_passes.txt").write_text("after")
-    assert find_dump(tmp_path) == "after"
-
-
-def test_the_ideal_of_one_rank_of_70b():
-    """64 rows of 2,048 tokens on 4 x 2: 20 layers of 855,654,400 parameters, half on each rank."""
-    config, mesh = LlamaConfig.llama3_70b(), make_mesh("4x2")
-    sizes = RingSizes(256, 30517, 16, 256, (64,), (0,), 64)
-    params = param_shapes(config, mesh, jnp.bfloat16)
-    cache = state_shapes(config, mesh, sizes, jnp.bfloat16).cache
-    ideal = ideal_traffic(config, sizes, ROWS, params, cache, 2, context=2048)
-    layers = 20 * (855_654_400 - 2 * 8192 + 2 * 2 * 8192)  # each rank has whole norms
-    assert ideal.weights == layers + 2 * (128256 * 8192 // 8 + 8192 + 64 * 8192)
-    assert ideal.cache == 40_960 * 64 * (2048 + 1)
-    widths = 16 * 8192 + (10240 + 8192 + 3 * 28672)  # written and read, by two ranks
-    assert ideal.activations == 64 * (20 * 2 * widths + 2 * 4 * 128256 // 8)
-
-
-def test_kernels_of_a_layer():
-    """Neither collectives nor what belongs to no layer."""
-    text = """
-ENTRY %main (x: f32[8]) -> f32[8] {
-  %x = f32[8]{0} parameter(0), metadata={op_name="packed"}
-  %a = f32[8]{0} copy(%x), metadata={op_name="jit(f)/layer_1/mlp/mul"}
-  %b = f32[8]{0} copy(%a), metadata={op_name="jit(f)/layer_1/add"}
-  %all-reduce-start = f32[8]{0} all-reduce-start(%b), metadata={op_name="jit(f)/layer_1/psum"}
-  %c = f32[8]{0} copy(%b), metadata={op_name="jit(f)/layer_10/add"}
-  %e = f32[8]{0} copy(%c), metadata={op_name="jit(f)/layer_10/add"}
-  %f = f32[8]{0} copy(%b), metadata={op_name="jit(f)/layer_0/add"}
-  ROOT %d = f32[8]{0} copy(%c), metadata={op_name="jit(f)/head/mul"}
-}
-"""
-    assert audit.kernels_per_layer(kernels(text, {}, 1)) == 2
-
-
-def test_bytes_of_four_bit_values():
-    everywhere = NamedSharding(make_mesh("1x1"), P())
-    packed = jax.ShapeDtypeStruct((8, 6), jnp.int4, sharding=everywhere)
-    assert shard_bytes(packed) == 24
-
-
-@pytest.mark.parametrize("name", GPU_OPTIONS)
-def test_every_compiler_option_is_known(name):
-    """To the XLA in use: an unknown option of `XLA_FLAGS` would end the process."""
-    assert is_known(make_mesh("1x1"), name, GPU_OPTIONS[name])
-
-
-def test_unknown_options_are_left_out_and_a_cpu_gets_none():
-    assert not is_known(make_mesh("1x1"), "xla_gpu_no_such_option", True)
-    assert compiler_options(make_mesh("1x1")) == {}
-
-
-def test_a_loop_counts_once_among_the_instructions():
-    assert count_ops(program("good"))["while"] == 1
+def test_the_default_is_every_program():
+    parser = Parser()
+    add_arguments(parser)
+    args = parser.parse_args([])
+    assert args.mesh == "4x2" and len(args.weights) == 4 and args.chunks == [0, 256, 512]

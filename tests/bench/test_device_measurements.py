@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from pytest import approx
 
-from bench import attention_check, attention_program, model, timing
+from bench import attention_check, attention_program, model
 from bench.one_device import DTYPE, PAGE_SIZE, OneDevice, Work, packet, ring_sizes
-from bench.random_weights import nbytes, random_array, random_params
 from bench.step import rank_config, toy_config
 from llama_jax.config import LlamaConfig, Quantization
+from llama_jax.plan.machine import timing
+from llama_jax.plan.machine.random_weights import nbytes, random_array, random_params
 from llama_jax.ring.stage import PagedAttend
 from llama_jax.weights.placement import param_shapes
 from sharding.mesh import make_mesh

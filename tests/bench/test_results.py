@@ -15,6 +15,11 @@ from bench.plots import digest, draw, plot_paths, svg
 from bench.report import PAGE, PLOTS, RESULTS, page, read_all
 from bench.result import BadResult, Plot, Result, Target
 from bench.table import Table, tables
+from llama_jax.config import LlamaConfig, Quantization
+from llama_jax.costs.calibration import Calibration, MeasuredTick
+from llama_jax.costs.deployment import Deployment, Layout
+from llama_jax.costs.gpus import find_gpu
+from llama_jax.costs.tick_time import TickModel
 
 RESULT = Result(
     name="step",
@@ -200,22 +205,53 @@ def test_the_committed_page_shows_the_committed_results():
 # --- calibration ---------------------------------------------------------------------------------
 
 
-def test_a_calibration_names_the_source_of_each_figure():
-    roofline = replace(
-        RESULT, name="roofline", units={"bytes_rate": "TB/s"}, rows=[{"bytes_rate": 3.0}]
+STEP = replace(
+    RESULT,
+    machine={**RESULT.machine, "accelerator": "NVIDIA H200", "accelerators": 1},
+    flags={"quantize": "fp8"},
+    rows=[
+        {"batch": 8, "context": 2048, "time": 5.0},
+        {"chunk": 512, "prefix": 1536, "time": 16.0},
+    ],
+)
+ROOFLINE = replace(
+    STEP,
+    name="roofline",
+    flags={},
+    units={"copy_rate": "TB/s", "matrix_rate": "TFLOP/s"},
+    rows=[
+        {"operation": "copy", "copy_rate": 4.0},
+        {"operation": "bfloat16 product", "matrix_rate": 700.0},
+    ],
+)
+
+
+def test_a_calibration_holds_what_was_measured(tmp_path):
+    found = calibration([(Path("s.json"), STEP), (Path("r.json"), ROOFLINE)])
+    assert found.ticks == (
+        MeasuredTick(8, 2048, 0, 0, 0.005),
+        MeasuredTick(0, 0, 512, 1536, 0.016),
     )
-    found = calibration([(Path("s.json"), RESULT), (Path("r.json"), roofline)])
-    assert set(found["inputs"]) == {"s.json", "r.json"}
-    assert found["inputs"]["s.json"]["machine"] == RESULT.machine
-    assert found["tick_seconds"]["ticks"][0] == {"batch": 1, "seconds": 0.02}
-    assert found["copy_bytes_per_second"] == {"from": "r.json", "value": 3.0e12}
-    assert found["matrix_flops_per_second"] is None and found["host_seconds_per_tick"] is None
+    assert found.copy_bytes_per_second == 4.0e12
+    assert found.matrix_flops_per_second == {"bfloat16": 7.0e14}
+    assert found.host_seconds_per_tick is None and not found.with_collectives
+    assert (found.device, found.weights, found.source) == ("NVIDIA H200", "fp8", "s.json, r.json")
+    path = tmp_path / "calibration.json"
+    found.write(path)
+    assert Calibration.read(path) == found
+    config = replace(LlamaConfig.llama3_70b(), quantization=Quantization(format="fp8"))
+    planned = Deployment(config, find_gpu("h200"), Layout(4, 2))
+    model = TickModel(planned, found)
+    tick = found.ticks[0]
+    communication = model.parts(tick.work)["communication"].expected
+    assert model.expected(tick.work) == pytest.approx(tick.seconds + communication)
 
 
 def test_a_calibration_needs_one_result_of_each_kind():
-    for results in ([], [(Path("a"), RESULT), (Path("b"), RESULT)]):
+    elsewhere = replace(ROOFLINE, machine=RESULT.machine)
+    for results in ([], [STEP, STEP], [STEP, elsewhere]):
         with pytest.raises(BadResult):
-            calibration(results)
-    strange = replace(RESULT, units={**RESULT.units, "time": "fortnights"})
+            calibration([(Path(f"{n}.json"), result) for n, result in enumerate(results)])
+    strange = replace(STEP, units={**STEP.units, "time": "fortnights"})
     with pytest.raises(BadResult):
         calibration([(Path("a"), strange)])

@@ -12,17 +12,18 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from bench.hlo import count_ops
 from llama_jax.checkpoint import CheckpointError
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.core import Engine, seed_source
 from llama_jax.engine.options import EngineOptions, OptionError
 from llama_jax.engine.sizing import SizingError
+from llama_jax.plan.compiled.hlo import count_ops
 from llama_jax.weights.placement import ShardingError
 from sharding.errors import UserError
 from sharding.mesh import MeshError
 from tests.support.reference import make_model, reference_logits, save_model
 from tests.support.tiny_checkpoint import write_checkpoint
+from tests.support.xla_options import PRODUCTION
 
 VOCAB, EMBED, MLP, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 250, 32, 48, 4, 2, 8, 6
 EOS = VOCAB - 1
@@ -146,7 +147,7 @@ def test_progress_is_reported_as_it_is_made(engine, progress):
 def test_a_program_can_be_read_without_touching_it(idle):
     executor = idle.loop.executor
     text = {
-        bucket: executor.programs.lowered(bucket).compile().as_text()
+        bucket: executor.programs.lowered(bucket).compile(PRODUCTION).as_text()
         for bucket in executor.sizes.buckets()
     }
     for bucket, program in text.items():

@@ -199,10 +199,13 @@ def test_the_cache_on_gpus(monkeypatch):
     gpus = [FakeGPU(free + 20 * page, 5 * page), FakeGPU(free + 99 * page, 1)]
     mesh = SimpleNamespace(devices=np.array([gpus]), axis_names=("stage", "model"))
     mesh.shape = {"stage": 1, "model": 2}
-    sizes, longest = choose_mesh_sizes(EngineOptions(path=""), CONFIG, mesh, jnp.bfloat16)
+    options = EngineOptions(path="", page_size=16)
+    sizes, longest = choose_mesh_sizes(options, CONFIG, mesh, jnp.bfloat16)
     assert sizes.num_pages == 15 and longest == 15 * 16
-    given = EngineOptions(path="", kv_cache_memory=7 * page)
+    given = EngineOptions(path="", page_size=16, kv_cache_memory=7 * page)
     assert choose_mesh_sizes(given, CONFIG, mesh, jnp.bfloat16)[0].num_pages == 7
+    # The attention kernel reads 64 tokens at once.
+    assert choose_mesh_sizes(EngineOptions(path=""), CONFIG, mesh, jnp.bfloat16)[0].page_size == 64
 
 
 def test_jax_takes_its_share_of_a_gpu_unless_the_user_has_set_it(monkeypatch):

@@ -103,6 +103,13 @@ def test_the_manifest_starts_that_command_and_probes_what_the_server_has(questio
     assert any(container["args"][0].startswith(f"{mount}/") for mount in mounts)
 
 
+def test_a_plan_that_holds_shows_the_command(capsys):
+    command = shlex.join(["python", "-m", "llama_jax.serve", *command_of(capsys, "--rate 8")])
+    shown = ask(capsys, "--rate", "8")[1]
+    assert command in " ".join(shown.replace("\\\n", " ").split())
+    assert "llama_jax.serve" not in ask(capsys, "--rate", "100")[1]
+
+
 def test_each_replica_is_a_pod(capsys):
     deployment, _ = manifests(capsys, "--layout 4x2 --gpus 16 --rate 20")
     assert deployment["spec"]["replicas"] == 2

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AttentionInterface, LlamaForCausalLM
 
-from bench.hlo import aliased_outputs, large_copies
 from llama_jax import ShardedLlama
 from llama_jax.interpret import attention_weights, kv_cache
 from llama_jax.model import kv_storage
 from llama_jax.model.kv_storage import choose_kv_dtype
+from llama_jax.plan.compiled.hlo import aliased_outputs, large_copies
 from llama_jax.ring import steps
 from llama_jax.ring.sizes import Bucket
 from sharding.errors import UserError

@@ -35,6 +35,7 @@ from llama_jax.engine.interface import (
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.process import main
 from llama_jax.engine.prompt_logprobs import PromptLogprobs, PromptScoring
+from llama_jax.engine.sizing import CPU_PAGE
 
 VOCAB_SIZE = 1000
 EOS = 0
@@ -76,7 +77,7 @@ class FakeEngine:
             vocab_size=VOCAB_SIZE,
             max_model_len=options.max_model_len or 1_000_000,
             max_num_seqs=options.max_num_seqs or 32,
-            page_size=options.page_size,
+            page_size=options.page_size or CPU_PAGE,
             num_pages=1,
             devices=[DeviceInfo("fake:0", 0, 0, [0, 1], 10, 20)],
             num_programs=1,

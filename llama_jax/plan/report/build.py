@@ -5,7 +5,7 @@ from llama_jax.plan.figures import figures
 from llama_jax.plan.json_text import question_json
 from llama_jax.plan.plan import Plan
 from llama_jax.plan.reasons import verdict
-from llama_jax.plan.report.claims import Claim, claim_table
+from llama_jax.plan.report.claims import HOW_TO_READ, Claim, claim_table
 from llama_jax.plan.report.document import Report, Section, Table
 from llama_jax.plan.report.drawing import NO_PLOTS, can_draw
 from llama_jax.plan.report.floor import floor_figure
@@ -23,6 +23,8 @@ from llama_jax.plan.report.sections.memory import (
 )
 from llama_jax.plan.report.sections.promises import assumptions_section, compliance_section
 from llama_jax.plan.report.sections.risks import risk_section
+from llama_jax.plan.report.sections.server import server_section
+from llama_jax.plan.report.sections.simulated import Outcome, simulation_section, tails
 from llama_jax.plan.report.sections.ticks import communication_section, tick_section
 from llama_jax.plan.report.sections.timeline import timeline_section
 from llama_jax.plan.report.utilization import utilization_section
@@ -30,12 +32,13 @@ from llama_jax.plan.report.utilization import utilization_section
 PROMISED = (0.70, 0.85)  # GPU utilization, in the deployment targets
 
 
-def plan_report(plan: Plan, extra: tuple[Section, ...] = ()) -> Report:
+def plan_report(plan: Plan, outcome: Outcome | None, extra: tuple[Section, ...] = ()) -> Report:
     """The whole report.
 
     Args:
       plan: that is reported.
-      extra: sections of other modes that ran as well, such as the simulation.
+      outcome: of the simulation of its best layout; None if it was not simulated.
+      extra: sections of what else was asked for, such as the compiler's.
     """
     question = plan.question
     title = (
@@ -43,43 +46,55 @@ def plan_report(plan: Plan, extra: tuple[Section, ...] = ()) -> Report:
         f"{question.workload.prompt_tokens:,} + {question.workload.output_tokens:,} tokens at "
         f"{question.workload.rate:g} requests/s"
     )
-    sections = (target_section(plan), why_section(plan), *detail_sections(plan, plan, extra))
+    sections = (
+        target_section(plan, outcome),
+        why_section(plan),
+        server_section(plan),
+        *detail_sections(plan, plan, outcome, extra),
+    )
     return Report(title, verdict(plan), plan.best.holds, sections, question_json(question))
 
 
-def target_section(plan: Plan) -> Section:
+def target_section(plan: Plan, outcome: Outcome | None) -> Section:
     """Every target of the best layout with floor, found, margin and evidence."""
     seen, targets = Outlook(plan.best), plan.question.targets
-    claims = []
-    if targets.ttft is not None:
-        floor = floor_figure(seen.floor_ttft)
-        claims.append(Claim("time to first token", seen.ttft, Limit(targets.ttft), floor=floor))
-    if targets.tpot is not None:
-        floor = floor_figure(seen.floor_tpot)
-        claims.append(Claim("time per output token", seen.tpot, Limit(targets.tpot), floor=floor))
+    ttft, tpot, inside = tails(outcome)
+    claims = [
+        Claim(what, found, Limit(limit), None, floor_figure(floor), simulated)
+        for what, found, limit, floor, simulated in (
+            ("time to first token", seen.ttft, targets.ttft, seen.floor_ttft,
+             ttft),
+            ("time per output token", seen.tpot, targets.tpot, seen.floor_tpot,
+             tpot),
+        )
+        if limit is not None
+    ]  # fmt: skip
     if targets.ttft is not None or targets.tpot is not None:
-        claims.append(Claim("requests inside both", seen.inside, Limit(targets.inside, True)))
+        claims.append(
+            Claim("requests inside both", seen.inside, Limit(targets.inside, True),
+                  simulated=inside)
+        )  # fmt: skip
     rate = Limit(plan.question.workload.rate, True)
     claims.append(Claim("highest rate within the targets", seen.max_rate, rate))
     claims.append(_memory_claim(plan))
     text = (
         f"The layout is {plan.best.layout}. Latencies are those that "
         f"{100 * targets.inside:g} % of the requests keep.",
-        "A verdict is about the whole band: `holds` and `fails` are certain within it, `likely` "
-        "and `unlikely` follow the expected value. The percentage is the room that is left.",
+        HOW_TO_READ,
     )
     return Section("targets", "Targets", text, (claim_table(claims),))
 
 
 def detail_sections(
-    plan: Plan, every: Plan, extra: tuple[Section, ...] = ()
+    plan: Plan, every: Plan, outcome: Outcome | None, extra: tuple[Section, ...] = ()
 ) -> tuple[Section, ...]:
     """Everything about the best layout.
 
     Args:
       plan: that is reported.
       every: the same question for all layouts.
-      extra: sections of other modes.
+      outcome: of the simulation; None if there was none.
+      extra: as of `plan_report`.
     """
     best = plan.best
     seen, deployment = Outlook(best), best.deployment
@@ -96,6 +111,7 @@ def detail_sections(
         balance_section(plan),
         utilization_section(seen, PROMISED),
         headroom_section(plan),
+        simulation_section(outcome) if outcome else _no_simulation(),
         *extra,
         frontier_section(every),
         timeline_section(best),
@@ -111,6 +127,11 @@ def balance_section(plan: Plan) -> Section:
     rows = tuple((what, figure) for what, figure in shares.items())
     text = "The largest difference between two GPUs, as a share of the larger."
     return Section("balance", "Balance", (text,), (Table("balance", ("of", "difference"), rows),))
+
+
+def _no_simulation() -> Section:
+    text = "The layout does not keep up with the rate, so that there is no steady state to show."
+    return Section("simulation", "Simulated requests", (text,))
 
 
 def _memory_claim(plan: Plan) -> Claim:

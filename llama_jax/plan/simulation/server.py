@@ -9,7 +9,12 @@ from llama_jax.costs.work import Work
 from llama_jax.engine.chunk_choice import ChunkChoice
 from llama_jax.engine.latency_targets import choose_chunks
 from llama_jax.engine.options import EngineOptions
-from llama_jax.engine.sizing import GPU_RESULTS_LATE, choose_results_late, choose_sizes
+from llama_jax.engine.sizing import (
+    GPU_RESULTS_LATE,
+    choose_page_size,
+    choose_results_late,
+    choose_sizes,
+)
 from llama_jax.ring.sizes import RingSizes
 
 LEVELS = ("low", "expected", "high")  # of the time of a tick
@@ -81,7 +86,7 @@ def server_for(
     """
     deployment = model.deployment
     stages, platform = deployment.layout.num_stages, deployment.gpu.platform
-    page = page_bytes(deployment, options.page_size)
+    page = page_bytes(deployment, choose_page_size(options, platform))
     sizes, longest = choose_sizes(
         options, deployment.config, stages, page, cache_bytes, platform, model
     )

@@ -63,6 +63,18 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="refuse a checkpoint that is not quantized by this method, such as gptq, awq, fp8 or "
         "compressed-tensors (default: any, and none)",
     )
+    model.add_argument(
+        "--preflight",
+        action="store_true",
+        help="check the machine before the engine starts, as python -m llama_jax.plan --validate "
+        "does; a failure stops the start, with the exit code of what is wrong",
+    )
+    model.add_argument(
+        "--preflight-gpu",
+        default="auto",
+        metavar="NAME",
+        help="the GPU that was planned for, such as h100-sxm (default: auto, what there is)",
+    )
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,6 @@ from llama_jax.plan.report.document import Cell, Plot, Section, Table
 MOST_GROUPS = 5  # that a plot can tell apart
 _COLUMNS = {
     "weights per GPU": "weights",
-    "KV capacity": "KV capacity of a replica",
     "decode tick": "decode tick",
     "TTFT": "TTFT",
     "TPOT": "TPOT",

@@ -90,7 +90,10 @@ def memory_section(
     return Section(
         "memory",
         "Memory of each GPU",
-        (f"A {gpu.name} has {gpu.memory_bytes / 1e9:.1f} GB ({gpu.source}).",),
+        (
+            f"Each {gpu.name} has {gpu.memory_bytes / 1e9:.1f} GB ({gpu.source}). The KV cache "
+            "gets what weights and temporaries leave of the allowed share.",
+        ),
         (
             Table(
                 "memory",

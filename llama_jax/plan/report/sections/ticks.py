@@ -14,6 +14,12 @@ from llama_jax.terminal.units import bytes_text, count_text
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # sequences of the whole ring
 CONTEXTS = (512, 2048, 8192)
 COMMUNICATION = "communication"
+PARTS = {
+    "products": "matrix products of the layers",
+    "small": "small kernels of the layers",
+    "head": "LM head and sampling",
+    "launch": "waiting for the host",
+}
 PURPOSES = {
     "layers": "partial sums of the layers",
     "embedding": "embeddings of the entering packet",
@@ -34,7 +40,9 @@ def tick_section(model: TickModel, rows: int, context: int, chunk: int) -> Secti
     """
     works = _works(rows, context, chunk)
     parts = [model.figures(work) for work in works.values()]
-    table: list[tuple[Cell, ...]] = [(name, *(found[name] for found in parts)) for name in parts[0]]
+    table: list[tuple[Cell, ...]] = [
+        (PARTS.get(name, name), *(found[name] for found in parts)) for name in parts[0]
+    ]
     num_stages = model.deployment.layout.num_stages
     for name, factor in (("whole tick", 1), (f"per token: {num_stages} ticks", num_stages)):
         sums = (model.seconds(work) * factor for work in works.values())

@@ -8,8 +8,10 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$")
+_ENTRY = re.compile(r"^ENTRY %?([\w.-]+)", re.MULTILINE)
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 _NAME = re.compile(r"%([\w.-]+)")
@@ -113,6 +115,7 @@ def unordered_collectives(text: str) -> list[tuple[str, str]]:
     return pairs
 
 
+@lru_cache(maxsize=2)  # the programs of a large model are megabytes of text
 def computations(text: str) -> dict[str, dict[str, Instruction]]:
     """Parses HLO: computation name → instruction name → instruction."""
     found: dict[str, dict[str, Instruction]] = {}
@@ -132,6 +135,13 @@ def computations(text: str) -> dict[str, dict[str, Instruction]]:
                 root=bool(root),
             )
     return found
+
+
+def entry_computation(text: str) -> dict[str, Instruction]:
+    """The instructions of the entry computation, by name."""
+    entry = _ENTRY.search(text)
+    assert entry is not None, "The text holds no entry computation."
+    return computations(text)[entry[1]]
 
 
 def array_bytes(shape: str) -> list[int]:

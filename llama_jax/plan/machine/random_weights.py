@@ -53,7 +53,8 @@ def random_array(
     Integers take any value of their type, and 8-bit floating-point numbers those up to 64 in
     magnitude; `low` and `high` apply to wider floating-point numbers.
     """
-    return _program(shape.shape, shape.dtype, shape.sharding)(seed, low, high)
+    array: jax.Array = _program(shape.shape, shape.dtype, shape.sharding)(seed, low, high)
+    return array
 
 
 def _bits(dtype: Any) -> int:

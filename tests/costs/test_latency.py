@@ -1,0 +1,77 @@
+"""Latencies follow from ticks: against a ring that is stepped tick by tick."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama_jax.config import LlamaConfig
+from llama_jax.costs.deployment import Deployment, Layout
+from llama_jax.costs.gpus import find_gpu
+from llama_jax.costs.latency import (
+    closed_loop,
+    decode_rate,
+    one_request,
+    prefill_ticks,
+    saturated_rate,
+    time_per_token,
+    time_to_first_token,
+)
+from llama_jax.costs.tick_time import TickModel
+from llama_jax.costs.work import Work
+
+H100 = find_gpu("h100-sxm")
+RING, ONE_STAGE = (
+    TickModel(Deployment(LlamaConfig.llama3_70b(), H100, Layout(*mesh)))
+    for mesh in ((4, 2), (1, 8))
+)
+
+
+@given(st.integers(1, 8), st.integers(1, 5000), st.sampled_from([64, 256, 512]))
+def test_the_first_token_comes_when_the_last_chunk_leaves(stages, prompt, chunk):
+    """A ring in which one chunk enters per tick, and each moves on by one stage."""
+    waiting = list(range(0, prompt, chunk))
+    ring: list[int | None] = [None] * stages
+    ticks = 0
+    while True:
+        ring = [waiting.pop(0) if waiting else None, *ring[:-1]]
+        ticks += 1
+        if not waiting and ring[-1] is not None and ring[:-1] == [None] * (stages - 1):
+            break
+    assert ticks == prefill_ticks(stages, prompt, chunk)
+
+
+def test_ttft_is_the_sum_of_the_ticks_with_the_longest_prefix_in_flight():
+    first = time_to_first_token(RING, 1024, 256)
+    prefixes = [0, 256, 512, 768, 768, 768, 768]
+    ticks = sum(RING.expected(Work.of(1, 0, 256, prefix)) for prefix in prefixes)
+    assert first.expected == pytest.approx(ticks)
+
+
+def test_a_token_takes_as_many_ticks_as_there_are_stages():
+    tick = RING.expected(Work.of(16, 1000))
+    assert time_per_token(RING, 16, 1000).expected == pytest.approx(4 * tick)
+    # Four packets of 16 rows are in flight, so that 64 tokens come in the time of one.
+    assert decode_rate(RING, 16, 1000).expected == pytest.approx(64 / (4 * tick))
+
+
+def test_users_wait_for_each_other():
+    alone = closed_loop(RING, 1, 1024, 256, 256)
+    assert alone == one_request(RING, 1024, 256, 256)
+    several = [closed_loop(RING, users, 1024, 256, 256) for users in (1, 8, 64, 256)]
+    for fewer, more in pairwise(several):
+        assert more.ttft.expected > fewer.ttft.expected
+        assert more.tpot.expected > fewer.tpot.expected
+        assert more.tpot.low <= more.tpot.expected <= more.tpot.high
+
+
+@pytest.mark.parametrize("model", [RING, ONE_STAGE])
+def test_more_rows_answer_more_requests(model):
+    rates = [saturated_rate(model, 512, 256, 256, rows).expected for rows in (1, 8, 64)]
+    assert rates == sorted(rates)
+    # With a chunk in every tick, more rows change nothing.
+    full = [saturated_rate(model, 4096, 16, 256, rows).expected for rows in (8, 64)]
+    assert full[0] == pytest.approx(full[1])
+    tick = model.expected(Work.of(1, 4104, 256, (4096 - 256) / 2))
+    assert full[0] == pytest.approx(1 / (16 * tick), rel=0.05)

@@ -1,0 +1,44 @@
+"""`--calibrate`: the ticks of a real engine, and of random weights, as the planner reads them."""
+
+import pytest
+
+from llama_jax.config import LlamaConfig
+from llama_jax.costs.calibration import Calibration
+from llama_jax.costs.deployment import Deployment, Layout
+from llama_jax.costs.gpus import CPU
+from llama_jax.costs.tick_time import TickModel
+from llama_jax.plan.__main__ import main
+from tests.support.tiny_checkpoint import write_checkpoint
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("random", [False, True], ids=["checkpoint", "random weights"])
+def test_the_planner_uses_what_was_measured(tmp_path, random):
+    checkpoint = tmp_path / "model"
+    write_checkpoint(checkpoint)
+    model = checkpoint / "config.json" if random else checkpoint
+    file = tmp_path / "calibration.json"
+    batches = ["1@16", "2@48", "2@16+64@32"]
+    flags = ["--model", str(model), "--layout", "2x2", "--max-chunk", "64", "--batches", *batches]
+    assert main(["--calibrate", str(file), *flags]) == 0
+    found = Calibration.read(file)
+    assert [str(tick).replace(" ", "") for tick in found.ticks] == batches
+    assert all(tick.seconds > 0 for tick in found.ticks)
+    assert found.mesh == "2x2" and found.device == "cpu" and found.with_collectives
+    assert {(entry.kind, entry.ranks) for entry in found.collectives} == {
+        ("all_reduce", 2), ("ppermute", 2)
+    }  # fmt: skip
+    assert found.host_seconds_per_tick > 0 and found.copy_bytes_per_second > 0
+    config = LlamaConfig.from_pretrained(checkpoint)
+    model_of_ticks = TickModel(Deployment(config, CPU, Layout(2, 2), "auto"), found)
+    for tick in found.ticks:
+        assert model_of_ticks.expected(tick.work) == pytest.approx(tick.seconds, rel=1e-6)
+
+
+def test_a_batch_that_does_not_fit_is_refused_before_anything_is_timed(tmp_path, capsys):
+    write_checkpoint(tmp_path / "model")
+    file = tmp_path / "calibration.json"
+    model = str(tmp_path / "model" / "config.json")
+    assert main(["--calibrate", str(file), "--model", model, "--batches", "1@16", "5000@16"]) == 2
+    assert not file.exists() and "5000@16" in capsys.readouterr().err

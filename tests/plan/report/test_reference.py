@@ -1,0 +1,77 @@
+"""The reference deployment: every promised figure is there, and verdicts follow from the tables."""
+
+from dataclasses import replace
+
+import pytest
+
+from llama_jax.costs.gpus import GPUS
+from llama_jax.plan.__main__ import main
+from llama_jax.plan.report.judgement import Verdict
+from llama_jax.plan.report.reference import (
+    LENGTHS,
+    alone_section,
+    bandwidth_needed,
+    typical_claims,
+)
+
+TTFT, TPOT, RATE = "time to first token", "time per output token", "highest rate within 500 / 50 ms"
+
+
+def with_bandwidth(monkeypatch, factor):
+    gpu = GPUS["h100-sxm"]
+    monkeypatch.setitem(GPUS, "h100-sxm", replace(gpu, bandwidth=factor * gpu.bandwidth))
+
+
+def claims():
+    return {claim.what: claim for claim in typical_claims()}
+
+
+def test_every_deployment_target_is_a_row():
+    found = claims()
+    assert len(found) == 12
+    assert {found[name].required.bound for name in (TTFT, TPOT, RATE)} == {0.5, 0.05, 8}
+    assert {found[name].claimed.bound for name in (TTFT, TPOT, RATE)} == {0.25, 0.025, 10}
+    weights = found["weights per GPU"]
+    assert weights.found.value.expected == pytest.approx(17.64e9, rel=1e-3)
+    assert weights.claimed_verdict is Verdict.FAILS  # 17.5 GB: by 0.8 %
+    assert found["communication share"].found.value.expected > 0.02
+
+
+def test_the_claimed_time_per_token_fails_in_bf16_at_the_bandwidth_of_the_data_sheet():
+    assert claims()[TPOT].claimed_verdict is Verdict.FAILS
+    assert claims()[TPOT].required_verdict is Verdict.HOLDS
+    alone, beside, late = bandwidth_needed("bf16")
+    assert 0.82 < alone < 0.84 and 0.88 <= beside <= 0.90 and late > 0.95
+    assert bandwidth_needed("fp8")[1] == pytest.approx(0.45, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("factor", "required", "claimed"),
+    [(0.5, Verdict.FAILS, Verdict.FAILS), (4, Verdict.HOLDS, Verdict.HOLDS)],
+)
+def test_another_bandwidth_in_the_table_changes_the_verdicts(
+    monkeypatch, factor, required, claimed
+):
+    before = bandwidth_needed("bf16")[0]
+    with_bandwidth(monkeypatch, factor)
+    assert claims()[TPOT].required_verdict is required
+    assert claims()[TPOT].claimed_verdict is claimed
+    assert bandwidth_needed("bf16")[0] == pytest.approx(before / factor)
+
+
+def test_no_figure_is_better_than_its_floor():
+    for claim in typical_claims():
+        if claim.floor is not None:
+            assert claim.floor.value.expected < claim.found.value.low
+    for row in alone_section().tables[0].rows:
+        assert row[1].value.expected < row[2].value.low
+        assert row[4].value.expected < row[5].value.low
+
+
+def test_without_arguments_the_reference_deployment_is_printed(capsys):
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    for title in ("Targets", "One request alone", "Under load", "Utilization", "Assumptions"):
+        assert f"\n{title}" in printed
+    for lengths in LENGTHS:
+        assert f"{lengths[0]}/{lengths[1]}, 10/s" in printed
