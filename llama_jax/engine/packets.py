@@ -4,11 +4,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 
+import msgspec
+
 from llama_jax.engine.sequence import Sequence
 
 
-@dataclass(slots=True)
-class Segment:
+class Segment(msgspec.Struct, eq=False):
     """Consecutive tokens of one sequence in a packet, as `llama_jax.ring.packet` encodes them.
 
     Attributes:

@@ -10,6 +10,7 @@ is at stage 0, and the packet with the last chunk becomes the sequence's microba
 """
 
 import numpy as np
+from msgspec.structs import replace
 
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.chunk_choice import ChunkChoice
@@ -198,7 +199,7 @@ class Scheduler:
             slot, position = sequence.slot, sequence.next_position
             if slot is None:
                 continue
-            if sequence.prefilling:
+            if position < sequence.prefill_until:
                 self.prefill.make_room(sequence)
             # Most rows have room in their last page.
             elif position < len(sequence.pages) * page_size or self.roster.make_room(sequence, 1):
@@ -257,9 +258,9 @@ class Scheduler:
                 wanted = sequence.params.logprobs
                 if wanted is not None:
                     own = TokenLogprobs(logprobs[index].logprob, logprobs[index].top[:wanted])
-                    output = output._replace(logprobs=own)
+                    output = replace(output, logprobs=own)
             if sequence.scoring is not None and output.token is not None:
-                output = output._replace(prompt_logprobs=sequence.scoring.result())
+                output = replace(output, prompt_logprobs=sequence.scoring.result())
                 sequence.scoring = None
             outputs.append(output)
         return outputs

@@ -191,8 +191,8 @@ def test_the_time_of_ticks_and_of_the_host(idle, monkeypatch):
     """With a clock that advances by one second whenever it is read."""
     seconds = itertools.count()
     clock = SimpleNamespace(perf_counter=lambda: float(next(seconds)))
-    for module in ("tick_loop", "executor"):
-        monkeypatch.setattr(f"llama_jax.engine.{module}.time", clock)
+    monkeypatch.setattr("llama_jax.engine.executor.time", clock)
+    monkeypatch.setattr(idle.loop, "clock", clock.perf_counter)
     before = idle.stats()
     idle.add(1, [5], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
     assert len(run(idle)[1]) == 3
