@@ -4,9 +4,10 @@ MESH ?= 4x2
 MODEL ?=  # the demo checkpoint
 PORT ?= 8000
 
-# Two workers, each with whole files: a file's tests share models and compiled programs. Not in
-# pyproject.toml, so that a bare `pytest` stays in one process, for debugging.
-PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
+# Two workers, each with whole files: a file's tests share models and compiled programs. The longest
+# files come first; tests/conftest.py sorts them. Not in pyproject.toml, so that a bare `pytest` stays
+# in one process, for debugging.
+PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # $(call foreign,ENVIRONMENT) is empty unless PYTHON was given and is another interpreter than the one
 # that ENVIRONMENT was made with. Such an environment is made anew.
@@ -37,7 +38,7 @@ test: .venv/installed-test  ## the quick tests
 
 test-all: .venv/installed-models .venv-clients/installed .venv/installed-browser $(NODE_MODULES)  ## the slow rest, and the notebooks
 	$(PYTEST) -m "slow or hypothesis" --hypothesis-profile=full
-	.venv/bin/python -m pytest --nbmake --nbmake-timeout=180 notebooks
+	$(PYTEST) --nbmake --nbmake-timeout=180 notebooks
 
 notebooks: .venv/installed-test  ## rerun the notebooks and save their outputs
 	.venv/bin/python -m jupyter nbconvert --to notebook --execute --inplace \

@@ -1,10 +1,10 @@
 """Simulates the ring under a mixed load with different buckets: `python -m bench buckets`.
 
-The real scheduler and tick loop run, with a clock in place of devices: a tick takes the time that
-its program is modeled to take. Requests arrive at random times, with prompts and answers of many
-lengths. "quarters" are the buckets of earlier versions, each four times the one before, and always
-the largest chunk; "defaults" are what an engine chooses now, and "32 sequences" are that with the
-`max_num_seqs` of earlier versions.
+The real scheduler and tick loop run on a logical clock (`llama_jax.plan.simulation`): a tick takes
+the time that its program is modeled to take. Requests arrive at random times, with prompts and
+answers of many lengths. "quarters" are the buckets of earlier versions, each four times the one
+before, and always the largest chunk; "defaults" are what an engine chooses now, and "32 sequences"
+are that with the `max_num_seqs` of earlier versions.
 
 Two devices are modeled, both as 4 stages x 2 ranks. The CPU's figures were measured with the demo
 checkpoint on 8 virtual devices. The H100's are those of Llama-3-70B by arithmetic, at 60 % of the
@@ -19,16 +19,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.result import Result, Row, Target
-from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.chunk_choice import ChunkChoice
 from llama_jax.engine.options import EngineOptions
-from llama_jax.engine.programs import GREEDY, Choice, TickResult
-from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.sizing import choose_sizes
 from llama_jax.engine.tick_cost import CPU_COST, GPU_COST, TickCost
-from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.engine.tick_times import TickTimes
-from llama_jax.ring.sizes import Bucket, RingSizes
+from llama_jax.plan.simulation.figures import figures
+from llama_jax.plan.simulation.load import Load, Request
+from llama_jax.plan.simulation.replicas import simulate
+from llama_jax.plan.simulation.server import Server, TickTime
+from llama_jax.plan.targets import Targets
+from llama_jax.ring.sizes import RingSizes
 
 STAGES = 4
 LONGEST = 2048  # tokens of a sequence
@@ -63,20 +64,6 @@ DEVICES = {
 PROMPTS = {"short": 60, "medium": 300, "long": 800}  # median tokens
 
 
-class Clock:
-    """Stands in for an `Executor`: a tick takes no time, but moves the clock."""
-
-    def __init__(self, sizes: RingSizes, seconds: Callable[[int], float]) -> None:
-        self._tokens = {b: np.ones(sizes.num_segments(b), np.int32) for b in sizes.buckets()}
-        self._seconds = seconds
-        self.now = self.call_seconds = 0.0
-
-    def run(self, bucket: Bucket, packed: np.ndarray, choice: Choice = GREEDY) -> Any:
-        """Answers every row with the same token."""
-        self.now += self._seconds(bucket.rows + bucket.chunk)
-        return TickResult(self._tokens[bucket], np.empty(0), bucket)  # type: ignore[arg-type]
-
-
 def default_sizes(device: Device) -> RingSizes:
     """The sizes that an engine chooses on a device with room for all sequences."""
     options = EngineOptions(path="", max_num_seqs=device.sequences, max_model_len=LONGEST)
@@ -93,46 +80,45 @@ def quarters(sizes: RingSizes) -> RingSizes:
     return replace(sizes, row_buckets=tuple(rows), chunk_buckets=(0, 128))
 
 
-def requests(number: int, rate: float, prompt: int) -> list[tuple[float, int, int]]:
-    """(arrival in seconds, prompt tokens, answer tokens) of each request; always the same."""
+def requests(number: int, rate: float, prompt: int) -> list[Request]:
+    """The requests of a run; always the same."""
     rng = np.random.default_rng(0)
     arrivals = np.cumsum(rng.exponential(1 / rate, number))
     prompts = np.clip(rng.lognormal(np.log(prompt), 0.8, number), 8, 1024)
     answers = np.clip(rng.lognormal(np.log(100), 0.6, number), 8, 256)
-    return [(float(t), int(p), int(a)) for t, p, a in zip(arrivals, prompts, answers, strict=True)]
+    return [
+        Request(float(t), int(p), int(a))
+        for t, p, a in zip(arrivals, prompts, answers, strict=True)
+    ]
 
 
-def simulate(
-    device: Device, sizes: RingSizes, cost: TickCost | None, load: list[tuple[float, int, int]]
+def run_load(
+    device: Device, sizes: RingSizes, cost: TickCost | None, load: list[Request]
 ) -> dict[str, float]:
     """Runs all requests; returns the times that their clients see, and the use of the slots."""
-    clock: Any = Clock(sizes, device.seconds)
-    chunks = None if cost is None else ChunkChoice(sizes, TickTimes(cost.seconds, sizes))
-    scheduler = Scheduler(sizes, STAGES, prefix_caching=False, chunks=chunks)
-    loop = TickLoop(scheduler, clock, results_late=0, clock=lambda: clock.now)
-    times: list[list[float]] = []
-    while len(times) < len(load) or loop.has_work:
-        if not loop.has_work:
-            clock.now = max(clock.now, load[len(times)][0])
-        while len(times) < len(load) and load[len(times)][0] <= clock.now:
-            _, prompt, answer = load[len(times)]
-            params = SamplingParams(temperature=0, max_tokens=answer)
-            scheduler.add(
-                len(times), [1] * prompt, params,
-                max_model_len=LONGEST, seed=0, stop_ids=frozenset(),
-            )  # fmt: skip
-            times.append([])
-        for output in loop.step():
-            times[output.request_id].append(clock.now)
-    first = [1000 * (own[0] - arrival) for own, (arrival, _, _) in zip(times, load, strict=True)]
-    each = [1000 * (own[-1] - own[0]) / (len(own) - 1) for own in times]
+    server = Server(
+        num_stages=STAGES,
+        sizes=sizes,
+        max_model_len=LONGEST,
+        tick_time=lambda work: TickTime(device.seconds(work.tokens)),
+        chunks=lambda: cost and ChunkChoice(sizes, TickTimes(cost.seconds, sizes)),
+        prefix_caching=False,
+        results_late=0,
+        host_seconds=0.0,  # a part of the time of a tick
+        waits=True,
+        max_queue=len(load),
+        max_queue_tokens=LONGEST * len(load),
+    )
+    result = simulate(server, Load(load))
+    found = figures(result, Targets())
+    assert found.ttft is not None and found.tpot is not None
     return {
-        "slots_used": round(loop.token_slots_used / loop.token_slots, 3),
-        "ttft_p50": round(float(np.median(first)), 1),
-        "ttft_p99": round(float(np.percentile(first, 99)), 1),
-        "tpot_p50": round(float(np.median(each)), 1),
-        "tpot_p99": round(float(np.percentile(each, 99)), 1),
-        "requests_per_second": round(len(load) / clock.now, 2),
+        "slots_used": round(found.slots_used, 3),
+        "ttft_p50": round(1000 * found.ttft.p50, 1),
+        "ttft_p99": round(1000 * found.ttft.p99, 1),
+        "tpot_p50": round(1000 * found.tpot.p50, 1),
+        "tpot_p99": round(1000 * found.tpot.p99, 1),
+        "requests_per_second": round(found.requests_per_second, 2),
     }
 
 
@@ -154,10 +140,10 @@ def run(args: argparse.Namespace) -> Result:
             for rate in device.rates:
                 load = requests(args.requests, rate, median)
                 for buckets, (chosen, cost) in choices.items():
-                    figures = simulate(device, chosen, cost, load)
+                    found = run_load(device, chosen, cost, load)
                     what = {"device": name, "prompts": prompts, "rate": f"{rate:g}"}
                     programs = len(chosen.buckets())
-                    rows.append({**what, "buckets": buckets, "programs": programs, **figures})
+                    rows.append({**what, "buckets": buckets, "programs": programs, **found})
     return Result.measured(
         "buckets",
         "a simulation of the scheduler on 4 stages x 2 ranks by the buckets of the programs",
@@ -178,12 +164,12 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def _targets(rows: list[Row]) -> list[Target]:
-    def figures(column: str, buckets: str, **chosen: str) -> list[float]:
+    def column_of(column: str, buckets: str, **chosen: str) -> list[float]:
         wanted = {"buckets": buckets, **chosen}
         return [float(row[column] or 0) for row in rows if wanted.items() <= row.items()]
 
-    used = figures("slots_used", "defaults", device="CPU", prompts="long")
-    before, now = figures("tpot_p99", "quarters"), figures("tpot_p99", "defaults")
+    used = column_of("slots_used", "defaults", device="CPU", prompts="long")
+    before, now = column_of("tpot_p99", "quarters"), column_of("tpot_p99", "defaults")
     worst = max(new / old for old, new in zip(before, now, strict=True))
     return [
         Target("least share of slots used, CPU, long prompts", min(used), LEAST_USED, "min"),

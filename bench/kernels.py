@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> Result:
     for work in TOY_WORKS if args.toy else WORKS:
         call = device.tick(work)
         wall = time_calls(call, 0 if args.toy else SECONDS).median
-        tick = f"{work.rows} rows" if work.rows else f"chunk of {work.chunk}"
+        rows_text = "1 row" if work.rows == 1 else f"{work.rows} rows"
+        tick = rows_text if work.rows else f"chunk of {work.chunk}"
         rows += [{"tick": tick, "kernel": "the tick, without the profiler", "time": wall}]
         rows += tick_rows(tick, profile(call))
         keep(result(), args.output)
@@ -101,7 +102,8 @@ def group(kernel: str, stats: dict[str, Any]) -> str:
     """What a kernel computes: its source if XLA named it, without the layer, and its own name."""
     own = re.sub(r"(_\d+)+$", "", re.sub(r"[.<(].*", "", kernel))
     source = str(stats.get("tf_op") or stats.get("name") or "")
-    parts = [part for part in source.split("/") if not part.startswith(("jit(", "layer_"))]
+    hidden = ("jit(", "layer_", "XlaModule:")
+    parts = [part for part in source.split("/") if not part.startswith(hidden)]
     return "/".join([*parts[:2], own])
 
 

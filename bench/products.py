@@ -23,13 +23,13 @@ from bench.roofline import PACKAGES, check_device, copy_rate, matrix_rate
 from bench.step import rank_config, toy_config
 from bench.timing import UNITS
 from llama_jax.config import LlamaConfig, Quantization
-from llama_jax.model.hopper_product import with_kernel
 from llama_jax.model.llama import linear
 from llama_jax.plan.machine.random_weights import nbytes, random_array, random_params
 from llama_jax.plan.machine.timing import Timing, time_calls
-from llama_jax.quantization import GROUPED, QUANTIZERS
+from llama_jax.quantization import QUANTIZERS
+from llama_jax.ring.sizes import Bucket
+from llama_jax.ring.steps import product_options
 from llama_jax.weights.placement import param_shapes
-from sharding.compiler_options import GROUPED_SCALES
 from sharding.mesh import make_mesh
 from sharding.program import MeshProgram
 
@@ -44,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `python -m bench products`."""
     parser.add_argument("--rows", type=int, nargs="+", help="values of M (default: 1 8 32 512)")
     parser.add_argument("--formats", choices=FORMATS, nargs="+", default=list(FORMATS))
-    parser.add_argument("--xla", action="store_true", help="without the kernel for 8 bits")
     parser.add_argument("--toy", action="store_true", help="tiny matrices, to try it on a CPU")
 
 
@@ -74,7 +73,7 @@ def run(args: argparse.Namespace) -> Result:
 
     for num_rows in args.rows or (TOY_ROWS if args.toy else ROWS):
         for name in args.formats:
-            rows += layer_rows(name, num_rows, args.toy, args.xla, copy, matrix)
+            rows += layer_rows(name, num_rows, args.toy, copy, matrix)
             keep(result(), args.output)
     return result()
 
@@ -86,14 +85,10 @@ def error_targets(rows: list[Row]) -> list[Target]:
     return [Target(f"error of {name}", error, MAX_ERROR, "max") for name, error in largest.items()]
 
 
-def layer_rows(
-    name: str, num_rows: int, toy: bool, xla: bool, copy: float, matrix: float
-) -> list[Row]:
+def layer_rows(name: str, num_rows: int, toy: bool, copy: float, matrix: float) -> list[Row]:
     """Times each product of a layer in one format; the last row has their sum."""
     found: list[Row] = []
     for product, shapes, width in matrices(name, toy):
-        if not (xla or toy):
-            shapes = with_kernel(shapes)
         case = {"format": name, "product": product, "rows": num_rows}
         try:
             row = product_row(shapes, width, num_rows, name, copy, matrix, 0 if toy else SECONDS)
@@ -106,11 +101,15 @@ def layer_rows(
     return [*found, {"format": name, "rows": num_rows, "layer_time": total}]
 
 
+def layer_config(name: str, toy: bool) -> LlamaConfig:
+    """A rank's share of one layer, in one format."""
+    config = replace(rank_config(toy_config() if toy else LlamaConfig.llama3_70b()), num_layers=1)
+    return replace(config, quantization=Quantization(format=name)) if name in QUANTIZERS else config
+
+
 def matrices(name: str, toy: bool) -> list[tuple[str, Any, int]]:
     """The matrices of a layer in one format: name, shapes as in memory, and number of columns."""
-    config = replace(rank_config(toy_config() if toy else LlamaConfig.llama3_70b()), num_layers=1)
-    if name in QUANTIZERS:
-        config = replace(config, quantization=Quantization(format=name))
+    config = layer_config(name, toy)
     layer = param_shapes(config, make_mesh("1x1"), DTYPE).layers[0]
     columns = {"wo": config.num_heads * config.head_dim, "w_down": config.mlp_dim}
     return [
@@ -150,7 +149,7 @@ def time_products(
     x_shape = jax.ShapeDtypeStruct((num_rows, width), DTYPE, sharding=sharding)
     # XLA would join products of one x into one product.
     xs = tuple(random_array(x_shape, seed) for seed in range(copies))
-    options = GROUPED_SCALES if name in GROUPED else {}
+    options = product_options(layer_config(name, toy=False), Bucket(num_rows, 0))
     program = MeshProgram(_multiply, mesh, (P(), P()), P(), name="products", options=options)
     timing = time_calls(lambda: program(xs, weights), seconds) / copies
     out = program(xs, weights)[0]

@@ -1,9 +1,9 @@
 """Published measurements against the planner's arithmetic: `python -m bench published`.
 
-Nothing is measured here, and nothing was fitted to these figures. Each was measured by others on
-their own software, and is set beside what `llama_jax.costs` expects of this project on the same
-GPUs: low, expected and high. The error is that of the expected figure. "roofline" is what is
-expected without measured kernels, and "limit" what the data sheet of the device allows.
+Nothing is measured here. Each figure was measured by others on their own software, and is set
+beside what `llama_jax.costs` expects on the same GPUs: low, expected and high. The error is that of
+the expected figure. "roofline" is what is expected without measured kernels, and "limit" what the
+data sheet of the device allows.
 """
 
 import argparse
@@ -35,6 +35,7 @@ LLAMA_2_7B = replace(
     eos_token_ids=(2,),
 )
 LLAMA_70B, LLAMA_8B = LlamaConfig.llama3_70b(), LlamaConfig.llama3_8b()
+MEGAKERNEL = 0.78 * 3.35e12 / 2.4716e9  # tokens/s: 78 % of the bandwidth, over the weights
 MEMORY_SHARE = 0.9  # of a GPU, for weights and cache, as TensorRT-LLM has it by default
 MAX_BATCH = 2048
 MAX_TOKENS = 8192  # of a tick, likewise
@@ -110,6 +111,8 @@ def single_stream() -> list[Published]:
          deployment(LLAMA_70B, "h200", 1, "fp8", "fp8", True), "NVIDIA developer blog"),
         ("SGLang + torch.compile, 8B bf16, one H100, batch 1", 155.7, 1, 512, None,
          deployment(LLAMA_8B, "h100-sxm"), "sglang issue 1008"),
+        ("megakernel, Llama-3.2-1B bf16, one H100, batch 1", MEGAKERNEL, 1, 128, None,
+         deployment(LlamaConfig.llama3_2_1b(), "h100-sxm"), "Hazy Research, 78 % of bandwidth"),
         ("gpt-fast, Llama-2-7B bf16, one A100 80 GB, batch 1", 104.9, 1, 128, None,
          deployment(LLAMA_2_7B, "a100-80"), "gpt-fast README"),
         ("gpt-fast, Llama-2-7B int8, one A100 80 GB, batch 1", 155.6, 1, 128, None,
@@ -138,6 +141,15 @@ def vllm() -> list[Published]:
             "vLLM 0.6, 70B bf16, 4 x H100, 8 sequences of 292 tokens", "TPOT without prompts",
             0.021, "s", four, partial(time_per_token, rows=8, context=292),
             "vLLM blog, a chart",
+        ),
+        *(
+            Published(
+                f"vLLM 0.6, 70B bf16, 4 x H100, {prompt}/{output}", "most requests", rate,
+                "requests/s", four,
+                partial(saturated_rate, prompt=prompt, output=output, chunk=MAX_TOKENS, rows=256),
+                "vLLM blog, a chart",
+            )
+            for prompt, output, rate in ((202, 179, 17.3), (462, 256, 15.4))
         ),
     ]  # fmt: skip
 

@@ -22,14 +22,15 @@ GPU_OPTIONS: dict[str, Any] = {
     # merge them, XLA would join their matrices, and write out those in groups. Unmeasured.
     "xla_gpu_dot_merger_threshold_mb": 0,
 }
-# For programs that multiply by matrices whose columns form groups that share a scale. Scales become
-# part of the product. On an H200 the products of a layer of Llama-3-70B in int4, for one row, take
-# 247 µs so, and 825 without, when whole matrices are written out dequantized. It requires that no
-# product is split over its inputs; in other formats, for which it is left free, that would slow one
-# row of int8 from 160 to 226 µs, and 32 rows of bfloat16 from 251 to 260.
-GROUPED_SCALES: dict[str, Any] = {
-    "xla_gpu_experimental_enable_subchannel_dequantisation_fusion": True,
-    "xla_gpu_experimental_force_split_k": 1,
+# Triton's products are not split over their inputs. A split one writes float32 partial results to
+# memory, and another kernel adds them up; the autotuner times only the first. On an H200 a rank's
+# tick of Llama-3-70B with 32 rows takes 5.8 ms so, and 6.0 if it is free to split.
+UNSPLIT: dict[str, Any] = {"xla_gpu_experimental_force_split_k": 1}
+# For matrices whose columns form groups that share a scale: scales become part of the product. On
+# an H200 the products of a layer of Llama-3-70B in int4, for one row, take 247 µs so. If they may
+# be split, it is 825, since whole matrices are then written out dequantized.
+GROUPED_SCALES: dict[str, Any] = UNSPLIT | {
+    "xla_gpu_experimental_enable_subchannel_dequantisation_fusion": True
 }
 
 

@@ -5,10 +5,13 @@ import gc
 import os
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.support.xla_options import CHEAP_CODE
 
 # JAX and OpenMP read these when they are imported, also in the engines that tests start.
 for name, value in {
@@ -18,6 +21,7 @@ for name, value in {
     # The default, 1 s, is longer than most programs here take to compile: none would be kept.
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "XLA_FLAGS": CHEAP_CODE,
     # Two workers share two cores. A second OpenMP thread each would only spin.
     "OMP_NUM_THREADS": "1",
 }.items():
@@ -32,6 +36,43 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("quick", deadline=None, max_examples=20)
 settings.register_profile("full", deadline=None, max_examples=100)
 settings.load_profile("quick")
+
+# The files that take the longest. One that is begun last keeps one worker busy for minutes while
+# the other has nothing to do.
+LONGEST = (
+    # of the slow tests:
+    "tests/engine/test_scheduler.py",
+    "tests/bench/test_measurements.py",
+    "tests/demo/test_checkpoint.py",
+    "tests/llm/test_notebook.py",
+    "tests/engine/test_grammars.py",
+    "tests/clients/test_schemathesis.py",
+    "tests/convert/test_resume.py",
+    "tests/convert/test_memory.py",
+    # of the quick tests:
+    "tests/ring/test_parity.py",
+    "tests/quantization/test_quantized_model.py",
+    "tests/ring/test_rules.py",
+    "tests/model/test_bring_your_own.py",
+    "tests/model/test_sampling.py",
+    "tests/llm/test_end_to_end.py",
+    "tests/llm/test_in_process_llm.py",
+    "tests/serve/test_end_to_end.py",
+    "tests/interpret/test_capture.py",
+)
+
+
+@pytest.hookimpl(trylast=True)  # after those that do not run have been taken out
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Sorts the files: the longest ones, then those with the most tests."""
+    number = Counter(item.path for item in items)
+    places = {config.rootpath / name: place for place, name in enumerate(LONGEST)}
+    assert all(path.is_file() for path in places), "LONGEST names a file that does not exist"
+
+    def key(item: pytest.Item) -> tuple[int, int]:
+        return places.get(item.path, len(places)), -number[item.path]
+
+    items.sort(key=key)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -142,7 +142,8 @@ def modules_loaded_by(*modules: str) -> set[str]:
 
 
 def test_the_http_process_and_the_scheduler_do_not_load_jax():
-    served = [module_name(path) for path in sources("llama_jax/serve") if path.stem != "__main__"]
+    packages = ("llama_jax/costs", "llama_jax/serve")
+    served = [module_name(path) for path in sources(*packages) if path.stem != "__main__"]
     loaded = modules_loaded_by(*WITHOUT_JAX, *served)
     assert "llama_jax" in loaded and not loaded & {"jax", "jaxlib", "flax", "orbax", "torch"}
     assert "jax" in modules_loaded_by("llama_jax.model.llama")  # the check would notice

@@ -19,9 +19,10 @@ from llama_jax.weights.axes import kv_replicas
 from sharding.stages import positions_per_stage
 
 _HEAD_DIM = 128  # of the measured kernels
-# Contexts at which the roofline's line is drawn; it is straight.
-_CONTEXTS = (0.0, 1e6)
-_PAIRS = tuple(float(4**i) for i in range(15))  # up to those of a prompt of 16,384 tokens
+# Beyond any context: the lowest, middle and highest of several curves may change places up to it.
+_FAR = 1e9
+_CONTEXTS = (0.0, _FAR)  # of the roofline's line, which is straight
+_PAIRS = tuple(float(4**i) for i in range(24))  # far beyond those of any chunk
 
 
 class RankAttention:
@@ -102,7 +103,7 @@ class RankAttention:
         curves = [attention.curve(rows) for attention in self._sets]
         points = [
             (context, sorted(curve.at(context) * self._factor for curve in curves))
-            for context in curves[0].sizes
+            for context in (*curves[0].sizes, _FAR)
         ]
         low, expected, high = (
             Curve({context: times[i] for context, times in points}) for i in range(3)

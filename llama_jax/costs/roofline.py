@@ -75,8 +75,3 @@ def shares_of(platform: str, link: str = "NVLink") -> Shares:
 def band(values: tuple[float, float, float]) -> Band:
     """The band of three times."""
     return Band(*values)
-
-
-def at_shares(floor: float, shares: tuple[float, float, float]) -> Band:
-    """The band of a floor at these shares of the peak."""
-    return Band(*(floor / share for share in shares))

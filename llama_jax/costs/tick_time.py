@@ -144,12 +144,17 @@ class TickModel:
                     high + fixed.communication[2],
                 )
             return low, expected, high
-        attention, times = self._attention(work), fixed.times
-        return (
-            times[0] + attention.low,
-            times[1] + attention.expected,
-            times[2] + attention.high,
-        )
+        low, expected, high = fixed.times
+        if work.rows:
+            curves, context = self.attention.decode_curves(work.rows), work.row_keys / work.rows
+            low += curves[0].at(context)
+            expected += curves[1].at(context)
+            high += curves[2].at(context)
+        if work.chunk:
+            low += self.attention.prefill_time(0, work.chunk_pairs, work.chunk_keys)
+            expected += self.attention.prefill_time(1, work.chunk_pairs, work.chunk_keys)
+            high += self.attention.prefill_time(2, work.chunk_pairs, work.chunk_keys)
+        return low, expected, high
 
     def expected(self, work: Work) -> float:
         """The expected seconds of a tick; the fastest way to ask."""

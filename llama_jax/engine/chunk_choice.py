@@ -48,7 +48,8 @@ class ChunkChoice:
     Without targets, the chunk is that for which requests wait least in all, by the model alone: the
     choice depends on nothing but the requests. With targets:
 
-    1. Those chunks come first with which the fewest prompts are late for their first token.
+    1. Those chunks come first with which the prompts are least late for their first tokens: the
+       sum of the seconds by which they would be.
     2. Of these, the largest with which P ticks, the time of an output token, take no longer than
        the target, with the present rows, contexts and times of ticks. A chunk whose ticks are as
        long as those of the smallest is always within it, or prompts would never end.
@@ -56,7 +57,7 @@ class ChunkChoice:
        requests wait least in all.
 
     So where both targets cannot hold, the one for output tokens yields, but only while a prompt
-    would be late otherwise, and only as far as that takes. The first token comes once, while the
+    would be late otherwise, and no further than that helps. The first token comes once, while the
     time per output token is a mean over the whole answer. And larger chunks take more tokens a
     second: otherwise the queue would grow until every prompt were late.
 
@@ -88,6 +89,8 @@ class ChunkChoice:
 
         It is 0 if there is no other.
         """
+        if not self._chunks:
+            return 0
         seconds = self._seconds(load)
         idle = seconds(0)
 
@@ -100,35 +103,42 @@ class ChunkChoice:
             return ticks(load.tokens, chunk) * (load.prompts * tick + streams)
 
         if not self.has_targets:
-            return min(self._chunks, key=waiting, default=0)
+            return min(self._chunks, key=waiting)
 
-        def late(chunk: int) -> int:
+        def late(chunk: int) -> float:
             if self.ttft is None:
-                return 0
-            left, tick = MARGIN * self.ttft, seconds(chunk)
-            return sum(waited + ticks(until, chunk) * tick > left for until, waited in load.waits)
+                return 0.0
+            tick, left = seconds(chunk), MARGIN * self.ttft
+            over = (waited + ticks(until, chunk) * tick - left for until, waited in load.waits)
+            return sum(max(0.0, each) for each in over)
 
-        limit = self.limit(load)
+        limit = self._sizes.max_chunk if self.tpot is None else self._limit(load, seconds)
 
-        def rank(chunk: int) -> tuple[int, bool, float]:
+        def rank(chunk: int) -> tuple[float, float]:
             if self.tpot is None:
-                return late(chunk), False, waiting(chunk)
-            return late(chunk), chunk > limit, chunk if chunk > limit else -chunk
+                return late(chunk), waiting(chunk)
+            return late(chunk), chunk if chunk > limit else -chunk
 
-        return min(self._chunks, key=rank, default=0)
+        return min(self._chunks, key=rank)
 
     def limit(self, load: Load) -> int:
         """The largest chunk that the target for output tokens allows now."""
         if self.tpot is None or not self._chunks:
             return self._sizes.max_chunk
-        seconds = self._seconds(load)
+        return self._limit(load, self._seconds(load))
+
+    def _limit(self, load: Load, seconds: Callable[[int], float]) -> int:
+        assert self.tpot is not None
         most = max(self.tpot / load.num_stages, AS_LONG * seconds(self._chunks[0]))
         return max(chunk for chunk in self._chunks if seconds(chunk) <= most)
 
     def _seconds(self, load: Load) -> Callable[[int], float]:
         """The seconds of a tick by the size of its chunk."""
+        sizes = self._sizes.chunk_buckets
         if not self.has_targets:
-            return lambda chunk: self.times.model(Work(load.rows, chunk))
+            return {c: self.times.model(Work(load.rows, c)) for c in sizes}.__getitem__
         rows = next(rows for rows in self._sizes.row_buckets if rows >= load.rows)
         context = load.keys / max(rows, 1)
-        return lambda chunk: self.times.seconds(Bucket(rows, chunk), context, load.prefix)
+        return {
+            c: self.times.seconds(Bucket(rows, c), context, load.prefix) for c in sizes
+        }.__getitem__

@@ -162,7 +162,7 @@ class EngineOptions:
         None,
         "maximum number of prompt tokens per tick, rounded up to a multiple of 64; more gives "
         "faster first tokens and slower streams",
-        unset="128 on CPU, 256 on a GPU; with tpot_slo, the most that this target can allow",
+        unset="128 on CPU, 256 on a GPU; with tpot_slo, as many as it can allow",
         unit="TOKENS",
         minimum=1,
         flags=("--chunked-prefill-size",),

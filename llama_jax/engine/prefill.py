@@ -148,7 +148,7 @@ class Prefill:
             return load
         ends = accumulate(left for _, left in prompts)
         return load._replace(
-            keys=max(sum(s.next_position for s in batch) for batch in roster.microbatches),
+            keys=max([sum([s.next_position for s in batch]) for batch in roster.microbatches]),
             prefix=roster.prefilling[0].next_position if roster.prefilling else 0,
             waits=tuple(
                 (end, now - s.arrived_at)

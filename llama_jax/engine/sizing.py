@@ -153,7 +153,9 @@ def choose_sizes(
     longest = min(longest, num_pages * page_size)
     max_chunk = options.max_chunk or (CPU_CHUNK if platform == "cpu" else GPU_CHUNK)
     if options.max_chunk is None and options.tpot_slo is not None and known is not None:
-        max_chunk = min(largest_chunk(known, num_stages, options.tpot_slo, TILE), longest)
+        allowed = largest_chunk(known, num_stages, options.tpot_slo, TILE)
+        # A target for first tokens may need more than that.
+        max_chunk = allowed if options.ttft_slo is None else max(allowed, max_chunk)
     sizes = RingSizes(
         num_slots=num_seqs,
         num_pages=num_pages,

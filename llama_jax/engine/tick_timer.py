@@ -50,8 +50,8 @@ class TickTimer:
 
     def dispatched(self, bucket: Bucket, entering: Packet) -> None:
         """A tick was dispatched."""
-        keys = sum(row.position + 1 for row in entering.rows)
-        prefix = max((tile.position for tile in entering.tiles), default=0)
+        keys = sum([row.position for row in entering.rows]) + len(entering.rows)
+        prefix = max([tile.position for tile in entering.tiles], default=0)
         self._packets.append((keys, prefix))
         most, longest = map(max, zip(*self._packets, strict=True))
         self._unread.append(Timed(bucket, most / max(bucket.rows, 1), longest))

@@ -17,6 +17,7 @@ from llama_jax.ring.sizes import Bucket, RingSizes
 WINDOW = 31  # ticks of a program that count, the latest ones
 BELIEF = 5  # ticks that the model counts for: more must be seen before anything changes
 REFRESH = 16  # ticks between two corrections
+RATIO_DIGITS = 3  # finer differences are noise, and would change the times of all programs
 FORGET = 20_000  # ticks after which what was seen of a program no longer counts
 
 
@@ -83,12 +84,16 @@ class TickTimes:
     def _refresh(self) -> None:
         every = _median(1.0, chain(*self._kinds.values()))
         kinds = {kind: _median(every, ratios) for kind, ratios in self._kinds.items()}
+        ratios = {}
         for bucket in self._sizes.buckets():
             if self._count - self._latest.get(bucket, self._count) > FORGET:
                 del self._own[bucket], self._latest[bucket]
             own = self._own.get(bucket, ())
-            self._ratios[bucket] = _median(kinds[bucket.chunk > 0], own)
-        self._corrected.clear()
+            ratio = _median(kinds[bucket.chunk > 0], own)
+            ratios[bucket] = float(f"{ratio:.{RATIO_DIGITS}g}")
+        if ratios != self._ratios:
+            self._ratios = ratios
+            self._corrected.clear()
 
     def _model(self, bucket: Bucket, context: int, prefix: int) -> float:
         key = bucket, context, prefix

@@ -10,6 +10,7 @@ from llama_jax.plan.replica import LEVELS, Memory, Replica
 from llama_jax.plan.steady_state import SteadyState
 
 FIRST_SEQUENCES = 8  # the least that a replica is told to decode at once
+ALONE = 0.001  # requests/s: a request never meets another
 
 
 class Missed(NamedTuple):
@@ -89,8 +90,14 @@ class Candidate:
 
     @property
     def max_num_seqs(self) -> int:
-        """The sequences to make room for in each replica: a power of two."""
-        needed = max(FIRST_SEQUENCES, self.state().most_live)
+        """The sequences to make room for in each replica: a power of two.
+
+        It is enough even if ticks are as long as they may be, when more sequences live at once.
+        """
+        states = (self.state(level) for level in LEVELS)
+        kept = [state.most_live for state in states if not state.overload]
+        needed = max(kept, default=self.replica.max_live)
+        needed = max(FIRST_SEQUENCES, needed)
         return max(1, min(1 << (needed - 1).bit_length(), self.replica.max_live))
 
     def state(self, level: str = "expected") -> SteadyState:
@@ -120,25 +127,28 @@ class Candidate:
 
     @cached_property
     def missed(self) -> tuple[Missed, ...]:
-        """The targets that it misses, as expected; the worst first."""
-        targets, state, memory = self.replica.targets, self.state(), self.memory
-        lengths = self.replica.workload
+        """The targets that it misses, as expected; the worst first.
+
+        If it falls behind, the latencies are those of a request that is alone.
+        """
+        lengths, memory, state = self.replica.workload, self.memory, self.state()
         if not self.fits:
             tokens = lengths.prompt_tokens + lengths.output_tokens
             return (Missed("memory", memory.needed(tokens), memory.allowed, "bytes"),)
         found = []
         if state.overload:
             most = self.max_rate.expected or self.max_load
-            more = 1.01 * most / self.layout.replicas
+            more = 1.01 * most / self.layout.replicas or self.replica_rate
             why = self.replica.state(more, self.replica.best_chunk(more)).overload
             found.append(Missed("rate", most, self.rate, "requests/s", why or "latency"))
-        else:
-            for target, value, bound in (
-                ("TTFT", state.ttft, targets.ttft),
-                ("TPOT", state.tpot, targets.tpot),
-            ):
-                if bound is not None and value > bound:
-                    found.append(Missed(target, value, bound, "s"))
+            state = self.replica.state(ALONE, self.replica.best_chunk(ALONE))
+        targets = self.replica.targets
+        for target, value, bound in (
+            ("TTFT", state.ttft, targets.ttft),
+            ("TPOT", state.tpot, targets.tpot),
+        ):
+            if bound is not None and value > bound:
+                found.append(Missed(target, value, bound, "s"))
         return tuple(sorted(found, key=lambda missed: -missed.excess))
 
     @property

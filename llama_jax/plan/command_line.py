@@ -60,9 +60,9 @@ def make_parser() -> Parser:
     add("--output-tokens", type=_count, default=256, metavar="N", help="(%(default)s)")
     add("--rate", type=_positive, default=8.0, metavar="R", help="requests/s (%(default)g)")
     add = parser.add_argument_group("targets").add_argument
-    add("--ttft", type=duration, default="500ms", help="to the first token (%(default)s)")
-    add("--tpot", type=duration, default="50ms", help="per token after it (%(default)s)")
-    add("--inside", type=_share, default=0.99, help="share of requests inside both (%(default)g)")
+    add("--ttft", type=_limit, default="500ms", help="to the first token, or none (%(default)s)")
+    add("--tpot", type=_limit, default="50ms", help="per token after it, or none (%(default)s)")
+    add("--inside", type=_part, default=0.99, help="share of requests inside both (%(default)g)")
     add("--memory", type=_share, default=0.85, help="share of each GPU's memory (%(default)g)")
     add = parser.add_argument_group("answer").add_argument
     add("--recommend", action="store_true", help="find the fewest GPUs for the rate and targets")
@@ -93,6 +93,7 @@ def read_question(arguments: argparse.Namespace) -> Question:
     config = with_weights(find_model(arguments.model), arguments.weights)
     layout, gpus = _layout_and_gpus(arguments)
     workload = Workload(arguments.prompt_tokens, arguments.output_tokens, arguments.rate)
+    tpot = arguments.tpot if workload.output_tokens > 1 else None  # there is no second token
     longest = workload.prompt_tokens + workload.output_tokens
     if longest > config.max_context:
         raise UserError(
@@ -102,15 +103,19 @@ def read_question(arguments: argparse.Namespace) -> Question:
         )
     if layout is not None:
         check_layout(config, layout)
-    if arguments.fp8_activations and arguments.weights != "fp8":
-        raise UserError("--fp8-activations needs matrices in fp8: add --weights fp8.")
+    gpu = find_gpu(arguments.gpu)
+    if arguments.fp8_activations:
+        if config.quantization is None or config.quantization.format != "fp8":
+            raise UserError("--fp8-activations needs matrices in fp8: add --weights fp8.")
+        if "fp8" not in gpu.flops:
+            raise UserError(f"{gpu.name} does not multiply in fp8: leave --fp8-activations out.")
     return Question(
         arguments.model,
         config,
-        find_gpu(arguments.gpu),
+        gpu,
         gpus,
         workload,
-        Targets(arguments.ttft, arguments.tpot, arguments.memory, arguments.inside),
+        Targets(arguments.ttft, tpot, arguments.memory, arguments.inside),
         arguments.kv_cache_dtype,
         layout,
         arguments.max_chunk,
@@ -147,6 +152,10 @@ def _layout_and_gpus(arguments: argparse.Namespace) -> tuple[Layout | None, int]
     return Layout(mesh[0], mesh[1], gpus // each), gpus
 
 
+def _limit(text: str) -> float | None:
+    return None if text.strip().lower() == "none" else duration(text)
+
+
 def _layout(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"\s*([1-9]\d{0,5})\s*[x×X]\s*([1-9]\d{0,5})\s*", text)
     if match is None:
@@ -181,4 +190,11 @@ def _share(text: str) -> float:
     number = _positive(text.strip().removesuffix("%")) / (100 if percent else 1)
     if number > 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share: give 0.85 or 85%")
+    return number
+
+
+def _part(text: str) -> float:
+    number = _share(text)
+    if number == 1:
+        raise argparse.ArgumentTypeError("no queue keeps every request: give less than 1")
     return number

@@ -57,12 +57,14 @@ def _points(candidate: Candidate) -> Iterator[Point]:
     """
     replica, layout = candidate.replica, candidate.layout
     most = replica.max_load()
+    if not most:
+        return
     limit = replica.targets.ttft or float("inf")
     for share in SHARES:
         rate = most * share
         states = ((replica.state(rate, chunk), chunk) for chunk in replica.chunks)
         kept = [(state, c) for state, c in states if state.ttft <= limit]
-        if most and kept:
+        if kept:
             state, chunk = min(kept, key=lambda entry: entry[0].mean_tpot)
             total = rate * layout.replicas
             yield Point(

@@ -13,6 +13,8 @@ from llama_jax.plan.plan import Plan, Question
 from llama_jax.plan.reasons import OUT_OF_SCOPE, breaks_first, remedies, verdict, why
 from llama_jax.plan.recommend import Recommendation
 
+DIGITS = 9  # of a number that is not whole
+
 
 def plan_json(
     plan: Plan, price: float | None = None, fewest: Recommendation | None = None
@@ -133,9 +135,14 @@ def point_json(point: Point) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """The same content with null for numbers that JSON does not have."""
+    """The same content to `DIGITS`, with null for numbers that JSON does not have.
+
+    The last bits of a sum differ between versions of Python.
+    """
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    return value

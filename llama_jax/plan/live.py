@@ -4,19 +4,20 @@ import argparse
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 
 from llama_jax.costs.figure import Band, Evidence, Figure
 from llama_jax.plan.candidate import Candidate
-from llama_jax.plan.plan import Plan
+from llama_jax.plan.plan import Plan, make_plan
 from llama_jax.plan.report.document import Cell, Report, Section, Table
 from llama_jax.plan.report.json_text import json_text
 from llama_jax.plan.report.outlook import STEADY, Outlook
 from llama_jax.plan.report.quantities import number_text
+from llama_jax.plan.report.sections.promises import OUT_OF_SCOPE
 from llama_jax.plan.report.text import show
 from llama_jax.plan.server_metrics import ComparisonError, Latency, Seen, metrics_url, observe
 from llama_jax.plan.targets import Workload
 from llama_jax.terminal.arguments import duration
+from llama_jax.terminal.units import count_text
 
 KEYS = ("LLAMA_JAX_API_KEY", "OPENAI_API_KEY")
 COLUMNS = ("figure", "predicted", "seen", "drift", "band")
@@ -40,16 +41,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace, plan: Plan) -> int:
+def run(arguments: argparse.Namespace, _: None = None) -> int:
     """Prints the comparison; returns the exit code.
 
+    The load is the one that was seen: its rate, and the mean lengths of its requests. So is the
+    mesh, unless the command line has one.
+
     Raises:
-      ComparisonError: there is no server of this project, it has another mesh than the plan, or it
-        has not answered a request yet.
+      UserError: there is no server of this project, it has another mesh than the plan, it has not
+        answered a request yet, or the question is wrong.
     """
+    from llama_jax.plan.command_line import make_parser, read_question
+
     key = arguments.api_key or next(filter(None, map(os.environ.get, KEYS)), None)
     url = metrics_url(arguments.compare)
-    report = comparison(plan, observe(url, key, arguments.window), url, arguments.window)
+    seen = observe(url, key, arguments.window)
+    check_answers(seen, url, arguments.window)
+    defaults = make_parser().parse_args([])
+    planned = load_of(arguments)
+    asked = argparse.Namespace(**vars(arguments))
+    asked.prompt_tokens = max(1, round(seen.prompt_tokens))
+    asked.output_tokens = max(1, round(seen.output_tokens))
+    asked.rate = max(seen.rate, 1e-9)
+    if arguments.layout is None and arguments.gpus is None and seen.num_devices:
+        asked.layout = (seen.num_stages, seen.num_devices // seen.num_stages)
+    plan = make_plan(read_question(asked))
+    report = comparison(
+        plan, seen, url, arguments.window, None if planned == load_of(defaults) else planned
+    )
     if arguments.json:
         print(json_text(report), end="")
     else:
@@ -57,31 +76,44 @@ def run(arguments: argparse.Namespace, plan: Plan) -> int:
     return 0
 
 
-def comparison(plan: Plan, seen: Seen, url: str, window: float = 0.0) -> Report:
-    """The report of a comparison.
+def load_of(arguments: argparse.Namespace) -> Workload:
+    """The load that a command line plans for."""
+    return Workload(arguments.prompt_tokens, arguments.output_tokens, arguments.rate)
 
-    The load is the one that was seen: its rate and the mean lengths of its requests.
 
-    Args:
-      plan: what was asked, and its layouts.
-      seen: of the server.
-      url: of its metrics.
-      window: seconds that it was observed for; 0 for since its start.
+def check_answers(seen: Seen, url: str, window: float = 0.0) -> None:
+    """Checks that there is something to compare.
 
     Raises:
-      ComparisonError: the server has another mesh, or has not answered a request.
+      ComparisonError: the server has not answered a request.
     """
     if not seen.requests or math.isnan(seen.prompt_tokens):
         when = f"in {window:g} s" if window else "yet"
         raise ComparisonError(f"{url} has answered no request {when}: send some, and try again.")
-    load = Workload(max(1, round(seen.prompt_tokens)), max(1, round(seen.output_tokens)), seen.rate)
+
+
+def comparison(
+    plan: Plan, seen: Seen, url: str, window: float = 0.0, planned: Workload | None = None
+) -> Report:
+    """The report of a comparison.
+
+    Args:
+      plan: for the load that was seen.
+      seen: of the server, which has answered requests.
+      url: of its metrics.
+      window: seconds that it was observed for; 0 for since its start.
+      planned: another load that was planned for; None for none.
+
+    Raises:
+      ComparisonError: the server has another mesh than each layout of the plan.
+    """
     layout = matching(plan, seen, url).layout._replace(replicas=1)
-    predicted = Outlook(replace(plan.question, workload=load).candidate(layout))
+    predicted = Outlook(plan.question.candidate(layout))
     since = f"in {window:g} s" if window else f"since its start {seen.seconds:,.0f} s ago"
     rows = [row for row in _figures(predicted, seen) if row is not None]
     inside = sum(row[-1] == "inside" for row in rows)
     sections = [
-        Section("load", "Load", (), (_load_table(plan.question.workload, seen),)),
+        Section("load", "Load", (), (_load_table(planned, seen),)),
         Section(
             "figures",
             "Latencies and use, at the load that was seen",
@@ -91,6 +123,7 @@ def comparison(plan: Plan, seen: Seen, url: str, window: float = 0.0) -> Report:
     ]
     if seen.ticks:
         sections.append(_tick_section(predicted, seen))
+    sections.append(Section("scope", "Scope", (OUT_OF_SCOPE,)))
     return Report(
         f"{url} against the plan for {plan.question.model} as {layout} of {plan.question.gpu.name}",
         f"{inside} of {len(rows)} figures are inside the predicted band; {seen.requests:,.0f} "
@@ -124,9 +157,9 @@ def drift(predicted: Band, seen: float) -> tuple[str, str]:
     """By how much a value differs from the expected one, and where it lies."""
     if not predicted.expected or not math.isfinite(predicted.expected):
         return "", "overloaded" if predicted.expected else ""
-    share = 100 * (seen / predicted.expected - 1)
+    ratio = seen / predicted.expected
     where = "inside" if predicted.low <= seen <= predicted.high else "outside"
-    return f"{share:+.0f} %", where
+    return f"{100 * (ratio - 1):+.0f} %" if ratio < 10 else f"× {ratio:,.0f}", where
 
 
 def _figures(predicted: Outlook, seen: Seen) -> Iterator[tuple[Cell, ...] | None]:
@@ -172,17 +205,21 @@ def _measured(band: Band, unit: str) -> Figure:
     return Figure(band, unit, Evidence.MEASURED_HERE, "the server's metrics")
 
 
-def _load_table(planned: Workload, seen: Seen) -> Table:
-    pairs = (
-        ("requests/s", planned.rate, seen.rate),
-        ("prompt tokens, mean", planned.prompt_tokens, seen.prompt_tokens),
-        ("output tokens, mean", planned.output_tokens, seen.output_tokens),
+def _load_table(planned: Workload | None, seen: Seen) -> Table:
+    found = (
+        ("requests/s", seen.rate),
+        ("prompt tokens, mean", seen.prompt_tokens),
+        ("output tokens, mean", seen.output_tokens),
     )
-    rows = tuple(
-        (name, number_text(plan), number_text(found), drift(Band.exactly(plan), found)[0])
-        for name, plan, found in pairs
+    if planned is None:
+        rows = tuple((name, number_text(value)) for name, value in found)
+        return Table("load", ("figure", "seen"), rows)
+    plans = (planned.rate, planned.prompt_tokens, planned.output_tokens)
+    compared = tuple(
+        (name, number_text(plan), number_text(value), drift(Band.exactly(plan), value)[0])
+        for plan, (name, value) in zip(plans, found, strict=True)
     )
-    return Table("load", ("figure", "planned", "seen", "drift"), rows)
+    return Table("load", ("figure", "planned", "seen", "drift"), compared)
 
 
 def _tick_section(predicted: Outlook, seen: Seen) -> Section:
@@ -195,7 +232,7 @@ def _tick_section(predicted: Outlook, seen: Seen) -> Section:
         work = work._replace(row_keys=min(live, bucket.rows) * replica.context)
         band = replica.model.seconds(work)
         figure = Figure(band, "s", Evidence.ARITHMETIC, "the model of ticks")
-        name = f"{bucket.rows} rows" + (f" + {bucket.chunk}" if bucket.chunk else "")
+        name = count_text(bucket.rows, "row") + (f" + {bucket.chunk}" if bucket.chunk else "")
         found = _measured(Band.exactly(seconds), "s")
         rows.append((name, f"{count:,.0f}", figure, found, *drift(band, seconds)))
     columns = ("program", "ticks", "predicted", "seen", "drift", "band")

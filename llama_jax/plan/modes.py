@@ -17,7 +17,8 @@ the same time only if it `includes` them, and reads their options itself.
 
 import argparse
 from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sharding.errors import UserError
 
@@ -32,6 +33,7 @@ class Mode(NamedTuple):
       flag: that asks for the mode, as in `argparse`'s namespace: "simulate" for --simulate.
       module: that does it.
       includes: the flags of modes that may be asked for as well, as options of this one.
+      reads: modules whose options it has as well, even without their flags.
       needs_plan: whether it is given a plan. Without one, the command line need not ask a question
         that has an answer.
     """
@@ -39,6 +41,7 @@ class Mode(NamedTuple):
     flag: str
     module: str
     includes: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
     needs_plan: bool = True
 
     def is_asked_for(self, arguments: argparse.Namespace) -> bool:
@@ -54,10 +57,24 @@ class Mode(NamedTuple):
 MODES: tuple[Mode, ...] = (
     Mode("validate", "llama_jax.plan.machine.command", needs_plan=False),
     Mode("calibrate", "llama_jax.plan.machine.command", needs_plan=False),
-    Mode("compare", "llama_jax.plan.live"),
+    Mode("server_command", "llama_jax.plan.serving"),
+    Mode("kubernetes", "llama_jax.plan.serving"),
+    Mode("compare", "llama_jax.plan.live", needs_plan=False),
+    Mode(
+        "report",
+        "llama_jax.plan.report.command",
+        includes=("compile", "simulate", "trace", "highest_rate", "outage", "daily"),
+        reads=("llama_jax.plan.simulation.command",),
+    ),
     Mode("compile", "llama_jax.plan.compiled.command"),
-    Mode("report", "llama_jax.plan.report.command"),
+    Mode("simulate", "llama_jax.plan.simulation.command"),
+    Mode("trace", "llama_jax.plan.simulation.command"),
+    Mode("highest_rate", "llama_jax.plan.simulation.command"),
+    Mode("outage", "llama_jax.plan.simulation.command"),
+    Mode("daily", "llama_jax.plan.simulation.command"),
 )
+# Options that only the plan without a mode has.
+ARITHMETIC = ("frontier", "cost_per_gpu_hour")
 
 
 def add_modes(parser: argparse.ArgumentParser) -> None:
@@ -70,20 +87,46 @@ def chosen_mode(arguments: argparse.Namespace) -> Mode | None:
     """The mode that the command line asks for; None for the arithmetic plan.
 
     Raises:
-      UserError: it asks for two that do not go together.
+      UserError: it asks for two that do not go together, or has an option of another mode, which
+        would do nothing.
     """
     asked = [mode for mode in MODES if mode.is_asked_for(arguments)]
-    if not asked:
-        return None
-    first, *others = asked
-    for other in others:
-        if other.flag not in first.includes and other.module != first.module:
+    first = asked[0] if asked else None
+    for other in asked[1:]:
+        if first and other.flag not in first.includes and other.module != first.module:
             raise UserError(
-                f"{_option(first.flag)} and {_option(other.flag)} are two different runs: leave "
+                f"{option(first.flag)} and {option(other.flag)} are two different runs: leave "
                 "one of them out."
             )
+    _check_options(arguments, {m for mode in asked for m in (mode.module, *mode.reads)})
+    if first is not None:
+        for flag in ARITHMETIC:
+            if getattr(arguments, flag, None) is not None:
+                raise UserError(
+                    f"{option(flag)} is for the plan itself: leave it out, or {option(first.flag)}."
+                )
     return first
 
 
-def _option(flag: str) -> str:
+def _check_options(arguments: argparse.Namespace, asked: set[str]) -> None:
+    """Raises UserError if an option is given whose module is not among those asked for."""
+    for module, modes in groupby(MODES, key=lambda mode: mode.module):
+        flags = [mode.flag for mode in modes]
+        for name, default in _defaults(module).items():
+            if module not in asked and getattr(arguments, name, default) != default:
+                raise UserError(
+                    f"{option(name)} does nothing without {' or '.join(map(option, flags))}: add "
+                    "one of them, or leave it out."
+                )
+
+
+def _defaults(module: str) -> dict[str, Any]:
+    """The options of a module and their defaults."""
+    parser = argparse.ArgumentParser(add_help=False)
+    import_module(module).add_arguments(parser)
+    return vars(parser.parse_args([]))
+
+
+def option(flag: str) -> str:
+    """The flag that stands for a name in `argparse`'s namespace."""
     return "--" + flag.replace("_", "-")

@@ -39,7 +39,7 @@ def verdict(plan: Plan) -> str:
             f"{where}: {_keeps(best)} every target as expected, but not with the slowest ticks: "
             f"{_latencies(best, 'high')}."
         )
-    missing = " and ".join(map(missed_text, best.missed))
+    missing = ", and ".join(map(missed_text, best.missed))
     if question.layout is not None:
         return f"{where}: {best.layout} misses its targets: {missing}."
     return f"{where}: no layout keeps every target. {best.layout} comes nearest: {missing}."
@@ -65,11 +65,12 @@ def why(plan: Plan) -> Iterator[str]:
     if not others:
         return
     if best.holds:
-        holding = sum(candidate.holds for candidate in plan.candidates)
+        alike = [c for c in plan.candidates if c.holds and c.holds_surely == best.holds_surely]
+        sure = ", even with the slowest ticks" if best.holds_surely else ""
         yield (
             f"{_keeps(best)} the targets up to {amount(best.max_rate.expected, 'requests/s')}, "
-            f"the most of the {holding} that keep them at this rate, of "
-            f"{count_text(len(plan.candidates), 'layout')}."
+            f"the most of the {len(alike)} of {count_text(len(plan.candidates), 'layout')} that "
+            f"keep them at this rate{sure}."
         )
     yield _profile(best)
     shown = others[:1] + [
@@ -87,8 +88,8 @@ def _profile(candidate: Candidate) -> str:
         return f"{candidate.layout}: {missed_text(candidate.missed[0])}."
     parts = [f"{candidate.layout}: {_latencies(candidate)}"]
     layout = candidate.layout
-    if candidate.missed and candidate.missed[0].target == "rate":
-        parts = [f"{layout}: {missed_text(candidate.missed[0])}"]
+    if candidate.state().overload:
+        parts = [f"{layout}: {', and '.join(map(missed_text, candidate.missed))}"]
     weights = bytes_text(sum(candidate.memory.weights.values()))
     parts.append(
         f"a token passes {count_text(layout.num_stages, 'stage')} of "
@@ -124,18 +125,31 @@ def breaks_first(found: tuple[Headroom, ...]) -> Iterator[str]:
 def remedies(plan: Plan) -> Iterator[str]:
     """What would make the targets hold where no layout does."""
     question = plan.question
-    most = max(candidate.max_rate.expected for candidate in plan.candidates)
+    most = _most(plan)
     if most:
         yield f"Up to {amount(most, 'requests/s')}, the targets are kept."
     for what, other in _changes(question):
-        best = make_plan(other).best
-        if best.holds:
-            yield f"With {what}, {_keeps(best)} them."
-    if question.layout is None:
-        fewest = recommend(question)
-        if fewest.gpus is not None:
-            best = fewest.plan.best
-            yield f"On {fewest.gpus} x {question.gpu.name}, {_keeps(best)} them."
+        changed = make_plan(other)
+        if changed.best.holds:
+            yield f"With {what}, {_keeps(changed.best)} them."
+        elif _most(changed) > most:
+            rate = amount(_most(changed), "requests/s")
+            yield f"With {what}, the targets are kept up to {rate}."
+    fewest = recommend(question)
+    if fewest.gpus is not None:
+        best = fewest.plan.best
+        yield f"On {fewest.gpus} x {question.gpu.name}, {_keeps(best)} them."
+    else:
+        missing = ", and ".join(map(missed_text, fewest.plan.best.missed))
+        yield (
+            f"More {question.gpu.name} do not help: even for a request alone, on "
+            f"{fewest.plan.best.layout}, {missing}."
+        )
+
+
+def _most(plan: Plan) -> float:
+    """The highest rate at which a layout keeps the targets."""
+    return max(candidate.max_rate.expected for candidate in plan.candidates)
 
 
 def _changes(question: Question) -> Iterator[tuple[str, Question]]:

@@ -4,10 +4,9 @@ import math
 from dataclasses import dataclass, replace
 
 from llama_jax.costs.deployment import Layout
+from llama_jax.plan.candidate import ALONE
 from llama_jax.plan.layouts import LayoutError, meshes
 from llama_jax.plan.plan import Plan, Question, make_plan
-
-ALONE = 0.001  # requests/s: a request never meets another
 
 
 @dataclass(frozen=True)

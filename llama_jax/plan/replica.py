@@ -122,13 +122,14 @@ class Replica:
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """The chunks to choose from: no longer than the prompt, unless its last tile is."""
+        """The chunks to choose from, in tokens: larger ones than a prompt hold several prompts."""
         prompt = -(-self.workload.prompt_tokens // TILE) * TILE
         if self.max_chunk is not None:
-            return (self.sizes.bucket(1, min(prompt, self.sizes.max_chunk)).chunk,)
+            buckets = self.sizes.chunk_buckets[1:]
+            return tuple(size for size in buckets if size >= prompt) or buckets[-1:]
         found = {1 << power for power in range(TILE.bit_length() - 1, 12)}
         found |= {3 * size // 2 for size in found if 3 * size // 2 % TILE == 0}
-        return tuple(sorted({min(size, prompt) for size in found if size <= LARGEST_CHUNK}))
+        return tuple(sorted(size for size in found | {prompt} if size <= LARGEST_CHUNK))
 
     @property
     def context(self) -> float:
@@ -150,9 +151,16 @@ class Replica:
     def work(self, live: int, chunk: int) -> Work:
         """The work of such a tick, in the middle of an answer and of a prompt."""
         rows = next(rows for rows in self.sizes.row_buckets if rows >= live)
-        before = max(0, (self.workload.prompt_tokens - chunk) // 2)
-        work = Work.of(rows, self.context, chunk, before if chunk else 0)
-        return work._replace(row_keys=live * self.context)
+        own = min(chunk, -(-self.workload.prompt_tokens // TILE) * TILE)
+        before = max(0, self.workload.prompt_tokens - own) // 2
+        work = Work.of(rows, self.context, own, before if chunk else 0)
+        prompts = chunk / own if own else 0
+        return work._replace(
+            chunk=chunk,
+            row_keys=live * self.context,
+            chunk_pairs=prompts * work.chunk_pairs,
+            chunk_keys=prompts * work.chunk_keys,
+        )
 
     def state(self, rate: float, chunk: int, level: str = "expected") -> SteadyState:
         """What it does at a rate with chunks of one size, if ticks are as long as `level` says."""

@@ -22,6 +22,7 @@ from llama_jax.plan.reasons import (
     why,
 )
 from llama_jax.plan.recommend import Recommendation
+from llama_jax.plan.serving import serving
 
 # Column → the figure in it, and how large one of it is.
 _MEMORY = {
@@ -61,6 +62,10 @@ def show_plan(plan: Plan, price: float | None = None, fewest: Recommendation | N
     _say(console, *why(plan), "")
     if plan.best.holds:
         _say(console, *breaks_first(headrooms(question, plan.best)), "")
+        command = serving(plan).wrapped
+        console.print(
+            "The server of this plan:", command, "", sep="\n", soft_wrap=True, markup=False
+        )
     else:
         _say(console, *remedies(plan), "")
     for table in best_tables(plan.best, shown[plan.best]):
@@ -89,10 +94,12 @@ def _targets(plan: Plan) -> str:
         for name, value in (("TTFT", targets.ttft), ("TPOT", targets.tpot))
         if value is not None
     ]
-    text = f"{targets.inside:.3g} of the requests inside " + " and ".join(bounds) if bounds else ""
+    texts = []
+    if bounds:
+        texts.append(f"{100 * targets.inside:g}% of the requests inside {' and '.join(bounds)}")
     if targets.memory_share is not None:
-        text += f", {targets.memory_share:.0%} of the memory"
-    return text
+        texts.append(f"{targets.memory_share:.0%} of the memory")
+    return ", ".join(texts)
 
 
 def _layouts(

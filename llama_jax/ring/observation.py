@@ -83,7 +83,7 @@ def observed_step(
     function = partial(_observed_tick, program, activations)
     return MeshProgram(
         function, mesh, in_specs, (specs, shown), name="observed_step", donate=(1,),
-        options=product_options(program.config),
+        options=product_options(program.config, program.bucket),
     )  # fmt: skip
 
 

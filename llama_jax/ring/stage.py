@@ -18,7 +18,7 @@ from llama_jax.model.attention import ScoreMod, Tap, paged_attention
 from llama_jax.model.llama import set_weights
 from llama_jax.quantization import Fp8, Fp8Activations
 from llama_jax.ring import kv_cache
-from llama_jax.ring.attention_backend import PLAIN, AttentionBackend
+from llama_jax.ring.attention_backend import AttentionBackend
 from llama_jax.ring.kv_cache import KVCache
 from llama_jax.ring.packet import LENGTH, PAGES, POSITION, segments_of
 from llama_jax.ring.sizes import Bucket, RingSizes
@@ -206,11 +206,6 @@ def make_layer(program: Program, weights: dict[str, Any]) -> DecoderLayer:
             weights,
             is_leaf=lambda node: isinstance(node, Fp8),
         )
-    if program.attention.name != PLAIN:
-        # Imported here, since importing Pallas takes 2 s.
-        from llama_jax.model.hopper_product import with_kernel
-
-        weights = with_kernel(weights)
     # eval_shape builds the module without allocating the parameters that are then replaced.
     layer = nnx.eval_shape(lambda: layer_class(program.config, rngs=nnx.Rngs(0)))
     set_weights(layer, weights)

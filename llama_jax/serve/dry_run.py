@@ -77,14 +77,18 @@ def dry_run(arguments: argparse.Namespace) -> list[str]:
         open_checkpoint(path).close()  # reads the names and shapes of the weights
     options = engine_options(arguments, path)
     gpu = _gpu(arguments.dry_run_gpu, parse_mesh(options.mesh))
-    lines = _sized(setup.names[0], options, read_checkpoint_config(path).config, gpu)
+    lines = describe(setup.names[0], options, read_checkpoint_config(path).config, gpu)
     if not has_weights:
         lines.append(f"not checked: weights and tokenizer, of which {path} has none")
     return lines
 
 
-def _sized(name: str, options: EngineOptions, config: LlamaConfig, gpu: Gpu) -> list[str]:
-    """Sizes the engine as it would size itself, and describes it."""
+def describe(name: str, options: EngineOptions, config: LlamaConfig, gpu: Gpu) -> list[str]:
+    """Sizes an engine as it would size itself, and says in lines what would run.
+
+    Raises:
+      UserError: it could not start.
+    """
     check_options(options, config)
     mesh = parse_mesh(options.mesh)
     check_stages(mesh[0], config)

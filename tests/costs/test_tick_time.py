@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from importlib.resources import files
+from statistics import median
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from llama_jax.costs.collectives import collectives
 from llama_jax.costs.deployment import Deployment, Layout
 from llama_jax.costs.figure import Evidence
 from llama_jax.costs.gpus import CPU, GPUS, find_gpu, gpu_of_device
+from llama_jax.costs.kernels import KERNEL_SETS, REFERENCE, Products
 from llama_jax.costs.tick_time import TickModel
 from llama_jax.costs.work import Work
 from sharding.errors import UserError
@@ -114,6 +116,23 @@ def test_products_of_llama_3_70b_are_those_of_the_table(system, gpu, ranks, rows
         assert found.expected == pytest.approx(middle, rel=0.1)
         assert model.products.known.evidence is Evidence.MEASURED_ELSEWHERE
         assert model.floor(Work.of(rows, 1000)) <= model.seconds(Work.of(rows, 1000)).low
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "fp8"])
+@pytest.mark.parametrize("rows", [1.0, 64.0, 2048.0])
+def test_a_shape_left_out_of_the_fit_comes_out_near(dtype, rows):
+    errors = []
+    for system in REFERENCE:
+        for kernels in KERNEL_SETS:
+            known = Products(system, dtype)
+            for shape, times in list(known._measured[kernels].items()):
+                del known._measured[kernels][shape]
+                known._fitted.clear()
+                assert not known.is_measured(shape) or kernels != "vllm"
+                found = known.curve(kernels, shape).at(rows)
+                errors.append(abs(found / times[rows] - 1))
+                known._measured[kernels][shape] = times
+    assert len(errors) == 2 * 3 * 16 and median(errors) < 0.1
 
 
 def test_another_model_is_fitted_and_says_so():

@@ -135,14 +135,15 @@ def test_no_other_chunk_keeps_the_targets_better(tpot, ttft, load):
     def tokens_come_in_time(chunk: int) -> bool:
         return tpot is None or load.num_stages * tick(chunk) <= tpot
 
-    def late(chunk: int) -> int:
-        count = 0
+    def late(chunk: int) -> float:
+        total = 0.0
         for until, waited in load.waits:
             sent, ticks = 0, load.num_stages - 1
             while sent < until:
                 sent, ticks = sent + chunk, ticks + 1
-            count += ttft is not None and waited + ticks * tick(chunk) > MARGIN * ttft
-        return count
+            seconds = waited + ticks * tick(chunk) - MARGIN * (ttft or float("inf"))
+            total += seconds if seconds > 0 else 0.0
+        return total
 
     def waiting(chunk: int) -> float:
         ticks = -(-load.tokens // chunk) + load.num_stages - 1
@@ -180,11 +181,17 @@ def test_a_prompt_that_would_be_late_gets_a_larger_chunk():
     assert choice(CPU_COST, tpot=tokens, ttft=soon).choose(load) == 128  # above the limit
     waited = load._replace(waits=((1000, MARGIN * (10.0 - soon)),))
     assert choice(CPU_COST, tpot=tokens, ttft=10.0).choose(waited) == 128
-    lost = load._replace(waits=((1000, 10.0),))  # late whatever the chunk
-    assert choice(CPU_COST, tpot=tokens, ttft=10.0).choose(lost) == 64
+    lost = load._replace(waits=((1000, 10.0),))  # late whatever the chunk, but less so with 128
+    assert choice(CPU_COST, tpot=tokens, ttft=10.0).choose(lost) == 128
 
 
 def test_a_chunk_that_costs_no_time_is_allowed_even_if_the_target_cannot_hold():
     load = BUSY._replace(tokens=4000, prompts=20)
     assert choice(GPU_COST, tpot=1e-6).limit(load) == 128  # 192 tokens are computed for nothing
     assert choice(CPU_COST, tpot=1e-6).limit(load) == 64
+
+
+def test_a_ring_without_chunks_has_nothing_to_choose():
+    sizes = replace(SIZES, chunk_buckets=(0,))
+    assert choice(CPU_COST, sizes).choose(BUSY) == 0
+    assert choice(CPU_COST, sizes, tpot=0.05, ttft=0.5).choose(BUSY) == 0

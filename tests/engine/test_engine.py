@@ -23,6 +23,7 @@ from sharding.errors import UserError
 from sharding.mesh import MeshError
 from tests.support.reference import make_model, reference_logits, save_model
 from tests.support.tiny_checkpoint import write_checkpoint
+from tests.support.xla_options import PRODUCTION
 
 VOCAB, EMBED, MLP, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 250, 32, 48, 4, 2, 8, 6
 EOS = VOCAB - 1
@@ -146,7 +147,7 @@ def test_progress_is_reported_as_it_is_made(engine, progress):
 def test_a_program_can_be_read_without_touching_it(idle):
     executor = idle.loop.executor
     text = {
-        bucket: executor.programs.lowered(bucket).compile().as_text()
+        bucket: executor.programs.lowered(bucket).compile(PRODUCTION).as_text()
         for bucket in executor.sizes.buckets()
     }
     for bucket, program in text.items():

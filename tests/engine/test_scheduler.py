@@ -75,6 +75,15 @@ def check_order(trial: Trial) -> None:
             assert sequence.num_prompt - sequence.num_cached <= 8 * trial.sizes.max_chunk
 
 
+# Made once: to make a strategy takes as long as to draw from it.
+GAP = st.sampled_from([0, 0, 0, 1, 2, 9])
+ABORT = st.sampled_from([None, None, None, 0, 1, 2, 5, 10, 30])
+STEMS = st.lists(st.lists(st.integers(0, POISON), min_size=1, max_size=3), min_size=1)
+STOP_IDS = st.sets(st.integers(0, 20), max_size=2)
+SALT = st.sampled_from([b"", b"", b"salt"])
+PRIORITY = st.sampled_from([0, 0, 0, -1, 2])
+
+
 @st.composite
 def traces(draw):
     """Small sizes, few pages and many requests at once, so that everything runs short."""
@@ -94,14 +103,14 @@ def traces(draw):
     late = draw(st.lists(st.integers(0, stages + 5), min_size=1, max_size=7))
     requests: list[Request] = []
     arrival = 0
-    stems = draw(st.lists(st.lists(st.integers(0, POISON), min_size=1, max_size=3), min_size=1))
+    stems = draw(STEMS)
     for _ in range(draw(st.integers(2, 14))):
-        arrival += draw(st.sampled_from([0, 0, 0, 1, 2, 9]))
-        abort = draw(st.sampled_from([None, None, None, 0, 1, 2, 5, 10, 30]))
+        arrival += draw(GAP)
+        abort = draw(ABORT)
         length = draw(st.integers(1, max_len - 1))
-        prompt = draw(st.sampled_from(stems)) * length
+        prompt = stems[draw(st.integers(0, len(stems) - 1))] * length
         if requests and draw(st.booleans()):  # the next turn of a chat
-            earlier = draw(st.sampled_from(requests))
+            earlier = requests[draw(st.integers(0, len(requests) - 1))]
             prompt = [*earlier.prompt, *earlier.answer[0], *prompt]
         requests.append(
             Request(
@@ -109,9 +118,9 @@ def traces(draw):
                 max_tokens=max_len - length - draw(st.integers(0, max_len - length - 1)),
                 arrival=arrival,
                 abort=None if abort is None else arrival + abort,
-                stop_ids=frozenset(draw(st.sets(st.integers(0, 20), max_size=2))),
-                salt=draw(st.sampled_from([b"", b"", b"salt"])),
-                priority=draw(st.sampled_from([0, 0, 0, -1, 2])),
+                stop_ids=frozenset(draw(STOP_IDS)),
+                salt=draw(SALT),
+                priority=draw(PRIORITY),
             )
         )
     return sizes, stages, late, requests

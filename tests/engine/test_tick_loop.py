@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.chunk_choice import ChunkChoice
 from llama_jax.engine.interface import StageStats
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.tick_loop import TickLoop
+from llama_jax.engine.tick_times import TickTimes
 from llama_jax.ring.sizes import Bucket, RingSizes
 from tests.support.mock_executor import VOCAB_SIZE, MockExecutor, generate
 
@@ -322,3 +324,31 @@ def test_the_reason_of_waiting():
     for _ in range(20):
         scheduler.schedule()
     assert scheduler.prefill.wait_reason() is None
+
+
+def test_the_ticks_of_a_loop_are_timed_and_its_idle_time_is_not():
+    """Three requests, one after the other, with a pause between them that is longer than all."""
+    sizes, now = make_sizes(2), [0.0]
+    chunks = ChunkChoice(sizes, TickTimes(lambda work: 1.0, sizes))
+    seen: list[tuple[Bucket, float]] = []
+    chunks.times.observe = lambda bucket, context, prefix, seconds: seen.append((bucket, seconds))
+    executor = MockExecutor(sizes, 2)
+    run_tick = executor.run
+
+    def slow_run(bucket, packed, choice):
+        now[0] += 1.0 + bucket.chunk
+        return run_tick(bucket, packed, choice)
+
+    executor.run = slow_run
+    scheduler = Scheduler(sizes, 2, chunks=chunks)
+    loop = TickLoop(scheduler, executor, 0, clock=lambda: now[0])  # type: ignore[arg-type]
+    for number in range(3):
+        params = SamplingParams(max_tokens=8, temperature=0)
+        scheduler.add(
+            number, [20] * 9, params, max_model_len=64, seed=0, stop_ids=frozenset()
+        )  # fmt: skip
+        while loop.has_work:
+            loop.step()
+        now[0] += 1000.0
+    assert len(seen) > 12 and {bucket.chunk for bucket, _ in seen} > {0}
+    assert all(seconds == 1.0 + bucket.chunk for bucket, seconds in seen)

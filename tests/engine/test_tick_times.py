@@ -39,7 +39,7 @@ def see(times: TickTimes, bucket: Bucket, ticks: int, factor: float, noise: floa
         times.observe(bucket, context, prefix, seconds)
 
 
-@pytest.mark.parametrize("factor", [0.5, 2.0])
+@pytest.mark.parametrize("factor", [0.001, 0.5, 2.0, 1000.0])
 def test_a_table_that_is_wrong_by_two_is_corrected(factor):
     times, bucket = make(), Bucket(8, 256)
     see(times, bucket, REFRESH, factor, noise=0.04)

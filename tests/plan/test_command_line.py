@@ -124,6 +124,10 @@ def test_the_fewest_gpus_are_found(capsys):
         ["--gpus", "7000"],
         ["--calibration", "missing.json"],
         ["--fp8-activations"],
+        ["--fp8-activations", "--weights", "fp8", "--gpu", "a100-80"],
+        ["--users", "5"],  # without --simulate
+        ["--simulate", "--validate"],
+        ["--simulate", "--frontier", "frontier.svg"],
     ],
 )
 def test_wrong_questions_are_refused_in_one_sentence(arguments, capsys):
@@ -176,6 +180,10 @@ def test_a_mode_is_one_row_of_the_table(monkeypatch):
 
     class Module:
         @staticmethod
+        def add_arguments(parser):
+            pass
+
+        @staticmethod
         def run(arguments, plan):
             seen.append((arguments.report, plan.best.layout))
             return 7
@@ -201,6 +209,10 @@ def test_every_mode_adds_its_flag_and_can_be_run():
 
 def test_a_mode_that_needs_no_plan_runs_without_one(monkeypatch):
     class Module:
+        @staticmethod
+        def add_arguments(parser):
+            pass
+
         @staticmethod
         def run(arguments, plan):
             return 3 if plan is None else 4

@@ -8,9 +8,9 @@ import pytest
 
 from llama_jax.costs.figure import Band
 from llama_jax.costs.gpus import find_gpu
-from llama_jax.engine.interface import ProgramStats, StageStats
+from llama_jax.engine.interface import ProgramStats, StageStats, Stats
 from llama_jax.plan.__main__ import main
-from llama_jax.plan.live import comparison, drift
+from llama_jax.plan.live import check_answers, comparison, drift
 from llama_jax.plan.model import find_model
 from llama_jax.plan.plan import Plan, Question, make_plan
 from llama_jax.plan.server_metrics import ComparisonError, Latency, Seen
@@ -29,6 +29,11 @@ def a_plan(**changes) -> Plan:
         Targets(0.5, 0.05, 0.85),
     )
     return make_plan(replace(question, **changes))
+
+
+def compared(seen, url="http://h/metrics", **changes):
+    load = Workload(round(seen.prompt_tokens), round(seen.output_tokens), seen.rate)
+    return comparison(a_plan(workload=load), seen, url, **changes)
 
 
 def what_was_seen(**changes) -> Seen:
@@ -59,7 +64,7 @@ def rows(report, section, table):
 
 
 def test_each_figure_has_its_prediction_and_its_drift():
-    report = comparison(a_plan(), what_was_seen(), "http://h/metrics")
+    report = compared(what_was_seen(), planned=Workload(1024, 256, 8.0))
     load = rows(report, "load", "load")
     assert load["prompt tokens, mean"]["drift"] == "-2 %" and load["requests/s"]["drift"] == "+0 %"
     figures = rows(report, "figures", "figures")
@@ -75,27 +80,24 @@ def test_each_figure_has_its_prediction_and_its_drift():
 
 
 def test_the_prediction_is_for_the_load_that_was_seen():
-    slow, fast = (
-        rows(comparison(a_plan(), what_was_seen(seconds=s), "u"), "figures", "figures")
-        for s in (800, 60)
-    )
+    slow, fast = (rows(compared(what_was_seen(seconds=s)), "figures", "figures") for s in (800, 60))
     running = [r["running"]["predicted"].value.expected for r in (slow, fast)]
     assert running[1] > 10 * running[0]
 
 
 def test_the_mesh_of_the_server_is_looked_for_among_the_layouts():
-    report = comparison(a_plan(), what_was_seen(num_stages=2, num_devices=8), "u")
+    report = compared(what_was_seen(num_stages=2, num_devices=8))
     assert "2x4" in report.title
-    report = comparison(a_plan(), what_was_seen(num_stages=8, num_devices=0), "u")
+    report = compared(what_was_seen(num_stages=8, num_devices=0))
     assert "8x1" in report.title
     with pytest.raises(ComparisonError):
-        comparison(a_plan(), what_was_seen(num_stages=3), "u")
+        compared(what_was_seen(num_stages=3))
 
 
 @pytest.mark.parametrize("changes", [{"requests": 0}, {"prompt_tokens": math.nan}])
 def test_a_server_without_answers_cannot_be_compared(changes):
     with pytest.raises(ComparisonError):
-        comparison(a_plan(), what_was_seen(**changes), "u")
+        check_answers(what_was_seen(**changes), "u")
 
 
 @pytest.mark.parametrize(
@@ -104,6 +106,7 @@ def test_a_server_without_answers_cannot_be_compared(changes):
         (Band(1, 2, 3), 3, ("+50 %", "inside")),
         (Band(1, 2, 3), 4, ("+100 %", "outside")),
         (Band(1, 2, 3), 0.5, ("-75 %", "outside")),
+        (Band(1, 2, 3), 400, ("× 200", "outside")),
         (Band.exactly(math.inf), 1, ("", "overloaded")),
         (Band.exactly(0), 1, ("", "")),
     ],
@@ -127,7 +130,11 @@ def test_the_command_compares_with_a_server(capsys):
         content = json.loads(capsys.readouterr().out)
         assert main(["--compare", url, "--layout", "4x2"]) == 2
         assert main(["--compare", url, "--api-key", "k", "--layout", "8x1"]) == 2
-        assert main(["--compare", url, "--api-key", "k", "--layout", "4x2"]) == 0
+        assert main(["--compare", url, "--api-key", "k"]) == 0
+        assert "4x2" in capsys.readouterr().out  # the server's own mesh
+        server.stats = Stats()
+        server.metrics = Served().metrics
+        assert main(["--compare", url, "--api-key", "k"]) == 2  # no request yet
     found = content["sections"]["figures"]["tables"]["figures"]
     tpot = next(row for row in found if row["figure"] == "mean TPOT")
     assert tpot["seen"]["expected"] == pytest.approx(0.03)

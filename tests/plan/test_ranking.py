@@ -15,7 +15,9 @@ from llama_jax.plan.frontier import frontier, points
 from llama_jax.plan.headroom import headrooms
 from llama_jax.plan.plan import Plan, Question, make_plan
 from llama_jax.plan.price import cost_per_million
+from llama_jax.plan.reasons import why
 from llama_jax.plan.recommend import recommend
+from llama_jax.plan.replica import LEVELS
 from llama_jax.plan.targets import Targets, Workload
 
 TARGETS = Targets(ttft=0.5, tpot=0.05, memory_share=0.85)
@@ -49,6 +51,14 @@ def test_the_best_comes_first():
     assert rates == sorted(rates, reverse=True)
 
 
+def test_the_reasons_are_those_of_the_best_the_next_and_the_reference():
+    plan = make_plan(question(targets=Targets(ttft=0.5, tpot=0.03, memory_share=0.85)))
+    assert plan.best.layout != Layout(4, 2)
+    told = " ".join(why(plan))
+    for layout in (plan.best.layout, plan.candidates[1].layout, Layout(4, 2)):
+        assert f"{layout}: " in told
+
+
 def test_the_highest_rate_is_where_the_targets_end():
     for candidate in reference().candidates:
         most = candidate.max_rate
@@ -69,6 +79,14 @@ def test_a_candidate_misses_nothing_exactly_if_it_is_within_its_targets():
             assert all(missed.excess > 1 for missed in candidate.missed)
 
 
+def test_there_is_room_for_as_many_sequences_as_may_live():
+    for candidate in reference().candidates:
+        for level in LEVELS:
+            state = candidate.state(level)
+            assert state.overload or candidate.max_num_seqs >= state.most_live
+        assert candidate.max_num_seqs <= max(1, candidate.replica.max_live)
+
+
 def test_weights_and_cache_are_divided_by_stages_and_ranks():
     """Every GPU of 8 holds an eighth, however they are laid out; replicas divide nothing."""
     plan = reference()
@@ -79,6 +97,7 @@ def test_weights_and_cache_are_divided_by_stages_and_ranks():
         assert memory.token * mesh == whole.token
         matrices = memory.weights["matrices"] * mesh
         assert matrices == whole.weights["matrices"]
+        assert memory.allowed == int(0.85 * candidate.deployment.gpu.memory_bytes)
         used = sum(memory.weights.values()) + memory.cache + memory.temporaries
         assert used <= memory.allowed or memory.cache == 0
         assert memory.tokens * memory.token <= memory.cache
@@ -92,8 +111,11 @@ FASTER = {
 }
 
 
-@pytest.mark.parametrize("what", FASTER)
-@given(factor=st.floats(1.0, 3.0), kind=st.sampled_from(["a100-80", "l40s", "b200"]))
+@given(
+    what=st.sampled_from(sorted(FASTER)),
+    factor=st.floats(1.0, 3.0),
+    kind=st.sampled_from(["a100-80", "l40s", "b200"]),
+)
 def test_a_better_gpu_never_slows_a_plan(what, factor, kind):
     layout, config = Layout(2, 2), LlamaConfig.llama3_1_8b()
     asked = question(4, gpu=GPUS[kind], config=config, layout=layout)

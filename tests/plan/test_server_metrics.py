@@ -60,7 +60,7 @@ def serving(answer, status: int = 200, key: str | None = None):
             refused = key is not None and self.headers["Authorization"] != f"Bearer {key}"
             self.send_response(401 if refused else status)
             if status == 302:
-                self.send_header("Location", "http://127.0.0.1:1/metrics")
+                self.send_header("Location", "/elsewhere")
             self.end_headers()
             self.wfile.write(answer())
 

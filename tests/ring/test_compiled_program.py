@@ -33,6 +33,7 @@ from sharding.partition import round_up
 from sharding.ring import ring_tick
 from tests.support import programs
 from tests.support.programs import SIZES
+from tests.support.xla_options import PRODUCTION
 
 LAYERS_PER_STAGE = 2
 COLLECTIVES = ("all-reduce", "all-gather", "collective-permute", "reduce-scatter", "all-to-all")
@@ -59,8 +60,8 @@ def compile_sampling(program: str, mesh: str, vocab_size: int = CONFIG.vocab_siz
     tokens = jax.ShapeDtypeStruct((SIZES.num_slots,), jnp.int32)
     controls = jax.ShapeDtypeStruct((rows, CONTROL_WIDTH), jnp.int32)
     if program == "filter":
-        return choosing.filter_step(device_mesh).lower(output, controls).compile()
-    return choosing.sample_step(device_mesh).lower(tokens, output, controls).compile()
+        return choosing.filter_step(device_mesh).lower(output, controls).compile(PRODUCTION)
+    return choosing.sample_step(device_mesh).lower(tokens, output, controls).compile(PRODUCTION)
 
 
 @pytest.fixture(scope="module", params=BUCKETS, ids=str)
@@ -178,7 +179,7 @@ def test_independent_collectives_are_found():
         return psum(x, AXES) + pmax(x * x, AXES)
 
     mapped = jax.shard_map(two, mesh=make_mesh("4x2"), in_specs=P(AXES), out_specs=P())
-    text = jax.jit(mapped).lower(jnp.ones((8, 4))).compile().as_text()
+    text = jax.jit(mapped).lower(jnp.ones((8, 4))).compile(PRODUCTION).as_text()
     assert len(unordered_collectives(text)) == 1
 
 
@@ -218,5 +219,5 @@ def test_one_collective_too_many_is_found(monkeypatch):
 
 
 def test_a_state_that_is_not_donated_is_found():
-    doubled = jax.jit(lambda x: x * 2).lower(jnp.zeros(8)).compile()
+    doubled = jax.jit(lambda x: x * 2).lower(jnp.zeros(8)).compile(PRODUCTION)
     assert aliased_outputs(doubled.as_text()) == {}

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.chunk_choice import ChunkChoice
 from llama_jax.engine.executor import CompileCounter
+from llama_jax.engine.tick_cost import CPU_COST
+from llama_jax.engine.tick_times import TickTimes
 from llama_jax.engine.warm_up import WarmUp, order_of_need
 from tests.support.reference import Request, drive, make_loop, make_model, restart, save_model
 
@@ -75,6 +78,8 @@ def test_no_tick_compiles_anything(mesh, max_num_seqs, num_pages, path, monkeypa
     assert warm_up.ready == set(loop.sizes.buckets())
     again = restart(loop, results_late=2)
     again.ready = loop.ready
+    times = TickTimes(CPU_COST.seconds, loop.sizes)
+    again.scheduler.prefill.chunks = ChunkChoice(loop.sizes, times, tpot=10, ttft=1e-6)
     with noted_ticks(executor) as late:
         check_varied_requests(again)
     assert late.buckets <= warm_up.ready

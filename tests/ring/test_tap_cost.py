@@ -24,6 +24,7 @@ from llama_jax.ring.sizes import Bucket
 from llama_jax.weights.placement import param_shapes
 from sharding.mesh import make_mesh
 from tests.support.programs import CONFIG, compile_step
+from tests.support.xla_options import PRODUCTION
 
 TOKENS = np.arange(12, dtype=np.int32).reshape(2, 6)
 STEPS = [(Bucket(4, 0), "2x2"), (Bucket(4, 64), "2x2"), (Bucket(1, 0), "1x1")]
@@ -48,7 +49,7 @@ def forward(llama: Llama) -> str:
     def run(state: nnx.State, tokens: jax.Array) -> jax.Array:
         return nnx.merge(graph, state)(tokens)
 
-    return program(jax.jit(run).lower(state, jnp.asarray(TOKENS)).compile().as_text())
+    return program(jax.jit(run).lower(state, jnp.asarray(TOKENS)).compile(PRODUCTION).as_text())
 
 
 def ring(bucket: Bucket, mesh: str) -> str:

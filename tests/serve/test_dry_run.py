@@ -43,7 +43,7 @@ def test_the_reference_deployment_is_counted_without_a_gpu(path_70b, capsys):
 
 
 def test_a_target_chooses_the_buckets(path_70b, capsys):
-    flags = ["--mesh", "4x2", "--dry-run-gpu", "h100-sxm", "--ttft-slo", "500ms"]
+    flags = ["--mesh", "4x2", "--dry-run-gpu", "h100-sxm"]
 
     def chunks(*more: str) -> list[int]:
         code, out, _ = run(capsys, path_70b, *flags, *more)
@@ -51,7 +51,8 @@ def test_a_target_chooses_the_buckets(path_70b, capsys):
         return [int(text) for text in re.search(r"chunks ([\d, ]+)", out)[1].split(",")]
 
     model = TickModel(Deployment(LlamaConfig.llama3_70b(), GPUS["h100-sxm"], Layout(4, 2)))
-    assert chunks()[-1] == 256
+    assert chunks()[-1] == chunks("--ttft-slo=500ms")[-1] == 256
+    assert chunks("--ttft-slo=500ms", "--tpot-slo=0.001")[-1] == 256
     for tpot in (0.001, 0.03, 0.05, 0.2):
         assert chunks(f"--tpot-slo={tpot}")[-1] == largest_chunk(model, 4, tpot, TILE)
     assert chunks("--tpot-slo=50ms", "--max-chunk=128")[-1] == 128

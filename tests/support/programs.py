@@ -9,6 +9,7 @@ from llama_jax.ring.packet import packet_size
 from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.weights.placement import param_shapes
 from sharding.mesh import make_mesh
+from tests.support.xla_options import PRODUCTION
 
 CONFIG = LlamaConfig(
     vocab_size=250,  # is padded
@@ -41,7 +42,7 @@ def compile_step(
     dtype: jnp.dtype = jnp.float32,
     cache_dtype: jnp.dtype | None = None,
 ) -> jax.stages.Compiled:
-    """The tick of a bucket, compiled from shapes alone."""
+    """The tick of a bucket, compiled from shapes alone with XLA's own options."""
     device_mesh = make_mesh(mesh)
     params = param_shapes(config, device_mesh, dtype)
     state = steps.state_shapes(config, device_mesh, SIZES, dtype, cache_dtype)
@@ -50,4 +51,4 @@ def compile_step(
         step = steps.prefill_step(config, device_mesh, SIZES, bucket.rows, bucket.chunk)
     else:
         step = steps.decode_step(config, device_mesh, SIZES, bucket.rows)
-    return step.lower(params, state, packed).compile()
+    return step.lower(params, state, packed).compile(PRODUCTION)

@@ -173,24 +173,25 @@ class Trial:
 
     def check_memory(self) -> None:
         """No slot has two owners, no page or slot leaks, and the page tables match the pages."""
-        scheduler, size = self.scheduler, self.sizes.page_size
-        owned = Counter(page for s in self.live for page in s.pages)
-        assert all(0 <= page < self.sizes.num_pages for page in owned)
-        for page in range(self.sizes.num_pages):
-            assert scheduler.pool.num_owners(page) == owned[page], "owners do not add up"
-        assert scheduler.pool.num_free + len(owned) == self.sizes.num_pages, "a page is leaked"
+        scheduler, size, live = self.scheduler, self.sizes.page_size, self.live
+        pool, num_pages = scheduler.pool, self.sizes.num_pages
+        owned = Counter(page for s in live for page in s.pages)
+        assert all(0 <= page < num_pages for page in owned)
+        owners = [pool.num_owners(page) for page in range(num_pages)]
+        assert owners == [owned.get(page, 0) for page in range(num_pages)], "owners do not add up"
+        assert pool.num_free + len(owned) == num_pages, "a page is leaked"
         contents: dict[int, list[int]] = {}  # page -> all tokens up to its end
-        for s in self.live:
+        for s in live:
             for i, page in enumerate(s.pages):
                 if owned[page] > 1:
                     assert len(s.tokens) >= (i + 1) * size, "a page is shared before it is full"
                     tokens = s.tokens[: (i + 1) * size]
                     assert contents.setdefault(page, tokens) == tokens, "another text's page"
-        slots = [s.slot for s in self.live]
+        slots = [s.slot for s in live]
         assert len(set(slots)) == len(slots) == scheduler.num_running, "slots do not add up"
         assert all(0 <= slot < self.sizes.num_slots for slot in slots)
         assert all(s.slot is None and not s.pages for s in scheduler.waiting)
-        for s in self.live:
+        for s in live:
             assert scheduler.page_tables[s.slot, : len(s.pages)].tolist() == s.pages
             assert not s.finished
         for group in (scheduler.waiting, scheduler.prefilling, *scheduler.microbatches):

@@ -1,5 +1,6 @@
 """The collectives of a compiled program: which it has, and which it must have on its mesh."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -12,6 +13,9 @@ from sharding.partition import positions_per_stage
 
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _COUNTED = re.compile(r"replica_groups=\[\d+,(\d+)\]")  # [groups, size]<=[devices]
+# mesh['stage'=4,'model'=2] {'model'}, from jax 0.11 on: the axes over which a group extends
+_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
+_AXIS = re.compile(r"'(\w+)'=(\d+)")
 _PAIRS = re.compile(r"source_target_pairs=\{(\{.*?\})\}")
 
 
@@ -112,5 +116,8 @@ def _group(text: str) -> int:
         return size
     if match := _LISTED.search(text):
         return match[1].count(",") + 1
+    if match := _NAMED.search(text):
+        axes = {name: int(size) for name, size in _AXIS.findall(match[1])}
+        return math.prod(axes[name] for name in re.findall(r"'(\w+)'", match[2]))
     match = _COUNTED.search(text)
     return int(match[1]) if match else 0  # 0: all devices, which HLO need not list

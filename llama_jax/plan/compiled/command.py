@@ -9,6 +9,7 @@ import os
 from typing import TYPE_CHECKING
 
 from llama_jax.costs.deployment import Layout
+from llama_jax.plan.compiled.described_gpus import find_description
 from llama_jax.plan.layouts import check_layout
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def run(arguments: argparse.Namespace, plan: "Plan") -> int:
       UserError: the compiler is missing, or the model does not fit into a layout.
     """
     question = plan.question
+    find_description(question.gpu)
     layouts = arguments.compile or [plan.best.layout]
     for layout in layouts:
         check_layout(question.config, layout)

@@ -33,6 +33,10 @@ def show(compiled: CompiledDeployment, console: Console) -> None:
             for buffer in tick.temporaries[:LARGEST]
         )
         console.print(f"Largest temporaries of {_name(tick)}: {arrays}", markup=False)
+    console.print(
+        "Without a GPU, XLA cannot measure which tiles and splits of a product are fastest. On "
+        "one, kernels and bytes of products may differ; collectives and arguments do not."
+    )
     problems = missed(compiled)
     for problem in problems:
         console.print(f"MISSED: {problem}", markup=False)

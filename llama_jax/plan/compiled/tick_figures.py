@@ -16,9 +16,9 @@ from llama_jax.plan.compiled.collectives import (
     find_collectives,
 )
 from llama_jax.plan.compiled.hlo import COLLECTIVES
-from llama_jax.plan.compiled.ideal_traffic import Ideal, ideal_traffic, pages_read
+from llama_jax.plan.compiled.ideal_traffic import Ideal, ideal_traffic
 from llama_jax.plan.compiled.program import CompiledTick, ProgramMemory
-from llama_jax.plan.compiled.traffic import Kernel, counted_loops, kernels
+from llama_jax.plan.compiled.traffic import Kernel, PagedReads, counted_loops, kernels
 from llama_jax.ring.attention_backend import GPU_BLOCKS
 from llama_jax.ring.sizes import Bucket
 from sharding.memory import shard_bytes
@@ -112,9 +112,10 @@ def read_tick(programs: Programs, tick: CompiledTick, context: int) -> TickFigur
     config, sizes, bucket, shape = (
         programs.config, programs.sizes, tick.bucket, mesh_shape(programs.mesh),
     )  # fmt: skip
-    used = pages_read(sizes, bucket, context)
-    opaque = {size: round(size * used) for size in map(shard_bytes, jax.tree.leaves(state.cache))}
-    moved = kernels(tick.hlo, opaque, trips=-(-context // GPU_BLOCKS[0]))
+    pool = sizes.num_pages * sizes.page_size
+    cache = map(shard_bytes, jax.tree.leaves(state.cache))
+    paged = PagedReads({size: size * context // pool for size in cache}, sizes.pages_per_sequence)
+    moved = kernels(tick.hlo, paged, trips=-(-context // GPU_BLOCKS[0]))
     known = Sizes.of(programs, bucket)
     thunks = tick.thunks
     return TickFigures(

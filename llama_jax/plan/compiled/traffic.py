@@ -4,7 +4,7 @@ From the optimized HLO for a GPU: an instruction of the entry computation, or of
 kernel or a call of a library, and reads and writes whole arrays, with these exceptions. A gather or
 a slice reads what it returns, also as the first instruction of a fusion. A scatter or a
 dynamic-update-slice into an existing array writes the update. A kernel from outside XLA, such as
-Pallas attention, reads from the KV cache only the pages of its sequences, which `opaque` tells.
+Pallas attention, reads from the KV cache only the pages of its sequences, which `PagedReads` tells.
 Caches on the device are not considered.
 """
 
@@ -25,6 +25,22 @@ _IGNORED = NO_NEW_BUFFER | {"partition-id", "replica-id", "after-all"}
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 # Arguments of `ring.tick.tick`, as XLA names them in the metadata of the parameters.
 _WEIGHTS = "params"
+
+
+class PagedReads(NamedTuple):
+    """What a kernel from outside XLA reads of a paged cache.
+
+    Attributes:
+      sizes: bytes of an operand → how many of them it reads for each sequence.
+      table: entries in the page table of a sequence. From its operand `[sequences, table]`, the
+        kernel is known to attend to so many sequences.
+    """
+
+    sizes: Mapping[int, int]
+    table: int
+
+
+NOTHING_PAGED = PagedReads({}, 0)
 
 
 class Kernel(NamedTuple):
@@ -49,24 +65,24 @@ class Kernel(NamedTuple):
     only_weights: bool
 
 
-def kernels(text: str, opaque: Mapping[int, int], trips: int) -> list[Kernel]:
+def kernels(text: str, paged: PagedReads, trips: int) -> list[Kernel]:
     """Lists the kernels of a program.
 
     Args:
       text: the optimized HLO.
-      opaque: for an operand of a custom call that has this many bytes, how many it reads.
+      paged: what custom calls read of the cache.
       trips: of a loop whose number of iterations the compiler does not know.
     """
     bodies = computations(text)
     entry = re.search(r"^ENTRY %?([\w.-]+)", text, re.MULTILINE)
     assert entry is not None, "The text holds no entry computation."
-    return list(_kernels(entry[1], bodies, opaque, trips, 1))
+    return list(_kernels(entry[1], bodies, paged, trips, 1))
 
 
 def _kernels(
     name: str,
     bodies: Mapping[str, Mapping[str, Instruction]],
-    opaque: Mapping[int, int],
+    paged: PagedReads,
     trips: int,
     runs: int,
 ) -> Iterator[Kernel]:
@@ -77,16 +93,17 @@ def _kernels(
         if instruction.opcode in ("while", "conditional", "call", "async-start"):
             times = _known_trips(instruction.text) or trips if instruction.opcode == "while" else 1
             for called in _called(instruction.text):
-                yield from _kernels(called, bodies, opaque, trips, runs * times)
+                yield from _kernels(called, bodies, paged, trips, runs * times)
         if instruction.opcode in _IGNORED or instruction.opcode.endswith("-done"):
             continue
         fused = bodies[instruction.calls] if instruction.calls else None
+        sequences = _sequences(instruction, body, paged)
         read = sum(
-            _read(instruction, number, body[operand], fused, opaque)
+            _read(instruction, number, body[operand], fused, paged, sequences)
             for number, operand in enumerate(instruction.operands)
             if operand in body
         )
-        outputs = _outputs(instruction, body, fused, opaque)
+        outputs = _outputs(instruction, body, fused, paged)
         op_name = _OP_NAME.search(instruction.text)
         yield Kernel(
             name=instruction_name,
@@ -129,12 +146,23 @@ def _called(text: str) -> list[str]:
     return names + (re.findall(r"[\w.-]+", branches[1]) if branches else [])
 
 
+def _sequences(instruction: Instruction, body: Mapping[str, Instruction], paged: PagedReads) -> int:
+    """The sequences that a custom call attends to, from the shape of its page table."""
+    if instruction.opcode == "custom-call":
+        table = re.compile(rf"s32\[(\d+),{paged.table}\]")
+        for operand in instruction.operands:
+            if operand in body and (shape := table.match(body[operand].shape)):
+                return int(shape[1])
+    return 0
+
+
 def _read(
     instruction: Instruction,
     number: int,
     operand: Instruction,
     fused: Mapping[str, Instruction] | None,
-    opaque: Mapping[int, int],
+    paged: PagedReads,
+    sequences: int,
 ) -> int:
     """Bytes that an instruction reads of one operand."""
     size = sum(array_bytes(operand.shape))
@@ -145,7 +173,8 @@ def _read(
     if instruction.opcode in IN_PLACE and number == 0:
         return 0
     if instruction.opcode == "custom-call":
-        return opaque.get(size, size)
+        each = paged.sizes.get(size)
+        return size if each is None else min(size, each * sequences)
     return size
 
 
@@ -174,7 +203,7 @@ def _outputs(
     instruction: Instruction,
     body: Mapping[str, Instruction],
     fused: Mapping[str, Instruction] | None,
-    opaque: Mapping[int, int],
+    paged: PagedReads,
 ) -> list[tuple[int, bool]]:
     """The bytes written to each array of the result, and whether it is updated in place."""
     if fused is not None:
@@ -187,7 +216,7 @@ def _outputs(
     if instruction.opcode == "custom-call":
         if "__cublas" in instruction.text:
             sizes = sizes[:1]  # the others are its workspace
-        return [(0, True) if size in opaque else (size, False) for size in sizes]
+        return [(0, True) if size in paged.sizes else (size, False) for size in sizes]
     if instruction.opcode.endswith("-start"):
         sizes = sizes[-1:]  # the others are its operands
     return [(size, False) for size in sizes]

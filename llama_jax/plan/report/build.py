@@ -5,7 +5,7 @@ from llama_jax.plan.figures import figures
 from llama_jax.plan.json_text import question_json
 from llama_jax.plan.plan import Plan
 from llama_jax.plan.reasons import verdict
-from llama_jax.plan.report.claims import Claim, claim_table
+from llama_jax.plan.report.claims import HOW_TO_READ, Claim, claim_table
 from llama_jax.plan.report.document import Report, Section, Table
 from llama_jax.plan.report.drawing import NO_PLOTS, can_draw
 from llama_jax.plan.report.floor import floor_figure
@@ -23,6 +23,7 @@ from llama_jax.plan.report.sections.memory import (
 )
 from llama_jax.plan.report.sections.promises import assumptions_section, compliance_section
 from llama_jax.plan.report.sections.risks import risk_section
+from llama_jax.plan.report.sections.server import server_section
 from llama_jax.plan.report.sections.simulated import Outcome, simulation_section, tails
 from llama_jax.plan.report.sections.ticks import communication_section, tick_section
 from llama_jax.plan.report.sections.timeline import timeline_section
@@ -31,12 +32,13 @@ from llama_jax.plan.report.utilization import utilization_section
 PROMISED = (0.70, 0.85)  # GPU utilization, in the deployment targets
 
 
-def plan_report(plan: Plan, outcome: Outcome | None) -> Report:
+def plan_report(plan: Plan, outcome: Outcome | None, extra: tuple[Section, ...] = ()) -> Report:
     """The whole report.
 
     Args:
       plan: that is reported.
       outcome: of the simulation of its best layout; None if it was not simulated.
+      extra: sections of what else was asked for, such as the compiler's.
     """
     question = plan.question
     title = (
@@ -47,7 +49,8 @@ def plan_report(plan: Plan, outcome: Outcome | None) -> Report:
     sections = (
         target_section(plan, outcome),
         why_section(plan),
-        *detail_sections(plan, plan, outcome),
+        server_section(plan),
+        *detail_sections(plan, plan, outcome, extra),
     )
     return Report(title, verdict(plan), plan.best.holds, sections, question_json(question))
 
@@ -77,19 +80,21 @@ def target_section(plan: Plan, outcome: Outcome | None) -> Section:
     text = (
         f"The layout is {plan.best.layout}. Latencies are those that "
         f"{100 * targets.inside:g} % of the requests keep.",
-        "A verdict is about the whole band: `holds` and `fails` are certain within it, `likely` "
-        "and `unlikely` follow the expected value. The percentage is the room that is left.",
+        HOW_TO_READ,
     )
     return Section("targets", "Targets", text, (claim_table(claims),))
 
 
-def detail_sections(plan: Plan, every: Plan, outcome: Outcome | None) -> tuple[Section, ...]:
+def detail_sections(
+    plan: Plan, every: Plan, outcome: Outcome | None, extra: tuple[Section, ...] = ()
+) -> tuple[Section, ...]:
     """Everything about the best layout.
 
     Args:
       plan: that is reported.
       every: the same question for all layouts.
       outcome: of the simulation; None if there was none.
+      extra: as of `plan_report`.
     """
     best = plan.best
     seen, deployment = Outlook(best), best.deployment
@@ -107,6 +112,7 @@ def detail_sections(plan: Plan, every: Plan, outcome: Outcome | None) -> tuple[S
         utilization_section(seen, PROMISED),
         headroom_section(plan),
         simulation_section(outcome) if outcome else _no_simulation(),
+        *extra,
         frontier_section(every),
         timeline_section(best),
         risk_section(plan),

@@ -9,6 +9,13 @@ from llama_jax.plan.report.document import Cell, Table
 from llama_jax.plan.report.judgement import Limit, Verdict, overall
 from llama_jax.plan.report.quantities import band_text
 
+HOW_TO_READ = (
+    "`found` is by arithmetic, with its band in parentheses; `simulated` is what the engine's "
+    "scheduler does with the expected times of ticks. A verdict counts both: `holds` and `fails` "
+    "are certain within the band, `likely` and `unlikely` follow the expected value. The "
+    "percentage is the room that is left, and `floor` is what no program can beat."
+)
+
 
 @dataclass(frozen=True)
 class Claim:

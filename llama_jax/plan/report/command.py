@@ -2,12 +2,15 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from llama_jax.plan.plan import Plan
 from llama_jax.plan.report.build import plan_report
+from llama_jax.plan.report.document import Section
 from llama_jax.plan.report.reference import reference_report
-from llama_jax.plan.report.sections.simulated import simulate_layout
+from llama_jax.plan.report.sections.compiled import compiled_section
+from llama_jax.plan.report.sections.simulated import simulate_plan
 from llama_jax.plan.report.writing import check_directory, write
 
 MET, MISSED = 0, 1
@@ -31,9 +34,10 @@ def run(arguments: argparse.Namespace, plan: Plan) -> int:
     """
     check_directory(arguments.report)
     if _is_alone(arguments):
-        report = reference_report(details=True)
+        report = reference_report(arguments)
     else:
-        report = plan_report(plan, simulate_layout(plan.best))
+        extra = (compiled_section(plan),) if arguments.compile is not None else ()
+        report = plan_report(plan, simulate_plan(arguments, plan), extra + _asked(arguments, plan))
     paths = [str(path) for path in write(report, arguments.report)]
     if arguments.json:
         print(json.dumps({"verdict": report.verdict, "met": report.met, "files": paths}, indent=1))
@@ -41,6 +45,20 @@ def run(arguments: argparse.Namespace, plan: Plan) -> int:
         print(report.verdict)
         print(f"Written: {', '.join(paths)}")
     return MET if report.met else MISSED
+
+
+def _asked(arguments: argparse.Namespace, plan: Plan) -> tuple[Section, ...]:
+    """What was asked of the simulation beside the requests: bands, rates, failures, a day."""
+    flags = ("simulate", "trace", "highest_rate", "outage", "daily")
+    if all(getattr(arguments, flag, None) in (None, False) for flag in flags):
+        return ()
+    from llama_jax.plan.simulation.result import simulation_report
+
+    sections = simulation_report(arguments, plan).sections
+    return tuple(
+        replace(section, name=f"simulated_{section.name}", title=f"Simulation: {section.title}")
+        for section in sections
+    )
 
 
 def _is_alone(arguments: argparse.Namespace) -> bool:

@@ -129,6 +129,7 @@ class Outlook:
         prompt = self.candidate.replica_rate * workload.prompt_tokens * tick
         entering = min(1.0, prompt / chunk)  # share of the ticks in which a chunk enters
         with_chunk = state.chunk_share * tick / state.chunk_tick  # in which any stage holds one
+        running = 1 - (1 - entering) * math.exp(-state.live)  # an empty ring makes no ticks
         decode, whole = replica.work(1, 0), replica.work(1, chunk)
         slots = replica.work(max(1, math.ceil(rows)), 0).rows + with_chunk * chunk
         weights, both = (
@@ -138,8 +139,8 @@ class Outlook:
         read = weights + keys + entering * (both - weights)
         pairs = rows * replica.context + prompt * workload.prompt_tokens / 2
         return {
-            "stages busy": 1 - (1 - entering) * math.exp(-rows),
-            "slots used": min(1.0, (rows + prompt) / slots),
+            "stages busy": min(1.0, (1 - (1 - entering) * math.exp(-rows)) / running),
+            "slots used": min(1.0, (rows + prompt) / slots / running),
             "HBM bandwidth": read / tick / deployment.gpu.bandwidth,
             "matrix peak": flop(deployment, rows + prompt, pairs) / tick / peak_flops(deployment),
         }

@@ -126,7 +126,7 @@ def figures(simulated: Simulated, targets: Targets) -> Figures:
         goodput=_share(inside, s.seconds),
         availability=_share(len(done), len(samples), 1.0),
         bubble=1 - _share(s.stage_ticks_busy, s.ticks * s.num_stages, 1.0),
-        idle=1 - _share(s.busy_seconds, running, 1.0),
+        idle=max(0.0, 1 - _share(s.busy_seconds, running, 1.0)),
         slots_used=_share(s.token_slots_used, s.token_slots),
         pool=_share(s.page_seconds, s.pages * running),
         pool_peak=_share(max((m.pages for m in s.moments), default=0), s.pages),

@@ -65,6 +65,12 @@ class Lengths:
             "(one length a line)."
         )
 
+    def __str__(self) -> str:
+        if self.kind == "empirical":
+            return f"{len(self.numbers)} observed lengths"
+        numbers = ("-" if self.kind == "uniform" else ",").join(f"{n:g}" for n in self.numbers)
+        return numbers if self.kind in ("constant", "uniform") else f"{self.kind}:{numbers}"
+
     def draw(self, rng: np.random.Generator, size: int) -> np.ndarray:
         """Draws lengths `[size]` int64."""
         a, b = (*self.numbers, 0.0)[:2]

@@ -58,11 +58,13 @@ class Load:
         loop). Else so many users ask at once, and each sends the next request when it has its
         answer (a closed loop): the times do not count.
       think: seconds from an answer to the next request of its user, in a closed loop.
+      until: when users stop, in a closed loop, in seconds from the start.
     """
 
     requests: Sequence[Request]
     users: int | None = None
     think: float = 0.0
+    until: float = float("inf")
 
     def deal(self, hands: int) -> list["Load"]:
         """Splits the load over replicas, each of which gets every `hands`-th request or user."""

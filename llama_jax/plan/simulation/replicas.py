@@ -41,9 +41,12 @@ def simulate(
     found = [Simulation(server, replace(first, requests=kept), outage._replace(retry=False)).run()]
     if outage.retry:
         lost = [sample for sample in found[0].samples if sample.outcome == "failed"]
-        by_time = {request.at: request for request in kept}
+        known = {(request.at, request.prompt_tokens): request for request in kept}
         rerouted = sorted(
-            [by_time[sample.at]._replace(at=outage.at, since=sample.at) for sample in lost]
+            [
+                known[sample.at, sample.prompt_tokens]._replace(at=outage.at, since=sample.at)
+                for sample in lost
+            ]
             + rerouted,
             key=lambda request: request.at,
         )

@@ -87,8 +87,12 @@ def server_for(
     deployment = model.deployment
     stages, platform = deployment.layout.num_stages, deployment.gpu.platform
     page = page_bytes(deployment, choose_page_size(options, platform))
-    sizes, longest = choose_sizes(options, deployment.config, stages, page, cache_bytes, platform)
+    sizes, longest = choose_sizes(
+        options, deployment.config, stages, page, cache_bytes, platform, model
+    )
     index = LEVELS.index(level)
+    calibration = model.calibration
+    host = None if calibration is None else calibration.host_seconds_per_tick
     communication: dict[tuple[int, int], float] = {}
 
     def tick_time(work: Work) -> TickTime:
@@ -106,6 +110,7 @@ def server_for(
         chunks=lambda: choose_chunks(options, sizes, stages, platform, model),
         prefix_caching=options.prefix_caching,
         results_late=choose_results_late(options, platform),
+        host_seconds=HOST_SECONDS if host is None else host,
         waits=platform == "cpu",
         max_queue=options.max_queue,
     )

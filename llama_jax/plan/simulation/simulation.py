@@ -1,5 +1,6 @@
 """Runs a load through an engine, and what becomes of it when the engine dies."""
 
+import gc
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -81,6 +82,16 @@ class Simulation:
 
     def run(self) -> Simulated:
         """Runs everything to its end."""
+        collects = gc.isenabled()
+        gc.disable()  # it would look at every sample again and again, and find nothing
+        try:
+            self._run()
+        finally:
+            if collects:
+                gc.enable()
+        return self._simulated()
+
+    def _run(self) -> None:
         pending = self.outage
         while not self._stopped:
             clock = self.engine.clock
@@ -99,7 +110,6 @@ class Simulation:
             self._arrive(clock.now)
             self._leave(clock.now)
             self._step()
-        return self._simulated()
 
     def _come(self, request: Request, at: float) -> None:
         attempt = Attempt(at, next(self._numbers), request, at)
@@ -108,7 +118,7 @@ class Simulation:
         heapq.heappush(self._coming, attempt)
 
     def _user_asks(self, at: float) -> None:
-        request = next(self._next, None)
+        request = next(self._next, None) if at < self.load.until else None
         if request is not None:
             self._come(request, at)
 

@@ -29,7 +29,8 @@ examples:
       the same as a pipeline of 4 stages x 2 tensor-parallel ranks; without GPUs, on 8 virtual
       CPU devices
   python -m llama_jax.serve /models/Llama-3-70B-Instruct --mesh 4x2 --max-model-len 8192 \\
-      --max-num-seqs 64 --kv-cache-memory 20GB --host 0.0.0.0 --api-key-file keys.txt
+      --tpot-slo 50ms --ttft-slo 500ms --kv-cache-memory 20GB --host 0.0.0.0 --api-key-file keys.txt
+  python -m llama_jax.serve /models/Llama-3-70B-Instruct --mesh 4x2 --dry-run
   python -m llama_jax.serve --config server.yaml --port 8001
 
 With --host 0.0.0.0 anyone who can reach this machine can use the server: give it a key in

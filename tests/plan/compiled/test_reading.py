@@ -20,7 +20,7 @@ from llama_jax.plan.compiled.hlo import count_ops
 from llama_jax.plan.compiled.ideal_traffic import ideal_traffic
 from llama_jax.plan.compiled.thunks import find_dump, read_thunks
 from llama_jax.plan.compiled.tick_figures import Sizes, copies, kernels_per_layer, large_arrays
-from llama_jax.plan.compiled.traffic import counted_loops, kernels
+from llama_jax.plan.compiled.traffic import NOTHING_PAGED, PagedReads, counted_loops, kernels
 from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.steps import state_shapes
 from llama_jax.weights.placement import param_shapes
@@ -47,11 +47,12 @@ X, HEADS = 64 * 256 * 2, 64 * 128 * 2  # bytes of activations [64, 256] and [64,
 
 # A Pallas kernel reads pages of a cache [16, 1024, 128]; before it, the cache is copied.
 OPAQUE = """
-ENTRY %main (q: bf16[64,128], pages: bf16[16,1024,128]) -> bf16[64,128] {
+ENTRY %main (q: bf16[64,128], pages: bf16[16,1024,128], table: s32[3,4]) -> bf16[64,128] {
   %q = bf16[64,128]{1,0} parameter(0), metadata={op_name="packed"}
   %pages = bf16[16,1024,128]{2,1,0} parameter(1), metadata={op_name="state.cache.keys[0]"}
   %copy.1 = bf16[16,1024,128]{2,1,0} copy(%pages)
-  ROOT %attention = bf16[64,128]{1,0} custom-call(%q, %copy.1), custom_call_target="mosaic_gpu_v2"
+  %table = s32[3,4]{1,0} parameter(2), metadata={op_name="packed"}
+  ROOT %attention = bf16[64,128]{1,0} custom-call(%q, %copy.1, %table), custom_call_target="m"
 }
 """
 
@@ -65,7 +66,7 @@ def thunks(name: str):
 
 
 def found_in(name: str, bucket: Bucket = ROWS) -> list[str]:
-    return large_arrays(kernels(program(name), {}, 4), sizes(bucket))
+    return large_arrays(kernels(program(name), NOTHING_PAGED, 4), sizes(bucket))
 
 
 def sizes(bucket: Bucket) -> Sizes:
@@ -75,7 +76,7 @@ def sizes(bucket: Bucket) -> Sizes:
 
 
 def test_bytes_of_each_kernel():
-    found = {k.name: (k.read, k.written) for k in kernels(program("good"), {}, 100)}
+    found = {k.name: (k.read, k.written) for k in kernels(program("good"), NOTHING_PAGED, 100)}
     assert found == {
         "loop_gather_fusion": (X + 64 * 4, X),  # 64 rows of the table, not all 1,024
         "custom-call.3": (X + 512 * 256 * 2, 64 * 512 * 2),
@@ -90,7 +91,7 @@ def test_bytes_of_each_kernel():
 
 
 def test_a_loop_of_unknown_length_runs_as_often_as_the_caller_says():
-    runs = {k.name: k.runs for k in kernels(program("broken"), {}, 7)}
+    runs = {k.name: k.runs for k in kernels(program("broken"), NOTHING_PAGED, 7)}
     assert runs["custom-call.1"] == 7 and runs["custom-call.3"] == 1
     assert (counted_loops(program("good")), counted_loops(program("broken"))) == (1, 0)
 
@@ -104,7 +105,7 @@ def test_a_copied_weight_and_a_host_loop_are_caught():
     assert thunks("broken").loops - counted_loops(program("broken")) == 1
     [copied] = found_in("broken")
     assert copied.startswith("wrapped_reverse")
-    assert copies(kernels(program("broken"), {}, 4), sizes(ROWS)) == [copied]
+    assert copies(kernels(program("broken"), NOTHING_PAGED, 4), sizes(ROWS)) == [copied]
 
 
 def test_a_copied_weight_is_caught_although_activations_are_larger():
@@ -114,9 +115,9 @@ def test_a_copied_weight_is_caught_although_activations_are_larger():
 
 def test_an_opaque_kernel_reads_its_pages_and_a_copy_of_the_cache_is_caught():
     cache = 16 * 1024 * 128 * 2
-    copy, attention = kernels(OPAQUE, {cache: 1000}, 1)
+    copy, attention = kernels(OPAQUE, PagedReads({cache: 1000}, table=4), 1)
     assert (copy.read, copy.written, copy.largest) == (cache, cache, cache)
-    assert (attention.read, attention.written) == (HEADS + 1000, HEADS)
+    assert (attention.read, attention.written) == (HEADS + 3 * 1000 + 3 * 4 * 4, HEADS)
     assert len(large_arrays([copy, attention], sizes(ROWS))) == 1
     assert len(copies([copy, attention], sizes(ROWS)._replace(pages=cache))) == 1
 
@@ -187,7 +188,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   ROOT %d = f32[8]{0} copy(%c), metadata={op_name="jit(f)/head/mul"}
 }
 """
-    assert kernels_per_layer(kernels(text, {}, 1)) == 2
+    assert kernels_per_layer(kernels(text, NOTHING_PAGED, 1)) == 2
 
 
 def test_bytes_of_four_bit_values():

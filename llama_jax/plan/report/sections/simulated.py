@@ -3,11 +3,12 @@
 The simulation is imported when it runs.
 """
 
+import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llama_jax.costs.figure import Band, Evidence, Figure
-from llama_jax.plan.candidate import Candidate
+from llama_jax.plan.plan import Plan
 from llama_jax.plan.report import drawing
 from llama_jax.plan.report.document import Cell, Plot, Section, Table
 from llama_jax.plan.targets import Targets
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from llama_jax.plan.simulation.figures import Figures
     from llama_jax.plan.simulation.simulated import Simulated
 
-SECONDS = 180.0  # in which requests arrive
 SOURCE = "the engine's own scheduler on a logical clock, over the expected times of ticks"
 
 
@@ -48,47 +48,26 @@ def tails(outcome: Outcome | None) -> tuple[Figure | None, Figure | None, Figure
     return ttft, tpot, _simulated(outcome.figures.inside, "")
 
 
-def simulate_layout(candidate: Candidate, seconds: float = SECONDS) -> Outcome | None:
-    """Simulates one replica of a layout under its share of the load, with Poisson arrivals.
+def simulate_plan(arguments: argparse.Namespace, plan: Plan) -> Outcome | None:
+    """Simulates the best layout of a plan, as the server that the plan proves.
 
     Args:
-      candidate: the layout.
-      seconds: in which requests arrive; the simulation ends with the last answer.
+      arguments: of the planner's command line, with those of the simulation.
+      plan: whose best layout is simulated.
 
     Returns:
       None if the layout cannot hold a request, or does not keep up with the rate.
     """
-    from llama_jax.engine.options import EngineOptions
-    from llama_jax.plan.simulation.engine import simulate
     from llama_jax.plan.simulation.figures import figures
-    from llama_jax.plan.simulation.lengths import Lengths
-    from llama_jax.plan.simulation.load import Draw, Load
-    from llama_jax.plan.simulation.server import server_for
+    from llama_jax.plan.simulation.replicas import simulate
+    from llama_jax.plan.simulation.scenario import scenario
 
-    replica, layout = candidate.replica, candidate.layout
-    workload, targets = replica.workload, replica.targets
-    longest = workload.prompt_tokens + workload.output_tokens
-    if not candidate.fits or candidate.state().most_live > replica.max_live:
+    best, targets = plan.best, plan.question.targets
+    if not best.fits or best.state().most_live > best.replica.max_live:
         return None
-    options = EngineOptions(
-        path="",
-        mesh=f"{layout.num_stages}x{layout.num_ranks}",
-        max_num_seqs=candidate.max_num_seqs,
-        max_model_len=longest,
-        max_chunk=replica.max_chunk,
-        tpot_slo=targets.tpot,
-        ttft_slo=targets.ttft,
-    )
-    draw = Draw(
-        rate=candidate.replica_rate,
-        duration=seconds,
-        prompt=Lengths.parse(f"{workload.prompt_tokens}"),
-        answer=Lengths.parse(f"{workload.output_tokens}"),
-    )
-    server = server_for(replica.model, options, candidate.memory.cache)
-    result = simulate(server, Load(draw.requests()))
-    load = f"Poisson arrivals at {candidate.replica_rate:.3g} requests/s for {seconds:g} s"
-    return Outcome(result, figures(result, targets), targets, load)
+    asked = scenario(arguments, plan)
+    result = simulate(asked.server(), asked.load, asked.replicas)
+    return Outcome(result, figures(result, targets), targets, asked.words)
 
 
 def simulation_section(outcome: Outcome) -> Section:
@@ -119,9 +98,9 @@ def simulation_section(outcome: Outcome) -> Section:
         "simulation",
         "Simulated requests",
         (
-            f"{found.requests:,} requests, {outcome.load}, one replica. TTFT and queueing count "
-            "from the arrival; TPOT = (last - first) / (n - 1). The server has the targets as "
-            "`--ttft-slo` and `--tpot-slo`.",
+            f"{found.requests:,} requests: {outcome.load}. TTFT and queueing count from the "
+            "arrival; TPOT = (last - first) / (n - 1). The scheduler knows the targets, and uses "
+            "the room that they leave: it does not make tokens faster than they must be.",
         ),
         (
             Table("latencies", ("latency", "mean", "p50", "p90", "p99"), tuple(rows)),

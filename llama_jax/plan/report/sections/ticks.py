@@ -40,7 +40,9 @@ def tick_section(model: TickModel, rows: int, context: int, chunk: int) -> Secti
     """
     works = _works(rows, context, chunk)
     parts = [model.figures(work) for work in works.values()]
-    table: list[tuple[Cell, ...]] = [(name, *(found[name] for found in parts)) for name in parts[0]]
+    table: list[tuple[Cell, ...]] = [
+        (PARTS.get(name, name), *(found[name] for found in parts)) for name in parts[0]
+    ]
     num_stages = model.deployment.layout.num_stages
     for name, factor in (("whole tick", 1), (f"per token: {num_stages} ticks", num_stages)):
         sums = (model.seconds(work) * factor for work in works.values())

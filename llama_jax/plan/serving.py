@@ -1,0 +1,260 @@
+"""The server that a plan proves: its command line, and a manifest for Kubernetes.
+
+    python -m llama_jax.plan --rate 8 --server-command
+    python -m llama_jax.plan --rate 8 --kubernetes > llama.yaml
+
+Both are checked by the server's own parser and by the sizes that its engine would choose
+(`llama_jax.serve.dry_run`) before they are printed.
+"""
+
+import argparse
+import json
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llama_jax.plan.candidate import Candidate
+from llama_jax.plan.plan import Plan
+from sharding.errors import UserError
+
+PORT = 8000
+IMAGE = "llama-jax:latest"
+MODELS = "/models"  # where the manifest mounts them
+CLAIM = "models"
+SECRET = "llama-jax-key"
+RESOURCES = {"gpu": "nvidia.com/gpu", "tpu": "google.com/tpu"}
+SHARED_MEMORY = "16Gi"  # NCCL's rings, and the sockets of the engine process
+START_MINUTES = 30  # for loading and compiling, until a start counts as failed
+GRACE_SECONDS = 30  # beyond the time that running requests have to end
+COLUMNS = 76  # of a wrapped command line
+SEQUENCE_STEP = 1024  # tokens to which the longest sequence is rounded up
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The server of one layout.
+
+    Attributes:
+      path: of the checkpoint, where the server runs.
+      arguments: the server's flags after it.
+      lines: what the server's dry run says of them.
+      replicas: servers to start.
+      gpus: of each.
+      platform: of the GPUs.
+      notes: what to do first, in sentences.
+    """
+
+    path: str
+    arguments: tuple[str, ...]
+    lines: tuple[str, ...]
+    replicas: int
+    gpus: int
+    platform: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> str:
+        """The command line, for a shell."""
+        return shlex.join(["python", "-m", "llama_jax.serve", self.path, *self.arguments])
+
+    @property
+    def wrapped(self) -> str:
+        """The command line on several lines, for a shell."""
+        lines = [shlex.join(["python", "-m", "llama_jax.serve", self.path])]
+        for argument in map(shlex.quote, self.arguments):
+            if len(lines) > 1 and len(lines[-1]) + len(argument) < COLUMNS:
+                lines[-1] += f" {argument}"
+            else:
+                lines.append(f"    {argument}")
+        return " \\\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of this mode."""
+    add = parser.add_argument_group("server").add_argument
+    add("--server-command", action="store_true", help="print the command line of the server")
+    add("--kubernetes", action="store_true", help="print a manifest for Kubernetes, in YAML")
+    add("--image", default=IMAGE, metavar="NAME", help="container image (%(default)s)")
+
+
+def run(arguments: argparse.Namespace, plan: Plan) -> int:
+    """Prints what the command line asks for; 1 if the plan misses a target, else 0."""
+    found = serving(plan)
+    if arguments.json:
+        content: dict[str, object] = {"command": found.command, "checked": list(found.lines)}
+        if arguments.kubernetes:
+            content["kubernetes"] = manifest(found, plan, arguments.image)
+        print(json.dumps(content, indent=1, ensure_ascii=False))
+    elif arguments.kubernetes:
+        for note in found.notes:
+            print(f"# {note}")
+        print(yaml.safe_dump_all(manifest(found, plan, arguments.image), sort_keys=False), end="")
+    else:
+        print(found.command)
+        for line in (*found.lines, *found.notes):
+            print(f"# {line}")
+    if plan.best.holds:
+        return 0
+    missed = ", ".join(miss.target for miss in plan.best.missed)
+    print(f"No layout keeps every target: the best one misses {missed}.", file=sys.stderr)
+    return 1
+
+
+def serving(plan: Plan) -> Serving:
+    """The server of the best layout of a plan.
+
+    Raises:
+      UserError: its memory does not hold the model, or the server could not start.
+    """
+    from llama_jax.serve.command_line.arguments import engine_options, parse_arguments
+    from llama_jax.serve.dry_run import describe
+
+    best, question = plan.best, plan.question
+    if not best.fits:
+        raise UserError(
+            f"There is no server to start: {question.gpus} x {question.gpu.name} do not hold "
+            f"{question.model} in any layout."
+        )
+    path = _path(plan)
+    flags = _flags(plan, best)
+    parsed = parse_arguments([path, *flags])
+    lines = describe(
+        _name(question.model), engine_options(parsed, Path(path)), question.config, question.gpu
+    )
+    notes = []
+    if (replicas := best.layout.replicas) > 1:
+        notes.append(f"Start {replicas} of these servers, behind a load balancer.")
+    if not Path(question.model).exists():
+        notes.append(f"The checkpoint is expected at {path}.")
+    if question.config.quantization is not None and not Path(question.model).exists():
+        form = question.config.quantization.format
+        notes.append(f"Quantize it first: python -m convert quantize SRC {path} --quantize {form}")
+    return Serving(
+        path,
+        tuple(flags),
+        tuple(lines),
+        replicas,
+        best.layout._replace(replicas=1).gpus,
+        question.gpu.platform,
+        tuple(notes),
+    )
+
+
+def manifest(found: Serving, plan: Plan, image: str = IMAGE) -> list[dict[str, Any]]:
+    """A Deployment and a Service, as objects of Kubernetes' API.
+
+    The server is ready when `/health` says so, and restarted when `/live` fails. It reads its key
+    from the Secret `SECRET`, if there is one, and the checkpoint from the claim `CLAIM`.
+    """
+    name = _name(plan.question.model)
+    labels = {"app.kubernetes.io/name": "llama-jax", "app.kubernetes.io/instance": name}
+    drain = _drain_seconds(found)
+
+    def probe(path: str, **more: int) -> dict[str, Any]:
+        return {"httpGet": {"path": path, "port": "http"}, "timeoutSeconds": 5, **more}
+
+    container: dict[str, Any] = {
+        "name": "server",
+        "image": image,
+        "command": ["python", "-m", "llama_jax.serve"],
+        "args": [found.path, *found.arguments],
+        "ports": [{"name": "http", "containerPort": PORT}],
+        "env": [
+            {
+                "name": "LLAMA_JAX_API_KEY",
+                "valueFrom": {"secretKeyRef": {"name": SECRET, "key": "key", "optional": True}},
+            }
+        ],
+        "startupProbe": probe("/health", periodSeconds=10, failureThreshold=6 * START_MINUTES),
+        "livenessProbe": probe("/live", periodSeconds=10, failureThreshold=3),
+        "readinessProbe": probe("/health", periodSeconds=5, failureThreshold=2),
+        "volumeMounts": [
+            {"name": "models", "mountPath": MODELS, "readOnly": True},
+            {"name": "shared-memory", "mountPath": "/dev/shm"},
+        ],
+    }
+    if found.platform in RESOURCES:
+        container["resources"] = {"limits": {RESOURCES[found.platform]: str(found.gpus)}}
+    pod = {
+        "terminationGracePeriodSeconds": drain + GRACE_SECONDS,
+        "containers": [container],
+        "volumes": [
+            {"name": "models", "persistentVolumeClaim": {"claimName": CLAIM, "readOnly": True}},
+            {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": SHARED_MEMORY}},
+        ],
+    }
+    return [
+        {
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "metadata": {"name": name, "labels": dict(labels)},
+            "spec": {
+                "replicas": found.replicas,
+                # The GPUs of a server are free only when it has ended.
+                "strategy": {"type": "Recreate"},
+                "selector": {"matchLabels": dict(labels)},
+                "template": {"metadata": {"labels": dict(labels)}, "spec": pod},
+            },
+        },
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": name, "labels": dict(labels)},
+            "spec": {
+                "selector": dict(labels),
+                "ports": [{"name": "http", "port": 80, "targetPort": "http"}],
+            },
+        },
+    ]
+
+
+def _flags(plan: Plan, best: Candidate) -> list[str]:
+    question = plan.question
+    lengths, targets = question.workload, question.targets
+    needed = lengths.prompt_tokens + lengths.output_tokens
+    longest = min(-(-needed // SEQUENCE_STEP) * SEQUENCE_STEP, question.config.max_context)
+    found = {
+        "--mesh": best.layout.mesh,
+        "--max-model-len": min(longest, best.memory.tokens),
+        "--max-num-seqs": best.max_num_seqs,
+        "--max-chunk": best.max_chunk,
+    }
+    if question.kv_cache_dtype != "auto":
+        found["--kv-cache-dtype"] = question.kv_cache_dtype
+    if question.gpu.platform == "gpu" and targets.memory_share is not None:
+        found["--gpu-memory-utilization"] = f"{targets.memory_share:g}"
+    for flag, seconds in (("--ttft-slo", targets.ttft), ("--tpot-slo", targets.tpot)):
+        if seconds is not None:
+            found[flag] = f"{1000 * seconds:g}ms"
+    found |= {"--host": "0.0.0.0", "--port": PORT}
+    flags = [f"{flag}={value}" for flag, value in found.items()]
+    return [*flags, "--fp8-activations"] if question.fp8_activations else flags
+
+
+def _path(plan: Plan) -> str:
+    """The checkpoint's path, or where one of this name is expected."""
+    question = plan.question
+    given = Path(question.model).expanduser()
+    if given.exists():
+        return str(given.parent if given.name == "config.json" else given)
+    quantization = question.config.quantization
+    form = "" if quantization is None else f"-{quantization.format}"
+    return f"{MODELS}/{_name(question.model)}{form}"
+
+
+def _name(model: str) -> str:
+    """A name that Kubernetes accepts: a label of DNS."""
+    plain = re.sub(r"[^a-z0-9]+", "-", Path(model).name.lower()).strip("-")
+    return (plain if plain[:1].isalpha() else f"llama-{plain}").strip("-")[:50].strip("-")
+
+
+def _drain_seconds(found: Serving) -> int:
+    """The time that running requests have to end: the server's own default."""
+    from llama_jax.serve.command_line.arguments import parse_arguments
+
+    return int(-(-parse_arguments([found.path, *found.arguments]).shutdown_timeout // 1))

@@ -1,0 +1,47 @@
+"""`--compile` on the command line, as far as it goes without a compiler for GPUs."""
+
+import argparse
+
+import pytest
+
+from llama_jax.costs.deployment import Layout
+from llama_jax.plan.__main__ import main
+from llama_jax.plan.compiled import command, described_mesh
+from llama_jax.plan.compiled.described_mesh import CompilerMissing, prepare_jax
+
+WRONG = 2
+
+
+def parse(*arguments: str) -> list[Layout]:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(["--compile", *arguments]).compile
+
+
+def test_layouts_are_parsed():
+    assert parse() == []
+    assert parse("4x2", "8X1") == [Layout(4, 2), Layout(8, 1)]
+
+
+@pytest.mark.parametrize("text", ["4", "0x8", "4x", "x2", "-1x2", "4x2x1"])
+def test_what_is_no_layout_is_refused(text):
+    with pytest.raises(SystemExit):
+        parse(text)
+
+
+def test_a_missing_compiler_is_an_error_of_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(described_mesh, "find_spec", lambda name: None)
+    with pytest.raises(CompilerMissing):
+        prepare_jax()
+    assert main(["--layout", "4x2", "--compile"]) == WRONG
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--compile", "1x3"], ["--compile", "16x8"], ["--gpu", "tpu-v5e", "--compile"]]
+)
+def test_what_cannot_be_compiled_is_refused_first(arguments, monkeypatch, capsys):
+    """Before JAX is asked for anything."""
+    monkeypatch.setattr(described_mesh, "find_spec", lambda name: pytest.fail("too late"))
+    assert main(arguments) == WRONG
+    assert capsys.readouterr().err

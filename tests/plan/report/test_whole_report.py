@@ -1,0 +1,121 @@
+"""`--report DIR` as a user runs it: every section, every plot, in a browser."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from llama_jax.plan.__main__ import main
+from llama_jax.plan.report import drawing
+from llama_jax.plan.report.json_text import json_text
+from llama_jax.plan.report.reference import reference_report
+from tests.support.browser import chromium, opened
+
+SECTIONS = {
+    *("targets", "why", "server", "stages", "memory", "ticks", "communication", "balance"),
+    *("utilization", "headroom", "simulation", "frontier", "ring", "risks", "compliance"),
+    "assumptions",
+}
+PLOTS = {
+    "memory": {"memory_by_gpu"},
+    "ticks": {"latency"},
+    "simulation": {"time_to_first_token", "time_per_output_token"},
+    "frontier": {"frontier"},
+    "ring": {"ring"},
+}
+SMALL = ["--model", "llama3-8b", "--gpu", "h100-sxm", "--gpus", "2", "--rate", "4"]
+
+
+class Resources(HTMLParser):
+    """Collects what a page refers to outside itself."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        values = [v for n, v in attrs if n in ("src", "href", "xlink:href", "data", "srcset")]
+        self.found += [value for value in values if not value.startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    assert main([*SMALL, "--duration", "20s", "--report", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.slow
+def test_every_section_and_plot_is_there(written):
+    content = json.loads((written / "report.json").read_text())
+    assert set(content["sections"]) == SECTIONS and content["met"] is True
+    for section, plots in PLOTS.items():
+        assert set(content["sections"][section]["plots"]) == plots
+    page = (written / "report.html").read_text()
+    assert page.count("<svg") == sum(map(len, PLOTS.values()))
+    text = (written / "report.md").read_text()
+    for name in ("disaggregated prefill", "MoE", "power"):
+        assert name in text and name in page
+
+
+@pytest.mark.slow
+def test_the_page_needs_nothing_from_elsewhere(written):
+    page = (written / "report.html").read_text()
+    assert Resources(page).found == []
+    assert not re.findall(r"@import|url\((?!#)|<script|<link", page)
+
+
+@pytest.mark.slow
+def test_the_same_question_gives_the_same_report(written, tmp_path):
+    assert main([*SMALL, "--duration", "20s", "--report", str(tmp_path)]) == 0
+    for name in ("report.html", "report.md", "report.json"):
+        assert (tmp_path / name).read_bytes() == (written / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1200])
+def test_the_page_fits_its_window_and_can_be_read(written, scheme, width):
+    with chromium() as browser:
+        view = {"width": width, "height": 900}
+        address = (written / "report.html").as_uri()
+        with opened(browser, address, viewport=view, color_scheme=scheme) as page:
+            assert page.evaluate("document.documentElement.scrollWidth") == width
+            assert page.locator("svg").count() == sum(map(len, PLOTS.values()))
+            colors = page.evaluate(
+                "[getComputedStyle(document.body).color, "
+                "getComputedStyle(document.body).backgroundColor]"
+            )
+            ink, paper = (sum(map(int, re.findall(r"\d+", c)[:3])) for c in colors)
+            assert (ink < paper) == (scheme == "light") and abs(ink - paper) > 500
+
+
+def test_without_matplotlib_the_report_says_so_and_has_the_numbers(monkeypatch, tmp_path):
+    monkeypatch.setattr(drawing, "can_draw", lambda: False)
+    monkeypatch.setattr("llama_jax.plan.report.build.can_draw", lambda: False)
+    assert main([*SMALL, "--duration", "2s", "--report", str(tmp_path)]) == 0
+    assert "<svg" not in (tmp_path / "report.html").read_text()
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert content["sections"]["frontier"]["plots"]["frontier"]["points"]
+    assumed = content["sections"]["assumptions"]["tables"]["assumptions"]
+    assert any(row["assumed"] == "plots" for row in assumed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "question",
+    [["--rate", "200"], ["--gpu", "l40s", "--gpus", "2"], ["--gpus", "1", "--model", "llama3-8b"]],
+    ids=["too much", "does not fit", "one GPU"],
+)
+def test_a_plan_that_fails_is_reported_as_well(question, tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing, "can_draw", lambda: False)
+    code = main([*question, "--duration", "5s", "--report", str(tmp_path)])
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert code == (0 if content["met"] else 1) and set(content["sections"]) == SECTIONS
+
+
+@pytest.mark.slow
+def test_the_reference_report_is_the_same_each_time():
+    assert json_text(reference_report()) == json_text(reference_report())

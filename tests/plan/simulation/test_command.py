@@ -1,0 +1,120 @@
+"""The command line of the simulation: the same output in every process, and what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from llama_jax.plan.__main__ import main
+from llama_jax.plan.simulation.daily import CurveError, Point, Policy, rate_at, read_curve, scale
+from tests.support.paths import ROOT
+
+SHORT = ["--layout", "4x2", "--rate", "6", "--output-tokens", "16", "--duration", "8s", "--json"]
+
+
+def run(capsys, *arguments: str) -> tuple[int, dict]:
+    code = main([*SHORT, *arguments])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_the_same_json_in_every_process():
+    """Byte for byte, whatever the hash seed and however busy the machine."""
+    command = [sys.executable, "-m", "llama_jax.plan", *SHORT, "--simulate", "--outage", "2s"]
+    command += ["--duration", "3s"]
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        outputs = {
+            subprocess.run(
+                [*command, "--retry"],
+                cwd=ROOT,
+                env=os.environ | {"PYTHONHASHSEED": seed},
+                capture_output=True,
+                check=True,
+            ).stdout
+            for seed in ("1", "2")
+        }
+    finally:
+        busy.kill()
+        busy.wait()
+    (output,) = outputs
+    found = json.loads(output)
+    assert found["met"] is True and found["sections"]["failure"]["tables"]["failure"]
+
+
+def test_a_missed_target_is_an_exit_code(capsys):
+    code, found = run(capsys, "--simulate", "--ttft", "1ms")
+    assert code == 1 and found["met"] is False
+
+
+def test_figures_are_bands_that_say_how_they_are_known(capsys):
+    code, found = run(capsys, "--simulate")
+    rows = found["sections"]["latencies"]["tables"]["latencies"]
+    assert code == 0 and [row["latency"] for row in rows] == ["ttft", "tpot", "e2e", "queueing"]
+    for row in rows[:3]:
+        figure = row["p50"]
+        assert 0 < figure["low"] < figure["expected"] < figure["high"]
+        assert figure["evidence"] == "simulated"
+
+
+def test_a_trace_says_what_arrives(capsys, tmp_path):
+    trace = tmp_path / "trace.jsonl"
+    line = {"timestamp": 0, "input_length": 1500, "output_length": 4, "hash_ids": [5, 6, 7]}
+    trace.write_text("\n".join(json.dumps(line | {"timestamp": 500 * i}) for i in range(4)))
+    _, found = run(capsys, "--trace", str(trace))
+    rows = {row["figure"]: row["found"] for row in found["sections"]["engine"]["tables"]["engine"]}
+    assert rows["requests"]["expected"] == 4
+    assert 0.7 < rows["cached"]["expected"] < 0.75  # three of four prompts, but their last page
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--trace", "none.csv"],
+        ["--simulate", "--think", "1s"],
+        ["--simulate", "--retry"],
+        ["--simulate", "--prefixes", "3"],
+        ["--simulate", "--users", "3", "--arrivals", "poisson"],
+        ["--highest-rate", "--users", "3"],
+        ["--outage", "3s", "--users", "3"],
+        ["--daily", "none.csv"],
+        ["--simulate", "--layout", "1x1"],  # does not fit
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(capsys, flags):
+    assert run(capsys, *flags)[0] == 2
+
+
+@pytest.mark.parametrize("flag", ["--highest-rate", "--prompt-lengths=3", "--prefix-tokens=3"])
+def test_flags_that_contradict_a_trace_are_refused(capsys, tmp_path, flag):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,10,3\n")
+    assert run(capsys, "--trace", str(trace), flag)[0] == 2
+
+
+CURVE = [Point(0, 10), Point(3600, 100), Point(7200, 10)]
+
+
+def test_a_load_curve_is_followed():
+    assert [rate_at(CURVE, at) for at in (0, 1800, 3600, 5400, 9000)] == [10, 55, 100, 55, 10]
+    found = scale(CURVE, 10.0, Policy(load=0.8, start=60, patience=300))
+    assert found.fixed == 10 and found.overloaded == 0
+    # By brute force: so many at 80 % of 10 requests/s, by the mean rate of the last minute.
+    assert 12 <= found.most <= 13 and found.moments[0].ready == 2
+    for moment in found.moments:
+        assert moment.ready * 10.0 >= moment.rate
+    assert found.moments[-1].ready < 6 and 5 < found.mean < 12
+    slow = scale(CURVE, 10.0, Policy(load=1.0, start=600, patience=300))
+    assert slow.overloaded > 0 and slow.worst.rate / slow.worst.ready > 10
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("a,b\n", 1), ("time_s,requests_per_s\n0,1\n0,2\n", 3), ("time_s,requests_per_s\n0,x\n", 2)],
+)
+def test_a_broken_load_curve_is_refused_with_its_line(tmp_path, text, line):
+    file = tmp_path / "curve.csv"
+    file.write_text(text)
+    with pytest.raises(CurveError, match=rf"line {line}\b"):
+        read_curve(file)

@@ -1,0 +1,168 @@
+"""Simulated engines: what they do with loads that can be followed by hand."""
+
+import pytest
+from pytest import approx
+
+from llama_jax.plan.simulation.figures import figures
+from llama_jax.plan.simulation.highest_rate import highest_rate
+from llama_jax.plan.simulation.lengths import Lengths
+from llama_jax.plan.simulation.load import Draw, Load, Request, Run
+from llama_jax.plan.simulation.replicas import simulate
+from llama_jax.plan.simulation.server import Server, TickTime
+from llama_jax.plan.simulation.simulation import Outage
+from llama_jax.plan.targets import Targets
+from llama_jax.ring.sizes import RingSizes
+
+TICK, CHUNK_TICK = 0.25, 0.5  # exact in binary
+
+
+def tick_time(work) -> TickTime:
+    return TickTime(CHUNK_TICK if work.chunk else TICK, TICK / 8)
+
+
+def make_server(stages: int = 2, slots: int = 4, pages: int = 64, **more) -> Server:
+    sizes = RingSizes(
+        num_slots=slots,
+        num_pages=pages,
+        page_size=16,
+        pages_per_sequence=16,
+        row_buckets=(1, 2, 4),
+        chunk_buckets=(0, 64),
+        tile=64,
+    )
+    chosen = {"host_seconds": 0.0, "results_late": 0, "tick_time": tick_time} | more
+    return Server(num_stages=stages, sizes=sizes, max_model_len=256, **chosen)
+
+
+def test_a_single_request_by_hand():
+    """Two chunks enter in ticks 0 and 1; the last leaves two stages in tick 2."""
+    (sample,) = simulate(make_server(), Load([Request(10.0, 100, 3)])).samples
+    assert sample.queued == 0 and sample.first == 10 + 3 * CHUNK_TICK
+    assert sample.last - sample.first == 4 * TICK  # each token takes as many ticks as stages
+    assert sample.tpot == 2 * TICK and sample.outcome == "completed"
+
+
+def test_a_tick_lasts_as_long_as_the_slowest_stage():
+    """The keys of a packet count in every stage that it passes."""
+
+    def by_keys(work) -> TickTime:
+        return TickTime(1.0 if work.row_keys > 50 else 0.125)
+
+    server = make_server(stages=2, tick_time=by_keys)
+    load = Load([Request(0.0, 10, 9), Request(0.0, 60, 9)])
+    long, _ = sorted(simulate(server, load).samples, key=lambda s: -s.prompt_tokens)
+    # Its packet is always in one of the two stages, so that no tick of its answer is short.
+    assert long.tpot == 2.0
+
+
+@pytest.mark.parametrize("late", [0, 1, 3])
+def test_the_host_works_while_the_devices_run(late):
+    """Results are read late, but answers take no longer while the host keeps ahead."""
+    server = make_server(results_late=late, host_seconds=TICK / 4)
+    (sample,) = simulate(server, Load([Request(0.0, 10, 20)])).samples
+    if late:
+        assert sample.tpot == approx(2 * TICK)
+    else:  # it begins a tick only when the one before has been read
+        assert sample.tpot > 2 * TICK
+
+
+def test_a_device_that_is_waited_for_adds_the_hosts_time():
+    """As a CPU does."""
+    server = make_server(host_seconds=TICK / 4, waits=True)
+    (sample,) = simulate(server, Load([Request(0.0, 10, 20)])).samples
+    assert sample.tpot == approx(2 * (TICK + TICK / 4))
+
+
+def test_communication_is_a_share_of_the_devices_time():
+    result = simulate(make_server(), Load([Request(0.0, 10, 50)]))
+    assert result.communication_seconds == result.ticks * TICK / 8
+    assert result.busy_seconds == sum(p.seconds for p in result.programs)
+    assert result.ticks == sum(p.ticks for p in result.programs)
+
+
+def test_prompts_that_begin_alike_are_found():
+    shared = Run(7, 100)
+    requests = [Request(100.0 * i, 120, 2, (shared,)) for i in range(3)]
+    found = [s.cached_tokens for s in simulate(make_server(), Load(requests)).samples]
+    assert found == [0, 96, 96]  # whole pages of 16
+    others = [Request(100.0 * i, 120, 2, (Run(i, 100),)) for i in range(3)]
+    assert simulate(make_server(), Load(others)).cached_tokens == 0
+    unshared = make_server(prefix_caching=False)
+    assert simulate(unshared, Load(requests)).cached_tokens == 0
+
+
+def test_a_full_queue_refuses():
+    """Four slots, and two may wait."""
+    server = make_server(max_queue=2)
+    outcomes = [s.outcome for s in simulate(server, Load([Request(0.0, 20, 5)] * 9)).samples]
+    assert outcomes.count("completed") == 6 and outcomes.count("rejected") == 3
+    server = make_server(max_queue_tokens=50)
+    outcomes = [s.outcome for s in simulate(server, Load([Request(0.0, 20, 5)] * 9)).samples]
+    assert outcomes.count("completed") == 2
+    too_long = simulate(make_server(), Load([Request(0.0, 256, 5)]))
+    assert [s.outcome for s in too_long.samples] == ["rejected"]
+
+
+def test_pages_that_run_out_preempt():
+    server = make_server(pages=16, prefix_caching=False)
+    result = simulate(server, Load([Request(0.0, 60, 60)] * 4))
+    assert result.preemptions > 0
+    assert {s.outcome for s in result.samples} == {"completed"}
+    assert max(moment.pages for moment in result.moments) <= 16
+
+
+def test_users_ask_when_they_have_their_answer():
+    load = Load([Request(0.0, 10, 5)] * 100, users=2, think=1.0, until=30.0)
+    samples = simulate(make_server(), load).samples
+    assert max(s.at for s in samples) < 30 and 5 < len(samples) < 100
+    for sample in samples:
+        others = [s for s in samples if s.at < sample.last and s.last > sample.at]
+        assert len(others) <= 2
+    ends = {s.last for s in samples}
+    assert all(s.at == 0 or s.at - 1.0 in ends for s in samples)
+
+
+def test_an_outage_loses_or_delays_what_the_engine_held():
+    load = Load([Request(0.5 * i, 20, 8) for i in range(40)])
+    lost = simulate(make_server(max_queue=99), load, outage=Outage(5.0, 3.0, retry=False))
+    failed = [s for s in lost.samples if s.outcome == "failed"]
+    assert all(s.at < 8 for s in failed)
+    assert {s.at for s in lost.samples if 5 < s.at < 8} <= {s.at for s in failed}
+    assert any(s.at < 5 for s in failed), "it held some"
+    again = simulate(make_server(max_queue=99), load, outage=Outage(5.0, 3.0, retry=True))
+    assert {s.outcome for s in again.samples} == {"completed"}
+    assert {s.at for s in again.samples if s.attempts == 2} == {s.at for s in failed}
+    assert all(s.first >= 8 for s in again.samples if s.attempts == 2)
+
+
+def test_other_replicas_take_the_requests_of_one_that_died():
+    load = Load([Request(0.5 * i, 20, 8) for i in range(40)])
+    for retry in (False, True):
+        found = simulate(make_server(max_queue=99), load, 2, Outage(5.0, 3.0, retry=retry))
+        failed = [s for s in found.samples if s.outcome == "failed"]
+        assert len(found.samples) == 40 and found.replicas == 2
+        assert all(s.at < 5 for s in failed), "what comes later goes to the other"
+        assert bool(failed) == (not retry)
+
+
+def test_replicas_share_the_load():
+    load = Load([Request(0.25 * i, 20, 8) for i in range(60)])
+    one, two = (simulate(make_server(max_queue=99), load, n) for n in (1, 2))
+    assert len(one.samples) == len(two.samples) == 60
+    assert two.generated_tokens == one.generated_tokens == 60 * 8
+    targets = Targets(ttft=2.0)
+    assert figures(two, targets).inside > figures(one, targets).inside
+
+
+def test_the_highest_rate_keeps_the_targets_and_more_does_not():
+    server, targets = make_server(max_queue=99), Targets(ttft=3.0, inside=0.9)
+    draw = Draw(rate=1.0, num_requests=60, prompt=Lengths.parse("20"), answer=Lengths.parse("4-12"))
+    found = highest_rate(server, draw, targets)
+    assert len(found.rates) == 3 and min(found.rates) <= found.middle <= max(found.rates)
+
+    def inside(rate: float) -> float:
+        drawn = Draw(rate=rate, num_requests=60, prompt=draw.prompt, answer=draw.answer)
+        return figures(simulate(server, Load(drawn.requests())), targets).inside
+
+    assert inside(found.rates[0]) >= 0.9 > inside(1.1 * found.rates[0])
+    assert highest_rate(server, draw, Targets(ttft=1e-9)).rates == (0.0, 0.0, 0.0)

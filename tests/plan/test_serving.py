@@ -1,0 +1,138 @@
+"""The server that a plan proves: its command line, and its manifest for Kubernetes."""
+
+import json
+import re
+import shlex
+
+import pytest
+import yaml
+
+from llama_jax.config import LlamaConfig
+from llama_jax.plan.__main__ import main as plan
+from llama_jax.serve.command_line.arguments import parse_arguments
+from llama_jax.serve.launch import main as serve
+from llama_jax.serve.transport.door import LIVE_PATH, OPEN_PATHS
+
+QUESTIONS = (
+    "",
+    pytest.param("--rate 10 --ttft 400ms --tpot 40ms --memory 0.8", marks=pytest.mark.slow),
+    "--gpus 16 --weights fp8 --fp8-activations --kv-cache-dtype fp8 --rate 20",
+    "--model llama3-8b --gpu l40s --gpus 2 --layout 2x1 --max-chunk 128 --rate 2",
+    pytest.param(
+        "--model meta-llama/Llama-3.3-70B-Instruct --gpu h200 --gpus 4 --rate 3",
+        marks=pytest.mark.slow,
+    ),
+)
+
+
+def ask(capsys, *argv: str) -> tuple[int, str]:
+    code = plan([*argv])
+    return code, capsys.readouterr().out
+
+
+def command_of(capsys, question: str) -> list[str]:
+    code, out = ask(capsys, *question.split(), "--server-command")
+    assert code in (0, 1)
+    python, dash, module, *argv = shlex.split(out.splitlines()[0])
+    assert (python, dash, module) == ("python", "-m", "llama_jax.serve")
+    return argv
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_the_servers_dry_run_accepts_the_command(question, capsys, tmp_path):
+    """With a checkpoint at the path: its config is what the question says."""
+    path, *flags = command_of(capsys, question)
+    config = LlamaConfig.llama3_8b() if "8b" in question else LlamaConfig.llama3_70b()
+    content = config.to_dict()
+    if "fp8" in question:
+        content["quantization_config"] = {"quant_method": "llama_jax", "format": "fp8"}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    gpu = re.search(r"--gpu (\S+)", question)
+    where = ["--dry-run", "--dry-run-gpu", gpu[1] if gpu else "h100-sxm"]
+    assert serve([str(tmp_path), *flags, *where]) == 0
+    assert path.startswith("/models/")
+
+
+def test_the_command_has_what_the_plan_counts_on(capsys):
+    question = "--rate 10 --ttft 400ms --tpot 40ms --memory 0.8 --max-chunk 192"
+    arguments = parse_arguments(command_of(capsys, question))
+    assert (arguments.ttft_slo, arguments.tpot_slo) == (0.4, 0.04)
+    assert (arguments.gpu_memory_utilization, arguments.max_chunk) == (0.8, 192)
+    assert arguments.max_model_len >= 1024 + 256
+    _, out = ask(capsys, *question.split(), "--json")
+    best = json.loads(out)["layouts"][0]
+    assert arguments.mesh in json.dumps(best)
+
+
+def manifests(capsys, question: str) -> tuple[dict, dict]:
+    _, out = ask(capsys, *question.split(), "--kubernetes")
+    deployment, service = yaml.safe_load_all(out)
+    return deployment, service
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_the_manifest_starts_that_command_and_probes_what_the_server_has(question, capsys):
+    deployment, service = manifests(capsys, question)
+    spec = deployment["spec"]["template"]["spec"]
+    [container] = spec["containers"]
+    assert container["args"] == command_of(capsys, question)
+    arguments = parse_arguments(container["args"])  # exits if one is wrong
+
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert deployment["spec"]["selector"]["matchLabels"] == labels == service["spec"]["selector"]
+    assert all(re.fullmatch(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?", v) for v in
+               labels.values())  # fmt: skip
+    assert re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", service["metadata"]["name"])
+
+    probes = {kind: container[f"{kind}Probe"]["httpGet"] for kind in
+              ("startup", "liveness", "readiness")}  # fmt: skip
+    assert probes["liveness"]["path"] == LIVE_PATH
+    assert {probe["path"] for probe in probes.values()} <= OPEN_PATHS  # need no key
+    assert {probe["port"] for probe in probes.values()} == {"http"}
+    [port] = container["ports"]
+    assert port == {"name": "http", "containerPort": arguments.port}
+    assert arguments.host == "0.0.0.0"
+    assert spec["terminationGracePeriodSeconds"] > arguments.shutdown_timeout
+
+    stages, ranks = map(int, arguments.mesh.split("x"))
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": str(stages * ranks)}
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
+    assert set(mounts.values()) == set(volumes)
+    assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
+    assert any(container["args"][0].startswith(f"{mount}/") for mount in mounts)
+
+
+def test_a_plan_that_holds_shows_the_command(capsys):
+    command = shlex.join(["python", "-m", "llama_jax.serve", *command_of(capsys, "--rate 8")])
+    shown = ask(capsys, "--rate", "8")[1]
+    assert command in " ".join(shown.replace("\\\n", " ").split())
+    assert "llama_jax.serve" not in ask(capsys, "--rate", "100")[1]
+
+
+def test_each_replica_is_a_pod(capsys):
+    deployment, _ = manifests(capsys, "--layout 4x2 --gpus 16 --rate 20")
+    assert deployment["spec"]["replicas"] == 2
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_the_manifest_fits_the_schema_of_kubernetes(question, capsys):
+    validator = pytest.importorskip("kubernetes_validate")
+    for version in ("1.27", validator.latest_version()):
+        for document in manifests(capsys, question):
+            validator.validate(document, version, strict=True)
+
+
+def test_json_has_both(capsys):
+    code, out = ask(capsys, "--rate", "10", "--json", "--kubernetes")
+    content = json.loads(out)
+    assert code == 0 and shlex.split(content["command"])[:3] == ["python", "-m", "llama_jax.serve"]
+    assert [document["kind"] for document in content["kubernetes"]] == ["Deployment", "Service"]
+    assert ask(capsys, "--rate", "10", "--json", "--kubernetes") == (code, out)
+
+
+@pytest.mark.parametrize(
+    ("question", "code"), [("--rate 100", 1), ("--gpus 1", 2), ("--gpu tpu-v5e", 2)]
+)
+def test_a_plan_that_does_not_hold_has_its_own_exit_code(question, code, capsys):
+    assert ask(capsys, *question.split(), "--server-command")[0] == code

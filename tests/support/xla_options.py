@@ -1,0 +1,26 @@
+"""Options of XLA's CPU compiler for tests: they compile thousands of programs and run each briefly.
+
+Most of a compilation is the generation of machine code. With these options, that takes a third of
+the time. The programs then run more slowly, except for their matrix products, which are Eigen's.
+"""
+
+from importlib.metadata import version
+
+# jaxlib 0.11 has no such option, and one that XLA does not know ends the process.
+_HAS_FUSION_EMITTERS = version("jaxlib").startswith("0.10.")
+
+# For `XLA_FLAGS`.
+CHEAP_CODE = " ".join(
+    (
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        *(["--xla_cpu_use_fusion_emitters=false"] if _HAS_FUSION_EMITTERS else []),
+    )
+)
+
+# XLA's defaults, for `lower(...).compile(PRODUCTION)`: for tests that read the compiled program.
+PRODUCTION: dict[str, bool | int] = {
+    "xla_backend_optimization_level": 3,
+    "xla_cpu_parallel_codegen_split_count": 32,
+    **({"xla_cpu_use_fusion_emitters": True} if _HAS_FUSION_EMITTERS else {}),
+}
