@@ -6,8 +6,8 @@ load over HTTP in rounds, and calibrates anew between them, so that whatever els
 meets both sides. At last the planner's simulator runs the very same arrivals and lengths. The
 medians of TTFT and TPOT must differ by less than 15 %.
 
-What HTTP and its client take from the machine is measured before each round, with one stream for
-each microbatch, and the simulator adds it to every tick ("host") and to every request ("front").
+What HTTP and its client take from the machine is measured before each round, with short requests at
+even intervals, and the simulator adds it to every tick ("host") and to every request ("front").
 """
 
 import argparse
@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from bench.load.client import START_SECONDS, Server, send_all
+from bench.load.client import Server, send_all
 from bench.load.figures import percentile
 from bench.load.sample import Sample
 from bench.load.workload import Workload
@@ -38,7 +38,8 @@ MESHES = ("1x1", "4x2")
 WITHIN = 0.15
 VOCABULARY = 1700  # of the prompts: ordinary tokens of the demo checkpoint
 ROWS, CONTEXTS = 8, (64, 192, 512)  # of the batches that are timed
-PROBES = 4  # requests of each user, before each round
+STEPS = 5  # in which the host time is found
+PROBES = 16  # requests before each round
 PACKAGES = ("jax", "numpy", "httpx", "uvicorn")
 
 
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this measurement."""
     parser.add_argument("--meshes", nargs="+", default=list(MESHES), metavar="SxT")
     parser.add_argument("--rate", type=float, default=2.0, help="requests/s (%(default)g)")
-    parser.add_argument("--requests", type=int, default=40, help="in each round (%(default)s)")
+    parser.add_argument("--requests", type=int, default=80, help="in each round (%(default)s)")
     parser.add_argument("--rounds", type=int, default=4, help="of each mesh (%(default)s)")
     parser.add_argument("--prompt-tokens", default="lognormal:120,0.6", help="(%(default)s)")
     parser.add_argument("--answer-tokens", default="lognormal:40,0.5", help="(%(default)s)")
@@ -97,7 +98,6 @@ def one_mesh(mesh: str, rounds: int, settings: dict[str, Any]) -> list[Row]:
     from llama_jax.engine.options import EngineOptions
     from llama_jax.plan.machine.batches import grid
     from llama_jax.plan.machine.calibrate import Calibrator
-    from sharding.mesh import parse_mesh
 
     options = EngineOptions(path=str(DEMO_CHECKPOINT), mesh=mesh)
     # The largest programs take most of the time, and this load does not need them.
@@ -105,15 +105,14 @@ def one_mesh(mesh: str, rounds: int, settings: dict[str, Any]) -> list[Row]:
         batch for batch in grid(sizes, CONTEXTS) if batch.rows <= ROWS
     ])  # fmt: skip
     loads = [workload(settings, seed) for seed in range(1, rounds + 1)]
-    users = parse_mesh(mesh)[0]  # a stream for each microbatch: every tick delivers a token
-    probes = [probe(seed, users) for seed in range(1001, rounds + 1001)]
+    probes = [probe(seed) for seed in range(1001, rounds + 1001)]
     served: list[Sample] = []
     probed: list[Sample] = []
     calibrator.time_all()
     with serving(mesh) as server:
-        asyncio.run(send_in_turn(server, probe(0, users), users))  # warms up
-        for load, few in zip(loads, probes, strict=True):
-            probed += asyncio.run(send_in_turn(server, few, users))
+        asyncio.run(send_all(server, probe(0).to_send()))  # warms up
+        for load, even in zip(loads, probes, strict=True):
+            probed += asyncio.run(send_all(server, even.to_send()))
             served += asyncio.run(send_all(server, load.to_send()))
             calibrator.time_all()
     if failed := [sample for sample in (*served, *probed) if sample.error is not None]:
@@ -151,23 +150,25 @@ class Twin:
         self.host_seconds = calibration.host_seconds_per_tick or 0.0
         self.front_seconds = 0.0
 
-    def samples(self, load: Workload, users: int | None = None) -> list[Any]:
-        """Simulates a load: at its times, or as `send_in_turn` sends it for so many users."""
+    def samples(self, load: Workload) -> list[Any]:
+        """Simulates a load."""
         from llama_jax.plan.simulation.load import Load
         from llama_jax.plan.simulation.replicas import simulate
 
         server = replace(self._server, host_seconds=self.host_seconds)
-        return list(simulate(server, Load(load.requests(), users, START_SECONDS)).samples)
+        return list(simulate(server, Load(load.requests())).samples)
 
     def add_front(self, probes: Sequence[Workload], probed: Sequence[Sample]) -> None:
         """Adds what the requests of `probe` take longer than their ticks do."""
-        users = self._layout.num_stages
 
         def apart(figure: Callable[[Any], float]) -> float:
-            alike = [sample for load in probes for sample in self.samples(load, users)]
+            alike = [sample for load in probes for sample in self.samples(load)]
             return statistics.median(map(figure, probed)) - statistics.median(map(figure, alike))
 
-        self.host_seconds += max(0.0, apart(lambda sample: sample.tpot) / users)
+        least = self.host_seconds  # the engine's own
+        for _ in range(STEPS):  # longer ticks overlap more requests, which makes them longer still
+            added = apart(lambda sample: sample.tpot) / self._layout.num_stages
+            self.host_seconds = max(least, self.host_seconds + added)
         self.front_seconds = max(0.0, apart(lambda sample: sample.ttft))
 
 
@@ -211,22 +212,9 @@ def serving(mesh: str) -> Iterator[Server]:
         process.communicate()
 
 
-def probe(seed: int, users: int) -> Workload:
-    """Requests that a few users send, each when it has the answer to the one before."""
+def probe(seed: int) -> Workload:
+    """Short requests at even intervals: alone on one stage, a few at a time on four."""
     return Workload(
-        rate=1.0, num_requests=PROBES * users, prompt=Lengths.parse("32"),
+        rate=4.0, arrivals="constant", num_requests=PROBES, prompt=Lengths.parse("32"),
         answer=Lengths.parse("24"), vocab_size=VOCABULARY, seed=seed,
     )  # fmt: skip
-
-
-async def send_in_turn(server: Server, load: Workload, users: int) -> list[Sample]:
-    """Sends the requests of `probe`."""
-    waiting = iter(load.to_send())
-    samples: list[Sample] = []
-
-    async def ask() -> None:
-        for request in waiting:
-            samples.extend(await send_all(server, [request._replace(at=0.0)]))
-
-    await asyncio.gather(*(ask() for _ in range(users)))
-    return samples
