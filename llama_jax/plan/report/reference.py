@@ -24,6 +24,7 @@ from llama_jax.plan.report.quantities import figure_text
 from llama_jax.plan.report.sections.alternatives import why_section
 from llama_jax.plan.report.sections.memory import balance_figures, counted
 from llama_jax.plan.report.sections.promises import assumptions_section, compliance_section
+from llama_jax.plan.report.sections.server import server_section
 from llama_jax.plan.report.sections.simulated import Outcome, simulate_plan, tails
 from llama_jax.plan.report.utilization import utilization_section
 from llama_jax.plan.targets import Targets, Workload
@@ -87,7 +88,12 @@ def reference_report(details: argparse.Namespace | None = None) -> Report:
     rest: tuple[Section, ...]
     if details:
         free = make_plan(replace(asked, layout=None))
-        rest = (why_section(free), *detail_sections(make_plan(asked), free, outcome))
+        plan = make_plan(asked)
+        rest = (
+            why_section(free),
+            server_section(plan),
+            *detail_sections(plan, free, outcome),
+        )
     else:
         rest = (
             utilization_section(outlook(), PROMISED),

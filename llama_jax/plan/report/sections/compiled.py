@@ -7,6 +7,7 @@ from llama_jax.plan.plan import Plan
 from llama_jax.plan.report.document import Cell, Section, Table
 from llama_jax.plan.report.sections.memory import counted
 
+ARITHMETIC = "shapes (llama_jax/costs/memory.py)"
 COMPILED = "XLA's GPU compiler, without a GPU"
 
 
@@ -32,8 +33,8 @@ def compiled_section(plan: Plan) -> Section:
     )
     found = compile_deployment(best.deployment, options)
     memory: list[tuple[Cell, ...]] = [
-        (what.replace("_", " "), _compiled(each.compiled, "bytes"), counted(each.arithmetic, "bytes", "llama_jax.costs.memory"),
-         f"{each.bytes:+,} bytes")
+        (what.replace("_", " "), _compiled(each.compiled, "bytes"),
+         counted(each.arithmetic, "bytes", ARITHMETIC), f"{each.bytes:+,} bytes")
         for what, each in differences(found).items()
     ]  # fmt: skip
     ticks: list[tuple[Cell, ...]] = [
