@@ -23,6 +23,7 @@ from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.programs import Programs
 from llama_jax.engine.prompt_logprobs import PromptLogprobs
 from llama_jax.engine.scheduler import Scheduler
+from llama_jax.engine.sizing import CPU_PAGE
 from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.model.kv_storage import choose_kv_dtype
 from llama_jax.ring.kv_cache import page_bytes
@@ -160,7 +161,7 @@ def make_loop(
         params = load_params(reader, device_mesh, dtype)
     cache_dtype = choose_kv_dtype(options.get("kv_cache_dtype", "auto"), dtype)
     if num_pages is not None:
-        page_size = options.get("page_size", EngineOptions(path="").page_size)
+        page_size = options.get("page_size", CPU_PAGE)
         memory = num_pages * page_bytes(config, device_mesh, page_size, cache_dtype)
         options["kv_cache_memory"] = memory
     chosen = EngineOptions(path=str(path), mesh=mesh, **options)
