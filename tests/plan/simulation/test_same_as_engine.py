@@ -47,7 +47,7 @@ def executor(request, tmp_path_factory):
     model = make_model(num_layers=2, embed_dim=32, mlp_dim=32, head_dim=4)
     path = save_model(model, tmp_path_factory.mktemp("model"))
     # So few pages that six requests do not fit.
-    few = {"max_num_seqs": 6, "num_pages": 30, "max_model_len": MAX_MODEL_LEN}
+    few = {"max_num_seqs": 6, "num_pages": 30, "page_size": 16, "max_model_len": MAX_MODEL_LEN}
     return make_loop(path, "2x2", largest_only=request.param == "two programs", **few).executor
 
 
