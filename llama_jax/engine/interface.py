@@ -6,8 +6,6 @@ They are plain Python. `messages` puts them on the wire.
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import msgspec
-
 from llama_jax.engine.errors import RequestError
 from llama_jax.engine.prompt_logprobs import PromptLogprobs
 
@@ -26,7 +24,7 @@ class TokenLogprobs(NamedTuple):
     top: list[tuple[int, float]]
 
 
-class Output(msgspec.Struct, frozen=True, array_like=True):
+class Output(NamedTuple):
     """One token of one request, or its end.
 
     Attributes:

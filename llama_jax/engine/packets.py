@@ -4,12 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 
-import msgspec
-
 from llama_jax.engine.sequence import Sequence
 
 
-class Segment(msgspec.Struct, eq=False):
+@dataclass(slots=True, eq=False)
+class Segment:
     """Consecutive tokens of one sequence in a packet, as `llama_jax.ring.packet` encodes them.
 
     Attributes:

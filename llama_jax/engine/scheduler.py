@@ -10,7 +10,6 @@ is at stage 0, and the packet with the last chunk becomes the sequence's microba
 """
 
 import numpy as np
-from msgspec.structs import replace
 
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.chunk_choice import ChunkChoice
@@ -258,9 +257,9 @@ class Scheduler:
                 wanted = sequence.params.logprobs
                 if wanted is not None:
                     own = TokenLogprobs(logprobs[index].logprob, logprobs[index].top[:wanted])
-                    output = replace(output, logprobs=own)
+                    output = output._replace(logprobs=own)
             if sequence.scoring is not None and output.token is not None:
-                output = replace(output, prompt_logprobs=sequence.scoring.result())
+                output = output._replace(prompt_logprobs=sequence.scoring.result())
                 sequence.scoring = None
             outputs.append(output)
         return outputs
