@@ -95,7 +95,7 @@ def test_the_bucket_is_the_smallest_that_fits():
     assert SIZES.bucket(1, 0) == Bucket(1, 0)
     assert SIZES.bucket(3, 1) == Bucket(4, 3)
     assert SIZES.bucket(2, 12) == Bucket(2, 12)
-    with pytest.raises(ValueError):
+    with pytest.raises(IndexError):
         SIZES.bucket(5, 0)
 
 

@@ -7,7 +7,6 @@ import sys
 import threading
 
 import pytest
-from msgspec.structs import replace
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -30,7 +29,7 @@ def traced():
 
     async def queued(prompt, params, **options):
         async for output in generate(prompt, params, **options):
-            yield replace(output, queue_seconds=0.0)
+            yield output._replace(queue_seconds=0.0)
 
     server.engine.generate = queued
     server.app.listeners.append(tracing)
