@@ -23,6 +23,8 @@ from llama_jax.plan.plan import Plan
 from sharding.errors import UserError
 
 PORT = 8000
+# A pod's probes and service come from outside it. The command alone stays on the loopback interface.
+POD_NETWORK = ("--host=0.0.0.0", f"--port={PORT}")
 IMAGE = "llama-jax:latest"
 MODELS = "/models"  # where the manifest mounts them
 CLAIM = "models"
@@ -162,7 +164,7 @@ def manifest(found: Serving, plan: Plan, image: str = IMAGE) -> list[dict[str, A
         "name": "server",
         "image": image,
         "command": ["python", "-m", "llama_jax.serve"],
-        "args": [found.path, *found.arguments],
+        "args": [found.path, *found.arguments, *POD_NETWORK],
         "ports": [{"name": "http", "containerPort": PORT}],
         "env": [
             {
@@ -231,7 +233,6 @@ def _flags(plan: Plan, best: Candidate) -> list[str]:
     for flag, seconds in (("--ttft-slo", targets.ttft), ("--tpot-slo", targets.tpot)):
         if seconds is not None:
             found[flag] = f"{1000 * seconds:g}ms"
-    found |= {"--host": "0.0.0.0", "--port": PORT}
     flags = [f"{flag}={value}" for flag, value in found.items()]
     return [*flags, "--fp8-activations"] if question.fp8_activations else flags
 

@@ -9,6 +9,7 @@ import yaml
 
 from llama_jax.config import LlamaConfig
 from llama_jax.plan.__main__ import main as plan
+from llama_jax.plan.serving import POD_NETWORK
 from llama_jax.serve.command_line.arguments import parse_arguments
 from llama_jax.serve.launch import main as serve
 from llama_jax.serve.transport.door import LIVE_PATH, OPEN_PATHS
@@ -75,7 +76,8 @@ def test_the_manifest_starts_that_command_and_probes_what_the_server_has(questio
     deployment, service = manifests(capsys, question)
     spec = deployment["spec"]["template"]["spec"]
     [container] = spec["containers"]
-    assert container["args"] == command_of(capsys, question)
+    assert container["args"] == [*command_of(capsys, question), *POD_NETWORK]
+    assert parse_arguments(command_of(capsys, question)).host == "127.0.0.1"
     arguments = parse_arguments(container["args"])  # exits if one is wrong
 
     labels = deployment["spec"]["template"]["metadata"]["labels"]
