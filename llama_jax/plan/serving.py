@@ -23,7 +23,7 @@ from llama_jax.plan.plan import Plan
 from sharding.errors import UserError
 
 PORT = 8000
-# A pod's probes and service come from outside it. The command alone stays on the loopback interface.
+# Probes and the service come from outside a pod. A server alone stays on the loopback interface.
 POD_NETWORK = ("--host=0.0.0.0", f"--port={PORT}")
 IMAGE = "llama-jax:latest"
 MODELS = "/models"  # where the manifest mounts them
