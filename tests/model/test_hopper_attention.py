@@ -241,3 +241,23 @@ def test_splits():
     for blocks in (1, 3, 100, 10_000):
         for keys in (1, 64, 100, 5000, 131072):
             assert 1 <= choose_splits(blocks, keys, 132) <= max(1, -(-keys // 128))
+
+
+def test_no_operand_of_the_kernel_is_a_view():
+    """XLA passes a mere slice of a packet as a view of its buffer, and on a GPU Mosaic refuses one
+    that is not aligned. So page tables, positions and lengths are computed."""
+
+    def attend(packet, q, k, v):
+        tables, positions, lengths = packet[:, 3:], packet[:, :1], packet[:, 1]
+        return hopper_attention(q, k, v, tables, positions, lengths, num_cores=132)
+
+    pool = jax.ShapeDtypeStruct((1, 40, 64, 128), jnp.bfloat16)
+    q = jax.ShapeDtypeStruct((1, 1, 8, 128), jnp.bfloat16)
+    with described_gpu():
+        traced = jax.make_jaxpr(attend)(jax.ShapeDtypeStruct((1, 35), jnp.int32), q, pool, pool)
+    inner = next(e.params["jaxpr"].jaxpr for e in traced.eqns if "jaxpr" in e.params)
+    made_by = {str(out): e.primitive.name for e in inner.eqns for out in e.outvars}
+    kernel = next(e for e in inner.eqns if sum(v.aval.shape == pool.shape for v in e.invars) == 2)
+    integers = [v for v in kernel.invars if v.aval.dtype == jnp.int32]
+    assert len(integers) == 3
+    assert all(made_by.get(str(v)) in ("max", "jit", "clamp") for v in integers)
