@@ -75,12 +75,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=key)
 
 
+class Traces:
+    """Counts the functions that JAX has traced, once it has been imported."""
+
+    def __init__(self):
+        self.count = 0
+        self._listens = False
+
+    def look(self) -> int:
+        """The count; one more than before if JAX has been imported since."""
+        if not self._listens and "jax" in sys.modules:
+            self._listens = True
+            self.count += 1
+            sys.modules["jax"].monitoring.register_event_duration_secs_listener(self._hear)
+        return self.count
+
+    def _hear(self, event: str, seconds: float, **about: object) -> None:
+        self.count += event.endswith("jaxpr_trace_duration")
+
+
+TRACES = Traces()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def free_programs():
     """Frees a module's compiled programs at its end: all of them would take gigabytes."""
+    before = TRACES.look()
     yield
-    if jax := sys.modules.get("jax"):
-        jax.clear_caches()
+    if TRACES.look() != before:  # it takes half a second
+        sys.modules["jax"].clear_caches()
         gc.collect()
         if sys.platform == "linux":
             ctypes.CDLL(None).malloc_trim(0)  # glibc does not give so many small pieces back
