@@ -30,7 +30,7 @@ from llama_jax.quantization import QUANTIZERS
 from llama_jax.ring.sizes import Bucket, RingSizes
 from sharding.stages import positions_per_stage
 
-MEASURED = Path(__file__).parent / "measured"  # GPU/target_config.pbtxt, GPU/autotune/
+MEASURED = Path(__file__).parent / "measured"
 FORMATS = ("bfloat16", *QUANTIZERS)
 ROWS, CHUNKS = (1, 64), (0, 256, 512)
 CONTEXT = 2048  # tokens that each row and tile attends to
@@ -125,7 +125,7 @@ def audit(args: argparse.Namespace, gpu: Gpu, layout: Layout) -> Iterator[Row]:
     from llama_jax.plan.compiled.tick_figures import read_tick
     from llama_jax.ring.kv_cache import page_bytes
 
-    saved = MEASURED / gpu.name / "target_config.pbtxt"
+    saved = measured_on(gpu) / "target_config.pbtxt"
     description = saved.read_text() if saved.exists() else target_config(gpu, gpu.memory_bytes)
     mesh = described_mesh(layout, gpu.name, description)
     whole = LlamaConfig.llama3_70b()
@@ -166,6 +166,17 @@ def audit(args: argparse.Namespace, gpu: Gpu, layout: Layout) -> Iterator[Row]:
             yield {"weights": weights, "on each device": name, "size": size}
 
 
+def measured_on(gpu: Gpu) -> Path:
+    """The folder for what a run on such a card left: XLA's `target_config.pbtxt` and `autotune/`.
+
+    Other versions of JAX cannot read either.
+    """
+    import jax
+
+    major, minor, *_ = jax.__version_info__
+    return MEASURED / gpu.name / f"jax-{major}.{minor}"
+
+
 def layers(config: LlamaConfig, layout: Layout) -> int:
     """Layers of each stage."""
     return positions_per_stage(config.num_layers, layout.num_stages)
@@ -173,7 +184,7 @@ def layers(config: LlamaConfig, layout: Layout) -> int:
 
 def autotuning(gpu: Gpu) -> dict[str, Any]:
     """Compiler options that use the choices of a run on such a card, if there are any."""
-    directory = MEASURED / gpu.name / "autotune"
+    directory = measured_on(gpu) / "autotune"
     if not directory.exists():
         return {}
     return {
