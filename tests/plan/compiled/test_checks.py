@@ -24,6 +24,7 @@ from sharding.axes import AXES
 from sharding.collectives import psum
 from sharding.mesh import make_mesh
 from tests.support.programs import CONFIG, SIZES
+from tests.support.xla_options import PRODUCTION
 
 FLOAT32 = jnp.dtype(jnp.float32)
 DECODE, PREFILL = Bucket(4, 0), Bucket(4, 128)
@@ -34,7 +35,7 @@ def make_programs(mesh: str) -> Programs:
 
 
 def compile_for_cpu(programs: Programs, bucket: Bucket) -> TickFigures:
-    compiled = programs.lowered(bucket).compile()
+    compiled = programs.lowered(bucket).compile(PRODUCTION)
     memory = ProgramMemory.of(compiled)
     tick = CompiledTick(bucket, compiled.as_text(), read_thunks(""), memory, [], 0.0)
     return read_tick(programs, tick, context=64)
