@@ -139,10 +139,6 @@ def read_tick(programs: Programs, tick: CompiledTick, context: int) -> TickFigur
     )
 
 
-# A matrix in 4 bits has an eighth of the bytes that it would take in float32.
-MOST_SHRUNK = 8
-
-
 def large_arrays(moved: list[Kernel], sizes: Sizes) -> list[str]:
     """The kernels that write an array as large as the smallest matrix.
 
@@ -158,18 +154,11 @@ def large_arrays(moved: list[Kernel], sizes: Sizes) -> list[str]:
 
 
 def copies(moved: list[Kernel], sizes: Sizes) -> list[str]:
-    """The kernels that write the whole of a weight, or the keys or values of a layer.
-
-    What reads next to nothing copies no weight: it fills an activation with a constant.
-    """
+    """The kernels that write the whole of a weight, or the keys or values of a layer."""
     return [
         _written(kernel)
         for kernel in moved
-        if (
-            kernel.only_weights
-            and kernel.largest >= sizes.matrix
-            and kernel.read >= kernel.runs * kernel.largest // MOST_SHRUNK
-        )
+        if (kernel.only_weights and kernel.largest >= sizes.matrix)
         or kernel.largest >= max(sizes.pages, sizes.activation + 1)
     ]
 

@@ -52,8 +52,8 @@ class Kernel(NamedTuple):
       read, written: bytes, in all its runs.
       runs: how often it runs in one run of the program.
       largest: bytes of the largest array that it writes and that is not updated in place.
-      only_weights: whether its inputs derive from weights and constants alone, so that it need not
-        run in every tick.
+      only_weights: whether its inputs derive from weights alone, or from weights and constants, so
+        that it need not run in every tick.
     """
 
     name: str
@@ -87,7 +87,7 @@ def _kernels(
     runs: int,
 ) -> Iterator[Kernel]:
     body = bodies[name]
-    only_weights: dict[str, bool] = {}
+    only_weights: dict[str, bool | None] = {}
     for instruction_name, instruction in body.items():
         only_weights[instruction_name] = _from_weights(instruction, only_weights)
         if instruction.opcode in ("while", "conditional", "call", "async-start"):
@@ -112,7 +112,7 @@ def _kernels(
             written=sum(size for size, _ in outputs) * runs,
             runs=runs,
             largest=max((size for size, in_place in outputs if not in_place), default=0),
-            only_weights=only_weights[instruction_name],
+            only_weights=bool(only_weights[instruction_name]),
         )
 
 
@@ -122,14 +122,15 @@ def counted_loops(text: str) -> int:
     return sum(i.opcode == "while" and _known_trips(i.text) is not None for i in instructions)
 
 
-def _from_weights(instruction: Instruction, known: Mapping[str, bool]) -> bool:
-    """Whether the inputs of an instruction derive from weights and constants alone."""
+def _from_weights(instruction: Instruction, known: Mapping[str, bool | None]) -> bool | None:
+    """Whether an instruction's inputs derive from weights and constants; None if from constants."""
     if instruction.opcode == "parameter":
         op_name = _OP_NAME.search(instruction.text)
         return op_name is not None and op_name[1].startswith(_WEIGHTS)
     if instruction.opcode in ("partition-id", "replica-id"):
         return False
-    return all(known.get(operand, False) for operand in instruction.operands)
+    inputs = {known.get(operand, False) for operand in instruction.operands} - {None}
+    return all(inputs) if inputs else None
 
 
 def _known_trips(text: str) -> int | None:
