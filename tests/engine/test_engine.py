@@ -17,10 +17,10 @@ from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.core import Engine, seed_source
 from llama_jax.engine.options import EngineOptions, OptionError
 from llama_jax.engine.sizing import SizingError
-from llama_jax.plan.compiled.hlo import count_ops
 from llama_jax.weights.placement import ShardingError
 from sharding.errors import UserError
 from sharding.mesh import MeshError
+from tests.support.hlo import count_ops
 from tests.support.reference import make_model, reference_logits, save_model
 from tests.support.tiny_checkpoint import write_checkpoint
 from tests.support.xla_options import PRODUCTION

@@ -15,12 +15,6 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.model import sampling
 from llama_jax.model.controls import CONTROL_WIDTH
-from llama_jax.plan.compiled.hlo import (
-    aliased_outputs,
-    count_ops,
-    large_copies,
-    unordered_collectives,
-)
 from llama_jax.ring import choosing, kv_cache, stage, steps, tick
 from llama_jax.ring.packet import LENGTH
 from llama_jax.ring.sizes import Bucket
@@ -32,6 +26,12 @@ from sharding.mesh_name import parse_mesh
 from sharding.partition import round_up
 from sharding.ring import ring_tick
 from tests.support import programs
+from tests.support.hlo import (
+    aliased_outputs,
+    count_ops,
+    large_copies,
+    unordered_collectives,
+)
 from tests.support.programs import SIZES
 from tests.support.xla_options import PRODUCTION
 

@@ -15,12 +15,12 @@ from llama_jax import ShardedLlama
 from llama_jax.interpret import attention_weights, kv_cache
 from llama_jax.model import kv_storage
 from llama_jax.model.kv_storage import choose_kv_dtype
-from llama_jax.plan.compiled.hlo import aliased_outputs, large_copies
 from llama_jax.ring import steps
 from llama_jax.ring.sizes import Bucket
 from sharding.errors import UserError
 from sharding.mesh import make_mesh
 from tests.support import programs
+from tests.support.hlo import aliased_outputs, large_copies
 from tests.support.programs import SIZES
 from tests.support.reference import (
     distance,

@@ -322,7 +322,7 @@ def _lengths_text(lengths: tuple[int, int]) -> str:
 def _assumptions(gpu: Gpu) -> tuple[tuple[str, str], ...]:
     return (
         ("arrivals", "Poisson, open loop, lengths constant, no prompt begins like another"),
-        ("memory bandwidth", f"{gpu.bandwidth / 1e12:g} TB/s ({gpu.source})"),
+        ("memory bandwidth", f"{gpu.bandwidth / 1e12:g} TB/s ({gpu.source_of('bandwidth')})"),
         ("percentile of latencies", f"{100 * REQUIRED.inside:g} %"),
         ("sampling", "greedy; other sampling adds a second, small program to a tick"),
         ("measured on these GPUs by this project", "nothing yet: `--calibrate` replaces the table"),

@@ -16,7 +16,6 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import LlamaConfig
 from llama_jax.engine.programs import Programs
-from llama_jax.plan.compiled.hlo import count_ops
 from llama_jax.plan.compiled.ideal_traffic import ideal_traffic
 from llama_jax.plan.compiled.thunks import find_dump, read_thunks
 from llama_jax.plan.compiled.tick_figures import Sizes, copies, kernels_per_layer, large_arrays
@@ -27,6 +26,7 @@ from llama_jax.weights.placement import param_shapes
 from sharding.compiler_options import GPU_OPTIONS, GROUPED_SCALES, compiler_options, is_known
 from sharding.memory import shard_bytes
 from sharding.mesh import make_mesh
+from tests.support.hlo import count_ops
 
 PROGRAMS = Path(__file__).parents[2] / "data" / "gpu_programs"
 # On one of two ranks: smallest matrix 131,072 bytes, widest activation of 64 rows 65,536.

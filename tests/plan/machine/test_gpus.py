@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 
+import pynvml as real_pynvml
 import pytest
 
 from llama_jax.costs.gpus import GPUS
@@ -28,11 +29,10 @@ def eight(**changes) -> list[FakeGpu]:
 
 @pytest.fixture
 def pynvml(monkeypatch):
-    module = pytest.importorskip("pynvml")
-    monkeypatch.setattr(module, "_nvmlGetFunctionPointer_cache", {})
-    monkeypatch.setattr(module, "_nvmlLib_refcount", 0)
+    monkeypatch.setattr(real_pynvml, "_nvmlGetFunctionPointer_cache", {})
+    monkeypatch.setattr(real_pynvml, "_nvmlLib_refcount", 0)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return module
+    return real_pynvml
 
 
 @pytest.fixture

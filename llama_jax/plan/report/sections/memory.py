@@ -91,8 +91,9 @@ def memory_section(
         "memory",
         "Memory of each GPU",
         (
-            f"Each {gpu.name} has {gpu.memory_bytes / 1e9:.1f} GB ({gpu.source}). The KV cache "
-            "gets what weights and temporaries leave of the allowed share.",
+            f"Each {gpu.name} has {gpu.memory_bytes / 1e9:.1f} GB "
+            f"({gpu.source_of('memory_bytes')}). The KV cache gets what weights "
+            "and temporaries leave of the allowed share.",
         ),
         (
             Table(

@@ -93,7 +93,7 @@ def communication_section(model: TickModel, rows: int, context: int, chunk: int)
         "Communication",
         (
             f"Data moves for {shares}. The links carry {gpu.link_bandwidth / 1e9:,.0f} GB/s in "
-            f"each direction ({gpu.source}).",
+            f"each direction ({gpu.source_of('link_bandwidth')}).",
         ),
         (Table("collectives", columns, tuple(table)),),
     )
