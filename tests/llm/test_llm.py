@@ -287,7 +287,7 @@ def test_garbage_collection_ends_the_engine(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llama_jax.llm.llm.ENGINE_COMMAND", FAKE)
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with private_temporary_directory(monkeypatch) as directory:
         llm = LLM(checkpoint)
         pid = llm.pid
@@ -295,7 +295,7 @@ def test_garbage_collection_ends_the_engine(
         next(stream)
         del llm, stream
         gc.collect()
-        wait_until(lambda: threading.active_count() <= before)
+        wait_until(lambda: set(threading.enumerate()) <= before)
         assert_gone(pid)
         assert not list(directory.iterdir())
 
@@ -371,10 +371,10 @@ def test_a_bad_checkpoint_is_refused_before_an_engine_is_started(
 
 
 def test_a_start_that_fails_is_one_sentence(start: StartLLM) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with pytest.raises(EngineStartError, match=r"^There is no model at nowhere: give a .*\.$"):
         start("fake:fatal")
-    wait_until(lambda: threading.active_count() <= before)
+    wait_until(lambda: set(threading.enumerate()) <= before)
 
 
 @pytest.mark.parametrize(
