@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, count
 
 from llama_jax.engine.sequence import Sequence
 
@@ -48,22 +48,51 @@ class Segment:
 
 @dataclass(slots=True)
 class Packet:
-    """The tokens that enter in one tick, kept to match the packet's result to sequences later."""
+    """The tokens that enter in one tick, kept to match the packet's result to sequences later.
 
-    rows: list[Segment] = field(default_factory=list)
+    There are many decode rows, and the host spends time on each. So they are kept as columns;
+    `rows` makes segments of them.
+
+    Attributes:
+      decoding: the sequences of the decode rows.
+      epochs, slots, positions: of the decode rows, as in `Segment`.
+      tiles: the segments with prompt tokens.
+    """
+
+    decoding: list[Sequence] = field(default_factory=list)
+    epochs: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
     tiles: list[Segment] = field(default_factory=list)
+
+    @property
+    def rows(self) -> list[Segment]:
+        """The decode rows as segments."""
+        return list(map(Segment, self.decoding, self.epochs, self.slots, self.positions))
+
+    @property
+    def row_keys(self) -> int:
+        """The keys that the decode rows attend to, all rows together."""
+        return sum(self.positions) + len(self.positions)
 
     @property
     def num_tokens(self) -> int:
         """Number of tokens in all segments."""
-        return len(self.rows) + sum(tile.length for tile in self.tiles)
+        return len(self.decoding) + sum([tile.length for tile in self.tiles])
 
     def results(self, bucket_rows: int) -> Iterable[tuple[int, Segment]]:
         """The segments whose next token is sampled, each with its index in the tick's result."""
+        return chain(enumerate(self.rows), self._ends(bucket_rows))
+
+    def owners(self, bucket_rows: int) -> Iterable[tuple[int, Sequence, int]]:
+        """As `results`, but only the sequence and the epoch of each segment."""
+        rows = zip(count(), self.decoding, self.epochs)
         if not self.tiles:
-            return enumerate(self.rows)
-        ends = [(bucket_rows + i, tile) for i, tile in enumerate(self.tiles) if tile.ends]
-        return chain(enumerate(self.rows), ends)
+            return rows
+        return chain(rows, [(i, tile.sequence, tile.epoch) for i, tile in self._ends(bucket_rows)])
+
+    def _ends(self, bucket_rows: int) -> list[tuple[int, Segment]]:
+        return [(bucket_rows + i, tile) for i, tile in enumerate(self.tiles) if tile.ends]
 
     def __bool__(self) -> bool:
-        return bool(self.rows or self.tiles)
+        return bool(self.decoding or self.tiles)

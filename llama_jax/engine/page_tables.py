@@ -69,11 +69,12 @@ class PageTables:
         """Lets others find its pages whose tokens are all known and have entered the ring."""
         tokens, sent = len(sequence.tokens), sequence.next_position
         known = (tokens if tokens < sent else sent) // self._page_size
-        if known <= sequence.num_published or not self._shares(sequence):
+        if known <= sequence.num_published:
             return
-        keys = self._keys(sequence, known)
-        for i in range(sequence.num_published, known):
-            self.pool.publish(sequence.pages[i], keys[i])
+        if self._shares(sequence):
+            keys = self._keys(sequence, known)
+            for i in range(sequence.num_published, known):
+                self.pool.publish(sequence.pages[i], keys[i])
         sequence.num_published = known
 
     def release(self, sequence: Sequence) -> None:

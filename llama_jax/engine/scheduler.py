@@ -46,6 +46,7 @@ class Scheduler:
       prefill: chooses the prompt tokens of each packet.
       waiting, prefilling, microbatches: those of the roster.
       num_generated_tokens: since the start.
+      num_special: unfinished requests that do not just take the likeliest of all tokens.
       now: the time by the clock of `arrived_at`, kept current by whoever calls `schedule`; it
         matters only to a target for first tokens.
     """
@@ -65,6 +66,7 @@ class Scheduler:
         self.microbatches = self.roster.microbatches
         self.num_generated_tokens = 0
         self.now = 0.0
+        self.num_special = 0
         self._sequences: dict[int, Sequence] = {}  # the unfinished ones, by request id
         self._arrivals = 0
         self._turn = 0  # the microbatch that enters next
@@ -122,6 +124,7 @@ class Scheduler:
             sequence.scoring = PromptScoring(len(prompt), params.prompt_logprobs)
         self._arrivals += 1
         self._sequences[request_id] = sequence
+        self.num_special += not params.takes_the_likeliest
         self.roster.wait(sequence)
 
     def abort(self, request_id: int) -> None:
@@ -192,23 +195,29 @@ class Scheduler:
         return packet
 
     def _add_rows(self, packet: Packet, microbatch: list[Sequence]) -> None:
-        rows, page_size = packet.rows, self.sizes.page_size
-        # The most important first: one preempted for a page is less so, and not in the packet yet.
-        for sequence in self.roster.with_first_prompt(microbatch):
-            slot, position = sequence.slot, sequence.next_position
-            if slot is None:
+        page_size = self.sizes.page_size
+        # Most rows have room in their last page.
+        full = [s for s in microbatch if s.next_position >= len(s.pages) * page_size]
+        # The most important first: one preempted for a page is less so, and leaves the microbatch.
+        for sequence in self.roster.with_first_prompt(full):
+            if sequence.slot is None:
                 continue
-            if position < sequence.prefill_until:
+            if sequence.prefilling:
                 self.prefill.make_room(sequence)
-            # Most rows have room in their last page.
-            elif position < len(sequence.pages) * page_size or self.roster.make_room(sequence, 1):
-                sequence.next_position = position + 1
-                rows.append(Segment(sequence, sequence.epoch, slot, position))
+            else:
+                self.roster.make_room(sequence, 1)
+        packet.decoding = rows = microbatch.copy()
+        packet.epochs = [s.epoch for s in rows]
+        packet.slots = [s.slot for s in rows if s.slot is not None]  # which none is
+        packet.positions = [s.next_position for s in rows]
+        for sequence in rows:
+            sequence.next_position += 1
 
     def _finish(self, sequence: Sequence) -> None:
         sequence.epoch += 1
         sequence.finished = True
         self.roster.remove(sequence)
+        self.num_special -= not sequence.params.takes_the_likeliest
         del self._sequences[sequence.request_id]
 
     # --- results -----------------------------------------------------------------------------
@@ -248,19 +257,13 @@ class Scheduler:
           the packet entered are dropped.
         """
         outputs = []
-        for index, segment in packet.results(bucket_rows):
-            sequence = segment.sequence
-            if segment.epoch != sequence.epoch:
+        for index, sequence, epoch in packet.owners(bucket_rows):
+            if epoch != sequence.epoch:
                 continue
             output = self._take_token(sequence, tokens[index])
-            if logprobs is not None and output.token is not None:
-                wanted = sequence.params.logprobs
-                if wanted is not None:
-                    own = TokenLogprobs(logprobs[index].logprob, logprobs[index].top[:wanted])
-                    output = output._replace(logprobs=own)
-            if sequence.scoring is not None and output.token is not None:
-                output = output._replace(prompt_logprobs=sequence.scoring.result())
-                sequence.scoring = None
+            if logprobs is not None or sequence.scoring is not None:
+                own = None if logprobs is None else logprobs[index]
+                output = _with_scores(output, sequence, own)
             outputs.append(output)
         return outputs
 
@@ -278,21 +281,35 @@ class Scheduler:
             )
         known = sequence.tokens
         known.append(token)
+        length = len(known)
         self.num_generated_tokens += 1
         reason: FinishReason | None = None
         if token in sequence.stop_ids:
             reason = "stop"
-        elif len(known) >= sequence.max_length:
+            self._finish(sequence)
+        elif length >= sequence.max_length:
             reason = "length"
-        if reason:
             self._finish(sequence)
         else:
             if sequence.constraint is not None:
                 sequence.constraint.take(token)
             full = (sequence.num_published + 1) * self.sizes.page_size
-            if sequence.next_position >= full and sequence.slot is not None:
+            if length >= full and sequence.slot is not None:
                 self.roster.pages.publish(sequence)
-        # By position: names would take twice the time, and this is done for every token.
-        return Output(
-            sequence.request_id, token, reason, None, sequence.num_cached, sequence.queue_seconds
-        )
+        cached, queued = sequence.num_cached, sequence.queue_seconds
+        # As `Output(...)`, which takes twice the time: this is done for every token.
+        fields = (sequence.request_id, token, reason, None, cached, queued, None, None, None)
+        return tuple.__new__(Output, fields)
+
+
+def _with_scores(output: Output, sequence: Sequence, own: TokenLogprobs | None) -> Output:
+    """Adds the log-probabilities that a request asks for to the output of its next token."""
+    if output.token is None:
+        return output
+    wanted = sequence.params.logprobs
+    if own is not None and wanted is not None:
+        output = output._replace(logprobs=TokenLogprobs(own.logprob, own.top[:wanted]))
+    if sequence.scoring is not None:
+        output = output._replace(prompt_logprobs=sequence.scoring.result())
+        sequence.scoring = None
+    return output

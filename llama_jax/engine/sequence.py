@@ -25,7 +25,7 @@ class Sequence:
       slot: its slot on the device while it is live, else None.
       pages: its pages, in order.
       page_keys: the keys of its full pages, as far as they were needed.
-      num_published: how many of its pages have been published.
+      num_published: how many of its pages have been published, if others may find them.
       num_cached: prompt tokens whose keys and values were found when it was first admitted.
       scoring: collects the log-probabilities of its prompt, until they have all been returned; None
         if it asks for none.

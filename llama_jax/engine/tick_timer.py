@@ -50,11 +50,11 @@ class TickTimer:
 
     def dispatched(self, bucket: Bucket, entering: Packet) -> None:
         """A tick was dispatched."""
-        keys = sum([row.position for row in entering.rows]) + len(entering.rows)
         prefix = max([tile.position for tile in entering.tiles], default=0)
-        self._packets.append((keys, prefix))
-        most, longest = map(max, zip(*self._packets, strict=True))
-        self._unread.append(Timed(bucket, most / max(bucket.rows, 1), longest))
+        self._packets.append((entering.row_keys, prefix))
+        keys = max([keys for keys, _ in self._packets])
+        prefix = max([prefix for _, prefix in self._packets])
+        self._unread.append(Timed(bucket, keys / max(bucket.rows, 1), prefix))
 
     def passed(self) -> None:
         """The oldest tick's packet was empty, so that nobody waited for its result."""
@@ -63,7 +63,7 @@ class TickTimer:
     def read(self, now: float) -> None:
         """The result of the oldest tick was read now."""
         tick = self._unread.popleft()
-        ran = [*self._ran, tick]
-        if self._since is not None and all(other.bucket == tick.bucket for other in ran):
-            self._observe(*tick, (now - self._since) / len(ran))
+        same = all([other.bucket == tick.bucket for other in self._ran])
+        if self._since is not None and same:
+            self._observe(*tick, (now - self._since) / (len(self._ran) + 1))
         self.begin(now)

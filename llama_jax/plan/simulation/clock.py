@@ -108,8 +108,7 @@ def pass_on(sizes: RingSizes, bucket: Bucket, page_tables: np.ndarray, packet: P
 
 def keys_of(packet: Packet) -> Keys:
     """The keys that a packet's queries attend to."""
-    rows = packet.rows
-    of_rows = _rounded(sum([row.position for row in rows]) + len(rows)) if rows else 0
+    of_rows = _rounded(packet.row_keys)
     if not packet.tiles:
         return Keys(of_rows)
     pairs = of_chunk = 0

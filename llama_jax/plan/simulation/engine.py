@@ -63,11 +63,17 @@ class Engine:
         )
         self.front = Front(server, self.time)
         self.open: dict[int, Open] = {}
+        self._pool = scheduler.pool
         self._longest = server.max_model_len
 
     def time(self) -> float:
         """The time in seconds."""
         return self.clock.now
+
+    @property
+    def pages_held(self) -> int:
+        """The pages that requests hold."""
+        return self._pool.num_pages - self._pool.num_free
 
     def add(self, attempt: Attempt) -> bool:
         """Queues a request; returns whether there was room."""

@@ -70,6 +70,7 @@ class Simulation:
         self._coming: list[Attempt] = []
         self._leaving: list[tuple[float, int]] = []  # when a client loses patience
         self._numbers = count()
+        self._next_look = 0.0
         self._stopped = False
         requests = iter(self.load.requests)
         self._next = requests
@@ -92,24 +93,26 @@ class Simulation:
         return self._simulated()
 
     def _run(self) -> None:
-        pending = self.outage
+        pending, coming, leaving = self.outage, self._coming, self._leaving
         while not self._stopped:
-            clock = self.engine.clock
+            engine, clock = self.engine, self.engine.clock
             if pending and clock.now >= pending.at:
                 self._die(pending)
                 pending = None
                 continue
-            if not self.engine.loop.has_work:
-                if not self._coming:
+            if not engine.open and not engine.loop.has_work:
+                if not coming:
                     break
-                ahead = self._coming[0].at
+                ahead = coming[0].at
                 if pending and pending.at <= ahead:
                     clock.now = max(clock.now, pending.at)
                     continue
                 clock.now = max(clock.now, ahead)
-            self._arrive(clock.now)
-            self._leave(clock.now)
-            self._step()
+            if coming and coming[0].at <= clock.now:
+                self._arrive(clock.now)
+            if leaving and leaving[0][0] <= clock.now:
+                self._leave(clock.now)
+            self._step(engine)
 
     def _come(self, request: Request, at: float) -> None:
         attempt = Attempt(at, next(self._numbers), request, at)
@@ -138,16 +141,14 @@ class Simulation:
                 self.engine.loop.scheduler.abort(number)
                 self._end(self.engine.open.pop(number), "gone", now)
 
-    def _step(self) -> None:
-        engine, loop = self.engine, self.engine.loop
-        before, held = engine.clock.now, self._pages_held()
-        outputs = loop.step()
-        now = engine.clock.now
+    def _step(self, engine: Engine) -> None:
+        clock, opened = engine.clock, engine.open
+        before, held = clock.now, engine.pages_held
+        outputs = engine.loop.step()
+        now = clock.now
         self._page_seconds += (now - before) * held
-        if not self.moments or now >= self.moments[-1].at + MOMENT_SECONDS:
-            scheduler = loop.scheduler
-            self.moments.append(Moment(now, scheduler.num_running, len(scheduler.waiting), held))
-        opened = engine.open
+        if now >= self._next_look:
+            self._look(engine, now, held)
         for output in outputs:
             state = opened[output.request_id]
             state.tokens += 1
@@ -156,6 +157,11 @@ class Simulation:
             if output.finish_reason is not None:
                 del opened[output.request_id]
                 self._end(state, "completed", now)
+
+    def _look(self, engine: Engine, now: float, held: int) -> None:
+        scheduler = engine.loop.scheduler
+        self.moments.append(Moment(now, scheduler.num_running, len(scheduler.waiting), held))
+        self._next_look = now + MOMENT_SECONDS
 
     def _first(self, state: Open, output: Output, now: float) -> None:
         state.first = now
@@ -226,10 +232,6 @@ class Simulation:
         for bucket, (ticks, seconds) in clock.programs.items():
             self._programs[bucket][0] += ticks
             self._programs[bucket][1] += seconds
-
-    def _pages_held(self) -> int:
-        pool = self.engine.loop.scheduler.pool
-        return pool.num_pages - pool.num_free
 
     def _simulated(self) -> Simulated:
         self._count(self.engine)
