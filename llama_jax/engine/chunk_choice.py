@@ -118,8 +118,7 @@ class ChunkChoice:
         for chunk in self._chunks:
             tick = seconds[chunk]
             over = [
-                waited + (-(-until // chunk) + behind) * tick - left
-                for until, waited in load.waits
+                waited + (-(-until // chunk) + behind) * tick - left for until, waited in load.waits
             ]
             late.append(sum([each for each in over if each > 0]))
         least = min(late)

@@ -2,9 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import chain, count
+from itertools import chain
+from typing import TypeVar
 
 from llama_jax.engine.sequence import Sequence
+
+Value = TypeVar("Value")
 
 
 @dataclass(slots=True, eq=False)
@@ -50,12 +53,13 @@ class Segment:
 class Packet:
     """The tokens that enter in one tick, kept to match the packet's result to sequences later.
 
-    There are many decode rows, and the host spends time on each. So they are kept as columns;
-    `rows` makes segments of them.
+    There are many decode rows, and the host spends time on each. So they are kept as columns, which
+    packets of the same sequences share; `rows` makes segments of them.
 
     Attributes:
       decoding: the sequences of the decode rows.
       epochs, slots, positions: of the decode rows, as in `Segment`.
+      row_keys: the keys that the decode rows attend to, all rows together.
       tiles: the segments with prompt tokens.
     """
 
@@ -63,6 +67,7 @@ class Packet:
     epochs: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
+    row_keys: int = 0
     tiles: list[Segment] = field(default_factory=list)
 
     @property
@@ -71,28 +76,31 @@ class Packet:
         return list(map(Segment, self.decoding, self.epochs, self.slots, self.positions))
 
     @property
-    def row_keys(self) -> int:
-        """The keys that the decode rows attend to, all rows together."""
-        return sum(self.positions) + len(self.positions)
-
-    @property
     def num_tokens(self) -> int:
         """Number of tokens in all segments."""
         return len(self.decoding) + sum([tile.length for tile in self.tiles])
 
     def results(self, bucket_rows: int) -> Iterable[tuple[int, Segment]]:
         """The segments whose next token is sampled, each with its index in the tick's result."""
-        return chain(enumerate(self.rows), self._ends(bucket_rows))
+        ends = [(bucket_rows + i, tile) for i, tile in enumerate(self.tiles) if tile.ends]
+        return chain(enumerate(self.rows), ends)
 
-    def owners(self, bucket_rows: int) -> Iterable[tuple[int, Sequence, int]]:
-        """As `results`, but only the sequence and the epoch of each segment."""
-        rows = zip(count(), self.decoding, self.epochs)
+    def deal(self, values: list[Value], bucket_rows: int) -> Iterable[tuple[Sequence, int, Value]]:
+        """As `results`, but the sequence, the epoch and the value of each of these segments.
+
+        Args:
+          values: one for each segment of the program that ran.
+          bucket_rows: decode rows of that program.
+        """
+        rows = zip(self.decoding, self.epochs, values, strict=False)
         if not self.tiles:
             return rows
-        return chain(rows, [(i, tile.sequence, tile.epoch) for i, tile in self._ends(bucket_rows)])
-
-    def _ends(self, bucket_rows: int) -> list[tuple[int, Segment]]:
-        return [(bucket_rows + i, tile) for i, tile in enumerate(self.tiles) if tile.ends]
+        ends = [
+            (tile.sequence, tile.epoch, values[bucket_rows + i])
+            for i, tile in enumerate(self.tiles)
+            if tile.ends
+        ]
+        return chain(rows, ends)
 
     def __bool__(self) -> bool:
         return bool(self.decoding or self.tiles)

@@ -35,8 +35,8 @@ class PageTables:
 
     def missing(self, sequence: Sequence, num_tokens: int) -> int:
         """Returns how many pages a sequence lacks to hold this many tokens."""
-        held = len(sequence.pages)
-        return 0 if num_tokens <= held * self._page_size else self.count(num_tokens) - held
+        short = num_tokens - sequence.room
+        return 0 if short <= 0 else self.count(short)
 
     def extend(self, sequence: Sequence, num_pages: int) -> None:
         """Gives a sequence free pages; the caller has checked that there are enough."""
@@ -81,7 +81,7 @@ class PageTables:
         """Takes back its pages. Others find what they hold until they are needed."""
         self.publish(sequence)
         self.pool.give_back(sequence.pages)
-        sequence.pages, sequence.num_published = [], 0
+        sequence.pages, sequence.room, sequence.num_published = [], 0, 0
 
     def _shares(self, sequence: Sequence) -> bool:
         return self._prefix_caching or bool(sequence.salt)
@@ -90,6 +90,7 @@ class PageTables:
         first = len(sequence.pages)
         self.rows[sequence.slot, first : first + len(pages)] = pages
         sequence.pages += pages
+        sequence.room += len(pages) * self._page_size
 
     def _keys(self, sequence: Sequence, num_pages: int) -> list[bytes]:
         """Returns the keys of its first pages, computing those that are new."""

@@ -148,7 +148,7 @@ class Prefill:
         tokens = ends[-1] if ends else 0
         if self.chunks is None or not self.chunks.has_targets:
             return Load(len(rows), len(prompts), tokens, sum(rows), max(rows))
-        keys = max([sum([s.next_position for s in batch]) for batch in roster.microbatches])
+        keys = max([microbatch.keys for microbatch in roster.microbatches])
         prefix = roster.prefilling[0].next_position if roster.prefilling else 0
         waits = [
             (end, now - s.arrived_at)

@@ -91,7 +91,10 @@ class TickLoop:
         self.on_tick: list[Callable[[Tick], None]] = []
         self.results_late = results_late
         self._in_flight = deque([Packet()] * self.num_stages, maxlen=self.num_stages)
-        self._tokens_in_flight = deque([0] * self.num_stages, maxlen=self.num_stages)
+        none = [0] * self.num_stages
+        self._rows_in_flight = deque(none, maxlen=self.num_stages)
+        self._tiles_in_flight = deque(none, maxlen=self.num_stages)
+        self._tokens_in_flight = deque(none, maxlen=self.num_stages)
         self._unread: deque[tuple[Packet, TickResult]] = deque()
         self.ticks = self.stage_ticks_busy = self.token_slots = self.token_slots_used = 0
         self.seconds = self.wait_seconds = 0.0
@@ -192,10 +195,11 @@ class TickLoop:
     def _dispatch(self, entering: Packet, outputs: list[Output]) -> Bucket:
         """Dispatches a tick; adds the outputs of requests that cannot go on."""
         self._in_flight.append(entering)
+        self._rows_in_flight.append(len(entering.decoding))
+        self._tiles_in_flight.append(len(entering.tiles))
         self._tokens_in_flight.append(entering.num_tokens)
         # The program must fit the largest packet in any stage, not just the one that enters.
-        rows = max([len(packet.decoding) for packet in self._in_flight])
-        tiles = max([len(packet.tiles) for packet in self._in_flight])
+        rows, tiles = max(self._rows_in_flight), max(self._tiles_in_flight)
         bucket = self.sizes.bucket(max(rows, 1), tiles * self.sizes.tile, self.ready())
         packed = self._encode(self.sizes, bucket, self.scheduler.page_tables, entering)
         leaving = self._in_flight[0]

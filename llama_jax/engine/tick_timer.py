@@ -38,7 +38,8 @@ class TickTimer:
         self, num_stages: int, observe: Callable[[Bucket, float, int, float], None]
     ) -> None:
         self._observe = observe
-        self._packets = deque([(0, 0)] * num_stages, maxlen=num_stages)  # keys, prefix
+        self._keys = deque([0] * num_stages, maxlen=num_stages)
+        self._prefixes = deque([0] * num_stages, maxlen=num_stages)
         self._unread: deque[Timed] = deque()
         self._since: float | None = None
         self._ran: list[Timed] = []  # ticks since then whose results nobody waited for
@@ -50,11 +51,10 @@ class TickTimer:
 
     def dispatched(self, bucket: Bucket, entering: Packet) -> None:
         """A tick was dispatched."""
-        prefix = max([tile.position for tile in entering.tiles], default=0)
-        self._packets.append((entering.row_keys, prefix))
-        keys = max([keys for keys, _ in self._packets])
-        prefix = max([prefix for _, prefix in self._packets])
-        self._unread.append(Timed(bucket, keys / max(bucket.rows, 1), prefix))
+        self._keys.append(entering.row_keys)
+        self._prefixes.append(max([tile.position for tile in entering.tiles], default=0))
+        context = max(self._keys) / max(bucket.rows, 1)
+        self._unread.append(Timed(bucket, context, max(self._prefixes)))
 
     def passed(self) -> None:
         """The oldest tick's packet was empty, so that nobody waited for its result."""

@@ -117,13 +117,11 @@ class TickTimes:
 
     def _correct(self, rows: int, context: int, prefix: int) -> dict[int, float]:
         """The longest of the programs with at most these rows and chunk, by the chunk."""
-        fewer = [r for r in self._sizes.row_buckets if r <= rows]
         seconds, found = 0.0, {}
-        for chunk in self._sizes.chunk_buckets:
-            for bucket in [Bucket(r, chunk) for r in fewer]:
-                ratio = self._ratios.get(bucket, 1.0)
-                seconds = max(seconds, ratio * self._model(bucket, context, prefix))
-            found[chunk] = seconds
+        for bucket in self._buckets:  # in the order of chunks, and of rows
+            if bucket.rows <= rows:
+                own = self._ratios.get(bucket, 1.0) * self._model(bucket, context, prefix)
+                found[bucket.chunk] = seconds = max(seconds, own)
         return found
 
 

@@ -138,11 +138,10 @@ class Simulation:
         while self._leaving and self._leaving[0][0] <= now:
             _, number = heapq.heappop(self._leaving)
             if number in self.engine.open:
-                self.engine.loop.scheduler.abort(number)
-                self._end(self.engine.open.pop(number), "gone", now)
+                self._end(self.engine, number, "gone", now)
 
     def _step(self, engine: Engine) -> None:
-        clock, opened = engine.clock, engine.open
+        clock, begun = engine.clock, engine.begun
         before, held = clock.now, engine.pages_held
         outputs = engine.loop.step()
         now = clock.now
@@ -150,13 +149,13 @@ class Simulation:
         if now >= self._next_look:
             self._look(engine, now, held)
         for output in outputs:
-            state = opened[output.request_id]
-            state.tokens += 1
-            if state.first is None:
-                self._first(state, output, now)
+            if output.finish_reason is None and output.request_id in begun:
+                continue  # as almost all
+            if output.request_id not in begun:
+                begun.add(output.request_id)
+                self._first(engine.open[output.request_id], output, now)
             if output.finish_reason is not None:
-                del opened[output.request_id]
-                self._end(state, "completed", now)
+                self._end(engine, output.request_id, "completed", now)
 
     def _look(self, engine: Engine, now: float, held: int) -> None:
         scheduler = engine.loop.scheduler
@@ -168,12 +167,18 @@ class Simulation:
         state.queued, state.cached = output.queue_seconds, output.cached_tokens
         state.ticket.begun()
 
-    def _end(self, state: Open, outcome: Outcome, now: float) -> None:
-        state.ticket.end()
-        self._close(state.attempt, outcome, now, state)
+    def _end(self, engine: Engine, number: int, outcome: Outcome, now: float) -> None:
+        state, tokens = engine.open[number], engine.num_answered(number)
+        engine.remove(number)
+        self._close(state.attempt, outcome, now, state, tokens)
 
     def _close(
-        self, attempt: Attempt, outcome: Outcome, now: float, state: Open | None = None
+        self,
+        attempt: Attempt,
+        outcome: Outcome,
+        now: float,
+        state: Open | None = None,
+        tokens: int = 0,
     ) -> None:
         request = attempt.request
         waited = attempt.at - attempt.since
@@ -184,7 +189,7 @@ class Simulation:
             first=state.first if state else None,
             last=now,
             prompt_tokens=request.prompt_tokens,
-            output_tokens=state.tokens if state else 0,
+            output_tokens=tokens,
             cached_tokens=state.cached if state else 0,
             outcome=outcome,
             attempts=attempt.attempts,
@@ -199,17 +204,17 @@ class Simulation:
         back = outage.at + outage.seconds
         dead = self.engine
         now = dead.clock.now
-        lost = [state for _, state in sorted(dead.open.items())]
+        lost = sorted(dead.open.items())
         meanwhile: list[Attempt] = []
         while self._coming and self._coming[0].at < back:
             meanwhile.append(heapq.heappop(self._coming))
         self._count(dead)
         self.engine = Engine(self.server, back)
-        for state in lost:
+        for number, state in lost:
             if outage.retry:
                 meanwhile.append(state.attempt)
             else:
-                self._close(state.attempt, "failed", now, state)
+                self._close(state.attempt, "failed", now, state, dead.num_answered(number))
         for attempt in meanwhile:
             if outage.retry:
                 again = attempt._replace(at=back, attempts=attempt.attempts + 1)
