@@ -8,9 +8,10 @@ is much, the client is the limit. Tokens are counted by the server's usage, not 
     python -m bench serve --url http://127.0.0.1:8000/v1 --rate 2 4 8 --duration 60
         --prompt-tokens lognormal:512,0.6 --answer-tokens 64-256 --ttft 500 --tpot 50
 
-With several rates, each is a test of its own, one after the other. The API key, if the server
-wants one, is read from OPENAI_API_KEY. The exit status is 1 if fewer than --goal of the requests of
-a test keep their targets.
+With several rates, each is a test of its own, one after the other. With --trace FILE, the requests
+are those of a trace in one of the formats that the planner simulates (docs/simulation.md), at their
+times. The API key, if the server wants one, is read from OPENAI_API_KEY. The exit status is 1 if
+fewer than --goal of the requests of a test keep their targets.
 """
 
 import argparse
@@ -20,24 +21,35 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from bench.load.client import PATHS, Server, ServerError, find_model, send_all
 from bench.load.figures import UNITS, Goals, error_rows, latency_rows, total_row
 from bench.load.sample import Sample
-from bench.load.workload import Workload
+from bench.load.workload import Replay, Workload
 from bench.result import Plot, Result, Row, Target
 from llama_jax.plan.simulation.figures import percentile
 from llama_jax.plan.simulation.lengths import LengthError, Lengths
 from llama_jax.plan.simulation.load import ARRIVALS
+from llama_jax.plan.simulation.traces import read_trace
 from sharding.errors import UserError
 
 URL = "http://127.0.0.1:8000/v1"
 EXTRA = '{"temperature": 0, "ignore_eos": true}'
 KEY = "OPENAI_API_KEY"
+# Of the flags that say what a trace says otherwise.
+DRAWN: dict[str, Any] = {
+    "rate": [1.0],
+    "arrivals": "poisson",
+    "prompt_tokens": "256",
+    "answer_tokens": "128",
+    "prefix_tokens": 0,
+    "prefixes": 1,
+}
 TOO_LATE = 0.010  # seconds at the 99th percentile
 MAX_RATE, MAX_SECONDS, MAX_COUNT = 1e5, 1e6, 10**6
 
@@ -51,20 +63,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--url", default=URL, help="of the server, with /v1 (default: %(default)s)")
     add("--endpoint", choices=PATHS, default="completions", help="default: %(default)s")
     add("--model", help="name of the model (default: the first that the server lists)")
-    add("--rate", type=rate, nargs="+", default=[1.0], metavar="R", help="requests per second")
-    add("--arrivals", choices=ARRIVALS, default="poisson", help="default: %(default)s")
+    add("--trace", type=Path, metavar="FILE", help="send the requests of a trace at their times")
+    add("--rate", type=rate, nargs="+", metavar="R", help="requests per second (1)")
+    add("--arrivals", choices=ARRIVALS, help="(poisson)")
     many = parser.add_mutually_exclusive_group()
     many.add_argument(
-        "--requests", type=positive, default=100, metavar="N", help="of each test (default: 100)"
+        "--requests", type=positive, metavar="N", help="of each test (100, or the whole trace)"
     )
     many.add_argument(
         "--duration", type=seconds, metavar="S", help="seconds in which requests arrive, instead"
     )
     forms = "256, 64-512, normal:256,64, lognormal:256,0.6 (median, sigma) or empirical:FILE"
-    add("--prompt-tokens", type=lengths, default="256", metavar="L", help=f"lengths: {forms}")
-    add("--answer-tokens", type=lengths, default="128", metavar="L", help="lengths, likewise")
-    add("--prefix-tokens", type=natural, default=0, metavar="N", help="shared, before each prompt")
-    add("--prefixes", type=positive, default=1, metavar="N", help="different shared prefixes")
+    add("--prompt-tokens", type=lengths, metavar="L", help=f"lengths (256): {forms}")
+    add("--answer-tokens", type=lengths, metavar="L", help="lengths, likewise (128)")
+    add("--prefix-tokens", type=natural, metavar="N", help="shared, before each prompt (0)")
+    add("--prefixes", type=positive, metavar="N", help="different shared prefixes (1)")
     add(
         "--vocab-size",
         type=positive,
@@ -106,17 +119,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Runs a test for each rate.
+    """Runs a test for each rate, or replays a trace.
 
     Raises:
-      UserError: the flags make no sense, or the server cannot be tested.
+      UserError: the flags make no sense, a trace is broken, or the server cannot be tested.
     """
+    loads = make_loads(args)
     server = make_server(args)
-    workloads = [make_workload(args, rate) for rate in args.rate]
     goals = Goals(*(None if ms is None else ms / 1e3 for ms in (args.ttft, args.tpot, args.e2e)))
     raise_file_limit()
-    samples_of = asyncio.run(run_tests(server, workloads, args.warm_up))
-    tests = list(zip(args.rate, samples_of, strict=True))
+    samples_of = asyncio.run(run_tests(server, [load for _, load in loads], args.warm_up))
+    tests = [(rate, samples) for (rate, _), samples in zip(loads, samples_of, strict=True)]
     for rate, samples in tests:
         warn_if_late(rate, samples)
     totals = {rate: total_row(samples, goals) for rate, samples in tests}
@@ -127,7 +140,8 @@ def run(args: argparse.Namespace) -> Result:
     rows += [{"rate": rate, **row} for rate, samples in tests for row in error_rows(samples)]
     return Result.measured(
         "serve",
-        f"Open-loop load on {server.model} at {server.url}, {args.arrivals} arrivals.",
+        f"Open-loop load on {server.model} at {server.url}, "
+        + (f"the trace {args.trace.name}." if args.trace else f"{args.arrivals} arrivals."),
         args=vars(args) | {"model": server.model},
         packages=("httpx",),
         units=UNITS,
@@ -145,26 +159,24 @@ def run(args: argparse.Namespace) -> Result:
 
 
 async def run_tests(
-    server: Server, workloads: list[Workload], warm_up: int, transport: Any = None
+    server: Server, loads: Sequence[Workload | Replay], warm_up: int, transport: Any = None
 ) -> list[list[Sample]]:
     """Warms the server up and runs each test.
 
     Args:
       server: the server; with an empty model, the first that it lists is taken.
-      workloads: one for each test.
+      loads: one for each test.
       warm_up: requests before each test.
       transport: in place of the network, for tests.
 
     Raises:
       ServerError: the server cannot be reached, or answers no request.
     """
-    drawn = [load.to_send() for load in workloads]
+    drawn = [load.to_send() for load in loads]
     found = []
-    for load, requests in zip(workloads, drawn, strict=True):
+    for load, requests in zip(loads, drawn, strict=True):
         if warm_up:
-            # Other prompts, so that the server finds none of the test's in its cache.
-            first = replace(load, num_requests=warm_up, duration=None, seed=load.seed + 1)
-            check_answers(await send_all(server, first.to_send(), transport))
+            check_answers(await send_all(server, load.warm_up(warm_up), transport))
         found.append(await send_all(server, requests, transport))
     return found
 
@@ -220,12 +232,36 @@ def check_url(text: str) -> None:
         raise UserError(f"--url may hold no password: put the key into {KEY} in the environment.")
 
 
+def make_loads(args: argparse.Namespace) -> list[tuple[float, Workload | Replay]]:
+    """The requests per second and the load of each test; completes the flags with their defaults.
+
+    Raises:
+      UserError: flags contradict each other, or the trace is broken.
+    """
+    if args.trace is None:
+        for name, default in DRAWN.items():
+            if getattr(args, name) is None:
+                setattr(args, name, default)
+        if args.requests is None and args.duration is None:
+            args.requests = 100
+        return [(rate, make_workload(args, rate)) for rate in args.rate]
+    for name in DRAWN:
+        if getattr(args, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"--trace says what is sent, so leave {option} out.")
+    requests = read_trace(args.trace)[: args.requests]
+    if args.duration is not None:
+        requests = [request for request in requests if request.at < args.duration]
+    rate = len(requests) / max(requests[-1].at, 1.0)
+    return [(rate, Replay(requests=requests, vocab_size=args.vocab_size, seed=args.seed))]
+
+
 def make_workload(args: argparse.Namespace, rate: float) -> Workload:
-    """The load of one test."""
+    """The load of one test with requests that are drawn."""
     return Workload(
         rate=rate,
         arrivals=args.arrivals,
-        num_requests=None if args.duration is not None else args.requests,
+        num_requests=args.requests,
         duration=args.duration,
         prompt=Lengths.parse(args.prompt_tokens),
         answer=Lengths.parse(args.answer_tokens),

@@ -49,6 +49,7 @@ WITHOUT_JAX = (
     "llama_jax.engine.messages",
     "llama_jax.engine.options",
     "llama_jax.engine.packets",
+    "llama_jax.engine.microbatch",
     "llama_jax.engine.page_tables",
     "llama_jax.engine.pages",
     "llama_jax.engine.prompt_logprobs",

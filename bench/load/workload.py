@@ -1,15 +1,17 @@
 """What a load test sends: when each request arrives, its prompt, and how long its answer is.
 
-Everything is drawn before the first request is sent, from a seed. So no answer, however late, can
-delay a later request, and two servers can be given exactly the same load.
+Requests are those that the planner simulates: drawn (`Workload`) or those of a trace (`Replay`).
+Here they get contents. Everything is drawn before the first request is sent, from a seed. So no
+answer, however late, can delay a later request, and two servers can be given exactly the same load.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
-from llama_jax.plan.simulation.load import Draw, LoadError
+from llama_jax.plan.simulation.load import Draw, LoadError, Request
 
 MAX_PROMPT_TOKENS = 200_000_000  # of all requests together
 # Short and common: with the space before it, each is one token of most vocabularies.
@@ -39,10 +41,10 @@ class LoadRequest(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Workload(Draw):
-    """A load, as the planner simulates it (`llama_jax.plan.simulation.load.Draw`), with contents.
+    """Requests at random times with lengths of a distribution, with contents.
 
     Attributes:
-      vocab_size: prompts are token ids below it; None for English words, about a token each.
+      vocab_size: as in `with_contents`.
     """
 
     vocab_size: int | None = None
@@ -53,31 +55,68 @@ class Workload(Draw):
         Raises:
           LoadError: there would be too many, or too long ones.
         """
-        requests, (*_, tokens) = self.requests(), self.streams()
-        total = sum(request.prompt_tokens for request in requests)
-        if total + self.prefix_tokens * self.prefixes > MAX_PROMPT_TOKENS:
-            raise LoadError(
-                f"All prompts together would be longer than {MAX_PROMPT_TOKENS} tokens: ask for "
-                "fewer or shorter ones."
-            )
-        shared = [self._tokens(tokens, self.prefix_tokens) for _ in range(self.prefixes)]
-        return [
-            LoadRequest(
-                at,
-                self._prompt(
-                    (shared[runs[0].text] if runs else [])
-                    + self._tokens(tokens, length - self.prefix_tokens)
-                ),
-                limit,
-            )
-            for at, length, limit, runs, *_ in requests
-        ]
+        return with_contents(self.requests(), self.vocab_size, self.seed)
 
-    def _tokens(self, rng: np.random.Generator, size: int) -> list[int]:
-        limit = len(WORDS) if self.vocab_size is None else self.vocab_size
+    def warm_up(self, count: int) -> list[LoadRequest]:
+        """Other requests like these, of which the server finds nothing in its cache later."""
+        return replace(self, num_requests=count, duration=None, seed=self.seed + 1).to_send()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """The requests of a trace, with contents.
+
+    Attributes:
+      requests: from `llama_jax.plan.simulation.traces.read_trace`.
+      vocab_size, seed: as in `with_contents`.
+    """
+
+    requests: Sequence[Request]
+    vocab_size: int | None = None
+    seed: int = 0
+
+    def to_send(self) -> list[LoadRequest]:
+        """The requests, in the order of their arrival.
+
+        Raises:
+          LoadError: they are too long.
+        """
+        return with_contents(self.requests, self.vocab_size, self.seed)
+
+    def warm_up(self, count: int) -> list[LoadRequest]:
+        """The first requests with other contents."""
+        return with_contents(self.requests[:count], self.vocab_size, self.seed + 1)
+
+
+def with_contents(
+    requests: Sequence[Request], vocab_size: int | None, seed: int
+) -> list[LoadRequest]:
+    """Gives requests prompts that begin alike if and only if their runs do.
+
+    Args:
+      requests: as the planner simulates them.
+      vocab_size: prompts are token ids below it; None for English words, about a token each.
+      seed: of the contents.
+
+    Raises:
+      LoadError: all prompts together are too long.
+    """
+    if sum(request.prompt_tokens for request in requests) > MAX_PROMPT_TOKENS:
+        raise LoadError(
+            f"All prompts together would be longer than {MAX_PROMPT_TOKENS} tokens: ask for fewer "
+            "or shorter ones."
+        )
+    limit = len(WORDS) if vocab_size is None else vocab_size
+    of_nobody_else = np.random.default_rng([seed, 0])
+
+    def draw(rng: np.random.Generator, size: int) -> list[int]:
         return rng.integers(0, limit, size).tolist()
 
-    def _prompt(self, tokens: list[int]) -> str | list[int]:
-        if self.vocab_size is not None:
-            return tokens
-        return " ".join(WORDS[token] for token in tokens)
+    def prompt(request: Request) -> str | list[int]:
+        tokens: list[int] = []
+        for run in request.runs:  # a shorter run of a text is its beginning
+            tokens += draw(np.random.default_rng([seed, 1, run.text]), run.tokens)
+        tokens += draw(of_nobody_else, request.prompt_tokens - len(tokens))
+        return tokens if vocab_size is not None else " ".join([WORDS[token] for token in tokens])
+
+    return [LoadRequest(each.at, prompt(each), each.output_tokens) for each in requests]

@@ -1,11 +1,11 @@
 """Chooses the chunk that enters the ring, by the time of a tick and who waits. No JAX."""
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from llama_jax.costs.work import Work
 from llama_jax.engine.tick_times import TickTimes
-from llama_jax.ring.sizes import Bucket, RingSizes
+from llama_jax.ring.sizes import RingSizes
 
 AS_LONG = 1.05  # a tick of this many times the seconds counts as equally long
 MARGIN = 0.9  # of the target for the first token, within which prompts are kept: others may come
@@ -92,34 +92,37 @@ class ChunkChoice:
         if not self._chunks:
             return 0
         seconds = self._seconds(load)
-        idle = seconds(0)
-
-        def ticks(tokens: int, chunk: int) -> int:
-            return -(-tokens // chunk) + load.num_stages - 1
+        idle = seconds[0]
 
         def waiting(chunk: int) -> float:
-            tick = seconds(chunk)
+            tick = seconds[chunk]
             streams = load.streams * (tick - idle)
-            return ticks(load.tokens, chunk) * (load.prompts * tick + streams)
+            ticks = -(-load.tokens // chunk) + load.num_stages - 1
+            return ticks * (load.prompts * tick + streams)
 
         if not self.has_targets:
             return min(self._chunks, key=waiting)
 
-        def late(chunk: int) -> float:
-            if self.ttft is None:
-                return 0.0
-            tick, left = seconds(chunk), MARGIN * self.ttft
-            over = (waited + ticks(until, chunk) * tick - left for until, waited in load.waits)
-            return sum(max(0.0, each) for each in over)
+        chunks = self._least_late(load, seconds)
+        if self.tpot is None:
+            return min(chunks, key=waiting)
+        limit = self._limit(load, seconds)
+        return max([chunk for chunk in chunks if chunk <= limit], default=chunks[0])
 
-        limit = self._sizes.max_chunk if self.tpot is None else self._limit(load, seconds)
-
-        def rank(chunk: int) -> tuple[float, float]:
-            if self.tpot is None:
-                return late(chunk), waiting(chunk)
-            return late(chunk), chunk if chunk > limit else -chunk
-
-        return min(self._chunks, key=rank)
+    def _least_late(self, load: Load, seconds: Mapping[int, float]) -> Sequence[int]:
+        """The chunks with which the prompts are least late for their first tokens, in order."""
+        if self.ttft is None or not load.waits:
+            return self._chunks
+        left, behind = MARGIN * self.ttft, load.num_stages - 1
+        late = []
+        for chunk in self._chunks:
+            tick = seconds[chunk]
+            over = [
+                waited + (-(-until // chunk) + behind) * tick - left for until, waited in load.waits
+            ]
+            late.append(sum([each for each in over if each > 0]))
+        least = min(late)
+        return [chunk for chunk, each in zip(self._chunks, late, strict=True) if each == least]
 
     def limit(self, load: Load) -> int:
         """The largest chunk that the target for output tokens allows now."""
@@ -127,18 +130,15 @@ class ChunkChoice:
             return self._sizes.max_chunk
         return self._limit(load, self._seconds(load))
 
-    def _limit(self, load: Load, seconds: Callable[[int], float]) -> int:
+    def _limit(self, load: Load, seconds: Mapping[int, float]) -> int:
         assert self.tpot is not None
-        most = max(self.tpot / load.num_stages, AS_LONG * seconds(self._chunks[0]))
-        return max(chunk for chunk in self._chunks if seconds(chunk) <= most)
+        most = max(self.tpot / load.num_stages, AS_LONG * seconds[self._chunks[0]])
+        return max([chunk for chunk in self._chunks if seconds[chunk] <= most])
 
-    def _seconds(self, load: Load) -> Callable[[int], float]:
+    def _seconds(self, load: Load) -> Mapping[int, float]:
         """The seconds of a tick by the size of its chunk."""
-        sizes = self._sizes.chunk_buckets
         if not self.has_targets:
-            return {c: self.times.model(Work(load.rows, c)) for c in sizes}.__getitem__
-        rows = next(rows for rows in self._sizes.row_buckets if rows >= load.rows)
-        context = load.keys / max(rows, 1)
-        return {
-            c: self.times.seconds(Bucket(rows, c), context, load.prefix) for c in sizes
-        }.__getitem__
+            sizes = self._sizes.chunk_buckets
+            return {chunk: self.times.model(Work(load.rows, chunk)) for chunk in sizes}
+        rows = self._sizes.bucket(load.rows, 0).rows
+        return self.times.by_chunk(rows, load.keys / max(rows, 1), load.prefix)

@@ -3,8 +3,11 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import TypeVar
 
 from llama_jax.engine.sequence import Sequence
+
+Value = TypeVar("Value")
 
 
 @dataclass(slots=True, eq=False)
@@ -48,22 +51,56 @@ class Segment:
 
 @dataclass(slots=True)
 class Packet:
-    """The tokens that enter in one tick, kept to match the packet's result to sequences later."""
+    """The tokens that enter in one tick, kept to match the packet's result to sequences later.
 
-    rows: list[Segment] = field(default_factory=list)
+    There are many decode rows, and the host spends time on each. So they are kept as columns, which
+    packets of the same sequences share; `rows` makes segments of them.
+
+    Attributes:
+      decoding: the sequences of the decode rows.
+      epochs, slots, positions: of the decode rows, as in `Segment`.
+      row_keys: the keys that the decode rows attend to, all rows together.
+      tiles: the segments with prompt tokens.
+    """
+
+    decoding: list[Sequence] = field(default_factory=list)
+    epochs: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    row_keys: int = 0
     tiles: list[Segment] = field(default_factory=list)
+
+    @property
+    def rows(self) -> list[Segment]:
+        """The decode rows as segments."""
+        return list(map(Segment, self.decoding, self.epochs, self.slots, self.positions))
 
     @property
     def num_tokens(self) -> int:
         """Number of tokens in all segments."""
-        return len(self.rows) + sum(tile.length for tile in self.tiles)
+        return len(self.decoding) + sum([tile.length for tile in self.tiles])
 
     def results(self, bucket_rows: int) -> Iterable[tuple[int, Segment]]:
         """The segments whose next token is sampled, each with its index in the tick's result."""
-        if not self.tiles:
-            return enumerate(self.rows)
         ends = [(bucket_rows + i, tile) for i, tile in enumerate(self.tiles) if tile.ends]
         return chain(enumerate(self.rows), ends)
 
+    def deal(self, values: list[Value], bucket_rows: int) -> Iterable[tuple[Sequence, int, Value]]:
+        """As `results`, but the sequence, the epoch and the value of each of these segments.
+
+        Args:
+          values: one for each segment of the program that ran.
+          bucket_rows: decode rows of that program.
+        """
+        rows = zip(self.decoding, self.epochs, values, strict=False)
+        if not self.tiles:
+            return rows
+        ends = [
+            (tile.sequence, tile.epoch, values[bucket_rows + i])
+            for i, tile in enumerate(self.tiles)
+            if tile.ends
+        ]
+        return chain(rows, ends)
+
     def __bool__(self) -> bool:
-        return bool(self.rows or self.tiles)
+        return bool(self.decoding or self.tiles)

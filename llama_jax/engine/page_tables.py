@@ -35,8 +35,8 @@ class PageTables:
 
     def missing(self, sequence: Sequence, num_tokens: int) -> int:
         """Returns how many pages a sequence lacks to hold this many tokens."""
-        held = len(sequence.pages)
-        return 0 if num_tokens <= held * self._page_size else self.count(num_tokens) - held
+        short = num_tokens - sequence.room
+        return 0 if short <= 0 else self.count(short)
 
     def extend(self, sequence: Sequence, num_pages: int) -> None:
         """Gives a sequence free pages; the caller has checked that there are enough."""
@@ -69,18 +69,19 @@ class PageTables:
         """Lets others find its pages whose tokens are all known and have entered the ring."""
         tokens, sent = len(sequence.tokens), sequence.next_position
         known = (tokens if tokens < sent else sent) // self._page_size
-        if known <= sequence.num_published or not self._shares(sequence):
+        if known <= sequence.num_published:
             return
-        keys = self._keys(sequence, known)
-        for i in range(sequence.num_published, known):
-            self.pool.publish(sequence.pages[i], keys[i])
+        if self._shares(sequence):
+            keys = self._keys(sequence, known)
+            for i in range(sequence.num_published, known):
+                self.pool.publish(sequence.pages[i], keys[i])
         sequence.num_published = known
 
     def release(self, sequence: Sequence) -> None:
         """Takes back its pages. Others find what they hold until they are needed."""
         self.publish(sequence)
         self.pool.give_back(sequence.pages)
-        sequence.pages, sequence.num_published = [], 0
+        sequence.pages, sequence.room, sequence.num_published = [], 0, 0
 
     def _shares(self, sequence: Sequence) -> bool:
         return self._prefix_caching or bool(sequence.salt)
@@ -89,6 +90,7 @@ class PageTables:
         first = len(sequence.pages)
         self.rows[sequence.slot, first : first + len(pages)] = pages
         sequence.pages += pages
+        sequence.room += len(pages) * self._page_size
 
     def _keys(self, sequence: Sequence, num_pages: int) -> list[bytes]:
         """Returns the keys of its first pages, computing those that are new."""

@@ -76,13 +76,15 @@ class Prefill:
         """Maximum rows of a microbatch, the newest prompt included: ceil(n / M), where n sequences
         are live or could be at once. A burst then does not fill one microbatch and leave others
         empty."""
-        live, pages = self._roster.num_live, self._unreserved_pages()
-        for sequence in islice(self._roster.waiting, len(self._roster.free_slots)):
-            pages -= self._pages_to_begin(sequence)
-            if pages < 0:
-                break
-            live += 1
-        return min(-(-live // len(self._roster.microbatches)), self._sizes.max_rows)
+        roster, live = self._roster, self._roster.num_live
+        if roster.waiting:
+            pages = self._unreserved_pages()
+            for sequence in islice(roster.waiting, len(roster.free_slots)):
+                pages -= self._pages_to_begin(sequence)
+                if pages < 0:
+                    break
+                live += 1
+        return min(-(-live // len(roster.microbatches)), self._sizes.max_rows)
 
     def wait_reason(self) -> WaitReason | None:
         """What the next sequence in line waits for; None if nobody waits."""
@@ -142,19 +144,19 @@ class Prefill:
         prompts = [(s, self._left(s)) for s in roster.prefilling]
         prompts += [(s, len(s.tokens)) for s in waiting]
         rows = [len(microbatch) for microbatch in roster.microbatches]
-        tokens = sum(left for _, left in prompts)
-        load = Load(len(rows), len(prompts), tokens, sum(rows), max(rows))
+        ends = list(accumulate([left for _, left in prompts]))
+        tokens = ends[-1] if ends else 0
         if self.chunks is None or not self.chunks.has_targets:
-            return load
-        ends = accumulate(left for _, left in prompts)
-        return load._replace(
-            keys=max([sum([s.next_position for s in batch]) for batch in roster.microbatches]),
-            prefix=roster.prefilling[0].next_position if roster.prefilling else 0,
-            waits=tuple(
-                (end, now - s.arrived_at)
-                for end, (s, _) in zip(ends, prompts, strict=True)
-                if len(s.tokens) == s.num_prompt  # others have had their first token
-            ),
+            return Load(len(rows), len(prompts), tokens, sum(rows), max(rows))
+        keys = max([microbatch.keys for microbatch in roster.microbatches])
+        prefix = roster.prefilling[0].next_position if roster.prefilling else 0
+        waits = [
+            (end, now - s.arrived_at)
+            for end, (s, _) in zip(ends, prompts, strict=True)
+            if len(s.tokens) == s.num_prompt  # others have had their first token
+        ]
+        return Load(
+            len(rows), len(prompts), tokens, sum(rows), max(rows), keys, prefix, tuple(waits)
         )
 
     def _first(self) -> Sequence | None:

@@ -201,6 +201,6 @@ def _tick_record(tick: Tick, scheduler: Scheduler, began: float) -> TickRecord:
 
 def _packet_record(packet: Packet) -> PacketRecord:
     return PacketRecord(
-        tuple(row.sequence.request_id for row in packet.rows),
+        tuple(sequence.request_id for sequence in packet.decoding),
         tuple((tile.sequence.request_id, tile.length) for tile in packet.tiles),
     )

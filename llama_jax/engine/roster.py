@@ -4,6 +4,7 @@ from bisect import insort
 from collections.abc import Iterator
 from itertools import chain
 
+from llama_jax.engine.microbatch import Microbatch
 from llama_jax.engine.packets import Segment
 from llama_jax.engine.page_tables import PageTables
 from llama_jax.engine.pages import PagePool
@@ -37,7 +38,7 @@ class Roster:
         self.pages = PageTables(sizes, prefix_caching)
         self.waiting: list[Sequence] = []
         self.prefilling: list[Sequence] = []
-        self.microbatches: list[list[Sequence]] = [[] for _ in range(num_microbatches)]
+        self.microbatches = [Microbatch() for _ in range(num_microbatches)]
         self.free_slots = list(range(sizes.num_slots - 1, -1, -1))
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
@@ -135,7 +136,8 @@ class Roster:
         """Takes back a sequence's slot, pages and row; no-op if it has none."""
         if sequence.slot is None:
             return
-        for group in (self.prefilling, *self.microbatches):
+        groups: list[list[Sequence]] = [self.prefilling, *self.microbatches]
+        for group in groups:
             if sequence in group:
                 group.remove(sequence)
         self.pages.release(sequence)

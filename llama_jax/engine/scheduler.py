@@ -15,6 +15,7 @@ from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.chunk_choice import ChunkChoice
 from llama_jax.engine.constraint import Constraint
 from llama_jax.engine.interface import FinishReason, Output, TokenLogprobs
+from llama_jax.engine.microbatch import Microbatch
 from llama_jax.engine.packets import Packet, Segment
 from llama_jax.engine.pages import PagePool
 from llama_jax.engine.prefill import Prefill
@@ -22,6 +23,9 @@ from llama_jax.engine.prompt_logprobs import PromptScoring
 from llama_jax.engine.roster import Roster
 from llama_jax.engine.sequence import Sequence
 from llama_jax.ring.sizes import RingSizes
+
+# Makes an `Output` in half the time that its own constructor takes: each token needs one.
+_new_tuple = tuple.__new__
 
 NOT_A_NUMBER = "The model's output is not a number (NaN) for this request: check the weights."
 
@@ -45,7 +49,7 @@ class Scheduler:
       roster: the unfinished sequences.
       prefill: chooses the prompt tokens of each packet.
       waiting, prefilling, microbatches: those of the roster.
-      num_generated_tokens: since the start.
+      num_special: unfinished requests that do not just take the likeliest of all tokens.
       now: the time by the clock of `arrived_at`, kept current by whoever calls `schedule`; it
         matters only to a target for first tokens.
     """
@@ -63,10 +67,11 @@ class Scheduler:
         self.prefill = Prefill(sizes, self.roster, chunks)
         self.waiting, self.prefilling = self.roster.waiting, self.roster.prefilling
         self.microbatches = self.roster.microbatches
-        self.num_generated_tokens = 0
         self.now = 0.0
+        self.num_special = 0
         self._sequences: dict[int, Sequence] = {}  # the unfinished ones, by request id
         self._arrivals = 0
+        self._generated = 0  # tokens of the requests that have ended
         self._turn = 0  # the microbatch that enters next
 
     # --- requests ----------------------------------------------------------------------------
@@ -122,6 +127,7 @@ class Scheduler:
             sequence.scoring = PromptScoring(len(prompt), params.prompt_logprobs)
         self._arrivals += 1
         self._sequences[request_id] = sequence
+        self.num_special += not params.takes_the_likeliest
         self.roster.wait(sequence)
 
     def abort(self, request_id: int) -> None:
@@ -161,6 +167,16 @@ class Scheduler:
         return self.roster.num_cached_tokens
 
     @property
+    def num_generated_tokens(self) -> int:
+        """Number of tokens of all answers since the start."""
+        return self._generated + sum(s.num_answered for s in self._sequences.values())
+
+    def num_answered(self, request_id: int) -> int | None:
+        """Number of tokens of an answer so far; None if it has ended."""
+        sequence = self._sequences.get(request_id)
+        return None if sequence is None else sequence.num_answered
+
+    @property
     def num_queued_tokens(self) -> int:
         """Number of tokens of the sequences that wait."""
         return sum(len(sequence.tokens) for sequence in self.waiting)
@@ -181,9 +197,9 @@ class Scheduler:
         """Returns the packet that enters now; it is empty if there is nothing to do."""
         microbatch = self.microbatches[self._turn]
         self._turn = (self._turn + 1) % len(self.microbatches)
-        packet = Packet()
         share = self.prefill.share()
-        self._add_rows(packet, microbatch)
+        self._make_room(microbatch)
+        packet = Packet(*microbatch.columns(), microbatch.advance(), microbatch.keys)
         self.prefill.fill(packet, microbatch, share, self.now)
         # A sequence's slot and pages are free once its last packet has entered, though the result
         # is not known yet. Not earlier: this packet must not overwrite pages that it reads.
@@ -191,24 +207,24 @@ class Scheduler:
             self.roster.release(sequence)
         return packet
 
-    def _add_rows(self, packet: Packet, microbatch: list[Sequence]) -> None:
-        rows, page_size = packet.rows, self.sizes.page_size
-        # The most important first: one preempted for a page is less so, and not in the packet yet.
-        for sequence in self.roster.with_first_prompt(microbatch):
-            slot, position = sequence.slot, sequence.next_position
-            if slot is None:
+    def _make_room(self, microbatch: Microbatch) -> None:
+        # Most rows have room in their last page.
+        full = [s for s in microbatch if s.next_position >= s.room]
+        # The most important first: one preempted for a page is less so, and leaves the microbatch.
+        for sequence in self.roster.with_first_prompt(full):
+            if sequence.slot is None:
                 continue
-            if position < sequence.prefill_until:
+            if sequence.prefilling:
                 self.prefill.make_room(sequence)
-            # Most rows have room in their last page.
-            elif position < len(sequence.pages) * page_size or self.roster.make_room(sequence, 1):
-                sequence.next_position = position + 1
-                rows.append(Segment(sequence, sequence.epoch, slot, position))
+            else:
+                self.roster.make_room(sequence, 1)
 
     def _finish(self, sequence: Sequence) -> None:
         sequence.epoch += 1
         sequence.finished = True
         self.roster.remove(sequence)
+        self._generated += sequence.num_answered
+        self.num_special -= not sequence.params.takes_the_likeliest
         del self._sequences[sequence.request_id]
 
     # --- results -----------------------------------------------------------------------------
@@ -247,52 +263,77 @@ class Scheduler:
           The outputs for the client. Tokens of sequences that have ended or been preempted since
           the packet entered are dropped.
         """
-        outputs = []
-        for index, segment in packet.results(bucket_rows):
-            sequence = segment.sequence
-            if segment.epoch != sequence.epoch:
-                continue
-            output = self._take_token(sequence, tokens[index])
-            if logprobs is not None and output.token is not None:
-                wanted = sequence.params.logprobs
-                if wanted is not None:
-                    own = TokenLogprobs(logprobs[index].logprob, logprobs[index].top[:wanted])
-                    output = output._replace(logprobs=own)
-            if sequence.scoring is not None and output.token is not None:
-                output = output._replace(prompt_logprobs=sequence.scoring.result())
-                sequence.scoring = None
-            outputs.append(output)
-        return outputs
+        scored: list[tuple[Sequence, TokenLogprobs]] = []
+        if logprobs is not None:
+            dealt = packet.deal(logprobs, bucket_rows)
+            scored = [(s, own) for s, epoch, own in dealt if epoch == s.epoch]
+        outputs = [
+            self._take_token(sequence, token)
+            for sequence, epoch, token in packet.deal(tokens, bucket_rows)
+            if epoch == sequence.epoch
+        ]
+        return list(map(_with_logprobs, outputs, scored)) if scored else outputs
+
+    def _fail(self, sequence: Sequence) -> Output:
+        """Ends a request whose logits are not numbers."""
+        self._finish(sequence)
+        self.pool.withdraw(sequence.page_keys)  # nobody else shall read what led to this
+        return Output(
+            sequence.request_id,
+            None,
+            "error",
+            NOT_A_NUMBER,
+            cached_tokens=sequence.num_cached,
+            queue_seconds=sequence.queue_seconds,
+        )
 
     def _take_token(self, sequence: Sequence, token: int) -> Output:
         if token < 0:
-            self._finish(sequence)
-            self.pool.withdraw(sequence.page_keys)  # nobody else shall read what led to this
-            return Output(
-                sequence.request_id,
-                None,
-                "error",
-                NOT_A_NUMBER,
-                cached_tokens=sequence.num_cached,
-                queue_seconds=sequence.queue_seconds,
-            )
+            return self._fail(sequence)
         known = sequence.tokens
         known.append(token)
-        self.num_generated_tokens += 1
+        if len(known) >= sequence.look_at or token in sequence.stop_ids:
+            return self._look(sequence, token)
+        s = sequence
+        return _new_tuple(
+            Output,
+            (s.request_id, token, None, None, s.num_cached, s.queue_seconds, None, None, None),
+        )
+
+    def _look(self, sequence: Sequence, token: int) -> Output:
+        """Looks at a sequence that may have ended, or that may have filled a page, after a token;
+        and at each token of one with a constraint, and the first of all others."""
         reason: FinishReason | None = None
         if token in sequence.stop_ids:
             reason = "stop"
-        elif len(known) >= sequence.max_length:
+        elif len(sequence.tokens) >= sequence.max_length:
             reason = "length"
         if reason:
             self._finish(sequence)
-        else:
-            if sequence.constraint is not None:
-                sequence.constraint.take(token)
+        elif sequence.constraint is not None:
+            sequence.constraint.take(token)
+        if sequence.slot is not None:
+            self.roster.pages.publish(sequence)
+        if sequence.constraint is None:
             full = (sequence.num_published + 1) * self.sizes.page_size
-            if sequence.next_position >= full and sequence.slot is not None:
-                self.roster.pages.publish(sequence)
-        # By position: names would take twice the time, and this is done for every token.
+            sequence.look_at = min(full, sequence.max_length)
+        scores = None
+        if sequence.scoring is not None:
+            scores, sequence.scoring = sequence.scoring.result(), None
         return Output(
-            sequence.request_id, token, reason, None, sequence.num_cached, sequence.queue_seconds
+            sequence.request_id,
+            token,
+            reason,
+            cached_tokens=sequence.num_cached,
+            queue_seconds=sequence.queue_seconds,
+            prompt_logprobs=scores,
         )
+
+
+def _with_logprobs(output: Output, scored: tuple[Sequence, TokenLogprobs]) -> Output:
+    """Adds the log-probabilities that a request asks for."""
+    sequence, own = scored
+    wanted = sequence.params.logprobs
+    if output.token is None or wanted is None:
+        return output
+    return output._replace(logprobs=TokenLogprobs(own.logprob, own.top[:wanted]))

@@ -24,8 +24,9 @@ class Sequence:
         result counts only if its packet entered in the current epoch.
       slot: its slot on the device while it is live, else None.
       pages: its pages, in order.
+      room: tokens that they have room for.
       page_keys: the keys of its full pages, as far as they were needed.
-      num_published: how many of its pages have been published.
+      num_published: how many of its pages have been published, if others may find them.
       num_cached: prompt tokens whose keys and values were found when it was first admitted.
       scoring: collects the log-probabilities of its prompt, until they have all been returned; None
         if it asks for none.
@@ -38,6 +39,7 @@ class Sequence:
       constraint: which tokens it may choose, if not all.
       arrived_at: when it arrived, by the clock of the tick loop; only measurements read it.
       queue_seconds: how long it waited before its prompt was first computed, once it is.
+      look_at: the number of tokens from which on the scheduler looks at more than the next token.
       finished: whether no further output will come.
     """
 
@@ -52,6 +54,7 @@ class Sequence:
     epoch: int = 0
     slot: int | None = None
     pages: list[int] = field(default_factory=list)
+    room: int = 0
     page_keys: list[bytes] = field(default_factory=list)
     num_published: int = 0
     num_cached: int = 0
@@ -63,7 +66,13 @@ class Sequence:
     constraint: Constraint | None = None
     arrived_at: float = 0.0
     queue_seconds: float | None = None
+    look_at: int = 0
     finished: bool = False
+
+    @property
+    def num_answered(self) -> int:
+        """Number of tokens of the answer."""
+        return len(self.tokens) - self.num_prompt
 
     @property
     def num_skippable(self) -> int:

@@ -91,7 +91,10 @@ class TickLoop:
         self.on_tick: list[Callable[[Tick], None]] = []
         self.results_late = results_late
         self._in_flight = deque([Packet()] * self.num_stages, maxlen=self.num_stages)
-        self._tokens_in_flight = deque([0] * self.num_stages, maxlen=self.num_stages)
+        none = [0] * self.num_stages
+        self._rows_in_flight = deque(none, maxlen=self.num_stages)
+        self._tiles_in_flight = deque(none, maxlen=self.num_stages)
+        self._tokens_in_flight = deque(none, maxlen=self.num_stages)
         self._unread: deque[tuple[Packet, TickResult]] = deque()
         self.ticks = self.stage_ticks_busy = self.token_slots = self.token_slots_used = 0
         self.seconds = self.wait_seconds = 0.0
@@ -100,19 +103,27 @@ class TickLoop:
     @property
     def has_work(self) -> bool:
         """Whether another `step` has something to do."""
-        if self.scheduler.has_work or any(list(self._in_flight)[1:]):
-            return True
-        return any(packet for packet, _ in self._unread)
+        return self._has_ticks or any(packet for packet, _ in self._unread)
+
+    @property
+    def _has_ticks(self) -> bool:
+        """Whether another tick has something to do."""
+        return self.scheduler.has_work or self._carries_on
+
+    @property
+    def _carries_on(self) -> bool:
+        """Whether a packet in flight has yet to leave."""
+        return any(list(self._tokens_in_flight)[1:])
 
     def step(self) -> list[Output]:
         """Dispatches a tick; returns the outputs of the results that are due."""
         start = self.clock()
         outputs: list[Output] = []
         bucket = None
-        if self.scheduler.has_work or any(list(self._in_flight)[1:]):
+        if self._has_ticks:
             while self._unread and self._lacks_answers():
                 outputs += self._read(*self._unread.popleft())
-            if self._timer and not (self._unread or any(list(self._in_flight)[1:])):
+            if self._timer and not (self._unread or self._carries_on):
                 self._timer.begin(start)
             self.scheduler.now = start
             entering = self.scheduler.schedule()
@@ -144,6 +155,8 @@ class TickLoop:
 
     def _lacks_answers(self) -> bool:
         """Whether a mask of the packet that leaves in this step depends on tokens not yet read."""
+        if not self.scheduler.num_special:
+            return False
         if self.num_stages == 1:  # it has yet to enter
             constrained = [
                 (s, s.next_position)
@@ -175,24 +188,25 @@ class TickLoop:
         if not self.has_work:  # the last packet has left the last stage
             return (StageStats(0, 0),) * self.num_stages
         return tuple(
-            StageStats(len(packet.rows), sum(tile.length for tile in packet.tiles))
+            StageStats(len(packet.decoding), sum(tile.length for tile in packet.tiles))
             for packet in reversed(self._in_flight)
         )
 
     def _dispatch(self, entering: Packet, outputs: list[Output]) -> Bucket:
         """Dispatches a tick; adds the outputs of requests that cannot go on."""
         self._in_flight.append(entering)
+        self._rows_in_flight.append(len(entering.decoding))
+        self._tiles_in_flight.append(len(entering.tiles))
         self._tokens_in_flight.append(entering.num_tokens)
         # The program must fit the largest packet in any stage, not just the one that enters.
-        rows = max([len(packet.rows) for packet in self._in_flight])
-        tiles = max([len(packet.tiles) for packet in self._in_flight])
+        rows, tiles = max(self._rows_in_flight), max(self._tiles_in_flight)
         bucket = self.sizes.bucket(max(rows, 1), tiles * self.sizes.tile, self.ready())
         packed = self._encode(self.sizes, bucket, self.scheduler.page_tables, entering)
         leaving = self._in_flight[0]
         choice = self._choice(leaving, bucket, outputs)
         result = self.executor.run(bucket, packed, choice)
-        if leaving.tiles:
-            result = result._replace(scores=self._scores(leaving))
+        if scores := self._scores(leaving):
+            result = result._replace(scores=scores)
         self._unread.append((leaving, result))
         if self._timer:
             self._timer.dispatched(bucket, entering)
@@ -205,6 +219,8 @@ class TickLoop:
 
     def _choice(self, leaving: Packet, bucket: Bucket, outputs: list[Output]) -> Choice:
         """How to choose the tokens of the packet that leaves, in a program of this bucket."""
+        if not self.scheduler.num_special:
+            return GREEDY
         sampled, adjusted, masks, logprobs = [], [], [], False
         for i, segment in leaving.results(bucket.rows):
             s, params = segment.sequence, segment.sequence.params
@@ -270,8 +286,8 @@ def encode_entering(
         sizes,
         bucket,
         page_tables,
-        [row.slot for row in packet.rows],
-        [row.position for row in packet.rows],
+        packet.slots,
+        packet.positions,
         [(tile.slot, tile.position, tile.ends, tile.tokens or []) for tile in packet.tiles],
     )
 

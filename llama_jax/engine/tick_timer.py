@@ -38,7 +38,8 @@ class TickTimer:
         self, num_stages: int, observe: Callable[[Bucket, float, int, float], None]
     ) -> None:
         self._observe = observe
-        self._packets = deque([(0, 0)] * num_stages, maxlen=num_stages)  # keys, prefix
+        self._keys = deque([0] * num_stages, maxlen=num_stages)
+        self._prefixes = deque([0] * num_stages, maxlen=num_stages)
         self._unread: deque[Timed] = deque()
         self._since: float | None = None
         self._ran: list[Timed] = []  # ticks since then whose results nobody waited for
@@ -50,11 +51,10 @@ class TickTimer:
 
     def dispatched(self, bucket: Bucket, entering: Packet) -> None:
         """A tick was dispatched."""
-        keys = sum([row.position for row in entering.rows]) + len(entering.rows)
-        prefix = max([tile.position for tile in entering.tiles], default=0)
-        self._packets.append((keys, prefix))
-        most, longest = map(max, zip(*self._packets, strict=True))
-        self._unread.append(Timed(bucket, most / max(bucket.rows, 1), longest))
+        self._keys.append(entering.row_keys)
+        self._prefixes.append(max([tile.position for tile in entering.tiles], default=0))
+        context = max(self._keys) / max(bucket.rows, 1)
+        self._unread.append(Timed(bucket, context, max(self._prefixes)))
 
     def passed(self) -> None:
         """The oldest tick's packet was empty, so that nobody waited for its result."""
@@ -63,7 +63,7 @@ class TickTimer:
     def read(self, now: float) -> None:
         """The result of the oldest tick was read now."""
         tick = self._unread.popleft()
-        ran = [*self._ran, tick]
-        if self._since is not None and all(other.bucket == tick.bucket for other in ran):
-            self._observe(*tick, (now - self._since) / len(ran))
+        same = all([other.bucket == tick.bucket for other in self._ran])
+        if self._since is not None and same:
+            self._observe(*tick, (now - self._since) / (len(self._ran) + 1))
         self.begin(now)

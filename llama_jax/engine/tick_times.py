@@ -6,8 +6,9 @@ that gets hot slows down. What is kept is therefore the ratio of the seconds see
 model, for each program.
 """
 
+import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 
 from llama_jax.costs.work import Work
@@ -36,14 +37,14 @@ class TickTimes:
 
     def __init__(self, model: Callable[[Work], float], sizes: RingSizes):
         self.model = model
-        self._sizes = sizes
+        self._sizes, self._buckets = sizes, sizes.buckets()
         self._own: dict[Bucket, deque[float]] = {}
         self._kinds = {chunk: deque[float](maxlen=2 * WINDOW) for chunk in (False, True)}
         self._latest: dict[Bucket, int] = {}  # the number of the last tick that was seen
         self._count = 0
         self._ratios: dict[Bucket, float] = {}
-        self._modeled: dict[tuple[Bucket, int, int], float] = {}
-        self._corrected: dict[tuple[Bucket, int, int], float] = {}
+        self._modeled: dict[tuple[int, int], dict[Bucket, float]] = {}
+        self._corrected: dict[tuple[int, int, int], dict[int, float]] = {}
 
     def modeled(self, bucket: Bucket, context: float = 0, prefix: int = 0) -> float:
         """Seconds of a tick as the model has them.
@@ -62,12 +63,22 @@ class TickTimes:
           bucket: of the program.
           context, prefix: as in `modeled`.
         """
-        return self._correct(bucket, _rounded(context), _rounded(prefix))
+        return self.by_chunk(bucket.rows, context, prefix)[bucket.chunk]
+
+    def by_chunk(self, rows: int, context: float = 0, prefix: int = 0) -> Mapping[int, float]:
+        """The `seconds` of all programs with these rows, by their chunk."""
+        key = rows, _rounded(context), _rounded(prefix)
+        found = self._corrected.get(key)
+        if found is None:
+            found = self._corrected[key] = self._correct(*key)
+        return found
 
     def observe(self, bucket: Bucket, context: float, prefix: int, seconds: float) -> None:
         """Takes the seconds of one tick."""
         ratio = seconds / self.modeled(bucket, context, prefix)
-        self._own.setdefault(bucket, deque(maxlen=WINDOW)).append(ratio)
+        if bucket not in self._own:
+            self._own[bucket] = deque(maxlen=WINDOW)
+        self._own[bucket].append(ratio)
         self._kinds[bucket.chunk > 0].append(ratio)
         self._latest[bucket] = self._count
         self._count += 1
@@ -84,38 +95,34 @@ class TickTimes:
     def _refresh(self) -> None:
         every = _median(1.0, chain(*self._kinds.values()))
         kinds = {kind: _median(every, ratios) for kind, ratios in self._kinds.items()}
-        ratios = {}
-        for bucket in self._sizes.buckets():
-            if self._count - self._latest.get(bucket, self._count) > FORGET:
-                del self._own[bucket], self._latest[bucket]
-            own = self._own.get(bucket, ())
-            ratio = _median(kinds[bucket.chunk > 0], own)
-            ratios[bucket] = float(f"{ratio:.{RATIO_DIGITS}g}")
+        short = {kind: _short(ratio) for kind, ratio in kinds.items()}
+        for bucket in [b for b, seen in self._latest.items() if self._count - seen > FORGET]:
+            del self._own[bucket], self._latest[bucket]
+        ratios = {
+            bucket: _short(_median(kinds[bucket.chunk > 0], seen))
+            for bucket, seen in self._own.items()
+        }
+        for bucket in self._buckets:  # one that has not run
+            ratios.setdefault(bucket, short[bucket.chunk > 0])
         if ratios != self._ratios:
             self._ratios = ratios
             self._corrected.clear()
 
     def _model(self, bucket: Bucket, context: int, prefix: int) -> float:
-        key = bucket, context, prefix
-        if key not in self._modeled:
+        known = self._modeled.setdefault((context, prefix), {})
+        if bucket not in known:
             work = Work.of(bucket.rows, context, bucket.chunk, prefix, self._sizes.tile)
-            self._modeled[key] = self.model(work)
-        return self._modeled[key]
+            known[bucket] = self.model(work)
+        return known[bucket]
 
-    def _correct(self, bucket: Bucket, context: int, prefix: int) -> float:
-        key = bucket, context, prefix
-        if key not in self._corrected:
-            own = self._ratios.get(bucket, 1.0) * self._model(bucket, context, prefix)
-            smaller = (self._correct(b, context, prefix) for b in self._next_smaller(bucket))
-            self._corrected[key] = max(own, *smaller, 0.0)
-        return self._corrected[key]
-
-    def _next_smaller(self, bucket: Bucket) -> Iterable[Bucket]:
-        rows, chunks = self._sizes.row_buckets, self._sizes.chunk_buckets
-        if i := rows.index(bucket.rows):
-            yield bucket._replace(rows=rows[i - 1])
-        if i := chunks.index(bucket.chunk):
-            yield bucket._replace(chunk=chunks[i - 1])
+    def _correct(self, rows: int, context: int, prefix: int) -> dict[int, float]:
+        """The longest of the programs with at most these rows and chunk, by the chunk."""
+        seconds, found = 0.0, {}
+        for bucket in self._buckets:  # in the order of chunks, and of rows
+            if bucket.rows <= rows:
+                own = self._ratios.get(bucket, 1.0) * self._model(bucket, context, prefix)
+                found[bucket.chunk] = seconds = max(seconds, own)
+        return found
 
 
 def _median(believed: float, seen: Iterable[float]) -> float:
@@ -123,8 +130,12 @@ def _median(believed: float, seen: Iterable[float]) -> float:
     return ordered[len(ordered) // 2]
 
 
+def _short(ratio: float) -> float:
+    return float(f"{ratio:.{RATIO_DIGITS}g}")
+
+
 def _rounded(number: float) -> int:
     """Rounds up to four binary digits, at most 12.5 % too high, so that few contexts differ."""
-    whole = -int(-number // 1)
-    shift = max(0, whole.bit_length() - 4)
-    return -(-whole >> shift) << shift
+    whole = math.ceil(number)
+    shift = whole.bit_length() - 4
+    return whole if shift <= 0 else -(-whole >> shift) << shift

@@ -72,8 +72,8 @@ def test_the_longest_contexts_in_flight_count():
     timer = TickTimer(2, lambda *tick: seen.append(tick[1:3]))
     timer.begin(0.0)
     packets = (
-        Packet(segments(9, 29)),
-        Packet(segments(4), segments(64, 128, tokens=[1] * 64)),
+        Packet(row_keys=40),
+        Packet(row_keys=5, tiles=segments(64, 128, tokens=[1] * 64)),
         Packet(),
         Packet(),
     )

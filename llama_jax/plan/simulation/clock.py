@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from llama_jax.plan.simulation.server import Server, TickTime
 from llama_jax.ring.sizes import Bucket, RingSizes
 
 ANSWER = 0  # every token of every answer; no prompt holds it
+_seconds = attrgetter("seconds")
 PRECISION = 7  # leading bits of a number of keys that make a difference
 
 
@@ -71,16 +73,10 @@ class Clock:
 
     def _slowest(self, bucket: Bucket) -> TickTime:
         known = self._times[bucket]
-        slowest = None
         for keys in self._in_flight:
-            time = known.get(keys)
-            if time is None:
-                work = Work(bucket.rows, bucket.chunk, *keys)
-                time = known[keys] = self._tick_time(work)
-            if slowest is None or time.seconds > slowest.seconds:
-                slowest = time
-        assert slowest is not None
-        return slowest
+            if keys not in known:
+                known[keys] = self._tick_time(Work(bucket.rows, bucket.chunk, *keys))
+        return max([known[keys] for keys in self._in_flight], key=_seconds)
 
     def _wait_until(self, ready: float) -> None:
         self.now = max(self.now, ready)
@@ -108,8 +104,7 @@ def pass_on(sizes: RingSizes, bucket: Bucket, page_tables: np.ndarray, packet: P
 
 def keys_of(packet: Packet) -> Keys:
     """The keys that a packet's queries attend to."""
-    rows = packet.rows
-    of_rows = _rounded(sum([row.position for row in rows]) + len(rows)) if rows else 0
+    of_rows = _rounded(packet.row_keys)
     if not packet.tiles:
         return Keys(of_rows)
     pairs = of_chunk = 0

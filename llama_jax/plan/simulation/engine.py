@@ -32,7 +32,6 @@ class Open:
     ticket: Ticket
     queued: float | None = None
     first: float | None = None
-    tokens: int = 0
     cached: int = 0
 
 
@@ -46,6 +45,7 @@ class Engine:
     Attributes:
       clock, loop, front: of this engine.
       open: by request id, those that have not ended.
+      begun: those of them that have had their first token.
     """
 
     def __init__(self, server: Server, now: float = 0.0) -> None:
@@ -63,11 +63,19 @@ class Engine:
         )
         self.front = Front(server, self.time)
         self.open: dict[int, Open] = {}
+        self.begun: set[int] = set()
+        self._pool = scheduler.pool
+        self._params: dict[int, SamplingParams] = {}  # by the tokens of the answer
         self._longest = server.max_model_len
 
     def time(self) -> float:
         """The time in seconds."""
         return self.clock.now
+
+    @property
+    def pages_held(self) -> int:
+        """The pages that requests hold."""
+        return self._pool.num_pages - self._pool.num_free
 
     def add(self, attempt: Attempt) -> bool:
         """Queues a request; returns whether there was room."""
@@ -81,13 +89,34 @@ class Engine:
         self.loop.scheduler.add(
             attempt.number,
             prompt_of(attempt),
-            SamplingParams(temperature=0, max_tokens=request.output_tokens),
+            self._params_of(request.output_tokens),
             max_model_len=self._longest,
             seed=0,
             stop_ids=frozenset(),
             arrived_at=attempt.at,
         )
         return True
+
+    def num_answered(self, number: int) -> int:
+        """The tokens that an open request has been answered with."""
+        request = self.open[number].attempt.request
+        known = self.loop.scheduler.num_answered(number)
+        if known is not None:
+            return known
+        # It has just ended, which it does at its length only.
+        return min(request.output_tokens, self._longest - request.prompt_tokens)
+
+    def remove(self, number: int) -> None:
+        """Removes a request, which may have ended."""
+        self.loop.scheduler.abort(number)
+        self.begun.discard(number)
+        self.open.pop(number).ticket.end()
+
+    def _params_of(self, output_tokens: int) -> SamplingParams:
+        """Parameters are costly to make, and many requests have the same."""
+        if output_tokens not in self._params:
+            self._params[output_tokens] = SamplingParams(temperature=0, max_tokens=output_tokens)
+        return self._params[output_tokens]
 
 
 def prompt_of(attempt: Attempt) -> list[int]:

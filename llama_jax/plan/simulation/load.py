@@ -118,17 +118,14 @@ class Draw:
             at = np.concatenate([at, at[-1] + np.cumsum(more)])
         return at[at < self.duration]
 
-    def streams(self) -> list[np.random.Generator]:
-        """A stream of random numbers each for times, prompts, answers, prefixes and texts."""
-        return list(map(np.random.default_rng, np.random.SeedSequence(self.seed).spawn(5)))
-
     def requests(self) -> list[Request]:
         """Draws the requests, in the order of their arrival.
 
         Raises:
           LoadError: there would be too many.
         """
-        times, prompts, answers, prefixes, _ = self.streams()
+        streams = map(np.random.default_rng, np.random.SeedSequence(self.seed).spawn(4))
+        times, prompts, answers, prefixes = streams
         at = self.times(times)
         lengths = self.prompt.draw(prompts, len(at))
         limits = self.answer.draw(answers, len(at))

@@ -70,6 +70,7 @@ class Simulation:
         self._coming: list[Attempt] = []
         self._leaving: list[tuple[float, int]] = []  # when a client loses patience
         self._numbers = count()
+        self._next_look = 0.0
         self._stopped = False
         requests = iter(self.load.requests)
         self._next = requests
@@ -92,24 +93,26 @@ class Simulation:
         return self._simulated()
 
     def _run(self) -> None:
-        pending = self.outage
+        pending, coming, leaving = self.outage, self._coming, self._leaving
         while not self._stopped:
-            clock = self.engine.clock
+            engine, clock = self.engine, self.engine.clock
             if pending and clock.now >= pending.at:
                 self._die(pending)
                 pending = None
                 continue
-            if not self.engine.loop.has_work:
-                if not self._coming:
+            if not engine.open and not engine.loop.has_work:
+                if not coming:
                     break
-                ahead = self._coming[0].at
+                ahead = coming[0].at
                 if pending and pending.at <= ahead:
                     clock.now = max(clock.now, pending.at)
                     continue
                 clock.now = max(clock.now, ahead)
-            self._arrive(clock.now)
-            self._leave(clock.now)
-            self._step()
+            if coming and coming[0].at <= clock.now:
+                self._arrive(clock.now)
+            if leaving and leaving[0][0] <= clock.now:
+                self._leave(clock.now)
+            self._step(engine)
 
     def _come(self, request: Request, at: float) -> None:
         attempt = Attempt(at, next(self._numbers), request, at)
@@ -135,39 +138,47 @@ class Simulation:
         while self._leaving and self._leaving[0][0] <= now:
             _, number = heapq.heappop(self._leaving)
             if number in self.engine.open:
-                self.engine.loop.scheduler.abort(number)
-                self._end(self.engine.open.pop(number), "gone", now)
+                self._end(self.engine, number, "gone", now)
 
-    def _step(self) -> None:
-        engine, loop = self.engine, self.engine.loop
-        before, held = engine.clock.now, self._pages_held()
-        outputs = loop.step()
-        now = engine.clock.now
+    def _step(self, engine: Engine) -> None:
+        clock, begun = engine.clock, engine.begun
+        before, held = clock.now, engine.pages_held
+        outputs = engine.loop.step()
+        now = clock.now
         self._page_seconds += (now - before) * held
-        if not self.moments or now >= self.moments[-1].at + MOMENT_SECONDS:
-            scheduler = loop.scheduler
-            self.moments.append(Moment(now, scheduler.num_running, len(scheduler.waiting), held))
-        opened = engine.open
+        if now >= self._next_look:
+            self._look(engine, now, held)
         for output in outputs:
-            state = opened[output.request_id]
-            state.tokens += 1
-            if state.first is None:
-                self._first(state, output, now)
+            if output.finish_reason is None and output.request_id in begun:
+                continue  # as almost all
+            if output.request_id not in begun:
+                begun.add(output.request_id)
+                self._first(engine.open[output.request_id], output, now)
             if output.finish_reason is not None:
-                del opened[output.request_id]
-                self._end(state, "completed", now)
+                self._end(engine, output.request_id, "completed", now)
+
+    def _look(self, engine: Engine, now: float, held: int) -> None:
+        scheduler = engine.loop.scheduler
+        self.moments.append(Moment(now, scheduler.num_running, len(scheduler.waiting), held))
+        self._next_look = now + MOMENT_SECONDS
 
     def _first(self, state: Open, output: Output, now: float) -> None:
         state.first = now
         state.queued, state.cached = output.queue_seconds, output.cached_tokens
         state.ticket.begun()
 
-    def _end(self, state: Open, outcome: Outcome, now: float) -> None:
-        state.ticket.end()
-        self._close(state.attempt, outcome, now, state)
+    def _end(self, engine: Engine, number: int, outcome: Outcome, now: float) -> None:
+        state, tokens = engine.open[number], engine.num_answered(number)
+        engine.remove(number)
+        self._close(state.attempt, outcome, now, state, tokens)
 
     def _close(
-        self, attempt: Attempt, outcome: Outcome, now: float, state: Open | None = None
+        self,
+        attempt: Attempt,
+        outcome: Outcome,
+        now: float,
+        state: Open | None = None,
+        tokens: int = 0,
     ) -> None:
         request = attempt.request
         waited = attempt.at - attempt.since
@@ -178,7 +189,7 @@ class Simulation:
             first=state.first if state else None,
             last=now,
             prompt_tokens=request.prompt_tokens,
-            output_tokens=state.tokens if state else 0,
+            output_tokens=tokens,
             cached_tokens=state.cached if state else 0,
             outcome=outcome,
             attempts=attempt.attempts,
@@ -193,17 +204,17 @@ class Simulation:
         back = outage.at + outage.seconds
         dead = self.engine
         now = dead.clock.now
-        lost = [state for _, state in sorted(dead.open.items())]
+        lost = sorted(dead.open.items())
         meanwhile: list[Attempt] = []
         while self._coming and self._coming[0].at < back:
             meanwhile.append(heapq.heappop(self._coming))
         self._count(dead)
         self.engine = Engine(self.server, back)
-        for state in lost:
+        for number, state in lost:
             if outage.retry:
                 meanwhile.append(state.attempt)
             else:
-                self._close(state.attempt, "failed", now, state)
+                self._close(state.attempt, "failed", now, state, dead.num_answered(number))
         for attempt in meanwhile:
             if outage.retry:
                 again = attempt._replace(at=back, attempts=attempt.attempts + 1)
@@ -226,10 +237,6 @@ class Simulation:
         for bucket, (ticks, seconds) in clock.programs.items():
             self._programs[bucket][0] += ticks
             self._programs[bucket][1] += seconds
-
-    def _pages_held(self) -> int:
-        pool = self.engine.loop.scheduler.pool
-        return pool.num_pages - pool.num_free
 
     def _simulated(self) -> Simulated:
         self._count(self.engine)
