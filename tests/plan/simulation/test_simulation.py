@@ -73,6 +73,29 @@ def test_a_device_that_is_waited_for_adds_the_hosts_time():
     assert sample.tpot == approx(2 * (TICK + TICK / 4))
 
 
+def test_the_host_takes_longer_for_each_token_and_each_request():
+    """By hand: with two stages, an answer's token leaves in every second tick."""
+    per_token, per_request = TICK / 8, TICK / 2
+    server = make_server(
+        waits=True, host_seconds_per_token=per_token, host_seconds_per_request=per_request
+    )
+    (sample,) = simulate(server, Load([Request(0.0, 10, 20)])).samples
+    assert sample.tpot == approx(2 * TICK + per_token)
+    # The prompt is in both stages, one after the other; its token leaves with it.
+    assert sample.first == approx(2 * CHUNK_TICK + per_request + per_token)
+    first, _ = simulate(server, Load([Request(0.0, 10, 20)] * 2)).samples
+    assert first.first == approx(2 * CHUNK_TICK + 2 * per_request + per_token)
+
+
+def test_the_front_delays_the_first_token_and_nothing_else():
+    load = Load([Request(1.0, 100, 9)])
+    (without,), (sample,) = (
+        simulate(make_server(front_seconds=front), load).samples for front in (0.0, 0.25)
+    )
+    assert sample.ttft == without.ttft + 0.25 and sample.queued == without.queued + 0.25
+    assert sample.tpot == without.tpot and sample.at == 1.0
+
+
 def test_communication_is_a_share_of_the_devices_time():
     result = simulate(make_server(), Load([Request(0.0, 10, 50)]))
     assert result.communication_seconds == result.ticks * TICK / 8
