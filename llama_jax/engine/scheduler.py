@@ -182,7 +182,7 @@ class Scheduler:
         microbatch = self.microbatches[self._turn]
         self._turn = (self._turn + 1) % len(self.microbatches)
         packet = Packet()
-        share = self.prefill.share()
+        share = self.prefill.share(self.now)
         self._add_rows(packet, microbatch)
         self.prefill.fill(packet, microbatch, share, self.now)
         # A sequence's slot and pages are free once its last packet has entered, though the result
