@@ -98,15 +98,17 @@ def with_http(
     )
     own = found.copy()  # of the engine: HTTP takes nothing away from it
     count = np.array(list(served))
-    scale = np.array([latencies.tpot for latencies in served.values()])
+    ttft, tpot = np.array(list(served.values())).T
     for _ in range(STEPS):
         calibration = _with_host(calibration, found)
         alike = {n: Latencies.of(simulated(calibration, load)) for n, load in some.items()}
-        ticks = np.array([served[n].tpot - alike[n].tpot for n in served]) / num_stages
-        per_tick, per_token = _line(count / num_stages, ticks, scale)
-        firsts = np.array([served[n].ttft - alike[n].ttft for n in served])
-        front, per_request = _line(count, firsts, scale)
-        found = np.maximum(own, found + np.array([per_tick, per_token, per_request, front]))
+        firsts, tokens = np.array([alike[n] for n in served]).T
+        least = own - found
+        per_tick, per_token = _line(
+            count / num_stages, (tpot - tokens) / num_stages, tpot, least[0], least[1]
+        )
+        front, per_request = _line(count, ttft - firsts, ttft, least[3], least[2])
+        found = found + np.array([per_tick, per_token, per_request, front])
     return replace(
         _with_host(calibration, found),
         host_source=SOURCE,
@@ -128,11 +130,23 @@ def _with_host(calibration: Calibration, found: np.ndarray) -> Calibration:
     )
 
 
-def _line(x: np.ndarray, y: np.ndarray, scale: np.ndarray) -> tuple[float, float]:
+def _line(
+    x: np.ndarray, y: np.ndarray, scale: np.ndarray, least_start: float, least_slope: float
+) -> tuple[float, float]:
     """The line through these points with the least squares, each relative to its scale.
 
-    Returns its value at 0, and its slope.
+    Returns its value at 0, and its slope; neither is below its least.
     """
-    columns = np.stack([np.ones(len(x)), x], axis=1)
-    start, slope = np.linalg.lstsq(columns / scale[:, None], y / scale, rcond=None)[0]
+    columns = np.stack([np.ones(len(x)), x], axis=1) / scale[:, None]
+    start, slope = np.linalg.lstsq(columns, y / scale, rcond=None)[0]
+    if start < least_start:
+        start, slope = least_start, _factor(x / scale, (y - least_start) / scale)
+    if slope < least_slope:
+        slope = least_slope
+        start = max(least_start, _factor(1 / scale, (y - least_slope * x) / scale))
     return float(start), float(slope)
+
+
+def _factor(x: np.ndarray, y: np.ndarray) -> float:
+    """The factor with which `x` comes nearest to `y`."""
+    return float(x @ y / (x @ x))
