@@ -12,6 +12,10 @@ kernels of others. The file is JSON; units are in the names of its keys:
      "with_collectives": true,
      "ticks": [{"rows": 8, "context": 2048, "chunk": 256, "prefix": 0, "seconds": 0.0061}, ...],
      "host_seconds_per_tick": 0.0004,
+     "host_seconds_per_token": 5e-6, "host_seconds_per_request": 0.0003,
+     "front_seconds": 0.004, "host_source": "what these four include, and how they were found",
+     "streams": [{"streams": 8, "prompt_tokens": 32, "output_tokens": 48,
+                  "first_token_seconds": 0.08, "token_seconds": 0.012}, ...],
      "copy_bytes_per_second": 4.13e12,
      "matrix_flops_per_second": {"bfloat16": 6.9e14},
      "collectives": [{"kind": "all_reduce", "ranks": 2, "bytes": 16384, "seconds": 5e-6}, ...],
@@ -91,6 +95,24 @@ class MeasuredCollective:
     seconds: float
 
 
+@dataclass(frozen=True)
+class MeasuredStreams:
+    """Requests that were sent to the real server over HTTP, all at once.
+
+    Attributes:
+      streams: how many.
+      prompt_tokens, output_tokens: of each.
+      first_token_seconds: from sending one to its first token, the median.
+      token_seconds: per token after the first, the median.
+    """
+
+    streams: int
+    prompt_tokens: int
+    output_tokens: int
+    first_token_seconds: float
+    token_seconds: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
     """The content of a calibration file.
@@ -105,7 +127,12 @@ class Calibration:
       with_collectives: whether the ticks ran on the mesh; False for those of one rank alone, to
         which the time of the collectives must be added.
       ticks: measured ticks.
-      host_seconds_per_tick: that the host works for one tick.
+      host_seconds_per_tick: that the host works for one tick, whatever it holds.
+      host_seconds_per_token: for each token that the tick gives, in addition.
+      host_seconds_per_request: for each request that has arrived since the tick before.
+      front_seconds: on a request's way to the engine, and on the way back to its client.
+      host_source: what these four include, and how they were found.
+      streams: over HTTP, from which they were found; empty if they are those of the engine alone.
       copy_bytes_per_second: read and written, of a copy in device memory.
       matrix_flops_per_second: of a large square product, by the dtype of its inputs.
       collectives: measured collectives.
@@ -121,6 +148,11 @@ class Calibration:
     with_collectives: bool = True
     ticks: tuple[MeasuredTick, ...] = ()
     host_seconds_per_tick: float | None = None
+    host_seconds_per_token: float | None = None
+    host_seconds_per_request: float | None = None
+    front_seconds: float | None = None
+    host_source: str = ""
+    streams: tuple[MeasuredStreams, ...] = ()
     copy_bytes_per_second: float | None = None
     matrix_flops_per_second: Mapping[str, float] = field(default_factory=dict)
     collectives: tuple[MeasuredCollective, ...] = ()
@@ -142,11 +174,11 @@ class Calibration:
             "KV cache": self.kv_cache_dtype,
         }
         gpu = gpu_of_device(self.device)
-        if gpu is not None and gpu.name != deployment.gpu.name:
-            return f"it was measured on {self.device}, and {deployment.gpu.name} is planned"
+        if gpu is None or gpu.name != deployment.gpu.name:
+            return f"it was measured on {self.device}, and not on {deployment.gpu.name}"
         for what, value in planned.items():
             if measured[what] != value:
-                return f"it was measured with the {what} {measured[what]}, and {value} is planned"
+                return f"it was measured with the {what} {measured[what]}, and not {value}"
         return None
 
     def check(self, deployment: Deployment) -> None:
@@ -190,7 +222,7 @@ class Calibration:
         for key, check in _CHECKS.items():
             if key in values and not check(values[key]):
                 raise BadCalibration(f'{name}: "{key}" has no valid value; measure it anew.')
-        for key, entry in (("ticks", MeasuredTick), ("collectives", MeasuredCollective)):
+        for key, entry in _LISTS.items():
             values[key] = tuple(
                 _entry(entry, item, f'{name}: "{key}"[{number}]')
                 for number, item in enumerate(values.get(key, ()))
@@ -223,15 +255,15 @@ def _required(kind: Any) -> set[str]:
 
 
 def _entry(kind: Any, values: Any, where: str) -> Any:
-    """A `MeasuredTick` or `MeasuredCollective` of JSON."""
+    """An entry of one of the lists in `_LISTS`."""
     if not isinstance(values, dict):
         raise BadCalibration(f"{where} is not an object.")
     _check_keys(kind, values, where)
     for key, value in values.items():
         valid = value in COLLECTIVES if key == "kind" else _is_number(value)
-        if valid and key in ("seconds", "ranks", "bytes"):
+        if valid and key in _POSITIVE:
             valid = value > 0
-        if not valid or (key not in ("seconds", "kind") and not isinstance(value, int)):
+        if not valid or (key not in _NOT_WHOLE and not isinstance(value, int)):
             raise BadCalibration(f'{where}: "{key}" has no valid value.')
     if kind is MeasuredTick and values["rows"] + values["chunk"] == 0:
         raise BadCalibration(f"{where} has neither rows nor a chunk.")
@@ -261,6 +293,17 @@ def _is_table(value: Any) -> bool:
     return isinstance(value, dict)
 
 
+def _is_time(value: Any) -> bool:
+    return value is None or _is_number(value)
+
+
+_LISTS: dict[str, Any] = {
+    "ticks": MeasuredTick,
+    "collectives": MeasuredCollective,
+    "streams": MeasuredStreams,
+}
+_NOT_WHOLE = ("seconds", "first_token_seconds", "token_seconds", "kind")
+_POSITIVE = (*_NOT_WHOLE[:3], "ranks", "bytes", "streams", "prompt_tokens", "output_tokens")
 _CHECKS = {
     "device": _is_text,
     "mesh": _is_mesh,
@@ -274,7 +317,12 @@ _CHECKS = {
     "with_collectives": lambda value: isinstance(value, bool),
     "ticks": lambda value: isinstance(value, list),
     "collectives": lambda value: isinstance(value, list),
-    "host_seconds_per_tick": lambda value: value is None or _is_number(value),
+    "streams": lambda value: isinstance(value, list),
+    "host_seconds_per_tick": _is_time,
+    "host_seconds_per_token": _is_time,
+    "host_seconds_per_request": _is_time,
+    "front_seconds": _is_time,
+    "host_source": _is_text,
     "copy_bytes_per_second": _is_rate,
     "matrix_flops_per_second": lambda value: (
         _is_table(value) and all(_is_number(rate) and rate > 0 for rate in value.values())

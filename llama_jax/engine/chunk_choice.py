@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from llama_jax.costs.work import Work
 from llama_jax.engine.tick_times import TickTimes
-from llama_jax.ring.sizes import RingSizes
+from llama_jax.ring.sizes import Bucket, RingSizes
 
 AS_LONG = 1.05  # a tick of this many times the seconds counts as equally long
 MARGIN = 0.9  # of the target for the first token, within which prompts are kept: others may come
@@ -129,6 +129,42 @@ class ChunkChoice:
         if self.tpot is None or not self._chunks:
             return self._sizes.max_chunk
         return self._limit(load, self._seconds(load))
+
+    def most_rows(self, num_stages: int, context: float) -> int:
+        """The rows of a packet with which ticks without a chunk keep the target for output tokens.
+
+        It is the most that there are programs for, if they keep it or if there is no target. A
+        target that not even one row keeps limits nothing: it would be missed all the same.
+
+        Args:
+          num_stages: P.
+          context: keys that each row attends to, on average.
+        """
+        buckets = self._sizes.row_buckets
+        if self.tpot is None:
+            return buckets[-1]
+        most = self.tpot / num_stages
+
+        def keeps(rows: int) -> bool:
+            bucket = next(b for b in buckets if b >= rows)
+            return self.times.seconds(Bucket(bucket, 0), context * rows / bucket) <= most
+
+        if keeps(buckets[-1]) or not keeps(1):
+            return buckets[-1]
+        last = next(i for i, b in enumerate(buckets) if not keeps(b))
+        fewer, more = buckets[last - 1] if last else 1, buckets[last]
+        while more - fewer > 1:  # the same program takes longer with more keys
+            middle = (fewer + more) // 2
+            fewer, more = (middle, more) if keeps(middle) else (fewer, middle)
+        return fewer
+
+    def is_late(self, num_stages: int, tokens: int, waited: float) -> bool:
+        """Whether a prompt would miss the target for its first token if it waited any longer."""
+        if self.ttft is None:
+            return False
+        bucket = Bucket(self._sizes.row_buckets[-1], self._sizes.max_chunk)
+        ticks = -(-tokens // max(1, bucket.chunk)) + num_stages
+        return waited + ticks * self.times.seconds(bucket) > MARGIN * self.ttft
 
     def _limit(self, load: Load, seconds: Mapping[int, float]) -> int:
         assert self.tpot is not None

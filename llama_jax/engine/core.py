@@ -276,6 +276,7 @@ class Engine:
             prefill.chunks.ttft,
             prefill.chunk_limit,
             prefill.chunks.times.table(),
+            prefill.most_running,
         )
 
 

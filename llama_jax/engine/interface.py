@@ -118,7 +118,7 @@ class EngineInfo:
     programs_at_start: int = 0
 
 
-WaitReason = Literal["slot", "pages", "prefill"]
+WaitReason = Literal["slot", "pages", "prefill", "target"]
 
 
 class ProgramStats(NamedTuple):
@@ -176,12 +176,14 @@ class LatencyStats:
       tpot, ttft: the targets in seconds: per output token, and to the first token.
       chunk_limit: the largest chunk that may enter now, in tokens.
       ticks: by program.
+      most_running: sequences that may run at once now.
     """
 
     tpot: float | None = None
     ttft: float | None = None
     chunk_limit: int = 0
     ticks: tuple[TickTime, ...] = ()
+    most_running: int = 0
 
 
 @dataclass(frozen=True)
@@ -196,10 +198,11 @@ class Stats:
     `programs_ready` of the `EngineInfo.num_programs` are compiled. `compilations` counts each
     compiled part of them.
 
-    `wait_reason` says what the next request in line waits for: a slot, pages, or its turn to be
-    prefilled. `queue_tokens` counts the tokens of those that wait. `pages_cached` are free pages
-    that still hold a known text. `stages` are in order, and `memory` is in the order of
-    `EngineInfo.devices`, empty if the platform does not report it.
+    `wait_reason` says what the next request in line waits for: a slot, pages, its turn to be
+    prefilled, or the end of another, because more would miss the target for output tokens.
+    `queue_tokens` counts the tokens of those that wait. `pages_cached` are free pages that still
+    hold a known text. `stages` are in order, and `memory` is in the order of `EngineInfo.devices`,
+    empty if the platform does not report it.
     """
 
     num_running: int = 0

@@ -1,8 +1,10 @@
 """What the latency targets of an engine follow from: its devices, or a rule of thumb. No JAX."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from llama_jax.config import LlamaConfig
+from llama_jax.costs.calibration import BadCalibration, Calibration
 from llama_jax.costs.deployment import Deployment, Layout
 from llama_jax.costs.gpus import gpu_of_device
 from llama_jax.costs.tick_time import TickModel
@@ -23,21 +25,35 @@ def known_devices(
     mesh: tuple[int, int],
     dtype: str,
 ) -> TickModel | None:
-    """The times of ticks on these devices; None if the table of GPUs does not have them.
+    """The times of ticks on these devices; None if nothing is known of them.
 
     Args:
-      options: of the engine.
+      options: of the engine. Its `calibration` comes before the table of GPUs.
       config: the model.
       device_kind: the name of the devices, as JAX reports it.
       mesh: stages and ranks.
       dtype: of the activations; the table has no times for float32.
+
+    Raises:
+      BadCalibration: the calibration cannot be read, has no ticks, or holds for something else.
     """
-    gpu = gpu_of_device(device_kind)
-    if gpu is None or gpu.platform == "cpu" or dtype != "bfloat16":
+    gpu, file = gpu_of_device(device_kind), options.calibration
+    if file is None and (gpu is None or gpu.platform == "cpu" or dtype != "bfloat16"):
         return None
+    measured = None if file is None else Calibration.read(Path(file).expanduser())
+    if measured is not None and not measured.ticks:
+        raise BadCalibration(f"{file} has no times of ticks: measure them with --calibrate.")
+    if gpu is None or (gpu.platform == "cpu" and dtype != "float32"):
+        raise BadCalibration(
+            f"The planner knows no ticks of {device_kind} in {dtype}, so no calibration can hold "
+            "for them: leave calibration out."
+        )
     config = replace(config, dtype=dtype)  # that of the checkpoint may be float16
-    kv = "bf16" if options.kv_cache_dtype == "auto" else options.kv_cache_dtype
-    return TickModel(Deployment(config, gpu, Layout(*mesh), kv, options.fp8_activations))
+    layout, kv = Layout(*mesh), options.kv_cache_dtype
+    deployment = Deployment(config, gpu, layout, kv, options.fp8_activations)
+    if measured is not None and (problem := measured.mismatch(deployment)):
+        raise BadCalibration(f"The calibration {file} does not hold for this engine: {problem}.")
+    return TickModel(deployment, measured)
 
 
 def largest_chunk(model: TickModel, num_stages: int, tpot: float, tile: int) -> int:

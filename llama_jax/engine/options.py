@@ -184,6 +184,14 @@ class EngineOptions:
         minimum=0.001,
         maximum=300,
     )
+    calibration: str | None = _option(
+        None,
+        "file that `python -m llama_jax.plan --calibrate` wrote on this machine, with the times of "
+        "ticks from which the latency targets choose; one for another device, mesh or model is "
+        "refused",
+        unset="none, and the table of GPUs counts",
+        unit="FILE",
+    )
     results_late: int | None = _option(
         None,
         "ticks between dispatching a tick and reading its result",
@@ -237,6 +245,11 @@ class EngineOptions:
         """
         for option in OPTIONS:
             option.check(getattr(self, option.name))
+        if self.calibration is not None and self.tpot_slo is None and self.ttft_slo is None:
+            raise OptionError(
+                "calibration gives the times of ticks for latency targets: set tpot_slo or "
+                "ttft_slo as well, or leave it out."
+            )
 
 
 _TYPES = get_type_hints(EngineOptions)

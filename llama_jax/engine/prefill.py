@@ -26,6 +26,11 @@ class Prefill:
       sizes: the sizes of the ring.
       roster: the sequences.
       chunks: chooses the size of each chunk; None for the largest.
+
+    Attributes:
+      chunks: the same.
+      most_running: sequences that may be live in this tick. With more, even ticks without a chunk
+        would take longer than the target for output tokens allows.
     """
 
     def __init__(self, sizes: RingSizes, roster: Roster, chunks: ChunkChoice | None = None):
@@ -33,6 +38,7 @@ class Prefill:
         self._roster = roster
         self.chunks = chunks
         self._odd = True
+        self.most_running = sizes.num_slots
 
     def make_room(self, sequence: Sequence) -> None:
         """Gives the first prompt pages for its next chunk, preempting less important sequences.
@@ -72,14 +78,15 @@ class Prefill:
                 return  # it continues in a later packet
             tiles_left -= sent
 
-    def share(self) -> int:
+    def share(self, now: float = 0.0) -> int:
         """Maximum rows of a microbatch, the newest prompt included: ceil(n / M), where n sequences
         are live or could be at once. A burst then does not fill one microbatch and leave others
-        empty."""
+        empty. Call it first in each tick; `now` is as in `fill`."""
+        self.most_running = self._most_running(now)
         roster, live = self._roster, self._roster.num_live
         if roster.waiting:
             pages = self._unreserved_pages()
-            for sequence in islice(roster.waiting, len(roster.free_slots)):
+            for sequence in islice(roster.waiting, self._room):
                 pages -= self._pages_to_begin(sequence)
                 if pages < 0:
                     break
@@ -93,6 +100,8 @@ class Prefill:
             return None
         if not roster.free_slots:
             return "slot"
+        if not self._room:
+            return "target"
         sequence = roster.waiting[0]
         fits = self._fits(sequence, roster.pages.find(sequence), self._unreserved_pages())
         return "prefill" if fits else "pages"
@@ -140,7 +149,7 @@ class Prefill:
     def _load(self, now: float) -> Load:
         """What there is to do now."""
         roster = self._roster
-        waiting = islice(roster.waiting, min(len(roster.free_slots), MANY_PROMPTS))
+        waiting = islice(roster.waiting, min(self._room, MANY_PROMPTS))
         prompts = [(s, self._left(s)) for s in roster.prefilling]
         prompts += [(s, len(s.tokens)) for s in waiting]
         rows = [len(microbatch) for microbatch in roster.microbatches]
@@ -159,12 +168,33 @@ class Prefill:
             len(rows), len(prompts), tokens, sum(rows), max(rows), keys, prefix, tuple(waits)
         )
 
+    @property
+    def _room(self) -> int:
+        """The sequences that may begin now: free slots, as far as the targets allow."""
+        roster = self._roster
+        return min(len(roster.free_slots), max(0, self.most_running - roster.num_live))
+
+    def _most_running(self, now: float) -> int:
+        """See `most_running`. The limit yields while the next prompt would be late otherwise."""
+        roster, chunks, slots = self._roster, self.chunks, self._sizes.num_slots
+        if chunks is None or chunks.tpot is None or not roster.waiting:
+            return slots
+        num_stages, first = len(roster.microbatches), roster.waiting[0]
+        contexts = [len(first.tokens), *(len(s.tokens) for s in roster.live)]
+        rows = chunks.most_rows(num_stages, sum(contexts) / len(contexts))
+        if rows >= self._sizes.max_rows:
+            return slots
+        is_new = len(first.tokens) == first.num_prompt  # others have had their first token
+        if is_new and chunks.is_late(num_stages, len(first.tokens), now - first.arrived_at):
+            return slots
+        return num_stages * rows
+
     def _first(self) -> Sequence | None:
         """The prompt that is prefilled now, or else the next in line if it can begin."""
         roster = self._roster
         if roster.prefilling:
             return roster.prefilling[0]
-        if not roster.waiting or not roster.free_slots:
+        if not roster.waiting or not self._room:
             return None
         sequence = roster.waiting[0]
         found = roster.pages.find(sequence)
@@ -185,7 +215,7 @@ class Prefill:
         first = roster.prefilling[0]
         longest = min(SHORT_CHUNKS * self._sizes.max_chunk, self._left(first) - 1)
         free = self._unreserved_pages()
-        for sequence in islice(roster.waiting, len(roster.free_slots)):
+        for sequence in islice(roster.waiting, self._room):
             found = roster.pages.find(sequence)
             if (
                 len(sequence.tokens) - roster.pages.num_tokens(found) <= longest

@@ -197,7 +197,7 @@ class Scheduler:
         """Returns the packet that enters now; it is empty if there is nothing to do."""
         microbatch = self.microbatches[self._turn]
         self._turn = (self._turn + 1) % len(self.microbatches)
-        share = self.prefill.share()
+        share = self.prefill.share(self.now)
         self._make_room(microbatch)
         packet = Packet(*microbatch.columns(), microbatch.advance(), microbatch.keys)
         self.prefill.fill(packet, microbatch, share, self.now)

@@ -80,7 +80,7 @@ class LLM:
           TypeError: there is no option of this name.
         """
         _check_names(options)
-        engine_options = EngineOptions(path=str(path), mesh=mesh, **options)
+        engine_options = EngineOptions(path=str(path), mesh=mesh, **_with_texts(options))
         engine_options.check()
         self._start(engine_options, in_process, model_class, progress, on_progress)
 
@@ -105,9 +105,7 @@ class LLM:
           `restart` may be called again.
         """
         _check_names(changes, "path", "mesh")
-        if "path" in changes:
-            changes["path"] = str(changes["path"])
-        options = dataclasses.replace(self._session.options, **changes)
+        options = dataclasses.replace(self._session.options, **_with_texts(changes))
         if in_process is None:
             in_process = self._in_process
         if model_class is None and in_process:
@@ -350,6 +348,11 @@ def _check_names(options: Mapping[str, Any], *others: str) -> None:
     for name in options:
         if name not in known:
             raise TypeError(f"There is no option {name!r}; the options are {', '.join(known)}.")
+
+
+def _with_texts(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with paths as texts."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
 
 
 def _check_class(model_class: "type[Llama] | None", in_process: bool) -> None:

@@ -121,6 +121,7 @@ def read_question(arguments: argparse.Namespace) -> Question:
         arguments.max_chunk,
         arguments.calibration and Calibration.read(arguments.calibration),
         arguments.fp8_activations,
+        arguments.calibration,
     )
 
 

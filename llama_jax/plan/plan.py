@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 from llama_jax.config import LlamaConfig
 from llama_jax.costs.calibration import Calibration
@@ -29,6 +30,7 @@ class Question:
       layout: the only one to consider; None for all.
       max_chunk: the largest chunk in tokens; None to choose it.
       calibration: what was measured on the machine, for one layout; None for nothing.
+      calibration_file: that it was read from.
       fp8_activations: as of a `Deployment`.
     """
 
@@ -43,6 +45,7 @@ class Question:
     max_chunk: int | None = None
     calibration: Calibration | None = None
     fp8_activations: bool = False
+    calibration_file: Path | None = None
 
     def deployment(self, layout: Layout) -> Deployment:
         """The model on these GPUs in a layout."""

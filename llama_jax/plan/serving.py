@@ -28,6 +28,7 @@ POD_NETWORK = ("--host=0.0.0.0", f"--port={PORT}")
 IMAGE = "llama-jax:latest"
 MODELS = "/models"  # where the manifest mounts them
 CLAIM = "models"
+CALIBRATION = "/etc/llama-jax/calibration.json"  # where the manifest mounts one
 SECRET = "llama-jax-key"
 RESOURCES = {"gpu": "nvidia.com/gpu", "tpu": "google.com/tpu"}
 SHARED_MEMORY = "16Gi"  # NCCL's rings, and the sockets of the engine process
@@ -49,6 +50,7 @@ class Serving:
       gpus: of each.
       platform: of the GPUs.
       notes: what to do first, in sentences.
+      calibration: the file that `arguments` name, if the plan counts on one.
     """
 
     path: str
@@ -58,6 +60,7 @@ class Serving:
     gpus: int
     platform: str
     notes: tuple[str, ...] = ()
+    calibration: Path | None = None
 
     @property
     def command(self) -> str:
@@ -144,14 +147,16 @@ def serving(plan: Plan) -> Serving:
         best.layout._replace(replicas=1).gpus,
         question.gpu.platform,
         tuple(notes),
+        _calibration(plan, best),
     )
 
 
 def manifest(found: Serving, plan: Plan, image: str = IMAGE) -> list[dict[str, Any]]:
-    """A Deployment and a Service, as objects of Kubernetes' API.
+    """A Deployment and a Service, and what they need, as objects of Kubernetes' API.
 
     The server is ready when `/health` says so, and restarted when `/live` fails. It reads its key
-    from the Secret `SECRET`, if there is one, and the checkpoint from the claim `CLAIM`.
+    from the Secret `SECRET`, if there is one, and the checkpoint from the claim `CLAIM`. The
+    content of a calibration travels in a ConfigMap.
     """
     name = _name(plan.question.model)
     labels = {"app.kubernetes.io/name": "llama-jax", "app.kubernetes.io/instance": name}
@@ -164,7 +169,7 @@ def manifest(found: Serving, plan: Plan, image: str = IMAGE) -> list[dict[str, A
         "name": "server",
         "image": image,
         "command": ["python", "-m", "llama_jax.serve"],
-        "args": [found.path, *found.arguments, *POD_NETWORK],
+        "args": [found.path, *_pod_arguments(found), *POD_NETWORK],
         "ports": [{"name": "http", "containerPort": PORT}],
         "env": [
             {
@@ -182,7 +187,7 @@ def manifest(found: Serving, plan: Plan, image: str = IMAGE) -> list[dict[str, A
     }
     if found.platform in RESOURCES:
         container["resources"] = {"limits": {RESOURCES[found.platform]: str(found.gpus)}}
-    pod = {
+    pod: dict[str, Any] = {
         "terminationGracePeriodSeconds": drain + GRACE_SECONDS,
         "containers": [container],
         "volumes": [
@@ -190,7 +195,23 @@ def manifest(found: Serving, plan: Plan, image: str = IMAGE) -> list[dict[str, A
             {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": SHARED_MEMORY}},
         ],
     }
+    calibration = []
+    if found.calibration is not None:
+        mounted, key = CALIBRATION.rsplit("/", 1)
+        volume = {"name": "calibration", "configMap": {"name": f"{name}-calibration"}}
+        pod["volumes"].append(volume)
+        mount = {"name": "calibration", "mountPath": mounted, "readOnly": True}
+        container["volumeMounts"].append(mount)
+        calibration.append(
+            {
+                "apiVersion": "v1",
+                "kind": "ConfigMap",
+                "metadata": {"name": f"{name}-calibration", "labels": dict(labels)},
+                "data": {key: found.calibration.read_text()},
+            }
+        )
     return [
+        *calibration,
         {
             "apiVersion": "apps/v1",
             "kind": "Deployment",
@@ -233,8 +254,24 @@ def _flags(plan: Plan, best: Candidate) -> list[str]:
     for flag, seconds in (("--ttft-slo", targets.ttft), ("--tpot-slo", targets.tpot)):
         if seconds is not None:
             found[flag] = f"{1000 * seconds:g}ms"
+    if (file := _calibration(plan, best)) is not None:
+        found["--calibration"] = file
     flags = [f"{flag}={value}" for flag, value in found.items()]
     return [*flags, "--fp8-activations"] if question.fp8_activations else flags
+
+
+def _calibration(plan: Plan, best: Candidate) -> Path | None:
+    """The calibration file that the ticks of a layout follow, if its targets use them."""
+    measured, targets = best.replica.model.calibration, plan.question.targets
+    if measured is None or not measured.ticks or (targets.ttft is None and targets.tpot is None):
+        return None
+    return plan.question.calibration_file
+
+
+def _pod_arguments(found: Serving) -> list[str]:
+    """The flags of the server in a pod, where the calibration lies elsewhere."""
+    here = f"--calibration={found.calibration}"
+    return [f"--calibration={CALIBRATION}" if a == here else a for a in found.arguments]
 
 
 def _path(plan: Plan) -> str:

@@ -16,7 +16,7 @@ from llama_jax.config.llama_config import LlamaConfig
 from llama_jax.costs.deployment import Deployment, Layout
 from llama_jax.costs.gpus import CPU, GPUS, Gpu, find_gpu, gpu_of_device
 from llama_jax.costs.memory import page_bytes, state_bytes, temporary_bytes, weight_bytes
-from llama_jax.engine.latency_targets import known_devices
+from llama_jax.engine.latency_targets import choose_chunks, known_devices
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.sizing import (
     CPU_CACHE_BYTES,
@@ -128,6 +128,13 @@ def describe(name: str, options: EngineOptions, config: LlamaConfig, gpu: Gpu) -
     targets = {"TPOT": options.tpot_slo, "TTFT": options.ttft_slo}
     shown = [f"{key} {1000 * value:g} ms" for key, value in targets.items() if value is not None]
     limit = f" of {bytes_text(allowed)} ({share:.0%})" if platform != "cpu" else ""
+    chunks = choose_chunks(options, sizes, mesh[0], platform, known)
+    running = mesh[0] * chunks.most_rows(mesh[0], longest / 2) if known else sizes.num_slots
+    fewer = ""
+    if running < sizes.num_slots:
+        fewer = (
+            f"; TPOT lets {count_text(running, 'sequence')} of {longest // 2:,} tokens run at once"
+        )
     return [
         f"{name} on the mesh {options.mesh} of {gpu.name}: {count_text(mesh[0], 'stage')} x "
         f"{count_text(mesh[1], 'rank')}, {dtype}",
@@ -138,7 +145,7 @@ def describe(name: str, options: EngineOptions, config: LlamaConfig, gpu: Gpu) -
         f"each device: weights {bytes_text(weights)} + KV cache "
         f"{bytes_text(sizes.num_pages * page)} + ring and temporaries, about {bytes_text(ring)} = "
         f"{bytes_text(total)}{limit}",
-        f"latency targets: {', '.join(shown) or 'none'}",
+        f"latency targets: {', '.join(shown) or 'none'}{fewer}",
     ]
 
 

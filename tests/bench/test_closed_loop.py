@@ -1,10 +1,12 @@
-"""`bench closed-loop`: what HTTP costs is found from short requests."""
+"""`bench closed-loop`: what HTTP costs is found from a few streams, and holds for other loads."""
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 
-from bench.closed_loop import Twin, compare, probe, workload
+from bench import http_cost
+from bench.closed_loop import VOCABULARY, Twin, compare, workload
+from bench.http_cost import Streams
 from bench.load.sample import Sample
 from llama_jax.config import LlamaConfig
 from llama_jax.costs.calibration import Calibration, MeasuredTick, model_sizes
@@ -13,64 +15,90 @@ from llama_jax.serve.command_line.arguments import DEMO_CHECKPOINT
 
 SIZES = RingSizes(
     num_slots=32,
-    num_pages=2048,
+    num_pages=4096,
     page_size=16,
     pages_per_sequence=64,
     row_buckets=(1, 2, 4, 8),
     chunk_buckets=(0, 64, 128),
     tile=64,
 )
-SETTINGS = {"rate": 2.0, "requests": 300, "prompt": "100", "answer": "20"}
-HOST, FRONT = 0.004, 0.020  # seconds that HTTP takes in this test, from each tick and each request
+SETTINGS = {"rate": 6.0, "requests": 80, "prompt": "100", "answer": "20"}
 
 
-@pytest.fixture(scope="module")
-def twin():
+@pytest.fixture(scope="module", params=["1x1", "4x2"])
+def twin(request):
+    """The simulated server, its calibration without HTTP, and the number of stages."""
     config = LlamaConfig.from_pretrained(DEMO_CHECKPOINT)
+    stages = int(request.param[0])
+    # The engine of one stage has 32 rows in a packet.
+    rows = (1, 2, 4, 8, 16, 32) if stages == 1 else (1, 2, 4, 8)
+    sizes = replace(SIZES, row_buckets=rows, num_pages=2048)
     calibration = Calibration(
         device="cpu",
-        mesh="4x2",
+        mesh=request.param,
         model=model_sizes(config),
         weights="float32",
         kv_cache_dtype="fp32",
         ticks=tuple(
-            MeasuredTick(rows, context, chunk, 0, 0.005 + 1e-4 * (rows + chunk))
-            for rows, chunk in SIZES.buckets()
+            MeasuredTick(rows, context, chunk, 0, 0.002 + 1e-4 * (rows + chunk))
+            for rows, chunk in sizes.buckets()
             for context in (64, 512)
         ),
-        host_seconds_per_tick=0.001,
+        host_seconds_per_tick=0.0003,
+        host_seconds_per_token=1e-5,
     )
-    programs = SimpleNamespace(config=config)
-    loop = SimpleNamespace(sizes=SIZES, executor=SimpleNamespace(programs=programs))
-    return Twin(SimpleNamespace(calibration=lambda: calibration, loop=loop))
+    return Twin(config, sizes), calibration, stages
 
 
-def served(simulated, front: float) -> list[Sample]:
-    """Samples of a client that sees what was simulated, and the front."""
+def served(simulated) -> list[Sample]:
+    """Samples of a client that sees what was simulated."""
     return [
-        Sample(s.at, s.at, events=[s.first + front, s.last + front], output_tokens=s.output_tokens)
+        Sample(s.at, s.at, events=[s.first, s.last], output_tokens=s.output_tokens)
         for s in simulated
     ]
 
 
-def test_what_http_costs_is_found_and_added(twin):
+def test_what_http_costs_is_found_and_holds_for_another_load(twin):
+    """The truth is a server whose ticks take longer with each token, as on shared cores."""
+    simulated, alone, stages = twin
+    truth = replace(
+        alone, host_seconds_per_tick=0.0012, host_seconds_per_token=3e-4,
+        host_seconds_per_request=0.004, front_seconds=0.009,
+    )  # fmt: skip
+    streams = [
+        Streams(load, served(simulated.samples(truth, load)))
+        for load in http_cost.loads(1, VOCABULARY)
+    ]
+    found = http_cost.with_http(alone, stages, streams, simulated.samples)
+    assert found.host_seconds_per_tick == pytest.approx(0.0012, rel=0.05)
+    assert found.host_seconds_per_token == pytest.approx(3e-4, rel=0.05)
+    assert found.host_seconds_per_request == pytest.approx(0.004, rel=0.2)
+    assert found.front_seconds == pytest.approx(0.009, rel=0.2)
+    assert {stream.streams for stream in found.streams} == set(http_cost.STREAMS)
     load = workload(SETTINGS, 1)
-    even = probe(0)
-    # 4 ticks a token, each with the engine's own work.
-    tpots = [sample.tpot for sample in twin.samples(even)]
-    assert min(tpots) == pytest.approx(4 * (0.0051 + 0.001), rel=0.05)
-    before = twin.host_seconds
-    twin.host_seconds += HOST
-    truth = twin.samples(even), twin.samples(load)
-    twin.host_seconds = before
-    twin.add_front([even], served(truth[0], FRONT))
-    assert twin.host_seconds == pytest.approx(before + HOST, rel=0.02)
-    assert twin.front_seconds == pytest.approx(FRONT, rel=0.05)
-    rows = compare(twin.samples(load), served(truth[1], FRONT), twin)
-    ratios = {row["figure"]: row["simulated / served"] for row in rows if "served" in row}
-    assert len(ratios) == 6
-    for figure in ("TTFT p50", "TPOT p50"):
-        assert ratios[figure] == pytest.approx(1, abs=0.05)
+    real = served(simulated.samples(truth, load))
+
+    def ratios(calibration):
+        rows = compare(simulated.samples(calibration, load), real, calibration)
+        return {row["figure"]: row["simulated / served"] for row in rows if "served" in row}
+
+    for ratio in ratios(found).values():
+        assert ratio == pytest.approx(1, abs=0.05)
+    # One time for every tick, however many streams, is what a lone stream would show.
+    constant = replace(found, host_seconds_per_token=0.0)
+    assert ratios(constant)["TPOT p50"] < ratios(found)["TPOT p50"]
+
+
+def test_http_takes_nothing_away_from_the_engines_own_time(twin):
+    simulated, alone, stages = twin
+    fast = replace(alone, host_seconds_per_tick=0.0, host_seconds_per_token=0.0)
+    streams = [
+        Streams(load, served(simulated.samples(fast, load)))
+        for load in http_cost.loads(1, VOCABULARY)
+    ]
+    found = http_cost.with_http(alone, stages, streams, simulated.samples)
+    assert found.host_seconds_per_tick == alone.host_seconds_per_tick
+    assert found.host_seconds_per_token == alone.host_seconds_per_token
 
 
 def test_both_sides_get_the_same_requests():

@@ -195,3 +195,28 @@ def test_a_ring_without_chunks_has_nothing_to_choose():
     sizes = replace(SIZES, chunk_buckets=(0,))
     assert choice(CPU_COST, sizes).choose(BUSY) == 0
     assert choice(CPU_COST, sizes, tpot=0.05, ttft=0.5).choose(BUSY) == 0
+
+
+@given(
+    st.builds(TickCost, st.integers(0, 20), st.integers(0, 20), st.just(1.0)),
+    st.integers(1, 8),
+    st.floats(1, 400),
+    st.integers(0, 300),
+)
+def test_as_many_rows_run_as_keep_the_target(cost, stages, tpot, context):
+    """Beside every number of rows, with keys that cost as well."""
+    sizes = replace(SIZES, row_buckets=(1, 2, 4, 8))
+
+    def seconds(work):
+        return cost.seconds(work) + work.row_keys / 64
+
+    times = TickTimes(seconds, sizes)
+    found = ChunkChoice(sizes, times, tpot).most_rows(stages, context)
+
+    def keeps(rows: int) -> bool:
+        bucket = next(b for b in sizes.row_buckets if b >= rows)
+        return stages * times.seconds(Bucket(bucket, 0), context * rows / bucket) <= tpot
+
+    kept = [rows for rows in range(1, 9) if keeps(rows)]
+    assert found == (max(kept) if kept else 8)
+    assert ChunkChoice(sizes, times, None, 1.0).most_rows(stages, context) == 8

@@ -3,12 +3,18 @@
 import json
 import re
 import shlex
+from pathlib import Path
 
 import kubernetes_validate
 import pytest
 import yaml
 
 from llama_jax.config import LlamaConfig
+from llama_jax.costs.calibration import Calibration, MeasuredTick, model_sizes
+from llama_jax.costs.deployment import Deployment, Layout
+from llama_jax.costs.gpus import GPUS
+from llama_jax.costs.tick_time import TickModel
+from llama_jax.costs.work import Work
 from llama_jax.plan.__main__ import main as plan
 from llama_jax.plan.serving import POD_NETWORK
 from llama_jax.serve.command_line.arguments import parse_arguments
@@ -131,6 +137,48 @@ def test_json_has_both(capsys):
     assert code == 0 and shlex.split(content["command"])[:3] == ["python", "-m", "llama_jax.serve"]
     assert [document["kind"] for document in content["kubernetes"]] == ["Deployment", "Service"]
     assert ask(capsys, "--rate", "10", "--json", "--kubernetes") == (code, out)
+
+
+@pytest.fixture
+def calibration(tmp_path):
+    """A file that says that the ticks of the reference deployment take 20 % longer."""
+    table = TickModel(Deployment(LlamaConfig.llama3_70b(), GPUS["h100-sxm"], Layout(4, 2)))
+    batches = [(rows, 1024, chunk, 0) for rows in (1, 8, 32, 64) for chunk in (0, 64, 256)]
+    ticks = [MeasuredTick(*b, 1.2 * table.expected(Work.of(*b))) for b in batches]
+    path = tmp_path / "calibration.json"
+    Calibration(
+        device="NVIDIA H100 80GB HBM3", mesh="4x2", model=model_sizes(LlamaConfig.llama3_70b()),
+        weights="bfloat16", kv_cache_dtype="bf16", ticks=tuple(ticks),
+    ).write(path)  # fmt: skip
+    return str(path)
+
+
+def test_the_server_gets_the_calibration_that_the_plan_counts_on(calibration, capsys, tmp_path):
+    question = f"--layout 4x2 --calibration {calibration}"
+    argv = command_of(capsys, question)
+    assert parse_arguments(argv).calibration == calibration
+    without = command_of(capsys, f"{question} --ttft none --tpot none")
+    assert parse_arguments(without).calibration is None  # no target would use it
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(LlamaConfig.llama3_70b().to_dict()))
+    where = ["--dry-run", "--dry-run-gpu"]
+    assert serve([str(model), *argv[1:], *where, "h100-sxm"]) == 0
+    assert serve([str(model), *argv[1:], *where, "h200"]) == 2  # it is for another GPU
+
+
+def test_the_calibration_travels_with_the_manifest(calibration, capsys):
+    _, out = ask(capsys, "--layout", "4x2", "--calibration", calibration, "--kubernetes")
+    config, deployment, _ = yaml.safe_load_all(out)
+    for document in (config, deployment):
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+    spec = deployment["spec"]["template"]["spec"]
+    [container] = spec["containers"]
+    inside = Path(parse_arguments(container["args"]).calibration)
+    [mount] = [m for m in container["volumeMounts"] if Path(m["mountPath"]) == inside.parent]
+    [volume] = [v for v in spec["volumes"] if v["name"] == mount["name"]]
+    assert volume["configMap"]["name"] == config["metadata"]["name"]
+    assert config["data"] == {inside.name: Path(calibration).read_text()}
 
 
 @pytest.mark.parametrize(

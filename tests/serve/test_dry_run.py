@@ -58,6 +58,20 @@ def test_a_target_chooses_the_buckets(path_70b, capsys):
     assert chunks("--tpot-slo=50ms", "--max-chunk=128")[-1] == 128
 
 
+def test_a_target_says_how_many_sequences_can_run(path_70b, capsys):
+    flags = ["--mesh", "4x2", "--dry-run-gpu", "h100-sxm", "--max-model-len", "4096"]
+
+    def running(tpot: str) -> int | None:
+        _, out, _ = run(capsys, path_70b, *flags, f"--tpot-slo={tpot}")
+        found = re.search(r"TPOT lets (\d+) sequence", out)
+        return int(found[1]) if found else None
+
+    assert running("50ms") is None  # as many as there are slots
+    assert running("1ms") is None  # which not even one keeps
+    few, more = running("30ms"), running("33ms")
+    assert few and more and 4 <= few < more < 256 and few % 4 == 0
+
+
 @pytest.mark.parametrize(
     "flags",
     [

@@ -7,11 +7,12 @@ import logging
 import os
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from llama_jax.engine.interface import Stats
+from llama_jax.engine.interface import LatencyStats, Stats
 from llama_jax.serve.monitoring.access_log import write_access
 from llama_jax.serve.monitoring.logs import (
     REQUESTS,
@@ -274,3 +275,17 @@ def test_an_idle_engine_is_silent_after_one_line(records):
     rates = [record.getMessage().split("generation throughput: ")[1] for record in records.records]
     assert len(rates) == 2
     assert not rates[0].startswith("0.0 ") and rates[1].startswith("0.0 ")
+
+
+def test_it_is_said_once_that_a_target_lets_requests_wait(records):
+    held = Stats(num_running=4, num_waiting=2, wait_reason="target", latency=LatencyStats(0.05))
+    reports = iter([Stats(), held, held, replace(held, wait_reason="slot"), held])
+
+    async def scenario() -> None:
+        try:
+            await log_throughput(lambda: next(reports), 0.001)
+        except RuntimeError:  # the reports have ended
+            pass
+
+    asyncio.run(scenario())
+    assert [record.levelname for record in records.records].count("WARNING") == 2

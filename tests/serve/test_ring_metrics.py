@@ -24,7 +24,7 @@ def test_every_value_is_exported():
             programs=(ProgramStats(4, 0, 11, 1.5), ProgramStats(4, 64, 12, 2.5)),
             stages=(StageStats(1, 2), StageStats(3, 4)),
             memory=(MemoryStats(5, 6), MemoryStats(7, 8)),
-            latency=LatencyStats(0.05, 0.5, 256, (TickTime(4, 64, 0.25, 0.125, 3),)),
+            latency=LatencyStats(0.05, 0.5, 256, (TickTime(4, 64, 0.25, 0.125, 3),), 24),
         )
     )
     expected = {
@@ -39,6 +39,7 @@ def test_every_value_is_exported():
         "num_requests_waiting_for{slot}": 0,
         "num_requests_waiting_for{pages}": 3,
         "num_requests_waiting_for{prefill}": 0,
+        "num_requests_waiting_for{target}": 0,
         "device_memory_bytes{0}": 5,
         "device_memory_bytes{1}": 7,
         "device_memory_limit_bytes{0}": 6,
@@ -46,6 +47,7 @@ def test_every_value_is_exported():
         "latency_target_seconds{tpot}": 0.05,
         "latency_target_seconds{ttft}": 0.5,
         "chunk_limit_tokens": 256,
+        "running_limit_sequences": 24,
         "program_expected_tick_seconds{64}{4}": 0.25,
         "program_modeled_tick_seconds{64}{4}": 0.125,
     }

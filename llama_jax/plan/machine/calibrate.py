@@ -31,7 +31,7 @@ from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.model.kv_storage import choose_kv_dtype
 from llama_jax.plan.machine.batches import Batch, grid
 from llama_jax.plan.machine.exact_ticks import time_batch
-from llama_jax.plan.machine.host_time import host_seconds
+from llama_jax.plan.machine.host_time import host_time
 from llama_jax.plan.machine.measurement import measure
 from llama_jax.plan.machine.random_weights import random_params
 from llama_jax.plan.model import find_model, with_weights
@@ -121,7 +121,7 @@ class Calibrator:
 
     def calibration(self) -> Calibration:
         """What was measured. Measures the time of the host and the rates of the devices, too."""
-        host = host_seconds(self.loop)
+        host = host_time(self.loop)
         seen = measure(self._options.mesh)
         programs = self.loop.executor.programs
         quantization = programs.config.quantization
@@ -137,7 +137,10 @@ class Calibrator:
                 MeasuredTick(*batch, seconds=statistics.median(seconds))
                 for batch, seconds in self.seconds.items()
             ),
-            host_seconds_per_tick=host,
+            host_seconds_per_tick=host.per_tick,
+            host_seconds_per_token=host.per_token,
+            host_seconds_per_request=host.per_request,
+            host_source="measured here: the engine alone, without HTTP and clients",
             copy_bytes_per_second=min(seen.copy_rates),
             matrix_flops_per_second={
                 "float32" if self._cpu else "bfloat16": min(seen.matrix_rates)

@@ -41,6 +41,7 @@ CLAIMED_WEIGHTS = 17.5e9
 RESTART = 30.0  # seconds
 AVAILABILITY = 0.999
 MONTH = 30 * 86400
+SIMULATED_SECONDS = 60.0  # in which requests arrive, in each simulation of the rows
 _KEPT = (Verdict.HOLDS, Verdict.LIKELY)
 
 # What might make a claim hold: (name, GPU, weights, layout).
@@ -78,13 +79,17 @@ def outlook(*arguments: Any) -> Outlook:
 def reference_report(details: argparse.Namespace | None = None) -> Report:
     """The reference deployment, row by row.
 
+    The rows are simulated as well, always with the same arrivals.
+
     Args:
       details: None for the rows alone. With the arguments of a command line, which say how to
         simulate, everything is added that a report says of a layout, with its plots.
     """
     asked = question()
-    outcome = simulate_plan(details, make_plan(asked)) if details else None
-    claims = typical_claims(outcome)
+    outcome = simulated(REQUIRED_RATE, REQUIRED, details)
+    claims = typical_claims(
+        outcome, simulated(CLAIMED_RATE, REQUIRED), simulated(CLAIMED_RATE, CLAIMED)
+    )
     rest: tuple[Section, ...]
     if details:
         free = make_plan(replace(asked, layout=None))
@@ -143,11 +148,34 @@ def _against(claim: Claim, limit: Limit | None) -> str:
     return f"{claim.what}, {figure_text(found)} instead of {figure_text(bound)}"
 
 
-def typical_claims(outcome: Outcome | None = None) -> list[Claim]:
+def simulated(
+    rate: float, targets: Targets, details: argparse.Namespace | None = None
+) -> Outcome | None:
+    """Simulates the typical workload; None if the deployment does not keep up.
+
+    Args:
+      rate: requests/s.
+      targets: that the scheduler knows.
+      details: how to simulate, as the arguments of a command line; None for what the rows need.
+    """
+    from llama_jax.plan.command_line import make_parser
+
+    if details is None:
+        details = make_parser().parse_args(["--duration", f"{SIMULATED_SECONDS:g}s"])
+    return simulate_plan(details, make_plan(question(TYPICAL, rate, targets)))
+
+
+def typical_claims(
+    outcome: Outcome | None = None,
+    faster: Outcome | None = None,
+    claimed: Outcome | None = None,
+) -> list[Claim]:
     """Every deployment target under the typical workload at the required rate.
 
     Args:
       outcome: of its simulation; None if there was none.
+      faster: of that at the claimed rate.
+      claimed: of that at the claimed rate, with the claimed latencies as targets.
     """
     seen = outlook()
     planned, memory = seen.candidate.deployment, seen.candidate.memory
@@ -165,6 +193,9 @@ def typical_claims(outcome: Outcome | None = None) -> list[Claim]:
               Limit(CLAIMED_RATE, True)),
         Claim("requests inside 500 / 50 ms", seen.inside, Limit(0.99, True),
               simulated=inside),
+        _goodput(REQUIRED_RATE, REQUIRED, outcome, is_required=True),
+        _goodput(CLAIMED_RATE, REQUIRED, faster),
+        _goodput(CLAIMED_RATE, CLAIMED, claimed),
         Claim("weights per GPU", counted(weights), None, Limit(CLAIMED_WEIGHTS)),
         Claim("room for KV cache per GPU", counted(memory.cache, source="85 % of the memory, less "
               "weights and temporaries"), None, Limit(CACHE, True)),
@@ -182,6 +213,23 @@ def typical_claims(outcome: Outcome | None = None) -> list[Claim]:
               Figure(Band.exactly(faults), "faults", Evidence.ARITHMETIC, "30 days × 0.1 % / 30 s; "
               "one host has no spare: `--simulate` shows what a fault does to requests")),
     ]  # fmt: skip
+
+
+def _goodput(
+    rate: float, targets: Targets, outcome: Outcome | None, is_required: bool = False
+) -> Claim:
+    """The requests/s that are answered inside both latencies, of those that arrive."""
+    inside = outlook(TYPICAL, rate, targets).inside
+    seen = tails(outcome)[2]
+    limit = Limit(targets.inside * rate, True)
+    ttft, tpot = (1e3 * (limit or 0) for limit in (targets.ttft, targets.tpot))
+    return Claim(
+        f"goodput within {ttft:g} / {tpot:g} ms, of {rate:g} requests/s",
+        replace(inside, value=inside.value * rate, unit="requests/s"),
+        limit if is_required else None,
+        None if is_required else limit,
+        simulated=seen and replace(seen, value=seen.value * rate, unit="requests/s"),
+    )
 
 
 def alone_section() -> Section:
@@ -324,6 +372,11 @@ def _assumptions(gpu: Gpu) -> tuple[tuple[str, str], ...]:
         ("arrivals", "Poisson, open loop, lengths constant, no prompt begins like another"),
         ("memory bandwidth", f"{gpu.bandwidth / 1e12:g} TB/s ({gpu.source_of('bandwidth')})"),
         ("percentile of latencies", f"{100 * REQUIRED.inside:g} %"),
+        (
+            "simulated",
+            f"{SIMULATED_SECONDS:g} s of arrivals, always the same ones, unless a report "
+            "says otherwise; other lengths and rates: --simulate",
+        ),
         ("sampling", "greedy; other sampling adds a second, small program to a tick"),
         ("measured on these GPUs by this project", "nothing yet: `--calibrate` replaces the table"),
     )

@@ -39,19 +39,22 @@ def _show_section(console: Console, section: Section) -> None:
         if table.caption:
             console.print()
             console.print(table.caption)
-        console.print(_rich_table(table))
+        console.print(_rich_table(table, console))
         for line in note_lines(table):
             console.print(Text(line, "dim"))
 
 
-def _rich_table(table: Table) -> RichTable:
+def _rich_table(table: Table, console: Console) -> RichTable:
+    rows = [[cell_text(cell, table.notes) for cell in row] for row in table.rows]
+    widths = [max(map(len, cells)) + 2 for cells in zip(table.columns, *rows, strict=True)]
+    wrap = sum(widths) > console.width  # or names would give way to figures
     drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(table.columns):
         short = max((len(_plain(row[i])) for row in table.rows), default=0) <= SHORT
         numeric = table.is_numeric(i)
-        drawn.add_column(name, justify="right" if numeric else "left", no_wrap=numeric or short)
-    for row in table.rows:
-        cells = [cell_text(cell, table.notes) for cell in row]
+        keep = (numeric or short) and not wrap
+        drawn.add_column(name, justify="right" if numeric else "left", no_wrap=keep)
+    for cells in rows:
         drawn.add_row(*(Text(cell, _style(cell)) for cell in cells))
     return drawn
 

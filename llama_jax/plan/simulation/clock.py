@@ -39,6 +39,7 @@ class Clock:
     Attributes:
       now: the time of the host, in seconds.
       call_seconds: the part of it that was spent in calls.
+      arrived: requests since the last tick.
       communication_seconds: in which ranks exchanged data.
       programs: the ticks of each bucket, and the seconds of the devices in them.
     """
@@ -47,19 +48,30 @@ class Clock:
         sizes = server.sizes
         self._tokens = {b: np.full(sizes.num_segments(b), ANSWER) for b in sizes.buckets()}
         self._tick_time = server.tick_time
-        self._host_seconds, self._waits = server.host_seconds, server.waits
+        self._waits = server.waits
+        self._host_seconds = server.host_seconds
+        self._per_token = server.host_seconds_per_token
+        self._per_request = server.host_seconds_per_request
+        self._gives = deque([0] * server.num_stages, maxlen=server.num_stages)  # tokens
         self._times: dict[Bucket, dict[Keys, TickTime]] = {b: {} for b in sizes.buckets()}
         self._in_flight = deque([Keys()] * server.num_stages, maxlen=server.num_stages)
         self._free = 0.0  # when the devices have run all ticks
         self.now = self.call_seconds = 0.0
         self.communication_seconds = 0.0
+        self.arrived = 0
         self.programs = {bucket: [0, 0.0] for bucket in sizes.buckets()}
 
     def run(self, bucket: Bucket, entering: Packet, choice: Choice = GREEDY) -> TickResult:
         """Dispatches a tick. Every row is answered with the same token."""
         self._in_flight.append(keys_of(entering))
         slowest = self._slowest(bucket)
-        self.now += self._host_seconds
+        self._gives.append(len(entering.rows) + sum([tile.ends for tile in entering.tiles]))
+        self.now += (
+            self._host_seconds
+            + self._per_token * self._gives[0]  # of the packet that leaves
+            + self._per_request * self.arrived
+        )
+        self.arrived = 0
         ready = self._free = max(self.now, self._free) + slowest.seconds
         program = self.programs[bucket]
         program[0] += 1

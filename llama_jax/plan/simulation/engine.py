@@ -85,6 +85,7 @@ class Engine:
         ticket = self.front.admit(request.prompt_tokens)
         if ticket is None:
             return False
+        self.clock.arrived += 1
         self.open[attempt.number] = Open(attempt, ticket)
         self.loop.scheduler.add(
             attempt.number,

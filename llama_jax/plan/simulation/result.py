@@ -15,7 +15,7 @@ from llama_jax.plan.simulation.highest_rate import SEEDS, HighestRate, highest_r
 from llama_jax.plan.simulation.load import Draw, Load
 from llama_jax.plan.simulation.replicas import simulate
 from llama_jax.plan.simulation.scenario import Scenario, scenario
-from llama_jax.plan.simulation.server import HOST_SECONDS, LEVELS
+from llama_jax.plan.simulation.server import LEVELS
 from llama_jax.plan.simulation.simulated import Simulated
 from llama_jax.plan.simulation.simulation import Outage
 from llama_jax.plan.targets import Targets
@@ -261,7 +261,6 @@ def _daily_section(found: Scaling, busiest: Figures) -> Section:
 
 def _assumptions(asked: Scenario) -> Section:
     server, options = asked.server(), asked.options
-    host = 1000 * server.host_seconds
     lines: list[str] = [
         f"Each engine has {server.sizes.num_slots} slots, {server.sizes.num_pages:,} pages of "
         f"{server.sizes.page_size} tokens, chunks of up to {server.sizes.max_chunk}, and reads "
@@ -269,19 +268,41 @@ def _assumptions(asked: Scenario) -> Section:
         f"{server.max_queue_tokens:,} prompt tokens wait, others are refused.",
         "All stages run in lockstep: a tick lasts as long as the slowest one. A program takes the "
         "time of its padded rows and chunk.",
-        f"The host needs {host:g} ms a tick"
-        + (" before each." if server.waits else ", while the devices run earlier ones.")
-        + (
-            " Measured elsewhere: python -m bench engine."
-            if server.host_seconds == HOST_SECONDS
-            else " Measured here: the calibration."
-        ),
+        _host_text(asked),
         "Answers are greedy and end at their length; answers that a trace continues are not found "
         "in the cache.",
         "Prefix caching is " + ("on." if options.prefix_caching else "off."),
-        "Time in the network, in HTTP and in the tokenizer is not counted.",
+        "Time in the network, in HTTP and in the tokenizer is not counted."
+        if not server.front_seconds
+        else f"A request takes {1e3 * server.front_seconds:.3g} ms to the engine and back "
+        "(measured here: the calibration).",
         "Not planned: disaggregated prefill, mixtures of experts, power.",
     ]
     if asked.replicas > 1:
         lines.append(f"Requests are dealt to the {asked.replicas} replicas in turn.")
     return Section("assumptions", "Assumptions", tuple(lines))
+
+
+def _host_text(asked: Scenario) -> str:
+    """What the host takes from a tick, and how that is known."""
+    server, calibration = asked.server(), asked.plan.best.replica.model.calibration
+    more = [
+        f"{1e6 * seconds:.3g} µs for each {what}"
+        for what, seconds in (
+            ("token that it gives", server.host_seconds_per_token),
+            ("new request", server.host_seconds_per_request),
+        )
+        if seconds
+    ]
+    measured = calibration is not None and calibration.host_seconds_per_tick is not None
+    source = calibration.host_source if calibration is not None and measured else ""
+    return (
+        f"The host needs {1e3 * server.host_seconds:.3g} ms a tick"
+        + (f", and {' and '.join(more)}" if more else "")
+        + (", before each" if server.waits else ", while the devices run earlier ones")
+        + (
+            f" ({source or 'measured here: the calibration'})."
+            if measured
+            else " (measured elsewhere: python -m bench engine)."
+        )
+    )

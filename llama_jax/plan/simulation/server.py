@@ -1,7 +1,7 @@
 """What is simulated: one engine on its GPUs, with the options of its server. Imports no JAX."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llama_jax.costs.memory import page_bytes
 from llama_jax.costs.tick_time import TickModel
@@ -51,7 +51,10 @@ class Server:
       chunks: makes what chooses the chunks of an engine (`engine.latency_targets.choose_chunks`).
       prefix_caching: whether prompts that begin alike share pages.
       results_late: ticks that the host dispatches ahead of the oldest unread result.
-      host_seconds: the host's work in a tick.
+      host_seconds: the host's work in a tick, whatever it holds.
+      host_seconds_per_token: for each token that the tick gives, in addition.
+      host_seconds_per_request: for each request that has arrived since the tick before.
+      front_seconds: from the arrival of a request until it is in the engine.
       waits: whether a call returns only when its tick has ended, as on a CPU.
       max_queue: requests that may wait for a slot.
       max_queue_tokens: tokens of the prompts that may wait for their first token.
@@ -65,6 +68,9 @@ class Server:
     prefix_caching: bool = True
     results_late: int = GPU_RESULTS_LATE
     host_seconds: float = HOST_SECONDS
+    host_seconds_per_token: float = 0.0
+    host_seconds_per_request: float = 0.0
+    front_seconds: float = 0.0
     waits: bool = False
     max_queue: int = MAX_QUEUE
     max_queue_tokens: int = MAX_QUEUE_TOKENS
@@ -92,7 +98,6 @@ def server_for(
     )
     index = LEVELS.index(level)
     calibration = model.calibration
-    host = None if calibration is None else calibration.host_seconds_per_tick
     communication: dict[tuple[int, int], float] = {}
 
     def tick_time(work: Work) -> TickTime:
@@ -102,7 +107,7 @@ def server_for(
             communication[program] = getattr(part, level)
         return TickTime(model.times(work)[index], communication[program])
 
-    return Server(
+    server = Server(
         num_stages=stages,
         sizes=sizes,
         max_model_len=longest,
@@ -110,7 +115,15 @@ def server_for(
         chunks=lambda: choose_chunks(options, sizes, stages, platform, model),
         prefix_caching=options.prefix_caching,
         results_late=choose_results_late(options, platform),
-        host_seconds=HOST_SECONDS if host is None else host,
         waits=platform == "cpu",
         max_queue=options.max_queue,
+    )
+    if calibration is None or calibration.host_seconds_per_tick is None:
+        return server
+    return replace(
+        server,
+        host_seconds=calibration.host_seconds_per_tick,
+        host_seconds_per_token=calibration.host_seconds_per_token or 0.0,
+        host_seconds_per_request=calibration.host_seconds_per_request or 0.0,
+        front_seconds=calibration.front_seconds or 0.0,
     )

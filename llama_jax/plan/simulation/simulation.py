@@ -115,7 +115,7 @@ class Simulation:
             self._step(engine)
 
     def _come(self, request: Request, at: float) -> None:
-        attempt = Attempt(at, next(self._numbers), request, at)
+        attempt = Attempt(at + self.server.front_seconds, next(self._numbers), request, at)
         if request.since is not None:
             attempt = attempt._replace(since=request.since, attempts=2)
         heapq.heappush(self._coming, attempt)

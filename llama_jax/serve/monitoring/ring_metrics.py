@@ -106,6 +106,13 @@ def ring_families(prefix: str, labels: Mapping[str, str], stats: Stats) -> Itera
             [((), stats.latency.chunk_limit)],
         ),
         (
+            "running_limit_sequences",
+            "Sequences that may run at once now: slots, or fewer by the target per output token.",
+            GaugeMetricFamily,
+            (),
+            [((), stats.latency.most_running)],
+        ),
+        (
             "program_expected_tick_seconds",
             "Time of a tick by program, without context, corrected by the ticks that were seen.",
             GaugeMetricFamily,

@@ -20,6 +20,14 @@ async def log_throughput(stats: Callable[[], Stats], interval: float) -> None:
         idle = _work(before) == _work(after) and not after.num_running + after.num_waiting
         if not (idle and told_idle):  # the first idle interval shows that everything has ended
             log.info(throughput_line(before, after, now - since))
+        if after.wait_reason == "target" != before.wait_reason:
+            log.warning(
+                "%d requests wait though slots are free: with more than the %d that run, output "
+                "tokens would take longer than --tpot-slo %g ms.",
+                after.num_waiting,
+                after.num_running,
+                1000 * (after.latency.tpot or 0.0),
+            )
         before, since, told_idle = after, now, idle
 
 

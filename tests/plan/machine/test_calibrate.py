@@ -29,7 +29,8 @@ def test_the_planner_uses_what_was_measured(tmp_path, random):
     assert {(entry.kind, entry.ranks) for entry in found.collectives} == {
         ("all_reduce", 2), ("ppermute", 2)
     }  # fmt: skip
-    assert found.host_seconds_per_tick > 0 and found.copy_bytes_per_second > 0
+    assert found.host_seconds_per_tick > 0 and found.host_seconds_per_request > 0
+    assert found.copy_bytes_per_second > 0
     config = LlamaConfig.from_pretrained(checkpoint)
     model_of_ticks = TickModel(Deployment(config, CPU, Layout(2, 2), "auto"), found)
     for tick in found.ticks:

@@ -3,9 +3,12 @@
 from dataclasses import replace
 
 import pytest
+from pytest import approx
 
+from llama_jax.costs.figure import Evidence
 from llama_jax.costs.gpus import GPUS
 from llama_jax.plan.__main__ import main
+from llama_jax.plan.report import reference
 from llama_jax.plan.report.judgement import Verdict
 from llama_jax.plan.report.reference import (
     LENGTHS,
@@ -28,7 +31,7 @@ def claims():
 
 def test_every_deployment_target_is_a_row():
     found = claims()
-    assert len(found) == 12
+    assert len(found) == 15
     assert {found[name].required.bound for name in (TTFT, TPOT, RATE)} == {0.5, 0.05, 8}
     assert {found[name].claimed.bound for name in (TTFT, TPOT, RATE)} == {0.25, 0.025, 10}
     weights = found["weights per GPU"]
@@ -68,9 +71,26 @@ def test_no_figure_is_better_than_its_floor():
         assert row[4].value.expected < row[5].value.low
 
 
-def test_without_arguments_the_reference_deployment_is_printed(capsys):
+def test_what_arithmetic_cannot_say_is_simulated(monkeypatch):
+    """A tail and a goodput depend on who meets whom: the scheduler decides that."""
+    monkeypatch.setattr(reference, "SIMULATED_SECONDS", 6.0)
+    slow = [reference.simulated(10, reference.CLAIMED) for _ in range(2)]
+    assert slow[0] == slow[1]
+    found = {c.what: c for c in typical_claims(None, None, slow[0])}
+    kept, broken = (
+        found[f"goodput within {latencies} ms, of 10 requests/s"]
+        for latencies in ("500 / 50", "250 / 25")
+    )
+    assert broken.claimed_verdict is Verdict.FAILS and broken.simulated.value.expected == 0
+    assert broken.simulated.evidence is Evidence.SIMULATED
+    assert kept.claimed_verdict is not Verdict.FAILS and kept.claimed.bound == approx(9.9)
+
+
+def test_without_arguments_the_reference_deployment_is_printed(capsys, monkeypatch):
+    monkeypatch.setattr(reference, "SIMULATED_SECONDS", 3.0)
     assert main([]) == 0
     printed = capsys.readouterr().out
+    assert "simulated" in printed
     for title in ("Targets", "One request alone", "Under load", "Utilization", "Assumptions"):
         assert f"\n{title}" in printed
     for lengths in LENGTHS:

@@ -1,15 +1,19 @@
 """Simulated engines: what they do with loads that can be followed by hand."""
 
+from dataclasses import replace
+
 import pytest
 from pytest import approx
 
+from llama_jax.engine.chunk_choice import ChunkChoice
+from llama_jax.engine.tick_times import TickTimes
 from llama_jax.plan.simulation.figures import figures
 from llama_jax.plan.simulation.highest_rate import highest_rate
 from llama_jax.plan.simulation.lengths import Lengths
 from llama_jax.plan.simulation.load import Draw, Load, Request, Run
 from llama_jax.plan.simulation.replicas import simulate
 from llama_jax.plan.simulation.server import Server, TickTime
-from llama_jax.plan.simulation.simulation import Outage
+from llama_jax.plan.simulation.simulation import Outage, Simulation
 from llama_jax.plan.targets import Targets
 from llama_jax.ring.sizes import RingSizes
 
@@ -73,11 +77,75 @@ def test_a_device_that_is_waited_for_adds_the_hosts_time():
     assert sample.tpot == approx(2 * (TICK + TICK / 4))
 
 
+def test_the_host_takes_longer_for_each_token_and_each_request():
+    """By hand: with two stages, an answer's token leaves in every second tick."""
+    per_token, per_request = TICK / 8, TICK / 2
+    server = make_server(
+        waits=True, host_seconds_per_token=per_token, host_seconds_per_request=per_request
+    )
+    (sample,) = simulate(server, Load([Request(0.0, 10, 20)])).samples
+    assert sample.tpot == approx(2 * TICK + per_token)
+    # The prompt is in both stages, one after the other; its token leaves with it.
+    assert sample.first == approx(2 * CHUNK_TICK + per_request + per_token)
+    first, _ = simulate(server, Load([Request(0.0, 10, 20)] * 2)).samples
+    assert first.first == approx(2 * CHUNK_TICK + 2 * per_request + per_token)
+
+
+def test_the_front_delays_the_first_token_and_nothing_else():
+    load = Load([Request(1.0, 100, 9)])
+    (without,), (sample,) = (
+        simulate(make_server(front_seconds=front), load).samples for front in (0.0, 0.25)
+    )
+    assert sample.ttft == without.ttft + 0.25 and sample.queued == without.queued + 0.25
+    assert sample.tpot == without.tpot and sample.at == 1.0
+
+
 def test_communication_is_a_share_of_the_devices_time():
     result = simulate(make_server(), Load([Request(0.0, 10, 50)]))
     assert result.communication_seconds == result.ticks * TICK / 8
     assert result.busy_seconds == sum(p.seconds for p in result.programs)
     assert result.ticks == sum(p.ticks for p in result.programs)
+
+
+def by_rows(work) -> TickTime:
+    """Every row of a packet takes a TICK, and a chunk nothing."""
+    return TickTime(TICK * work.rows)
+
+
+def limited(**targets) -> Server:
+    """Eight slots in two packets, whose scheduler knows these targets and the times of ticks."""
+    server = make_server(slots=8, tick_time=by_rows, **{"results_late": 1})
+
+    def chunks():
+        times = TickTimes(lambda work: by_rows(work).seconds, server.sizes)
+        return ChunkChoice(server.sizes, times, **targets)
+
+    return replace(server, chunks=chunks)
+
+
+def most_running(server: Server, requests: int) -> int:
+    simulation = Simulation(server, Load([Request(0.0, 10, 40)] * requests))
+    loop = simulation.engine.loop
+    found: list[int] = []
+    loop.on_tick.append(lambda tick: found.append(loop.scheduler.num_running))
+    assert all(sample.outcome == "completed" for sample in simulation.run().samples)
+    return max(found)
+
+
+def test_no_more_run_than_keep_the_target_for_output_tokens():
+    """Two stages: 3 rows in a packet of 4 take 8 TICKs a token, and 2 rows take 4."""
+    assert most_running(limited(), 8) == 8
+    assert most_running(limited(tpot=8 * TICK), 8) == 8
+    assert most_running(limited(tpot=5 * TICK), 8) == 4
+    assert most_running(limited(tpot=2 * TICK), 8) == 2
+    assert most_running(limited(tpot=TICK), 8) == 8  # which not even one row keeps
+    found = simulate(limited(tpot=5 * TICK), Load([Request(0.0, 10, 40)] * 8)).samples
+    assert max(s.tpot for s in found) <= 5 * TICK
+
+
+def test_the_limit_yields_to_a_prompt_that_would_be_late():
+    assert most_running(limited(tpot=5 * TICK, ttft=1e6), 8) == 4
+    assert most_running(limited(tpot=5 * TICK, ttft=4.0), 8) == 8
 
 
 def test_prompts_that_begin_alike_are_found():
