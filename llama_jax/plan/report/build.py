@@ -98,16 +98,13 @@ def detail_sections(
     """
     best = plan.best
     seen, deployment = Outlook(best), best.deployment
-    rows = seen.rows
-    context = round(seen.replica.context)
-    work = (rows, context, best.chunk)
     found = figures(best)
     return (
         stage_section(deployment),
         memory_section(deployment, best.memory.cache, found["temporaries"],
                        plan.question.targets.memory_share),
-        tick_section(best.replica.model, *work),
-        communication_section(best.replica.model, *work),
+        tick_section(best),
+        communication_section(best),
         balance_section(plan),
         utilization_section(seen, PROMISED),
         headroom_section(plan),
@@ -152,15 +149,15 @@ def _assumptions(plan: Plan) -> tuple[tuple[str, str], ...]:
         ("lengths", f"{workload.prompt_tokens:,} prompt and {workload.output_tokens:,} output "
                     "tokens"),
         ("weights", question_json(question)["weights"]),
-        ("KV cache", question.kv_cache_dtype),
-        ("memory bandwidth", f"{gpu.bandwidth / 1e12:g} TB/s ({gpu.source})"),
+        ("KV cache", plan.best.deployment.kv_dtype),
+        ("memory bandwidth", f"{gpu.bandwidth / 1e12:g} TB/s ({gpu.source_of('bandwidth')})"),
         ("links", f"{gpu.link_bandwidth / 1e9:g} GB/s in each direction"),
         ("sampling", "greedy; other sampling adds a second, small program to a tick"),
     ]  # fmt: skip
     if question.calibration is None:
         rows.append(("times measured on this machine", "none: `--calibrate` writes them"))
     else:
-        rows.append(("times measured on this machine", f"`{question.calibration}`"))
+        rows.append(("times measured on this machine", question.calibration.source))
     if not can_draw():
         rows.append(("plots", NO_PLOTS))
     return tuple(rows)
