@@ -143,9 +143,7 @@ class Outlook:
             "stages busy": min(1.0, (1 - (1 - entering) * math.exp(-rows)) / running),
             "slots used": min(1.0, (rows + prompt) / slots / running),
             "HBM bandwidth": read / tick / deployment.gpu.bandwidth,
-            "matrix peak": flop(deployment, rows + prompt, pairs)
-            / tick
-            / peak_flops(replica.model),
+            "matrix peak": flop(deployment, rows + prompt, pairs) / tick / peak,
         }
 
     def _chunks(self, size: int) -> int:
