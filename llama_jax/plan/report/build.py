@@ -1,7 +1,6 @@
 """A report of a plan. Imports no JAX."""
 
 from llama_jax.costs.figure import Band, Evidence, Figure
-from llama_jax.plan.figures import figures
 from llama_jax.plan.json_text import question_json
 from llama_jax.plan.plan import Plan
 from llama_jax.plan.reasons import verdict
@@ -97,12 +96,10 @@ def detail_sections(
       extra: as of `plan_report`.
     """
     best = plan.best
-    seen, deployment = Outlook(best), best.deployment
-    found = figures(best)
+    seen = Outlook(best)
     return (
-        stage_section(deployment),
-        memory_section(deployment, best.memory.cache, found["temporaries"],
-                       plan.question.targets.memory_share),
+        stage_section(best.deployment),
+        memory_section(best, plan.question.targets.memory_share),
         tick_section(best),
         communication_section(best),
         balance_section(plan),
@@ -115,7 +112,7 @@ def detail_sections(
         risk_section(plan),
         compliance_section(),
         assumptions_section(_assumptions(plan)),
-    )  # fmt: skip
+    )
 
 
 def balance_section(plan: Plan) -> Section:

@@ -44,7 +44,7 @@ def _risks(plan: Plan) -> Iterator[tuple[str, str, str]]:
             yield (
                 f"{what} is close to its limit",
                 f"{each.then or 'the context'} ends it at {amount(each.limit, each.unit)}, "
-                f"{each.factor:.2f} times of now",
+                f"{each.factor:.2f} times the value of this plan",
                 "plan for more, or watch it: docs/alerts.yaml",
             )
     if best.fits and best.kv_needed > FULL * best.memory.tokens:

@@ -81,8 +81,8 @@ def communication_section(candidate: Candidate) -> Section:
         )
     columns = (
         *("for", "collective", "a tick", "GPUs"),
-        *(f"bytes of each, {name}" for name in works),
-        *(f"time of all, {name}" for name in works),
+        *(f"bytes, {name}" for name in works),
+        *(f"time, {name}" for name in works),
     )
     if not table:
         return Section("communication", "Communication", ("One GPU has nothing to send.",))
@@ -91,7 +91,8 @@ def communication_section(candidate: Candidate) -> Section:
         "Communication",
         (
             f"Data moves for {shares}. The links carry {gpu.link_bandwidth / 1e9:,.0f} GB/s in "
-            f"each direction ({gpu.source_of('link_bandwidth')}).",
+            f"each direction ({gpu.source_of('link_bandwidth')}). Bytes are those of each "
+            "collective, times those of all together.",
         ),
         (Table("collectives", columns, tuple(table)),),
     )
