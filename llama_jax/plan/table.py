@@ -78,7 +78,7 @@ def recommendation_text(fewest: Recommendation) -> str:
     """How many GPUs to take."""
     gpu = fewest.plan.question.gpu.name
     if fewest.gpus is None:
-        return f"No number of {gpu} keeps the targets."
+        return f"No number of {gpu} keeps the targets, even for a request alone."
     text = f"The fewest {gpu} that keep the targets: {fewest.gpus}"
     if fewest.gpus_surely == fewest.gpus:
         return f"{text}, even with the slowest ticks."
