@@ -18,11 +18,10 @@ from bench.attention_program import Attention, attention_program
 from bench.one_device import PAGE_SIZE
 from bench.result import Row, Target
 from llama_jax.config import LlamaConfig
-from llama_jax.engine.sizing import TILE
 from llama_jax.model.kv_storage import KV_DTYPES
 from llama_jax.ring.kv_cache import cache_shapes, init_cache
 from llama_jax.ring.packet import encode_packet
-from llama_jax.ring.sizes import Bucket, RingSizes
+from llama_jax.ring.sizes import TILE, Bucket, RingSizes
 from sharding.mesh import make_mesh
 
 LENGTHS = (1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 511, 513, 1023, 1024, 1025, 1600, 2049)

@@ -25,9 +25,9 @@ from bench.result import Result, Row, Target
 from llama_jax.config import LlamaConfig, Quantization
 from llama_jax.costs.deployment import Layout
 from llama_jax.costs.gpus import GPUS, Gpu, find_gpu
-from llama_jax.engine.sizing import GPU_PAGE, TILE
+from llama_jax.engine.sizing import GPU_PAGE
 from llama_jax.quantization import QUANTIZERS
-from llama_jax.ring.sizes import Bucket, RingSizes
+from llama_jax.ring.sizes import TILE, Bucket, RingSizes
 from sharding.stages import positions_per_stage
 
 MEASURED = Path(__file__).parent / "measured"

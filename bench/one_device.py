@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config import LlamaConfig
-from llama_jax.engine.sizing import GPU_PAGE, TILE
+from llama_jax.engine.sizing import GPU_PAGE
 from llama_jax.plan.machine.random_weights import nbytes, random_array, random_params
 from llama_jax.ring.kv_cache import KVCache
 from llama_jax.ring.packet import encode_packet
-from llama_jax.ring.sizes import Bucket, RingSizes
+from llama_jax.ring.sizes import TILE, Bucket, RingSizes
 from llama_jax.ring.steps import decode_step, init_state, prefill_step, state_shapes
 from llama_jax.weights.placement import Params, param_shapes
 from sharding.mesh import make_mesh

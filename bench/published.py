@@ -13,15 +13,11 @@ from functools import partial
 
 from bench.result import Result, Row, Target
 from llama_jax.config import LlamaConfig, Quantization
+from llama_jax.costs.closed_loop import closed_loop
 from llama_jax.costs.deployment import Deployment, Layout
 from llama_jax.costs.figure import Band
 from llama_jax.costs.gpus import find_gpu
-from llama_jax.costs.latency import (
-    closed_loop,
-    decode_rate,
-    saturated_rate,
-    time_per_token,
-)
+from llama_jax.costs.latency import decode_rate, saturated_rate, time_per_token
 from llama_jax.costs.memory import kv_bytes_per_token, weight_bytes
 from llama_jax.costs.tick_time import TickModel, Times
 from llama_jax.costs.work import Work

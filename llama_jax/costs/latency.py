@@ -1,4 +1,4 @@
-"""What requests see of the ticks: latency of one, of several users, and the most there can be.
+"""What requests see of the ticks: the latency of one, and the most there can be.
 
 These are means in a steady state, by arithmetic; distributions need the simulation of the
 scheduler. Imports no JAX.
@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from llama_jax.costs.figure import Band
 from llama_jax.costs.tick_time import TickModel
-from llama_jax.costs.work import TILE, Work
+from llama_jax.costs.work import Work
+from llama_jax.ring.sizes import TILE
 
 
 class Latency(NamedTuple):
@@ -80,38 +81,6 @@ def one_request(model: TickModel, prompt: int, output: int, chunk: int) -> Laten
     return Latency(first, time_per_token(model, 1, prompt + output / 2))
 
 
-def closed_loop(model: TickModel, users: int, prompt: int, output: int, chunk: int) -> Latency:
-    """The latencies of users who each send a request as soon as the last one is answered.
-
-    Chunks enter beside the rows, so that everyone waits for them: if a share of the ticks has one,
-    a token takes the mean of both kinds of ticks. A prompt finds others before it, as in a queue
-    with a single server, of which each prompt takes equally long.
-    """
-    if users == 1:
-        return one_request(model, prompt, output, chunk)
-    bands = [_closed_loop(model, users, prompt, output, chunk, bound) for bound in range(3)]
-    return Latency(*(Band(*values) for values in zip(*bands, strict=True)))
-
-
-def _closed_loop(
-    model: TickModel, users: int, prompt: int, output: int, chunk: int, bound: int
-) -> tuple[float, float]:
-    stages = model.deployment.layout.num_stages
-    rows, context = -(-users // stages), prompt + output / 2
-    chunks = -(-prompt // chunk)
-    size = min(chunk, -(-prompt // TILE) * TILE)
-    decode = model.times(Work.of(rows, context))[bound]
-    prefill = model.times(Work.of(rows, context, size, (prompt - size) / 2))[bound]
-    ticks = prefill_ticks(stages, prompt, chunk) + stages * (output - 1)
-    entering = min(1.0, users * chunks / ticks)  # share of the ticks in which a chunk enters
-    share = 1 - (1 - entering) ** stages  # of those in which a stage has one
-    tick = share * prefill + (1 - share) * decode
-    own = prefill_ticks(stages, prompt, chunk) * prefill
-    busy = min(0.95, entering * prefill / tick)
-    waiting = chunks * prefill * busy / (2 * (1 - busy)) + (1 - busy) * decode / 2
-    return min(own + waiting, users * own), stages * tick
-
-
 def saturated_rate(model: TickModel, prompt: int, output: int, chunk: int, rows: int) -> Band:
     """Requests per second if there are always more than enough.
 
@@ -126,6 +95,8 @@ def saturated_rate(model: TickModel, prompt: int, output: int, chunk: int, rows:
         rows, share = max(1, round(output / chunks)), 1.0
     else:
         share = rows * chunks / output
+    stages = model.deployment.layout.num_stages
+    share = 1 - (1 - share) ** stages  # of the ticks in which a stage has a chunk
     context = prompt + output / 2
     alone = Work.of(rows, context)
     before = (prompt - min(prompt, chunk)) / 2

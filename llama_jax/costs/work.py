@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-TILE = 64  # tokens of a chunk that make a segment; that of `llama_jax.engine.sizing`
+from llama_jax.ring.sizes import TILE
 
 
 class Work(NamedTuple):

@@ -6,10 +6,9 @@ from llama_jax.config import LlamaConfig
 from llama_jax.costs.tick_time import TickModel
 from llama_jax.engine.latency_targets import largest_chunk
 from llama_jax.engine.options import EngineOptions
-from llama_jax.ring.sizes import RingSizes
+from llama_jax.ring.sizes import TILE, RingSizes
 from sharding.errors import UserError
 
-TILE = 64  # tokens per prompt segment
 GPU_MEMORY_SHARE = 0.85  # of a GPU's memory, for weights, cache and temporaries together
 GPU_TEMPORARIES = 1 << 30  # bytes that a running step needs beside weights and cache
 CPU_CACHE_BYTES = 1 << 30  # default maximum for the caches of all CPU devices together

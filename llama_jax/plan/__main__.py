@@ -57,6 +57,13 @@ def _show_reference(as_json: bool) -> int:
 def _show(arguments: argparse.Namespace, plan: Plan, fewest: Recommendation | None) -> int:
     """Prints the arithmetic plan."""
     # What is shown is imported only now: most modes show something else.
+    if arguments.frontier is not None:
+        from llama_jax.plan.frontier import points
+        from llama_jax.plan.frontier_plot import draw_frontier
+
+        question = plan.question
+        title = f"{question.model} on {question.gpus} x {question.gpu.name}, every layout"
+        draw_frontier(points(plan), title, arguments.frontier)
     if arguments.json:
         from llama_jax.plan.json_text import plan_json
 
@@ -66,13 +73,6 @@ def _show(arguments: argparse.Namespace, plan: Plan, fewest: Recommendation | No
         from llama_jax.plan.table import show_plan
 
         show_plan(plan, arguments.cost_per_gpu_hour, fewest)
-    if arguments.frontier is not None:
-        from llama_jax.plan.frontier import points
-        from llama_jax.plan.frontier_plot import draw_frontier
-
-        question = plan.question
-        title = f"{question.model} on {question.gpus} x {question.gpu.name}, every layout"
-        draw_frontier(points(plan), title, arguments.frontier)
     return MET if plan.best.holds else MISSED
 
 

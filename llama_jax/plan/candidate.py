@@ -166,9 +166,12 @@ class Candidate:
         """Its key when layouts are ranked: the smallest is the best.
 
         Layouts that hold come first, those that hold at the high end before the others, and among
-        these the one that holds at the highest rate. Layouts that do not hold follow in the order
+        these the one that holds at the highest rate. Of layouts that do not hold at this rate, too,
+        the one that holds at the highest comes first; those that hold at none follow in the order
         of what they miss their worst target by.
         """
         if self.holds:
             return (0, not self.holds_surely, -self.max_rate.expected, self.state().tpot)
-        return (1 if self.fits else 2, self.missed[0].excess, -self.max_load, 0)
+        if not self.fits:
+            return (2, self.missed[0].excess)
+        return (1, -self.max_rate.expected, self.missed[0].excess, -self.max_load)

@@ -8,6 +8,7 @@ from llama_jax.costs.gpus import Gpu
 from llama_jax.plan.candidate import Candidate, Missed
 from llama_jax.plan.figures import communication, tick_work
 from llama_jax.plan.headroom import Headroom
+from llama_jax.plan.layouts import HOST_GPUS, LayoutError
 from llama_jax.plan.numbers import amount
 from llama_jax.plan.plan import Plan, Question, make_plan
 from llama_jax.plan.recommend import recommend
@@ -41,8 +42,10 @@ def verdict(plan: Plan) -> str:
         )
     missing = ", and ".join(map(missed_text, best.missed))
     if question.layout is not None:
-        return f"{where}: {best.layout} misses its targets: {missing}."
-    return f"{where}: no layout keeps every target. {best.layout} comes nearest: {missing}."
+        verb = "misses its" if best.layout.replicas == 1 else "miss their"
+        return f"{where}: {best.layout} {verb} targets: {missing}."
+    verb = "comes" if best.layout.replicas == 1 else "come"
+    return f"{where}: no layout keeps every target. {best.layout} {verb} nearest: {missing}."
 
 
 def _keeps(candidate: Candidate) -> str:
@@ -135,15 +138,19 @@ def remedies(plan: Plan) -> Iterator[str]:
         elif _most(changed) > most:
             rate = amount(_most(changed), "requests/s")
             yield f"With {what}, the targets are kept up to {rate}."
-    fewest = recommend(question)
+    try:
+        fewest = recommend(question)
+    except LayoutError as error:
+        yield str(error)
+        return
     if fewest.gpus is not None:
         best = fewest.plan.best
         yield f"On {fewest.gpus} x {question.gpu.name}, {_keeps(best)} them."
     else:
         missing = ", and ".join(map(missed_text, fewest.plan.best.missed))
         yield (
-            f"More {question.gpu.name} do not help: even for a request alone, on "
-            f"{fewest.plan.best.layout}, {missing}."
+            f"More {question.gpu.name} do not help, since a replica has at most {HOST_GPUS}: even "
+            f"for a request alone, on {fewest.plan.best.layout}, {missing}."
         )
 
 

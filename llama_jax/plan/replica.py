@@ -13,7 +13,6 @@ from llama_jax.engine.sizing import (
     CPU_CACHE_BYTES,
     GPU_PAGE,
     GPU_TEMPORARIES,
-    TILE,
     choose_results_late,
     choose_sizes,
     gpu_cache_bytes,
@@ -21,7 +20,7 @@ from llama_jax.engine.sizing import (
 from llama_jax.plan.bisection import largest
 from llama_jax.plan.steady_state import SteadyState, overloaded, steady_state
 from llama_jax.plan.targets import Targets, Workload
-from llama_jax.ring.sizes import RingSizes
+from llama_jax.ring.sizes import TILE, RingSizes
 
 LEVELS = ("low", "expected", "high")  # of the time of a tick
 MAX_LIVE = 4096  # sequences that decode at once in a replica

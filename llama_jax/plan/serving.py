@@ -287,7 +287,9 @@ def _path(plan: Plan) -> str:
 
 def _name(model: str) -> str:
     """A name that Kubernetes accepts: a label of DNS."""
-    plain = re.sub(r"[^a-z0-9]+", "-", Path(model).name.lower()).strip("-")
+    path = Path(model)
+    path = path.resolve().parent if path.name == "config.json" else path
+    plain = re.sub(r"[^a-z0-9]+", "-", path.name.lower()).strip("-")
     return (plain if plain[:1].isalpha() else f"llama-{plain}").strip("-")[:50].strip("-")
 
 

@@ -19,8 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from llama_jax.engine.sizing import GPU_RESULTS_LATE, TILE
+from llama_jax.engine.sizing import GPU_RESULTS_LATE
 from llama_jax.plan.targets import Workload
+from llama_jax.ring.sizes import TILE
 
 Ticks = Callable[[int, int], float]  # live rows in a packet, chunk tokens → seconds of the tick
 

@@ -78,7 +78,7 @@ def recommendation_text(fewest: Recommendation) -> str:
     """How many GPUs to take."""
     gpu = fewest.plan.question.gpu.name
     if fewest.gpus is None:
-        return f"No number of {gpu} keeps the targets."
+        return f"No number of {gpu} keeps the targets, even for a request alone."
     text = f"The fewest {gpu} that keep the targets: {fewest.gpus}"
     if fewest.gpus_surely == fewest.gpus:
         return f"{text}, even with the slowest ticks."
@@ -111,7 +111,7 @@ def _layouts(
     """One row for each layout, the best first; a band has its ends in a second line."""
     table = plain_table(title, ("layout", *columns), 1)
     if last is not None:
-        table.add_column("targets" if last is _held else "chunk,\ntokens", no_wrap=True)
+        table.add_column("targets" if last is _held else "chunk,\ntokens")
     for candidate, found in shown.items():
         cells = [cell(found.get(name), factor) for name, factor in columns.values()]
         if last is not None:

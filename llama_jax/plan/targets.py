@@ -35,3 +35,9 @@ class Targets:
     tpot: float | None = None
     memory_share: float | None = None
     inside: float = 0.99
+
+
+MONTH = 30 * 86400.0  # seconds
+AVAILABILITY = 0.999  # that is asked for
+RESTART = 30.0  # seconds that an engine takes to start again, in which it answers nothing
+FAULTS_A_MONTH = MONTH * (1 - AVAILABILITY) / RESTART  # that leave this availability

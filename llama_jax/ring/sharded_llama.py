@@ -26,7 +26,7 @@ from llama_jax.ring.attention_backend import AUTO, choose_backend
 from llama_jax.ring.kv_cache import dequantized
 from llama_jax.ring.observation import WEIGHTS, LayerActivation, observed_step, replicas_by_axis
 from llama_jax.ring.packet import encode_packet
-from llama_jax.ring.sizes import Bucket, RingSizes
+from llama_jax.ring.sizes import TILE, Bucket, RingSizes
 from llama_jax.ring.stage import Program
 from llama_jax.ring.steps import LOGITS_SPEC, check_model_class, init_state, state_shapes
 from llama_jax.ring.tick import State, local_logits
@@ -38,7 +38,6 @@ from sharding.partition import split_layers
 from sharding.program import MeshProgram
 
 PAGE_SIZE = 16
-TILE = 64  # maximum tokens per prompt segment
 TILES_PER_CHUNK = 2
 
 

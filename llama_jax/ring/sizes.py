@@ -5,6 +5,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
+TILE = 64  # tokens of a prompt segment; every chunk bucket is a multiple
+
 
 class Bucket(NamedTuple):
     """The size of a compiled program: decode rows, and tokens of the prompt chunk (0 for none)."""

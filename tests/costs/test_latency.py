@@ -1,7 +1,5 @@
 """Latencies follow from ticks: against a ring that is stepped tick by tick."""
 
-from itertools import pairwise
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,9 +8,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.costs.deployment import Deployment, Layout
 from llama_jax.costs.gpus import find_gpu
 from llama_jax.costs.latency import (
-    closed_loop,
     decode_rate,
-    one_request,
     prefill_ticks,
     saturated_rate,
     time_per_token,
@@ -54,16 +50,6 @@ def test_a_token_takes_as_many_ticks_as_there_are_stages():
     assert time_per_token(RING, 16, 1000).expected == pytest.approx(4 * tick)
     # Four packets of 16 rows are in flight, so that 64 tokens come in the time of one.
     assert decode_rate(RING, 16, 1000).expected == pytest.approx(64 / (4 * tick))
-
-
-def test_users_wait_for_each_other():
-    alone = closed_loop(RING, 1, 1024, 256, 256)
-    assert alone == one_request(RING, 1024, 256, 256)
-    several = [closed_loop(RING, users, 1024, 256, 256) for users in (1, 8, 64, 256)]
-    for fewer, more in pairwise(several):
-        assert more.ttft.expected > fewer.ttft.expected
-        assert more.tpot.expected > fewer.tpot.expected
-        assert more.tpot.low <= more.tpot.expected <= more.tpot.high
 
 
 @pytest.mark.parametrize("model", [RING, ONE_STAGE])

@@ -15,7 +15,7 @@ from llama_jax.plan.frontier import frontier, points
 from llama_jax.plan.headroom import headrooms
 from llama_jax.plan.plan import Plan, Question, make_plan
 from llama_jax.plan.price import cost_per_million
-from llama_jax.plan.reasons import why
+from llama_jax.plan.reasons import remedies, why
 from llama_jax.plan.recommend import recommend
 from llama_jax.plan.replica import LEVELS
 from llama_jax.plan.targets import Targets, Workload
@@ -49,6 +49,21 @@ def test_the_best_comes_first():
     assert surely == sorted(surely, reverse=True)
     rates = [c.max_rate.expected for c in plan.candidates if c.holds_surely]
     assert rates == sorted(rates, reverse=True)
+
+
+def test_the_nearest_is_the_one_that_keeps_the_targets_at_the_highest_rate():
+    """8x1 keeps up with more requests than the others, but never keeps the TPOT."""
+    found = [c for c in make_plan(question(rate=100.0)).candidates if c.fits]
+    rates = [candidate.max_rate.expected for candidate in found]
+    assert rates == sorted(rates, reverse=True) and rates[0] > rates[-1] == 0
+    assert not any(candidate.holds for candidate in found)
+    hopeless = [candidate for candidate in found if not candidate.max_rate.expected]
+    excess = [candidate.missed[0].excess for candidate in hopeless]
+    assert len(excess) > 1 and excess == sorted(excess)
+
+
+def test_a_rate_that_no_number_of_gpus_keeps_has_remedies():
+    assert list(remedies(make_plan(question(rate=1e9))))
 
 
 def test_the_reasons_are_those_of_the_best_the_next_and_the_reference():

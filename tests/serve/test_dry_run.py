@@ -13,7 +13,7 @@ from llama_jax.costs.tick_time import TickModel
 from llama_jax.engine.core import Engine
 from llama_jax.engine.latency_targets import largest_chunk
 from llama_jax.engine.options import EngineOptions
-from llama_jax.engine.sizing import TILE
+from llama_jax.ring.sizes import TILE
 from llama_jax.serve.launch import main
 from llama_jax.terminal.units import bytes_text
 from tests.support.paths import DEMO_CHECKPOINT

@@ -1,7 +1,6 @@
 """A report of a plan. Imports no JAX."""
 
 from llama_jax.costs.figure import Band, Evidence, Figure
-from llama_jax.plan.figures import figures
 from llama_jax.plan.json_text import question_json
 from llama_jax.plan.plan import Plan
 from llama_jax.plan.reasons import verdict
@@ -97,17 +96,12 @@ def detail_sections(
       extra: as of `plan_report`.
     """
     best = plan.best
-    seen, deployment = Outlook(best), best.deployment
-    rows = seen.rows
-    context = round(seen.replica.context)
-    work = (rows, context, best.chunk)
-    found = figures(best)
+    seen = Outlook(best)
     return (
-        stage_section(deployment),
-        memory_section(deployment, best.memory.cache, found["temporaries"],
-                       plan.question.targets.memory_share),
-        tick_section(best.replica.model, *work),
-        communication_section(best.replica.model, *work),
+        stage_section(best.deployment),
+        memory_section(best, plan.question.targets.memory_share),
+        tick_section(best),
+        communication_section(best),
         balance_section(plan),
         utilization_section(seen, PROMISED),
         headroom_section(plan),
@@ -118,7 +112,7 @@ def detail_sections(
         risk_section(plan),
         compliance_section(),
         assumptions_section(_assumptions(plan)),
-    )  # fmt: skip
+    )
 
 
 def balance_section(plan: Plan) -> Section:
@@ -152,15 +146,15 @@ def _assumptions(plan: Plan) -> tuple[tuple[str, str], ...]:
         ("lengths", f"{workload.prompt_tokens:,} prompt and {workload.output_tokens:,} output "
                     "tokens"),
         ("weights", question_json(question)["weights"]),
-        ("KV cache", question.kv_cache_dtype),
-        ("memory bandwidth", f"{gpu.bandwidth / 1e12:g} TB/s ({gpu.source})"),
+        ("KV cache", plan.best.deployment.kv_dtype),
+        ("memory bandwidth", f"{gpu.bandwidth / 1e12:g} TB/s ({gpu.source_of('bandwidth')})"),
         ("links", f"{gpu.link_bandwidth / 1e9:g} GB/s in each direction"),
         ("sampling", "greedy; other sampling adds a second, small program to a tick"),
     ]  # fmt: skip
     if question.calibration is None:
         rows.append(("times measured on this machine", "none: `--calibrate` writes them"))
     else:
-        rows.append(("times measured on this machine", f"`{question.calibration}`"))
+        rows.append(("times measured on this machine", question.calibration.source))
     if not can_draw():
         rows.append(("plots", NO_PLOTS))
     return tuple(rows)

@@ -5,13 +5,18 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from rich.console import Console
+
+from llama_jax.costs.deployment import Layout
+from llama_jax.plan.layouts import check_layout
 from llama_jax.plan.plan import Plan
 from llama_jax.plan.report.build import plan_report
-from llama_jax.plan.report.document import Section
+from llama_jax.plan.report.document import Report, Section
 from llama_jax.plan.report.reference import reference_report
 from llama_jax.plan.report.sections.compiled import compiled_section
 from llama_jax.plan.report.sections.simulated import simulate_plan
 from llama_jax.plan.report.writing import check_directory, write
+from llama_jax.terminal.progress import TerminalDisplay
 
 MET, MISSED = 0, 1
 
@@ -33,11 +38,12 @@ def run(arguments: argparse.Namespace, plan: Plan) -> int:
       ReportError: the directory cannot be written.
     """
     check_directory(arguments.report)
-    if _is_alone(arguments):
-        report = reference_report(arguments)
-    else:
-        extra = (compiled_section(plan),) if arguments.compile is not None else ()
-        report = plan_report(plan, simulate_plan(arguments, plan), extra + _asked(arguments, plan))
+    with TerminalDisplay(Console(stderr=True)) as display:
+        if _is_alone(arguments):
+            display.update("reference deployment", 0, 1)
+            report = reference_report(arguments)
+        else:
+            report = _report(arguments, plan, display)
     paths = [str(path) for path in write(report, arguments.report)]
     if arguments.json:
         print(json.dumps({"verdict": report.verdict, "met": report.met, "files": paths}, indent=1))
@@ -45,6 +51,24 @@ def run(arguments: argparse.Namespace, plan: Plan) -> int:
         print(report.verdict)
         print(f"Written: {', '.join(paths)}")
     return MET if report.met else MISSED
+
+
+def _report(arguments: argparse.Namespace, plan: Plan, display: TerminalDisplay) -> Report:
+    """The report of a plan; shows what takes long."""
+    layouts: list[Layout] = []
+    if arguments.compile is not None:
+        layouts = arguments.compile or [plan.best.layout]
+    for layout in layouts:
+        check_layout(plan.question.config, layout)
+    extra: list[Section] = []
+    for number, layout in enumerate(layouts):
+        display.update("compiling", number, len(layouts), layout.mesh)
+        extra.append(compiled_section(plan, layout))
+    display.update("simulating", 0, 1)
+    outcome = simulate_plan(arguments, plan)
+    extra += _asked(arguments, plan)
+    display.update("writing", 0, 1)
+    return plan_report(plan, outcome, tuple(extra))
 
 
 def _asked(arguments: argparse.Namespace, plan: Plan) -> tuple[Section, ...]:

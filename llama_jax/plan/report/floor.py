@@ -4,7 +4,8 @@ from llama_jax.costs.deployment import Deployment
 from llama_jax.costs.figure import Band, Evidence, Figure
 from llama_jax.costs.memory import kv_bytes_per_token, weight_bytes
 from llama_jax.costs.tick_time import TickModel
-from llama_jax.costs.work import TILE, Work
+from llama_jax.costs.work import Work
+from llama_jax.ring.sizes import TILE
 from llama_jax.weights.axes import kv_replicas
 
 SOURCE = "bytes and FLOP at the peak rates of the data sheet, nothing else"
@@ -54,9 +55,9 @@ def flop(deployment: Deployment, tokens: float, pairs: float) -> float:
     return layers * (2 * matrices * tokens + attention) / layout.num_ranks
 
 
-def peak_flops(deployment: Deployment) -> float:
-    """FLOP/s of the products: in bfloat16, since weights in 8 bits are multiplied in it too."""
-    return deployment.gpu.flops["bfloat16"]
+def peak_flops(model: TickModel) -> float:
+    """FLOP/s of the products, in the dtype in which they are multiplied."""
+    return model.deployment.gpu.flops[model.products.dtype]
 
 
 def _prefill(model: TickModel, tokens: int, size: int) -> float:

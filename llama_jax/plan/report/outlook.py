@@ -7,9 +7,9 @@ from functools import cached_property
 
 from llama_jax.costs.figure import Band, Evidence, Figure
 from llama_jax.plan.candidate import Candidate
+from llama_jax.plan.figures import communication, tick_work
 from llama_jax.plan.replica import LEVELS, Replica
 from llama_jax.plan.report.floor import decode_floor, flop, peak_flops, prefill_floor, read_bytes
-from llama_jax.plan.report.sections.ticks import communication_share
 from llama_jax.plan.steady_state import SteadyState
 
 STEADY = "steady state of the ring (llama_jax/plan/steady_state.py) over the times of its ticks"
@@ -102,7 +102,7 @@ class Outlook:
         """The share of the time in which data moves between GPUs."""
         share = self.candidate.state().chunk_share if self.sustained else 1.0
         without, with_chunk = (
-            communication_share(self.replica.model, self.replica.work(self.rows, chunk))
+            communication(self.replica.model, tick_work(self.candidate, chunk))
             for chunk in (0, self.candidate.chunk)
         )
         return _arithmetic(without * (1 - share) + with_chunk * share, "")
@@ -138,11 +138,12 @@ class Outlook:
         keys = read_bytes(deployment, decode._replace(row_keys=rows * replica.context)) - weights
         read = weights + keys + entering * (both - weights)
         pairs = rows * replica.context + prompt * workload.prompt_tokens / 2
+        peak = peak_flops(replica.model)
         return {
             "stages busy": min(1.0, (1 - (1 - entering) * math.exp(-rows)) / running),
             "slots used": min(1.0, (rows + prompt) / slots / running),
             "HBM bandwidth": read / tick / deployment.gpu.bandwidth,
-            "matrix peak": flop(deployment, rows + prompt, pairs) / tick / peak_flops(deployment),
+            "matrix peak": flop(deployment, rows + prompt, pairs) / tick / peak,
         }
 
     def _chunks(self, size: int) -> int:

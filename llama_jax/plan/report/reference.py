@@ -27,7 +27,7 @@ from llama_jax.plan.report.sections.promises import assumptions_section, complia
 from llama_jax.plan.report.sections.server import server_section
 from llama_jax.plan.report.sections.simulated import Outcome, simulate_plan, tails
 from llama_jax.plan.report.utilization import utilization_section
-from llama_jax.plan.targets import Targets, Workload
+from llama_jax.plan.targets import AVAILABILITY, FAULTS_A_MONTH, RESTART, Targets, Workload
 
 MODEL = "llama3-70b"
 LAYOUT = Layout(4, 2)
@@ -38,9 +38,6 @@ LENGTHS = ((128, 128), (1024, 256), (2048, 128), (1000, 1000))
 TYPICAL = (1024, 256)
 CACHE = 20 * 10**9  # bytes of KV cache on each GPU
 CLAIMED_WEIGHTS = 17.5e9
-RESTART = 30.0  # seconds
-AVAILABILITY = 0.999
-MONTH = 30 * 86400
 SIMULATED_SECONDS = 60.0  # in which requests arrive, in each simulation of the rows
 _KEPT = (Verdict.HOLDS, Verdict.LIKELY)
 
@@ -183,7 +180,6 @@ def typical_claims(
     peak = weights + CACHE + memory.temporaries
     balance = balance_figures(planned)
     ttft, tpot, inside = tails(outcome)
-    faults = MONTH * (1 - AVAILABILITY) / RESTART
     return [
         Claim("time to first token", seen.ttft, Limit(0.5), Limit(0.25),
               floor_figure(seen.floor_ttft), ttft),
@@ -210,8 +206,8 @@ def typical_claims(
         Claim("GPU utilization: HBM bandwidth (70–85 % promised)",
               seen.utilization["HBM bandwidth"]),
         Claim(f"faults a month that leave {100 * AVAILABILITY:g} %, at {RESTART:g} s each",
-              Figure(Band.exactly(faults), "faults", Evidence.ARITHMETIC, "30 days × 0.1 % / 30 s; "
-              "one host has no spare: `--simulate` shows what a fault does to requests")),
+              Figure(Band.exactly(FAULTS_A_MONTH), "faults", Evidence.ARITHMETIC, "30 days × 0.1 % "
+              "/ 30 s; one host has no spare: `--simulate` shows what a fault does to requests")),
     ]  # fmt: skip
 
 

@@ -8,10 +8,7 @@ from llama_jax.plan.simulation.replicas import simulate
 from llama_jax.plan.simulation.server import Server
 from llama_jax.plan.simulation.simulated import Simulated
 from llama_jax.plan.simulation.simulation import Outage
-from llama_jax.plan.targets import Targets
-
-MONTH = 30 * 86400.0
-AVAILABILITY = 0.999  # that is asked for
+from llama_jax.plan.targets import AVAILABILITY, MONTH, Targets
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,9 @@ def scenario(arguments: argparse.Namespace, plan: Plan) -> Scenario:
     if options.max_model_len is not None and longest > options.max_model_len:
         room = min(config.max_context, plan.best.memory.tokens)
         options = replace(options, max_model_len=min(longest, room))
+    if load.users is not None:  # the plan is for a rate, which users do not keep
+        each = min(-(-load.users // plan.best.layout.replicas), plan.best.replica.max_live)
+        options = replace(options, max_num_seqs=max(each, options.max_num_seqs or 0))
     return Scenario(plan, options, parsed.max_queue_tokens, load, draw, words)
 
 

@@ -7,7 +7,11 @@ from html.parser import HTMLParser
 import pytest
 
 from llama_jax.plan.__main__ import main
+from llama_jax.plan.command_line import make_parser, read_question
+from llama_jax.plan.json_text import plan_json
+from llama_jax.plan.plan import make_plan
 from llama_jax.plan.report import drawing
+from llama_jax.plan.report.build import plan_report
 from llama_jax.plan.report.json_text import json_text
 from llama_jax.plan.report.reference import reference_report
 from tests.support.browser import chromium, opened
@@ -101,6 +105,30 @@ def test_without_matplotlib_the_report_says_so_and_has_the_numbers(monkeypatch, 
     assert content["sections"]["frontier"]["plots"]["frontier"]["points"]
     assumed = content["sections"]["assumptions"]["tables"]["assumptions"]
     assert any(row["assumed"] == "plots" for row in assumed)
+
+
+def test_the_report_says_what_the_plan_says(monkeypatch):
+    monkeypatch.setattr(drawing, "can_draw", lambda: False)
+    plan = make_plan(read_question(make_parser().parse_args(SMALL)))
+    sections = json.loads(json_text(plan_report(plan, None)))["sections"]
+    found = plan_json(plan)["layouts"][0]["figures"]
+
+    def table(section: str, name: str) -> list[list]:
+        return [list(row.values()) for row in sections[section]["tables"][name]]
+
+    def same(cell: dict, name: str) -> bool:
+        bounds = ("low", "expected", "high")
+        return all(cell[b] == pytest.approx(found[name][b], rel=1e-6) for b in bounds)
+
+    ticks = {row[0]: row[1:] for row in table("ticks", "parts")}
+    for cell, kind in zip(ticks["whole tick"], ("decode", "prefill"), strict=True):
+        assert same(cell, f"{kind} tick")
+    for cell, kind in zip(ticks["communication"], ("decode", "prefill"), strict=True):
+        assert same(cell, f"{kind} tick: communication")
+    targets = {row[0]: row[1] for row in table("targets", "targets")}
+    assert same(targets["time to first token"], "TTFT")
+    assert same(targets["time per output token"], "TPOT")
+    assert same(table("memory", "kv")[0][1], "KV capacity of a replica")
 
 
 @pytest.mark.slow

@@ -48,6 +48,15 @@ def test_a_missed_target_is_an_exit_code(capsys):
     assert code == 1 and found["met"] is False
 
 
+def test_users_find_a_slot_each(capsys):
+    """At a rate that two slots would do for, 40 users do not wait for each other's answers."""
+    arguments = ["--simulate", "--users", "40", "--rate", "0.1", "--output-tokens", "64"]
+    _, found = run(capsys, *arguments)
+    rows = {row["latency"]: row for row in found["sections"]["latencies"]["tables"]["latencies"]}
+    answer = rows["e2e"]["p50"]["expected"] - rows["ttft"]["p50"]["expected"]
+    assert rows["queueing"]["p50"]["expected"] < answer / 4
+
+
 def test_figures_are_bands_that_say_how_they_are_known(capsys):
     code, found = run(capsys, "--simulate")
     rows = found["sections"]["latencies"]["tables"]["latencies"]

@@ -2,6 +2,7 @@
 
 import os
 
+from llama_jax.costs.deployment import Layout
 from llama_jax.costs.figure import Band, Evidence, Figure
 from llama_jax.plan.plan import Plan
 from llama_jax.plan.report.document import Cell, Section, Table
@@ -11,8 +12,8 @@ ARITHMETIC = "shapes (llama_jax/costs/memory.py)"
 COMPILED = "XLA's GPU compiler, without a GPU"
 
 
-def compiled_section(plan: Plan) -> Section:
-    """Compiles the programs of the best layout, and lists bytes, collectives and kernels.
+def compiled_section(plan: Plan, layout: Layout) -> Section:
+    """Compiles the programs of a layout, and lists bytes, collectives and kernels.
 
     Raises:
       UserError: the compiler is missing, or the model does not fit.
@@ -25,13 +26,13 @@ def compiled_section(plan: Plan) -> Section:
     from llama_jax.plan.compiled.checks import differences, missed
     from llama_jax.plan.compiled.deployment import compile_deployment
 
-    best, question = plan.best, plan.question
+    question = plan.question
     options = EngineOptions(
         path=question.model,
-        max_chunk=best.max_chunk,
+        max_chunk=question.candidate(layout).max_chunk,
         gpu_memory_utilization=question.targets.memory_share,
     )
-    found = compile_deployment(best.deployment, options)
+    found = compile_deployment(question.deployment(layout), options)
     memory: list[tuple[Cell, ...]] = [
         (what.replace("_", " "), _compiled(each.compiled, "bytes"),
          counted(each.arithmetic, "bytes", ARITHMETIC), f"{each.bytes:+,} bytes")
@@ -52,8 +53,8 @@ def compiled_section(plan: Plan) -> Section:
         *(problems or ["Nothing is amiss: no copy of weights or cache, no other collectives."]),
     )
     return Section(
-        "compiled",
-        "What the compiler says",
+        f"compiled_{layout.mesh}",
+        f"What the compiler says of {layout.mesh}",
         text,
         (
             Table("memory", ("on each GPU", "compiled", "arithmetic", "difference"), tuple(memory)),

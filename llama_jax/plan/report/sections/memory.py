@@ -2,7 +2,9 @@
 
 from llama_jax.costs.deployment import Deployment
 from llama_jax.costs.figure import Band, Evidence, Figure
-from llama_jax.costs.memory import KINDS, kv_bytes_per_token, weight_bytes
+from llama_jax.costs.memory import KINDS, weight_bytes
+from llama_jax.plan.candidate import Candidate
+from llama_jax.plan.figures import figures
 from llama_jax.plan.report.document import Plot, Section, Table
 from llama_jax.plan.report.drawing import draw, stacked
 from llama_jax.terminal.units import layers_text
@@ -40,18 +42,16 @@ def stage_section(deployment: Deployment) -> Section:
     return Section("stages", "Stage map", tuple(text), (table,))
 
 
-def memory_section(
-    deployment: Deployment, cache: int, temporaries: Figure, share: float | None
-) -> Section:
+def memory_section(candidate: Candidate, share: float | None) -> Section:
     """What fills each GPU.
 
     Args:
-      deployment: what is planned.
-      cache: bytes of the KV cache on each GPU.
-      temporaries: of the largest program, and the state of the ring.
+      candidate: the layout.
       share: of the memory that may be used; None for no limit.
     """
+    deployment, found = candidate.deployment, figures(candidate)
     layout, gpu = deployment.layout, deployment.gpu
+    cache, temporaries = candidate.memory.cache, found["temporaries"]
     rows, bars = [], []
     for stage in range(layout.num_stages):
         kinds = weight_bytes(deployment, stage)
@@ -70,11 +70,7 @@ def memory_section(
             )
         )
         bars += [(layers, outside, cache, temporaries.value.expected)] * layout.num_ranks
-    each = kv_bytes_per_token(deployment)
-    cells = (
-        counted(each, "bytes", "layers of a stage × KV heads of a rank"),
-        counted(cache // each, "tokens", "the cache by the bytes of a token"),
-    )
+    cells = found["KV cache per token"], found["KV capacity of a replica"]
     names = ("layers", "embedding and head", "KV cache", "temporaries")
     gigabytes = {name: [round(bar[i] / 1e9, 6) for bar in bars] for i, name in enumerate(names)}
     limits = {"memory of the GPU": gpu.memory_bytes / 1e9}
@@ -101,7 +97,7 @@ def memory_section(
                 ("GPUs", *names, "total", "share of memory"),
                 tuple(rows),
             ),
-            Table("kv", ("KV cache for each token and GPU", "capacity"), (cells,)),
+            Table("kv", ("KV cache for each token and GPU", "capacity of a replica"), (cells,)),
         ),
         (plot,),
     )

@@ -6,10 +6,10 @@ from llama_jax.plan.headroom import headrooms
 from llama_jax.plan.numbers import amount
 from llama_jax.plan.plan import Plan
 from llama_jax.plan.report.document import Section, Table
+from llama_jax.plan.targets import AVAILABILITY, FAULTS_A_MONTH, RESTART
 
 CLOSE = 1.5  # a limit nearer than this factor is a risk
 FULL = 0.8  # of the pool
-RESTART_SECONDS, AVAILABILITY, MONTH = 30.0, 0.999, 30 * 86400
 
 
 def risk_section(plan: Plan) -> Section:
@@ -44,7 +44,7 @@ def _risks(plan: Plan) -> Iterator[tuple[str, str, str]]:
             yield (
                 f"{what} is close to its limit",
                 f"{each.then or 'the context'} ends it at {amount(each.limit, each.unit)}, "
-                f"{each.factor:.2f} times of now",
+                f"{each.factor:.2f} times the value of this plan",
                 "plan for more, or watch it: docs/alerts.yaml",
             )
     if best.fits and best.kv_needed > FULL * best.memory.tokens:
@@ -53,11 +53,10 @@ def _risks(plan: Plan) -> Iterator[tuple[str, str, str]]:
             f"the load needs {best.kv_needed / best.memory.tokens:.0%} of its tokens",
             "an 8-bit cache (`--kv-cache-dtype`), or more GPUs",
         )
-    faults = MONTH * (1 - AVAILABILITY) / RESTART_SECONDS
     yield (
         "a GPU fails",
         f"all GPUs of a replica stop with it; {question.gpus // best.layout.replicas} of "
         f"{question.gpus} GPUs restart together. {AVAILABILITY:.1%} availability leaves "
-        f"{faults:.0f} restarts of {RESTART_SECONDS:g} s a month",
+        f"{FAULTS_A_MONTH:.0f} restarts of {RESTART:g} s a month",
         "`--simulate` shows what a failure does to requests; a second replica takes its load",
     )

@@ -3,9 +3,11 @@
 Imports no JAX.
 """
 
-from llama_jax.costs.figure import Band, Evidence, Figure
+from llama_jax.costs.figure import Evidence, Figure
 from llama_jax.costs.tick_time import TickModel
 from llama_jax.costs.work import Work
+from llama_jax.plan.candidate import Candidate
+from llama_jax.plan.figures import communication, tick_work
 from llama_jax.plan.report.document import Cell, Plot, Section, Table
 from llama_jax.plan.report.drawing import bands, draw
 from llama_jax.plan.report.quantities import band_text
@@ -13,7 +15,6 @@ from llama_jax.terminal.units import bytes_text, count_text
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # sequences of the whole ring
 CONTEXTS = (512, 2048, 8192)
-COMMUNICATION = "communication"
 PARTS = {
     "products": "matrix products of the layers",
     "small": "small kernels of the layers",
@@ -29,16 +30,12 @@ PURPOSES = {
 }
 
 
-def tick_section(model: TickModel, rows: int, context: int, chunk: int) -> Section:
-    """The parts of a tick without and with a chunk.
-
-    Args:
-      model: of the deployment.
-      rows: decode rows of a packet.
-      context: keys of each.
-      chunk: prompt tokens of a chunk.
-    """
-    works = _works(rows, context, chunk)
+def tick_section(candidate: Candidate) -> Section:
+    """The parts of a tick without and with a chunk, with as many rows as live on average."""
+    model, works = candidate.replica.model, _works(candidate)
+    decode = tick_work(candidate, 0)
+    context = round(candidate.replica.context)
+    live = round(decode.row_keys / context)
     parts = [model.figures(work) for work in works.values()]
     table: list[tuple[Cell, ...]] = [
         (PARTS.get(name, name), *(found[name] for found in parts)) for name in parts[0]
@@ -53,20 +50,21 @@ def tick_section(model: TickModel, rows: int, context: int, chunk: int) -> Secti
         "ticks",
         "Where the time of a tick goes",
         (
-            f"Rows have a context of {context:,} tokens. All stages run in lockstep, so every tick "
-            f"lasts as long as its slowest stage, and each token takes {num_stages} ticks.",
+            f"A packet has {count_text(live, 'live row')} with a context of {context:,} tokens, in "
+            f"a program for {decode.rows}. All stages run in lockstep, so every tick lasts as long "
+            f"as its slowest stage, and each token takes {num_stages} ticks.",
         ),
         (Table("parts", ("", *works), tuple(table)),),
         (_latency_plot(model),),
     )
 
 
-def communication_section(model: TickModel, rows: int, context: int, chunk: int) -> Section:
+def communication_section(candidate: Candidate) -> Section:
     """The collectives of a tick: how many, how large, and their share of the time."""
+    model, works = candidate.replica.model, _works(candidate)
     gpu = model.deployment.gpu
-    works = _works(rows, context, chunk)
     shares = " and ".join(
-        f"{band_text(communication_share(model, work), '')} of a tick with {name}"
+        f"{band_text(communication(model, work), '')} of a tick with {name}"
         for name, work in works.items()
     )
     table: list[tuple[Cell, ...]] = []
@@ -83,8 +81,8 @@ def communication_section(model: TickModel, rows: int, context: int, chunk: int)
         )
     columns = (
         *("for", "collective", "a tick", "GPUs"),
-        *(f"bytes of each, {name}" for name in works),
-        *(f"time of all, {name}" for name in works),
+        *(f"bytes, {name}" for name in works),
+        *(f"time, {name}" for name in works),
     )
     if not table:
         return Section("communication", "Communication", ("One GPU has nothing to send.",))
@@ -93,32 +91,18 @@ def communication_section(model: TickModel, rows: int, context: int, chunk: int)
         "Communication",
         (
             f"Data moves for {shares}. The links carry {gpu.link_bandwidth / 1e9:,.0f} GB/s in "
-            f"each direction ({gpu.source_of('link_bandwidth')}).",
+            f"each direction ({gpu.source_of('link_bandwidth')}). Bytes are those of each "
+            "collective, times those of all together.",
         ),
         (Table("collectives", columns, tuple(table)),),
     )
 
 
-def _works(rows: int, context: int, chunk: int) -> dict[str, Work]:
-    return {
-        count_text(rows, "row"): Work.of(rows, context),
-        f"{count_text(rows, 'row')} + {chunk}": Work.of(rows, context, chunk, context),
-    }
-
-
-def communication_share(model: TickModel, work: Work) -> Band:
-    """The share of a tick in which data moves between GPUs."""
-    parts, whole = model.parts(work), model.seconds(work)
-    moved = parts.get(COMMUNICATION, Band.exactly(0.0))
-    shares = sorted(
-        part / total
-        for part, total in (
-            (moved.low, whole.low),
-            (moved.expected, whole.expected),
-            (moved.high, whole.high),
-        )
-    )
-    return Band(shares[0], moved.expected / whole.expected, shares[2])
+def _works(candidate: Candidate) -> dict[str, Work]:
+    """The work of both kinds of ticks, by what to call them."""
+    works = [tick_work(candidate, chunk) for chunk in (0, candidate.chunk)]
+    rows = count_text(works[0].rows, "row")
+    return dict(zip((rows, f"{rows} + {candidate.chunk}"), works, strict=True))
 
 
 def _latency_plot(model: TickModel) -> Plot:
