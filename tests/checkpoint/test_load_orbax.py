@@ -15,6 +15,7 @@ from llama_jax.checkpoint import open_checkpoint
 from llama_jax.checkpoint.load import load_params
 from sharding.mesh import make_mesh
 from tests.support.conversions import convert_to, refusal, small_pieces
+from tests.support.processes import open_files
 from tests.support.tiny_checkpoint import bits, write_checkpoint
 
 FLOAT32, BFLOAT16 = np.dtype("float32"), jax.numpy.dtype("bfloat16")
@@ -107,7 +108,7 @@ def test_no_file_stays_open(path):
         load(path / "orbax")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert len(os.listdir("/proc/self/fd")) <= len(opened)
+    assert open_files(path) == []
 
 
 @pytest.mark.parametrize(

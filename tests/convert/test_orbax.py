@@ -1,7 +1,6 @@
 """The Orbax layout: other programs read it, slices are exact, and damage is detected."""
 
 import json
-import os
 import shutil
 
 import numpy as np
@@ -27,6 +26,7 @@ from tests.support.conversions import (
     refusal,
     small_pieces,
 )
+from tests.support.processes import open_files
 from tests.support.reference import Request, drive, make_loop
 from tests.support.tiny_checkpoint import bits, read, write_checkpoint
 
@@ -142,9 +142,10 @@ def test_a_reader_fills_arrays_that_are_not_contiguous(converted, source):
 def test_no_file_stays_open(converted):
     """A checkpoint of 70B has 2,300 chunks, and a process may often open no more than 1,024."""
     reader = open_checkpoint(converted)
-    before = len(os.listdir("/proc/self/fd"))
     arrays = [read(reader, name) for name in reader.tensors]
-    assert len(os.listdir("/proc/self/fd")) == before and len(arrays) == 30
+    assert open_files(converted) == [] and len(arrays) == 30
+    with (converted / MANIFEST).open():
+        assert open_files(converted) == [str(converted / MANIFEST)]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Taps cost nothing while nothing is captured: the compiled programs are the same without them.
 
-Each program is compiled as it is, and again with every trace of `tap` and `score_mod` removed.
+Each program is compiled as it is, and again with every trace of `tap` and `score_mod` removed. The
+quick tests use the options of the other tests, the slow ones those of production.
 """
 
 import inspect
@@ -28,6 +29,11 @@ from tests.support.xla_options import PRODUCTION
 
 TOKENS = np.arange(12, dtype=np.int32).reshape(2, 6)
 STEPS = [(Bucket(4, 0), "2x2"), (Bucket(4, 64), "2x2"), (Bucket(1, 0), "1x1")]
+OPTIONS = [
+    pytest.param((), id="cheap"),
+    pytest.param(tuple(PRODUCTION.items()), id="production", marks=pytest.mark.slow),
+]
+Options = tuple[tuple[str, bool | int], ...]
 
 
 def program(text: str) -> str:
@@ -43,29 +49,30 @@ def program(text: str) -> str:
     return re.sub(r"%[\w.-]+", number, text)
 
 
-def forward(llama: Llama) -> str:
+def forward(llama: Llama, options: Options = ()) -> str:
     graph, state = nnx.split(llama)
 
     def run(state: nnx.State, tokens: jax.Array) -> jax.Array:
         return nnx.merge(graph, state)(tokens)
 
-    return program(jax.jit(run).lower(state, jnp.asarray(TOKENS)).compile(PRODUCTION).as_text())
+    lowered = jax.jit(run).lower(state, jnp.asarray(TOKENS))
+    return program(lowered.compile(dict(options)).as_text())
 
 
-def ring(bucket: Bucket, mesh: str) -> str:
-    return program(compile_step(bucket, mesh).as_text())
+def ring(bucket: Bucket, mesh: str, options: Options = ()) -> str:
+    return program(compile_step(bucket, mesh, options=dict(options)).as_text())
 
 
 @cache
-def plain() -> str:
+def plain(options: Options = ()) -> str:
     """The forward pass as it is."""
-    return forward(make_llama())
+    return forward(make_llama(), options)
 
 
 @cache
-def plain_ring(bucket: Bucket, mesh: str) -> str:
+def plain_ring(bucket: Bucket, mesh: str, options: Options = ()) -> str:
     """A step of the ring as it is."""
-    return ring(bucket, mesh)
+    return ring(bucket, mesh, options)
 
 
 def make_llama() -> Llama:
@@ -102,19 +109,21 @@ def strip(monkeypatch):
     return strip
 
 
-def test_the_plain_model(strip):
-    text = plain()
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_plain_model(strip, options):
+    text = plain(options)
     assert text.count("\n") > 100
     strip()
-    assert forward(make_llama()) == text
+    assert forward(make_llama(), options) == text
 
 
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize(("bucket", "mesh"), STEPS, ids=str)
-def test_the_ring(strip, bucket, mesh):
-    text = plain_ring(bucket, mesh)
+def test_the_ring(strip, bucket, mesh, options):
+    text = plain_ring(bucket, mesh, options)
     assert text.count("\n") > 100
     strip()
-    assert ring(bucket, mesh) == text
+    assert ring(bucket, mesh, options) == text
 
 
 def doubled(self, name, value):

@@ -7,6 +7,7 @@ import pytest
 
 from tests.serve.test_disconnect import Connection, until
 from tests.support.fake_client import FakeServer, error_of, ok, user
+from tests.support.virtual_time import advance
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
@@ -41,10 +42,11 @@ def test_a_stream_that_has_begun_ends_with_an_error_event():
     server = FakeServer(max_model_len=10_000)
 
     async def scenario(_):
-        body = {"messages": user("Hi"), "stream": True, "ignore_eos": True, "timeout": 0.3}
+        body = {"messages": user("Hi"), "stream": True, "ignore_eos": True, "timeout": 10}
         connection = Connection(server, body)
         await until(lambda: len(connection.sent) > 5)
         server.engine.hold.clear()
+        advance(10)
         await connection.task
         return b"".join(message.get("body", b"") for message in connection.sent)
 

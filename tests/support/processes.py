@@ -5,7 +5,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -40,6 +40,15 @@ def children(pid: int) -> set[int]:
     """The child processes of all threads of a process."""
     threads = Path(f"/proc/{pid}/task").iterdir()
     return {int(child) for thread in threads for child in _words(thread / "children")}
+
+
+def open_files(folder: Path) -> list[str]:
+    """The files in a folder that this process has open; other tests and threads have others."""
+    targets = []
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            targets.append(os.readlink(link))
+    return sorted(target for target in targets if target.startswith(f"{folder}/"))
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:

@@ -41,8 +41,9 @@ def compile_step(
     config: LlamaConfig = CONFIG,
     dtype: jnp.dtype = jnp.float32,
     cache_dtype: jnp.dtype | None = None,
+    options: dict[str, bool | int] = PRODUCTION,
 ) -> jax.stages.Compiled:
-    """The tick of a bucket, compiled from shapes alone with XLA's own options."""
+    """The tick of a bucket, compiled from shapes alone, by default to the HLO of production."""
     device_mesh = make_mesh(mesh)
     params = param_shapes(config, device_mesh, dtype)
     state = steps.state_shapes(config, device_mesh, SIZES, dtype, cache_dtype)
@@ -51,4 +52,4 @@ def compile_step(
         step = steps.prefill_step(config, device_mesh, SIZES, bucket.rows, bucket.chunk)
     else:
         step = steps.decode_step(config, device_mesh, SIZES, bucket.rows)
-    return step.lower(params, state, packed).compile(PRODUCTION)
+    return step.lower(params, state, packed).compile(options)

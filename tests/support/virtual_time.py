@@ -1,4 +1,8 @@
-"""An event loop whose clock jumps to the next timer: hours pass at once, and to the nanosecond."""
+"""Time in event loops without waiting for it.
+
+The clock of a `VirtualLoop` jumps to the next timer: hours pass at once, and to the nanosecond. That
+of a usual loop, which may wait for sockets and threads, can be moved forward.
+"""
 
 import asyncio
 import selectors
@@ -30,6 +34,13 @@ class _Selector(selectors.SelectSelector):
         assert timeout is not None, "nothing will ever happen"
         self._loop.now += max(0.0, timeout)
         return super().select(0)
+
+
+def advance(seconds: float) -> None:
+    """Moves the clock of the running event loop forward, so that timers are due."""
+    loop = asyncio.get_running_loop()
+    now = loop.time
+    loop.time = lambda: now() + seconds  # type: ignore[method-assign]
 
 
 def run_virtually(main: Coroutine[Any, Any, Any]) -> Any:
