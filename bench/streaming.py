@@ -1,12 +1,16 @@
 """What HTTP streaming costs: a part of `python -m bench engine`.
 
-64 streams run at once, their client in a process of its own, in two measurements:
+64 streams run at once, read by a process of its own (`bench.light_reader`), in two measurements:
 
 - *engine*: the tokens per second of a real model through HTTP, as a share of those that
-  `EngineClient` delivers without HTTP. Both are measured in turn, and the median share counts.
-  The target is 95 %.
+  `EngineClient` delivers without HTTP, for the same requests. Both are measured in pairs, each of
+  them first in every other pair, and the median of the pairs' shares counts. The target is 95 %.
 - *stub*: the tokens per second through the server over an engine without a model, which is never
   the limit. The target is 2,000.
+
+The CPU times per token explain the share: those of the server's process, which holds the engine's
+client, of the reader, and of the engine's client alone. They hardly depend on what else the machine
+does.
 
 Meanwhile a task on the server's event loop wakes up every few milliseconds. The target for the 99th
 percentile of its delays is 50 ms.
@@ -18,10 +22,11 @@ import contextlib
 import json
 import statistics
 import time
-import urllib.parse
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 
+from bench.light_reader import read_streams
 from bench.new_process import command, outcome
 from bench.result import Result, Row, Target
 from llama_jax.client.client import EngineClient
@@ -43,65 +48,50 @@ TARGET_SHARE, TARGET_RATE, TARGET_LAG = 0.95, 2000.0, 0.05
 WAKE_SECONDS = 0.005
 
 
-async def read_stream(address: str, tokens: int) -> int:
-    """Streams one completion over a connection of its own; returns its number of tokens.
+@dataclass(frozen=True)
+class Streamed:
+    """What reading all streams once took.
 
-    It parses no JSON, so that the client takes little of the machine.
+    Attributes:
+      rate: tokens per second of all streams.
+      here: CPU seconds of this process, which runs the server and the engine's client, per token.
+      reader: CPU seconds of the process that reads over HTTP, per token.
     """
-    url = urllib.parse.urlsplit(address)
-    body = json.dumps(
-        {"prompt": [5] * PROMPT_TOKENS, "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
-        | {"stream": True}
-    ).encode()
-    reader, writer = await asyncio.open_connection(url.hostname, url.port)
-    writer.write(
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-        b"Content-Type: application/json\r\n" + b"Content-Length: %d\r\n\r\n" % len(body) + body
-    )
-    events, rest = 0, b""
-    while data := await reader.read(1 << 16):
-        rest += data
-        events += rest.count(b"data: {")
-        rest = rest[-6:]  # shorter than the pattern, so nothing counts twice
-    writer.close()
-    return events
+
+    rate: float
+    here: float
+    reader: float = 0.0
 
 
-async def read_streams(address: str, tokens: int) -> dict[str, float]:
-    """Reads all streams at once: tokens, and seconds from the first request to the last end."""
-    start = time.perf_counter()
-    counts = await asyncio.gather(*(read_stream(address, tokens) for _ in range(STREAMS)))
-    return {"tokens": sum(counts), "seconds": time.perf_counter() - start}
-
-
-def read_all(address: str, tokens: int) -> dict[str, float]:
-    """`read_streams` for the process of the client."""
-    return asyncio.run(read_streams(address, tokens))
-
-
-async def through_http(address: str, tokens: int) -> float:
-    """Tokens per second of all streams, read by another process."""
+async def through_http(address: str, tokens: int) -> Streamed:
+    """Reads all streams over HTTP in another process."""
+    body = {"prompt": [5] * PROMPT_TOKENS, "max_tokens": tokens, "ignore_eos": True}
+    request = json.dumps({**body, "temperature": 0, "stream": True})
+    start = time.process_time()
     client = await asyncio.create_subprocess_exec(
-        *command(read_all, address, tokens), stdout=asyncio.subprocess.PIPE
+        *command(read_streams, address, "/v1/completions", request, STREAMS),
+        stdout=asyncio.subprocess.PIPE,
     )
     output, _ = await client.communicate()
-    result = outcome(output.decode())
-    assert result["tokens"] == STREAMS * tokens, result
-    return float(result["tokens"] / result["seconds"])
+    here = time.process_time() - start
+    result, total = outcome(output.decode()), STREAMS * tokens
+    assert result["events"] == total, result
+    return Streamed(total / result["seconds"], here / total, result["cpu_seconds"] / total)
 
 
-async def through_client(engine: EngineClient, tokens: int) -> float:
-    """Tokens per second of the same requests without HTTP."""
+async def through_client(engine: EngineClient, tokens: int) -> Streamed:
+    """Reads the outputs of the same requests without HTTP."""
     params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
 
     async def read() -> int:
         async with aclosing(engine.generate([5] * PROMPT_TOKENS, params)) as outputs:
             return len([output async for output in outputs])
 
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     counts = await asyncio.gather(*(read() for _ in range(STREAMS)))
-    assert sum(counts) == STREAMS * tokens
-    return float(sum(counts) / (time.perf_counter() - start))
+    seconds, here = time.perf_counter() - start, time.process_time() - cpu_start
+    assert counts == [tokens] * STREAMS
+    return Streamed(sum(counts) / seconds, here / sum(counts))
 
 
 @contextlib.asynccontextmanager
@@ -129,12 +119,21 @@ async def serving(
         await engine.close()
 
 
-async def record_lag(lags: list[float]) -> None:
-    """Appends by how many seconds this task woke up too late, until it is cancelled."""
-    while True:
-        before = time.perf_counter()
-        await asyncio.sleep(WAKE_SECONDS)
-        lags.append(time.perf_counter() - before - WAKE_SECONDS)
+@contextlib.asynccontextmanager
+async def recorded_lag(lags: list[float]) -> AsyncGenerator[None, None]:
+    """Appends, inside the context, by how many seconds a task on the event loop wakes up late."""
+
+    async def record() -> None:
+        while True:
+            before = time.perf_counter()
+            await asyncio.sleep(WAKE_SECONDS)
+            lags.append(time.perf_counter() - before - WAKE_SECONDS)
+
+    task = asyncio.create_task(record())
+    try:
+        yield
+    finally:
+        task.cancel()
 
 
 def percentile_99(values: list[float]) -> float:
@@ -147,39 +146,48 @@ async def measure_engine(tokens: int, repeats: int) -> Row:
     options = EngineOptions(
         path=str(DEMO_CHECKPOINT), max_num_seqs=STREAMS, max_model_len=1024, wait_for_programs=True
     )
-    alone, http, lags = list[float](), list[float](), list[float]()
+    alone, http, lags = list[Streamed](), list[Streamed](), list[float]()
     async with serving(options, ENGINE_COMMAND) as (engine, address):
         await through_client(engine, 8)
         await through_http(address, 8)
-        for _ in range(repeats):
-            alone.append(await through_client(engine, tokens))
-            lag = asyncio.create_task(record_lag(lags))
-            http.append(await through_http(address, tokens))
-            lag.cancel()
+        for number in range(repeats):
+            for over_http in (number % 2 == 1, number % 2 == 0):
+                if over_http:
+                    async with recorded_lag(lags):
+                        http.append(await through_http(address, tokens))
+                else:
+                    async with recorded_lag([]):
+                        alone.append(await through_client(engine, tokens))
+    shares = sorted(h.rate / a.rate for h, a in zip(http, alone, strict=True))
     return {
         "streams over": "the demo checkpoint",
-        "through HTTP": statistics.median(http),
-        "engine's client": statistics.median(alone),
-        "share": statistics.median(h / a for h, a in zip(http, alone, strict=True)),
-        "loop late, p99": percentile_99(lags),
+        **figures(http, lags),
+        "engine's client": statistics.median(each.rate for each in alone),
+        "its CPU": 1e6 * statistics.median(each.here for each in alone),
+        "share": statistics.median(shares),
+        "least share": shares[0],
+        "greatest share": shares[-1],
     }
 
 
 async def measure_stub(tokens: int, repeats: int) -> Row:
     """The rate through the server over an engine that is never the limit."""
-    lags, rates = list[float](), []
+    lags, http = list[float](), list[Streamed]()
     options = EngineOptions(path="fake", max_num_seqs=STREAMS)
     async with serving(options, FAKE) as (_, address):
         await through_http(address, 8)
         for _ in range(repeats):
-            lag = asyncio.create_task(record_lag(lags))
-            rates.append(await through_http(address, tokens))
-            lag.cancel()
+            async with recorded_lag(lags):
+                http.append(await through_http(address, tokens))
+    return {"streams over": "an engine without a model", **figures(http, lags)}
+
+
+def figures(http: Sequence[Streamed], lags: list[float]) -> Row:
+    """What a row says about HTTP."""
     return {
-        "streams over": "an engine without a model",
-        "through HTTP": statistics.median(rates),
-        "engine's client": None,
-        "share": None,
+        "through HTTP": statistics.median(each.rate for each in http),
+        "server's CPU": 1e6 * statistics.median(each.here for each in http),
+        "reader's CPU": 1e6 * statistics.median(each.reader for each in http),
         "loop late, p99": percentile_99(lags),
     }
 
@@ -200,9 +208,14 @@ def run(args: argparse.Namespace) -> Result:
         packages=("jax", "starlette", "uvicorn", "h11"),
         units={
             "through HTTP": "tokens/s",
-            "engine's client": "tokens/s",
-            "share": "",
+            "server's CPU": "µs/token",
+            "reader's CPU": "µs/token",
             "loop late, p99": "s",
+            "engine's client": "tokens/s",
+            "its CPU": "µs/token",
+            "share": "",
+            "least share": "",
+            "greatest share": "",
         },
         rows=[stub, engine],
         targets=[

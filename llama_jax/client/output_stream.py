@@ -36,7 +36,8 @@ class OutputStream:
         self._queue_seconds: float | None = None
         self._prompt_logprobs: PromptLogprobs | None = None  # until they are read
         self._end: Output | StreamError | None = None
-        self._changed = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None  # of the reader
+        self._waiting: asyncio.Future[None] | None = None
 
     def put(self, output: Output) -> None:
         """Adds an output. One with a finish reason is the last."""
@@ -52,12 +53,12 @@ class OutputStream:
                 self._logprobs.append(_ENCODE(output.logprobs))
         else:
             self._end = output
-        self._changed.set()
+        self._wake()
 
     def fail(self, error: StreamError) -> None:
         """Ends the stream with an error, which is raised after the outputs before it are read."""
         self._end = error
-        self._changed.set()
+        self._wake()
 
     async def get(self) -> Output:
         """Waits for the next output and removes it. For one reader, and not beyond the end.
@@ -66,8 +67,10 @@ class OutputStream:
           EngineDead, RequestTimeout: the stream ended with this error.
         """
         while self._read == len(self._tokens) and self._end is None:
-            self._changed.clear()
-            await self._changed.wait()
+            # An `asyncio.Event` would ask for the running loop, which is a system call, each time.
+            self._loop = self._loop or asyncio.get_running_loop()
+            self._waiting = self._loop.create_future()
+            await self._waiting
         if self._read < len(self._tokens):
             token = self._tokens[self._read]
             logprobs = _DECODE(self._logprobs[self._read]) if self._logprobs else None
@@ -88,6 +91,10 @@ class OutputStream:
         if isinstance(self._end, Exception):
             raise self._end
         return self._end
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
 
 class OpenStreams:

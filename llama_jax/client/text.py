@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import GenerationFailed, RequestError
@@ -11,8 +11,7 @@ from llama_jax.text.detokenizer import Detokenizer
 from llama_jax.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
+class TextDelta(NamedTuple):
     """One token and the text that it completes.
 
     Attributes:

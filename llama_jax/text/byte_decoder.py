@@ -25,20 +25,20 @@ class ByteDecoder:
     """Decodes one text; bytes that are not UTF-8 become U+FFFD."""
 
     def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._unfinished = b""  # the beginning of a character
         self._held: Ambiguous | None = None  # its bytes begin a character, so the next one decides
 
     def push(self, token: bytes | Ambiguous) -> str:
         """Adds a token and returns the text that is now certain, which may be empty."""
         data = token if isinstance(token, bytes) else token.data
-        text = self._release(data) if data else ""
+        text = self._release(data) if data and self._held is not None else ""
         if isinstance(token, bytes):
-            return text + self._decoder.decode(token)
-        fits = self._decode(token.data)
+            return text + self._decode(token)
+        fits = self._decoded(token.data)
         if fits is None or any(_is_control(character) for character in fits):
             return text + self._as_text(token)
         if fits:
-            return text + self._decoder.decode(token.data)
+            return text + self._decode(token.data)
         self._held = token
         return text
 
@@ -46,28 +46,33 @@ class ByteDecoder:
         """Returns the text held back, after the last token."""
         text = "" if self._held is None else self._as_text(self._held)
         self._held = None
-        return text + self._decoder.decode(b"", final=True)
+        return text + self._decode(b"", final=True)
 
     def _release(self, following: bytes) -> str:
         """Decodes the token held back, now that the bytes after it are known."""
         held, self._held = self._held, None
-        if held is None:
-            return ""
-        if self._decode(held.data + following[:1]) is None:
+        assert held is not None
+        if self._decoded(held.data + following[:1]) is None:
             return self._as_text(held)
-        return self._decoder.decode(held.data)
+        return self._decode(held.data)
 
     def _as_text(self, token: Ambiguous) -> str:
-        unfinished = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return unfinished + token.text
+        return self._decode(b"", final=True) + token.text
 
-    def _decode(self, data: bytes) -> str | None:
+    def _decode(self, data: bytes, final: bool = False) -> str:
+        """Decodes bytes, and keeps the beginning of a character that they end in.
+
+        As an incremental decoder of `codecs`, but with one call of a function for each token.
+        """
+        data = self._unfinished + data
+        text, used = codecs.utf_8_decode(data, "replace", final)
+        self._unfinished = data[used:]
+        return text
+
+    def _decoded(self, data: bytes) -> str | None:
         """Returns what `data` would complete; None if it is not UTF-8 after the bytes so far."""
-        strict = codecs.getincrementaldecoder("utf-8")("strict")
-        strict.setstate(self._decoder.getstate())
         try:
-            return strict.decode(data)
+            return codecs.utf_8_decode(self._unfinished + data, "strict", False)[0]
         except UnicodeDecodeError:
             return None
 

@@ -98,6 +98,8 @@ class Detokenizer:
         return self._advance(self._decoder.finish(), final=True)
 
     def _advance(self, new: str, final: bool) -> str:
+        if not self._stop:
+            return new
         if self.stopped:
             return ""
         text = self._withheld + new

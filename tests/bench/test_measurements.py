@@ -50,7 +50,10 @@ def test_engine(tmp_path):
     sizes = ("--ticks", "20", "--tokens", "8", "--repeats", "1")
     found = measured(tmp_path, "engine", "--parts", "host", "http", *sizes)
     assert [row.get("requests") for row in found.rows[:2]] == ["greedy", "sampled"]
-    assert 0 < found.rows[3]["share"] and found.rows[2]["share"] is None
+    stub, engine = found.rows[2:]
+    assert 0 < engine["least share"] <= engine["share"] <= engine["greatest share"]
+    assert all(row["server's CPU"] > 0 and row["reader's CPU"] > 0 for row in (stub, engine))
+    assert engine["its CPU"] < engine["server's CPU"] and "share" not in stub
     assert {"jax", "starlette"} <= set(found.versions) and len(found.targets) == 5
 
 

@@ -33,4 +33,5 @@ class Pausing:
                 self._engine.hold.clear()
 
         self._engine.hold.clear()
+        scope.pop("extensions", None)  # the shortcut past `send`
         await self._app(scope, receive, watch)

@@ -3,14 +3,14 @@
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from llama_jax.client.text import detokenizer_for, read_text
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.interface import TokenLogprobs
 from llama_jax.engine.prompt_logprobs import PromptLogprobs
 from llama_jax.serve.generation.admission import Place
-from llama_jax.serve.generation.tool_use import ParsedDelta, ToolUse, parse_delta, tag_marks
+from llama_jax.serve.generation.tool_use import ToolUse, parse_delta, tag_marks
 from llama_jax.serve.protocol.response_types import AnswerEnd
 from llama_jax.serve.served_model import ServedModel
 from llama_jax.text.tool_calls import CallDelta
@@ -18,8 +18,7 @@ from llama_jax.text.tool_calls import CallDelta
 MERGE_AHEAD = 16
 
 
-@dataclass(frozen=True, slots=True)
-class ChoiceDelta:
+class ChoiceDelta(NamedTuple):
     """The text that one token adds to one choice.
 
     Attributes:
@@ -87,27 +86,29 @@ async def generate_choice(
                 async for delta in deltas:
                     tokens += 1
                     timer.note(delta.output)
-                    parsed = ParsedDelta(delta.text, (), delta.finish_reason)
+                    token, text, reason, output = delta
+                    calls: Sequence[CallDelta] = ()
+                    end: AnswerEnd | None = reason
                     if parser is not None:
-                        parsed = parse_delta(parser, delta)
-                    if parsed.finish_reason is not None:
-                        timer.finish(delta.finish_reason or "stop")
+                        text, calls, end = parse_delta(parser, delta)
+                    if end is not None:
+                        timer.finish(reason or "stop")
                     yield ChoiceDelta(
                         choice,
-                        parsed.text,
-                        delta.token,
+                        text,
+                        token,
                         tokens,
-                        parsed.finish_reason,
-                        delta.output.logprobs,
-                        delta.output.cached_tokens,
-                        delta.output.prompt_logprobs,
-                        parsed.calls,
+                        end,
+                        output.logprobs,
+                        output.cached_tokens,
+                        output.prompt_logprobs,
+                        calls,
                     )
-                    if parsed.finish_reason is not None:
+                    if end is not None:
                         return
 
 
-async def merge(
+def merge(
     streams: Sequence[AsyncGenerator[ChoiceDelta, None]],
 ) -> AsyncGenerator[ChoiceDelta, None]:
     """Yields the deltas of several choices as they arrive. Closes all streams at its end.
@@ -117,11 +118,12 @@ async def merge(
     Raises:
       The first error that any stream raises.
     """
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as only:
-            async for delta in only:
-                yield delta
-        return
+    return streams[0] if len(streams) == 1 else _merge(streams)
+
+
+async def _merge(
+    streams: Sequence[AsyncGenerator[ChoiceDelta, None]],
+) -> AsyncGenerator[ChoiceDelta, None]:
     arrived: asyncio.Queue[ChoiceDelta | Exception | None] = asyncio.Queue(MERGE_AHEAD)
 
     async def pump(stream: AsyncGenerator[ChoiceDelta, None]) -> None:

@@ -45,17 +45,16 @@ class CompletionFormat:
     ) -> CompletionChoice:
         """An entry of `choices`; `offsets` follows the text up to it, if it does not begin here."""
         assert not calls and reason != "tool_calls", "a completion has no tools"
-        offsets = offsets or self._new_offsets()
-        return {
-            "index": index,
-            "text": text,
-            "logprobs": completion_logprobs(self._names, logprobs, offsets) if logprobs else None,
-            "finish_reason": reason,
-        }
+        shown = None
+        if logprobs:
+            shown = completion_logprobs(self._names, logprobs, offsets or self._new_offsets())
+        return {"index": index, "text": text, "logprobs": shown, "finish_reason": reason}
 
     def chunk(self, delta: ChoiceDelta, offset: int | None) -> CompletionChoice:
         """An entry of `choices` in a stream, which looks the same."""
-        logprobs = [] if delta.logprobs is None else [(delta.token, delta.logprobs)]
+        if delta.logprobs is None:
+            return self.whole(delta.choice, delta.text, delta.finish_reason, ())
+        logprobs = [(delta.token, delta.logprobs)]
         if delta.choice not in self._offsets:
             self._offsets[delta.choice] = self._new_offsets(offset or 0)
         offsets = self._offsets[delta.choice]

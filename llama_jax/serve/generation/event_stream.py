@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -11,9 +11,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from llama_jax.serve.generation.choices import ChoiceDelta
+from llama_jax.serve.transport.chunk_writer import WriteChunk, chunk_writer
 from llama_jax.serve.transport.interrupt import Interrupted, disconnected, unless
 
 KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which clients skip
+_ENCODE = msgspec.json.Encoder().encode
 
 
 class StartedDeltas:
@@ -47,10 +49,11 @@ class StartedDeltas:
     def __aiter__(self) -> "StartedDeltas":
         return self
 
-    async def __anext__(self) -> ChoiceDelta:
-        if self._first is None:
-            return await anext(self._deltas)
-        delta = await self._first
+    def __anext__(self) -> Awaitable[ChoiceDelta]:
+        return anext(self._deltas) if self._first is None else self._take_first(self._first)
+
+    async def _take_first(self, first: asyncio.Task[ChoiceDelta]) -> ChoiceDelta:
+        delta = await first
         self._first = None
         return delta
 
@@ -93,14 +96,14 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the events."""
         try:
-            await unless(disconnected(receive), self._send(send))
+            await unless(disconnected(receive), self._send(send, chunk_writer(scope)))
         except (Interrupted, OSError):  # `send` may raise OSError after a disconnect
             pass
         finally:
             await self._events.aclose()
             await self._source.aclose()
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, write: WriteChunk) -> None:
         clock = asyncio.get_running_loop().time
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         # A stream that starts without a token has been silent for long enough already.
@@ -108,9 +111,10 @@ class EventStream(Response):
         comments = asyncio.create_task(self._send_comments(send))
         try:
             async for event in self._events:
-                self._sending = True
-                await send(_body(event))
-                self._sending = False
+                if not write(event):
+                    self._sending = True
+                    await send(_body(event))
+                    self._sending = False
                 self._last_sent = clock()
         finally:
             comments.cancel()
@@ -139,7 +143,19 @@ class EventStream(Response):
 def sse_event(data: Any, name: str | None = None) -> bytes:
     """Returns one event: a line with its name, if it has one, a line of JSON and an empty line."""
     head = b"" if name is None else b"event: " + name.encode() + b"\n"
-    return head + b"data: " + msgspec.json.encode(data) + b"\n\n"
+    return head + b"data: " + _ENCODE(data) + b"\n\n"
+
+
+class ChunkEvents:
+    """Makes the events of chunks that differ in one entry of `choices` only."""
+
+    def __init__(self, head: Mapping[str, object]) -> None:
+        """Encodes what all of them have in common."""
+        self._begin = b"data: " + _ENCODE({**head, "choices": []})[:-2]
+
+    def event(self, entry: Mapping[str, object]) -> bytes:
+        """The event of a chunk with this entry."""
+        return b"%b%b]}\n\n" % (self._begin, _ENCODE(entry))
 
 
 def _body(data: bytes) -> dict[str, Any]:

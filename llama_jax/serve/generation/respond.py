@@ -17,7 +17,12 @@ from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.serve.errors import answer_too_long, as_api_error, prompt_too_long
 from llama_jax.serve.generation.best_choices import BestChoices
 from llama_jax.serve.generation.choices import ChoiceDelta, generate_choice, merge
-from llama_jax.serve.generation.event_stream import EventStream, StartedDeltas, sse_event
+from llama_jax.serve.generation.event_stream import (
+    ChunkEvents,
+    EventStream,
+    StartedDeltas,
+    sse_event,
+)
 from llama_jax.serve.generation.logprobs import TokenWithLogprobs
 from llama_jax.serve.generation.shown_prompts import ShownPrompts
 from llama_jax.serve.generation.tool_use import ToolUse
@@ -301,8 +306,11 @@ async def _events(
     every, last = job.options.continuous_usage_stats, job.options.include_usage
     # OpenAI sends usage: null in every chunk before the usage.
     head = {**head, "usage": None} if last or every else head
+    alike = None if every or job.token_ids else ChunkEvents(head)
 
     def chunk(index: int, entry: Mapping[str, object], tokens: list[int], first: bool) -> bytes:
+        if alike is not None:
+            return alike.event(entry)
         body = {**head, "choices": [{**entry}]}
         if job.token_ids:
             _add_token_ids(job, body, index, index, tokens, first)

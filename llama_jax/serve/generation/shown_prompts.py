@@ -5,7 +5,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -141,8 +141,8 @@ class ShownPrompts:
 
     def _shown(self, delta: ChoiceDelta, scores: PromptLogprobs | None) -> ChoiceDelta:
         if not self.answer:
-            delta = replace(delta, text="", tokens=0, finish_reason="length", logprobs=None)
-        return replace(delta, prompt_logprobs=scores)
+            delta = delta._replace(text="", tokens=0, finish_reason="length", logprobs=None)
+        return delta._replace(prompt_logprobs=scores)
 
     def _encoded(self, prompt: int, scores: PromptLogprobs) -> msgspec.Raw:
         """Encodes `prompt_logprobs` in the shape of vLLM, a part at a time."""

@@ -11,9 +11,10 @@ from http import HTTPStatus
 from typing import Any
 
 import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from llama_jax.serve.errors import ApiError
+from llama_jax.serve.transport.chunk_writer import EXTENSION, WRITE, WriteChunk
 from llama_jax.serve.transport.front import REQUEST_ID_HEADER, new_request_id
 from llama_jax.serve.transport.write_deadline import WriteDeadline
 
@@ -67,8 +68,23 @@ class HttpProtocol(WriteDeadline, H11Protocol):
 
     def handle_events(self) -> None:
         """Handles what has been parsed. Uvicorn calls it for new data and after a response."""
+        before = self.cycle
         super().handle_events()
+        if self.cycle is not None and self.cycle is not before:  # a request, which runs later
+            self.scope["extensions"] = {EXTENSION: {WRITE: self._chunk_writer(self.cycle)}}
         self._limit_wait()
+
+    def _chunk_writer(self, cycle: RequestResponseCycle) -> WriteChunk:
+        """The shortcut to this connection for the answer to one request."""
+
+        def write(data: bytes) -> bool:
+            if self.flow.write_paused or cycle.disconnected or not self.conn.sends_chunks:
+                return False
+            if data:  # an empty chunk is the end of a body
+                self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+            return True
+
+        return write
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Handles the end of the input; returns whether the connection stays open.
@@ -173,6 +189,7 @@ class _Connection(h11.Connection):
         super().__init__(h11.SERVER, MAX_HEADER_BYTES)
         self.error: h11.RemoteProtocolError | None = None
         self._chunks = 0
+        self._chunked = False  # the latest response
 
     def next_event(self) -> Any:
         """Returns the next event."""
@@ -189,6 +206,18 @@ class _Connection(h11.Connection):
             self.error = error
             raise
         return event
+
+    def send(self, event: Any) -> Any:
+        """Returns the bytes of an event."""
+        output = super().send(event)
+        if isinstance(event, h11.Response):
+            self._chunked = b"\r\nTransfer-Encoding: chunked\r\n" in output
+        return output
+
+    @property
+    def sends_chunks(self) -> bool:
+        """Whether the body of a response is being sent, in chunks."""
+        return self._chunked and self.our_state is h11.SEND_BODY
 
 
 def _with_path(request: h11.Request) -> h11.Request:
