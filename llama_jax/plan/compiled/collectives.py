@@ -100,8 +100,9 @@ def _kind(instruction: Instruction) -> str | None:
 
 def _payload(kind: str, shape: str) -> int:
     sizes = array_bytes(shape)
-    if kind == "all-reduce":
-        return sum(sizes)  # several arrays, if XLA has combined them
+    if kind == "all-reduce":  # of several arrays, if XLA has combined them
+        # From jax 0.11 on, the shape of a start is ((operands), results), and both are as large.
+        return sum(sizes) // (2 if shape.startswith("((") else 1)
     return max(sizes)  # the start of another also has its operand
 
 

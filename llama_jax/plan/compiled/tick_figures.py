@@ -171,7 +171,7 @@ def kernels_per_layer(moved: list[Kernel]) -> float:
     """
     count: Counter[str] = Counter()
     for kernel in moved:
-        if not kernel.name.startswith(tuple(COLLECTIVES)):
+        if kernel.opcode.removesuffix("-start") not in COLLECTIVES:
             count.update(part for part in kernel.op_name.split("/") if part.startswith("layer_"))
     return statistics.median(count.values()) if count else 0
 
