@@ -47,7 +47,13 @@ def unsupported(q: Any, k_pages: Any, v_pages: Any) -> str | None:
     return None
 
 
-def choose_splits(blocks: int, max_keys: int, num_cores: int) -> int:
+def choose_splits(
+    blocks: int,
+    max_keys: int,
+    num_cores: int,
+    blocks_per_core: int = BLOCKS_PER_CORE,
+    most_to_fill: int = MAX_SPLITS,
+) -> int:
     """Into how many shares to split the keys. Unmeasured: it follows from the sizes alone.
 
     Enough to fill the GPU, and enough that a long sequence among short ones does not run alone for
@@ -57,15 +63,17 @@ def choose_splits(blocks: int, max_keys: int, num_cores: int) -> int:
       blocks: thread blocks without a split.
       max_keys: capacity of a page table, in tokens.
       num_cores: multiprocessors of the GPU.
+      blocks_per_core: thread blocks that keep a multiprocessor busy.
+      most_to_fill: shares that filling the GPU is worth.
     """
-    to_fill = BLOCKS_PER_CORE * num_cores // max(1, blocks)
+    to_fill = min(blocks_per_core * num_cores // max(1, blocks), most_to_fill)
     for_length = -(-max_keys // MAX_KEYS_PER_SPLIT)
     most = -(-max_keys // MIN_KEYS_PER_SPLIT)
     return max(1, min(max(to_fill, for_length), most, MAX_SPLITS))
 
 
 # Jitted, so that the layers of a program share one copy: lowering it takes 2 s.
-@partial(jax.jit, static_argnames=("num_cores", "splits", "interpret"))
+@partial(jax.jit, static_argnames=("num_cores", "max_filling_splits", "splits", "interpret"))
 def hopper_attention(
     q: jax.Array,
     k_pages: jax.Array,
@@ -77,6 +85,7 @@ def hopper_attention(
     v_scale: jax.Array | None = None,
     *,
     num_cores: int = 132,
+    max_filling_splits: int = MAX_SPLITS,
     splits: int | None = None,
     interpret: Any = None,
 ) -> jax.Array:
@@ -97,6 +106,7 @@ def hopper_attention(
       k_scale, v_scale: `[K, num_pages, page_size]` float32, what to multiply each key and value
         by; both or neither.
       num_cores: multiprocessors of the GPU.
+      max_filling_splits: shares of the keys that filling the GPU is worth.
       splits: shares of the keys; None for `choose_splits`.
       interpret: for tests, the parameters of Mosaic's interpret mode.
 
@@ -112,7 +122,10 @@ def hopper_attention(
     row_blocks = -(-rows // ROWS)
     if splits is None:
         max_keys = page_table.shape[1] * page_size
-        splits = choose_splits(batch * num_kv_heads * row_blocks, max_keys, num_cores)
+        # Blocks without padding compute more than they wait for memory: one is enough.
+        per_core = BLOCKS_PER_CORE if real_rows < ROWS else 1
+        blocks = batch * num_kv_heads * row_blocks
+        splits = choose_splits(blocks, max_keys, num_cores, per_core, max_filling_splits)
     # Hopper converts float8_e4m3fn to float16, not to bfloat16. Every int8 is a bfloat16.
     fp8 = k_pages.dtype == jnp.float8_e4m3fn
     dtype = jnp.dtype(jnp.float16) if fp8 else q.dtype

@@ -71,3 +71,21 @@ def row_scale(matrix: np.ndarray, maximum: int) -> np.ndarray:
     largest = np.abs(matrix).max(axis=-1)
     # Not zero, even if the row is zero or so small that the division underflows.
     return np.maximum(largest / np.float32(maximum), np.finfo(np.float32).tiny)
+
+
+def linear_by_row(x: Any, values: Any, scale: Any) -> Any:
+    """Multiplies x by the transpose of `values · scale`, where each row of values has one scale.
+
+    The product is float32 until it is scaled: only so does XLA:GPU scale it in the same kernel.
+
+    Args:
+      x: [..., in].
+      values: [out, in], exact in the dtype of `x`.
+      scale: float32 [out].
+
+    Returns:
+      [..., out] in the dtype of `x`.
+    """
+    matmul = x.__array_namespace__().matmul
+    product = matmul(x, values.astype(x.dtype).mT, preferred_element_type=np.float32)
+    return (product * scale).astype(x.dtype)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Self
 import ml_dtypes
 import numpy as np
 
-from llama_jax.quantization.format import Part, row_scale
+from llama_jax.quantization.format import Part, linear_by_row, row_scale
 
 _MAX = 448  # the largest float8_e4m3fn
 _RELATIVE = 2.0**-4  # half the spacing of numbers with three mantissa bits
@@ -42,8 +42,7 @@ class Fp8(NamedTuple):
 
     def linear(self, x: Any) -> Any:
         """x [..., in] -> [..., out]. Scales last: e4m3 values are exact in bfloat16."""
-        product = x @ self.values.astype(x.dtype).mT
-        return (product * self.scale).astype(x.dtype)
+        return linear_by_row(x, self.values, self.scale)
 
     @classmethod
     def error_bound(cls, matrix: np.ndarray, group: int) -> np.ndarray:

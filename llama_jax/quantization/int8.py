@@ -4,7 +4,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from llama_jax.quantization.format import Part, row_scale
+from llama_jax.quantization.format import Part, linear_by_row, row_scale
 
 _MAX = 127  # -128 is not used, so that the range is symmetric
 _ROUNDING = 1e-4  # error of the float32 arithmetic, in steps
@@ -38,8 +38,7 @@ class Int8(NamedTuple):
 
     def linear(self, x: Any) -> Any:
         """x [..., in] -> [..., out]. Scales last: int8 values are exact in bfloat16."""
-        product = x @ self.values.astype(x.dtype).mT
-        return (product * self.scale).astype(x.dtype)
+        return linear_by_row(x, self.values, self.scale)
 
     @classmethod
     def error_bound(cls, matrix: np.ndarray, group: int) -> np.ndarray:

@@ -15,12 +15,15 @@ from jax.sharding import Mesh
 
 from llama_jax.model import Attention, Llama
 from llama_jax.model.attention import KEY_BLOCK, QUERY_BLOCK, ScoreMod, no_score_mod
+from llama_jax.ring.sizes import Bucket
 from sharding.errors import UserError
 
 AUTO, PLAIN, HOPPER = "auto", "plain", "hopper"
 # XLA:GPU waits for the host in every iteration of a loop whose length it does not know, so there
 # should be few, at the price of keys that only the longest sequence has. Unmeasured.
 GPU_BLOCKS = (1024, 512)  # keys, queries
+# Shares of the keys that XLA merges in the kernel that follows. Of more it makes a kernel before.
+FEW_SPLITS = 8
 
 # (q, k_pages, v_pages, page_table, positions, lengths, score_mod, first_head,
 #  k_scale, v_scale) -> output, as for `paged_attention`
@@ -42,13 +45,14 @@ class AttentionBackend(NamedTuple):
     key_block: int = KEY_BLOCK
     query_block: int = QUERY_BLOCK
 
-    def attend(self, plain: AttendToPages) -> AttendToPages:
+    def attend(self, plain: AttendToPages, bucket: Bucket) -> AttendToPages:
         """Returns the kernel where it can run, and elsewhere `plain`; both are called alike."""
-        return lambda *args: self._attend(plain, *args)
+        return lambda *args: self._attend(plain, bucket, *args)
 
     def _attend(
         self,
         plain: AttendToPages,
+        bucket: Bucket,
         q: jax.Array,
         k_pages: jax.Array,
         v_pages: jax.Array,
@@ -66,7 +70,10 @@ class AttentionBackend(NamedTuple):
             reason = _changes_scores(score_mod) or unsupported(q, k_pages, v_pages)
             if reason is None:
                 scales = rest[1:]  # after the first head, which only `score_mod` needs
-                return hopper_attention(*pages, *scales, num_cores=self.num_cores)
+                # The time of a tick with a chunk is that of its products: it can spare the GPU's
+                # full width for a few rows, but not a kernel more in every layer.
+                few = {"max_filling_splits": FEW_SPLITS} if bucket.chunk else {}
+                return hopper_attention(*pages, *scales, num_cores=self.num_cores, **few)
             if self.name == HOPPER:
                 raise _cannot_run(reason)
             _say_once(reason)

@@ -35,6 +35,7 @@ class Program(NamedTuple):
       bucket: rows and chunk of this program.
       model_class: `Llama` or a subclass, whose layers and sampler run.
       attention: over the KV cache.
+      token_multiple: of which layers compute a multiple, from `token_multiple`.
     """
 
     config: LlamaConfig
@@ -42,6 +43,25 @@ class Program(NamedTuple):
     bucket: Bucket
     model_class: type[Llama]
     attention: AttentionBackend = AttentionBackend()
+    token_multiple: int = 1
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the rows and tokens of a packet."""
+        return self.bucket.rows + self.bucket.chunk
+
+    @property
+    def num_padding(self) -> int:
+        """Tokens after those of a packet, so that the layers compute a multiple."""
+        return -self.num_tokens % self.token_multiple
+
+
+def token_multiple(platform: str, bucket: Bucket) -> int:
+    """The number of tokens of which the layers of a program compute a multiple.
+
+    Without it, cuBLAS has XLA copy the inputs and outputs of every product, to multiples of 8.
+    """
+    return 8 if platform == "gpu" and bucket.chunk else 1
 
 
 class PagedAttend:
@@ -75,14 +95,14 @@ class PagedAttend:
     def __call__(
         self, q: jax.Array, k: jax.Array, v: jax.Array, *, score_mod: ScoreMod, tap: Tap
     ) -> jax.Array:
-        """q `[N, H, h]`, k and v `[N, K, h]` -> `[N, H, h]`.
+        """q `[N', H, h]`, k and v `[N', K, h]` -> `[N', H, h]`, where N' counts the padding.
 
         Does not tap the attention weights, since `paged_attention` never materializes them.
         """
         where = (self._locations.page, self._locations.offset)
         self.k_pages, self.k_scale = kv_cache.write_scaled(self.k_pages, self.k_scale, k, *where)
         self.v_pages, self.v_scale = kv_cache.write_scaled(self.v_pages, self.v_scale, v, *where)
-        attend = self._program.attention.attend(paged_attention)
+        attend = self._program.attention.attend(paged_attention, self._program.bucket)
         return self._by_segment(
             q,
             lambda q, tables, positions, lengths: attend(
@@ -95,25 +115,29 @@ class PagedAttend:
         """Calls `attend` for the rows (one query each) and for the tiles (`tile` queries each).
 
         Args:
-          q: `[N, H, h]`.
+          q: `[N', H, h]`, padding included.
           attend: (queries `[B, T, H, h]`, page tables, positions, lengths) -> `[B, T, ...]`.
 
         Returns:
-          `[N, ...]`.
+          `[N', ...]`, zeros for the padding.
         """
         out = []
-        num_rows, tile = self._program.bucket.rows, self._program.sizes.tile
-        for part, width in ((slice(num_rows), 1), (slice(num_rows, None), tile)):
-            lengths = self._segments[part, LENGTH]
-            if lengths.size == 0:  # no rows, or no chunk, in this bucket
+        program = self._program
+        num_rows, tile = program.bucket.rows, program.sizes.tile
+        for first, end, width in ((0, num_rows, 1), (num_rows, program.num_tokens, tile)):
+            if first == end:  # no rows, or no chunk, in this bucket
                 continue
+            segments = self._segments[:num_rows] if width == 1 else self._segments[num_rows:]
+            lengths = segments[:, LENGTH]
             attended = attend(
-                q[part].reshape(-1, width, *q.shape[1:]),
-                self._segments[part, PAGES:],
-                self._locations.position[part].reshape(-1, width),
-                jnp.where(lengths > 0, self._segments[part, POSITION] + lengths, 0),
+                q[first:end].reshape(-1, width, *q.shape[1:]),
+                segments[:, PAGES:],
+                self._locations.position[first:end].reshape(-1, width),
+                jnp.where(lengths > 0, segments[:, POSITION] + lengths, 0),
             )
             out.append(attended.reshape(-1, *attended.shape[2:]))
+        if program.num_padding:
+            out.append(jnp.zeros((program.num_padding, *out[0].shape[1:]), out[0].dtype))
         return jnp.concatenate(out)
 
 
@@ -153,6 +177,7 @@ def run_layers(
       Activations `[N, D]`, and the cache.
     """
     segments = segments_of(program.sizes, program.bucket, metadata)
+    x = jnp.pad(x, ((0, program.num_padding), (0, 0)))
     positions = locate_tokens(program, segments).position
     updated = []
     for position, weights in enumerate(layers):
@@ -160,11 +185,11 @@ def run_layers(
         layer = make_layer(program, jax.tree.map(lambda array: array[0], weights))
         x = call(position, layer, x, positions, attend)
         updated.append([array[None] for array in attend.arrays])
-    return x, KVCache(*zip(*updated, strict=True))
+    return x[: program.num_tokens], KVCache(*zip(*updated, strict=True))
 
 
 class TokenLocations(NamedTuple):
-    """The location of each token of a packet, rows first; all `[N]` int32.
+    """The location of each token of a packet, rows first, then padding; all `[N']` int32.
 
     Attributes:
       position: in its sequence.
@@ -192,8 +217,11 @@ def locate_tokens(program: Program, segments: jax.Array) -> TokenLocations:
         page = jnp.where(real, page, sizes.num_pages)
         return position.ravel(), page.ravel(), (position % sizes.page_size).ravel()
 
-    rows, tiles = expand(segments[:num_rows], 1), expand(segments[num_rows:], sizes.tile)
-    return TokenLocations(*(jnp.concatenate(pair) for pair in zip(rows, tiles, strict=True)))
+    parts = [expand(segments[:num_rows], 1), expand(segments[num_rows:], sizes.tile)]
+    if program.num_padding:
+        zeros = jnp.zeros(program.num_padding, jnp.int32)
+        parts.append((zeros, zeros + sizes.num_pages, zeros))
+    return TokenLocations(*(jnp.concatenate(part) for part in zip(*parts, strict=True)))
 
 
 def make_layer(program: Program, weights: dict[str, Any]) -> DecoderLayer:

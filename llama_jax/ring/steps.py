@@ -25,7 +25,7 @@ from llama_jax.ring import kv_cache
 from llama_jax.ring.attention_backend import AUTO, choose_backend
 from llama_jax.ring.packet import mark_empty, segment_width
 from llama_jax.ring.sizes import Bucket, RingSizes
-from llama_jax.ring.stage import Program
+from llama_jax.ring.stage import Program, token_multiple
 from llama_jax.ring.tick import State, StepOutput, tick
 from llama_jax.weights.placement import Params, param_specs
 from sharding.axes import AXES, STAGE
@@ -67,7 +67,9 @@ def prefill_step(
 ) -> Step:
     """The jitted tick whose largest chunk in flight fits `chunk` tokens. Donates the state."""
     attention = choose_backend(attention_backend, mesh)
-    program = Program(config, sizes, Bucket(rows, chunk), model_class, attention)
+    bucket = Bucket(rows, chunk)
+    multiple = token_multiple(mesh.devices.flat[0].platform, bucket)
+    program = Program(config, sizes, bucket, model_class, attention, multiple)
     return _jit_step(mesh, program, f"prefill_step_{chunk}")
 
 

@@ -238,6 +238,11 @@ def test_splits():
     assert choose_splits(blocks=4, max_keys=4096, num_cores=132) == 32
     assert choose_splits(blocks=4, max_keys=64, num_cores=132) == 1
     assert choose_splits(blocks=1024, max_keys=131072, num_cores=132) == 32
+    assert choose_splits(blocks=128, max_keys=4096, num_cores=132) == 2
+    assert choose_splits(blocks=128, max_keys=4096, num_cores=132, blocks_per_core=1) == 1
+    assert choose_splits(blocks=4, max_keys=4096, num_cores=132, most_to_fill=8) == 8
+    # A long sequence must not run alone, whatever filling the GPU is worth.
+    assert choose_splits(blocks=4, max_keys=131072, num_cores=132, most_to_fill=8) == 32
     for blocks in (1, 3, 100, 10_000):
         for keys in (1, 64, 100, 5000, 131072):
             assert 1 <= choose_splits(blocks, keys, 132) <= max(1, -(-keys // 128))

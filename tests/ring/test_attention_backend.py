@@ -15,6 +15,7 @@ from llama_jax.model.attention import KEY_BLOCK, QUERY_BLOCK, no_score_mod, no_t
 from llama_jax.ring import attention_backend
 from llama_jax.ring.attention_backend import (
     AUTO,
+    FEW_SPLITS,
     GPU_BLOCKS,
     HOPPER,
     PLAIN,
@@ -113,17 +114,17 @@ def ran(monkeypatch):
     """What ran: the kernel's arguments, or the keys per iteration of plain attention."""
     found = []
 
-    def kernel(q, *rest, num_cores):
-        found.append((HOPPER, len(rest), num_cores))
+    def kernel(q, *rest, num_cores, **few_splits):
+        found.append((HOPPER, len(rest), num_cores, *few_splits.values()))
         return q
 
     def plain(*args, key_block, query_block):
         found.append((PLAIN, key_block, query_block))
         return paged_attention(*args, key_block=key_block, query_block=query_block)
 
-    def run(backend, score_mod=no_score_mod, **sizes):
+    def run(backend, score_mod=no_score_mod, chunk=0, **sizes):
         def call(*arrays):
-            return backend.attend(plain)(*arrays, score_mod, 0)
+            return backend.attend(plain, Bucket(3, chunk))(*arrays, score_mod, 0)
 
         jax.eval_shape(call, *shapes(**sizes))
         return found.pop()
@@ -136,6 +137,7 @@ def test_what_runs(ran, caplog):
     on_hopper, biased = choose_backend(AUTO, H100), Biased.layer_class.attention_class.score_mod
     assert ran(on_hopper) == (HOPPER, 5, 132)
     assert ran(on_hopper, Attention.score_mod) == (HOPPER, 5, 132)
+    assert ran(on_hopper, chunk=64) == (HOPPER, 5, 132, FEW_SPLITS)
     assert not caplog.records
     for _ in range(2):  # each reason is logged once, not in every layer of every program
         assert ran(on_hopper, lambda scores, *_: scores) == (PLAIN, *GPU_BLOCKS)
@@ -183,7 +185,7 @@ def test_rows_and_tiles_of_a_packet_through_the_kernel(monkeypatch):
     calls = []
     original = hopper_attention.hopper_attention
 
-    def interpreted(*args, num_cores):
+    def interpreted(*args, num_cores, max_filling_splits):
         calls.append(args[0].shape)
         return original(*args, splits=1, interpret=InterpretGPUParams())
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from llama_jax.config import LlamaConfig
 from llama_jax.plan.compiled.hlo import COLLECTIVES, Instruction, array_bytes, computations
 from llama_jax.ring.sizes import Bucket, RingSizes
-from sharding.partition import positions_per_stage
+from sharding.partition import positions_per_stage, round_up
 
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _COUNTED = re.compile(r"replica_groups=\[\d+,(\d+)\]")  # [groups, size]<=[devices]
@@ -46,7 +46,12 @@ def find_collectives(text: str) -> list[Collective]:
 
 
 def expected_collectives(
-    config: LlamaConfig, shape: tuple[int, int], sizes: RingSizes, bucket: Bucket, width: int
+    config: LlamaConfig,
+    shape: tuple[int, int],
+    sizes: RingSizes,
+    bucket: Bucket,
+    width: int,
+    multiple: int = 1,
 ) -> list[Collective]:
     """The collectives that a tick needs: none over an axis of size 1.
 
@@ -59,14 +64,17 @@ def expected_collectives(
       shape: stages, and ranks of each.
       sizes, bucket: of the program.
       width: bytes of one activation.
+      multiple: number of tokens of which the layers compute a multiple.
     """
     num_stages, num_ranks = shape
     devices, layers = num_stages * num_ranks, positions_per_stage(config.num_layers, num_stages)
     segments = sizes.num_segments(bucket)
-    hidden = (bucket.rows + bucket.chunk) * config.embed_dim * width
-    finished = segments * config.embed_dim * width
+    tokens, token = bucket.rows + bucket.chunk, config.embed_dim * width
+    hidden = tokens * token
+    finished = segments * token
+    in_layers = 2 * layers * round_up(tokens, multiple) * token
     found = [
-        Collective("all-reduce", num_ranks, 2 * layers, 2 * layers * hidden),
+        Collective("all-reduce", num_ranks, 2 * layers, in_layers),
         Collective("all-reduce", devices, 1, hidden),
         Collective("all-reduce", num_stages, 1, finished),
         Collective("collective-permute", num_stages, 1, hidden),
@@ -100,8 +108,9 @@ def _kind(instruction: Instruction) -> str | None:
 
 def _payload(kind: str, shape: str) -> int:
     sizes = array_bytes(shape)
-    if kind == "all-reduce":
-        return sum(sizes)  # several arrays, if XLA has combined them
+    if kind == "all-reduce":  # of several arrays, if XLA has combined them
+        # From jax 0.11 on, the shape of a start is ((operands), results), and both are as large.
+        return sum(sizes) // (2 if shape.startswith("((") else 1)
     return max(sizes)  # the start of another also has its operand
 
 

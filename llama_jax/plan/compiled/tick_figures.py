@@ -21,6 +21,7 @@ from llama_jax.plan.compiled.program import CompiledTick, ProgramMemory
 from llama_jax.plan.compiled.traffic import Kernel, PagedReads, counted_loops, kernels
 from llama_jax.ring.attention_backend import GPU_BLOCKS
 from llama_jax.ring.sizes import Bucket
+from llama_jax.ring.stage import token_multiple
 from sharding.memory import shard_bytes
 from sharding.mesh import mesh_shape
 from sharding.partition import round_up
@@ -131,7 +132,14 @@ def read_tick(programs: Programs, tick: CompiledTick, context: int) -> TickFigur
         kernels_per_layer=kernels_per_layer(moved),
         host_loops=thunks.loops - counted_loops(tick.hlo),
         collectives=find_collectives(tick.hlo),
-        expected=expected_collectives(config, shape, sizes, bucket, programs.dtype.itemsize),
+        expected=expected_collectives(
+            config,
+            shape,
+            sizes,
+            bucket,
+            programs.dtype.itemsize,
+            token_multiple(programs.mesh.devices.flat[0].platform, bucket),
+        ),
         arguments=argument_bytes(tick.hlo),
         memory=tick.memory,
         temporaries=tick.temporaries,
@@ -171,7 +179,7 @@ def kernels_per_layer(moved: list[Kernel]) -> float:
     """
     count: Counter[str] = Counter()
     for kernel in moved:
-        if not kernel.name.startswith(tuple(COLLECTIVES)):
+        if kernel.opcode.removesuffix("-start") not in COLLECTIVES:
             count.update(part for part in kernel.op_name.split("/") if part.startswith("layer_"))
     return statistics.median(count.values()) if count else 0
 

@@ -48,6 +48,7 @@ class Kernel(NamedTuple):
 
     Attributes:
       name: of the instruction.
+      opcode: its kind.
       op_name: where it comes from, such as "jit(decode_step)/.../layer_0/qkv/dot_general".
       read, written: bytes, in all its runs.
       runs: how often it runs in one run of the program.
@@ -57,6 +58,7 @@ class Kernel(NamedTuple):
     """
 
     name: str
+    opcode: str
     op_name: str
     read: int
     written: int
@@ -97,7 +99,8 @@ def _kernels(
         if instruction.opcode in _IGNORED or instruction.opcode.endswith("-done"):
             continue
         fused = bodies[instruction.calls] if instruction.calls else None
-        sequences = _sequences(instruction, body, paged)
+        call, around = _custom_call(instruction, body, fused)
+        sequences = _sequences(call, around, paged) if call else 0
         read = sum(
             _read(instruction, number, body[operand], fused, paged, sequences)
             for number, operand in enumerate(instruction.operands)
@@ -107,6 +110,7 @@ def _kernels(
         op_name = _OP_NAME.search(instruction.text)
         yield Kernel(
             name=instruction_name,
+            opcode=instruction.opcode,
             op_name=op_name[1] if op_name else "",
             read=read * runs,
             written=sum(size for size, _ in outputs) * runs,
@@ -147,13 +151,26 @@ def _called(text: str) -> list[str]:
     return names + (re.findall(r"[\w.-]+", branches[1]) if branches else [])
 
 
-def _sequences(instruction: Instruction, body: Mapping[str, Instruction], paged: PagedReads) -> int:
+def _custom_call(
+    instruction: Instruction,
+    body: Mapping[str, Instruction],
+    fused: Mapping[str, Instruction] | None,
+) -> tuple[Instruction | None, Mapping[str, Instruction]]:
+    """The custom call that an instruction is, or around which it takes slices, and its body.
+
+    From jax 0.11 on, XLA passes a custom call a view of an array in such a fusion.
+    """
+    candidates = [instruction] if fused is None else list(fused.values())
+    found = next((each for each in candidates if each.opcode == "custom-call"), None)
+    return found, body if fused is None else fused
+
+
+def _sequences(call: Instruction, body: Mapping[str, Instruction], paged: PagedReads) -> int:
     """The sequences that a custom call attends to, from the shape of its page table."""
-    if instruction.opcode == "custom-call":
-        table = re.compile(rf"s32\[(\d+),{paged.table}\]")
-        for operand in instruction.operands:
-            if operand in body and (shape := table.match(body[operand].shape)):
-                return int(shape[1])
+    table = re.compile(rf"s32\[(\d+),{paged.table}\]")
+    for operand in call.operands:
+        if operand in body and (shape := table.match(body[operand].shape)):
+            return int(shape[1])
     return 0
 
 
@@ -168,18 +185,28 @@ def _read(
     """Bytes that an instruction reads of one operand."""
     size = sum(array_bytes(operand.shape))
     if fused is not None:
-        return _read_in_fusion(number, size, fused)
+        return _read_in_fusion(number, size, fused, paged, sequences)
     if instruction.opcode in _SLICES and number == 0:
         return min(size, sum(array_bytes(instruction.shape)))
     if instruction.opcode in IN_PLACE and number == 0:
         return 0
     if instruction.opcode == "custom-call":
-        each = paged.sizes.get(size)
-        return size if each is None else min(size, each * sequences)
+        return _read_by_call(size, paged, sequences)
     return size
 
 
-def _read_in_fusion(number: int, size: int, fused: Mapping[str, Instruction]) -> int:
+def _read_by_call(size: int, paged: PagedReads, sequences: int) -> int:
+    each = paged.sizes.get(size)
+    return size if each is None else min(size, each * sequences)
+
+
+def _read_in_fusion(
+    number: int,
+    size: int,
+    fused: Mapping[str, Instruction],
+    paged: PagedReads,
+    sequences: int,
+) -> int:
     parameter = next(
         name
         for name, i in fused.items()
@@ -195,6 +222,8 @@ def _read_in_fusion(number: int, size: int, fused: Mapping[str, Instruction]) ->
                 views.append(name)
             elif user.opcode in _SLICES and user.operands[0] == view:
                 total += sum(array_bytes(user.shape))
+            elif user.opcode == "custom-call" and view == parameter:
+                total += _read_by_call(size, paged, sequences)
             elif not (user.opcode in IN_PLACE and user.operands[0] == view):
                 return size
     return min(total, size)

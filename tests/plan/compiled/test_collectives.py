@@ -31,6 +31,20 @@ def test_the_groups_of_a_collective(groups, size):
     assert find_collectives(text) == [Collective("all-reduce", size, 1, 8 * 16 * 2)]
 
 
+@pytest.mark.parametrize(
+    ("shape", "payload"),
+    [
+        ("(bf16[8,16]{1,0}, bf16[4,16]{1,0})", 384),  # two arrays, combined
+        ("((bf16[8,16]{1,0}), bf16[8,16]{1,0})", 256),  # from jax 0.11 on: operands and results
+        ("((bf16[8,16]{1,0}, f32[2]{0}), (bf16[8,16]{1,0}, f32[2]{0}))", 264),
+    ],
+)
+def test_the_payload_of_an_all_reduce(shape, payload):
+    start = f"%r = {shape} all-reduce-start(%x), channel_id=1, replica_groups={{{{0,1}}}}"
+    found = find_collectives(PROGRAM.format(start=start))
+    assert found == [Collective("all-reduce", 2, 1, payload)]
+
+
 def test_a_hop_around_the_ring_is_a_group_of_its_stages():
     start = (
         "%p = (bf16[8,16]{1,0}, bf16[8,16]{1,0}) collective-permute-start(%x), "
