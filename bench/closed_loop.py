@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this measurement."""
     parser.add_argument("--meshes", nargs="+", default=list(MESHES), metavar="SxT")
     parser.add_argument("--rate", type=float, default=2.0, help="requests/s (%(default)g)")
-    parser.add_argument("--requests", type=int, default=16, help="in each round (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=10, help="of each mesh (%(default)s)")
+    parser.add_argument("--requests", type=int, default=20, help="in each round (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=8, help="of each mesh (%(default)s)")
     parser.add_argument("--prompt-tokens", default="lognormal:120,0.6", help="(%(default)s)")
     parser.add_argument("--answer-tokens", default="lognormal:40,0.5", help="(%(default)s)")
     parser.add_argument(
