@@ -82,10 +82,12 @@ class OutputStream:
             return Output(
                 self._request_id,
                 token,
-                cached_tokens=self._cached_tokens,
-                logprobs=logprobs,
-                prompt_logprobs=prompt_logprobs,
-                queue_seconds=self._queue_seconds,
+                None,
+                None,
+                self._cached_tokens,
+                self._queue_seconds,
+                logprobs,
+                prompt_logprobs,
             )
         assert self._end is not None
         if isinstance(self._end, Exception):

@@ -75,8 +75,9 @@ async def generate_choice(
     with served.metrics.request(arrived, len(prompt)) as timer:
 
         def on_token() -> None:
+            if not timer.tokens:
+                place.begun()
             timer.token()
-            place.begun()
 
         async with place:
             outputs = served.engine.generate(
@@ -84,9 +85,10 @@ async def generate_choice(
             )
             async with aclosing(read_text(outputs, detokenizer)) as deltas:
                 async for delta in deltas:
-                    tokens += 1
-                    timer.note(delta.output)
                     token, text, reason, output = delta
+                    if not tokens:
+                        timer.note(output)
+                    tokens += 1
                     calls: Sequence[CallDelta] = ()
                     end: AnswerEnd | None = reason
                     if parser is not None:

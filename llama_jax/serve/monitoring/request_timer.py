@@ -52,7 +52,7 @@ class RequestTimer:
         self.tokens += 1
 
     def note(self, output: Output) -> None:
-        """Records what the outputs of a sequence say about it; it may be long after `token`."""
+        """Records what each output of a sequence says about it; it may be long after `token`."""
         self.queue_seconds, self.cached_tokens = output.queue_seconds, output.cached_tokens
 
     def finish(self, reason: str) -> None:

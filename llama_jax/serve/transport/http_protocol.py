@@ -78,7 +78,8 @@ class HttpProtocol(WriteDeadline, H11Protocol):
         """The shortcut to this connection for the answer to one request."""
 
         def write(data: bytes) -> bool:
-            if self.flow.write_paused or cycle.disconnected or not self.conn.sends_chunks:
+            sending = cycle.response_started and not cycle.response_complete
+            if not (sending and self.conn.chunked) or self.flow.write_paused or cycle.disconnected:
                 return False
             if data:  # an empty chunk is the end of a body
                 self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
@@ -183,13 +184,18 @@ class HttpProtocol(WriteDeadline, H11Protocol):
 
 
 class _Connection(h11.Connection):
-    """Limits the chunks of a body, reduces targets to paths, and keeps the error of the client."""
+    """Limits the chunks of a body, reduces targets to paths, and keeps the error of the client.
+
+    Attributes:
+      error: why the client was cut off, or None.
+      chunked: whether the body of the latest response is sent in chunks.
+    """
 
     def __init__(self) -> None:
         super().__init__(h11.SERVER, MAX_HEADER_BYTES)
         self.error: h11.RemoteProtocolError | None = None
         self._chunks = 0
-        self._chunked = False  # the latest response
+        self.chunked = False
 
     def next_event(self) -> Any:
         """Returns the next event."""
@@ -211,13 +217,8 @@ class _Connection(h11.Connection):
         """Returns the bytes of an event."""
         output = super().send(event)
         if isinstance(event, h11.Response):
-            self._chunked = b"\r\nTransfer-Encoding: chunked\r\n" in output
+            self.chunked = b"\r\nTransfer-Encoding: chunked\r\n" in output
         return output
-
-    @property
-    def sends_chunks(self) -> bool:
-        """Whether the body of a response is being sent, in chunks."""
-        return self._chunked and self.our_state is h11.SEND_BODY
 
 
 def _with_path(request: h11.Request) -> h11.Request:
