@@ -80,13 +80,10 @@ class Tiles(NamedTuple):
 def choose_tiles(num_rows: int, outputs: int, inputs: int) -> Tiles:
     """Chooses tiles by the sizes alone, unmeasured.
 
-    Columns that divide the rows, if there are such, spare a copy of them. More outputs of a block
-    save reading the activations again. Splits keep the multiprocessors busy where the blocks alone
-    are too few, unless the partial results would take too many bytes.
+    More outputs of a block save reading the activations again. Splits keep the multiprocessors busy
+    where the blocks alone are too few, unless the partial results would take too many bytes.
     """
-    least = -(-num_rows // MAX_COLUMNS)
-    whole = [n for n in range(least, 2 * least + 1) if num_rows % (8 * n) == 0]
-    num_tiles = min(whole, default=least)
+    num_tiles = -(-num_rows // MAX_COLUMNS)
     columns = -(-num_rows // (8 * num_tiles)) * 8
     widest = 256 if columns <= FEW_COLUMNS else 128 if columns <= MAX_COLUMNS // 2 else MIN_INPUTS
     step = math.gcd(inputs, widest)
@@ -150,7 +147,8 @@ def hopper_int4(
     num_rows, inputs = x.shape
     outputs = values.shape[0]
     tiles = tiles or choose_tiles(num_rows, outputs, inputs)
-    columns = jnp.pad(x, ((0, -num_rows % tiles.columns), (0, 0)))
+    num_tiles = -(-num_rows // tiles.columns)
+    columns = jnp.pad(x, ((0, max(0, tiles.columns - num_rows)), (0, 0)))
     steps = inputs // tiles.inputs // tiles.splits
     spec = Spec(
         tiles=tiles,
@@ -163,7 +161,7 @@ def hopper_int4(
         partial(thread_block, spec),
         out_type=jax.ShapeDtypeStruct((tiles.splits, len(columns), outputs), x.dtype),
         scratch_types=scratch_types(spec, x.dtype, values.dtype),
-        grid=(outputs // tiles.outputs, len(columns) // tiles.columns, tiles.splits),
+        grid=(outputs // tiles.outputs, num_tiles, tiles.splits),
         grid_names=("output", "column", "split"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         kernel_name="hopper_int4",
@@ -211,7 +209,11 @@ def thread_block(
     """Multiplies the rows of a tile by some rows of the matrix, over one share of the inputs."""
     tiles = spec.tiles
     split = lax.axis_index("split")
-    rows = pl.ds(lax.axis_index("column") * tiles.columns, tiles.columns)
+    # The last tile begins earlier where it would end past the rows: two then write the same.
+    first_row = jnp.minimum(
+        lax.axis_index("column") * tiles.columns, x_ref.shape[0] - tiles.columns
+    )
+    rows = pl.ds(first_row, tiles.columns)
     outputs = pl.ds(lax.axis_index("output") * tiles.outputs, tiles.outputs)
     starts = range(0, tiles.inputs, spec.part)  # of the parts of a step
 

@@ -63,7 +63,7 @@ def test_the_kernel():
         (8, 64, 128, 64, Tiles(8, 64, 64, 1)),  # two
         (64, 256, 1024, 128, Tiles(64, 128, 128, 1)),
         (64, 128, 1024, 256, Tiles(64, 64, 128, 4)),
-        (150, 128, 512, 128, Tiles(80, 128, 64, 1)),  # the last tile has 70 rows
+        (150, 128, 512, 128, Tiles(80, 128, 64, 1)),  # the second tile begins at row 70
         (288, 128, 256, 128, None),
     ],
 )
@@ -79,8 +79,7 @@ def test_tiles_cover_the_product_and_fit_shared_memory(num_rows, outputs, inputs
     columns, rows, step, splits = choose_tiles(num_rows, outputs, inputs)
     assert columns % 8 == 0 and columns <= 256  # of one wgmma
     assert outputs % rows == 0 and inputs % (step * splits) == 0
-    padded = num_rows + -num_rows % columns
-    assert padded < num_rows + 8 or padded <= 1.1 * num_rows
+    assert -(-num_rows // columns) * columns <= max(num_rows + 7, 1.1 * num_rows)
     used = STAGES * step * (rows // 2 + 2 * columns) + 2 * columns * rows
     assert used + 1024 <= SHARED_MEMORY / (4 if columns <= 16 else 2)
     # Accumulators and operands in registers, of which a thread has 255.
