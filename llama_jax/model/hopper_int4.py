@@ -17,7 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from llama_jax.quantization import Int4
+from llama_jax.quantization import Int4, Int4ActOrder
+from llama_jax.quantization.act_order import is_sorted
 
 MAX_COLUMNS = 144  # rows of the activations in a thread block
 FEW_COLUMNS = 16  # up to which the activations of a block are fewer bytes than its matrix
@@ -39,12 +40,23 @@ class HopperInt4(Int4):
         return out.reshape(*x.shape[:-1], -1)
 
 
+class HopperInt4ActOrder(Int4ActOrder):
+    """`Int4ActOrder` that multiplies by the kernel if its columns are sorted."""
+
+    def linear(self, x: Any) -> Any:
+        """x [..., in] -> [..., out]."""
+        if not is_sorted(self):
+            return super().linear(x)
+        return HopperInt4(*self[:3]).linear(x[..., self.group])
+
+
 def with_kernel(weights: Any) -> Any:
     """The same weights, whose int4 matrices multiply by the kernel."""
+    kinds: dict[Any, Any] = {Int4: HopperInt4, Int4ActOrder: HopperInt4ActOrder}
     return jax.tree.map(
-        lambda node: HopperInt4(*node) if type(node) is Int4 else node,
+        lambda node: kinds[type(node)](*node) if type(node) in kinds else node,
         weights,
-        is_leaf=lambda node: type(node) is Int4,
+        is_leaf=lambda node: type(node) in kinds,
     )
 
 
