@@ -27,6 +27,7 @@ from llama_jax.model.llama import linear
 from llama_jax.plan.machine.random_weights import nbytes, random_array, random_params
 from llama_jax.plan.machine.timing import Timing, time_calls
 from llama_jax.quantization import QUANTIZERS
+from llama_jax.ring.attention_backend import AUTO, choose_backend
 from llama_jax.ring.sizes import Bucket
 from llama_jax.ring.steps import product_options
 from llama_jax.weights.placement import param_shapes
@@ -150,7 +151,9 @@ def time_products(
     # XLA would join products of one x into one product.
     xs = tuple(random_array(x_shape, seed) for seed in range(copies))
     options = product_options(layer_config(name, toy=False), Bucket(num_rows, 0))
-    program = MeshProgram(_multiply, mesh, (P(), P()), P(), name="products", options=options)
+    # As `ring.stage.make_layer` does.
+    function = _multiply_by_kernel if choose_backend(AUTO, mesh).num_cores else _multiply
+    program = MeshProgram(function, mesh, (P(), P()), P(), name="products", options=options)
     timing = time_calls(lambda: program(xs, weights), seconds) / copies
     out = program(xs, weights)[0]
     return timing, out.shape[-1], relative_error(out, xs[0], weights[0])
@@ -172,3 +175,11 @@ def _multiply(xs: tuple[jax.Array, ...], weights: tuple[Any, ...]) -> tuple[jax.
     # Without the axis over stages, as the ring passes them to the layers.
     matrices = (jax.tree.map(lambda array: array[0], weight) for weight in weights)
     return tuple(linear(x, matrix) for x, matrix in zip(xs, matrices, strict=True))
+
+
+def _multiply_by_kernel(
+    xs: tuple[jax.Array, ...], weights: tuple[Any, ...]
+) -> tuple[jax.Array, ...]:
+    from llama_jax.model.hopper_int4 import with_kernel
+
+    return _multiply(xs, with_kernel(weights))

@@ -93,7 +93,8 @@ def load_params(
             )
             progress(len(arrays), len(shapes))
     params = jax.tree.unflatten(structure, arrays)
-    return to_device_layout(params, mesh.devices.flat[0].platform, dtype)
+    platform = mesh.devices.flat[0].platform
+    return to_device_layout(params, platform, dtype, reader.config.quantization)
 
 
 def load_whole(reader: CheckpointReader, dtype: np.dtype) -> Params:
@@ -118,7 +119,7 @@ def load_whole(reader: CheckpointReader, dtype: np.dtype) -> Params:
         reading = [submit(partial(whole, place)) for place in places]
         params = jax.tree.unflatten(structure, [array.result() for array in reading])
     (device,) = params.embedding.devices()
-    return to_device_layout(params, device.platform, dtype)
+    return to_device_layout(params, device.platform, dtype, reader.config.quantization)
 
 
 def load_array(reader: CheckpointReader, place: Placement, dtype: np.dtype) -> jax.Array:

@@ -31,7 +31,7 @@ ACT_ORDER = {"int4": "int4_act_order", "int8_grouped": "int8_act_order"}
 # The formats whose columns form groups that share a scale.
 GROUPED = ("int4", "int8_grouped", "fp8_grouped", *ACT_ORDER.values())
 # The formats that GPUs hold in another layout, to which `for_gpu` converts a matrix.
-GPU_LAYOUTS = (Int4, Int4ActOrder, Int8Grouped)
+GPU_LAYOUTS = (Int4, Int4ActOrder, Int8ActOrder, Int8Grouped)
 
 __all__ = [
     "ACT_ORDER",

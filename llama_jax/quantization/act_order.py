@@ -1,10 +1,14 @@
 """GPTQ's act-order: the columns of a group are not adjacent.
 
 GPTQ (https://arxiv.org/abs/2210.17323) with `desc_act` quantizes the columns in the order of their
-activations, and forms groups in that order. Every column keeps its place in the matrix and names
-its group, so that no input is permuted: the inputs of `wo` and `w_down` are split over the
-tensor-parallel ranks, and a permutation would cross them. The scales and zero points of all groups
-of a row are on each rank that holds a part of the row.
+activations, and forms groups in that order. Checkpoints and CPUs keep every column in its place,
+where it names its group.
+
+On GPUs, whose products need the columns of a group side by side, they are sorted by group, and the
+inputs are permuted alike, on each rank for itself. Ranks that hold a part of each row (of `wo` and
+`w_down`, with two ranks or more) cannot do this: their part of a group has no fixed size. They keep
+the columns in place, and write such a matrix out to multiply by it. The scales and zero points of
+all groups of a row are on each rank that holds a part of the row.
 """
 
 from typing import Any, NamedTuple
@@ -13,21 +17,22 @@ import ml_dtypes
 import numpy as np
 
 from llama_jax.quantization.format import Part
-from llama_jax.quantization.int4 import MIDDLE, signed
+from llama_jax.quantization.grouped import Int8Grouped
+from llama_jax.quantization.int4 import Int4
 
 
 class Int4ActOrder(NamedTuple):
     """matrix[o, i] = (nibble[o, i] - zero[o, g]) · scale[o, g], where g = group[i].
 
-    On GPUs, the same with values[o, i] in place of nibble[o, i]. XLA:GPU writes the matrix out to
-    multiply by it, since it fuses no gather of scales.
+    On GPUs, matrix[o, i] = values[o, i] · scale[o, g] + zero[o, g], as in `Int4` there. If the
+    columns are sorted, this is column group[i] of the matrix, and g = i // (columns of a group).
 
     Attributes:
       values: uint8 [..., out, in / 2], two adjacent columns a byte, as in `Int4`; on GPUs int4
         [..., out, in], the nibbles less 8.
-      scale: float32 [..., out, groups].
-      zero: uint8 [..., out, groups]; on GPUs int8, the same less 8.
-      group: int32 [..., in].
+      scale: float32 [..., out, groups]; on GPUs in the dtype of the activations.
+      zero: uint8 [..., out, groups]; on GPUs (8 - zero) · scale, in the dtype of the scales.
+      group: int32 [..., in]; if the columns are sorted, uint32, their places in the matrix.
     """
 
     values: Any
@@ -41,21 +46,32 @@ class Int4ActOrder(NamedTuple):
         num_out, num_in = shape
         return cls(Part("", (num_out, num_in // 2), "uint8", (0, 1)), *_group_parts(shape, group))
 
-    def for_gpu(self, dtype: Any) -> "Int4ActOrder":
-        """The layout of GPUs; `dtype` is not used."""
-        zero = self.zero.astype(np.int8) - np.int8(MIDDLE)
-        return Int4ActOrder(signed(self.values), self.scale, zero, self.group)
+    def for_gpu(self, dtype: Any, sort: bool = False) -> "Int4ActOrder":
+        """The layout of GPUs, given the dtype of the activations.
+
+        Args:
+          dtype: of the activations.
+          sort: whether to sort the columns by group; all groups must have the same size.
+        """
+        values, scale, zero = Int4(*self[:3]).for_gpu(dtype)
+        return Int4ActOrder(
+            *_sort(values, scale, zero, self.group) if sort else (values, scale, zero, self.group)
+        )
 
     def dequantize(self) -> Any:
         """(nibbles - zero) · scale, float32 [..., out, in]."""
+        if is_sorted(self):
+            return _in_place(Int4(*self[:3]).dequantize(), self.group)
         if self.values.dtype == ml_dtypes.int4:
-            return _scaled(*self)
+            return _shifted(*self)
         even, odd = self._columns()
         both = even.__array_namespace__().stack((even, odd), axis=-1)
         return both.reshape(*self.values.shape[:-1], -1)
 
     def linear(self, x: Any) -> Any:
         """x [..., in] -> [..., out]; on CPUs by even and odd columns, as `Int4.linear`."""
+        if is_sorted(self):
+            return Int4(*self[:3]).linear(x[..., self.group])
         if self.values.dtype == ml_dtypes.int4:
             return x @ self.dequantize().astype(x.dtype).mT
         even, odd = self._columns()
@@ -72,11 +88,13 @@ class Int4ActOrder(NamedTuple):
 class Int8ActOrder(NamedTuple):
     """matrix[o, i] = (values[o, i] - zero[o, g]) · scale[o, g], where g = group[i].
 
+    On GPUs, as `Int4ActOrder` there.
+
     Attributes:
-      values: uint8 [..., out, in].
-      scale: float32 [..., out, groups].
-      zero: uint8 [..., out, groups].
-      group: int32 [..., in].
+      values: uint8 [..., out, in]; on GPUs int8, the same less 128.
+      scale: float32 [..., out, groups]; on GPUs in the dtype of the activations.
+      zero: uint8 [..., out, groups]; on GPUs (128 - zero) · scale, in the dtype of the scales.
+      group: int32 [..., in]; if the columns are sorted, uint32, their places in the matrix.
     """
 
     values: Any
@@ -89,13 +107,44 @@ class Int8ActOrder(NamedTuple):
         """Declares the arrays; `group` is the number of columns per group."""
         return cls(Part("", shape, "uint8", (0, 1)), *_group_parts(shape, group))
 
+    def for_gpu(self, dtype: Any, sort: bool = False) -> "Int8ActOrder":
+        """As `Int4ActOrder.for_gpu`."""
+        values, scale, zero = Int8Grouped(*self[:3]).for_gpu(dtype)
+        return Int8ActOrder(
+            *_sort(values, scale, zero, self.group) if sort else (values, scale, zero, self.group)
+        )
+
     def dequantize(self) -> Any:
         """(values - zero) · scale, float32 [..., out, in]."""
-        return _scaled(self.values, self.scale, self.zero, self.group)
+        if is_sorted(self):
+            return _in_place(Int8Grouped(*self[:3]).dequantize(), self.group)
+        if self.values.dtype == np.int8:
+            return _shifted(*self)
+        return _scaled(*self)
 
     def linear(self, x: Any) -> Any:
         """x [..., in] -> [..., out]."""
+        if is_sorted(self):
+            return Int8Grouped(*self[:3]).linear(x[..., self.group])
         return x @ self.dequantize().astype(x.dtype).mT
+
+
+def is_sorted(matrix: Int4ActOrder | Int8ActOrder) -> bool:
+    """Whether the columns of a matrix are sorted by group."""
+    return bool(matrix.group.dtype == np.uint32)
+
+
+def _sort(values: Any, scale: Any, zero: Any, group: Any) -> tuple[Any, Any, Any, Any]:
+    """Sorts the columns of values [..., out, in] by group [..., in]."""
+    xp = group.__array_namespace__()
+    order = xp.argsort(group, axis=-1, stable=True).astype(np.uint32)
+    return xp.take_along_axis(values, order[..., None, :], axis=-1), scale, zero, order
+
+
+def _in_place(matrix: Any, order: Any) -> Any:
+    """Puts sorted columns of a matrix [..., out, in] back into their places."""
+    xp = order.__array_namespace__()
+    return xp.take_along_axis(matrix, xp.argsort(order, axis=-1)[..., None, :], axis=-1)
 
 
 def _group_parts(shape: tuple[int, int], group: int) -> tuple[Part, Part, Part]:
@@ -111,7 +160,15 @@ def _group_parts(shape: tuple[int, int], group: int) -> tuple[Part, Part, Part]:
 
 def _scaled(steps: Any, scale: Any, zero: Any, group: Any) -> Any:
     """(steps - zero) · scale with the zero point and the scale of each column's group."""
-    take = scale.__array_namespace__().take_along_axis
-    column = group[..., None, :]  # the same for all rows
-    zeros = take(zero, column, axis=-1).astype(np.float32)
-    return (steps.astype(np.float32) - zeros) * take(scale, column, axis=-1)
+    return (steps.astype(np.float32) - _spread(zero, group)) * _spread(scale, group)
+
+
+def _shifted(values: Any, scale: Any, zero: Any, group: Any) -> Any:
+    """values · scale + zero, likewise."""
+    return values.astype(np.float32) * _spread(scale, group) + _spread(zero, group)
+
+
+def _spread(groups: Any, group: Any) -> Any:
+    """The number [..., out, groups] of each column's group, float32 [..., out, in]."""
+    take = groups.__array_namespace__().take_along_axis
+    return take(groups, group[..., None, :], axis=-1).astype(np.float32)  # the same for all rows

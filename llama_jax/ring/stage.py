@@ -234,6 +234,11 @@ def make_layer(program: Program, weights: dict[str, Any]) -> DecoderLayer:
             weights,
             is_leaf=lambda node: isinstance(node, Fp8),
         )
+    if program.attention.num_cores:  # of Hopper GPUs, which run the kernels
+        # Imported here, since importing Pallas takes 2 s.
+        from llama_jax.model.hopper_int4 import with_kernel
+
+        weights = with_kernel(weights)
     # eval_shape builds the module without allocating the parameters that are then replaced.
     layer = nnx.eval_shape(lambda: layer_class(program.config, rngs=nnx.Rngs(0)))
     set_weights(layer, weights)

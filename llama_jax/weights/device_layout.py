@@ -11,29 +11,36 @@ from typing import Any
 import jax
 import numpy as np
 
-from llama_jax.quantization import GPU_LAYOUTS
+from llama_jax.config import Quantization
+from llama_jax.quantization import GPU_LAYOUTS, Int4ActOrder, Int8ActOrder
 
 
-def device_shapes(shapes: Any, platform: str, dtype: np.dtype) -> Any:
+def device_shapes(
+    shapes: Any, platform: str, dtype: np.dtype, quantization: Quantization | None
+) -> Any:
     """The shapes of weights on their devices.
 
     Args:
       shapes: a pytree of ShapeDtypeStruct with shardings, as a checkpoint stores the weights.
       platform: of the devices.
       dtype: of the activations.
+      quantization: of the checkpoint.
 
     Returns:
       The same tree.
     """
 
     def convert(matrix: Any) -> Any:
-        made = jax.eval_shape(lambda matrix: matrix.for_gpu(dtype), matrix)
+        convert = _for_gpu(dtype, _can_sort(matrix, quantization))
+        made = jax.eval_shape(convert, matrix)
         return jax.tree.map(lambda new, old: new.update(sharding=old.sharding), made, matrix)
 
     return _convert(shapes, platform, convert)
 
 
-def to_device_layout(weights: Any, platform: str, dtype: np.dtype) -> Any:
+def to_device_layout(
+    weights: Any, platform: str, dtype: np.dtype, quantization: Quantization | None
+) -> Any:
     """Converts weights to the layout on their devices.
 
     The arrays that it replaces are deleted, so that the devices never hold the weights twice.
@@ -42,6 +49,7 @@ def to_device_layout(weights: Any, platform: str, dtype: np.dtype) -> Any:
       weights: a pytree of arrays, as a checkpoint stores them.
       platform: of the devices.
       dtype: of the activations.
+      quantization: of the checkpoint.
 
     Returns:
       The same tree.
@@ -49,7 +57,9 @@ def to_device_layout(weights: Any, platform: str, dtype: np.dtype) -> Any:
 
     def convert(matrix: Any) -> Any:
         shardings = jax.tree.map(lambda array: array.sharding, matrix)
-        made = jax.block_until_ready(_converter(np.dtype(dtype), shardings)(matrix))
+        sort = _can_sort(matrix, quantization)
+        converter = _converter(matrix.__class__, np.dtype(dtype), sort, shardings)
+        made = jax.block_until_ready(converter(matrix))
         for array in matrix:
             array.delete()
         return made
@@ -58,8 +68,27 @@ def to_device_layout(weights: Any, platform: str, dtype: np.dtype) -> Any:
 
 
 @cache  # or JAX would compile for each matrix
-def _converter(dtype: np.dtype, shardings: Any) -> Callable[[Any], Any]:
-    return jax.jit(lambda matrix: matrix.for_gpu(dtype), out_shardings=shardings)
+def _converter(kind: Any, dtype: np.dtype, sort: bool, shardings: Any) -> Callable[[Any], Any]:
+    # `kind` is in the key, since named tuples of different classes may be equal.
+    return jax.jit(_for_gpu(dtype, sort), out_shardings=shardings)
+
+
+def _for_gpu(dtype: np.dtype, sort: bool) -> Callable[[Any], Any]:
+    if sort:
+        return lambda matrix: matrix.for_gpu(dtype, sort=True)
+    return lambda matrix: matrix.for_gpu(dtype)
+
+
+def _can_sort(matrix: Any, quantization: Quantization | None) -> bool:
+    """Whether a matrix is in act-order and its columns can be sorted.
+
+    Each device must hold all columns of its rows, and all groups must have the same size.
+    """
+    if quantization is None or not isinstance(matrix, Int4ActOrder | Int8ActOrder):
+        return False
+    shape = matrix.group.shape
+    columns, held = shape[-1], matrix.group.sharding.shard_shape(shape)[-1]
+    return held == columns and columns % quantization.group_size == 0
 
 
 def _convert(weights: Any, platform: str, convert: Callable[[Any], Any]) -> Any:

@@ -216,7 +216,8 @@ def param_shapes(config: LlamaConfig, mesh: Mesh, dtype: np.dtype) -> Params:
     Raises:
       ShardingError: as `placements`.
     """
-    return device_shapes(stored_shapes(config, mesh, dtype), mesh.devices.flat[0].platform, dtype)
+    shapes, platform = stored_shapes(config, mesh, dtype), mesh.devices.flat[0].platform
+    return device_shapes(shapes, platform, dtype, config.quantization)
 
 
 def stored_shapes(config: LlamaConfig, mesh: Mesh, dtype: np.dtype) -> Params:

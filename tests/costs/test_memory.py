@@ -78,7 +78,12 @@ def allocated_bytes(deployment: Deployment) -> int:
     mesh, dtype = make_mesh(deployment.layout.mesh), jnp.dtype(deployment.dtype)
     shapes = stored_shapes(deployment.config, mesh, dtype)
     platform = deployment.gpu.platform
-    return sum(map(shard_bytes, jax.tree.leaves(device_shapes(shapes, platform, dtype))))
+    return sum(
+        map(
+            shard_bytes,
+            jax.tree.leaves(device_shapes(shapes, platform, dtype, deployment.config.quantization)),
+        )
+    )
 
 
 @settings(max_examples=40)

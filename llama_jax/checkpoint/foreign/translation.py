@@ -194,13 +194,15 @@ def _group_size(weight: Weight, config: LlamaConfig) -> int:
 
 
 def _check_order(arrays: dict[str, np.ndarray], group: int) -> bool:
-    """Whether a matrix is in act-order; raises ContentError if its groups do not exist."""
+    """Whether a matrix is in act-order; raises ContentError if its groups cannot be."""
     if not is_act_order(arrays, group):
         arrays.pop(G_IDX, None)
         return False
     order = arrays[G_IDX]
     if order.min() < 0 or order.max() > (len(order) - 1) // group:
         raise ContentError(f"has groups in {G_IDX} that do not exist")
+    if np.bincount(order).max() > group:
+        raise ContentError(f"has groups in {G_IDX} of more than {group} columns")
     return True
 
 
