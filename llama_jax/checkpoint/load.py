@@ -50,7 +50,7 @@ def choose_dtype(dtype: str, config: LlamaConfig, platform: str) -> np.dtype:
     if dtype not in LOAD_DTYPES:
         raise UserError(f"dtype must be one of {', '.join(LOAD_DTYPES)}, got {dtype!r}.")
     if dtype == "auto":
-        # bfloat16 is about three times slower than float32 on CPU.
+        # Every CPU is fast in float32; only some have instructions that multiply bfloat16.
         dtype = "float32" if platform == "cpu" or config.dtype == "float32" else "bfloat16"
     return jnp.dtype(dtype)
 

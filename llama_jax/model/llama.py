@@ -26,6 +26,7 @@ from flax import nnx
 
 from llama_jax.config import LlamaConfig
 from llama_jax.model.attention import Attend, causal_attention
+from llama_jax.model.cpu_product import cpu_product, on_cpu
 from llama_jax.model.rope import attention_factor, check_length, inverse_frequencies, rotate
 from llama_jax.model.sampling import Sampler
 from llama_jax.model.tap import TappedModule
@@ -46,6 +47,8 @@ def linear(x: jax.Array, weight: jax.Array | Quantized | Unfused) -> jax.Array:
         return jnp.concatenate([linear(x, each) for each in weight.weights], axis=-1)
     if isinstance(weight, tuple):
         return weight.linear(x)
+    if on_cpu():
+        return cpu_product(x, weight, jnp.result_type(x, weight))
     return jnp.einsum("...i,oi->...o", x, weight)
 
 
@@ -273,6 +276,8 @@ class Llama(TappedModule):
 def head_logits(x: jax.Array, head: jax.Array) -> jax.Array:
     """Normalized activations [..., D] and LM head [V, D] -> logits [..., V] float32."""
     with jax.named_scope("head"):
+        if on_cpu():
+            return cpu_product(x, head, jnp.float32)
         return jnp.einsum("...d,vd->...v", x, head, preferred_element_type=jnp.float32)
 
 

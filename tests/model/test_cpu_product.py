@@ -1,0 +1,72 @@
+"""Products on CPUs: against float64, and without a copy of the matrix."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.model.cpu_product import cpu_product
+from llama_jax.model.llama import head_logits, linear
+from tests.support.hlo import large_copies
+from tests.support.xla_options import PRODUCTION
+
+FLOAT32, BFLOAT16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
+OUT, IN = 96, 64
+MATRIX = 2 * 512 * 512  # bytes of a matrix of bfloat16
+
+
+def operands(rows: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Rows `[rows, in]` and a matrix `[out, in]`."""
+    random = np.random.default_rng(rows)
+    x, matrix = random.standard_normal((rows, IN)), random.standard_normal((OUT, IN))
+    return jnp.asarray(x, dtype), jnp.asarray(matrix, dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 127, 128])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+def test_against_float64(rows, dtype):
+    x, matrix = operands(rows, dtype)
+    expected = np.asarray(x, np.float64) @ np.asarray(matrix, np.float64).T
+    sums = head_logits(x, matrix)
+    assert sums.dtype == FLOAT32
+    np.testing.assert_allclose(sums, expected, rtol=1e-5, atol=1e-5)
+    rounded = linear(x.reshape(1, rows, IN), matrix)
+    assert rounded.dtype == dtype and rounded.shape == (1, rows, OUT)
+    np.testing.assert_array_equal(rounded[0], sums.astype(dtype))
+
+
+def test_other_dtypes_are_promoted():
+    x, matrix = operands(2, BFLOAT16)
+    assert linear(x, matrix.astype(FLOAT32)).dtype == FLOAT32
+    assert linear(x[0], matrix).shape == (OUT,)
+
+
+def test_gradients():
+    x, matrix = operands(4, FLOAT32)
+    found = jax.grad(lambda x: (linear(x, matrix) ** 2).sum())(x)
+    np.testing.assert_allclose(found, 2 * x @ matrix.T @ matrix, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 32, 128])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+def test_no_copy_of_the_matrix(rows, dtype):
+    """XLA:CPU would convert a matrix of bfloat16 to float32, whole, in every call."""
+    x = jax.ShapeDtypeStruct((rows, 512), dtype)
+    matrix = jax.ShapeDtypeStruct((512, 512), dtype)
+
+    def compiled(function):
+        return jax.jit(function).lower(x, matrix).compile(PRODUCTION).as_text()
+
+    assert not large_copies(compiled(lambda x, m: cpu_product(x, m, dtype)), MATRIX)
+    plain = compiled(lambda x, m: jnp.einsum("bi,oi->bo", x, m))
+    assert bool(large_copies(plain, MATRIX)) == (dtype == BFLOAT16)
+
+
+def test_other_platforms_get_the_plain_product():
+    x, matrix = operands(8, BFLOAT16)
+    gpu = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("model",), abstract_device=gpu)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = str(jax.make_jaxpr(linear)(x, matrix))
+    plain = jax.make_jaxpr(lambda x, m: jnp.einsum("...i,oi->...o", x, m))(x, matrix)
+    assert traced == str(plain) != str(jax.make_jaxpr(linear)(x, matrix))
