@@ -53,22 +53,32 @@ async def read_text(
       detokenizer: a new one, of `detokenizer_for`.
 
     Raises:
-      GenerationFailed: the engine could not finish the request.
-      RequestError: its own constraints stopped it; or as `EngineClient.generate`.
-      EngineDead: as `EngineClient.generate`.
+      GenerationFailed, RequestError: as `text_delta`.
+      RequestError, EngineDead: as `EngineClient.generate`.
     """
     async with aclosing(outputs):
         async for output in outputs:
-            if output.param is not None:
-                raise RequestError(output.error or "The request cannot go on.", output.param)
-            if output.token is None:
-                raise GenerationFailed(output.error or "The engine could not go on.")
-            reason = output.finish_reason
-            text = detokenizer.push(output.token, ends=reason == "stop")
-            if reason is not None:
-                text += detokenizer.finish()
-            if detokenizer.stopped:
-                reason = "stop"
-            yield TextDelta(output.token, text, reason, output)
-            if reason is not None:
+            delta = text_delta(output, detokenizer)
+            yield delta
+            if delta.finish_reason is not None:
                 return
+
+
+def text_delta(output: Output, detokenizer: Detokenizer) -> TextDelta:
+    """Returns what the next output of a request adds to its text.
+
+    Raises:
+      GenerationFailed: the engine could not finish the request.
+      RequestError: its own constraints stopped it.
+    """
+    if output.param is not None:
+        raise RequestError(output.error or "The request cannot go on.", output.param)
+    if output.token is None:
+        raise GenerationFailed(output.error or "The engine could not go on.")
+    reason = output.finish_reason
+    text = detokenizer.push(output.token, ends=reason == "stop")
+    if reason is not None:
+        text += detokenizer.finish()
+    if detokenizer.stopped:
+        reason = "stop"
+    return TextDelta(output.token, text, reason, output)

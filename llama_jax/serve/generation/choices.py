@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import NamedTuple
 
-from llama_jax.client.text import detokenizer_for, read_text
+from llama_jax.client.text import detokenizer_for, text_delta
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.interface import TokenLogprobs
 from llama_jax.engine.prompt_logprobs import PromptLogprobs
@@ -83,9 +83,10 @@ async def generate_choice(
             outputs = served.engine.generate(
                 prompt, params, on_token=on_token, deadline=place.deadline
             )
-            async with aclosing(read_text(outputs, detokenizer)) as deltas:
-                async for delta in deltas:
-                    token, text, reason, output = delta
+            async with aclosing(outputs):
+                async for output in outputs:
+                    delta = text_delta(output, detokenizer)
+                    token, text, reason, _ = delta
                     if not tokens:
                         timer.note(output)
                     tokens += 1
