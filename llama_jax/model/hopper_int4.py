@@ -160,7 +160,8 @@ def hopper_int4(
     outputs = values.shape[0]
     tiles = tiles or choose_tiles(num_rows, outputs, inputs)
     num_tiles = -(-num_rows // tiles.columns)
-    columns = jnp.pad(x, ((0, max(0, tiles.columns - num_rows)), (0, 0)))
+    # A tile begins at a multiple of 8 rows, as they lie in shared memory.
+    columns = jnp.pad(x, ((0, max(-num_rows % 8, tiles.columns - num_rows)), (0, 0)))
     steps = inputs // tiles.inputs // tiles.splits
     spec = Spec(
         tiles=tiles,
@@ -225,7 +226,7 @@ def thread_block(
     first_row = jnp.minimum(
         lax.axis_index("column") * tiles.columns, x_ref.shape[0] - tiles.columns
     )
-    rows = pl.ds(first_row, tiles.columns)
+    rows = pl.ds(pl.multiple_of(first_row, 8), tiles.columns)
     outputs = pl.ds(lax.axis_index("output") * tiles.outputs, tiles.outputs)
     starts = range(0, tiles.inputs, spec.part)  # of the parts of a step
 

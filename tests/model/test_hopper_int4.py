@@ -63,7 +63,13 @@ def test_the_kernel():
         (8, 64, 128, 64, Tiles(8, 64, 64, 1)),  # two
         (64, 256, 1024, 128, Tiles(64, 128, 128, 1)),
         (64, 128, 1024, 256, Tiles(64, 64, 128, 4)),
-        (150, 128, 512, 128, Tiles(80, 128, 64, 1)),  # the second tile begins at row 70
+        (
+            150,
+            128,
+            512,
+            128,
+            Tiles(80, 128, 64, 1),
+        ),  # padded to 152 rows: the second tile begins at 72
         (288, 128, 256, 128, None),
     ],
 )
@@ -126,3 +132,16 @@ def test_a_result_has_the_shape_of_its_inputs():
     with described_gpu():
         out = jax.eval_shape(lambda matrix, x: matrix.linear(x), matrix, x)
     assert out.shape == (2, 3, 64) and out.dtype == BF16
+
+
+@pytest.mark.parametrize(
+    "num_rows", [1, 257, *(pytest.param(n, marks=pytest.mark.slow) for n in (9, 24, 64, 145, 576))]
+)
+def test_mosaic_finds_layouts_for_any_number_of_rows(num_rows):
+    """Lowers the kernel for a GPU, which takes none; compiling it would."""
+    struct = jax.ShapeDtypeStruct
+    x, values = struct((num_rows, 1024), BF16), struct((192, 1024), jnp.int4)
+    scale = struct((192, 8), BF16)
+    with described_gpu():
+        lowered = hopper_int4.trace(x, values, scale, scale).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
