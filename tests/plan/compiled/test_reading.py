@@ -200,15 +200,17 @@ def test_the_ideal_of_one_rank_of_70b():
 
 
 def test_kernels_of_a_layer():
-    """Neither collectives nor what belongs to no layer."""
+    """Neither collectives, whatever XLA names them, nor what belongs to no layer."""
     text = """
 ENTRY %main (x: f32[8]) -> f32[8] {
   %x = f32[8]{0} parameter(0), metadata={op_name="packed"}
   %a = f32[8]{0} copy(%x), metadata={op_name="jit(f)/layer_1/mlp/mul"}
   %b = f32[8]{0} copy(%a), metadata={op_name="jit(f)/layer_1/add"}
   %all-reduce-start = f32[8]{0} all-reduce-start(%b), metadata={op_name="jit(f)/layer_1/psum"}
+  %psum.3 = f32[8]{0} all-reduce(%b), metadata={op_name="jit(f)/layer_1/psum"}
   %c = f32[8]{0} copy(%b), metadata={op_name="jit(f)/layer_10/add"}
   %e = f32[8]{0} copy(%c), metadata={op_name="jit(f)/layer_10/add"}
+  %psum.4 = f32[8]{0} all-reduce(%e), metadata={op_name="jit(f)/layer_10/psum"}
   %f = f32[8]{0} copy(%b), metadata={op_name="jit(f)/layer_0/add"}
   ROOT %d = f32[8]{0} copy(%c), metadata={op_name="jit(f)/head/mul"}
 }
