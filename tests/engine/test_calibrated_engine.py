@@ -15,6 +15,7 @@ from llama_jax.engine.latency_targets import choose_chunks, known_devices, large
 from llama_jax.engine.options import EngineOptions, OptionError
 from llama_jax.engine.sizing import TILE, choose_sizes
 from llama_jax.ring.sizes import Bucket
+from tests.support.paths import DEMO_CHECKPOINT
 from tests.support.reference import make_model, save_model
 
 CONFIG = LlamaConfig.llama3_70b()
@@ -123,4 +124,4 @@ def test_a_real_engine_starts_from_its_calibration(tmp_path):
     assert modeled == pytest.approx({(t.rows, t.chunk): t.seconds for t in ticks}, rel=0.1)
     replace(measured, mesh="2x1").write(file)
     with pytest.raises(EngineStartError):
-        LLM(path, tpot_slo=9.0, calibration=file, **sizes)
+        LLM(DEMO_CHECKPOINT, tpot_slo=9.0, calibration=file, **sizes)
