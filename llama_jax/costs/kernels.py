@@ -8,7 +8,7 @@ kernels that XLA compiles are others, so the spread of the three sets is kept.
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -208,9 +208,7 @@ class DecodeAttention:
         )
 
 
-def prefill_attention(
-    system: str, kernels: str, kv_dtype: str, query_heads: float
-) -> Callable[[float], float]:
+def prefill_attention(system: str, kernels: str, kv_dtype: str, query_heads: float) -> Curve:
     """Seconds, in one layer, of the attention of a chunk by its pairs of a query and a key.
 
     Measured are whole prompts. A chunk with a prefix takes the time of the prompt that has as many
@@ -224,9 +222,10 @@ def prefill_attention(
     measured = table()["prefill_attention_us"][
         f"{system}|{kernels}|kv {kv_dtype}|TP{_QUERY_HEADS // heads}"
     ]
-    points = {float(t) * (float(t) + 1) / 2: us * MICROSECOND for t, us in measured.items()}
-    curve, factor = Curve(points), query_heads / heads
-    return lambda pairs: curve.at(pairs * factor)
+    factor = heads / query_heads
+    return Curve(
+        {float(t) * (float(t) + 1) / 2 * factor: us * MICROSECOND for t, us in measured.items()}
+    )
 
 
 def all_reduce(system: str, kernels: str, ranks: int) -> Curve | None:
