@@ -243,12 +243,17 @@ def all_reduce(system: str, kernels: str, ranks: int) -> Curve | None:
 
 
 def all_gather(ranks: int) -> Curve | None:
-    """Seconds of NCCL's all-gather by the bytes of each rank's array; None if not measured."""
-    return _bytes_curve(f"h100_sxm|NCCL 2.29.2 all_gather|{ranks} GPUs|elements")
+    """Seconds of NCCL's all-gather by the bytes of each rank's array; None if not measured.
+
+    The elements of the table are those that a rank has in the end: if they were each rank's own,
+    the largest would move at six times the bandwidth of the links.
+    """
+    return _bytes_curve(f"h100_sxm|NCCL 2.29.2 all_gather|{ranks} GPUs|elements", ranks)
 
 
-def _bytes_curve(name: str) -> Curve | None:
+def _bytes_curve(name: str, parts: int = 1) -> Curve | None:
+    """The curve of a collective by the bytes of one of so many parts of its elements."""
     times = table()["all_reduce_us"].get(name)
     if times is None:
         return None
-    return Curve({2.0 * float(count): time * MICROSECOND for count, time in times.items()})
+    return Curve({2 * float(count) / parts: time * MICROSECOND for count, time in times.items()})

@@ -11,7 +11,7 @@ from llama_jax.costs.attention import RankAttention
 from llama_jax.costs.collectives import collectives
 from llama_jax.costs.deployment import Deployment, Layout
 from llama_jax.costs.gpus import find_gpu
-from llama_jax.costs.kernels import DecodeAttention, prefill_attention
+from llama_jax.costs.kernels import LINK, DecodeAttention, all_gather, all_reduce, prefill_attention
 from llama_jax.costs.memory import temporary_bytes
 from llama_jax.costs.tick_time import TickModel
 from llama_jax.costs.work import Work
@@ -74,6 +74,22 @@ def test_converted_weights_are_read_at_their_own_shares():
         assert seconds == pytest.approx(20 * (4 * kernel + read), rel=1e-3)
 
 
+def test_converted_weights_on_measured_gpus_are_read_in_8_bits_and_multiplied_in_bfloat16():
+    """fp8 weights without fp8 activations on 4x2 H100: the slowest read at 40 % of the bandwidth."""
+    config = replace(CONFIG, quantization=Quantization(format="fp8"))
+    products = TickModel(Deployment(config, H100, Layout(4, 2))).products
+    elements = 5120 * 8192 + 8192 * 4096 + 28672 * 8192 + 8192 * 14336
+    read = 20 * elements / 3.35e12
+    assert products.time(1).high == pytest.approx(read / 0.4, rel=1e-3)
+    assert products.time(1).expected == pytest.approx(read / 0.7, rel=1e-3)
+    sums = dict.fromkeys(SETS, 0.0)
+    for key, times in TABLE["gemm_us"].items():
+        on, by, dtype, ranks, _ = key.split("|")
+        if (on, dtype, ranks) == ("h100_sxm", "bfloat16", "TP2"):
+            sums[by.split()[0]] += 20e-6 * times["512"]
+    assert products.time(448).expected == pytest.approx(sorted(sums.values())[1] * 448 / 512)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_attention_and_all_reduces_are_those_of_the_table(ranks):
     attention = RankAttention(Deployment(CONFIG, H100, Layout(4, ranks)))
@@ -120,6 +136,16 @@ def test_heads_that_were_not_measured_are_rows_more_or_fewer():
         assert three.curve(64).at(4096) == pytest.approx(four.curve(48).at(4096))
         whole, half = (prefill_attention("h100_sxm", name, "bfloat16", n) for n in (64, 48))
         assert half.at(4e6) == pytest.approx(whole.at(3e6))
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_no_collective_moves_faster_than_the_links(ranks):
+    size = 2.0**27
+    for curve, sent in (
+        (all_reduce("h100_sxm", "nccl", ranks), 2 * (ranks - 1) / ranks * size),
+        (all_gather(ranks), (ranks - 1) * size),
+    ):
+        assert 0.3 * LINK < sent / curve.at(size) < LINK
 
 
 def test_slower_links_lengthen_collectives_by_as_much():
