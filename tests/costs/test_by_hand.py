@@ -75,7 +75,7 @@ def test_converted_weights_are_read_at_their_own_shares():
 
 
 def test_converted_weights_on_measured_gpus_are_read_in_8_bits_and_multiplied_in_bfloat16():
-    """fp8 weights without fp8 activations on 4x2 H100: the slowest read at 40 % of the bandwidth."""
+    """fp8 weights without fp8 activations on 4x2 H100, at 40 % of the bandwidth at worst."""
     config = replace(CONFIG, quantization=Quantization(format="fp8"))
     products = TickModel(Deployment(config, H100, Layout(4, 2))).products
     elements = 5120 * 8192 + 8192 * 4096 + 28672 * 8192 + 8192 * 14336
