@@ -23,6 +23,7 @@ MEASUREMENTS = {
     "divergence": ("bench.divergence", "how soon answers diverge beside other requests"),
     "closed-loop": ("bench.closed_loop", "the same load simulated by the planner, and served"),
     "buckets": ("bench.buckets", "the scheduler by the buckets of its programs, simulated"),
+    "targets": ("bench.latency_targets", "what latency targets do to 70B on 8 x H100, simulated"),
     "structured": ("bench.structured_output", "what requests with a grammar cost the others"),
     "hostile": ("bench.hostile_requests", "how long hostile requests stop the event loop"),
     "roofline": ("bench.roofline", "copy bandwidth and matrix rate of this device"),

@@ -1,7 +1,5 @@
 """The attention of a rank, over the KV cache. Imports no JAX."""
 
-from collections.abc import Callable
-
 from llama_jax.costs.curve import Curve
 from llama_jax.costs.deployment import KV_BYTES, Deployment
 from llama_jax.costs.figure import Band, Evidence
@@ -19,10 +17,10 @@ from llama_jax.weights.axes import kv_replicas
 from sharding.stages import positions_per_stage
 
 _HEAD_DIM = 128  # of the measured kernels
-# Beyond any context: the lowest, middle and highest of several curves may change places up to it.
-_FAR = 1e9
-_CONTEXTS = (0.0, _FAR)  # of the roofline's line, which is straight
-_PAIRS = tuple(float(4**i) for i in range(24))  # far beyond those of any chunk
+# Beyond any context, and any pairs of a chunk: the lowest, middle and highest of several curves may
+# change places up to it.
+_FAR = 1e12
+_ENDS = (0.0, _FAR)  # of the roofline's lines, which are straight
 
 
 class RankAttention:
@@ -46,7 +44,7 @@ class RankAttention:
         self._curves: dict[int, tuple[Curve, Curve, Curve]] = {}
         system, kv = gpu.measured_as, "fp8" if narrow else "bfloat16"
         self._sets: list[DecodeAttention] = []
-        prefill: list[Callable[[float], float]] = []
+        prefill: list[Curve] = []
         compute_scale = 1.0
         self.known = Known(Evidence.ARITHMETIC, "roofline at assumed shares of the peak")
         if system and deployment.dtype != "float32":
@@ -94,7 +92,7 @@ class RankAttention:
                 Curve(
                     {
                         context: self.layers * fixed + self.decode_floor(rows * context) / share
-                        for context in _CONTEXTS
+                        for context in _ENDS
                     }
                 )
                 for fixed, share in shares
@@ -132,22 +130,23 @@ class RankAttention:
             self._prefill_curves[bound].at(pairs), fixed + keys * self._seconds_per_key / share
         )
 
-    def _make_prefill_curves(
-        self, sets: list[Callable[[float], float]], scale: float
-    ) -> tuple[Curve, Curve, Curve]:
+    def _make_prefill_curves(self, sets: list[Curve], scale: float) -> tuple[Curve, Curve, Curve]:
         """Seconds by pairs: low, expected and high."""
         if not sets:
             low, expected, high = (
                 Curve(
                     {
                         pairs: self.layers * fixed + self.prefill_floor(pairs) / share
-                        for pairs in (0.0, 1e9)
+                        for pairs in _ENDS
                     }
                 )
                 for fixed, share in zip(self._shares.attention, self._shares.flops, strict=True)
             )
             return low, expected, high
-        points = [(pairs, sorted(prefill(pairs) * scale for prefill in sets)) for pairs in _PAIRS]
+        points = [
+            (pairs, sorted(curve.at(pairs) * scale for curve in sets))
+            for pairs in (*sets[0].sizes, _FAR)
+        ]
         low, expected, high = (
             Curve({pairs: times[i] for pairs, times in points}) for i in range(3)
         )

@@ -115,16 +115,19 @@ class _ClosedLoop:
     def _in_step(self, entering: float) -> tuple[float, float, float]:
         """Chunks enter in consecutive ticks, each while the users before decode their first tokens.
 
-        A prompt comes when a tick has just begun, which is that of the chunk before its own.
+        Prompts that share a chunk do so again. They come when a tick has just begun, which is that
+        of the chunk before their own, but for the first of all.
         """
         group = min(self.together, self.users)
+        before = 1 - group / self.users
         with_chunk = self.chunk_tick(group)
         run = self.users * self.chunks / group  # consecutive ticks in which a chunk enters
         share = min(1.0, entering * self.chunks / group * (1 + (self.stages - 1) / run))
         tick, met = (
             part * with_chunk + (1 - part) * self.decode for part in (share, share * self.others)
         )
-        return (self.others + self.through) * with_chunk, self.stages * met, tick
+        first = (self.others - before) * self.decode
+        return first + (before + self.through) * with_chunk, self.stages * met, tick
 
     def _by_chance(self, entering: float) -> tuple[float, float, float]:
         """Prompts come at random; the ring runs without a chunk if none entered in P ticks."""

@@ -8,7 +8,7 @@ kernels that XLA compiles are others, so the spread of the three sets is kept.
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -208,9 +208,7 @@ class DecodeAttention:
         )
 
 
-def prefill_attention(
-    system: str, kernels: str, kv_dtype: str, query_heads: float
-) -> Callable[[float], float]:
+def prefill_attention(system: str, kernels: str, kv_dtype: str, query_heads: float) -> Curve:
     """Seconds, in one layer, of the attention of a chunk by its pairs of a query and a key.
 
     Measured are whole prompts. A chunk with a prefix takes the time of the prompt that has as many
@@ -224,9 +222,10 @@ def prefill_attention(
     measured = table()["prefill_attention_us"][
         f"{system}|{kernels}|kv {kv_dtype}|TP{_QUERY_HEADS // heads}"
     ]
-    points = {float(t) * (float(t) + 1) / 2: us * MICROSECOND for t, us in measured.items()}
-    curve, factor = Curve(points), query_heads / heads
-    return lambda pairs: curve.at(pairs * factor)
+    factor = heads / query_heads
+    return Curve(
+        {float(t) * (float(t) + 1) / 2 * factor: us * MICROSECOND for t, us in measured.items()}
+    )
 
 
 def all_reduce(system: str, kernels: str, ranks: int) -> Curve | None:
@@ -244,12 +243,17 @@ def all_reduce(system: str, kernels: str, ranks: int) -> Curve | None:
 
 
 def all_gather(ranks: int) -> Curve | None:
-    """Seconds of NCCL's all-gather by the bytes of each rank's array; None if not measured."""
-    return _bytes_curve(f"h100_sxm|NCCL 2.29.2 all_gather|{ranks} GPUs|elements")
+    """Seconds of NCCL's all-gather by the bytes of each rank's array; None if not measured.
+
+    The elements of the table are those that a rank has in the end: if they were each rank's own,
+    the largest would move at six times the bandwidth of the links.
+    """
+    return _bytes_curve(f"h100_sxm|NCCL 2.29.2 all_gather|{ranks} GPUs|elements", ranks)
 
 
-def _bytes_curve(name: str) -> Curve | None:
+def _bytes_curve(name: str, parts: int = 1) -> Curve | None:
+    """The curve of a collective by the bytes of one of so many parts of its elements."""
     times = table()["all_reduce_us"].get(name)
     if times is None:
         return None
-    return Curve({2.0 * float(count): time * MICROSECOND for count, time in times.items()})
+    return Curve({2 * float(count) / parts: time * MICROSECOND for count, time in times.items()})

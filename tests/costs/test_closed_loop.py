@@ -78,7 +78,7 @@ def played(stages: int, users: int, output: int, chunk: int, in_step: bool) -> t
 @pytest.mark.parametrize(
     ("stages", "users", "chunk"),
     [
-        *[(1, 2, 1024), (1, 16, 1024), (1, 16, 256), (1, 64, 256)],
+        *[(1, 2, 1024), (1, 16, 1024), (1, 16, 256), (1, 64, 256), (1, 4, 8192)],
         *[(1, 64, 8192), (1, 400, 8192), (4, 64, 256), (4, 64, 1024)],
     ],
 )
