@@ -81,7 +81,8 @@ class PageTables:
         """Takes back its pages. Others find what they hold until they are needed."""
         self.publish(sequence)
         self.pool.give_back(sequence.pages)
-        sequence.pages, sequence.room, sequence.num_published = [], 0, 0
+        sequence.pages, sequence.num_published = [], 0
+        sequence.room = sequence.due = 0
 
     def _shares(self, sequence: Sequence) -> bool:
         return self._prefix_caching or bool(sequence.salt)
@@ -91,6 +92,7 @@ class PageTables:
         self.rows[sequence.slot, first : first + len(pages)] = pages
         sequence.pages += pages
         sequence.room += len(pages) * self._page_size
+        sequence.due = min(sequence.room, sequence.max_length - 2)
 
     def _keys(self, sequence: Sequence, num_pages: int) -> list[bytes]:
         """Returns the keys of its first pages, computing those that are new."""

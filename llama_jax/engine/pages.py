@@ -1,6 +1,6 @@
 """The pool of KV-cache pages, and which of them hold the beginning of a known text."""
 
-from array import array
+import struct
 from collections import OrderedDict
 from hashlib import blake2b
 
@@ -16,8 +16,8 @@ def page_keys(parent: bytes, tokens: list[int], page_size: int) -> list[bytes]:
       tokens: the tokens of the pages.
       page_size: tokens of each page.
     """
-    content, keys = array("i", tokens), []
-    data, width = content.tobytes(), page_size * content.itemsize
+    data, keys = struct.pack(f"{len(tokens)}i", *tokens), []
+    width = page_size * struct.calcsize("i")
     for start in range(0, len(data), width):
         parent = blake2b(parent + data[start : start + width], digest_size=16).digest()
         keys.append(parent)

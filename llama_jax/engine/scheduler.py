@@ -198,20 +198,21 @@ class Scheduler:
         microbatch = self.microbatches[self._turn]
         self._turn = (self._turn + 1) % len(self.microbatches)
         share = self.prefill.share(self.now)
-        self._make_room(microbatch)
+        # Most rows have room in their last page, and are not the last of their sequence.
+        due = [s for s in microbatch if s.next_position >= s.due]
+        self._make_room(due)
         packet = Packet(*microbatch.columns(), microbatch.advance(), microbatch.keys)
         self.prefill.fill(packet, microbatch, share, self.now)
         # A sequence's slot and pages are free once its last packet has entered, though the result
         # is not known yet. Not earlier: this packet must not overwrite pages that it reads.
-        for sequence in [s for s in microbatch if s.next_position >= s.max_length - 1]:
-            self.roster.release(sequence)
+        for sequence in (*due, *[tile.sequence for tile in packet.tiles if tile.ends]):
+            if sequence.fully_sent:
+                self.roster.release(sequence)
         return packet
 
-    def _make_room(self, microbatch: Microbatch) -> None:
-        # Most rows have room in their last page.
-        full = [s for s in microbatch if s.next_position >= s.room]
+    def _make_room(self, due: list[Sequence]) -> None:
         # The most important first: one preempted for a page is less so, and leaves the microbatch.
-        for sequence in self.roster.with_first_prompt(full):
+        for sequence in self.roster.with_first_prompt(due):
             if sequence.slot is None:
                 continue
             if sequence.prefilling:

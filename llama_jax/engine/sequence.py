@@ -25,6 +25,7 @@ class Sequence:
       slot: its slot on the device while it is live, else None.
       pages: its pages, in order.
       room: tokens that they have room for.
+      due: the next position at which it needs another page, or sends its last token.
       page_keys: the keys of its full pages, as far as they were needed.
       num_published: how many of its pages have been published, if others may find them.
       num_cached: prompt tokens whose keys and values were found when it was first admitted.
@@ -55,6 +56,7 @@ class Sequence:
     slot: int | None = None
     pages: list[int] = field(default_factory=list)
     room: int = 0
+    due: int = 0
     page_keys: list[bytes] = field(default_factory=list)
     num_published: int = 0
     num_cached: int = 0

@@ -64,8 +64,7 @@ class TickLoop:
         steps.
       ticks: ticks dispatched.
       stage_ticks_busy: over these ticks, the stages that held a packet with tokens.
-      token_slots: tokens that the programs had room for, over all stages.
-      token_slots_used: tokens in them.
+      token_slots_used: tokens in them, over all stages.
       seconds: time spent in `step`.
       wait_seconds: the part spent waiting for results.
     """
@@ -96,7 +95,7 @@ class TickLoop:
         self._tiles_in_flight = deque(none, maxlen=self.num_stages)
         self._tokens_in_flight = deque(none, maxlen=self.num_stages)
         self._unread: deque[tuple[Packet, TickResult]] = deque()
-        self.ticks = self.stage_ticks_busy = self.token_slots = self.token_slots_used = 0
+        self.ticks = self.stage_ticks_busy = self.token_slots_used = 0
         self.seconds = self.wait_seconds = 0.0
         self._programs = {bucket: [0, 0.0] for bucket in self.sizes.buckets()}  # ticks, seconds
 
@@ -147,6 +146,12 @@ class TickLoop:
             for listen in tuple(self.on_tick):  # a listener may be removed meanwhile
                 listen(tick)
         return outputs
+
+    @property
+    def token_slots(self) -> int:
+        """Tokens that the programs had room for, over all stages."""
+        ticks = [(b.rows + b.chunk) * int(count) for b, (count, _) in self._programs.items()]
+        return self.num_stages * sum(ticks)
 
     @property
     def host_seconds(self) -> float:
@@ -213,7 +218,6 @@ class TickLoop:
 
         self.ticks += 1
         self.stage_ticks_busy += self.num_stages - self._tokens_in_flight.count(0)
-        self.token_slots += self.num_stages * (bucket.rows + bucket.chunk)
         self.token_slots_used += sum(self._tokens_in_flight)
         return bucket
 

@@ -118,10 +118,15 @@ class TickTimes:
     def _correct(self, rows: int, context: int, prefix: int) -> dict[int, float]:
         """The longest of the programs with at most these rows and chunk, by the chunk."""
         seconds, found = 0.0, {}
+        modeled = self._modeled.setdefault((context, prefix), {})
         for bucket in self._buckets:  # in the order of chunks, and of rows
-            if bucket.rows <= rows:
-                own = self._ratios.get(bucket, 1.0) * self._model(bucket, context, prefix)
-                found[bucket.chunk] = seconds = max(seconds, own)
+            if bucket.rows > rows:
+                continue
+            known = modeled.get(bucket) or self._model(bucket, context, prefix)
+            own = self._ratios.get(bucket, 1.0) * known
+            if own > seconds:
+                seconds = own
+            found[bucket.chunk] = seconds
         return found
 
 

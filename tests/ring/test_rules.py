@@ -194,13 +194,13 @@ def test_packets_visit_the_stages_in_order_with_what_they_entered_with(mesh):
 def test_pages_are_freed_too_early(model, loop, monkeypatch):
     """Rule 1, broken: pages are freed before the last packet that refers to them has entered."""
 
-    def too_early(self, packet, microbatch):
-        add_rows(self, packet, microbatch)
+    def too_early(self, packet, microbatch, *arguments):
         for sequence in [s for s in microbatch if s.fully_sent]:
-            self.roster.release(sequence)
+            self._roster.release(sequence)
+        fill(self, packet, microbatch, *arguments)
 
-    add_rows = Scheduler._add_rows
-    monkeypatch.setattr(Scheduler, "_add_rows", too_early)
+    fill = type(loop.scheduler.prefill).fill
+    monkeypatch.setattr("llama_jax.engine.prefill.Prefill.fill", too_early)
     assert faults(model, loop)
 
 
