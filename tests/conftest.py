@@ -27,6 +27,17 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
+# The modules and the thousands of tests are a million objects that live until the end. Looking for
+# garbage among them took a third of the collection of tests, and a second each time after it.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Takes all objects so far out of the garbage collection, and turns it on."""
+    gc.freeze()
+    gc.enable()
+
+
 # A shell starts a background job with SIGINT ignored, and so would every engine be that a test
 # interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -51,14 +62,25 @@ LONGEST = (
     "tests/convert/test_memory.py",
     # of the quick tests:
     "tests/ring/test_parity.py",
-    "tests/quantization/test_quantized_model.py",
-    "tests/ring/test_rules.py",
-    "tests/model/test_bring_your_own.py",
-    "tests/model/test_sampling.py",
-    "tests/llm/test_end_to_end.py",
     "tests/llm/test_in_process_llm.py",
+    "tests/serve/test_process.py",
+    "tests/model/test_bring_your_own.py",
     "tests/serve/test_end_to_end.py",
+    "tests/llm/test_end_to_end.py",
+    "tests/ring/test_rules.py",
+    "tests/ring/test_compiled_program.py",
+    "tests/quantization/test_quantized_model.py",
+    "tests/model/test_sampling.py",
+    "tests/pictures/test_pictures_live.py",
     "tests/interpret/test_capture.py",
+    "tests/ring/test_tap_cost.py",
+    "tests/ring/test_independence.py",
+    "tests/ring/test_no_compile.py",
+    "tests/ring/test_adjusted_tokens.py",
+    "tests/ring/test_prompt_logprobs.py",
+    "tests/ring/test_sharded_llama.py",
+    "tests/ring/test_settings.py",
+    "tests/test_structure.py",
 )
 
 
@@ -102,7 +124,7 @@ def free_programs():
     """Frees a module's compiled programs at its end: all of them would take gigabytes."""
     before = TRACES.look()
     yield
-    if TRACES.look() != before:  # it takes half a second
+    if TRACES.look() != before:
         sys.modules["jax"].clear_caches()
         gc.collect()
         if sys.platform == "linux":

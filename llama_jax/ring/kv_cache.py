@@ -5,13 +5,14 @@ Pages as in vLLM (https://arxiv.org/abs/2309.06180). How they store numbers is i
 """
 
 import math
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import LlamaConfig
@@ -104,11 +105,13 @@ def dequantized(cache: KVCache, dtype: jnp.dtype) -> tuple[list[np.ndarray], lis
 @default_settings()
 def allocate(array: jax.ShapeDtypeStruct, fill: Any = 0) -> jax.Array:
     """Allocates an array on its devices, filled with one number."""
+    return _full(array.shape, array.dtype, array.sharding)(fill)
 
-    def full() -> jax.Array:
-        return jnp.full(array.shape, fill, array.dtype)
 
-    return jax.jit(full, out_shardings=array.sharding)()
+@cache
+def _full(shape: tuple[int, ...], dtype: jnp.dtype, sharding: Sharding) -> Callable[..., jax.Array]:
+    """A program that fills an array; one for all layers, whose pages are alike."""
+    return jax.jit(lambda fill: jnp.full(shape, fill, dtype), out_shardings=sharding)
 
 
 def write(

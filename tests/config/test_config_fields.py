@@ -34,6 +34,7 @@ from llama_jax.model.rope import attention_factor, inverse_frequencies
 from llama_jax.quantization import FORMATS
 from llama_jax.weights.table import checkpoint_tensors
 from sharding.mesh import make_mesh
+from tests.support.programs import compile_few
 from tests.support.quantized_checkpoint import quantize, save_weights
 
 BASE = LlamaConfig(
@@ -234,7 +235,9 @@ def test_auto_means_the_checkpoints_dtype_on_a_gpu():
         choose_dtype("int8", BASE, "gpu")
 
 
-def test_every_eos_id_ends_an_answer(tmp_path):
+def test_every_eos_id_ends_an_answer(tmp_path, monkeypatch):
+    compile_few(monkeypatch)
+
     def answer(name, eos_token_ids):
         path = write(tmp_path / name, dataclasses.replace(BASE, eos_token_ids=eos_token_ids))
         engine = Engine(EngineOptions(path=path, mesh="1x1", max_num_seqs=1, max_chunk=64))

@@ -74,7 +74,14 @@ def test_the_tests_cover_every_name(model):
     assert set(listed) == set(NAMES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Each compiles a program; those of the next test do not.
+QUICK = ("embedding", "layers.1.attention.query", "layers.1.attention.weights", "layers.1.residual")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in NAMES],
+)
 def test_replacing_a_value_with_itself_changes_no_bit(model, tokens, plain, name):
     logits, found = plain
     again = patched(model, {name: Replace(found[name])})

@@ -24,10 +24,10 @@ from llama_jax.engine.options import EngineOptions, OptionError
 from tests.support.fake_engine import FakeEngine
 from tests.support.paths import ROOT
 from tests.support.processes import FAKE, children, private_temporary_directory, wait_until
+from tests.support.programs import compile_few
 from tests.support.tiny_checkpoint import write_checkpoint
 from tests.support.tiny_tokenizer import make_tokenizer
 
-DEMO = ROOT / "demo/checkpoint"
 SMALL = {"max_num_seqs": 2, "max_chunk": 64, "kv_cache_memory": 1 << 24}
 FOREVER = SamplingParams(ignore_eos=True)
 LETTERS = SamplingParams(max_tokens=5)
@@ -60,6 +60,11 @@ class Starter:
         return self.started[-1]
 
 
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_few(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint")
@@ -81,7 +86,7 @@ def start(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def answers(llm: LLM) -> list[list[int]]:
     """Tokens of greedy and seeded requests, more than run at once, alone and all together."""
-    prompts = ["The ring", "27 + 48 =", [1800, 72, 105], "A", "A stage is"] * 2
+    prompts = ["The ring", "27 + 48 =", [300, 72, 105], "A", "A stage is"] * 2
     params = [SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)] * 5
     params += [SamplingParams(temperature=1.0, top_k=50, seed=i, max_tokens=40) for i in range(5)]
     together = llm.generate(prompts, params)
@@ -97,8 +102,8 @@ def answers(llm: LLM) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("mesh", [pytest.param("1x1", marks=pytest.mark.slow), "2x2"])
-def test_the_tokens_are_those_of_an_engine_process(mesh: str) -> None:
-    with LLM(DEMO, mesh, **SMALL) as llm:
+def test_the_tokens_are_those_of_an_engine_process(checkpoint: Path, mesh: str) -> None:
+    with LLM(checkpoint, mesh, **SMALL) as llm:
         expected = answers(llm)
         llm.restart(in_process=True)
         assert answers(llm) == expected
@@ -221,18 +226,18 @@ def test_closing_frees_the_memory(checkpoint: Path) -> None:
 
 
 def test_a_forgotten_llm_ends(start: Starter) -> None:
-    def threads() -> list[threading.Thread]:
-        return [thread for thread in threading.enumerate() if thread.name.startswith("llama-jax")]
+    def threads() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name.startswith("llama-jax")}
 
-    before = len(threads())
+    before = threads()
     llm = start()
     stream = llm.stream([1], FOREVER)
     next(stream)
-    assert len(threads()) > before
+    assert threads() - before
     start.started.clear()
     del llm, stream
     gc.collect()
-    wait_until(lambda: len(threads()) == before)
+    wait_until(lambda: threads() <= before)
 
 
 @pytest.mark.parametrize("end", ["", pytest.param("llm.close()", marks=pytest.mark.slow)])

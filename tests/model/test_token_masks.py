@@ -15,8 +15,14 @@ from tests.support.reference import MESHES
 SPLIT = P(None, AXES)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("vocab_size", [40, 250, 256, 300])  # 256 is split between words
+@pytest.mark.parametrize(
+    ("mesh", "vocab_size"),  # 256 is split between words
+    [
+        pytest.param(mesh, size, marks=[] if i % 4 == j else [pytest.mark.slow])
+        for i, mesh in enumerate(MESHES)
+        for j, size in enumerate((250, 256, 300, 40))
+    ],
+)
 def test_only_allowed_tokens_keep_their_logits(mesh, vocab_size):
     rng = np.random.default_rng(vocab_size)
     devices = make_mesh(mesh)

@@ -29,11 +29,21 @@ def model():
 
 @pytest.fixture(
     scope="module",
-    params=["2x2", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("1x1", "1x2", "4x2"))],
+    params=[
+        ("2x2", True),
+        *(
+            pytest.param((mesh, False), marks=pytest.mark.slow)
+            for mesh in ("1x1", "1x2", "2x2", "4x2")
+        ),
+    ],
+    ids=lambda case: f"{case[0]}-{'largest' if case[1] else 'all'}",
 )
 def compiled(request, model, tmp_path_factory):
+    """The quick tests have only the largest buckets."""
     path = save_model(model, tmp_path_factory.mktemp("model"))
-    return make_loop(path, request.param, max_num_seqs=8, max_chunk=64, page_size=8, num_pages=24)
+    mesh, largest_only = request.param
+    sizes = dict(max_num_seqs=8, max_chunk=64, page_size=8, num_pages=24)
+    return make_loop(path, mesh, largest_only=largest_only, **sizes)
 
 
 def params(**fields) -> SamplingParams:

@@ -33,19 +33,22 @@ def model():
 @pytest.fixture(
     scope="module",
     params=[
-        ("2x2", 64),
-        *(pytest.param(case, marks=pytest.mark.slow) for case in (("1x1", 32), ("4x2", 64))),
+        ("2x2", 64, True),
+        *(
+            pytest.param((*case, False), marks=pytest.mark.slow)
+            for case in (("1x1", 32), ("2x2", 64), ("4x2", 64))
+        ),
     ],
-    ids=lambda case: f"{case[0]}-tiles-of-{case[1]}",
+    ids=lambda case: f"{case[0]}-tiles-of-{case[1]}-{'largest' if case[2] else 'all'}",
 )
 def compiled(request, model, tmp_path_factory):
-    """With so few pages that requests are preempted."""
+    """With so few pages that requests are preempted. The quick tests have the largest buckets."""
     path = save_model(model, tmp_path_factory.mktemp("model"))
-    mesh, tile = request.param
+    mesh, tile, largest_only = request.param
     few = dict(max_num_seqs=4, max_chunk=128, page_size=8, num_pages=41)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sizing, "TILE", tile)
-        return make_loop(path, mesh, **few)
+        return make_loop(path, mesh, largest_only=largest_only, **few)
 
 
 def requests(lengths=LENGTHS, params=SCORED, ticks_apart=1) -> list[Request]:

@@ -70,9 +70,10 @@ def path(model, tmp_path_factory):
     return save_model(model, tmp_path_factory.mktemp("rules"))
 
 
-def new_loop(path):
+def new_loop(path, **options):
     """Eight slots, and pages for two of the longest sequences."""
-    return make_loop(path, MESH, max_num_seqs=8, max_chunk=128, page_size=4, num_pages=80)
+    sizes = dict(max_num_seqs=8, max_chunk=128, page_size=4, num_pages=80)
+    return make_loop(path, MESH, **sizes, **options)
 
 
 @pytest.fixture(scope="module")
@@ -381,7 +382,7 @@ def test_nowhere_is_a_page_of_the_pool(nowhere, path, model, monkeypatch):
         return write(pages, new, jnp.where(page >= pages.shape[1], nowhere, page), offset)
 
     monkeypatch.setattr(kv_cache, "write", write_somewhere)
-    assert faults(model, new_loop(path))
+    assert faults(model, new_loop(path, largest_only=True))
 
 
 # --- 9: garbage ----------------------------------------------------------------------------------
@@ -411,7 +412,7 @@ def test_garbage_in_pages_is_masked(mask_values, path, model, monkeypatch):
     """Rule 9: it is not enough to mask the scores, since 0 x NaN is NaN."""
     attention = partial(plain_attention, mask_values=mask_values)
     monkeypatch.setattr("llama_jax.ring.stage.paged_attention", attention)
-    assert bool(faults(model, new_loop(path))) == (not mask_values)
+    assert bool(faults(model, new_loop(path, largest_only=True))) == (not mask_values)
 
 
 # --- 10: no branch -------------------------------------------------------------------------------
@@ -470,8 +471,10 @@ def test_empty_packets_change_nothing(loop):
     for bucket in loop.sizes.buckets() * loop.num_stages:
         n = loop.sizes.num_segments(bucket)
         packed = encode_packet(loop.sizes, bucket, tables, [], [], [])
-        executor.run(bucket, packed, Choice(encode_controls(n, [])))
-        executor.run(bucket, packed, Choice(adjustments=encode_adjustments(n, []), logprobs=True))
+        executor.run(bucket, packed)
+        if bucket in loop.sizes.largest():  # each of these programs compiles for each bucket
+            choice = Choice(encode_controls(n, []), encode_adjustments(n, []), logprobs=True)
+            executor.run(bucket, packed, choice)
     after = jax.tree.map(lambda a: np.array(a).view(np.int32), executor.state[1:])
     jax.tree.map(np.testing.assert_array_equal, before, after)
     assert len(jax.tree.leaves(before)) == 1 + 2  # tokens, and keys and values of one layer

@@ -24,7 +24,7 @@ from llama_jax.ring.packet import packet_size
 from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.weights.placement import param_shapes
 from sharding.mesh import make_mesh
-from tests.support.programs import CONFIG
+from tests.support.programs import CONFIG, compile_few
 from tests.support.reference import make_model, save_model
 from tests.support.tiny_tokenizer import make_tokenizer
 
@@ -59,9 +59,11 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(path):
-    sizes = {"max_num_seqs": 4, "max_chunk": 64, "kv_cache_memory": 1 << 22}
-    with LLM(path, "2x2", in_process=True, progress=False, **sizes) as llm:
-        yield llm
+    sizes = {"max_num_seqs": 2, "max_chunk": 64, "kv_cache_memory": 1 << 22}
+    with pytest.MonkeyPatch.context() as patch:
+        compile_few(patch)
+        with LLM(path, "2x2", in_process=True, progress=False, **sizes) as llm:
+            yield llm
 
 
 def generated(llm: LLM) -> list[list[int]]:

@@ -10,6 +10,7 @@ from llama_jax.engine.executor import CompileCounter
 from llama_jax.interpret import capture, kv_cache
 from sharding.mesh import make_mesh
 from tests.support.hooked import assert_close
+from tests.support.programs import compile_few
 from tests.support.reference import make_model, reference_logits, save_model
 from tests.support.tiny_tokenizer import make_tokenizer
 
@@ -109,7 +110,8 @@ def test_programs_are_cached(path):
     assert counter.count > 0
 
 
-def test_the_engines_weights_are_shared(tmp_path):
+def test_the_engines_weights_are_shared(tmp_path, monkeypatch):
+    compile_few(monkeypatch)
     theirs = make_model(num_layers=3, num_heads=4, num_kv_heads=2, vocab_size=320)
     path, tokens = make_tokenizer(save_model(theirs, tmp_path)), tokens_of(1, 20)
     greedy = SamplingParams(temperature=0, max_tokens=8)

@@ -1,9 +1,11 @@
-"""Steps compiled for a mesh and a tiny config, to be read rather than run."""
+"""Steps compiled for a mesh and a tiny config, to be read rather than run; and engines with few."""
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from llama_jax.config import LlamaConfig
+from llama_jax.engine.programs import Programs
 from llama_jax.ring import steps
 from llama_jax.ring.packet import packet_size
 from llama_jax.ring.sizes import Bucket, RingSizes
@@ -33,6 +35,15 @@ SIZES = RingSizes(
     chunk_buckets=(0, 64, 128),
     tile=64,
 )
+
+
+def compile_few(patch: pytest.MonkeyPatch) -> None:
+    """Lets engines of this process compile what plain requests need, and the rest when needed.
+
+    For tests of something else than programs, with requests that have no penalties, masks and
+    log-probabilities.
+    """
+    patch.setattr(Programs, "other_choices", lambda self, bucket: ())
 
 
 def compile_step(
