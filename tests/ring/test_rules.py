@@ -43,7 +43,7 @@ from llama_jax.model.controls import encode_controls
 from llama_jax.ring import kv_cache, steps
 from llama_jax.ring.packet import PAGES, SLOT, encode_packet
 from llama_jax.ring.sizes import Bucket, RingSizes
-from llama_jax.ring.stage import Program, locate_tokens, make_layer
+from llama_jax.ring.stage import Program, make_layer
 from sharding.mesh import make_mesh
 from sharding.ring import RingState, ring_tick
 from tests.support.reference import (
@@ -478,24 +478,6 @@ def test_empty_packets_change_nothing(loop):
     after = jax.tree.map(lambda a: np.array(a).view(np.int32), executor.state[1:])
     jax.tree.map(np.testing.assert_array_equal, before, after)
     assert len(jax.tree.leaves(before)) == 1 + 2  # tokens, and keys and values of one layer
-
-
-# --- padding tokens ------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("nowhere", [True, False])
-def test_padding_tokens_change_nothing(nowhere, path, model, monkeypatch):
-    """As on GPUs, with more of them. Written to a page, they destroy the tokens there."""
-    monkeypatch.setattr(steps, "token_multiple", lambda platform, bucket: 101)
-    if not nowhere:
-
-        def locate_somewhere(program, segments):
-            found = locate_tokens(program, segments)
-            return found._replace(page=found.page.at[program.num_tokens :].set(0))
-
-        monkeypatch.setattr("llama_jax.ring.stage.locate_tokens", locate_somewhere)
-    assert bool(faults(model, new_loop(path))) == (not nowhere)
 
 
 # --- 14: padding layers --------------------------------------------------------------------------

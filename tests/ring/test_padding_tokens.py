@@ -1,0 +1,57 @@
+"""The tokens that layers compute beyond those of a packet, as on GPUs."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.ring import steps
+from llama_jax.ring.sizes import Bucket
+from llama_jax.ring.stage import locate_tokens, token_multiple
+from tests.support.reference import drive, make_loop, make_model, reference_logits, save_model
+
+VOCAB = 64
+
+
+def wrong(model, loop):
+    """The requests with a token that is not the best one by transformers."""
+    rng = np.random.default_rng(0)
+    requests = [
+        (i, i, rng.integers(0, VOCAB, length).tolist(), SamplingParams(temperature=0, max_tokens=6))
+        for i, length in enumerate((70, 3, 40))
+    ]
+    run = drive(loop, requests, keep_logits=False)
+    found = []
+    for number, _, prompt, _ in requests:
+        tokens = run.tokens[number]
+        logits = reference_logits(model, prompt + tokens)[len(prompt) - 1 : -1]
+        behind = logits.max(axis=1) - logits[np.arange(len(tokens)), tokens]
+        if len(tokens) != 6 or (behind > 1e-3).any():
+            found.append(number)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nowhere", [True, False])
+def test_they_change_nothing(nowhere, tmp_path, monkeypatch):
+    """Written to a page, they destroy the tokens there."""
+    sizes = dict(embed_dim=32, mlp_dim=48, num_layers=2, num_heads=4, num_kv_heads=2)
+    model = make_model(vocab_size=VOCAB, **sizes)
+    path = save_model(model, tmp_path)
+    monkeypatch.setattr(steps, "token_multiple", lambda platform, bucket: 101)
+
+    def locate_somewhere(program, segments):
+        found = locate_tokens(program, segments)
+        padding = jnp.arange(program.num_padding) % program.sizes.num_pages
+        return found._replace(page=found.page.at[program.num_tokens :].set(padding))
+
+    if not nowhere:
+        monkeypatch.setattr("llama_jax.ring.stage.locate_tokens", locate_somewhere)
+    loop = make_loop(path, "2x1", max_num_seqs=4, max_chunk=64, page_size=4, num_pages=80)
+    assert bool(wrong(model, loop)) == (not nowhere)
+
+
+def test_only_gpus_need_them_and_only_with_a_chunk():
+    assert token_multiple("cpu", Bucket(1, 64)) == 1
+    assert token_multiple("gpu", Bucket(1, 0)) == 1
+    assert token_multiple("gpu", Bucket(1, 64)) == 8
