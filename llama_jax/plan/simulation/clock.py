@@ -30,8 +30,9 @@ class Clock:
     """An `Executor` without devices. Reading the result of a tick waits for its end.
 
     The host dispatches ticks ahead; the devices run them one after the other. All stages run in
-    lockstep, so a tick lasts as long as the slowest of them. Each computes the whole bucket of the
-    program, and attends to the keys of the packet that it holds.
+    lockstep, so a tick lasts as long as the slowest of them; if they share their cores, it lasts
+    as long as their work together. Each computes the whole bucket of the program, and attends to
+    the keys of the packet that it holds.
 
     Args:
       server: what is simulated.
@@ -48,7 +49,7 @@ class Clock:
         sizes = server.sizes
         self._tokens = {b: np.full(sizes.num_segments(b), ANSWER) for b in sizes.buckets()}
         self._tick_time = server.tick_time
-        self._waits = server.waits
+        self._waits, self._shares_cores = server.waits, server.shares_cores
         self._host_seconds = server.host_seconds
         self._per_token = server.host_seconds_per_token
         self._per_request = server.host_seconds_per_request
@@ -64,7 +65,7 @@ class Clock:
     def run(self, bucket: Bucket, entering: Packet, choice: Choice = GREEDY) -> TickResult:
         """Dispatches a tick. Every row is answered with the same token."""
         self._in_flight.append(keys_of(entering))
-        slowest = self._slowest(bucket)
+        slowest = self._together(bucket) if self._shares_cores else self._slowest(bucket)
         self._gives.append(len(entering.rows) + sum([tile.ends for tile in entering.tiles]))
         self.now += (
             self._host_seconds
@@ -89,6 +90,19 @@ class Clock:
             if keys not in known:
                 known[keys] = self._tick_time(Work(bucket.rows, bucket.chunk, *keys))
         return max([known[keys] for keys in self._in_flight], key=_seconds)
+
+    def _together(self, bucket: Bucket) -> TickTime:
+        """The time of stages that share their cores.
+
+        The time of a work is that of a tick in which every stage has it. So each stage adds its
+        part of the time of its own work.
+        """
+        works = [Work(bucket.rows, bucket.chunk, *keys) for keys in self._in_flight]
+        times = [self._tick_time(work) for work in works]
+        return TickTime(
+            sum(time.seconds for time in times) / len(times),
+            sum(time.communication for time in times) / len(times),
+        )
 
     def _wait_until(self, ready: float) -> None:
         self.now = max(self.now, ready)

@@ -56,6 +56,8 @@ class Server:
       host_seconds_per_request: for each request that has arrived since the tick before.
       front_seconds: from the arrival of a request until it is in the engine.
       waits: whether a call returns only when its tick has ended, as on a CPU.
+      shares_cores: whether all stages run on the same cores, as virtual CPU devices do. Their work
+        then adds up, while stages on devices of their own wait for the slowest.
       max_queue: requests that may wait for a slot.
       max_queue_tokens: tokens of the prompts that may wait for their first token.
     """
@@ -72,6 +74,7 @@ class Server:
     host_seconds_per_request: float = 0.0
     front_seconds: float = 0.0
     waits: bool = False
+    shares_cores: bool = False
     max_queue: int = MAX_QUEUE
     max_queue_tokens: int = MAX_QUEUE_TOKENS
 
@@ -116,6 +119,7 @@ def server_for(
         prefix_caching=options.prefix_caching,
         results_late=choose_results_late(options, platform),
         waits=platform == "cpu",
+        shares_cores=platform == "cpu",
         max_queue=options.max_queue,
     )
     if calibration is None or calibration.host_seconds_per_tick is None:

@@ -59,6 +59,23 @@ def test_a_tick_lasts_as_long_as_the_slowest_stage():
     assert long.tpot == 2.0
 
 
+def test_stages_that_share_their_cores_add_up():
+    """Eight keys take a second if all four stages have them, and in one stage a quarter of it."""
+
+    def by_keys(work) -> TickTime:
+        return TickTime(work.row_keys / 8, work.row_keys / 16)
+
+    load = Load([Request(0.0, 10, 2)])
+    shared, alone = (
+        simulate(make_server(stages=4, tick_time=by_keys, shares_cores=shares), load)
+        for shares in (True, False)
+    )
+    # The row has 11 keys, and passes four stages, one after the other.
+    assert shared.samples[0].tpot == 4 * (11 / 8) / 4
+    assert alone.samples[0].tpot == 4 * (11 / 8)
+    assert shared.communication_seconds == approx(alone.communication_seconds / 4)
+
+
 @pytest.mark.parametrize("late", [0, 1, 3])
 def test_the_host_works_while_the_devices_run(late):
     """Results are read late, but answers take no longer while the host keeps ahead."""
