@@ -6,6 +6,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.costs.deployment import Layout
 from llama_jax.costs.gpus import find_gpu
 from llama_jax.costs.work import Work
+from llama_jax.plan.figures import communication
 from llama_jax.plan.plan import Question
 from llama_jax.plan.targets import Targets, Workload
 
@@ -35,3 +36,18 @@ def test_the_cache_holds_the_live_sequences_and_a_prompt():
     candidate = QUESTION.candidate(Layout(4, 2))
     live = candidate.state().most_live
     assert candidate.kv_needed == pytest.approx(live * 1152 + 1024)
+
+
+def test_the_share_of_communication_spans_what_the_parts_of_a_tick_allow():
+    model = QUESTION.candidate(Layout(1, 8)).replica.model
+    work = Work.of(32, 1000, 256, 512)
+    parts = model.parts(work)
+    moved = parts.pop("communication")
+    shares = [
+        part / (part + sum(getattr(other, end) for other in parts.values()))
+        for part in (moved.low, moved.high)
+        for end in ("low", "high")
+    ]
+    found = communication(model, work)
+    assert (found.low, found.high) == pytest.approx((min(shares), max(shares)))
+    assert found.expected == pytest.approx(moved.expected / model.expected(work))
