@@ -1,4 +1,4 @@
-"""What requests see of the ticks: the latency of one, and the most there can be.
+"""What requests see of the ticks: the latencies of one, and the most there can be.
 
 These are means in a steady state, by arithmetic; distributions need the simulation of the
 scheduler. Imports no JAX.
@@ -73,12 +73,6 @@ def decode_rate(model: TickModel, rows: int, context: float) -> Band:
       context: keys that each row attends to.
     """
     return _inverse(model.seconds(Work.of(rows, context))) * rows
-
-
-def one_request(model: TickModel, prompt: int, output: int, chunk: int) -> Latency:
-    """The latencies of a request that is alone."""
-    first = time_to_first_token(model, prompt, chunk)
-    return Latency(first, time_per_token(model, 1, prompt + output / 2))
 
 
 def saturated_rate(model: TickModel, prompt: int, output: int, chunk: int, rows: int) -> Band:

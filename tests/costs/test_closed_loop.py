@@ -12,7 +12,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.costs.closed_loop import closed_loop
 from llama_jax.costs.deployment import Deployment, Layout
 from llama_jax.costs.gpus import find_gpu
-from llama_jax.costs.latency import one_request
+from llama_jax.costs.latency import time_per_token, time_to_first_token
 from llama_jax.costs.tick_time import TickModel
 from llama_jax.costs.work import Work
 
@@ -20,9 +20,10 @@ MODEL = TickModel(Deployment(LlamaConfig.llama3_70b(), find_gpu("h100-sxm"), Lay
 
 
 def test_users_wait_for_each_other():
-    alone, request = closed_loop(MODEL, 1, 1024, 256, 256), one_request(MODEL, 1024, 256, 256)
-    assert alone.tpot == request.tpot
-    assert alone.ttft.expected == pytest.approx(request.ttft.expected, rel=0.03)
+    alone = closed_loop(MODEL, 1, 1024, 256, 256)
+    assert alone.tpot == time_per_token(MODEL, 1, 1024 + 128)
+    first = time_to_first_token(MODEL, 1024, 256)
+    assert alone.ttft.expected == pytest.approx(first.expected, rel=0.03)
     for chunk in (256, 4096):
         several = [closed_loop(MODEL, users, 1024, 256, chunk) for users in (1, 8, 64, 256, 1024)]
         for fewer, more in pairwise(several):

@@ -1,0 +1,53 @@
+"""The ticks and the cache of a replica under a load."""
+
+import pytest
+
+from llama_jax.config import LlamaConfig
+from llama_jax.costs.deployment import Layout
+from llama_jax.costs.gpus import find_gpu
+from llama_jax.costs.work import Work
+from llama_jax.plan.figures import communication
+from llama_jax.plan.plan import Question
+from llama_jax.plan.targets import Targets, Workload
+
+QUESTION = Question(
+    "llama3-70b",
+    LlamaConfig.llama3_70b(),
+    find_gpu("h100-sxm"),
+    8,
+    Workload(1024, 256, 8.0),
+    Targets(0.5, 0.05, 0.85),
+)
+
+
+def test_a_tick_is_in_the_middle_of_an_answer_and_of_a_prompt():
+    replica = QUESTION.candidate(Layout(4, 2)).replica
+    keys = 10 * (1024 + 128)
+    assert replica.work(10, 0) == Work(16, 0, keys)  # the bucket for 10 rows
+    # Chunks of 256 have 0, 256, 512 or 768 tokens before them.
+    pairs, of_tiles = 256 * 384 + 256 * 257 / 2, 4 * 384 + 64 + 128 + 192 + 256
+    assert replica.work(10, 256) == Work(16, 256, keys, pairs, of_tiles)
+    # A chunk of 2,048 holds two prompts.
+    whole = 64 * sum(range(1, 17))
+    assert replica.work(10, 2048) == Work(16, 2048, keys, 1024 * 1025, 2 * whole)
+
+
+def test_the_cache_holds_the_live_sequences_and_a_prompt():
+    candidate = QUESTION.candidate(Layout(4, 2))
+    live = candidate.state().most_live
+    assert candidate.kv_needed == pytest.approx(live * 1152 + 1024)
+
+
+def test_the_share_of_communication_spans_what_the_parts_of_a_tick_allow():
+    model = QUESTION.candidate(Layout(1, 8)).replica.model
+    work = Work.of(32, 1000, 256, 512)
+    parts = model.parts(work)
+    moved = parts.pop("communication")
+    shares = [
+        part / (part + sum(getattr(other, end) for other in parts.values()))
+        for part in (moved.low, moved.high)
+        for end in ("low", "high")
+    ]
+    found = communication(model, work)
+    assert (found.low, found.high) == pytest.approx((min(shares), max(shares)))
+    assert found.expected == pytest.approx(moved.expected / model.expected(work))
