@@ -116,9 +116,7 @@ class Prefill:
         # No sequence is preempted here: this packet may hold a row or a tile of it.
         if (ends and len(microbatch) >= share) or not self._roster.extend(sequence, count):
             return 0
-        for start in range(first, first + count, tile):
-            tokens = sequence.tokens[start : min(start + tile, first + count)]
-            packet.tiles.append(self._roster.send(sequence, tokens, len(tokens)))
+        packet.tiles += self._roster.send(sequence, count, tile)
         self._roster.pages.publish(sequence)
         if ends:
             self._roster.join(sequence, microbatch)
