@@ -268,9 +268,9 @@ def _daily_section(found: Scaling, by_hour: list[Hour], targets: Targets) -> Sec
     text = (
         f"Policy: {found.policy}.",
         f"The curve covers {covered:.3g} hours of {DAY / HOUR:g}.",
-        "Each hour is simulated at its busiest moment: one replica with the most that it gets then, "
-        "rounded up to two digits, for up to 1,000 requests. 'needed' counts replicas at their "
-        "highest rate, without the policy's reserve; 'ready' are the fewest that answer.",
+        "Each hour is simulated at its busiest moment: one replica with the most that it gets "
+        f"then, rounded up to two digits, for up to {TRIED:,} requests. 'needed' counts replicas "
+        "at their highest rate, without the policy's reserve; 'ready' are the fewest that answer.",
     )
     summary = Table("daily", ("", "found"), rows)
     columns = ("hour", "highest rate", "needed", "ready", "most of a replica", "inside")
