@@ -1,11 +1,10 @@
 """The CPU time that the planner takes to simulate an hour: `python -m bench simulation`.
 
-The load is that of the reference question: 10 requests/s of 1,024 + 256 tokens, Poisson arrivals, on
-the layout that the planner chooses for 8 H100 (`python -m llama_jax.plan --rate 10 --simulate`). That
-command simulates it three times, with the shortest, the expected and the longest ticks; here each
-is measured by itself, with the figures that follow from it. "plan" is what comes before: the plan,
-and the drawing of the load. All is CPU time of one thread, which other processes disturb less than
-the time of day, but not at all only on an idle machine.
+The load is that of `python -m llama_jax.plan --rate 10 --simulate --duration 1h`: 36,000 requests
+of 1,024 + 256 tokens on the layout that the planner chooses for 8 H100. That command simulates them
+three times, with the shortest, the expected and the longest ticks. Here each is measured by itself,
+with the figures that follow from it; "plan" is what comes before. All is CPU time of one thread.
+Other programs disturb even that, so measure on an idle machine.
 """
 
 import argparse
