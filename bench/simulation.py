@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> Result:
             "requests": "",
             "tokens": "",
             "ticks": "",
-            "per tick": "s",
-            "per token": "s",
+            "per tick": "µs",
+            "per token": "µs",
             "inside": "",
         },
         rows=rows,
@@ -82,8 +82,8 @@ def measure(asked: Scenario, level: str) -> Row:
         "requests": found.requests,
         "tokens": result.generated_tokens,
         "ticks": result.ticks,
-        "per tick": cpu / result.ticks,
-        "per token": cpu / result.generated_tokens,
+        "per tick": 1e6 * cpu / result.ticks,
+        "per token": 1e6 * cpu / result.generated_tokens,
         "inside": found.inside,
     }
 

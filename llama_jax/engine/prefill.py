@@ -180,6 +180,8 @@ class Prefill:
         roster = self._roster
         if len(roster.prefilling) != 1:
             return roster.prefilling[1] if roster.prefilling else None
+        if not roster.waiting:
+            return None
         first = roster.prefilling[0]
         longest = min(SHORT_CHUNKS * self._sizes.max_chunk, self._left(first) - 1)
         free = self._unreserved_pages()
