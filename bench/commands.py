@@ -22,6 +22,7 @@ MEASUREMENTS = {
     "kv-cache-dtype": ("bench.kv_cache_dtype", "error, memory and time of each KV cache dtype"),
     "divergence": ("bench.divergence", "how soon answers diverge beside other requests"),
     "closed-loop": ("bench.closed_loop", "the same load simulated by the planner, and served"),
+    "simulation": ("bench.simulation", "the CPU time of simulating an hour"),
     "buckets": ("bench.buckets", "the scheduler by the buckets of its programs, simulated"),
     "targets": ("bench.latency_targets", "what latency targets do to 70B on 8 x H100, simulated"),
     "structured": ("bench.structured_output", "what requests with a grammar cost the others"),

@@ -114,6 +114,15 @@ class ChunkChoice:
         if self.ttft is None or not load.waits:
             return self._chunks
         left, behind = MARGIN * self.ttft, load.num_stages - 1
+        # Mostly nobody is late, whatever the chunk: not with the most and the longest ticks.
+        most, longest = self._chunks[0], seconds[self._chunks[-1]]
+        if all(
+            [
+                waited + (-(-until // most) + behind) * longest <= left
+                for until, waited in load.waits
+            ]
+        ):
+            return self._chunks
         late = []
         for chunk in self._chunks:
             tick = seconds[chunk]

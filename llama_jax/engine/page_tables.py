@@ -89,7 +89,10 @@ class PageTables:
 
     def _append(self, sequence: Sequence, pages: list[int]) -> None:
         first = len(sequence.pages)
-        self.rows[sequence.slot, first : first + len(pages)] = pages
+        if len(pages) == 1:  # as for every row that goes on; NumPy takes longer for a slice
+            self.rows[sequence.slot, first] = pages[0]
+        else:
+            self.rows[sequence.slot, first : first + len(pages)] = pages
         sequence.pages += pages
         sequence.room += len(pages) * self._page_size
         sequence.due = min(sequence.room, sequence.max_length - 2)

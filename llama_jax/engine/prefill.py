@@ -125,9 +125,7 @@ class Prefill:
         # No sequence is preempted here: this packet may hold a row or a tile of it.
         if (ends and len(microbatch) >= share) or not self._roster.extend(sequence, count):
             return 0
-        for start in range(first, first + count, tile):
-            tokens = sequence.tokens[start : min(start + tile, first + count)]
-            packet.tiles.append(self._roster.send(sequence, tokens, len(tokens)))
+        packet.tiles += self._roster.send(sequence, count, tile)
         self._roster.pages.publish(sequence)
         if ends:
             self._roster.join(sequence, microbatch)
@@ -212,6 +210,8 @@ class Prefill:
         roster = self._roster
         if len(roster.prefilling) != 1:
             return roster.prefilling[1] if roster.prefilling else None
+        if not roster.waiting:
+            return None
         first = roster.prefilling[0]
         longest = min(SHORT_CHUNKS * self._sizes.max_chunk, self._left(first) - 1)
         free = self._unreserved_pages()

@@ -88,18 +88,24 @@ class Roster:
         self.prefilling.remove(sequence)
         insort(microbatch, sequence, key=_rank)
 
-    def send(self, sequence: Sequence, tokens: list[int], count: int) -> Segment:
-        """Returns the segment with a prompt's next `count` tokens, and counts them as sent."""
-        assert sequence.slot is not None
-        position = sequence.next_position
-        sequence.next_position += count
+    def send(self, sequence: Sequence, count: int, tile: int) -> list[Segment]:
+        """Returns the segments with a prompt's next `count` tokens, and counts them as sent."""
+        slot, first = sequence.slot, sequence.next_position
+        assert slot is not None
+        end = sequence.next_position = first + count
         # What is computed again after a preemption does not count again.
         new = min(sequence.next_position, sequence.num_prompt) - sequence.prompt_sent
         if new > 0:
             sequence.prompt_sent += new
             self.num_prompt_tokens += new
-        ends = sequence.next_position == sequence.prefill_until
-        return Segment(sequence, sequence.epoch, sequence.slot, position, tokens, ends)
+        epoch, tokens, last = sequence.epoch, sequence.tokens, end == sequence.prefill_until
+        return [
+            Segment(
+                sequence, epoch, slot, start, tokens[start : min(start + tile, end)],
+                last and start + tile >= end,
+            )
+            for start in range(first, end, tile)
+        ]  # fmt: skip
 
     def make_room(self, sequence: Sequence, count: int) -> bool:
         """Gives a sequence the pages for its next `count` tokens, preempting less important ones.

@@ -15,7 +15,6 @@ from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.chunk_choice import ChunkChoice
 from llama_jax.engine.constraint import Constraint
 from llama_jax.engine.interface import FinishReason, Output, TokenLogprobs
-from llama_jax.engine.microbatch import Microbatch
 from llama_jax.engine.packets import Packet, Segment
 from llama_jax.engine.pages import PagePool
 from llama_jax.engine.prefill import Prefill

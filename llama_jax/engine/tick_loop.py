@@ -260,8 +260,10 @@ class TickLoop:
 
     def _scores(self, left: Packet) -> dict[int, TileScores]:
         """Scores the prompts in the packet that has just left, where that is asked for."""
-        targets = {i: tile.targets for i, tile in enumerate(left.tiles)}
-        return {i: self.executor.score(i, tokens) for i, tokens in targets.items() if tokens}
+        scored = [
+            (i, t.targets) for i, t in enumerate(left.tiles) if t.sequence.scoring is not None
+        ]
+        return {i: self.executor.score(i, tokens) for i, tokens in scored if tokens}
 
     def _read(self, packet: Packet, result: TickResult) -> list[Output]:
         if not packet:

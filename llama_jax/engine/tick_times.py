@@ -7,9 +7,9 @@ model, for each program.
 """
 
 import math
+from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
+from collections.abc import Callable, Mapping, Sequence
 
 from llama_jax.costs.work import Work
 from llama_jax.engine.interface import TickTime
@@ -20,6 +20,29 @@ BELIEF = 5  # ticks that the model counts for: more must be seen before anything
 REFRESH = 16  # ticks between two corrections
 RATIO_DIGITS = 3  # finer differences are noise, and would change the times of all programs
 FORGET = 20_000  # ticks after which what was seen of a program no longer counts
+
+
+class Window:
+    """The latest ratios, also in order of size, so that their median is at hand.
+
+    Args:
+      size: how many.
+
+    Attributes:
+      ordered: the ratios, the least first.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._latest: deque[float] = deque(maxlen=size)
+        self.ordered: list[float] = []
+
+    def append(self, ratio: float) -> None:
+        """Adds a ratio, in place of the oldest if there are too many."""
+        latest, ordered = self._latest, self.ordered
+        if len(latest) == latest.maxlen:
+            del ordered[bisect_left(ordered, latest[0])]
+        latest.append(ratio)
+        insort(ordered, ratio)
 
 
 class TickTimes:
@@ -38,8 +61,8 @@ class TickTimes:
     def __init__(self, model: Callable[[Work], float], sizes: RingSizes):
         self.model = model
         self._sizes, self._buckets = sizes, sizes.buckets()
-        self._own: dict[Bucket, deque[float]] = {}
-        self._kinds = {chunk: deque[float](maxlen=2 * WINDOW) for chunk in (False, True)}
+        self._own: dict[Bucket, Window] = {}
+        self._kinds = {chunk: Window(2 * WINDOW) for chunk in (False, True)}
         self._latest: dict[Bucket, int] = {}  # the number of the last tick that was seen
         self._count = 0
         self._ratios: dict[Bucket, float] = {}
@@ -76,9 +99,10 @@ class TickTimes:
     def observe(self, bucket: Bucket, context: float, prefix: int, seconds: float) -> None:
         """Takes the seconds of one tick."""
         ratio = seconds / self.modeled(bucket, context, prefix)
-        if bucket not in self._own:
-            self._own[bucket] = deque(maxlen=WINDOW)
-        self._own[bucket].append(ratio)
+        own = self._own.get(bucket)
+        if own is None:
+            own = self._own[bucket] = Window(WINDOW)
+        own.append(ratio)
         self._kinds[bucket.chunk > 0].append(ratio)
         self._latest[bucket] = self._count
         self._count += 1
@@ -88,18 +112,20 @@ class TickTimes:
     def table(self) -> tuple[TickTime, ...]:
         """Every program, at no context."""
         return tuple(
-            TickTime(*b, self.seconds(b), self.modeled(b), len(self._own.get(b, ())))
-            for b in self._sizes.buckets()
+            TickTime(*b, self.seconds(b), self.modeled(b), self._seen(b)) for b in self._buckets
         )
 
+    def _seen(self, bucket: Bucket) -> int:
+        return len(self._own[bucket].ordered) if bucket in self._own else 0
+
     def _refresh(self) -> None:
-        every = _median(1.0, chain(*self._kinds.values()))
-        kinds = {kind: _median(every, ratios) for kind, ratios in self._kinds.items()}
+        every = _median(1.0, sorted(self._kinds[False].ordered + self._kinds[True].ordered))
+        kinds = {kind: _median(every, seen.ordered) for kind, seen in self._kinds.items()}
         short = {kind: _short(ratio) for kind, ratio in kinds.items()}
         for bucket in [b for b, seen in self._latest.items() if self._count - seen > FORGET]:
             del self._own[bucket], self._latest[bucket]
         ratios = {
-            bucket: _short(_median(kinds[bucket.chunk > 0], seen))
+            bucket: _short(_median(kinds[bucket.chunk > 0], seen.ordered))
             for bucket, seen in self._own.items()
         }
         for bucket in self._buckets:  # one that has not run
@@ -130,9 +156,12 @@ class TickTimes:
         return found
 
 
-def _median(believed: float, seen: Iterable[float]) -> float:
-    ordered = sorted([*[believed] * BELIEF, *seen])
-    return ordered[len(ordered) // 2]
+def _median(believed: float, seen: Sequence[float]) -> float:
+    """The median of numbers in order and of `BELIEF` times what is believed."""
+    middle, below = (len(seen) + BELIEF) // 2, bisect_left(seen, believed)
+    if middle < below:
+        return seen[middle]
+    return believed if middle < below + BELIEF else seen[middle - BELIEF]
 
 
 def _short(ratio: float) -> float:

@@ -27,6 +27,15 @@ def test_scheduler(tmp_path):
     assert len(found.targets) == len(found.plots) == 2 and found.flags["ticks"] == 4
 
 
+def test_simulation(tmp_path):
+    found = measured(tmp_path, "simulation", "--seconds", "3", "--levels", "low", "high")
+    plan, low, high = found.rows
+    assert plan["run"] == "plan" and low["requests"] == high["requests"] > 0
+    for row, target in zip((low, high), found.targets, strict=True):
+        assert 0 < row["tokens"] == 256 * row["requests"]  # each is answered to its end
+        assert target.value == pytest.approx(row["cpu"] * 1200)
+
+
 def test_peers(tmp_path, monkeypatch):
     """With given times: only what is made of them is tested here."""
     times = {"llama-jax": 1.0, "transformers": 1.2, "tunix": 3.0}

@@ -12,6 +12,7 @@ from llama_jax.plan.simulation.daily import DAY, Point, Policy, Scaling, read_cu
 from llama_jax.plan.simulation.failure import Failure, failure
 from llama_jax.plan.simulation.figures import DEFINITIONS, Figures, Spread, figures
 from llama_jax.plan.simulation.highest_rate import SEEDS, HighestRate, highest_rate
+from llama_jax.plan.simulation.hours import HOUR, Hour, hours, share_inside
 from llama_jax.plan.simulation.load import Draw, Load
 from llama_jax.plan.simulation.replicas import simulate
 from llama_jax.plan.simulation.scenario import Scenario, scenario
@@ -33,7 +34,8 @@ RATES = {
     "goodput": "requests/s",
     "output_tokens_per_second": "tokens/s",
 }
-TRIED = 1000  # requests in each try of the highest rate
+TRIED = 1000  # requests in each try of a rate
+TRIED_SECONDS, LEAST_TRIED = 300.0, 100  # fewer, if they would take longer to arrive
 
 
 def simulation_report(arguments: argparse.Namespace, plan: Plan) -> Report:
@@ -237,14 +239,19 @@ def _daily(curve: list[Point], asked: Scenario, targets: Targets, rate: HighestR
     each = min(rate.rates) / asked.replicas
     if not each:
         raise UserError("No rate keeps the targets, so no number of replicas does: see --simulate.")
-    found = scale(curve, each, Policy())
-    draw = _at(asked, max(found.worst.rate / found.worst.ready, 1e-3))
-    busiest = figures(simulate(asked.server(), Load(draw.requests())), targets)
-    return _daily_section(found, busiest)
+    found, server = scale(curve, each, Policy()), asked.server()
+
+    def inside(rate: float) -> float:
+        count = min(TRIED, max(LEAST_TRIED, math.ceil(rate * TRIED_SECONDS)))
+        draw = replace(_at(asked, rate), num_requests=count)
+        return figures(simulate(server, Load(draw.requests())), targets).inside
+
+    return _daily_section(found, hours(found, inside), targets)
 
 
-def _daily_section(found: Scaling, busiest: Figures) -> Section:
-    hours = (found.moments[-1].at - found.moments[0].at) / 3600
+def _daily_section(found: Scaling, by_hour: list[Hour], targets: Targets) -> Section:
+    covered = (found.moments[-1].at - found.moments[0].at) / HOUR
+    missed = sum(hour.inside < targets.inside for hour in by_hour)
     rows: tuple[tuple[Cell, ...], ...] = (
         ("highest rate of a replica", _exactly(found.highest_rate, "requests/s")),
         ("at most", _exactly(found.most, "replicas")),
@@ -252,11 +259,34 @@ def _daily_section(found: Scaling, busiest: Figures) -> Section:
         ("for the peak, without scaling", _exactly(found.fixed, "replicas")),
         ("time in which replicas get more than they can", _exactly(found.overloaded, "s")),
         ("most of a replica", _exactly(found.worst.rate / found.worst.ready, "requests/s")),
-        ("share inside the targets at that rate", _exactly(busiest.inside, "")),
+        ("hours in which too few are inside the targets", _exactly(missed, "hours")),
+        (
+            "share of all requests inside, at least",
+            _exactly(share_inside(found.moments, by_hour), ""),
+        ),
     )
-    text = (f"Policy: {found.policy}.", f"The curve covers {hours:.3g} hours of {DAY / 3600:g}.")
-    table = Table("daily", ("", "found"), rows)
-    return Section("daily", "Replicas for the load curve", text, (table,))
+    text = (
+        f"Policy: {found.policy}.",
+        f"The curve covers {covered:.3g} hours of {DAY / HOUR:g}.",
+        "Each hour is simulated at its busiest moment: one replica with the most that it gets "
+        f"then, rounded up to two digits, for up to {TRIED:,} requests. 'needed' counts replicas "
+        "at their highest rate, without the policy's reserve; 'ready' are the fewest that answer.",
+    )
+    summary = Table("daily", ("", "found"), rows)
+    columns = ("hour", "highest rate", "needed", "ready", "most of a replica", "inside")
+    table = Table("hours", columns, tuple(map(_hour_row, by_hour)))
+    return Section("daily", "Replicas for the load curve", text, (summary, table))
+
+
+def _hour_row(hour: Hour) -> tuple[Cell, ...]:
+    return (
+        f"{hour.at / HOUR:g} h",
+        _exactly(hour.rate, "requests/s"),
+        _exactly(hour.needed, "replicas"),
+        _exactly(hour.ready, "replicas"),
+        _exactly(hour.each, "requests/s"),
+        _exactly(hour.inside, ""),
+    )
 
 
 def _assumptions(asked: Scenario) -> Section:
