@@ -35,10 +35,10 @@ def checkpoint(tmp_path_factory):
     [eos] = tokenizer.encode("<|eot_id|>", add_bos=False)
     write_checkpoint(
         path,
-        vocab_size=tokenizer.vocab_size + 4,
+        vocab_size=320,  # a few more than the tokenizer has
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=eos,
-        max_position_embeddings=128,
+        max_position_embeddings=512,
     )
     return path
 
