@@ -15,7 +15,8 @@ PHRASINGS = ["What is {a} + {b}?", "{a}+{b}", "Can you add {a} and {b}?", "{a} p
 
 @pytest.fixture(scope="module")
 def llm():
-    with LLM(CHECKPOINT, mesh="4x2") as llm:
+    # Sizes with few programs: the others would be compiled while the tests run.
+    with LLM(CHECKPOINT, mesh="4x2", max_num_seqs=16, max_chunk=64) as llm:
         yield llm
 
 

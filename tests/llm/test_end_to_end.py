@@ -26,10 +26,10 @@ from tests.support.tiny_tokenizer import make_tokenizer
 VOCAB_SIZE = 320  # a few more than the tokenizer has
 EOS = VOCAB_SIZE - 1
 POISON = VOCAB_SIZE - 2  # its embedding is NaN
-CONTEXT = 1024
+CONTEXT = 512
 PAGE_SIZE = 8
-NUM_PAGES = 130  # a little more than one sequence of full length
-NUM_SEQS, MAX_QUEUE = 8, 4
+NUM_PAGES = 66  # a little more than one sequence of full length
+NUM_SEQS, MAX_QUEUE = 4, 4
 # Two layers a stage, keys and values, two of four KV heads a rank, eight float32 each.
 PAGE_BYTES = 2 * 2 * 2 * 8 * 4 * PAGE_SIZE
 
@@ -133,7 +133,7 @@ def test_greedy_tokens_survive_preemption_and_a_full_queue(subject: Subject) -> 
     before = subject.llm.stats.preemptions
     # Three times as many as may run and wait, and those that run need more pages than there are.
     params = greedy(max_tokens=140, ignore_eos=True)
-    for answer in subject.llm.generate(prompts(*range(4, 40)), params):
+    for answer in subject.llm.generate(prompts(*range(4, 28)), params):
         assert answer.error is None
         assert len(answer.token_ids) == 140
         subject.assert_greedy(answer)
@@ -185,14 +185,14 @@ def test_stops(subject: Subject) -> None:
 def test_eos_ends_an_answer_unless_it_is_ignored(subject: Subject) -> None:
     # Of many sampled answers some reach an EOS token, that of config.json or that of the tokenizer.
     ends = {EOS, *subject.llm.tokenizer.encode(EOT, add_bos=False)}
-    params = [SamplingParams(temperature=2, max_tokens=100, seed=seed) for seed in range(24)]
-    going_on = [SamplingParams(temperature=2, max_tokens=100, seed=seed, ignore_eos=True)
-                for seed in range(24)]  # fmt: skip
+    params = [SamplingParams(temperature=2, max_tokens=90, seed=seed) for seed in range(12)]
+    going_on = [SamplingParams(temperature=2, max_tokens=90, seed=seed, ignore_eos=True)
+                for seed in range(12)]  # fmt: skip
     (prompt,) = prompts(5)
-    answers = subject.llm.generate([prompt] * 24, params)
+    answers = subject.llm.generate([prompt] * 12, params)
     stopped = [i for i, answer in enumerate(answers) if answer.finish_reason == "stop"]
     assert {answers[i].token_ids[-1] for i in stopped} == ends
-    longer = subject.llm.generate([prompt] * 24, going_on)
+    longer = subject.llm.generate([prompt] * 12, going_on)
     for i in stopped:
         tokens = answers[i].token_ids
         assert not ends & set(tokens[:-1])

@@ -28,7 +28,8 @@ from tests.support.programs import compile_few
 from tests.support.tiny_checkpoint import write_checkpoint
 from tests.support.tiny_tokenizer import make_tokenizer
 
-SMALL = {"max_num_seqs": 2, "max_chunk": 64, "kv_cache_memory": 1 << 24}
+# As the checkpoint, those of tests/serve/test_end_to_end.py, which finds the programs in the cache.
+SMALL = {"max_num_seqs": 2, "max_chunk": 64, "max_model_len": 96}
 FOREVER = SamplingParams(ignore_eos=True)
 LETTERS = SamplingParams(max_tokens=5)
 SETTINGS = (

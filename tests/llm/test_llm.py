@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ from tests.support.tiny_tokenizer import make_tokenizer
 FOREVER = SamplingParams(ignore_eos=True)
 LETTERS = SamplingParams(max_tokens=5)
 StartLLM = Callable[..., LLM]
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +302,9 @@ def test_garbage_collection_ends_the_engine(
         assert not list(directory.iterdir())
 
 
-@pytest.mark.parametrize("end", ["", "raise SystemExit", "next(stream)", "llm.close()"])
+@pytest.mark.parametrize(
+    "end", ["", "next(stream)", *map(slow, ("raise SystemExit", "llm.close()"))]
+)
 def test_an_interpreter_that_ends_leaves_nothing(
     checkpoint: Path, tmp_path: Path, end: str
 ) -> None:
@@ -322,7 +326,7 @@ print(llm.pid)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [slow(signal.SIGTERM), signal.SIGKILL])
 def test_the_engine_dies_with_its_script(
     checkpoint: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -74,7 +74,16 @@ EXAMPLES = {
 }
 
 
-@pytest.fixture(scope="module", params=EXAMPLES)
+# Other sizes of a picture that the quick tests have, too.
+SLOW = ("mesh_1x1", "timeline_of_3", "timeline_of_45", "attention_of_1", "heat_map_of_tokens")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in EXAMPLES
+    ],
+)
 def example(request, mesh, recording, tmp_path_factory):
     """A picture, and the file that it wrote."""
     path = tmp_path_factory.mktemp("pictures") / f"{request.param}.png"

@@ -21,14 +21,16 @@ from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.recording import record
 from llama_jax.terminal.units import bytes_text
 from tests.support.paths import ROOT
+from tests.support.programs import compile_few
 
 
 @pytest.fixture(scope="module")
 def engine():
     # The smallest sizes compile the fewest programs.
-    return Engine(
-        EngineOptions(path="demo/checkpoint", mesh="2x2", max_num_seqs=4, max_model_len=128)
-    )
+    small = dict(max_num_seqs=4, max_model_len=128, max_chunk=64)
+    with pytest.MonkeyPatch.context() as patch:
+        compile_few(patch)
+        yield Engine(EngineOptions(path="demo/checkpoint", mesh="2x2", **small))
 
 
 @pytest.fixture(scope="module")

@@ -27,12 +27,6 @@ KINDS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    model = make_model(num_layers=4, embed_dim=32, mlp_dim=32, head_dim=4)
-    return save_model(model, tmp_path_factory.mktemp("model"))
-
-
 def make_requests(count: int) -> list[Request]:
     """Prompts of 1 to 300 tokens: a burst first, then one now and then."""
     rng = np.random.default_rng(0)
@@ -47,14 +41,15 @@ def make_requests(count: int) -> list[Request]:
 
 
 @pytest.mark.parametrize(
-    ("mesh", "max_num_seqs", "num_pages"),  # so few pages that a request is preempted
+    ("mesh", "max_num_seqs", "max_chunk", "num_pages"),  # so few that a request is preempted
     [
-        pytest.param("1x1", 4, 48, marks=pytest.mark.slow),
-        ("2x2", 4, 33),
-        pytest.param("4x2", 16, 48, marks=pytest.mark.slow),
+        pytest.param("1x1", 4, 128, 48, marks=pytest.mark.slow),
+        ("2x2", 4, 64, 28),
+        pytest.param("2x2", 4, 128, 33, marks=pytest.mark.slow),
+        pytest.param("4x2", 16, 128, 48, marks=pytest.mark.slow),
     ],
 )
-def test_no_tick_compiles_anything(mesh, max_num_seqs, num_pages, path, monkeypatch):
+def test_no_tick_compiles_anything(mesh, max_num_seqs, max_chunk, num_pages, tmp_path, monkeypatch):
     gate = threading.Event()
 
     def behind_the_gate(buckets):
@@ -62,8 +57,9 @@ def test_no_tick_compiles_anything(mesh, max_num_seqs, num_pages, path, monkeypa
         return order_of_need(buckets)
 
     monkeypatch.setattr("llama_jax.engine.warm_up.order_of_need", behind_the_gate)
-    sizes = dict(max_num_seqs=max_num_seqs, max_chunk=128, num_pages=num_pages)
-    loop = make_loop(path, mesh, results_late=2, **sizes)
+    model = make_model(num_layers=int(mesh[0]), embed_dim=32, mlp_dim=32, head_dim=4)
+    sizes = dict(max_num_seqs=max_num_seqs, max_chunk=max_chunk, num_pages=num_pages)
+    loop = make_loop(save_model(model, tmp_path), mesh, results_late=2, **sizes)
     executor = loop.executor
     warm_up = WarmUp(executor.programs)
     loop.ready = lambda: warm_up.ready

@@ -256,14 +256,9 @@ def test_the_program_fits_the_entering_packet_only(model, loop):
 
 def small_sizes(**changes):
     sizes = dict(
-        num_slots=16,
-        num_pages=64,
-        page_size=4,
-        pages_per_sequence=8,
-        row_buckets=(8,),
-        chunk_buckets=(0, 16),
-        tile=4,
-    )
+        num_slots=16, num_pages=64, page_size=4, pages_per_sequence=8, row_buckets=(8,),
+        chunk_buckets=(0, 16), tile=4,
+    )  # fmt: skip
     return RingSizes(**(sizes | changes))
 
 

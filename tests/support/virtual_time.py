@@ -1,7 +1,7 @@
 """Time in event loops without waiting for it.
 
-The clock of a `VirtualLoop` jumps to the next timer: hours pass at once, and to the nanosecond. That
-of a usual loop, which may wait for sockets and threads, can be moved forward.
+The clock of a `VirtualLoop` jumps to the next timer: hours pass at once, and to the nanosecond.
+That of a usual loop, which may wait for sockets and threads, can be moved forward.
 """
 
 import asyncio

@@ -18,9 +18,9 @@ CHEAP_CODE = " ".join(
     )
 )
 
-# For `lower(...).compile(PRODUCTION)`, in tests that read the compiled program: of the options above,
-# the only one that changes the optimized HLO and the memory has XLA's default. The machine code,
-# which such tests do not run, stays cheap.
+# For `lower(...).compile(PRODUCTION)`, in tests that read the compiled program: of the options
+# above, the only one that changes the optimized HLO and the memory has XLA's default. The machine
+# code, which such tests do not run, stays cheap.
 PRODUCTION: dict[str, bool | int] = (
     {"xla_cpu_use_fusion_emitters": True} if _HAS_FUSION_EMITTERS else {}
 )
