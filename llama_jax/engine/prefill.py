@@ -178,8 +178,9 @@ class Prefill:
         if chunks is None or chunks.tpot is None or not roster.waiting:
             return slots
         num_stages, first = len(roster.microbatches), roster.waiting[0]
-        contexts = [len(first.tokens), *(len(s.tokens) for s in roster.live)]
-        rows = chunks.most_rows(num_stages, sum(contexts) / len(contexts))
+        keys = len(first.tokens) + sum([len(s.tokens) for s in roster.prefilling])
+        keys += sum([microbatch.keys for microbatch in roster.microbatches])
+        rows = chunks.most_rows(num_stages, keys / (1 + roster.num_live))
         if rows >= self._sizes.max_rows:
             return slots
         is_new = len(first.tokens) == first.num_prompt  # others have had their first token
