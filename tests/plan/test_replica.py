@@ -1,12 +1,15 @@
 """The ticks and the cache of a replica under a load."""
 
+from dataclasses import replace
+
 import pytest
 
 from llama_jax.config import LlamaConfig
 from llama_jax.costs.deployment import Layout
 from llama_jax.costs.gpus import find_gpu
 from llama_jax.costs.work import Work
-from llama_jax.plan.figures import communication
+from llama_jax.plan.figures import communication, figures
+from llama_jax.plan.headroom import headrooms
 from llama_jax.plan.plan import Question
 from llama_jax.plan.targets import Targets, Workload
 
@@ -51,3 +54,14 @@ def test_the_share_of_communication_spans_what_the_parts_of_a_tick_allow():
     found = communication(model, work)
     assert (found.low, found.high) == pytest.approx((min(shares), max(shares)))
     assert found.expected == pytest.approx(moved.expected / model.expected(work))
+
+
+def test_tokens_are_counted_for_each_gpu():
+    rate = figures(QUESTION.candidate(Layout(2, 2, 2)))["output rate of a GPU"]
+    assert rate.value.expected == 8.0 * 256 / 8
+
+
+def test_prompts_grow_up_to_the_context_of_the_model():
+    free = replace(QUESTION, workload=Workload(1024, 256, 0.01), targets=Targets(memory_share=0.85))
+    found = {h.what: h for h in headrooms(free, free.candidate(Layout(4, 2)))}
+    assert (found["prompt length"].limit, found["prompt length"].then) == (8192 - 256, "")
