@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections import Counter
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -26,17 +27,6 @@ for name, value in {
     "OMP_NUM_THREADS": "1",
 }.items():
     os.environ.setdefault(name, value)
-
-# The modules and the thousands of tests are a million objects that live until the end. Looking for
-# garbage among them took a third of the collection of tests, and a second each time after it.
-gc.disable()
-
-
-def pytest_collection_finish() -> None:
-    """Takes all objects so far out of the garbage collection, and turns it on."""
-    gc.freeze()
-    gc.enable()
-
 
 # A shell starts a background job with SIGINT ignored, and so would every engine be that a test
 # interrupts.
@@ -82,6 +72,21 @@ LONGEST = (
     "tests/ring/test_settings.py",
     "tests/test_structure.py",
 )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collects the tests without garbage collection, which then leaves out what is there.
+
+    The modules and the thousands of tests are a million objects that live until the end. Looking
+    for garbage among them takes a third of the collection, and a second each time after it.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(trylast=True)  # after those that do not run have been taken out
