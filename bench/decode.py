@@ -1,42 +1,51 @@
-"""Decode speed compared with transformers on PyTorch: `python -m bench decode`.
+"""Decoding and prefill on CPU beside other engines: `python -m bench decode`.
 
-Both have the same random weights (100 M parameters, float32), prompts and threads, and decode
-greedily. Each engine runs in its own process, and they take turns, so that other load on the
-machine affects both. A figure is the median over rounds of the time of one more token for the whole
-batch. Prefill is excluded: of the ring, only ticks count in which every row decodes. The 4x2 mesh
-of virtual devices shares the same cores. It shows the overhead of the ring there, and is not a
-comparison.
+All have the same random weights (100 M parameters), prompts and cores, and decode greedily, in
+float32 and in bfloat16: this project's engine on one device, transformers on PyTorch, and at batch
+8 the Llama in Flax that transformers 4 had. Each runs in a process of its own, and they take turns
+of a few seconds, so that other load on the machine affects all alike. A figure is the least of all
+rounds, a ratio is that of two such figures, and its range is that of the rounds. The ratio of CPU
+times says what remains on a busy machine.
+
+The Flax Llama needs an environment of its own:
+
+    python3 -m venv .flax && .flax/bin/pip install "transformers==4.46.3" "flax==0.8.5" \\
+        "jax==0.4.31" "jaxlib==0.4.31" "numpy<2" "scipy<1.14"
+    python -m bench decode --flax .flax/bin/python
 """
 
 import argparse
-import os
-import statistics
+import sys
 import tempfile
-import time
-from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 
-from bench.new_process import in_new_process
-from bench.result import Plot, Result, Target
+from bench.decode_engines import FLAX, LLAMA_JAX, TRANSFORMERS, Moment, Times
+from bench.decode_worker import Worker
+from bench.result import Plot, Result, Row, Target
 
+DTYPES = ("float32", "bfloat16")
 BATCHES = (1, 8, 32)
-ENGINES = ("transformers", "1x1", "4x2")
-PROMPT_TOKENS = 128
-NEW_TOKENS = 64
-VOCAB_SIZE = 32000
-TARGETS = {1: 1.0, 8: 1.0, 32: 0.5}  # minimum ratio of tokens/s, 1x1 to transformers
+PROMPT, NEW_TOKENS = 128, 32  # of decoding
+LONG_PROMPT = 512  # of prefill
+FLAX_BATCH = 8
+DECODE_TARGET, PREFILL_TARGET, FLAX_TARGET = 1.3, 1.0, 2.0  # their time over ours, at least
+TOY = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2}
+UNITS = {
+    **dict.fromkeys((LLAMA_JAX, "peer's"), "s"),
+    **dict.fromkeys(("ratio", "least", "greatest", "CPU ratio"), ""),
+}
 
 
-def write_model(path: Path) -> int:
-    """Saves the model; returns its number of parameters."""
+def write_model(path: Path, **sizes: int) -> int:
+    """Saves the model, with other sizes if they are given; returns its number of parameters."""
     import torch
     import transformers
 
+    full = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12}
     config = transformers.LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
+        **full | sizes,
+        vocab_size=32_000,
         num_attention_heads=12,
         num_key_value_heads=4,
         max_position_embeddings=1024,
@@ -47,123 +56,106 @@ def write_model(path: Path) -> int:
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config)
     model.save_pretrained(path)
-    return model.num_parameters()
-
-
-def prompts(batch: int, tokens: int = PROMPT_TOKENS) -> list[list[int]]:
-    """Prompts that differ in each row and have the same length, so that neither engine pads."""
-    return [
-        [2 + (7919 * row + 31 * i) % (VOCAB_SIZE - 2) for i in range(tokens)]
-        for row in range(batch)
-    ]
-
-
-def transformers_generator(path: str, rows: list[list[int]], dtype: str) -> Callable[[int], float]:
-    """Makes a function that generates so many tokens for each prompt, and returns the seconds."""
-    import torch
-    import transformers
-
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    weights = getattr(torch, dtype)
-    model = transformers.LlamaForCausalLM.from_pretrained(path, dtype=weights).eval()
-    tokens = torch.tensor(rows)
-
-    def generate(new_tokens: int) -> float:
-        start = time.perf_counter()
-        with torch.inference_mode():
-            model.generate(
-                input_ids=tokens,
-                attention_mask=torch.ones_like(tokens),
-                do_sample=False,
-                min_new_tokens=new_tokens,
-                max_new_tokens=new_tokens,
-                pad_token_id=0,
-            )
-        return time.perf_counter() - start
-
-    return generate
-
-
-def seconds_per_step(generate: Callable[[int], float]) -> float:
-    """Seconds per decode step of a function that generates: without prefill."""
-    generate(4)
-    prefill = generate(1)
-    return (generate(1 + NEW_TOKENS) - prefill) / NEW_TOKENS
-
-
-def time_ring(path: str, batch: int, mesh: str, dtype: str = "float32") -> float:
-    """Seconds per token of every request: one turn of the ring."""
-    from llama_jax.config.sampling_params import SamplingParams
-    from llama_jax.engine.core import Engine
-    from llama_jax.engine.options import EngineOptions
-
-    options = EngineOptions(
-        path=path,
-        mesh=mesh,
-        dtype=dtype,
-        max_num_seqs=batch,
-        max_chunk=128,
-        max_model_len=512,
-        wait_for_programs=True,
-    )
-    engine = Engine(options, lambda progress: None)
-    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS + 8, ignore_eos=True)
-    for request_id, prompt in enumerate(prompts(batch)):
-        engine.add(request_id, prompt, params)
-    produced = [0] * batch
-    start, counted_from = 0.0, []
-    while engine.has_work:
-        for output in engine.step():
-            produced[output.request_id] += 1
-        if (
-            not counted_from and min(produced) >= 2
-        ):  # all requests decode, and the ring holds no chunk
-            counted_from, start = list(produced), time.perf_counter()
-        if counted_from and max(produced) >= NEW_TOKENS + 8:
-            break
-    tokens = sum(produced) - sum(counted_from)
-    return (time.perf_counter() - start) * batch / tokens
-
-
-def measure(path: str, engine: str, batch: int) -> float:
-    """Seconds per step of one engine."""
-    if engine == "transformers":
-        return seconds_per_step(transformers_generator(path, prompts(batch), "float32"))
-    return time_ring(path, batch, engine)
+    return int(model.num_parameters())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what can be made smaller."""
+    """Adds the options of `python -m bench decode`."""
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--batches", type=int, nargs="*", default=list(BATCHES))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--toy", action="store_true", help="a tiny model")
+    parser.add_argument("--flax", metavar="PYTHON", help="an interpreter that has Flax Llama")
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Measures every engine at every batch."""
-    rows = []
-    with tempfile.TemporaryDirectory() as directory:
-        parameters = write_model(Path(directory))
-        for batch in args.batches:
-            times: dict[str, list[float]] = {engine: [] for engine in ENGINES}
-            for _ in range(args.rounds):
-                for engine in ENGINES:
-                    seconds = in_new_process(measure, directory, engine, batch)
-                    times[engine].append(seconds)
-                    print(f"batch {batch}, {engine}: {1000 * seconds:.1f} ms", flush=True)
-            row = {engine: statistics.median(found) for engine, found in times.items()}
-            rows.append({"batch": batch, **row, "ratio": row["transformers"] / row["1x1"]})
+    """Measures all engines in turns."""
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as path:
+        parameters = write_model(Path(path), **(TOY if args.toy else {}))
+        for dtype in args.dtypes:
+            rows += measure(path, dtype, args.batches, args.rounds, args.flax)
     return Result.measured(
         "decode",
-        f"seconds per decode step, {parameters:,} parameters, float32, prompts of {PROMPT_TOKENS}, "
-        f"up to {NEW_TOKENS} new tokens, median of {args.rounds}",
+        f"seconds of one more token for the whole batch after prompts of {PROMPT}, and to the "
+        f"first token after a prompt of {LONG_PROMPT}; {parameters:,} parameters, least of "
+        f"{args.rounds}",
         args=vars(args),
         packages=("jax", "flax", "torch", "transformers"),
-        units={**dict.fromkeys(ENGINES, "s"), "ratio": ""},
+        units=UNITS,
         rows=rows,
-        targets=[
-            Target(f"transformers / 1x1 at batch {row['batch']}", row["ratio"], limit, "min")
-            for row in rows
-            if (limit := TARGETS.get(row["batch"])) is not None
-        ],
-        plots=[Plot("Time of one more token for the whole batch", "batch", ENGINES, log="xy")],
+        targets=[target(row) for row in rows],
+        plots=[Plot("transformers' time over ours", "batch", ("ratio",), by="weights", log="x")],
     )
+
+
+def measure(path: str, dtype: str, batches: list[int], rounds: int, flax: str | None) -> list[Row]:
+    """The rows of one dtype; `flax` is the interpreter for Flax Llama, or None."""
+    rows: list[Row] = []
+    with ExitStack() as stack:
+
+        def worker(engine: str, python: str) -> Worker:
+            return stack.enter_context(closing(Worker(engine, path, dtype, python)))
+
+        ours = worker(LLAMA_JAX, sys.executable)
+        transformers = worker(TRANSFORMERS, sys.executable)
+        for batch in batches:
+            peers = {TRANSFORMERS: transformers}
+            if flax and batch == FLAX_BATCH:
+                peers[FLAX] = worker(FLAX, flax)
+            found = in_turns({LLAMA_JAX: ours, **peers}, rounds, batch, PROMPT, NEW_TOKENS)
+            decoding = {
+                name: [t.decode for t in times if t.decode] for name, times in found.items()
+            }
+            case: Row = {"weights": dtype, "batch": batch}
+            rows += [{**case, "peer": peer, **compared(decoding, peer)} for peer in peers]
+        found = in_turns({LLAMA_JAX: ours, TRANSFORMERS: transformers}, rounds, 1, LONG_PROMPT, 1)
+        prefill = {name: [t.prefill for t in times] for name, times in found.items()}
+        case = {"weights": dtype, "prompt": LONG_PROMPT, "peer": TRANSFORMERS}
+        rows.append({**case, **compared(prefill, TRANSFORMERS)})
+    return rows
+
+
+def in_turns(
+    workers: dict[str, Worker], rounds: int, batch: int, prompt: int, new_tokens: int
+) -> dict[str, list[Times]]:
+    """Each engine's times, one of each per round; every other round in the opposite order."""
+    for worker in workers.values():
+        worker.prepare(batch, prompt, new_tokens)
+    found: dict[str, list[Times]] = {name: [] for name in workers}
+    for number in range(rounds):
+        for name in list(workers)[:: -1 if number % 2 else 1]:
+            times = workers[name].answer()
+            found[name].append(times)
+            print(
+                f"batch {batch}, {name}: {1000 * (times.decode or times.prefill).clock:.1f} ms",
+                flush=True,
+            )
+    return found
+
+
+def compared(found: dict[str, list[Moment]], peer: str) -> Row:
+    """This project's times, a peer's, and their ratios; each by the clock but the last."""
+    ours, theirs = found[LLAMA_JAX], found[peer]
+    ratios = [their.clock / our.clock for our, their in zip(ours, theirs, strict=True)]
+    our, their = (min(moment.clock for moment in moments) for moments in (ours, theirs))
+    our_cpu, their_cpu = (min(moment.cpu for moment in moments) for moments in (ours, theirs))
+    return {
+        LLAMA_JAX: our,
+        "peer's": their,
+        "ratio": their / our,
+        "least": min(ratios),
+        "greatest": max(ratios),
+        "CPU ratio": their_cpu / our_cpu,
+    }
+
+
+def target(row: Row) -> Target:
+    """The target of a row."""
+    decoding = "batch" in row
+    what = f"decode at batch {row['batch']}" if decoding else f"prefill of {row['prompt']}"
+    limit = DECODE_TARGET if decoding else PREFILL_TARGET
+    if row["peer"] == FLAX:
+        limit = FLAX_TARGET
+    ratio = float(row["ratio"])  # type: ignore[arg-type]
+    return Target(f"{row['peer']} / {LLAMA_JAX}: {what}, {row['weights']}", ratio, limit, "min")
