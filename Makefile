@@ -54,7 +54,7 @@ plan-compile: .venv-cuda/installed  ## compile what a server of Llama-3-70B runs
 audit: .venv-cuda/installed  ## hold the ticks of Llama-3-70B on 8 H100 to their limits, without a GPU
 	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m bench audit --output bench/results/audit_70b_8xh100.json
 
-MEASUREMENTS = hostile startup engine decode quantization kv-cache-dtype divergence loading \
+MEASUREMENTS = hostile startup engine quantization kv-cache-dtype divergence loading \
 	load-speed structured convert scaling sampling buckets simulation closed-loop targets peers
 
 bench: .venv/installed-test  ## every measurement that runs on a CPU: two hours, 30 GB of disk

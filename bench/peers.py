@@ -1,134 +1,161 @@
 """Decoding and prefill on CPU beside other engines: `python -m bench peers`.
 
 All have the same random weights (100 M parameters), prompts and cores, and decode greedily, in
-float32 and in bfloat16. Each runs in its own process, and they take turns, so that other load on
-the machine affects all alike; a figure is the median over the rounds. The peers are transformers on
-PyTorch and, where google-tunix is installed, tunix on JAX. Decoding is timed as in `bench.decode`,
-without prefill. Prefill is the time from a prompt of 512 tokens to the first token of its answer.
+float32 and in bfloat16: this project's engine on one device, transformers on PyTorch, and at batch
+8 the Llama in Flax that transformers 4 had. Each runs in a process of its own, and they take turns
+of a few seconds, so that other load on the machine affects all alike. A figure is the least of all
+rounds, a ratio is that of two such figures, and its range is that of the rounds. The ratio of CPU
+times says what remains on a busy machine.
+
+The Flax Llama needs an environment of its own:
+
+    python3 -m venv .flax && .flax/bin/pip install "transformers==4.46.3" "flax==0.8.5" \\
+        "jax==0.4.31" "jaxlib==0.4.31" "numpy<2" "scipy<1.14"
+    python -m bench peers --flax .flax/bin/python
 """
 
 import argparse
-import statistics
+import sys
 import tempfile
-import time
-from importlib.util import find_spec
+from contextlib import ExitStack, closing
 from pathlib import Path
 
-from bench import tunix_peer
-from bench.decode import prompts, seconds_per_step, time_ring, transformers_generator, write_model
-from bench.new_process import in_new_process
+from bench.peer_engines import FLAX, LLAMA_JAX, TRANSFORMERS, Moment, Times
+from bench.peer_worker import Worker
 from bench.result import Plot, Result, Row, Target
 
-OURS, TRANSFORMERS, TUNIX = "llama-jax", "transformers", "tunix"
-GENERATORS = {TRANSFORMERS: transformers_generator, TUNIX: tunix_peer.generator}
 DTYPES = ("float32", "bfloat16")
 BATCHES = (1, 8, 32)
-PROMPT = 512  # of prefill
-DECODE_TARGET, PREFILL_TARGET = 1.3, 1.0  # transformers' time over ours, at least
-TUNIX_TARGET, TUNIX_BATCH = 2.0, 8  # tunix's time over ours, at least
+PROMPT, NEW_TOKENS = 128, 32  # of decoding
+LONG_PROMPT = 512  # of prefill
+FLAX_BATCH = 8
+DECODE_TARGET, PREFILL_TARGET, FLAX_TARGET = 1.3, 1.0, 2.0  # their time over ours, at least
+TOY = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2}
+UNITS = {
+    **dict.fromkeys((LLAMA_JAX, "peer's"), "s"),
+    **dict.fromkeys(("ratio", "least", "greatest", "CPU ratio"), ""),
+}
 
 
-def decode(engine: str, path: str, batch: int, dtype: str) -> float:
-    """Seconds of one more token for the whole batch."""
-    if engine == OURS:
-        return time_ring(path, batch, "1x1", dtype)
-    return seconds_per_step(GENERATORS[engine](path, prompts(batch), dtype))
+def write_model(path: Path, **sizes: int) -> int:
+    """Saves the model, with other sizes if they are given; returns its number of parameters."""
+    import torch
+    import transformers
 
-
-def prefill(engine: str, path: str, dtype: str) -> float:
-    """Seconds from a prompt to its first token, the least of three."""
-    if engine == OURS:
-        return ring_prefill(path, dtype)
-    generate = GENERATORS[engine](path, prompts(1, PROMPT), dtype)
-    generate(1)
-    return min(generate(1) for _ in range(3))
-
-
-def ring_prefill(path: str, dtype: str) -> float:
-    """The same through the engine, which takes the prompt as one chunk."""
-    from llama_jax.config.sampling_params import SamplingParams
-    from llama_jax.engine.core import Engine
-    from llama_jax.engine.options import EngineOptions
-
-    options = EngineOptions(
-        path=path,
-        dtype=dtype,
-        max_num_seqs=1,
-        max_chunk=PROMPT,
-        max_model_len=2 * PROMPT,
-        prefix_caching=False,
+    full = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12}
+    config = transformers.LlamaConfig(
+        **full | sizes,
+        vocab_size=32_000,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
     )
-    engine = Engine(options, lambda progress: None)
-    seconds = []
-    for number in range(4):  # the first one warms up
-        start = time.perf_counter()
-        engine.add(number, *prompts(1, PROMPT), SamplingParams(temperature=0, max_tokens=1))
-        while engine.has_work:
-            engine.step()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(path)
+    return int(model.num_parameters())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what can be made smaller."""
+    """Adds the options of `python -m bench peers`."""
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="*", default=list(BATCHES))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--toy", action="store_true", help="a tiny model")
+    parser.add_argument("--flax", metavar="PYTHON", help="an interpreter that has Flax Llama")
 
 
 def run(args: argparse.Namespace) -> Result:
     """Measures all engines in turns."""
-    engines = [OURS, TRANSFORMERS]
-    if find_spec("tunix") is None:
-        print("tunix is left out: google-tunix is not installed", flush=True)
-    else:
-        engines.append(TUNIX)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as path:
-        parameters = write_model(Path(path))
+        parameters = write_model(Path(path), **(TOY if args.toy else {}))
         for dtype in args.dtypes:
-            for batch in args.batches:
-                found = in_turns(engines, args.rounds, decode, path, batch, dtype)
-                rows.append({"weights": dtype, "batch": batch, **found})
-            found = in_turns(engines, args.rounds, prefill, path, dtype)
-            rows.append({"weights": dtype, "prompt": PROMPT, **found})
-    ratios = {f"{peer} / {OURS}": peer for peer in engines[1:]}
-    for row in rows:
-        row |= {name: row[peer] / row[OURS] for name, peer in ratios.items()}
+            rows += measure(path, dtype, args.batches, args.rounds, args.flax)
     return Result.measured(
         "peers",
-        f"seconds per decode step after prompts of 128 tokens, and to the first token of a prompt "
-        f"of {PROMPT}; {parameters:,} parameters, medians of {args.rounds}",
-        args=vars(args),
-        packages=("jax", "flax", "torch", "transformers", "google-tunix"),
-        units={**dict.fromkeys(engines, "s"), **dict.fromkeys(ratios, "")},
+        f"seconds of one more token for the whole batch after prompts of {PROMPT}, and to the "
+        f"first token after a prompt of {LONG_PROMPT}; {parameters:,} parameters, least of "
+        f"{args.rounds}",
+        args={**vars(args), "flax": args.flax is not None},
+        packages=("jax", "flax", "torch", "transformers"),
+        units=UNITS,
         rows=rows,
-        targets=[target for row in rows for target in targets(row)],
-        plots=[
-            Plot("Decoding: their time over ours", "batch", tuple(ratios), by="weights", log="x")
-        ],
+        targets=[target(row) for row in rows],
+        plots=[Plot("transformers' time over ours", "batch", ("ratio",), by="weights", log="x")],
     )
 
 
-def in_turns(engines: list[str], rounds: int, function: object, *arguments: object) -> Row:
-    """The median of each engine's seconds, each time in a new process."""
-    times: dict[str, list[float]] = {engine: [] for engine in engines}
-    for _ in range(rounds):
-        for engine in engines:
-            times[engine].append(in_new_process(function, engine, *arguments, JAX_PLATFORMS="cpu"))
-            print(engine, *arguments[1:], f"{1000 * times[engine][-1]:.1f} ms", flush=True)
-    return {engine: statistics.median(found) for engine, found in times.items()}
+def measure(path: str, dtype: str, batches: list[int], rounds: int, flax: str | None) -> list[Row]:
+    """The rows of one dtype; `flax` is the interpreter for Flax Llama, or None."""
+    rows: list[Row] = []
+    with ExitStack() as stack:
+
+        def worker(engine: str, python: str) -> Worker:
+            return stack.enter_context(closing(Worker(engine, path, dtype, python)))
+
+        ours = worker(LLAMA_JAX, sys.executable)
+        transformers = worker(TRANSFORMERS, sys.executable)
+        for batch in batches:
+            peers = {TRANSFORMERS: transformers}
+            if flax and batch == FLAX_BATCH:
+                peers[FLAX] = worker(FLAX, flax)
+            found = in_turns({LLAMA_JAX: ours, **peers}, rounds, batch, PROMPT, NEW_TOKENS)
+            decoding = {
+                name: [t.decode for t in times if t.decode] for name, times in found.items()
+            }
+            case: Row = {"weights": dtype, "batch": batch}
+            rows += [{**case, "peer": peer, **compared(decoding, peer)} for peer in peers]
+        found = in_turns({LLAMA_JAX: ours, TRANSFORMERS: transformers}, rounds, 1, LONG_PROMPT, 1)
+        prefill = {name: [t.prefill for t in times] for name, times in found.items()}
+        case = {"weights": dtype, "prompt": LONG_PROMPT, "peer": TRANSFORMERS}
+        rows.append({**case, **compared(prefill, TRANSFORMERS)})
+    return rows
 
 
-def targets(row: Row) -> list[Target]:
-    """The targets of one row."""
+def in_turns(
+    workers: dict[str, Worker], rounds: int, batch: int, prompt: int, new_tokens: int
+) -> dict[str, list[Times]]:
+    """Each engine's times, one of each per round; every other round in the opposite order."""
+    for worker in workers.values():
+        worker.prepare(batch, prompt, new_tokens)
+    found: dict[str, list[Times]] = {name: [] for name in workers}
+    for number in range(rounds):
+        for name in list(workers)[:: -1 if number % 2 else 1]:
+            times = workers[name].answer()
+            found[name].append(times)
+            print(
+                f"batch {batch}, {name}: {1000 * (times.decode or times.prefill).clock:.1f} ms",
+                flush=True,
+            )
+    return found
+
+
+def compared(found: dict[str, list[Moment]], peer: str) -> Row:
+    """This project's times, a peer's, and their ratios; each by the clock but the last."""
+    ours, theirs = found[LLAMA_JAX], found[peer]
+    ratios = [their.clock / our.clock for our, their in zip(ours, theirs, strict=True)]
+    our, their = (min(moment.clock for moment in moments) for moments in (ours, theirs))
+    our_cpu, their_cpu = (min(moment.cpu for moment in moments) for moments in (ours, theirs))
+    return {
+        LLAMA_JAX: our,
+        "peer's": their,
+        "ratio": their / our,
+        "least": min(ratios),
+        "greatest": max(ratios),
+        "CPU ratio": their_cpu / our_cpu,
+    }
+
+
+def target(row: Row) -> Target:
+    """The target of a row."""
     decoding = "batch" in row
     what = f"decode at batch {row['batch']}" if decoding else f"prefill of {row['prompt']}"
-    what = f"{what}, {row['weights']}"
-    ratio = f"{TRANSFORMERS} / {OURS}"
     limit = DECODE_TARGET if decoding else PREFILL_TARGET
-    found = [Target(f"{ratio}: {what}", row[ratio], limit, "min")]
-    ratio = f"{TUNIX} / {OURS}"
-    if ratio in row and decoding and row["batch"] == TUNIX_BATCH:
-        found.append(Target(f"{ratio}: {what}", row[ratio], TUNIX_TARGET, "min"))
-    return found
+    if row["peer"] == FLAX:
+        limit = FLAX_TARGET
+    ratio = float(row["ratio"])  # type: ignore[arg-type]
+    return Target(f"{row['peer']} / {LLAMA_JAX}: {what}, {row['weights']}", ratio, limit, "min")

@@ -159,7 +159,7 @@ def test_a_gpu_machine_needs_no_server_packages():
 import sys
 for name in ("llguidance", "msgspec", "starlette", "uvicorn", "zmq"):
     sys.modules[name] = None  # importing it raises ImportError
-import bench.audit, bench.decode, bench.divergence, bench.host_time, bench.load_speed
+import bench.audit, bench.peers, bench.divergence, bench.host_time, bench.load_speed
 import llama_jax.engine.core, llama_jax.interpret, llama_jax.model, llama_jax.ring.sharded_llama
 """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

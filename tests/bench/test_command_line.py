@@ -23,7 +23,7 @@ COMMANDS = MEASUREMENTS | READERS
 
 def result(*targets: Target) -> Result:
     return Result.measured(
-        "decode",
+        "peers",
         "a test",
         args={},
         packages=(),
@@ -46,7 +46,7 @@ def fake(monkeypatch):
         return answer
 
     module = SimpleNamespace(__doc__="A test.", add_arguments=lambda parser: None, run=run)
-    monkeypatch.setitem(sys.modules, "bench.decode", module)
+    monkeypatch.setitem(sys.modules, "bench.peers", module)
     return answers
 
 
@@ -116,10 +116,10 @@ def test_what_is_wrong_is_said_in_one_line(argv, capfd):
 
 def test_a_measurement_shows_and_writes_its_result(fake, tmp_path, capsys):
     met, missed = Target("a", 1.0, 2.0, "max"), Target("b", 1.0, 2.0, "min")
-    path = tmp_path / "new" / "decode.json"
+    path = tmp_path / "new" / "peers.json"
     for targets, status in (((), 0), ((met,), 0), ((met, missed), 1)):
         fake.append(result(*targets))
-        assert command_line.main(["decode", "--output", str(path)]) == status
+        assert command_line.main(["peers", "--output", str(path)]) == status
         assert Result.read(path) == result(*targets)
         assert path.with_suffix(".svg").read_text().startswith("<?xml")
     assert "MISSED" in capsys.readouterr().out
@@ -128,7 +128,7 @@ def test_a_measurement_shows_and_writes_its_result(fake, tmp_path, capsys):
 def test_a_plot_needs_no_package_to_keep_the_result(fake, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     fake.append(result())
-    assert command_line.main(["decode", "--output", str(tmp_path / "a.json")]) == 0
+    assert command_line.main(["peers", "--output", str(tmp_path / "a.json")]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     assert "matplotlib" in capsys.readouterr().out
 
@@ -143,7 +143,7 @@ def test_a_plot_needs_no_package_to_keep_the_result(fake, tmp_path, capsys, monk
 )
 def test_an_error_of_a_measurement_is_one_line(fake, tmp_path, capsys, error, status):
     fake.append(error)
-    assert command_line.main(["decode", "--output", str(tmp_path / "a.json")]) == status
+    assert command_line.main(["peers", "--output", str(tmp_path / "a.json")]) == status
     assert len(capsys.readouterr().err.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
@@ -151,14 +151,14 @@ def test_a_defect_keeps_its_traceback(fake, tmp_path):
     for error in (ZeroDivisionError(), ModuleNotFoundError("no module", name="bench.gone")):
         fake.append(error)
         with pytest.raises(type(error)):
-            command_line.main(["decode", "--output", str(tmp_path / "a.json")])
+            command_line.main(["peers", "--output", str(tmp_path / "a.json")])
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_measuring(fake, tmp_path, capsys):
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "file" / "a.json"):
         fake.append(AssertionError("measured"))
-        assert command_line.main(["decode", "--output", str(path)]) == 2
+        assert command_line.main(["peers", "--output", str(path)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 

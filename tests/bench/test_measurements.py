@@ -6,6 +6,7 @@ import pytest
 
 from bench import peers
 from bench.__main__ import main
+from bench.peer_engines import Moment, Times
 from bench.result import Result
 
 
@@ -36,22 +37,49 @@ def test_simulation(tmp_path):
         assert target.value == pytest.approx(row["cpu"] * 1200)
 
 
+class FakeWorker:
+    """Engines with given times: only what is made of them is tested here."""
+
+    def __init__(self, engine: str, *_: str):
+        self.clock = {"llama-jax": 1.0, "transformers": 1.2, "flax": 3.0}[engine]
+
+    def prepare(self, batch: int, prompt: int, new_tokens: int) -> None:
+        self.decodes = new_tokens > 1
+
+    def answer(self) -> Times:
+        self.clock += 0.1  # so the first round is the least
+        moment = Moment(self.clock, self.clock / 2)
+        return Times(moment, moment if self.decodes else None)
+
+    def close(self) -> None:
+        pass
+
+
 def test_peers(tmp_path, monkeypatch):
-    """With given times: only what is made of them is tested here."""
-    times = {"llama-jax": 1.0, "transformers": 1.2, "tunix": 3.0}
-    monkeypatch.setattr(peers, "find_spec", lambda name: object())
+    monkeypatch.setattr(peers, "Worker", FakeWorker)
     monkeypatch.setattr(peers, "write_model", lambda path: 5)
-    monkeypatch.setattr(peers, "in_turns", lambda *_: dict(times))
-    found = measured(tmp_path, "peers")
+    found = measured(tmp_path, "peers", "--flax", "python", "--rounds", "2")
     assert [(row["weights"], row.get("batch", row.get("prompt"))) for row in found.rows] == [
-        (dtype, number) for dtype in ("float32", "bfloat16") for number in (1, 8, 32, 512)
+        (dtype, number) for dtype in ("float32", "bfloat16") for number in (1, 8, 8, 32, 512)
     ]
-    assert {row["transformers / llama-jax"] for row in found.rows} == {1.2}
+    first = found.rows[0]
+    assert (first["llama-jax"], first["peer's"]) == pytest.approx((1.1, 1.3))
+    assert (first["ratio"], first["CPU ratio"]) == pytest.approx((1.3 / 1.1, 1.3 / 1.1))
+    assert (first["least"], first["greatest"]) == pytest.approx((1.4 / 1.2, 1.3 / 1.1))
     met = {target.what: target.met for target in found.targets}
-    assert len(met) == 2 * (3 + 1 + 1)
+    assert len(met) == len(found.rows)
     assert not met["transformers / llama-jax: decode at batch 8, float32"]
     assert met["transformers / llama-jax: prefill of 512, bfloat16"]
-    assert met["tunix / llama-jax: decode at batch 8, float32"]
+    assert met["flax / llama-jax: decode at batch 8, float32"]
+
+
+@pytest.mark.slow
+def test_peers_with_real_engines(tmp_path):
+    found = measured(
+        tmp_path, "peers", "--toy", "--rounds", "1", "--batches", "2", "--dtypes", "bfloat16"
+    )
+    assert [row.get("batch", row.get("prompt")) for row in found.rows] == [2, 512]
+    assert all(row["llama-jax"] > 0 and row["peer's"] > 0 for row in found.rows)
 
 
 @pytest.mark.slow

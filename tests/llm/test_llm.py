@@ -84,11 +84,13 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def interrupt_when(condition: Callable[[], bool]) -> threading.Thread:
-    """Sends Ctrl-C as soon as the condition holds."""
+    """Sends Ctrl-C as soon as the condition holds, or never will: then the test fails, and ends."""
 
     def watch() -> None:
-        wait_until(condition)
-        os.kill(os.getpid(), signal.SIGINT)
+        try:
+            wait_until(condition)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -211,7 +213,7 @@ def test_threads_share_the_engine(llm: LLM, pool: ThreadPoolExecutor) -> None:
 def test_ctrl_c_ends_the_requests_of_its_call_only(llm: LLM, pool: ThreadPoolExecutor) -> None:
     other = pool.submit(llm.generate, [5], SamplingParams(max_tokens=300))
     wait_until(lambda: llm.stats.num_running == 1)
-    interrupter = interrupt_when(lambda: llm.stats.num_running == 4)
+    interrupter = interrupt_when(lambda: llm.stats.num_running >= 3)  # the other may have ended
     with pytest.raises(KeyboardInterrupt):
         llm.generate([[1], [2], [3]], FOREVER)
     interrupter.join()
