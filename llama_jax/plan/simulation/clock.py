@@ -66,7 +66,7 @@ class Clock:
         """Dispatches a tick. Every row is answered with the same token."""
         self._in_flight.append(keys_of(entering))
         slowest = self._together(bucket) if self._shares_cores else self._slowest(bucket)
-        self._gives.append(len(entering.rows) + sum([tile.ends for tile in entering.tiles]))
+        self._gives.append(len(entering.decoding) + sum([tile.ends for tile in entering.tiles]))
         self.now += (
             self._host_seconds
             + self._per_token * self._gives[0]  # of the packet that leaves
