@@ -78,11 +78,14 @@ class Prefill:
                 return  # it continues in a later packet
             tiles_left -= sent
 
-    def share(self, now: float = 0.0) -> int:
+    def begin_tick(self, now: float) -> None:
+        """Finds how many sequences may be live in this tick; `now` is as in `fill`."""
+        self.most_running = self._most_running(now)
+
+    def share(self) -> int:
         """Maximum rows of a microbatch, the newest prompt included: ceil(n / M), where n sequences
         are live or could be at once. A burst then does not fill one microbatch and leave others
-        empty. Call it first in each tick; `now` is as in `fill`."""
-        self.most_running = self._most_running(now)
+        empty."""
         roster, live = self._roster, self._roster.num_live
         if roster.waiting:
             pages = self._unreserved_pages()

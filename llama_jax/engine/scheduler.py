@@ -196,7 +196,8 @@ class Scheduler:
         """Returns the packet that enters now; it is empty if there is nothing to do."""
         microbatch = self.microbatches[self._turn]
         self._turn = (self._turn + 1) % len(self.microbatches)
-        share = self.prefill.share(self.now)
+        self.prefill.begin_tick(self.now)
+        share = self.prefill.share()
         # Most rows have room in their last page, and are not the last of their sequence.
         due = [s for s in microbatch if s.next_position >= s.due]
         self._make_room(due)
@@ -272,7 +273,9 @@ class Scheduler:
             for sequence, epoch, token in packet.deal(tokens, bucket_rows)
             if epoch == sequence.epoch
         ]
-        return list(map(_with_logprobs, outputs, scored)) if scored else outputs
+        if logprobs is None:
+            return outputs
+        return [_with_logprobs(*each) for each in zip(outputs, scored, strict=True)]
 
     def _fail(self, sequence: Sequence) -> Output:
         """Ends a request whose logits are not numbers."""
@@ -296,7 +299,7 @@ class Scheduler:
             return self._look(sequence, token)
         s = sequence
         return _new_tuple(
-            Output,
+            Output,  # its fields in their order
             (s.request_id, token, None, None, s.num_cached, s.queue_seconds, None, None, None),
         )
 

@@ -280,7 +280,7 @@ def test_chunks_enter_in_consecutive_ticks():
 def test_a_burst_spreads_over_the_microbatches(fair, monkeypatch):
     """Rule 5, and the same rule broken: a sequence takes any free row."""
     if not fair:
-        monkeypatch.setattr("llama_jax.engine.prefill.Prefill.share", lambda self, now: 8)
+        monkeypatch.setattr("llama_jax.engine.prefill.Prefill.share", lambda self: 8)
     scheduler = Scheduler(small_sizes(chunk_buckets=(0, 32)), 4)
     for request_id in range(8):
         add(scheduler, request_id, 3)
