@@ -245,6 +245,7 @@ def test_the_cache_and_the_sources_of_prompts_are_exported() -> None:
     stats = Stats(prompt_tokens=7, cached_tokens=5)
     metrics = Metrics("tiny", lambda: stats, lambda: True, "vllm", info=make_info())
     found = samples(metrics.text().decode(), "vllm")
+    assert found["prompt_tokens_total"] == 12, "of both sources, as in vLLM"
     assert found["prompt_tokens_by_source_total{local_compute}"] == 7
     assert found["prompt_tokens_by_source_total{local_cache_hit}"] == 5
     [family] = [

@@ -60,7 +60,11 @@ _GAUGES: tuple[_Report, ...] = (
     ("programs_ready", "Buckets whose programs are compiled.", lambda s: s.programs_ready),
 )
 _COUNTERS: tuple[_Report, ...] = (
-    ("prompt_tokens", "Prompt tokens computed.", lambda s: s.prompt_tokens),
+    (
+        "prompt_tokens",
+        "Prompt tokens, computed or found in the cache.",
+        lambda s: s.prompt_tokens + s.cached_tokens,
+    ),
     ("prompt_tokens_cached", "Prompt tokens found in the cache.", lambda s: s.cached_tokens),
     (
         "prefix_cache_queries",
