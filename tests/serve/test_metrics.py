@@ -214,6 +214,8 @@ def test_every_counter_of_the_engine_is_exported() -> None:
     expected = {
         "num_requests_running": 2,
         "num_requests_waiting": 1,
+        "num_requests_waiting_by_reason{capacity}": 1,
+        "num_requests_waiting_by_reason{deferred}": 0,
         "kv_cache_usage_perc": 0.25,
         "kv_pages": 64,
         "kv_pages_free": 48,
