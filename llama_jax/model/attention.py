@@ -40,6 +40,26 @@ def no_score_mod(
     return scores
 
 
+def changed_scores(
+    score_mod: ScoreMod,
+    scores: jax.Array,
+    head: jax.Array,
+    query_position: jax.Array,
+    key_position: jax.Array,
+) -> jax.Array:
+    """Returns what `score_mod` makes of the scores.
+
+    Raises:
+      ValueError: it has another shape, which might broadcast and replace the scores unnoticed.
+    """
+    changed = score_mod(scores, head, query_position, key_position)
+    shape = getattr(changed, "shape", None)
+    if shape != scores.shape:
+        got = type(changed).__name__ if shape is None else f"shape {shape}"
+        raise ValueError(f"score_mod must return scores of shape {scores.shape}, got {got}.")
+    return changed
+
+
 def no_tap(name: str, value: jax.Array) -> jax.Array:
     """Returns the value unchanged."""
     return value
@@ -70,7 +90,9 @@ def causal_attention(
         scores = jnp.einsum("BTKGh,BSKh->BKGTS", grouped, k, preferred_element_type=jnp.float32)
         position = jnp.arange(num_tokens, dtype=jnp.int32)
         head = jnp.arange(num_heads, dtype=jnp.int32).reshape(k.shape[2], -1, 1, 1)
-        scores = score_mod(scores * head_dim**-0.5, head, position[:, None], position)
+        scores = changed_scores(
+            score_mod, scores * head_dim**-0.5, head, position[:, None], position
+        )
         scores = jnp.where(position[:, None] >= position, scores, MASKED)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         by_head = (weights.shape[0], num_heads, num_tokens, num_tokens)
@@ -162,7 +184,9 @@ def paged_attention(
         scores = scores * head_dim**-0.5
         if key_scale is not None:
             scores = scores * key_scale[:, :, None]
-        scores = score_mod(scores, row_heads, row_positions[..., None], key_positions)
+        scores = changed_scores(
+            score_mod, scores, row_heads, row_positions[..., None], key_positions
+        )
         scores = jnp.where(visible, scores, MASKED)
         # A page still holds the values of its last owner, and 0 × NaN is NaN: mask V as well.
         values, value_scale = read_pages(v_pages, v_scale, index, q.dtype)
@@ -252,7 +276,7 @@ def paged_weights(
     scores = scores.reshape(batch, num_queries, num_heads, num_keys) * head_dim**-0.5
     key_position, query_position = jnp.arange(num_keys), positions[..., None, None]
     head = first_head + jnp.arange(num_heads)[:, None]
-    scores = score_mod(scores, head, query_position, key_position)
+    scores = changed_scores(score_mod, scores, head, query_position, key_position)
     visible = (key_position < lengths[:, None, None, None]) & (key_position <= query_position)
     weights = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1)
     return jnp.where(visible, weights, 0)

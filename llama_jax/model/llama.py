@@ -134,7 +134,7 @@ class Attention(TappedModule):
           query_position, key_position: int32, positions in the sequence.
 
         Returns:
-          Scores of the same shape.
+          Scores of the same shape; another is an error.
         """
         return scores
 
@@ -247,7 +247,7 @@ class Llama(TappedModule):
         """Loads a checkpoint (Hugging Face or Orbax layout, or GGUF) to the default device.
 
         Args:
-          path: the directory.
+          path: the directory, or the GGUF file.
           dtype: "auto" (float32 on CPU, else the checkpoint's own), "float32" or "bfloat16".
 
         Raises:

@@ -4,7 +4,6 @@ Pages as in vLLM (https://arxiv.org/abs/2309.06180). How they store numbers is i
 `llama_jax.model.kv_storage`.
 """
 
-import math
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.model.kv_storage import decode, encode, has_scales, quantize, stored_dtype
 from llama_jax.weights.axes import kv_replicas
 from sharding.axes import MODEL, STAGE
+from sharding.memory import shard_bytes
 from sharding.mesh import mesh_shape
 from sharding.partition import positions_per_stage
 from sharding.settings import default_settings
@@ -52,10 +52,7 @@ def page_bytes(config: LlamaConfig, mesh: Mesh, page_size: int, dtype: jnp.dtype
       dtype: of the cache; the scales of one in 8 bits count.
     """
     cache = cache_shapes(config, mesh, 1, page_size, dtype)
-    return sum(
-        math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
-        for array in jax.tree.leaves(cache)
-    )
+    return sum(map(shard_bytes, jax.tree.leaves(cache)))
 
 
 def cache_shapes(

@@ -96,7 +96,7 @@ class ShardedLlama:
         """Loads a checkpoint (Hugging Face or Orbax layout, or GGUF) onto a mesh.
 
         Args:
-          path: the directory.
+          path: the directory, or the GGUF file.
           mesh: "stages x tensor-parallel ranks", such as "2x2", or a mesh from `make_mesh`.
           dtype: "auto" (float32 on CPU, else the checkpoint's own), "float32" or "bfloat16".
           model_class: `Llama` or a subclass, whose layers run.

@@ -160,7 +160,8 @@ def check_model_class(model_class: type[Llama]) -> None:
       UserError: it is no such subclass, or it overrides a method that the ring does not call.
     """
     if not (isinstance(model_class, type) and issubclass(model_class, Llama)):
-        raise UserError(f"model_class must be Llama or a subclass of it, got {model_class!r}.")
+        got = getattr(model_class, "__name__", f"an instance of {type(model_class).__name__}")
+        raise UserError(f"model_class must be Llama or a subclass of it, got {got}.")
     for name in ("__call__", "unembed"):
         if getattr(model_class, name) is not getattr(Llama, name):
             raise UserError(

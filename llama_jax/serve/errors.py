@@ -125,9 +125,16 @@ def queue_tokens_full(queued: int, tokens: int, retry_after: int) -> ApiError:
 
 
 def timed_out() -> ApiError:
-    """504: the request has not finished in the time that it was given."""
+    """504: the request has not finished in the time that it was given.
+
+    OpenAI's clients repeat a request after a status above 499, unless this header forbids it. A
+    second try would take as long as the first, on a server that is late already.
+    """
     return ApiError(
-        504, "The request did not finish in time, and was aborted: raise timeout.", code="timeout"
+        504,
+        "The request did not finish in time, and was aborted: raise timeout.",
+        code="timeout",
+        headers={"X-Should-Retry": "false"},
     )
 
 

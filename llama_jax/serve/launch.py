@@ -26,7 +26,12 @@ from llama_jax.serve.served_model import ServedModel
 from llama_jax.serve.setup import Setup, find_checkpoint, open_listener, prepare
 from llama_jax.serve.site import Site
 from llama_jax.serve.stop_signals import StopSignals
-from llama_jax.serve.transport.http_server import HttpServer, address_of, is_loopback
+from llama_jax.serve.transport.http_server import (
+    HttpServer,
+    address_of,
+    allow_connections,
+    is_loopback,
+)
 from llama_jax.serve.transport.interrupt import Interrupted, unless
 from llama_jax.terminal.output import protect_output
 from llama_jax.terminal.progress import TerminalDisplay
@@ -61,6 +66,7 @@ def main(argv: list[str] | None = None, engine_command: Sequence[str] = ENGINE_C
         with contextlib.ExitStack() as stack:
             stack.enter_context(logging_to(arguments.log_level, arguments.request_log))
             path, name = find_checkpoint(arguments.path)
+            allow_connections()
             # Before anything is loaded: the port is the most likely thing to be wrong.
             listener = stack.enter_context(open_listener(arguments))
             setup = prepare(arguments, path, name, listener)

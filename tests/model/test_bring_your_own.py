@@ -358,6 +358,26 @@ def test_a_class_for_an_engine_in_another_process(path):
         LLM(path, model_class=WindowedLlama)
 
 
+@pytest.mark.parametrize(
+    "score_mod",
+    [
+        lambda scores, head, query, key: query - key,  # broadcasts, and would replace the scores
+        lambda scores, head, query, key: scores[..., :1],
+        lambda scores, head, query, key: None,
+    ],
+)
+def test_a_score_mod_must_return_all_scores(score_mod):
+    q, kv = jnp.ones((1, 5, 4, 8)), jnp.ones((1, 5, 2, 8))
+    pages, rows = jnp.ones((2, 3, 16, 8)), (jnp.array([[0]]), jnp.arange(5)[None], jnp.array([5]))
+    for attend in (
+        lambda: causal_attention(q, kv, kv, score_mod=score_mod),
+        lambda: paged_attention(q, pages, pages, *rows, score_mod),
+        lambda: paged_weights(q, pages, *rows, score_mod),
+    ):
+        with pytest.raises(ValueError, match="score_mod"):
+            attend()
+
+
 class Clash(DecoderLayer):
     def __call__(self, x, positions, attend, reduce=lambda partial: partial):
         return self.tap("mlp", super().__call__(x, positions, attend, reduce))

@@ -157,6 +157,7 @@ CASES: dict[str, list[Case]] = {
         completion("logit_bias", VALUE, logit_bias={"99999999999999999999": 1}),
         completion("logit_bias", VALUE, logit_bias={"٣": 1}),
         completion("logit_bias", VALUE, logit_bias={"1.0": 1}),
+        completion("logit_bias", VALUE, logit_bias={"5": 1, "05": 2}),
         completion("logit_bias", VALUE, logit_bias={"": 1}),
         completion("logit_bias", VALUE, logit_bias={"x" * 100_000: 1}),
         completion("logit_bias", TYPE, logit_bias={"5": "1"}),
@@ -169,7 +170,7 @@ CASES: dict[str, list[Case]] = {
         (DETOKENIZE, {}, "tokens", MISSING),
     ],
     "nothing to answer": [
-        completion("prompt", TYPE, prompt=[]),
+        completion("prompt", VALUE, prompt=[]),
         completion("prompt", VALUE, prompt=[[]]),
         completion("prompt", VALUE, prompt=[[5], []]),
         completion("prompt", VALUE, prompt="", add_special_tokens=False),

@@ -1,6 +1,7 @@
 """Who may use the server: keys, open paths, browsers, and what a proxy in front of it changes."""
 
 import re
+import resource
 
 import httpx
 import openai
@@ -14,7 +15,13 @@ from llama_jax.serve.transport.api_keys import ApiKeys
 from llama_jax.serve.transport.cors import Cors
 from llama_jax.serve.transport.door import Door
 from llama_jax.serve.transport.front import Front
-from llama_jax.serve.transport.http_server import ListenError, is_loopback, listen_unix
+from llama_jax.serve.transport.http_server import (
+    MAX_OPEN_FILES,
+    ListenError,
+    allow_connections,
+    is_loopback,
+    listen_unix,
+)
 from tests.support.fake_client import FakeServer, error_of, ok, user
 from tests.support.listening import listening
 
@@ -314,3 +321,17 @@ def test_a_file_is_not_replaced_by_a_unix_socket(tmp_path):
     with pytest.raises(ListenError, match="--uds"):
         listen_unix(tmp_path / "s")
     assert (tmp_path / "s").read_text() == "precious"
+
+
+def test_as_many_connections_are_allowed_as_the_system_allows():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        allow_connections()
+        raised, unchanged = resource.getrlimit(resource.RLIMIT_NOFILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert raised == (
+        MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    )
+    assert unchanged == hard

@@ -1,5 +1,7 @@
 """Whole and streamed responses of the two routes that generate, with known tokens."""
 
+import re
+
 import pytest
 
 from llama_jax.config.sampling_params import SamplingParams
@@ -204,6 +206,22 @@ def test_a_prompt_has_four_forms():
     assert body["usage"]["prompt_tokens"] == len(hi) + len(server.tokenizer.encode("Hello"))
     server.complete(prompt=[[5, 6], [7]])
     assert [prompt for prompt, _ in server.engine.requests[-2:]] == [[5, 6], [7]]
+
+
+def test_white_space_in_a_body_changes_nothing():
+    server = FakeServer()
+    space = " \r\n\t" * 100
+    for prompt in ('["Hi"]', "[[5, 6]]", "[5, 6]"):
+        spaced = space.join(["", *re.split(r"([\[\],])", prompt), ""])
+        body = f'{{"prompt":{spaced},"max_tokens":1}}'
+        headers = {"Content-Type": "application/json"}
+
+        async def send(client, body=body, headers=headers):
+            return await client.post(COMPLETIONS, content=body, headers=headers)
+
+        ok(server.run(send))
+    hi = server.tokenizer.encode("Hi")
+    assert [prompt for prompt, _ in server.engine.requests] == [hi, [5, 6], [5, 6]]
 
 
 @pytest.mark.parametrize("text", ["Hi", BOS + "Hi"])

@@ -238,7 +238,8 @@ def test_the_method_of_a_checkpoint_is_checked(method, wanted, fits, tmp_path):
 
 def test_a_file_of_keys(tmp_path, caplog):
     file = tmp_path / "keys"
-    file.write_text("# of the team\n\n  first \nsecond\n")
+    text = "# of the team\n\n  first \nsecond\n"
+    file.write_text(text, encoding="utf-8-sig")  # as editors on Windows do
     file.chmod(0o600)
     assert read_key_file(file) == ["first", "second"] and not caplog.records
     file.chmod(0o644)

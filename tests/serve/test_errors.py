@@ -146,7 +146,7 @@ COMPLETION_CASES = [
     # (body, param, code)
     ({}, "prompt", MISSING),
     ({"prompt": None}, "prompt", TYPE),
-    ({"prompt": []}, "prompt", TYPE),
+    ({"prompt": []}, "prompt", VALUE),
     ({"prompt": {}}, "prompt", TYPE),
     ({"prompt": 5}, "prompt", TYPE),
     ({"prompt": ["Hi", 5]}, "prompt", TYPE),

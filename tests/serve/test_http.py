@@ -318,7 +318,10 @@ def test_the_address_of_all_networks_is_of_both_families():
         (b"GET /hea\xc3\xa4lth HTTP/1.1\r\nHost: x\r\n\r\n", 400),
         (HEALTH + b"Content-Length: x\r\n\r\n", 400),
         (HEALTH + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n", 400),
+        (HEALTH + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
         (HEALTH + b"Transfer-Encoding: gzip\r\n\r\n", 501),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),  # by clients that know of HTTP/2 beforehand
+        (HEALTH.replace(b"HTTP/1.1", b"HTTP/2.0") + b"\r\n", 505),
         (HEALTH + b"X: " + b"a" * 100_000 + b"\r\n\r\n", 431),
         (
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nz\r\n",
@@ -335,7 +338,9 @@ def test_what_is_not_http_gets_the_error_object(server, address, request_bytes, 
     response = Response(answer_to(address, [request_bytes]))
     assert response.status_code == status
     assert response.headers["content-type"] == "application/json"
-    assert error_of(response)["type"] == "server_error" if status > 500 else "invalid_request_error"
+    kind = "server_error" if status > 500 else "invalid_request_error"
+    assert error_of(response)["type"] == kind
+    assert response.headers["connection"] == "close"
 
 
 def test_endless_headers_are_cut_off(server, address):

@@ -214,6 +214,8 @@ def test_every_counter_of_the_engine_is_exported() -> None:
     expected = {
         "num_requests_running": 2,
         "num_requests_waiting": 1,
+        "num_requests_waiting_by_reason{capacity}": 1,
+        "num_requests_waiting_by_reason{deferred}": 0,
         "kv_cache_usage_perc": 0.25,
         "kv_pages": 64,
         "kv_pages_free": 48,
@@ -245,6 +247,7 @@ def test_the_cache_and_the_sources_of_prompts_are_exported() -> None:
     stats = Stats(prompt_tokens=7, cached_tokens=5)
     metrics = Metrics("tiny", lambda: stats, lambda: True, "vllm", info=make_info())
     found = samples(metrics.text().decode(), "vllm")
+    assert found["prompt_tokens_total"] == 12, "of both sources, as in vLLM"
     assert found["prompt_tokens_by_source_total{local_compute}"] == 7
     assert found["prompt_tokens_by_source_total{local_cache_hit}"] == 5
     [family] = [

@@ -121,7 +121,8 @@ def test_what_a_flag_names_and_is_not_there_is_one_sentence(flags, said, checkpo
 @pytest.mark.slow
 def test_a_template_of_the_operator_takes_the_place_of_the_checkpoints(checkpoint, tmp_path):
     template, socket = tmp_path / "chat.jinja", tmp_path / "s"
-    template.write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}!")
+    written = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}!"
+    template.write_text(written, encoding="utf-8-sig")  # its mark is no part of the prompt
     flags = ("--chat-template", str(template), "--uds", str(socket))
     command = [*FAKE_SERVER, str(checkpoint), *flags]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:

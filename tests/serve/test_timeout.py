@@ -20,6 +20,7 @@ def test_a_request_without_its_first_token_gets_504(stream, body):
     server.engine.hold.clear()
     response = server.post(CHAT, {"messages": user("Hi"), "stream": stream, **body})
     assert response.status_code == 504
+    assert response.headers["x-should-retry"] == "false"
     assert error_of(response)["code"] == "timeout"
     assert server.engine.running == 0 and server.engine.aborted == body.get("n", 1)
 

@@ -54,7 +54,7 @@ def _of_source(declared: CheckpointConfig, source: str) -> SamplingParams:
         return SamplingParams()
     file = Path(source).expanduser() / _FILE
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise DefaultsError(
             f"--generation-config {source}: give auto, vllm, or a directory with a {_FILE} that "

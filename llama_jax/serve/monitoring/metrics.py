@@ -60,7 +60,11 @@ _GAUGES: tuple[_Report, ...] = (
     ("programs_ready", "Buckets whose programs are compiled.", lambda s: s.programs_ready),
 )
 _COUNTERS: tuple[_Report, ...] = (
-    ("prompt_tokens", "Prompt tokens computed.", lambda s: s.prompt_tokens),
+    (
+        "prompt_tokens",
+        "Prompt tokens, computed or found in the cache.",
+        lambda s: s.prompt_tokens + s.cached_tokens,
+    ),
     ("prompt_tokens_cached", "Prompt tokens found in the cache.", lambda s: s.cached_tokens),
     (
         "prefix_cache_queries",
@@ -174,7 +178,7 @@ class Metrics:
             "request_success", "Finished sequences by reason.", "finished_reason", FINISHED
         )
         self._rejected = self._counter(
-            "admission_rejections", "Sequences refused by reason.", "reason", REJECTED
+            "admission_rejections", "Requests refused by reason.", "reason", REJECTED
         )
 
     def request(self, arrived: float, prompt_tokens: int) -> "RequestTimer":
@@ -199,7 +203,7 @@ class Metrics:
         self._finished.labels(**self._labels, finished_reason=reason).inc()
 
     def rejected(self, reason: str) -> None:
-        """Counts a refused sequence; `reason` is one of `REJECTED`."""
+        """Counts a refused request; `reason` is one of `REJECTED`."""
         self._rejected.labels(**self._labels, reason=reason).inc()
 
     def text(self) -> bytes:
@@ -273,6 +277,14 @@ class _EngineCollector(Collector):
         ):
             by_source.add_metric([*self._labels.values(), source], tokens)
         yield by_source
+        by_reason = GaugeMetricFamily(
+            f"{self._prefix}:num_requests_waiting_by_reason",
+            "Sequences in the queue: for lack of capacity; none is deferred for another reason.",
+            labels=[*self._labels, "reason"],
+        )
+        for reason, waiting in (("capacity", stats.num_waiting), ("deferred", 0)):
+            by_reason.add_metric([*self._labels.values(), reason], waiting)
+        yield by_reason
         yield from ring_families(self._prefix, self._labels, stats)
 
 

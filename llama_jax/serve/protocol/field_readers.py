@@ -1,5 +1,7 @@
 """Reads the fields of a request whose JSON has more than one form."""
 
+import re
+
 import msgspec
 from msgspec import Raw
 
@@ -26,16 +28,18 @@ _STRING = msgspec.json.Decoder(str)
 _STRINGS = msgspec.json.Decoder(list[str])
 _NUMBER = msgspec.json.Decoder(float)
 _VARIABLE = msgspec.json.Decoder(str | bool)
+_FIRST_ITEM = re.compile(rb"\[\s*(.)", re.DOTALL)
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
 def read_prompts(raw: Raw, param: str) -> list[str] | list[list[int]]:
     """Turns the four forms of a prompt into a list of texts or a list of lists of token ids."""
     text = bytes(raw)
-    if not text.startswith(b"["):
+    if (array := _FIRST_ITEM.match(text)) is None:
         return [decode(_STRING, raw, param)]
-    first = text[1:100].lstrip()[:1]
+    first = array[1]
     if first == b"]":
-        refuse("prompt is empty.", param, "invalid_type")
+        refuse("prompt is empty.", param)
     if first == b'"':
         texts = decode(_STRINGS, raw, param)
         _check_count(len(texts), param)
@@ -81,7 +85,7 @@ def read_logit_bias(raw: Raw, param: str) -> tuple[tuple[int, float], ...]:
     if len(biases) > MAX_LOGIT_BIAS:
         refuse(f"logit_bias may have at most {MAX_LOGIT_BIAS} tokens, not {len(biases)}.", param)
     for token in biases:
-        if not (token.isascii() and token.isdigit() and len(token) < 10):
+        if not _TOKEN_ID.fullmatch(token):  # "05" and "5" would be one token with two biases
             refuse(f"logit_bias has the key {token[:20]!r}, which is not a token id.", param)
     pairs = {int(token): decode(_NUMBER, bias, param) for token, bias in biases.items()}
     return tuple(pairs.items())

@@ -63,7 +63,7 @@ _LogitBias = Annotated[
             {
                 "type": "object",
                 "maxProperties": MAX_LOGIT_BIAS,
-                "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+                "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"},
                 "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
             },
             {"type": "null"},

@@ -132,5 +132,6 @@ def small_value(raw: msgspec.Raw, param: str) -> Any:
 def _refuse_value(error: msgspec.ValidationError, param: str) -> NoReturn:
     # "Expected `int`, got `str` - at `$[3]`"
     reason, _, place = str(error).partition(" - at `$")
+    reason = reason.replace("`int | float`", "`int`")  # 5.0, too, is meant as an integer
     code = "invalid_type" if ", got `" in reason else "invalid_value"
     refuse(f"{param}{place.rstrip('`')}: {reason[:1].lower()}{reason[1:]}.", param, code)

@@ -72,6 +72,12 @@ _HEADERS = {
             "schema": {"type": "integer", "minimum": 1},
         }
     },
+    504: {
+        "X-Should-Retry": {
+            "description": "Keeps OpenAI's clients from repeating the request.",
+            "schema": {"const": "false"},
+        }
+    },
 }
 
 

@@ -66,7 +66,7 @@ def read_key_file(path: Path) -> list[str]:
     """
     try:
         mode = path.stat().st_mode
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise KeyFileError(f"--api-key-file {path} cannot be read: {reason}.") from error

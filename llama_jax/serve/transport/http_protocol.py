@@ -184,7 +184,7 @@ class HttpProtocol(WriteDeadline, H11Protocol):
 
 
 class _Connection(h11.Connection):
-    """Limits the chunks of a body, reduces targets to paths, and keeps the error of the client.
+    """Refuses what h11 lets pass, reduces targets to paths, and keeps the error of the client.
 
     Attributes:
       error: why the client was cut off, or None.
@@ -203,6 +203,7 @@ class _Connection(h11.Connection):
             event = super().next_event()
             if isinstance(event, h11.Request):
                 self._chunks = 0
+                _check(event)
                 return _with_path(event)
             elif isinstance(event, h11.Data):
                 self._chunks += event.chunk_start
@@ -219,6 +220,21 @@ class _Connection(h11.Connection):
         if isinstance(event, h11.Response):
             self.chunked = b"\r\nTransfer-Encoding: chunked\r\n" in output
         return output
+
+
+def _check(request: h11.Request) -> None:
+    """Refuses what a proxy in front may read in another way, and versions of other protocols.
+
+    A proxy that goes by Content-Length where h11 goes by the chunks would take the rest of a body
+    for the next request, perhaps that of another client (RFC 9112, section 6.1).
+
+    Raises:
+      h11.RemoteProtocolError: the request has two lengths, or is not HTTP/1.
+    """
+    if not request.http_version.startswith(b"1."):
+        raise h11.RemoteProtocolError("this server speaks HTTP/1.1 and 1.0", 505)
+    if {b"content-length", b"transfer-encoding"} <= {name for name, _ in request.headers}:
+        raise h11.RemoteProtocolError("it has both Content-Length and Transfer-Encoding")
 
 
 def _with_path(request: h11.Request) -> h11.Request:

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import ipaddress
 import os
+import resource
 import socket
 import ssl
 import stat
@@ -22,10 +23,22 @@ BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75
 CLOSING_SECONDS = 5  # for responses that are still being sent at shutdown
 POLL_SECONDS = 0.05
+MAX_OPEN_FILES = 65_536
 
 
 class ListenError(UserError):
     """The server cannot listen on this host and port."""
+
+
+def allow_connections() -> None:
+    """Lets this process open as many files as the system allows, up to `MAX_OPEN_FILES`.
+
+    Each connection is one. The usual limit of 1,024 is for programs that call `select`.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def listen(host: str, port: int) -> socket.socket:
