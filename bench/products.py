@@ -152,7 +152,7 @@ def time_products(
     xs = tuple(random_array(x_shape, seed) for seed in range(copies))
     options = product_options(layer_config(name, toy=False), Bucket(num_rows, 0))
     # As `ring.stage.make_layer` does.
-    function = _multiply_by_kernel if choose_backend(AUTO, mesh).num_cores else _multiply
+    function = _multiply_by_kernel if choose_backend(AUTO, mesh).int4_kernel else _multiply
     program = MeshProgram(function, mesh, (P(), P()), P(), name="products", options=options)
     timing = time_calls(lambda: program(xs, weights), seconds) / copies
     out = program(xs, weights)[0]
