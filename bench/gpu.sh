@@ -9,6 +9,7 @@
 #
 # The exit status is 0 if every step ran, whether or not it met its goals, and 1 otherwise.
 #
+#   STEPS     which of them to run, to go on after a run that was cut off (default: all)
 #   PYTHON    the interpreter (default: python3)
 #   LIMIT     seconds for everything (default: 530)
 #   --toy     tiny sizes on the CPU, and five times as long for each step: to test this script
@@ -28,6 +29,12 @@ case "${1-}" in
     ;;
 esac
 
+all="rates int4 sanitize_int4 products step model_70b attention sanitize_attention model_8b"
+steps=${STEPS:-$all}
+for name in $steps; do
+  [[ " $all " == *" $name "* ]] || { echo "STEPS: $name is none of $all" >&2; exit 2; }
+done
+
 python=${PYTHON:-python3}
 limit=${LIMIT:-$((530 * patience))}
 out=$(realpath -m "${OUT:-.bench/gpu}")
@@ -45,9 +52,12 @@ export COLUMNS=130 # of the tables
 
 summary=() failed=0
 
+# wanted NAME: whether to run a step.
+wanted() { [[ " $steps " == *" $1 "* ]]; }
+
 # report NAME WHAT: notes how a step ended.
 report() {
-  summary+=("$(printf '%-11s %s (at %d s)' "$1" "$2" "$SECONDS")")
+  summary+=("$(printf '%-18s %s (at %d s)' "$1" "$2" "$SECONDS")")
   echo "--- ${summary[-1]}"
   local autotuned=$cache/xla_gpu_per_fusion_autotune_cache_dir
   [[ -d $autotuned ]] && cp -rT "$autotuned" "$work/kept/autotuned"
@@ -63,6 +73,7 @@ seconds_for() {
 # step NAME DEADLINE MEASUREMENT [OPTION...]: runs one measurement of `python -m bench`.
 step() {
   local name=$1 seconds status
+  wanted "$name" || return
   seconds=$(seconds_for "$2")
   rm -f "$out/$name.json" "$out/$name.partial.json"
   if ((seconds < 5)); then
@@ -86,25 +97,26 @@ step() {
   fi
 }
 
-# Runs the checks of attention again under compute-sanitizer, where it is installed.
+# sanitize NAME DEADLINE MEASUREMENT [OPTION...]: runs the small checks of a measurement again under
+# compute-sanitizer, where it is installed.
 sanitize() {
-  local seconds log=$work/kept/sanitizer.txt
-  command -v compute-sanitizer >/dev/null || return
-  seconds=$(seconds_for "$1")
+  local name=$1 seconds log=$work/kept/$1.txt
+  wanted "$name" && command -v compute-sanitizer >/dev/null || return
+  seconds=$(seconds_for "$2")
   ((seconds < 5)) && return
   # Each array in memory of its own, so that an access beyond it is noticed.
   XLA_PYTHON_CLIENT_ALLOCATOR=platform timeout --kill-after=5 "$seconds" \
     compute-sanitizer --tool memcheck --report-api-errors no \
-    "$python" -m bench attention --check-only --small "${toy[@]}" \
+    "$python" -m bench "${@:3}" --check-only --small "${toy[@]}" \
     --output "$work/sanitized.json" >"$log" 2>&1
   case $(grep -o 'ERROR SUMMARY: [0-9][0-9]*' "$log" | tail -1) in
-    "ERROR SUMMARY: 0") report sanitizer "found nothing" ;;
+    "ERROR SUMMARY: 0") report "$name" "found nothing" ;;
     "ERROR SUMMARY: "*)
       failed=1
-      report sanitizer "FOUND ERRORS"
+      report "$name" "FOUND ERRORS"
       grep -m 20 '^=========' "$log"
       ;;
-    *) report sanitizer "did not run here: $(tail -1 "$log")" ;;
+    *) report "$name" "did not run here: $(tail -1 "$log")" ;;
   esac
 }
 
@@ -113,11 +125,14 @@ XLA_FLAGS="--xla_dump_to=$work/xla ${XLA_FLAGS-}" step rates 60 roofline
 description=$(find "$work/xla" -name '*gpu_target_config.pbtxt' -print -quit 2>/dev/null)
 [[ $description ]] && cp "$description" "$work/kept/gpu_target_config.pbtxt"
 rm -rf "$work/xla"
-step attention 110 attention
-sanitize 50
-step products 110 products
+# In a process of its own: a kernel that crashes takes the GPU from its process.
+step int4 130 products --formats int4
+sanitize sanitize_int4 40 products
+step products 110 products --formats int8 fp8 bfloat16
 step step 190 step
 step model_70b 150 model --cases b5
+step attention 110 attention
+sanitize sanitize_attention 50 attention
 step model_8b 110 model --cases b2 b3
 
 echo

@@ -2,7 +2,8 @@
 
 Each product is `llama_jax.model.llama.linear` with a matrix as the engine holds it in memory. One
 program multiplies by several different matrices of the same shape, so that no cache holds them and
-the time between kernels does not count. A figure is the time of one product; the bytes are those of
+the time between kernels does not count. Before, products with int4 are compared with float64
+(`bench.int4_check`). A figure is the time of one product; the bytes are those of
 the weights, and the share is that of the copy rate of the same run. From a few hundred rows on the
 arithmetic is the limit, and the rate in TFLOP/s says more.
 """
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bench.int4_check import Multiply, check
 from bench.one_device import DTYPE, ENOUGH_BYTES
 from bench.partial import keep
 from bench.result import Plot, Result, Row, Target
@@ -45,18 +47,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `python -m bench products`."""
     parser.add_argument("--rows", type=int, nargs="+", help="values of M (default: 1 8 32 512)")
     parser.add_argument("--formats", choices=FORMATS, nargs="+", default=list(FORMATS))
+    parser.add_argument("--check-only", action="store_true", help="check int4, and time nothing")
+    parser.add_argument("--small", action="store_true", help="tiny matrices in the check")
     parser.add_argument("--toy", action="store_true", help="tiny matrices, to try it on a CPU")
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Times the products; keeps what is measured so far in a partial file.
+    """Checks and times the products; keeps what is measured so far in a partial file.
 
     Raises:
       UserError: there is no GPU.
     """
     check_device(args.toy)
-    copy, matrix = copy_rate(args.toy), matrix_rate(args.toy)
     rows: list[Row] = []
+    checks: list[Target] = []
 
     def result() -> Result:
         plot = Plot("Products of a layer", "rows", ("layer_time",), by="format", log="xy")
@@ -66,12 +70,22 @@ def run(args: argparse.Namespace) -> Result:
             args=vars(args),
             packages=PACKAGES,
             units=UNITS
-            | {"layer_time": "s", "share_of_copy": "", "share_of_matrix": "", "error": ""},
+            | dict.fromkeys(("share_of_copy", "share_of_matrix", "error", "number error"), "")
+            | {"layer_time": "s", "changed": "", "moved": ""},
             rows=rows,
-            targets=error_targets(rows),
+            targets=checks + error_targets(rows),
             plots=[plot] if any("layer_time" in row for row in rows) else [],
         )
 
+    if args.check_only or "int4" in args.formats:
+        found, checks = check(
+            chosen_products(), layer_config("int4", args.toy), args.small or args.toy
+        )
+        rows += found
+        keep(result(), args.output)
+    if args.check_only:
+        return result()
+    copy, matrix = copy_rate(args.toy), matrix_rate(args.toy)
     for num_rows in args.rows or (TOY_ROWS if args.toy else ROWS):
         for name in args.formats:
             rows += layer_rows(name, num_rows, args.toy, copy, matrix)
@@ -81,7 +95,8 @@ def run(args: argparse.Namespace) -> Result:
 
 def error_targets(rows: list[Row]) -> list[Target]:
     """The largest error of each format; the products of formats with groups are in bfloat16."""
-    errors = [(row["format"], row["error"]) for row in rows if isinstance(row.get("error"), float)]
+    timed = [row for row in rows if "time" in row]
+    errors = [(row["format"], row["error"]) for row in timed if isinstance(row["error"], float)]
     largest = {name: max(error for other, error in errors if other == name) for name, _ in errors}
     return [Target(f"error of {name}", error, MAX_ERROR, "max") for name, error in largest.items()]
 
@@ -151,12 +166,18 @@ def time_products(
     # XLA would join products of one x into one product.
     xs = tuple(random_array(x_shape, seed) for seed in range(copies))
     options = product_options(layer_config(name, toy=False), Bucket(num_rows, 0))
-    # As `ring.stage.make_layer` does.
-    function = _multiply_by_kernel if choose_backend(AUTO, mesh).num_cores else _multiply
-    program = MeshProgram(function, mesh, (P(), P()), P(), name="products", options=options)
+    program = MeshProgram(
+        chosen_products(), mesh, (P(), P()), P(), name="products", options=options
+    )
     timing = time_calls(lambda: program(xs, weights), seconds) / copies
     out = program(xs, weights)[0]
     return timing, out.shape[-1], relative_error(out, xs[0], weights[0])
+
+
+def chosen_products() -> Multiply:
+    """Multiplies as the layers do on this device; `ring.stage.make_layer` chooses alike."""
+    mesh = make_mesh("1x1")
+    return _multiply_by_kernel if choose_backend(AUTO, mesh).int4_kernel else _multiply
 
 
 def relative_error(out: jax.Array, x: jax.Array, weight: Any) -> float:

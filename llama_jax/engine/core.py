@@ -49,7 +49,8 @@ from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.engine.warm_up import WarmUp, wait
 from llama_jax.model import Llama
 from llama_jax.model.kv_storage import choose_kv_dtype
-from llama_jax.ring.attention_backend import check_backend
+from llama_jax.ring.attention_backend import check_backend, choose_backend
+from llama_jax.ring.kernel_check import without_failing_kernels
 from llama_jax.ring.sizes import RingSizes
 from llama_jax.ring.steps import check_model_class
 from sharding.mesh import make_mesh, mesh_shape
@@ -106,10 +107,14 @@ class Engine:
                 dtype, cache_dtype,
             )  # fmt: skip
             stack.enter_context(compilation_cache())
+            backend = without_failing_kernels(
+                choose_backend(options.attention_backend, mesh),
+                config, mesh, sizes, dtype, cache_dtype, model_class,
+            )  # fmt: skip
             self.compilations = CompileCounter()
             programs = Programs(
                 config, mesh, sizes, dtype, cache_dtype=cache_dtype,
-                model_class=model_class, attention_backend=options.attention_backend,
+                model_class=model_class, attention_backend=backend,
             )  # fmt: skip
             self.warm_up = WarmUp(programs)  # compiles while the weights are loaded, and after that
             stop_on_error = stack.enter_context(ExitStack())

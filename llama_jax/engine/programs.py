@@ -21,7 +21,7 @@ from llama_jax.model.adjustments import HISTORY_CHUNK, encode_adjustments
 from llama_jax.model.controls import any_filter, encode_controls
 from llama_jax.model.logprobs import Logprobs
 from llama_jax.model.token_masks import capacities, encode_masks
-from llama_jax.ring.attention_backend import AUTO
+from llama_jax.ring.attention_backend import AUTO, AttentionBackend
 from llama_jax.ring.choosing import (
     adjust_step,
     count_step,
@@ -116,7 +116,7 @@ class Programs:
         dtype: jnp.dtype,
         model_class: type[Llama] = Llama,
         cache_dtype: jnp.dtype | None = None,
-        attention_backend: str = AUTO,
+        attention_backend: str | AttentionBackend = AUTO,
     ):
         self.config, self.mesh, self.sizes = config, mesh, sizes
         self.dtype, self.model_class = dtype, model_class

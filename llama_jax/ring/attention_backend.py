@@ -38,12 +38,14 @@ class AttentionBackend(NamedTuple):
       name: PLAIN, AUTO (the kernel where it can run) or HOPPER (an error where it cannot).
       num_cores: multiprocessors of each GPU.
       key_block, query_block: of plain attention, per iteration.
+      int4_kernel: whether int4 matrices multiply by their kernel, which runs where this one does.
     """
 
     name: str = PLAIN
     num_cores: int = 0
     key_block: int = KEY_BLOCK
     query_block: int = QUERY_BLOCK
+    int4_kernel: bool = False
 
     def attend(self, plain: AttendToPages, bucket: Bucket) -> AttendToPages:
         """Returns the kernel where it can run, and elsewhere `plain`; both are called alike."""
@@ -81,16 +83,18 @@ class AttentionBackend(NamedTuple):
         return plain(*pages, score_mod, *rest, **blocks)
 
 
-def choose_backend(name: str, mesh: Mesh) -> AttentionBackend:
+def choose_backend(name: str | AttentionBackend, mesh: Mesh) -> AttentionBackend:
     """Chooses the attention for the devices of a mesh.
 
     Args:
-      name: AUTO, PLAIN or HOPPER.
+      name: AUTO, PLAIN or HOPPER; or what was chosen before, and stays.
       mesh: the devices, which need not exist.
 
     Raises:
       UserError: `name` is HOPPER, and these are not Hopper GPUs.
     """
+    if isinstance(name, AttentionBackend):
+        return name
     device = mesh.devices.flat[0]
     if device.platform != "gpu":
         if name == HOPPER:
@@ -104,7 +108,7 @@ def choose_backend(name: str, mesh: Mesh) -> AttentionBackend:
             raise _cannot_run(f"a GPU of the kind {device.device_kind}")
         _say_once(f"a GPU of the kind {device.device_kind}")
         return AttentionBackend(PLAIN, 0, *GPU_BLOCKS)
-    return AttentionBackend(name, device.core_count, *GPU_BLOCKS)
+    return AttentionBackend(name, device.core_count, *GPU_BLOCKS, int4_kernel=True)
 
 
 def check_backend(
@@ -130,14 +134,25 @@ def check_backend(
     """
     if choose_backend(name, mesh).name != HOPPER:
         return
+    reason = why_plain(model_class, head_dim, page_size, dtype, kv_dtype)
+    if reason is not None:
+        raise _cannot_run(reason)
+
+
+def why_plain(
+    model_class: type[Llama],
+    head_dim: int,
+    page_size: int,
+    dtype: jnp.dtype,
+    kv_dtype: jnp.dtype,
+) -> str | None:
+    """Says why the kernel cannot run on a Hopper GPU; None if it can. Arguments as before."""
     from llama_jax.model.hopper_attention import unsupported
 
     q = jax.ShapeDtypeStruct((1, 1, 1, head_dim), dtype)
     pages = jax.ShapeDtypeStruct((1, 1, page_size, head_dim), kv_dtype)
     score_mod = model_class.layer_class.attention_class.score_mod
-    reason = _changes_scores(score_mod) or unsupported(q, pages, pages)
-    if reason is not None:
-        raise _cannot_run(reason)
+    return _changes_scores(score_mod) or unsupported(q, pages, pages)
 
 
 def _changes_scores(score_mod: Callable[..., jax.Array]) -> str | None:

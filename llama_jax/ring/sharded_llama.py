@@ -22,7 +22,7 @@ from llama_jax.model import Llama
 from llama_jax.model.kv_storage import choose_kv_dtype
 from llama_jax.model.llama import check_tokens
 from llama_jax.model.rope import check_length
-from llama_jax.ring.attention_backend import AUTO, choose_backend
+from llama_jax.ring.attention_backend import AUTO, AttentionBackend, choose_backend
 from llama_jax.ring.kv_cache import dequantized
 from llama_jax.ring.observation import WEIGHTS, LayerActivation, observed_step, replicas_by_axis
 from llama_jax.ring.packet import encode_packet
@@ -61,7 +61,7 @@ class ShardedLlama:
         dtype: jnp.dtype,
         model_class: type[Llama] = Llama,
         cache_dtype: jnp.dtype | None = None,
-        attention_backend: str = AUTO,
+        attention_backend: str | AttentionBackend = AUTO,
     ):
         """Uses weights that are already on a mesh; `from_pretrained` loads them.
 

@@ -234,7 +234,7 @@ def make_layer(program: Program, weights: dict[str, Any]) -> DecoderLayer:
             weights,
             is_leaf=lambda node: isinstance(node, Fp8),
         )
-    if program.attention.num_cores:  # of Hopper GPUs, which run the kernels
+    if program.attention.int4_kernel:
         # Imported here, since importing Pallas takes 2 s.
         from llama_jax.model.hopper_int4 import with_kernel
 

@@ -22,7 +22,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
 from llama_jax.quantization import GROUPED
 from llama_jax.ring import kv_cache
-from llama_jax.ring.attention_backend import AUTO, choose_backend
+from llama_jax.ring.attention_backend import AUTO, AttentionBackend, choose_backend
 from llama_jax.ring.packet import mark_empty, segment_width
 from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.stage import Program, token_multiple
@@ -48,7 +48,7 @@ def decode_step(
     sizes: RingSizes,
     rows: int,
     model_class: type[Llama] = Llama,
-    attention_backend: str = AUTO,
+    attention_backend: str | AttentionBackend = AUTO,
 ) -> Step:
     """The jitted tick with no chunk in flight. Donates the state."""
     attention = choose_backend(attention_backend, mesh)
@@ -63,7 +63,7 @@ def prefill_step(
     rows: int,
     chunk: int,
     model_class: type[Llama] = Llama,
-    attention_backend: str = AUTO,
+    attention_backend: str | AttentionBackend = AUTO,
 ) -> Step:
     """The jitted tick whose largest chunk in flight fits `chunk` tokens. Donates the state."""
     attention = choose_backend(attention_backend, mesh)

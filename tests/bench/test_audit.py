@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.audit import UNITS, add_arguments, layers, line, missed_limits
+from bench.audit import UNITS, add_arguments, layers, line, missed_limits, widens
 from llama_jax.config import LlamaConfig
 from llama_jax.costs.deployment import Layout
 from llama_jax.terminal.arguments import Parser
@@ -20,7 +20,8 @@ ROW = {
         ({"ratio": 1.06}, ["ratio through cublas"]),
         ({"ratio": 1.06, "gemm": "triton"}, []),
         ({"ratio": 1.11, "gemm": "triton", "weights": "int4"}, ["ratio"]),
-        ({"ratio": 9.0, "weights": "int8", "temporary bytes": 4e8, "large arrays": 1}, []),
+        ({"ratio": 9.0, "weights": "int8"}, []),
+        ({"ratio": 1.06, "weights": "int4", "large arrays": 1}, ["large arrays"]),
         ({"large arrays": 1}, ["large arrays"]),
         ({"temporary bytes": 4e8}, ["temporary bytes"]),
         ({"host loops": 1}, ["host loops"]),
@@ -31,6 +32,15 @@ ROW = {
 )
 def test_limits(changes, expected):
     assert missed_limits(ROW | changes, 20) == expected
+
+
+@pytest.mark.parametrize(
+    ("weights", "gemm", "expected"),
+    [("int8", "cublas", True), ("fp8", "cublas", True), ("int8", "triton", False),
+     ("int4", "cublas", False), ("bfloat16", "cublas", False)],
+)  # fmt: skip
+def test_only_8_bits_through_cublas_are_counted_by_themselves(weights, gemm, expected):
+    assert widens(ROW | {"weights": weights, "gemm": gemm}) is expected
 
 
 @pytest.mark.parametrize(("mesh", "most"), [((8, 1), 225), ((2, 4), 900), ((1, 8), 1800)])

@@ -14,7 +14,8 @@ from bench.result import Result
 from sharding.errors import UserError
 from tests.support.paths import ROOT
 
-STEPS = ["rates", "attention", "products", "step", "model_70b", "model_8b"]
+STEPS = ["rates", "int4", "products", "step", "model_70b", "attention", "model_8b"]
+ALL = [*STEPS[:2], "sanitize_int4", *STEPS[2:6], "sanitize_attention", STEPS[6]]
 
 # In place of Python: succeeds, unless the name of the output is in the environment.
 STUB = """#!/usr/bin/env bash
@@ -61,12 +62,20 @@ def script(tmp_path):
 
 def test_all_steps_run_in_order(script):
     done = script()
-    assert done.returncode == 0 and list(done.summary) == [*STEPS[:2], "sanitizer", *STEPS[2:]]
+    assert done.returncode == 0 and list(done.summary) == ALL
     measurements = [command.split()[2] for command in done.commands]
-    assert measurements == ["roofline", "attention", "products", "step", "model", "model"]
+    assert measurements == [
+        "roofline", "products", "products", "step", "model", "attention", "model",
+    ]  # fmt: skip
     assert not any("--toy" in command for command in done.commands)
     # A machine may give back only eight files.
     assert done.files == {*(f"{step}.json" for step in STEPS), "machine.tar.gz"}
+
+
+def test_a_run_that_was_cut_off_goes_on(script):
+    done = script(STEPS="step sanitize_attention")
+    assert done.returncode == 0 and list(done.summary) == ["step", "sanitize_attention"]
+    assert script(STEPS="stepp").returncode == 2
 
 
 def test_a_missed_goal_is_no_failure(script):
@@ -87,7 +96,7 @@ def test_a_step_that_fails_stops_no_other(script):
 def test_what_the_sanitizer_finds_is_a_failure(script):
     assert script(FOUND="3 errors").returncode == 1
     other = script(FOUND="Device not supported")
-    assert other.returncode == 0 and "did not run" in other.summary["sanitizer"]
+    assert other.returncode == 0 and "did not run" in other.summary["sanitize_int4"]
 
 
 def test_another_argument_is_refused():
@@ -100,9 +109,7 @@ def test_a_step_that_hangs_is_stopped_and_the_time_is_kept(script):
     done = script(HANGING="products", LIMIT="7")
     assert done.returncode == 1
     assert "stopped" in done.summary["products"] and "skipped" in done.summary["step"]
-    assert done.files == {
-        "rates.json", "attention.json", "products.partial.json", "machine.tar.gz",
-    }  # fmt: skip
+    assert done.files == {"rates.json", "int4.json", "products.partial.json", "machine.tar.gz"}
 
 
 BLOCKED = """
@@ -144,7 +151,9 @@ def test_the_script_at_toy_size_on_a_bare_machine(bare, tmp_path):
         assert all(row["time"] > 0 and row.get("floor", 1) > 0 for row in rows), rows
     assert [row["batch"] for row in times["step"] if "batch" in row] == [1, 8, 32]
     assert [row["case"] for row in times["model_8b"]] == ["b2", "b3"]
-    assert {row["format"] for row in times["products"]} == {"bfloat16", "int8", "fp8", "int4"}
+    assert {row["format"] for row in times["products"]} == {"bfloat16", "int8", "fp8"}
+    assert {row["format"] for row in times["int4"]} == {"int4"}
+    assert len(results["int4"].targets) == 5 and results["int4"].met
     with tarfile.open(out / "machine.tar.gz") as kept:
         assert {Path(name).stem for name in kept.getnames()} >= {*STEPS}
 

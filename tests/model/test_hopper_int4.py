@@ -115,10 +115,10 @@ def test_what_it_cannot_multiply_goes_through_xla():
     np.testing.assert_array_equal(HopperInt4(*matrix).linear(x), matrix.linear(x))
 
 
-@pytest.mark.parametrize(("num_cores", "kind"), [(132, HopperInt4), (0, Int4)])
-def test_layers_multiply_by_the_kernel_on_hopper_gpus(num_cores, kind):
+@pytest.mark.parametrize(("int4_kernel", "kind"), [(True, HopperInt4), (False, Int4)])
+def test_layers_multiply_by_the_kernel_where_it_runs(int4_kernel, kind):
     sizes = RingSizes(4, 20, 16, 6, (3,), (128,), tile=64)
-    backend = AttentionBackend(num_cores=num_cores)
+    backend = AttentionBackend(int4_kernel=int4_kernel)
     program = Program(LlamaConfig.llama3_8b(), sizes, Bucket(3, 128), Llama, backend)
     matrix = Int4.quantize(np.ones((64, 64), np.float32), 64)
     layer = make_layer(program, {"mlp.w_down": matrix})

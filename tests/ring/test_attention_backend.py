@@ -60,15 +60,15 @@ def say_again():
     [
         (CPU, AUTO, AttentionBackend(PLAIN)),
         (CPU, PLAIN, AttentionBackend(PLAIN)),
-        (H100, AUTO, AttentionBackend(AUTO, 132, *GPU_BLOCKS)),
-        (H100, HOPPER, AttentionBackend(HOPPER, 132, *GPU_BLOCKS)),
+        (H100, AUTO, AttentionBackend(AUTO, 132, *GPU_BLOCKS, int4_kernel=True)),
+        (H100, HOPPER, AttentionBackend(HOPPER, 132, *GPU_BLOCKS, int4_kernel=True)),
         (H100, PLAIN, AttentionBackend(PLAIN, 0, *GPU_BLOCKS)),
         (A100, AUTO, AttentionBackend(PLAIN, 0, *GPU_BLOCKS)),
         (B200, AUTO, AttentionBackend(PLAIN, 0, *GPU_BLOCKS)),
     ],
 )
 def test_the_choice_follows_the_device(mesh, name, chosen):
-    assert choose_backend(name, mesh) == chosen
+    assert choose_backend(name, mesh) == choose_backend(chosen, mesh) == chosen
 
 
 def test_the_meshes_of_this_machine():
