@@ -1,5 +1,6 @@
 """Chooses the chunk that enters the ring, by the time of a tick and who waits. No JAX."""
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ class Load(NamedTuple):
     rows: int
     keys: int = 0
     prefix: int = 0
-    waits: tuple[tuple[int, float], ...] = ()
+    waits: Sequence[tuple[int, float]] = ()
 
 
 class ChunkChoice:
@@ -114,21 +115,17 @@ class ChunkChoice:
         if self.ttft is None or not load.waits:
             return self._chunks
         left, behind = MARGIN * self.ttft, load.num_stages - 1
-        # Mostly nobody is late, whatever the chunk: not with the most and the longest ticks.
+        # Most are not late, whatever the chunk: not with the most and the longest ticks.
         most, longest = self._chunks[0], seconds[self._chunks[-1]]
-        if all(
-            [
-                waited + (-(-until // most) + behind) * longest <= left
-                for until, waited in load.waits
-            ]
-        ):
+        waits = [
+            wait for wait in load.waits if wait[1] + (-(-wait[0] // most) + behind) * longest > left
+        ]
+        if not waits:
             return self._chunks
         late = []
         for chunk in self._chunks:
             tick = seconds[chunk]
-            over = [
-                waited + (-(-until // chunk) + behind) * tick - left for until, waited in load.waits
-            ]
+            over = [waited + (-(-until // chunk) + behind) * tick - left for until, waited in waits]
             late.append(sum([each for each in over if each > 0]))
         least = min(late)
         return [chunk for chunk, each in zip(self._chunks, late, strict=True) if each == least]
@@ -155,8 +152,7 @@ class ChunkChoice:
         most = self.tpot / num_stages
 
         def keeps(rows: int) -> bool:
-            bucket = next(b for b in buckets if b >= rows)
-            return self.times.seconds(Bucket(bucket, 0), context * rows / bucket) <= most
+            return self._of_rows(rows, context * rows)[0] <= most
 
         if keeps(buckets[-1]) or not keeps(1):
             return buckets[-1]
@@ -185,5 +181,10 @@ class ChunkChoice:
         if not self.has_targets:
             sizes = self._sizes.chunk_buckets
             return {chunk: self.times.model(Work(load.rows, chunk)) for chunk in sizes}
-        rows = self._sizes.bucket(load.rows, 0).rows
-        return self.times.by_chunk(rows, load.keys / max(rows, 1), load.prefix)
+        return self._of_rows(load.rows, load.keys, load.prefix)
+
+    def _of_rows(self, rows: int, keys: float, prefix: int = 0) -> Mapping[int, float]:
+        """The seconds of a tick with so many rows and keys in each packet, by its chunk."""
+        buckets = self._sizes.row_buckets
+        bucket = buckets[bisect_left(buckets, rows)]
+        return self.times.by_chunk(bucket, keys / bucket, prefix)

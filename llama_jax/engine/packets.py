@@ -78,7 +78,8 @@ class Packet:
     @property
     def num_tokens(self) -> int:
         """Number of tokens in all segments."""
-        return len(self.decoding) + sum([tile.length for tile in self.tiles])
+        rows = len(self.decoding)
+        return rows + sum([tile.length for tile in self.tiles]) if self.tiles else rows
 
     def results(self, bucket_rows: int) -> Iterable[tuple[int, Segment]]:
         """The segments whose next token is sampled, each with its index in the tick's result."""

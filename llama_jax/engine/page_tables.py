@@ -1,5 +1,7 @@
 """The KV-cache pages of every live sequence, shared where texts begin alike (prefix caching)."""
 
+from itertools import islice
+
 import numpy as np
 
 from llama_jax.engine.pages import PagePool, page_keys
@@ -40,14 +42,14 @@ class PageTables:
 
     def extend(self, sequence: Sequence, num_pages: int) -> None:
         """Gives a sequence free pages; the caller has checked that there are enough."""
-        self._append(sequence, [self.pool.take() for _ in range(num_pages)])
+        self._append(sequence, self.pool.take(num_pages))
 
     def find(self, sequence: Sequence) -> list[int]:
         """Finds pages that hold its beginning, as far as it may skip it."""
         if not self._shares(sequence):
             return []
         num_pages = sequence.num_skippable // self._page_size
-        return self.pool.find(self._keys(sequence, num_pages))
+        return self.pool.find(islice(self._keys(sequence, num_pages), num_pages))
 
     def num_tokens(self, pages: list[int]) -> int:
         """Returns the number of tokens that full pages hold."""
@@ -61,8 +63,9 @@ class PageTables:
 
     def begin(self, sequence: Sequence, found: list[int]) -> int:
         """Gives a sequence the pages that `find` found; returns the number of tokens in them."""
-        self.pool.share(found)
-        self._append(sequence, found)
+        if found:
+            self.pool.share(found)
+            self._append(sequence, found)
         return self.num_tokens(found)
 
     def publish(self, sequence: Sequence) -> None:
@@ -72,9 +75,9 @@ class PageTables:
         if known <= sequence.num_published:
             return
         if self._shares(sequence):
-            keys = self._keys(sequence, known)
+            keys, pages, publish = self._keys(sequence, known), sequence.pages, self.pool.publish
             for i in range(sequence.num_published, known):
-                self.pool.publish(sequence.pages[i], keys[i])
+                publish(pages[i], keys[i])
         sequence.num_published = known
 
     def release(self, sequence: Sequence) -> None:
@@ -98,10 +101,10 @@ class PageTables:
         sequence.due = min(sequence.room, sequence.max_length - 2)
 
     def _keys(self, sequence: Sequence, num_pages: int) -> list[bytes]:
-        """Returns the keys of its first pages, computing those that are new."""
+        """Returns the keys of its pages, these first ones among them; it computes the new ones."""
         keys, size = sequence.page_keys, self._page_size
         known = len(keys)
         if known < num_pages:
             parent = keys[-1] if keys else sequence.salt
             keys += page_keys(parent, sequence.tokens[known * size : num_pages * size], size)
-        return keys[:num_pages]
+        return keys

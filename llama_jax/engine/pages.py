@@ -2,6 +2,7 @@
 
 import struct
 from collections import OrderedDict
+from collections.abc import Iterable
 from hashlib import blake2b
 
 
@@ -60,14 +61,19 @@ class PagePool:
         """Number of sequences that share a page."""
         return self._owners[page]
 
-    def take(self) -> int:
-        """Takes a free page. Raises IndexError if there is none: check `num_free` first."""
-        if self._empty or not self._kept:
-            page = self._empty.pop()
-        else:
-            page, _ = self._kept.popitem(last=False)
-            self._forget(page)
-        self._owners[page] = 1
+    def take(self, count: int) -> list[int]:
+        """Takes free pages. Raises IndexError if there are too few: check `num_free` first."""
+        empty, owners = self._empty, self._owners
+        pages = [empty.pop() if empty else self._take_kept() for _ in range(count)]
+        for page in pages:
+            owners[page] = 1
+        return pages
+
+    def _take_kept(self) -> int:
+        if not self._kept:
+            raise IndexError("no page is free")
+        page, _ = self._kept.popitem(last=False)
+        self._forget(page)
         return page
 
     def give_back(self, pages: list[int]) -> None:
@@ -78,23 +84,25 @@ class PagePool:
         """
         # The last page first: what is evicted first should be the end of a text, not its beginning,
         # without which the rest cannot be found.
+        owners, keys, empty, kept = self._owners, self._keys, self._empty, self._kept
         for page in reversed(pages):
-            if not self._owners[page]:
+            left = owners[page] - 1
+            if left < 0:
                 raise ValueError(f"Page {page} was given back twice: two sequences owned it.")
-            self._owners[page] -= 1
-            if self._owners[page]:
+            owners[page] = left
+            if left:
                 continue
-            if self._keys[page] is None:
-                self._empty.append(page)
+            if keys[page] is None:
+                empty.append(page)
             else:
-                self._kept[page] = None
+                kept[page] = None
 
     def publish(self, page: int, key: bytes) -> None:
         """Makes a full page known by its content; no-op if another page has the same content."""
         if self._keys[page] is None and key not in self._pages:
             self._keys[page], self._pages[key] = key, page
 
-    def find(self, keys: list[bytes]) -> list[int]:
+    def find(self, keys: Iterable[bytes]) -> list[int]:
         """Returns the published pages of the longest known beginning of a text."""
         pages = []
         for key in keys:

@@ -1,6 +1,6 @@
 """Chooses the prompt tokens of each packet: which prompts begin, and how they share the chunk."""
 
-from itertools import accumulate, islice
+from itertools import islice
 
 from llama_jax.engine.chunk_choice import ChunkChoice, Load
 from llama_jax.engine.interface import WaitReason
@@ -38,6 +38,7 @@ class Prefill:
         self._roster = roster
         self.chunks = chunks
         self._odd = True
+        self._share = 0  # rows that the microbatch of this tick may have
         self.most_running = sizes.num_slots
 
     def make_room(self, sequence: Sequence) -> None:
@@ -47,16 +48,13 @@ class Prefill:
         """
         self._roster.make_room(sequence, min(self._left(sequence), self._sizes.max_chunk))
 
-    def fill(
-        self, packet: Packet, microbatch: list[Sequence], share: int, now: float = 0.0
-    ) -> None:
-        """Adds a chunk to a packet.
+    def fill(self, packet: Packet, microbatch: list[Sequence], now: float = 0.0) -> None:
+        """Adds a chunk to a packet, after `begin_tick`.
 
         Args:
           packet: the packet that enters, with its rows.
           microbatch: the sequences of this packet; a prompt that ends here joins them.
-          share: the rows that the microbatch may have, from `share`.
-          now: the time by the clock of `arrived_at`.
+          now: as in `begin_tick`.
         """
         self._odd = not self._odd
         if not self._roster.prefilling and not self._roster.waiting:
@@ -68,21 +66,30 @@ class Prefill:
             # Of an odd number of tiles, the half is rounded up in every other tick.
             aside = (tiles_left + self._odd) // 2
             while aside and (short := self._short()):
-                sent = self._send(packet, microbatch, share, short, aside)
+                sent = self._send(packet, microbatch, short, aside)
                 if not sent:
                     break
                 aside, tiles_left = aside - sent, tiles_left - sent
         while tiles_left and (sequence := self._first()):
-            sent = self._send(packet, microbatch, share, sequence, tiles_left)
+            sent = self._send(packet, microbatch, sequence, tiles_left)
             if not sent:
                 return  # it continues in a later packet
             tiles_left -= sent
 
     def begin_tick(self, now: float) -> None:
-        """Finds how many sequences may be live in this tick; `now` is as in `fill`."""
-        self.most_running = self._most_running(now)
+        """Finds how many sequences may be live in this tick, and how many rows in its packet.
 
-    def share(self) -> int:
+        Call it before anything is given to or taken from a sequence in this tick.
+
+        Args:
+          now: the time by the clock of `arrived_at`.
+        """
+        waiting = self._roster.waiting
+        self.most_running = self._most_running(now) if waiting else self._sizes.num_slots
+        if waiting or self._roster.prefilling:
+            self._share = self._rows_to_share()
+
+    def _rows_to_share(self) -> int:
         """Maximum rows of a microbatch, the newest prompt included: ceil(n / M), where n sequences
         are live or could be at once. A burst then does not fill one microbatch and leave others
         empty."""
@@ -110,12 +117,7 @@ class Prefill:
         return "prefill" if fits else "pages"
 
     def _send(
-        self,
-        packet: Packet,
-        microbatch: list[Sequence],
-        share: int,
-        sequence: Sequence,
-        max_tiles: int,
+        self, packet: Packet, microbatch: list[Sequence], sequence: Sequence, max_tiles: int
     ) -> int:
         """Adds a prompt's next tokens to a packet; returns the number of tiles.
 
@@ -126,7 +128,7 @@ class Prefill:
         count = min(self._left(sequence), max_tiles * tile)
         ends = first + count == sequence.prefill_until
         # No sequence is preempted here: this packet may hold a row or a tile of it.
-        if (ends and len(microbatch) >= share) or not self._roster.extend(sequence, count):
+        if (ends and len(microbatch) >= self._share) or not self._roster.extend(sequence, count):
             return 0
         packet.tiles += self._roster.send(sequence, count, tile)
         self._roster.pages.publish(sequence)
@@ -150,23 +152,26 @@ class Prefill:
     def _load(self, now: float) -> Load:
         """What there is to do now."""
         roster = self._roster
-        waiting = islice(roster.waiting, min(self._room, MANY_PROMPTS))
-        prompts = [(s, self._left(s)) for s in roster.prefilling]
-        prompts += [(s, len(s.tokens)) for s in waiting]
-        rows = [len(microbatch) for microbatch in roster.microbatches]
-        ends = list(accumulate([left for _, left in prompts]))
-        tokens = ends[-1] if ends else 0
-        if self.chunks is None or not self.chunks.has_targets:
-            return Load(len(rows), len(prompts), tokens, sum(rows), max(rows))
-        keys = max([microbatch.keys for microbatch in roster.microbatches])
-        prefix = roster.prefilling[0].next_position if roster.prefilling else 0
-        waits = [
-            (end, now - s.arrived_at)
-            for end, (s, _) in zip(ends, prompts, strict=True)
-            if len(s.tokens) == s.num_prompt  # others have had their first token
-        ]
+        prefilling, microbatches = roster.prefilling, roster.microbatches
+        prompts = prefilling
+        if roster.waiting:
+            prompts = prefilling + roster.waiting[: min(self._room, MANY_PROMPTS)]
+        tokens, waits = 0, []
+        for s in prompts:
+            known = len(s.tokens)
+            tokens += known if s.slot is None else s.prefill_until - s.next_position
+            if known == s.num_prompt:  # others have had their first token
+                waits.append((tokens, now - s.arrived_at))
+        rows = [len(microbatch) for microbatch in microbatches]
         return Load(
-            len(rows), len(prompts), tokens, sum(rows), max(rows), keys, prefix, tuple(waits)
+            num_stages=len(rows),
+            prompts=len(prompts),
+            tokens=tokens,
+            streams=sum(rows),
+            rows=max(rows),
+            keys=max([microbatch.keys for microbatch in microbatches]),
+            prefix=prefilling[0].next_position if prefilling else 0,
+            waits=waits,
         )
 
     @property
@@ -178,7 +183,7 @@ class Prefill:
     def _most_running(self, now: float) -> int:
         """See `most_running`. The limit yields while the next prompt would be late otherwise."""
         roster, chunks, slots = self._roster, self.chunks, self._sizes.num_slots
-        if chunks is None or chunks.tpot is None or not roster.waiting:
+        if chunks is None or chunks.tpot is None:
             return slots
         num_stages, first = len(roster.microbatches), roster.waiting[0]
         keys = len(first.tokens) + sum([len(s.tokens) for s in roster.prefilling])

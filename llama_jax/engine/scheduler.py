@@ -197,17 +197,18 @@ class Scheduler:
         microbatch = self.microbatches[self._turn]
         self._turn = (self._turn + 1) % len(self.microbatches)
         self.prefill.begin_tick(self.now)
-        share = self.prefill.share()
         # Most rows have room in their last page, and are not the last of their sequence.
         due = [s for s in microbatch if s.next_position >= s.due]
-        self._make_room(due)
+        if due or self.prefilling:
+            self._make_room(due)
         packet = Packet(*microbatch.columns(), microbatch.advance(), microbatch.keys)
-        self.prefill.fill(packet, microbatch, share, self.now)
+        self.prefill.fill(packet, microbatch, self.now)
         # A sequence's slot and pages are free once its last packet has entered, though the result
         # is not known yet. Not earlier: this packet must not overwrite pages that it reads.
-        for sequence in (*due, *[tile.sequence for tile in packet.tiles if tile.ends]):
-            if sequence.fully_sent:
-                self.roster.release(sequence)
+        if due or packet.tiles:
+            for sequence in (*due, *[tile.sequence for tile in packet.tiles if tile.ends]):
+                if sequence.fully_sent:
+                    self.roster.release(sequence)
         return packet
 
     def _make_room(self, due: list[Sequence]) -> None:

@@ -199,10 +199,11 @@ class TickLoop:
 
     def _dispatch(self, entering: Packet, outputs: list[Output]) -> Bucket:
         """Dispatches a tick; adds the outputs of requests that cannot go on."""
+        tokens_in_flight = self._tokens_in_flight
         self._in_flight.append(entering)
         self._rows_in_flight.append(len(entering.decoding))
         self._tiles_in_flight.append(len(entering.tiles))
-        self._tokens_in_flight.append(entering.num_tokens)
+        tokens_in_flight.append(entering.num_tokens)
         # The program must fit the largest packet in any stage, not just the one that enters.
         rows, tiles = max(self._rows_in_flight), max(self._tiles_in_flight)
         bucket = self.sizes.bucket(max(rows, 1), tiles * self.sizes.tile, self.ready())
@@ -210,15 +211,15 @@ class TickLoop:
         leaving = self._in_flight[0]
         choice = self._choice(leaving, bucket, outputs)
         result = self.executor.run(bucket, packed, choice)
-        if scores := self._scores(leaving):
+        if leaving.tiles and (scores := self._scores(leaving)):
             result = result._replace(scores=scores)
         self._unread.append((leaving, result))
         if self._timer:
             self._timer.dispatched(bucket, entering)
 
         self.ticks += 1
-        self.stage_ticks_busy += self.num_stages - self._tokens_in_flight.count(0)
-        self.token_slots_used += sum(self._tokens_in_flight)
+        self.stage_ticks_busy += self.num_stages - tokens_in_flight.count(0)
+        self.token_slots_used += sum(tokens_in_flight)
         return bucket
 
     def _choice(self, leaving: Packet, bucket: Bucket, outputs: list[Output]) -> Choice:
@@ -274,12 +275,12 @@ class TickLoop:
         start = self.clock()
         tokens = np.asarray(result.tokens).tolist()
         logprobs = None if result.logprobs is None else _as_lists(result.logprobs)
-        scores = {i: [np.asarray(array) for array in each] for i, each in result.scores.items()}
+        scores = [(i, [np.asarray(array) for array in each]) for i, each in result.scores.items()]
         end = self.clock()
         self.wait_seconds += end - start
         if self._timer:
             self._timer.read(end)
-        for i, arrays in scores.items():
+        for i, arrays in scores:
             self.scheduler.score(packet.tiles[i], *arrays)
         return self.scheduler.process(packet, tokens, result.bucket.rows, logprobs)
 

@@ -51,8 +51,9 @@ class TickTimer:
 
     def dispatched(self, bucket: Bucket, entering: Packet) -> None:
         """A tick was dispatched."""
+        tiles = entering.tiles
         self._keys.append(entering.row_keys)
-        self._prefixes.append(max([tile.position for tile in entering.tiles], default=0))
+        self._prefixes.append(max([tile.position for tile in tiles]) if tiles else 0)
         context = max(self._keys) / max(bucket.rows, 1)
         self._unread.append(Timed(bucket, context, max(self._prefixes)))
 
@@ -63,7 +64,8 @@ class TickTimer:
     def read(self, now: float) -> None:
         """The result of the oldest tick was read now."""
         tick = self._unread.popleft()
-        same = all([other.bucket == tick.bucket for other in self._ran])
+        ran = self._ran
+        same = not ran or all([other.bucket == tick.bucket for other in ran])
         if self._since is not None and same:
-            self._observe(*tick, (now - self._since) / (len(self._ran) + 1))
+            self._observe(*tick, (now - self._since) / (len(ran) + 1))
         self.begin(now)

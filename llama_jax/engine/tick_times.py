@@ -6,10 +6,10 @@ that gets hot slows down. What is kept is therefore the ratio of the seconds see
 model, for each program.
 """
 
-import math
 from bisect import bisect_left, insort
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
+from math import ceil
 
 from llama_jax.costs.work import Work
 from llama_jax.engine.interface import TickTime
@@ -66,7 +66,7 @@ class TickTimes:
         self._latest: dict[Bucket, int] = {}  # the number of the last tick that was seen
         self._count = 0
         self._ratios: dict[Bucket, float] = {}
-        self._modeled: dict[tuple[int, int], dict[Bucket, float]] = {}
+        self._modeled: defaultdict[tuple[int, int], dict[Bucket, float]] = defaultdict(dict)
         self._corrected: dict[tuple[int, int, int], dict[int, float]] = {}
 
     def modeled(self, bucket: Bucket, context: float = 0, prefix: int = 0) -> float:
@@ -98,7 +98,7 @@ class TickTimes:
 
     def observe(self, bucket: Bucket, context: float, prefix: int, seconds: float) -> None:
         """Takes the seconds of one tick."""
-        ratio = seconds / self.modeled(bucket, context, prefix)
+        ratio = seconds / self._model(bucket, _rounded(context), _rounded(prefix))
         own = self._own.get(bucket)
         if own is None:
             own = self._own[bucket] = Window(WINDOW)
@@ -135,16 +135,17 @@ class TickTimes:
             self._corrected.clear()
 
     def _model(self, bucket: Bucket, context: int, prefix: int) -> float:
-        known = self._modeled.setdefault((context, prefix), {})
-        if bucket not in known:
+        known = self._modeled[context, prefix]
+        seconds = known.get(bucket)
+        if seconds is None:
             work = Work.of(bucket.rows, context, bucket.chunk, prefix, self._sizes.tile)
-            known[bucket] = self.model(work)
-        return known[bucket]
+            seconds = known[bucket] = self.model(work)
+        return seconds
 
     def _correct(self, rows: int, context: int, prefix: int) -> dict[int, float]:
         """The longest of the programs with at most these rows and chunk, by the chunk."""
         seconds, found = 0.0, {}
-        modeled = self._modeled.setdefault((context, prefix), {})
+        modeled = self._modeled[context, prefix]
         for bucket in self._buckets:  # in the order of chunks, and of rows
             if bucket.rows > rows:
                 continue
@@ -170,6 +171,6 @@ def _short(ratio: float) -> float:
 
 def _rounded(number: float) -> int:
     """Rounds up to four binary digits, at most 12.5 % too high, so that few contexts differ."""
-    whole = math.ceil(number)
+    whole = ceil(number)
     shift = whole.bit_length() - 4
     return whole if shift <= 0 else -(-whole >> shift) << shift

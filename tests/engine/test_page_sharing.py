@@ -99,7 +99,7 @@ def test_nothing_is_shared_with_a_request_whose_logits_are_nan():
 def test_pages_are_evicted_in_the_order_in_which_they_were_given_back():
     pool = PagePool(4)
     keys = [page_keys(b"", [i], 1)[0] for i in range(4)]
-    pages = [pool.take() for _ in range(3)]
+    pages = pool.take(3)
     for page, key in zip(pages, keys, strict=False):
         pool.publish(page, key)
     pool.give_back(pages[:2])
@@ -107,23 +107,23 @@ def test_pages_are_evicted_in_the_order_in_which_they_were_given_back():
     assert pool.num_free == 4 and pool.find(keys) == pages
     pool.share(pages[:1])  # in use again, and given back last
     pool.give_back(pages[:1])
-    assert pool.take() not in pages  # the page without content
-    assert [pool.take() for _ in range(3)] == [pages[1], pages[2], pages[0]]
+    assert pool.take(1)[0] not in pages  # the page without content
+    assert pool.take(3) == [pages[1], pages[2], pages[0]]
     assert pool.find(keys[:1]) == [] and pool.num_free == 0
 
 
 def test_the_end_of_a_text_is_evicted_before_its_beginning():
     pool = PagePool(3)
-    pages, keys = [pool.take() for _ in range(3)], [bytes([i]) for i in range(3)]
+    pages, keys = pool.take(3), [bytes([i]) for i in range(3)]
     for page, key in zip(pages, keys, strict=True):
         pool.publish(page, key)
     pool.give_back(pages)
-    assert pool.take() == pages[2] and pool.find(keys) == pages[:2]
+    assert pool.take(1) == pages[2:] and pool.find(keys) == pages[:2]
 
 
 def test_a_shared_page_is_free_when_its_last_owner_gives_it_back():
     pool = PagePool(1)
-    page = pool.take()
+    (page,) = pool.take(1)
     pool.publish(page, b"key")
     pool.share([page])
     pool.give_back([page])
@@ -136,7 +136,7 @@ def test_a_shared_page_is_free_when_its_last_owner_gives_it_back():
 
 def test_a_second_page_with_the_same_content_is_not_published():
     pool = PagePool(2)
-    first, second = pool.take(), pool.take()
+    first, second = pool.take(2)
     pool.publish(first, b"key")
     pool.publish(second, b"key")
     pool.give_back([second])
