@@ -5,13 +5,13 @@ a finish reason or an exception, whatever happens to the engine. Imports no JAX.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TypeVar
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from llama_jax.client.engine_process import ENGINE_COMMAND, process_host
 from llama_jax.client.host import StartHost
@@ -82,23 +82,26 @@ class EngineClient:
         self._last_words: str | None = None
         self._heard = False
         self._closing: asyncio.Task[None] | None = None
-        self._ready: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[EngineInfo] = self._loop.create_future()
         self._streams = OpenStreams(0)  # none before the engine is ready
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(FromEngine).decode
         self._last_report = time.monotonic()
 
         directory = PrivateDirectory()
-        self._context = zmq.asyncio.Context()
+        # `zmq.asyncio` would take longer for a message than its outputs take.
+        self._context = zmq.Context()
         self._socket = self._context.socket(zmq.PAIR)
-        self._socket.set_hwm(0)  # the requests in flight bound the queue, and a send never blocks
+        self._socket.set_hwm(0)  # the requests in flight bound the queue
         self._socket.bind(f"ipc://{directory.socket}")
         try:
             self.host = start_host(directory, options)
         except EngineStartError:
             self._context.destroy(linger=0)
             raise
-        self._receiver = asyncio.create_task(self._receive())
+        self._loop.add_reader(self._socket.fileno(), self._receive)
+        self._end = asyncio.create_task(self._wait_for_end())
 
     @classmethod
     async def start(
@@ -183,7 +186,7 @@ class EngineClient:
 
     async def wait_dead(self) -> str:
         """Waits until the engine has ended; returns one sentence on why."""
-        await asyncio.shield(self._receiver)
+        await asyncio.shield(self._end)
         assert self._death is not None
         return self._death
 
@@ -223,7 +226,7 @@ class EngineClient:
         request_id, stream = await self._streams.open(on_token)
         timer = None
         if deadline is not None:
-            timer = asyncio.get_running_loop().call_at(deadline, self._expire, request_id)
+            timer = self._loop.call_at(deadline, self._expire, request_id)
         try:
             self._check_accepting()  # again, after the wait
             self._send(Add(request_id, prompt, params))
@@ -261,8 +264,9 @@ class EngineClient:
         except TimeoutError:
             self.host.kill()
             await self.host.exited.wait()
-        self._receiver.cancel()  # every waiting task has its error
-        await asyncio.gather(self._receiver, return_exceptions=True)
+        self._end.cancel()  # every waiting task has its error
+        await asyncio.gather(self._end, return_exceptions=True)
+        self._loop.remove_reader(self._socket.fileno())
         self._context.destroy(linger=0)
         self.host.clean_up()
 
@@ -278,43 +282,49 @@ class EngineClient:
 
     def _send(self, message: ToEngine) -> None:
         """Sends a message without waiting. If the engine has ended the message is lost, and
-        `_receive` ends every stream."""
+        `_wait_for_end` ends every stream."""
         if self._running and self._last_words is None:
-            self._socket.send(self._encode(message))
+            with contextlib.suppress(zmq.Again):  # it has just ended
+                self._socket.send(self._encode(message), zmq.NOBLOCK)
+            # The file descriptor tells of news once, and a send may have taken note of them.
+            if self._events & zmq.POLLIN:
+                self._loop.call_soon(self._receive)
 
-    async def _receive(self) -> None:
-        """Task: handles the engine's messages until it has exited, then ends every stream.
+    @property
+    def _events(self) -> int:
+        """What the socket is ready for. Asking takes note of all news from its peer."""
+        events = self._socket.get(zmq.EVENTS)
+        assert isinstance(events, int)
+        return events
 
-        Nothing else reads the socket, and no read is cancelled before the socket is empty: a
-        cancelled read may already hold the message that says why the engine died.
+    def _receive(self) -> None:
+        """Handles the messages that have arrived.
+
+        Called when the socket's file descriptor says that there may be some. It says so once, so
+        all of them are read; that takes less time than an engine needs to send as many.
         """
-        exited = asyncio.create_task(self.host.exited.wait())
-        try:
-            message = asyncio.ensure_future(self._socket.recv())
-            while await self._wait_for(message, exited):
-                self._handle(self._decode(message.result()))
-                message = asyncio.ensure_future(self._socket.recv())
-            message.cancel()
-        except Exception as error:
-            self._fail(f"A message from the engine could not be handled: {error!r}.")
-            self.host.kill()
-            await exited
-        self._fail(self.host.describe_end(self._last_words))
+        with contextlib.suppress(zmq.Again):
+            while not self._socket.closed:
+                message = self._socket.recv(zmq.NOBLOCK)
+                try:
+                    self._handle(self._decode(message))
+                except Exception as error:
+                    self._fail(f"A message from the engine could not be handled: {error!r}.")
+                    self.host.kill()
 
-    async def _wait_for(self, message: asyncio.Future[bytes], exited: asyncio.Task[bool]) -> bool:
-        """Waits for the next message. False if the engine has exited and no message is left."""
-        await asyncio.wait((message, exited), return_when=asyncio.FIRST_COMPLETED)
+    async def _wait_for_end(self) -> None:
+        """Task: waits until the engine has exited, then ends every stream.
+
+        The news of the exit may overtake the last messages, which say why the engine died. A PAIR
+        socket is readable or writable until its peer has disconnected and every message from it has
+        been read; before the first message, the connection itself may still be on its way.
+        """
+        await self.host.exited.wait()
         deadline = time.monotonic() + LAST_WORDS_SECONDS
-        # The news of the exit may overtake the last messages. A PAIR socket is readable or writable
-        # until its peer has disconnected and every message from it has been read; before the first
-        # message, the connection itself may still be on its way.
-        while (
-            not message.done()
-            and (self._socket.get(zmq.EVENTS) or not self._heard)
-            and time.monotonic() < deadline
-        ):
-            await asyncio.wait((message,), timeout=0.005)
-        return message.done()
+        while (self._events or not self._heard) and time.monotonic() < deadline:
+            self._receive()
+            await asyncio.sleep(0.005)
+        self._fail(self.host.describe_end(self._last_words))
 
     def _handle(self, message: FromEngine) -> None:
         self._heard = True
@@ -337,7 +347,7 @@ class EngineClient:
         else:  # the engine exits by itself now, or is killed
             assert isinstance(message, Fatal)
             self._last_words = message.message
-            asyncio.get_running_loop().call_later(FATAL_SECONDS, self.host.kill)
+            self._loop.call_later(FATAL_SECONDS, self.host.kill)
 
     def _fail(self, reason: str) -> None:
         """Ends the start and every stream with an error. Only the first reason counts."""

@@ -37,13 +37,16 @@ class OutputStream:
         self._prompt_logprobs: PromptLogprobs | None = None  # until they are read
         self._end: Output | StreamError | None = None
         self._loop: asyncio.AbstractEventLoop | None = None  # of the reader
-        self._waiting: asyncio.Future[None] | None = None
+        self._waiting: asyncio.Future[Output | None] | None = None  # None for an error
 
     def put(self, output: Output) -> None:
         """Adds an output. One with a finish reason is the last."""
         if output.token is not None:
             self._on_token()
-        if output.finish_reason is None:
+        waiting = self._waiting
+        if waiting is not None and not waiting.done():  # it has read all that is kept here
+            waiting.set_result(output)
+        elif output.finish_reason is None:
             assert output.token is not None
             self._tokens.append(output.token)
             self._cached_tokens = output.cached_tokens
@@ -53,12 +56,12 @@ class OutputStream:
                 self._logprobs.append(_ENCODE(output.logprobs))
         else:
             self._end = output
-        self._wake()
 
     def fail(self, error: StreamError) -> None:
         """Ends the stream with an error, which is raised after the outputs before it are read."""
         self._end = error
-        self._wake()
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
     async def get(self) -> Output:
         """Waits for the next output and removes it. For one reader, and not beyond the end.
@@ -66,11 +69,12 @@ class OutputStream:
         Raises:
           EngineDead, RequestTimeout: the stream ended with this error.
         """
-        while self._read == len(self._tokens) and self._end is None:
+        if self._read == len(self._tokens) and self._end is None:
             # An `asyncio.Event` would ask for the running loop, which is a system call, each time.
             self._loop = self._loop or asyncio.get_running_loop()
             self._waiting = self._loop.create_future()
-            await self._waiting
+            if output := await self._waiting:
+                return output
         if self._read < len(self._tokens):
             token = self._tokens[self._read]
             logprobs = _DECODE(self._logprobs[self._read]) if self._logprobs else None
@@ -93,10 +97,6 @@ class OutputStream:
         if isinstance(self._end, Exception):
             raise self._end
         return self._end
-
-    def _wake(self) -> None:
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
 
 
 class OpenStreams:

@@ -30,6 +30,8 @@ class ByteDecoder:
 
     def push(self, token: bytes | Ambiguous) -> str:
         """Adds a token and returns the text that is now certain, which may be empty."""
+        if self._held is None and isinstance(token, bytes):
+            return self._decode(token)
         data = token if isinstance(token, bytes) else token.data
         text = self._release(data) if data and self._held is not None else ""
         if isinstance(token, bytes):
@@ -64,7 +66,8 @@ class ByteDecoder:
 
         As an incremental decoder of `codecs`, but with one call of a function for each token.
         """
-        data = self._unfinished + data
+        if self._unfinished:
+            data = self._unfinished + data
         text, used = codecs.utf_8_decode(data, "replace", final)
         self._unfinished = data[used:]
         return text

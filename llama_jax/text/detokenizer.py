@@ -88,18 +88,17 @@ class Detokenizer:
             if self._include_stop or not ends:
                 data = self._tokenizer.token_bytes(token_id, self._skip_special_tokens)
                 text = self._decoder.push(data)
-        return self._advance(text, final=False)
+        return self._advance(text, final=False) if self._stop else text
 
     def finish(self) -> str:
         """Returns the text held back, after the last token.
 
         An unfinished character becomes U+FFFD, as in `Tokenizer.decode`.
         """
-        return self._advance(self._decoder.finish(), final=True)
+        text = self._decoder.finish()
+        return self._advance(text, final=True) if self._stop else text
 
     def _advance(self, new: str, final: bool) -> str:
-        if not self._stop:
-            return new
         if self.stopped:
             return ""
         text = self._withheld + new

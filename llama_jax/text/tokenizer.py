@@ -179,8 +179,12 @@ class Tokenizer:
         Special tokens have none if they are skipped, nor have ids past the tokenizer's vocabulary,
         to which a model's vocabulary may be padded. `ByteDecoder` turns the bytes into text.
         """
-        skipped = skip_special_tokens and token_id in self.special_token_ids
-        return b"" if skipped else self._spelling(token_id)
+        if skip_special_tokens and token_id in self.special_token_ids:
+            return b""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = _bytes_of(self._backend.id_to_token(token_id) or "")
+        return known
 
     def _added(self, token_id: int) -> bytes | Ambiguous:
         """Returns the bytes of an added token. It is stored as text, not in the byte alphabet."""
@@ -190,12 +194,6 @@ class Tokenizer:
             if (data := _bytes_of(text)) != text.encode():
                 return Ambiguous(data, text)
         return text.encode()
-
-    def _spelling(self, token_id: int) -> bytes | Ambiguous:
-        known = self._bytes.get(token_id)
-        if known is None:
-            known = self._bytes[token_id] = _bytes_of(self._backend.id_to_token(token_id) or "")
-        return known
 
     def _encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         # encode_batch, unlike encode, releases the interpreter's lock.

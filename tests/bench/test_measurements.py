@@ -1,5 +1,6 @@
 """Measurements at toy size: each gives the rows, units and targets that it promises."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from bench import peers
 from bench.__main__ import main
 from bench.peer_engines import Moment, Times
 from bench.result import Result
+from bench.streaming import Watch
 
 
 def measured(tmp_path: Path, *argv: str) -> Result:
@@ -80,6 +82,16 @@ def test_peers_with_real_engines(tmp_path):
     )
     assert [row.get("batch", row.get("prompt")) for row in found.rows] == [2, 512]
     assert all(row["llama-jax"] > 0 and row["peer's"] > 0 for row in found.rows)
+
+
+def test_the_steady_rate_leaves_out_the_begin_and_the_end():
+    watch = Watch(progress={})
+    now = 0.0
+    for tokens in range(300, 1301, 10):  # 300 before, and 1,000 of these streams
+        watch.progress[tokens] = now
+        now += 0.1 if 400 <= tokens < 1200 else 3.0
+    assert watch.steady_rate(1000) == pytest.approx(100)
+    assert math.isnan(Watch(progress={300: 0.0, 1300: 9.0}).steady_rate(1000))
 
 
 @pytest.mark.slow

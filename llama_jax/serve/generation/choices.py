@@ -72,16 +72,10 @@ async def generate_choice(
     marks = None if tools is None else tag_marks(served)
     detokenizer = detokenizer_for(served.tokenizer, params, marks)
     tokens = 0
-    with served.metrics.request(arrived, len(prompt)) as timer:
-
-        def on_token() -> None:
-            if not timer.tokens:
-                place.begun()
-            timer.token()
-
+    with served.metrics.request(arrived, len(prompt), place.begun) as timer:
         async with place:
             outputs = served.engine.generate(
-                prompt, params, on_token=on_token, deadline=place.deadline
+                prompt, params, on_token=timer.token, deadline=place.deadline
             )
             async with aclosing(outputs):
                 async for output in outputs:

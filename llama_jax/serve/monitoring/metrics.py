@@ -25,6 +25,7 @@ from llama_jax.serve.monitoring.recent import RecentValues
 from llama_jax.serve.monitoring.request_record import RequestRecord, current_record
 from llama_jax.serve.monitoring.request_timer import RequestTimer
 from llama_jax.serve.monitoring.ring_metrics import ring_families
+from llama_jax.serve.monitoring.token_histogram import TokenHistogram
 
 PREFIXES = ("llama_jax", "vllm")
 FINISHED = ("stop", "length", "abort", "error")
@@ -123,9 +124,13 @@ class Metrics:
         self.time_to_first_token = self._histogram(
             "time_to_first_token_seconds", "Time from arrival to the first token.", TTFT_BUCKETS
         )
-        self.inter_token = self._histogram(
-            "inter_token_latency_seconds", "Time between two tokens of a sequence.", TOKEN_BUCKETS
+        self.inter_token = TokenHistogram(
+            f"{prefix}:inter_token_latency_seconds",
+            "Time between two tokens of a sequence.",
+            self._labels,
+            TOKEN_BUCKETS,
         )
+        self._registry.register(self.inter_token)
         self.time_per_token = self._histogram(
             "request_time_per_output_token_seconds", "Mean inter-token time.", TOKEN_BUCKETS
         )
@@ -181,9 +186,14 @@ class Metrics:
             "admission_rejections", "Requests refused by reason.", "reason", REJECTED
         )
 
-    def request(self, arrived: float, prompt_tokens: int) -> "RequestTimer":
-        """Measures one sequence of a request that arrived at this time of `clock`."""
-        timer = RequestTimer(self, arrived, prompt_tokens)
+    def request(
+        self, arrived: float, prompt_tokens: int, on_first: Callable[[], None] = lambda: None
+    ) -> "RequestTimer":
+        """Measures one sequence of a request that arrived at this time of `clock`.
+
+        Calls `on_first` when its first token arrives.
+        """
+        timer = RequestTimer(self, arrived, prompt_tokens, on_first)
         if record := current_record():
             record.choices.append(timer)
         return timer

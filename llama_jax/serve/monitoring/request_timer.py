@@ -1,5 +1,6 @@
 """Measures one sequence of a request, from its arrival to its end."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from llama_jax.engine.errors import GenerationFailed, QueueFull, RequestError, RequestTimeout
@@ -28,8 +29,15 @@ class RequestTimer:
       reason: why it ended: one of `metrics.FINISHED`, or None if it never began.
     """
 
-    def __init__(self, metrics: "Metrics", arrived: float, prompt_tokens: int) -> None:
+    def __init__(
+        self,
+        metrics: "Metrics",
+        arrived: float,
+        prompt_tokens: int,
+        on_first: Callable[[], None],
+    ) -> None:
         self._metrics = metrics
+        self._on_first = on_first
         self.arrived = self.submitted = self.first = self.last = arrived
         self.ended: float | None = None
         self.prompt_tokens = prompt_tokens
@@ -40,14 +48,17 @@ class RequestTimer:
 
     def token(self) -> None:
         """Records the arrival of a token from the engine."""
-        now = self._metrics.clock()
+        metrics = self._metrics
+        now = metrics.clock()
         if self.tokens == 0:
+            self._on_first()
             self.first = now
-            self._metrics.time_to_first_token.observe(now - self.arrived)
-            self._metrics.recent_first_tokens.add(now, now - self.arrived)
+            metrics.time_to_first_token.observe(now - self.arrived)
+            metrics.recent_first_tokens.add(now, now - self.arrived)
         else:
-            self._metrics.inter_token.observe(now - self.last)
-            self._metrics.recent_tokens.add(now, now - self.last)
+            seconds = now - self.last
+            metrics.inter_token.observe(seconds)
+            metrics.recent_tokens.add(now, seconds)
         self.last = now
         self.tokens += 1
 
