@@ -111,15 +111,19 @@ CPU = Gpu(
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of this name.
+    """The GPU of this name, in upper or lower case.
 
     Raises:
       UserError: there is none; the message has the nearest names.
     """
     known = GPUS | {"cpu": CPU}
-    if name in known:
-        return known[name]
-    near = get_close_matches(name.lower(), known, n=3, cutoff=0.3) or sorted(GPUS)
+    plain = name.strip().lower()
+    if plain in known:
+        return known[plain]
+    begun = [gpu for gpu in known if plain and (gpu.startswith(plain) or plain.startswith(gpu))]
+    if (device := gpu_of_device(name)) is not None:
+        begun = [device.name]
+    near = begun or get_close_matches(plain, known, n=3, cutoff=0.3) or sorted(GPUS)
     raise UserError(f"There is no GPU {name!r} in the table: did you mean {', '.join(near)}?")
 
 

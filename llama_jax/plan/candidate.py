@@ -10,6 +10,7 @@ from llama_jax.plan.replica import LEVELS, Memory, Replica
 from llama_jax.plan.steady_state import SteadyState
 
 FIRST_SEQUENCES = 8  # the least that a replica is told to decode at once
+PEAK = 2.0  # times the rate that is asked for: loads have peaks, and room costs only programs
 ALONE = 0.001  # requests/s: a request never meets another
 
 
@@ -89,12 +90,24 @@ class Candidate:
         return self.replica.best_chunk(self.replica_rate)
 
     @property
+    def peak_rate(self) -> float:
+        """The rate that a server has room for, in requests/s of all replicas together.
+
+        It is `PEAK` times the rate that is asked for, or the highest within the targets if that is
+        lower.
+        """
+        return max(self.rate, min(PEAK * self.rate, self.max_rate.expected))
+
+    @property
     def max_num_seqs(self) -> int:
         """The sequences to make room for in each replica: a power of two.
 
-        It is enough even if ticks are as long as they may be, when more sequences live at once.
+        It is enough even if ticks are as long as they may be, when more sequences live at once, and
+        for `peak_rate`.
         """
-        states = (self.state(level) for level in LEVELS)
+        peak = self.peak_rate / self.layout.replicas
+        states = [self.state(level) for level in LEVELS]
+        states.append(self.replica.state(peak, self.replica.best_chunk(peak)))
         kept = [state.most_live for state in states if not state.overload]
         needed = max(kept, default=self.replica.max_live)
         needed = max(FIRST_SEQUENCES, needed)

@@ -12,7 +12,8 @@ from llama_jax.plan.layouts import check_layout
 from llama_jax.plan.model import MODELS, WEIGHTS, find_model, with_weights
 from llama_jax.plan.modes import add_modes
 from llama_jax.plan.plan import Question
-from llama_jax.plan.targets import Targets, Workload
+from llama_jax.plan.planned_load import DEFAULT_LOAD, planned_load
+from llama_jax.plan.targets import Targets
 from llama_jax.terminal.arguments import Parser, duration
 from sharding.errors import UserError
 
@@ -56,9 +57,12 @@ def make_parser() -> Parser:
     add("--max-chunk", type=_count, metavar="TOKENS", help="prompt tokens per tick (chosen)")
     add("--calibration", type=Path, metavar="FILE", help="times measured on the machine itself")
     add = parser.add_argument_group("workload").add_argument
-    add("--prompt-tokens", type=_count, default=1024, metavar="N", help="(%(default)s)")
-    add("--output-tokens", type=_count, default=256, metavar="N", help="(%(default)s)")
-    add("--rate", type=_positive, default=8.0, metavar="R", help="requests/s (%(default)g)")
+    default = DEFAULT_LOAD
+    lengths = "tokens of each request ({}; or the mean of what is simulated)"
+    add("--prompt-tokens", type=_count, metavar="N", help=lengths.format(default.prompt_tokens))
+    add("--output-tokens", type=_count, metavar="N", help=lengths.format(default.output_tokens))
+    rate = f"requests/s of all replicas together ({default.rate:g}; or that of --trace)"
+    add("--rate", type=_positive, metavar="R", help=rate)
     add = parser.add_argument_group("targets").add_argument
     add("--ttft", type=_limit, default="500ms", help="to the first token, or none (%(default)s)")
     add("--tpot", type=_limit, default="50ms", help="per token after it, or none (%(default)s)")
@@ -92,7 +96,7 @@ def read_question(arguments: argparse.Namespace) -> Question:
     """
     config = with_weights(find_model(arguments.model), arguments.weights)
     layout, gpus = _layout_and_gpus(arguments)
-    workload = Workload(arguments.prompt_tokens, arguments.output_tokens, arguments.rate)
+    workload = planned_load(arguments)
     tpot = arguments.tpot if workload.output_tokens > 1 else None  # there is no second token
     longest = workload.prompt_tokens + workload.output_tokens
     if longest > config.max_context:

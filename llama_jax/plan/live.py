@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from llama_jax.costs.figure import Band, Evidence, Figure
 from llama_jax.plan.candidate import Candidate
 from llama_jax.plan.plan import Plan, make_plan
+from llama_jax.plan.planned_load import is_load_given, planned_load
 from llama_jax.plan.report.document import Cell, Report, Section, Table
 from llama_jax.plan.report.json_text import json_text
 from llama_jax.plan.report.outlook import STEADY, Outlook
@@ -51,14 +52,12 @@ def run(arguments: argparse.Namespace, _: None = None) -> int:
       UserError: there is no server of this project, it has another mesh than the plan, it has not
         answered a request yet, or the question is wrong.
     """
-    from llama_jax.plan.command_line import make_parser, read_question
+    from llama_jax.plan.command_line import read_question
 
     key = arguments.api_key or next(filter(None, map(os.environ.get, KEYS)), None)
     url = metrics_url(arguments.compare)
     seen = observe(url, key, arguments.window)
     check_answers(seen, url, arguments.window)
-    defaults = make_parser().parse_args([])
-    planned = load_of(arguments)
     asked = argparse.Namespace(**vars(arguments))
     asked.prompt_tokens = max(1, round(seen.prompt_tokens))
     asked.output_tokens = max(1, round(seen.output_tokens))
@@ -66,19 +65,13 @@ def run(arguments: argparse.Namespace, _: None = None) -> int:
     if arguments.layout is None and arguments.gpus is None and seen.num_devices:
         asked.layout = (seen.num_stages, seen.num_devices // seen.num_stages)
     plan = make_plan(read_question(asked))
-    report = comparison(
-        plan, seen, url, arguments.window, None if planned == load_of(defaults) else planned
-    )
+    planned = planned_load(arguments) if is_load_given(arguments) else None
+    report = comparison(plan, seen, url, arguments.window, planned)
     if arguments.json:
         print(json_text(report), end="")
     else:
         show(report)
     return 0
-
-
-def load_of(arguments: argparse.Namespace) -> Workload:
-    """The load that a command line plans for."""
-    return Workload(arguments.prompt_tokens, arguments.output_tokens, arguments.rate)
 
 
 def check_answers(seen: Seen, url: str, window: float = 0.0) -> None:

@@ -36,7 +36,7 @@ def find_model(name: str) -> LlamaConfig:
       UserError: there is no such model or path, or the checkpoint is not a Llama.
     """
     path = Path(name).expanduser()
-    if path.exists():
+    if name.strip() and path.exists():
         return _read(path)
     known = {_plain(model): model for model in MODELS} | {
         _size(model): model for model in reversed(MODELS)
@@ -91,7 +91,10 @@ def _read(path: Path) -> LlamaConfig:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}.") from None
+        raise ConfigError(f"{path} is not JSON that can be read: {error}.") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} does not hold a JSON object.")
-    return LlamaConfig.from_dict(content)
+    try:
+        return LlamaConfig.from_dict(content)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None

@@ -9,12 +9,13 @@ from llama_jax.plan.candidate import Candidate, Missed
 from llama_jax.plan.figures import communication, tick_work
 from llama_jax.plan.headroom import Headroom
 from llama_jax.plan.layouts import HOST_GPUS, LayoutError
-from llama_jax.plan.numbers import amount
+from llama_jax.plan.numbers import amount, number
 from llama_jax.plan.plan import Plan, Question, make_plan
 from llama_jax.plan.recommend import recommend
 from llama_jax.terminal.units import bytes_text, count_text
 
 REFERENCE_MESH = (4, 2)
+MANY_TIMES = 2.0  # from where a miss reads better as a multiple than in percent
 _OVERLOADS = {
     "prompts": "prompts arrive faster than they are computed",
     "sequences": "its KV cache is full",
@@ -44,8 +45,12 @@ def verdict(plan: Plan) -> str:
     if question.layout is not None:
         verb = "misses its" if best.layout.replicas == 1 else "miss their"
         return f"{where}: {best.layout} {verb} targets: {missing}."
-    verb = "comes" if best.layout.replicas == 1 else "come"
-    return f"{where}: no layout keeps every target. {best.layout} {verb} nearest: {missing}."
+    comes, keeps = ("comes", "keeps") if best.layout.replicas == 1 else ("come", "keep")
+    most = best.max_rate.expected
+    known = not most or any(miss.target == "rate" for miss in best.missed)
+    up_to = "" if known else f" and {keeps} them up to {amount(most, 'requests/s')}"
+    nearest = f"{best.layout} {comes} nearest{up_to}"
+    return f"{where}: no layout keeps every target. {nearest}: {missing}."
 
 
 def _keeps(candidate: Candidate) -> str:
@@ -59,6 +64,8 @@ def missed_text(missed: Missed) -> str:
         return f"memory comes to {value} a GPU, of which {bound} are allowed"
     if missed.target == "rate":
         return f"it keeps up with {value}, not {bound}, before {_OVERLOADS[missed.overload]}"
+    if missed.excess >= MANY_TIMES:
+        return f"{missed.target} is {value}, {number(missed.excess)} times the target of {bound}"
     return f"{missed.target} is {value}, {missed.excess - 1:.0%} over the target of {bound}"
 
 
@@ -70,10 +77,14 @@ def why(plan: Plan) -> Iterator[str]:
     if best.holds:
         alike = [c for c in plan.candidates if c.holds and c.holds_surely == best.holds_surely]
         sure = ", even with the slowest ticks" if best.holds_surely else ""
+        of = count_text(len(plan.candidates), "layout")
         yield (
             f"{_keeps(best)} the targets up to {amount(best.max_rate.expected, 'requests/s')}, "
-            f"the most of the {len(alike)} of {count_text(len(plan.candidates), 'layout')} that "
-            f"keep them at this rate{sure}."
+            + (
+                f"the most of the {len(alike)} of {of} that keep them at this rate{sure}."
+                if len(alike) > 1
+                else f"alone of {of} at this rate{sure}."
+            )
         )
     yield _profile(best)
     shown = others[:1] + [
@@ -116,10 +127,10 @@ def _latencies(candidate: Candidate, level: str = "expected") -> str:
 
 def breaks_first(found: tuple[Headroom, ...]) -> Iterator[str]:
     """How far each thing may grow, the nearest limit first."""
-    for number, headroom in enumerate(found):
+    for place, headroom in enumerate(found):
         now, limit = (amount(value, headroom.unit) for value in (headroom.now, headroom.limit))
         yield (
-            f"{'Breaks first' if number == 0 else 'Then'}: {_GROWN[headroom.what]} {limit}, "
+            f"{'Breaks first' if place == 0 else 'Then'}: {_GROWN[headroom.what]} {limit}, "
             f"{headroom.factor:.1f} times the {now} of this plan"
             + (f"; beyond, {headroom.then} is missed." if headroom.then else ", the model's limit.")
         )

@@ -14,26 +14,16 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from llama_jax.plan.candidate import Candidate
+from llama_jax.plan.numbers import amount
 from llama_jax.plan.plan import Plan
 from sharding.errors import UserError
 
-PORT = 8000
-# Probes and the service come from outside a pod. A server alone stays on the loopback interface.
-POD_NETWORK = ("--host=0.0.0.0", f"--port={PORT}")
 IMAGE = "llama-jax:latest"
-MODELS = "/models"  # where the manifest mounts them
-CLAIM = "models"
-CALIBRATION = "/etc/llama-jax/calibration.json"  # where the manifest mounts one
-SECRET = "llama-jax-key"
-RESOURCES = {"gpu": "nvidia.com/gpu", "tpu": "google.com/tpu"}
-SHARED_MEMORY = "16Gi"  # NCCL's rings, and the sockets of the engine process
-START_MINUTES = 30  # for loading and compiling, until a start counts as failed
-GRACE_SECONDS = 30  # beyond the time that running requests have to end
+MODELS = "/models"  # where a checkpoint is expected
 COLUMNS = 76  # of a wrapped command line
 SEQUENCE_STEP = 1024  # tokens to which the longest sequence is rounded up
 
@@ -89,6 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, plan: Plan) -> int:
     """Prints what the command line asks for; 1 if the plan misses a target, else 0."""
+    from llama_jax.plan.kubernetes import checkpoint_note, manifest
+
     found = serving(plan)
     if arguments.json:
         content: dict[str, object] = {"command": found.command, "checked": list(found.lines)}
@@ -96,7 +88,7 @@ def run(arguments: argparse.Namespace, plan: Plan) -> int:
             content["kubernetes"] = manifest(found, plan, arguments.image)
         print(json.dumps(content, indent=1, ensure_ascii=False))
     elif arguments.kubernetes:
-        for note in found.notes:
+        for note in (*found.notes, checkpoint_note(found, plan)):
             print(f"# {note}")
         print(yaml.safe_dump_all(manifest(found, plan, arguments.image), sort_keys=False), end="")
     else:
@@ -129,9 +121,12 @@ def serving(plan: Plan) -> Serving:
     flags = _flags(plan, best)
     parsed = parse_arguments([path, *flags])
     lines = describe(
-        _name(question.model), engine_options(parsed, Path(path)), question.config, question.gpu
+        deployed_name(question.model),
+        engine_options(parsed, Path(path)),
+        question.config,
+        question.gpu,
     )
-    notes = []
+    notes = [_room(best)] if best.holds else []
     if (replicas := best.layout.replicas) > 1:
         notes.append(f"Start {replicas} of these servers, behind a load balancer.")
     if not Path(question.model).exists():
@@ -149,91 +144,6 @@ def serving(plan: Plan) -> Serving:
         tuple(notes),
         _calibration(plan, best),
     )
-
-
-def manifest(found: Serving, plan: Plan, image: str = IMAGE) -> list[dict[str, Any]]:
-    """A Deployment and a Service, and what they need, as objects of Kubernetes' API.
-
-    The server is ready when `/health` says so, and restarted when `/live` fails. It reads its key
-    from the Secret `SECRET`, if there is one, and the checkpoint from the claim `CLAIM`. The
-    content of a calibration travels in a ConfigMap.
-    """
-    name = _name(plan.question.model)
-    labels = {"app.kubernetes.io/name": "llama-jax", "app.kubernetes.io/instance": name}
-    drain = _drain_seconds(found)
-
-    def probe(path: str, **more: int) -> dict[str, Any]:
-        return {"httpGet": {"path": path, "port": "http"}, "timeoutSeconds": 5, **more}
-
-    container: dict[str, Any] = {
-        "name": "server",
-        "image": image,
-        "command": ["python", "-m", "llama_jax.serve"],
-        "args": [found.path, *_pod_arguments(found), *POD_NETWORK],
-        "ports": [{"name": "http", "containerPort": PORT}],
-        "env": [
-            {
-                "name": "LLAMA_JAX_API_KEY",
-                "valueFrom": {"secretKeyRef": {"name": SECRET, "key": "key", "optional": True}},
-            }
-        ],
-        "startupProbe": probe("/health", periodSeconds=10, failureThreshold=6 * START_MINUTES),
-        "livenessProbe": probe("/live", periodSeconds=10, failureThreshold=3),
-        "readinessProbe": probe("/health", periodSeconds=5, failureThreshold=2),
-        "volumeMounts": [
-            {"name": "models", "mountPath": MODELS, "readOnly": True},
-            {"name": "shared-memory", "mountPath": "/dev/shm"},
-        ],
-    }
-    if found.platform in RESOURCES:
-        container["resources"] = {"limits": {RESOURCES[found.platform]: str(found.gpus)}}
-    pod: dict[str, Any] = {
-        "terminationGracePeriodSeconds": drain + GRACE_SECONDS,
-        "containers": [container],
-        "volumes": [
-            {"name": "models", "persistentVolumeClaim": {"claimName": CLAIM, "readOnly": True}},
-            {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": SHARED_MEMORY}},
-        ],
-    }
-    calibration = []
-    if found.calibration is not None:
-        mounted, key = CALIBRATION.rsplit("/", 1)
-        volume = {"name": "calibration", "configMap": {"name": f"{name}-calibration"}}
-        pod["volumes"].append(volume)
-        mount = {"name": "calibration", "mountPath": mounted, "readOnly": True}
-        container["volumeMounts"].append(mount)
-        calibration.append(
-            {
-                "apiVersion": "v1",
-                "kind": "ConfigMap",
-                "metadata": {"name": f"{name}-calibration", "labels": dict(labels)},
-                "data": {key: found.calibration.read_text()},
-            }
-        )
-    return [
-        *calibration,
-        {
-            "apiVersion": "apps/v1",
-            "kind": "Deployment",
-            "metadata": {"name": name, "labels": dict(labels)},
-            "spec": {
-                "replicas": found.replicas,
-                # The GPUs of a server are free only when it has ended.
-                "strategy": {"type": "Recreate"},
-                "selector": {"matchLabels": dict(labels)},
-                "template": {"metadata": {"labels": dict(labels)}, "spec": pod},
-            },
-        },
-        {
-            "apiVersion": "v1",
-            "kind": "Service",
-            "metadata": {"name": name, "labels": dict(labels)},
-            "spec": {
-                "selector": dict(labels),
-                "ports": [{"name": "http", "port": 80, "targetPort": "http"}],
-            },
-        },
-    ]
 
 
 def _flags(plan: Plan, best: Candidate) -> list[str]:
@@ -260,18 +170,19 @@ def _flags(plan: Plan, best: Candidate) -> list[str]:
     return [*flags, "--fp8-activations"] if question.fp8_activations else flags
 
 
+def _room(best: Candidate) -> str:
+    """Up to which rate the server has room, which may be less than what the layout can do."""
+    seqs, peak = best.max_num_seqs, amount(best.peak_rate, "requests/s")
+    each = "" if best.layout.replicas == 1 else " each"
+    return f"{seqs:,} sequences at once{each} are enough for up to {peak} within the targets."
+
+
 def _calibration(plan: Plan, best: Candidate) -> Path | None:
     """The calibration file that the ticks of a layout follow, if its targets use them."""
     measured, targets = best.replica.model.calibration, plan.question.targets
     if measured is None or not measured.ticks or (targets.ttft is None and targets.tpot is None):
         return None
     return plan.question.calibration_file
-
-
-def _pod_arguments(found: Serving) -> list[str]:
-    """The flags of the server in a pod, where the calibration lies elsewhere."""
-    here = f"--calibration={found.calibration}"
-    return [f"--calibration={CALIBRATION}" if a == here else a for a in found.arguments]
 
 
 def _path(plan: Plan) -> str:
@@ -282,19 +193,12 @@ def _path(plan: Plan) -> str:
         return str(given.parent if given.name == "config.json" else given)
     quantization = question.config.quantization
     form = "" if quantization is None else f"-{quantization.format}"
-    return f"{MODELS}/{_name(question.model)}{form}"
+    return f"{MODELS}/{deployed_name(question.model)}{form}"
 
 
-def _name(model: str) -> str:
+def deployed_name(model: str) -> str:
     """A name that Kubernetes accepts: a label of DNS."""
     path = Path(model)
     path = path.resolve().parent if path.name == "config.json" else path
     plain = re.sub(r"[^a-z0-9]+", "-", path.name.lower()).strip("-")
     return (plain if plain[:1].isalpha() else f"llama-{plain}").strip("-")[:50].strip("-")
-
-
-def _drain_seconds(found: Serving) -> int:
-    """The time that running requests have to end: the server's own default."""
-    from llama_jax.serve.command_line.arguments import parse_arguments
-
-    return int(-(-parse_arguments([found.path, *found.arguments]).shutdown_timeout // 1))

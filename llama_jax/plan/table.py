@@ -62,10 +62,11 @@ def show_plan(plan: Plan, price: float | None = None, fewest: Recommendation | N
     _say(console, *why(plan), "")
     if plan.best.holds:
         _say(console, *breaks_first(headrooms(question, plan.best)), "")
-        command = serving(plan).wrapped
+        server = serving(plan)
         console.print(
-            "The server of this plan:", command, "", sep="\n", soft_wrap=True, markup=False
+            "The server of this plan:", server.wrapped, sep="\n", soft_wrap=True, markup=False
         )
+        _say(console, *server.notes, "")
     else:
         _say(console, *remedies(plan), "")
     for table in best_tables(plan.best, shown[plan.best]):

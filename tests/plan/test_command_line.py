@@ -9,6 +9,7 @@ from importlib import import_module
 import pytest
 
 from llama_jax.costs.figure import Evidence
+from llama_jax.costs.gpus import GPUS, find_gpu
 from llama_jax.plan import modes
 from llama_jax.plan.__main__ import DEFECT, MET, MISSED, WRONG, main
 from llama_jax.plan.command_line import make_parser
@@ -151,9 +152,16 @@ def test_arguments_that_cannot_be_read_end_with_the_same_code(arguments, capsys)
 
 
 def test_unknown_gpus_get_the_nearest_names(capsys):
-    assert main(["--gpu", "h100"]) == WRONG
-    error = capsys.readouterr().err
-    assert "h100-sxm" in error and "h100-pcie" in error
+    for name, near in {
+        "h100": {"h100-sxm", "h100-pcie"},
+        "h200-nvl": {"h200"},
+        "NVIDIA H100 80GB HBM3": {"h100-sxm"},
+        "tpu": {"tpu-v5e", "tpu-v6e"},
+    }.items():
+        assert main(["--gpu", name]) == WRONG
+        error = capsys.readouterr().err
+        assert {gpu for gpu in GPUS if gpu in error} == near
+    assert find_gpu("H100-SXM") is GPUS["h100-sxm"]
 
 
 @pytest.mark.slow

@@ -99,6 +99,11 @@ def test_there_is_room_for_as_many_sequences_as_may_live():
         for level in LEVELS:
             state = candidate.state(level)
             assert state.overload or candidate.max_num_seqs >= state.most_live
+        if candidate.holds:
+            replica, peak = candidate.replica, candidate.peak_rate / candidate.layout.replicas
+            assert candidate.rate <= candidate.peak_rate <= candidate.max_rate.expected
+            live = replica.state(peak, replica.best_chunk(peak)).most_live
+            assert candidate.max_num_seqs >= live
         assert candidate.max_num_seqs <= max(1, candidate.replica.max_live)
 
 

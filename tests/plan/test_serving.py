@@ -16,7 +16,7 @@ from llama_jax.costs.gpus import GPUS
 from llama_jax.costs.tick_time import TickModel
 from llama_jax.costs.work import Work
 from llama_jax.plan.__main__ import main as plan
-from llama_jax.plan.serving import POD_NETWORK
+from llama_jax.plan.kubernetes import POD_NETWORK
 from llama_jax.serve.command_line.arguments import parse_arguments
 from llama_jax.serve.launch import main as serve
 from llama_jax.serve.transport.door import LIVE_PATH, OPEN_PATHS
@@ -39,7 +39,7 @@ def ask(capsys, *argv: str) -> tuple[int, str]:
 
 
 def command_of(capsys, question: str) -> list[str]:
-    code, out = ask(capsys, *question.split(), "--server-command")
+    code, out = ask(capsys, *shlex.split(question), "--server-command")
     assert code in (0, 1)
     python, dash, module, *argv = shlex.split(out.splitlines()[0])
     assert (python, dash, module) == ("python", "-m", "llama_jax.serve")
@@ -73,7 +73,7 @@ def test_the_command_has_what_the_plan_counts_on(capsys):
 
 
 def manifests(capsys, question: str) -> tuple[dict, dict]:
-    _, out = ask(capsys, *question.split(), "--kubernetes")
+    _, out = ask(capsys, *shlex.split(question), "--kubernetes")
     deployment, service = yaml.safe_load_all(out)
     return deployment, service
 
@@ -117,6 +117,17 @@ def test_a_plan_that_holds_shows_the_command(capsys):
     shown = ask(capsys, "--rate", "8")[1]
     assert command in " ".join(shown.replace("\\\n", " ").split())
     assert "llama_jax.serve" not in ask(capsys, "--rate", "100")[1]
+
+
+def test_a_pod_finds_a_local_checkpoint_in_the_claim(capsys, tmp_path):
+    model = tmp_path / "my model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(LlamaConfig.llama3_70b().to_dict()))
+    assert command_of(capsys, f"--model '{model}'")[0] == str(model)
+    deployment, _ = manifests(capsys, f"--model '{model}'")
+    [container] = deployment["spec"]["template"]["spec"]["containers"]
+    [mount] = [m for m in container["volumeMounts"] if m["name"] == "models"]
+    assert container["args"][0] == f"{mount['mountPath']}/my-model"
 
 
 def test_each_replica_is_a_pod(capsys):

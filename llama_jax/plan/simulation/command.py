@@ -30,9 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     forms = "256, 64-512, normal:M,S, lognormal:M,S or empirical:FILE"
     add("--prompt-lengths", type=_lengths, metavar="L", help=f"simulated ({forms})")
     add("--output-lengths", type=_lengths, metavar="L", help="simulated, likewise")
-    add("--prefix-tokens", type=_count, metavar="N", help="with which prompts begin alike (0)")
-    add("--prefixes", type=_count, metavar="N", help="different such beginnings (1)")
-    add("--seed", type=int, default=0, metavar="N", help="of arrivals and lengths (%(default)s)")
+    add("--prefix-tokens", type=_count, metavar="N", help="shared beginning of prompts (0)")
+    add("--prefixes", type=_count, metavar="N", help="number of shared beginnings (1)")
+    add("--seed", type=_seed, default=0, metavar="N", help="of arrivals and lengths (%(default)s)")
 
 
 def run(arguments: argparse.Namespace, plan: "Plan") -> int:
@@ -58,6 +58,12 @@ def _count(text: str) -> int:
     if not 1 <= number <= 10**6:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 1,000,000")
     return number
+
+
+def _seed(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or len(text) > 18:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
 
 
 def _lengths(text: str) -> Lengths:

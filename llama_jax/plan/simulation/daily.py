@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+from llama_jax.plan.simulation.lengths import reason
 from sharding.errors import UserError
 
 HEADER = ("time_s", "requests_per_s")
@@ -94,7 +95,7 @@ def read_curve(path: Path) -> list[Point]:
     try:
         rows = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
     except (OSError, UnicodeDecodeError) as error:
-        raise CurveError(f"The load curve {path} cannot be read: {error}.") from error
+        raise CurveError(f"The load curve {path} cannot be read: {reason(error)}.") from error
     if not rows or tuple(name.strip().lower() for name in rows[0]) != HEADER:
         raise CurveError(f"{path}, line 1: the header must be {','.join(HEADER)}.")
     points: list[Point] = []

@@ -1,5 +1,6 @@
 """Distributions of the lengths of prompts and answers. Imports no JAX."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,6 +72,16 @@ class Lengths:
         numbers = ("-" if self.kind == "uniform" else ",").join(f"{n:g}" for n in self.numbers)
         return numbers if self.kind in ("constant", "uniform") else f"{self.kind}:{numbers}"
 
+    @property
+    def mean(self) -> float:
+        """The mean of the distribution, in tokens."""
+        if self.kind == "lognormal":
+            median, deviation = self.numbers
+            return min(float(MAX_TOKENS), median * math.exp(min(deviation**2 / 2, 100.0)))
+        if self.kind == "normal":
+            return self.numbers[0]
+        return sum(self.numbers) / len(self.numbers)
+
     def draw(self, rng: np.random.Generator, size: int) -> np.ndarray:
         """Draws lengths `[size]` int64."""
         a, b = (*self.numbers, 0.0)[:2]
@@ -85,11 +96,18 @@ class Lengths:
         return rounded.clip(1, MAX_TOKENS).astype(np.int64)
 
 
+def reason(error: OSError | UnicodeDecodeError) -> str:
+    """Why a text file cannot be read."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return "it is not text in UTF-8 (a compressed file has to be unpacked first)"
+
+
 def _read(path: Path) -> tuple[float, ...]:
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise LengthError(f"The lengths in {path} cannot be read: {error}.") from error
+        raise LengthError(f"The lengths in {path} cannot be read: {reason(error)}.") from error
     numbers = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

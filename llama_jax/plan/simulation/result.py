@@ -65,7 +65,7 @@ def simulation_report(arguments: argparse.Namespace, plan: Plan) -> Report:
     sections.append(_assumptions(asked))
     met = found["expected"].inside >= targets.inside
     return Report(
-        f"Simulation of {plan.question.model} as {plan.best.layout} of {plan.question.gpu.name}: "
+        f"Simulation of {plan.question.model} on {plan.question.gpu.name}, {plan.best.layout}: "
         f"{asked.words}",
         _verdict(found, targets),
         met,
@@ -291,7 +291,11 @@ def _hour_row(hour: Hour) -> tuple[Cell, ...]:
 
 def _assumptions(asked: Scenario) -> Section:
     server, options = asked.server(), asked.options
+    planned = asked.plan.question.workload
     lines: list[str] = [
+        f"The layout and the server are planned for requests of {planned.prompt_tokens:,} + "
+        f"{planned.output_tokens:,} tokens, at {planned.rate:.3g} requests/s of all replicas "
+        "together.",
         f"Each engine has {server.sizes.num_slots} slots, {server.sizes.num_pages:,} pages of "
         f"{server.sizes.page_size} tokens, chunks of up to {server.sizes.max_chunk}, and reads "
         f"results {server.results_late} ticks late; up to {server.max_queue} requests and "

@@ -106,7 +106,13 @@ def _load(arguments: argparse.Namespace, plan: Plan) -> tuple[Load, Draw | None,
     if a.prefixes is not None and a.prefix_tokens is None:
         raise UserError("--prefixes says how many beginnings are shared: add --prefix-tokens.")
     shared = a.prefix_tokens or 0
-    prompt = a.prompt_lengths or Lengths("constant", (float(workload.prompt_tokens),))
+    rest = workload.prompt_tokens - shared
+    if a.prompt_lengths is None and rest < 1:
+        raise UserError(
+            f"Prompts of {workload.prompt_tokens:,} tokens cannot begin with {shared:,} shared "
+            "ones and go on: raise --prompt-tokens or lower --prefix-tokens."
+        )
+    prompt = a.prompt_lengths or Lengths("constant", (float(rest),))
     output = a.output_lengths or Lengths("constant", (float(workload.output_tokens),))
     draw = Draw(
         rate=workload.rate,
@@ -122,7 +128,9 @@ def _load(arguments: argparse.Namespace, plan: Plan) -> tuple[Load, Draw | None,
         requests = replace(draw, duration=None, num_requests=MAX_DRAWN).requests()
         load = Load(requests, until=a.duration or SECONDS, **users)
         return load, None, f"a closed loop{_users(users)}"
-    words = f"{draw.arrivals} arrivals at {workload.rate:g} requests/s, {prompt} / {output} tokens"
+    prompts = f"{shared} shared + {prompt}" if shared else str(prompt)
+    arriving = {"poisson": "Poisson", "constant": "constant"}[draw.arrivals]
+    words = f"{arriving} arrivals at {workload.rate:g} requests/s, {prompts} / {output} tokens"
     return Load(draw.requests()), draw, words
 
 

@@ -6,7 +6,10 @@
   `timestamp` in milliseconds, `input_length`, `output_length` and `hash_ids`, one for each block of
   512 tokens of the prompt. The same id is the same text after the same beginning.
 - Azure's CSV (github.com/Azure/AzurePublicDataset, `AzureLLMInferenceTrace`): a header and lines
-  of `TIMESTAMP,ContextTokens,GeneratedTokens`, with the date and time of the arrival.
+  of `TIMESTAMP,ContextTokens,GeneratedTokens`, with the date and time of the arrival, in UTC unless
+  a zone follows.
+
+The columns of a CSV may be in any order.
 """
 
 import csv
@@ -14,23 +17,21 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from llama_jax.plan.simulation.lengths import MAX_TOKENS
+from llama_jax.plan.simulation.lengths import MAX_TOKENS, reason
 from llama_jax.plan.simulation.load import MAX_REQUESTS, Request, Run
 from sharding.errors import UserError
 
 CSV_HEADER = ("arrival_s", "prompt_tokens", "output_tokens")
 AZURE_HEADER = ("timestamp", "contexttokens", "generatedtokens")
+MOONCAKE_KEYS = frozenset(("timestamp", "input_length", "output_length", "hash_ids"))
 BLOCK = 512  # tokens of a Mooncake block
 MAX_SECONDS = 1e9
 
-# The zone is the same in all lines, and only differences of times count.
-_TIME = re.compile(
-    r"(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)(?:\.(\d+))?(?:Z|[+-]\d\d:?\d\d)?", re.ASCII
-)
+_TIME = re.compile(r"(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:?\d\d)?", re.ASCII)
 
 Line = tuple[int, str]  # number in the file, from 1 on; text
 
@@ -52,28 +53,31 @@ def read_trace(path: Path) -> list[Request]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise TraceError(f"The trace {path} cannot be read: {error}.") from error
+        raise TraceError(f"The trace {path} cannot be read: {reason(error)}.") from error
     lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
         raise TraceError(f"The trace {path} is empty.")
     first = lines[0][1]
+    parse: Callable[[str], Request]
     if first.lstrip().startswith("{"):
-        parse: Callable[[str], Request] = _mooncake
-        rows = lines
+        parse, rows = _mooncake, lines
     else:
-        header = tuple(name.strip().lower() for name in first.split(","))
-        parsers: dict[tuple[str, ...], Callable[[str], Request]] = {
-            CSV_HEADER: _csv,
-            AZURE_HEADER: _azure,
-        }
-        if header not in parsers:
+        header = [name.strip().lower() for name in next(csv.reader([first]))]
+        parsers = {CSV_HEADER: _csv, AZURE_HEADER: _azure}
+        names = next((names for names in parsers if sorted(names) == sorted(header)), None)
+        if names is None:
             raise TraceError(
                 f"{path}, line {lines[0][0]}: {first.strip()[:80]!r} begins no trace. A trace has "
                 f"the header {','.join(CSV_HEADER)} or TIMESTAMP,ContextTokens,GeneratedTokens, or "
                 "is JSONL with timestamp, input_length, output_length and hash_ids."
             )
-        parse = parsers[header]
+        parse_fields, places = parsers[names], [header.index(name) for name in names]
         rows = lines[1:]
+
+        def parse(line: str) -> Request:
+            fields = _fields(line)
+            return parse_fields(*(fields[place] for place in places))
+
     if not rows:
         raise TraceError(f"The trace {path} has a header, but no request.")
     if len(rows) > MAX_REQUESTS:
@@ -95,21 +99,19 @@ def _from_zero(requests: list[Request]) -> list[Request]:
     return sorted(moved, key=lambda request: request.at)
 
 
-def _csv(line: str) -> Request:
-    at, prompt, output = _fields(line)
+def _csv(at: str, prompt: str, output: str) -> Request:
     return Request(_seconds(at), _tokens(prompt, "prompt"), _output(output, "output"))
 
 
-def _azure(line: str) -> Request:
-    at, prompt, output = _fields(line)
+def _azure(at: str, prompt: str, output: str) -> Request:
     match = _TIME.fullmatch(at.strip())
     try:
         if match is None:
             raise ValueError
-        time = datetime.fromisoformat(match[1])
+        time = datetime.fromisoformat(match[1] + (match[3] or "Z"))
     except ValueError:
         raise _Broken(f"{at!r} is no time such as 2023-11-16 18:15:46.6805900") from None
-    seconds = time.replace(tzinfo=UTC).timestamp() + float(f"0.{match[2] or 0}")
+    seconds = time.timestamp() + float(f"0.{match[2] or 0}")
     return Request(seconds, _tokens(prompt, "context"), _output(output, "generated"))
 
 
@@ -120,6 +122,8 @@ def _mooncake(line: str) -> Request:
         content = None
     if not isinstance(content, dict):
         raise _Broken("this is no JSON object")
+    if unknown := content.keys() - MOONCAKE_KEYS:
+        raise _Broken(f"{min(unknown)!r} is no key of Mooncake's traces: remove it, or convert it")
     prompt = _tokens(content.get("input_length"), "input_length")
     output = _output(content.get("output_length"), "output_length")
     ids = content.get("hash_ids", [])

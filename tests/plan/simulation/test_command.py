@@ -8,7 +8,11 @@ import sys
 import pytest
 
 from llama_jax.plan.__main__ import main
+from llama_jax.plan.command_line import make_parser
+from llama_jax.plan.planned_load import planned_load
 from llama_jax.plan.simulation.daily import CurveError, Point, Policy, rate_at, read_curve, scale
+from llama_jax.plan.simulation.lengths import Lengths
+from llama_jax.plan.targets import Workload
 from tests.support.paths import ROOT
 
 SHORT = ["--layout", "4x2", "--rate", "6", "--output-tokens", "16", "--duration", "8s", "--json"]
@@ -123,3 +127,31 @@ def test_a_broken_load_curve_is_refused_with_its_line(tmp_path, text, line):
     file.write_text(text)
     with pytest.raises(CurveError, match=rf"line {line}\b"):
         read_curve(file)
+
+
+def test_a_trace_decides_what_is_planned_for(tmp_path):
+    """The server has room for the requests of the trace, and a flag overrides what it says."""
+    trace = tmp_path / "trace.csv"
+    lines = [f"{number / 2},{3000 + number},{100 + number}" for number in range(21)]
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n" + "\n".join(lines))
+    asked = make_parser().parse_args(["--trace", str(trace)])
+    assert planned_load(asked) == Workload(3010, 110, 2.0)
+    asked = make_parser().parse_args(["--trace", str(trace), "--rate", "5", "--duration", "5s"])
+    assert planned_load(asked) == Workload(3005, 105, 5.0)
+
+
+def test_lengths_decide_what_is_planned_for():
+    flags = ["--prompt-lengths", "lognormal:900,0.5", "--prefix-tokens", "100"]
+    asked = make_parser().parse_args([*flags, "--output-lengths", "10-31"])
+    assert planned_load(asked) == Workload(100 + 1020, 21, 8.0)  # 900 exp(0.125) = 1,019.8
+    (mean,) = {Lengths.parse(text).mean for text in ("256", "normal:256,64", "12-500")}
+    assert mean == 256
+
+
+@pytest.mark.parametrize("flag", [["--seed=-1"], ["--prefix-tokens=5000"]])
+def test_numbers_that_make_no_sense(capsys, flag):
+    try:
+        code = main([*SHORT, "--simulate", *flag])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2

@@ -1,5 +1,6 @@
 """Traces in three formats, and what is refused."""
 
+import gzip
 import json
 
 import pytest
@@ -52,6 +53,25 @@ def test_azure_times_are_differences(tmp_path):
     assert read_trace(write(tmp_path, newer))[1].at == approx(4.314579)
 
 
+def test_zones_of_azure_times_count(tmp_path):
+    zones = AZURE.replace("18:15:50.9951690", "20:15:50.9951690+02:00")
+    assert read_trace(write(tmp_path, zones)) == read_trace(write(tmp_path, AZURE))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeffarrival_s,prompt_tokens,output_tokens\r\n0,10,3\r\n\r\n2,20,4\r\n",
+        '"arrival_s","prompt_tokens","output_tokens"\n"0","10","3"\n"2","20","4"\n',
+        "Prompt_Tokens, Arrival_S, Output_Tokens\n10, 5, 3\n20, 7, 4\n",
+    ],
+)
+def test_what_other_tools_write_as_csv(tmp_path, text):
+    file = tmp_path / "trace"
+    file.write_bytes(text.encode())
+    assert read_trace(file) == [Request(0.0, 10, 3), Request(2.0, 20, 4)]
+
+
 CSV = "arrival_s,prompt_tokens,output_tokens\n"
 
 
@@ -75,6 +95,9 @@ CSV = "arrival_s,prompt_tokens,output_tokens\n"
         (json.dumps(MOONCAKE[0] | {"input_length": None}), 1),
         (json.dumps(MOONCAKE[0] | {"input_length": True}), 1),
         (json.dumps(MOONCAKE[0] | {"timestamp": "soon"}), 1),
+        # A trace of Alibaba's, in seconds and blocks of 16 tokens.
+        (json.dumps(MOONCAKE[0] | {"chat_id": 1, "hash_ids": [1]}), 1),
+        ("arrival_s,prompt_tokens,prompt_tokens\n0,10,3\n", 1),
     ],
 )
 def test_a_broken_line_is_refused_with_its_number(tmp_path, text, line):
@@ -86,6 +109,13 @@ def test_a_broken_line_is_refused_with_its_number(tmp_path, text, line):
 def test_a_file_without_requests_is_refused(tmp_path, text):
     with pytest.raises(TraceError):
         read_trace(write(tmp_path, text))
+
+
+def test_a_compressed_file_is_refused(tmp_path):
+    file = tmp_path / "trace.gz"
+    file.write_bytes(gzip.compress(CSV.encode() + b"0,10,3\n"))
+    with pytest.raises(TraceError):
+        read_trace(file)
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
