@@ -132,10 +132,10 @@ def test_a_grammar_that_cannot_be_used_is_refused(subject: Subject) -> None:
 def test_greedy_tokens_survive_preemption_and_a_full_queue(subject: Subject) -> None:
     before = subject.llm.stats.preemptions
     # More than may run and wait, and those that run need more pages than there are.
-    params = greedy(max_tokens=140, ignore_eos=True)
-    for answer in subject.llm.generate(prompts(*range(4, 28, 2)), params):
+    params = greedy(max_tokens=80, ignore_eos=True)
+    for answer in subject.llm.generate(prompts(*range(56, 80, 2)), params):
         assert answer.error is None
-        assert len(answer.token_ids) == 140
+        assert len(answer.token_ids) == 80
         subject.assert_greedy(answer)
     subject.wait_until_idle()
     assert subject.llm.stats.preemptions > before

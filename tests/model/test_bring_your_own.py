@@ -320,15 +320,15 @@ def test_a_sampler(path, mesh):
 
     always = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
     drawn = SamplingParams(temperature=1.0, top_k=1, seed=1, max_tokens=16, ignore_eos=True)
-    hot = [SamplingParams(temperature=2.0, seed=n, max_tokens=1) for n in range(100)]
+    hot = [SamplingParams(temperature=2.0, seed=n, max_tokens=1) for n in range(60)]
     with LLM(path, mesh, in_process=True, model_class=BanLlama, **SMALL) as llm:
-        found = llm.generate([prompt] * 102, [always, drawn, *hot])
+        found = llm.generate([prompt] * 62, [always, drawn, *hot])
     answers = [answer.token_ids for answer in found]
     whole = np.array([prompt + answers[0]])
     scores = np.array(capture(usual, whole)[0][0, len(prompt) - 1 : -1])
     scores[:, banned] = -np.inf
     assert answers[0] == answers[1] == scores.argmax(axis=-1).tolist()
-    # The banned token would be the likeliest first token; a hundred draws never give it.
+    # The banned token would be the likeliest first token; sixty draws never give it.
     first = {answer[0] for answer in answers[2:]}
     assert banned not in first and len(first) > 20
 
