@@ -1,4 +1,4 @@
-"""The skills of the demo checkpoint, in the engine on the 4 x 2 mesh of `make serve`."""
+"""The skills of the demo checkpoint; the slow tests have the 4 x 2 mesh of `make serve`."""
 
 import pytest
 
@@ -7,6 +7,7 @@ from convert.source import open_source
 from demo.corpus import held_out_pairs, sum_answer
 from llama_jax import LLM, SamplingParams
 from tests.support.paths import DEMO_CHECKPOINT
+from tests.support.programs import compile_few
 
 CHECKPOINT = DEMO_CHECKPOINT
 GREEDY = SamplingParams(temperature=0, max_tokens=64)
@@ -15,9 +16,10 @@ PHRASINGS = ["What is {a} + {b}?", "{a}+{b}", "Can you add {a} and {b}?", "{a} p
 
 @pytest.fixture(scope="module")
 def llm():
-    # Sizes with few programs: the others would be compiled while the tests run.
-    with LLM(CHECKPOINT, mesh="4x2", max_num_seqs=16, max_chunk=64) as llm:
-        yield llm
+    with pytest.MonkeyPatch.context() as patch:
+        compile_few(patch)
+        with LLM(CHECKPOINT, in_process=True, max_num_seqs=16, max_chunk=64) as llm:
+            yield llm
 
 
 def answers(llm: LLM, count: int) -> tuple[list[str], list[str]]:
@@ -30,9 +32,11 @@ def answers(llm: LLM, count: int) -> tuple[list[str], list[str]]:
 
 
 @pytest.fixture(scope="module")
-def all_answers(llm):
+def all_answers():
     """`answers` for all held-out sums."""
-    return answers(llm, len(held_out_pairs()))
+    # Sizes with few programs: the others would be compiled while the tests run.
+    with LLM(CHECKPOINT, mesh="4x2", max_num_seqs=16, max_chunk=64) as llm:
+        return answers(llm, len(held_out_pairs()))
 
 
 def share_same(one: list[str], other: list[str]) -> float:

@@ -11,6 +11,7 @@ from llama_jax.engine.options import EngineOptions
 from llama_jax.text import grammar
 from llama_jax.text.tokenizer import Tokenizer
 from tests.support.grammar_examples import is_valid, matches, random_regex, random_schema
+from tests.support.programs import compile_largest
 from tests.support.reference import make_model, save_model
 from tests.support.tiny_tokenizer import make_tokenizer
 
@@ -42,9 +43,10 @@ def tokenizer(path):
     params=["2x2", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("1x1", "4x2"))],
 )
 def engine(request, path):
-    return Engine(
-        EngineOptions(path=path, mesh=request.param, max_num_seqs=4, max_chunk=64, results_late=1)
-    )
+    sizes = dict(mesh=request.param, max_num_seqs=4, max_chunk=64)
+    with pytest.MonkeyPatch.context() as patch:
+        compile_largest(patch)
+        yield Engine(EngineOptions(path=path, results_late=1, **sizes))
 
 
 def run(engine: Engine, params: list[SamplingParams]):

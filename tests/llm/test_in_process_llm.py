@@ -88,8 +88,8 @@ def start(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def answers(llm: LLM) -> list[list[int]]:
     """Tokens of greedy and seeded requests, more than run at once, alone and all together."""
     prompts = ["The ring", "27 + 48 =", [300, 72, 105], "A", "A stage is"] * 2
-    params = [SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)] * 5
-    params += [SamplingParams(temperature=1.0, top_k=50, seed=i, max_tokens=40) for i in range(5)]
+    params = [SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)] * 5
+    params += [SamplingParams(temperature=1.0, top_k=50, seed=i, max_tokens=16) for i in range(5)]
     together = llm.generate(prompts, params)
     alone = llm.generate(prompts[6], params[6])
     streamed = llm.stream(prompts[7], params[7])

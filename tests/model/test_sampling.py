@@ -115,7 +115,12 @@ def test_greedy(mesh, vocab_size):
     np.testing.assert_array_equal(on_mesh(mesh, sampling.greedy)(logits), logits.argmax(axis=1))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+def meshes(*quick):
+    """All meshes; those that are not quick are slow."""
+    return [pytest.param(m, marks=[] if m in quick else [pytest.mark.slow]) for m in MESHES]
+
+
+@pytest.mark.parametrize("mesh", meshes("1x1", "4x2"))
 def test_a_row_with_nan_gets_no_token(mesh):
     logits = np.random.default_rng(0).normal(size=(6, 37))
     expected = logits.argmax(axis=1)
@@ -242,13 +247,7 @@ def test_frequencies(what, name):
     assert scipy.stats.chisquare(observed[kept], expected[kept] * count).pvalue > 1e-3
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        pytest.param(mesh, marks=[] if mesh in ("2x1", "4x2") else [pytest.mark.slow])
-        for mesh in MESHES
-    ],
-)
+@pytest.mark.parametrize("mesh", meshes("4x2"))
 def test_a_draw_depends_on_nothing_but_seed_and_index(mesh):
     rng = np.random.default_rng(3)
     logits = rng.normal(size=(8, 37)).astype(np.float32)

@@ -142,7 +142,7 @@ def bytes_on_a_device(array: jax.ShapeDtypeStruct) -> int:
 @pytest.mark.parametrize(
     ("mesh", "expected"),
     [
-        ("1x1", {}),
+        pytest.param("1x1", {}, marks=pytest.mark.slow),
         ("4x1", {"all-reduce": 2, "all-gather": 1, "collective-permute": 1}),
         ("1x2", {"all-reduce": 2 * LAYERS_PER_STAGE + 1, "all-gather": 1}),
     ],

@@ -1,7 +1,7 @@
 """Taps cost nothing while nothing is captured: the compiled programs are the same without them.
 
 Each program is compiled as it is, and again with every trace of `tap` and `score_mod` removed. The
-quick tests use the options of the other tests, the slow ones those of production.
+quick tests use the options of the other tests and one step, the slow ones also those of production.
 """
 
 import inspect
@@ -28,10 +28,11 @@ from tests.support.programs import CONFIG, compile_step
 from tests.support.xla_options import PRODUCTION
 
 TOKENS = np.arange(12, dtype=np.int32).reshape(2, 6)
-STEPS = [(Bucket(4, 0), "2x2"), (Bucket(4, 64), "2x2"), (Bucket(1, 0), "1x1")]
+STEPS = [(Bucket(4, 64), "2x2"), (Bucket(4, 0), "2x2"), (Bucket(1, 0), "1x1")]
+SLOW = pytest.mark.slow
 OPTIONS = [
     pytest.param((), id="cheap"),
-    pytest.param(tuple(PRODUCTION.items()), id="production", marks=pytest.mark.slow),
+    pytest.param(tuple(PRODUCTION.items()), id="production", marks=SLOW),
 ]
 Options = tuple[tuple[str, bool | int], ...]
 
@@ -118,7 +119,11 @@ def test_the_plain_model(strip, options):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize(("bucket", "mesh"), STEPS, ids=str)
+@pytest.mark.parametrize(
+    ("bucket", "mesh"),
+    [STEPS[0], *(pytest.param(*step, marks=SLOW) for step in STEPS[1:])],
+    ids=str,
+)
 def test_the_ring(strip, bucket, mesh, options):
     text = plain_ring(bucket, mesh, options)
     assert text.count("\n") > 100

@@ -37,12 +37,20 @@ SIZES = RingSizes(
 )
 
 
-def compile_few(patch: pytest.MonkeyPatch) -> None:
-    """Lets engines of this process compile what plain requests need, and the rest when needed.
+def compile_largest(patch: pytest.MonkeyPatch) -> None:
+    """Lets engines of this process compile the largest buckets alone, which hold every packet.
 
-    For tests of something else than programs, with requests that have no penalties, masks and
-    log-probabilities.
+    For tests of something else than programs.
     """
+    patch.setattr("llama_jax.engine.warm_up.order_of_need", lambda buckets: [])
+
+
+def compile_few(patch: pytest.MonkeyPatch) -> None:
+    """`compile_largest`, of which only what plain requests need is compiled before it is needed.
+
+    For requests that have no penalties, masks and log-probabilities.
+    """
+    compile_largest(patch)
     patch.setattr(Programs, "other_choices", lambda self, bucket: ())
 
 
