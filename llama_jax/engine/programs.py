@@ -114,6 +114,10 @@ class Programs:
       model_class: the class whose layers run and whose sampler chooses tokens.
       cache_dtype: the dtype of the KV cache; None for that of the activations.
       attention_backend: of `EngineOptions`.
+
+    Attributes:
+      masked_steps: the programs of ticks that take masks as an input. For all other buckets,
+        `mask_step` runs after the tick.
     """
 
     def __init__(
@@ -138,7 +142,7 @@ class Programs:
         # To start one more program on all devices takes a CPU 1 to 3 ms, in which the tick waits.
         # A GPU starts it while the tick runs, and compiles each bucket once instead of twice.
         on_cpu = mesh.devices.flat[0].platform == "cpu"
-        self._masked_steps: dict[Bucket, MaskedStep] = {
+        self.masked_steps: dict[Bucket, MaskedStep] = {
             bucket: masked_decode_step(
                 config, mesh, sizes, bucket.rows, model_class, attention_backend
             )
@@ -181,9 +185,9 @@ class Programs:
         params, state, history = arrays
         vocab_size, ranks = self.config.vocab_size, self.mesh.size
         n = self.sizes.num_segments(bucket)
-        if choice.masks is not None and bucket in self._masked_steps:
+        if choice.masks is not None and bucket in self.masked_steps:
             masks = masks_by_row(n, choice.masks, vocab_size, ranks)
-            state, output, raw = call(self._masked_steps[bucket], params, state, packed, masks)
+            state, output, raw = call(self.masked_steps[bucket], params, state, packed, masks)
             kept = state.tokens
         else:
             state, output = call(self._steps[bucket], params, state, packed)
@@ -240,7 +244,7 @@ class Programs:
         n = self.sizes.num_segments(bucket)
         yield Choice(encode_controls(n, []), encode_adjustments(n, []), logprobs=True)
         mask = make_mask(self.config.vocab_size, [0])
-        for room in (1,) if bucket in self._masked_steps else capacities(n):
+        for room in (1,) if bucket in self.masked_steps else capacities(n):
             yield Choice(masks=[(0, mask)] * room)
 
     def lowered(self, bucket: Bucket) -> jax.stages.Lowered:
