@@ -20,7 +20,7 @@ from llama_jax.model import Llama
 from llama_jax.model.adjustments import HISTORY_CHUNK, encode_adjustments
 from llama_jax.model.controls import any_filter, encode_controls
 from llama_jax.model.logprobs import Logprobs
-from llama_jax.model.token_masks import capacities, encode_masks
+from llama_jax.model.token_masks import capacities, encode_masks, masks_by_row
 from llama_jax.ring.attention_backend import AUTO, AttentionBackend
 from llama_jax.ring.choosing import (
     adjust_step,
@@ -35,7 +35,15 @@ from llama_jax.ring.choosing import (
 from llama_jax.ring.packet import packet_size
 from llama_jax.ring.scoring import TileScores, score_inputs, score_step
 from llama_jax.ring.sizes import Bucket, RingSizes
-from llama_jax.ring.steps import State, Step, decode_step, prefill_step, state_shapes
+from llama_jax.ring.steps import (
+    MaskedStep,
+    State,
+    Step,
+    decode_step,
+    masked_decode_step,
+    prefill_step,
+    state_shapes,
+)
 from llama_jax.weights.placement import Params, param_shapes
 
 
@@ -106,6 +114,10 @@ class Programs:
       model_class: the class whose layers run and whose sampler chooses tokens.
       cache_dtype: the dtype of the KV cache; None for that of the activations.
       attention_backend: of `EngineOptions`.
+
+    Attributes:
+      masked_steps: the programs of ticks that take masks as an input. For all other buckets,
+        `mask_step` runs after the tick.
     """
 
     def __init__(
@@ -126,6 +138,16 @@ class Programs:
             if bucket.chunk
             else decode_step(config, mesh, sizes, bucket.rows, model_class, attention_backend)
             for bucket in sizes.buckets()
+        }
+        # To start one more program on all devices takes a CPU 1 to 3 ms, in which the tick waits.
+        # A GPU starts it while the tick runs, and compiles each bucket once instead of twice.
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        self.masked_steps: dict[Bucket, MaskedStep] = {
+            bucket: masked_decode_step(
+                config, mesh, sizes, bucket.rows, model_class, attention_backend
+            )
+            for bucket in sizes.buckets()
+            if on_cpu and not bucket.chunk
         }
         self._sample = sample_step(mesh, model_class)
         self._filter = filter_step(mesh, model_class)
@@ -161,13 +183,19 @@ class Programs:
           choice: how the tokens of the packet that leaves are chosen.
         """
         params, state, history = arrays
-        state, output = call(self._steps[bucket], params, state, packed)
+        vocab_size, ranks = self.config.vocab_size, self.mesh.size
         n = self.sizes.num_segments(bucket)
-        kept, raw = state.tokens, output.logits
-        if choice.masks is not None:
-            room = next(size for size in capacities(n) if size >= len(choice.masks))
-            args = encode_masks(n, choice.masks, self.config.vocab_size, self.mesh.size, room)
-            kept, output = call(self._mask, kept, output, *args)
+        if choice.masks is not None and bucket in self.masked_steps:
+            masks = masks_by_row(n, choice.masks, vocab_size, ranks)
+            state, output, raw = call(self.masked_steps[bucket], params, state, packed, masks)
+            kept = state.tokens
+        else:
+            state, output = call(self._steps[bucket], params, state, packed)
+            kept, raw = state.tokens, output.logits
+            if choice.masks is not None:
+                room = next(size for size in capacities(n) if size >= len(choice.masks))
+                args = encode_masks(n, choice.masks, vocab_size, ranks, room)
+                kept, output = call(self._mask, kept, output, *args)
         if choice.adjustments is not None:
             kept, output = call(self._adjust, kept, history, output, choice.adjustments)
         tokens = output.tokens
@@ -216,7 +244,7 @@ class Programs:
         n = self.sizes.num_segments(bucket)
         yield Choice(encode_controls(n, []), encode_adjustments(n, []), logprobs=True)
         mask = make_mask(self.config.vocab_size, [0])
-        for room in capacities(n):
+        for room in (1,) if bucket in self.masked_steps else capacities(n):
             yield Choice(masks=[(0, mask)] * room)
 
     def lowered(self, bucket: Bucket) -> jax.stages.Lowered:

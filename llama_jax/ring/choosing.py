@@ -3,7 +3,8 @@
 A tick ends with the greedy choices. Each program runs only if a row of the packet asks for it, and
 leaves the other rows as they are. In this order, they replace
 
-- the logits of rows that may not choose every token: `mask_step` (`llama_jax.model.token_masks`);
+- the logits of rows that may not choose every token: `mask_step` (`llama_jax.model.token_masks`),
+  unless the tick has done it (`llama_jax.ring.tick.masked_tick`);
 - the logits of rows with penalties or biases: `adjust_step` (`llama_jax.model.adjustments`), which
   reads the history of each slot;
 - the logits of rows with top-k, top-p or typical-p: `filter_step` (`llama_jax.model.filters`);

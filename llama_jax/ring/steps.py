@@ -2,6 +2,7 @@
 
 `decode_step` is the tick in which no stage holds a chunk of a prompt; `prefill_step` is the tick
 whose largest chunk in flight fits its bucket. Both advance all decode rows in flight.
+`masked_decode_step` is the first of them for a packet with masks.
 `RingSizes.buckets()` lists all programs: after each has run once, nothing compiles again.
 
 Arguments and results are tuples and dicts of arrays, not NNX objects: traversing an `nnx.State` on
@@ -26,7 +27,7 @@ from llama_jax.ring.attention_backend import AUTO, AttentionBackend, choose_back
 from llama_jax.ring.packet import mark_empty, segment_width
 from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.stage import Program, token_multiple
-from llama_jax.ring.tick import State, StepOutput, tick
+from llama_jax.ring.tick import State, StepOutput, masked_tick, tick
 from llama_jax.weights.placement import Params, param_specs
 from sharding.axes import AXES, STAGE
 from sharding.compiler_options import GROUPED_SCALES, UNSPLIT
@@ -40,6 +41,8 @@ LOGITS_SPEC = P(None, AXES)  # [segments, V']
 
 # (params, state, packed packet) -> (state, output)
 Step = Callable[[Params, State, Any], tuple[State, StepOutput]]
+# (params, state, packed packet, masks by row) -> (state, output, logits without the masks)
+MaskedStep = Callable[[Params, State, Any, Any], tuple[State, StepOutput, jax.Array]]
 
 
 def decode_step(
@@ -54,6 +57,26 @@ def decode_step(
     attention = choose_backend(attention_backend, mesh)
     program = Program(config, sizes, Bucket(rows, 0), model_class, attention)
     return _jit_step(mesh, program, "decode_step")
+
+
+def masked_decode_step(
+    config: LlamaConfig,
+    mesh: Mesh,
+    sizes: RingSizes,
+    rows: int,
+    model_class: type[Llama] = Llama,
+    attention_backend: str = AUTO,
+) -> MaskedStep:
+    """The jitted `ring.tick.masked_tick` with no chunk in flight. Donates the state."""
+    attention = choose_backend(attention_backend, mesh)
+    program = Program(config, sizes, Bucket(rows, 0), model_class, attention)
+    specs = state_specs()
+    in_specs = (param_specs(config, *mesh_shape(mesh)), specs, P(), LOGITS_SPEC)
+    out_specs = (specs, StepOutput(LOGITS_SPEC, P(), P()), LOGITS_SPEC)
+    function = partial(masked_tick, program)
+    options = product_options(config, program.bucket)
+    name = "masked_decode_step"
+    return MeshProgram(function, mesh, in_specs, out_specs, name=name, donate=(1,), options=options)
 
 
 def prefill_step(

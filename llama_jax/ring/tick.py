@@ -15,6 +15,7 @@ from flax import nnx
 from llama_jax.config import LlamaConfig
 from llama_jax.model import RMSNorm
 from llama_jax.model.llama import head_logits
+from llama_jax.model.token_masks import apply_masks
 from llama_jax.ring.kv_cache import KVCache
 from llama_jax.ring.packet import LENGTH, SLOT, decode_packet, segments_of
 from llama_jax.ring.stage import Program, run_layers
@@ -75,6 +76,31 @@ def tick(
     Returns:
       The state after the tick, and the results.
     """
+    ring, cache, slots, logits = _leave(program, params, state, packed)
+    return _choose(program, state.tokens, ring, cache, slots, logits)
+
+
+def masked_tick(
+    program: Program, params: Params, state: State, packed: jax.Array, masks: jax.Array
+) -> tuple[State, StepOutput, jax.Array]:
+    """A tick whose leaving packet has rows that may not choose every token.
+
+    Args:
+      program, params, state, packed: as for `tick`.
+      masks: `[segments, W]` int32, this device's share, from `masks_by_row`.
+
+    Returns:
+      The state after the tick, the results with the masked logits, and the logits as they were.
+    """
+    ring, cache, slots, raw = _leave(program, params, state, packed)
+    logits = apply_masks(raw, masks)
+    return *_choose(program, state.tokens, ring, cache, slots, logits), raw
+
+
+def _leave(
+    program: Program, params: Params, state: State, packed: jax.Array
+) -> tuple[RingState, KVCache, jax.Array, jax.Array]:
+    """Runs every stage: the ring, the cache, and the slots and logits of the leaving packet."""
     ring, cache, finished, leaving = advance_ring(
         program,
         params,
@@ -83,12 +109,23 @@ def tick(
         partial(run_layers, program, params.layers),
         partial(_last_activations, program),
     )
-    scores = local_logits(program.config, params, finished)
-    chosen = program.model_class.sampler.greedy(scores)
-    slots = segments_of(program.sizes, program.bucket, leaving)[:, SLOT]
+    logits = local_logits(program.config, params, finished)
+    return ring, cache, segments_of(program.sizes, program.bucket, leaving)[:, SLOT], logits
+
+
+def _choose(
+    program: Program,
+    tokens: jax.Array,
+    ring: RingState,
+    cache: KVCache,
+    slots: jax.Array,
+    logits: jax.Array,
+) -> tuple[State, StepOutput]:
+    """The state and the results, with the most likely tokens."""
+    chosen = program.model_class.sampler.greedy(logits)
     # Drops the tokens of empty rows and of chunks before the last of a prompt.
-    tokens = state.tokens.at[slots].set(chosen, mode="drop")
-    return State(ring, tokens, cache), StepOutput(scores, chosen, slots)
+    tokens = tokens.at[slots].set(chosen, mode="drop")
+    return State(ring, tokens, cache), StepOutput(logits, chosen, slots)
 
 
 def advance_ring(
