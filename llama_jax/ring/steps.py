@@ -65,7 +65,7 @@ def masked_decode_step(
     sizes: RingSizes,
     rows: int,
     model_class: type[Llama] = Llama,
-    attention_backend: str = AUTO,
+    attention_backend: str | AttentionBackend = AUTO,
 ) -> MaskedStep:
     """The jitted `ring.tick.masked_tick` with no chunk in flight. Donates the state."""
     attention = choose_backend(attention_backend, mesh)
