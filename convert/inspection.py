@@ -131,7 +131,7 @@ def device_shares(config: LlamaConfig, mesh: str) -> list[DeviceShare]:
     # These import JAX, for its partition specs; no device is touched.
     from llama_jax.weights.placement import placements
     from sharding.mesh_name import parse_mesh
-    from sharding.partition import split_layers
+    from sharding.stages import split_layers
 
     num_stages, num_ranks = parse_mesh(mesh)
     params = placements(config, num_stages, num_ranks)

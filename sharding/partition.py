@@ -1,13 +1,10 @@
-"""Partition specs from logical axes. The assignment of layers to stages is in `sharding.stages`."""
+"""Partition specs from logical axes."""
 
 from collections.abc import Mapping, Sequence
 
 from jax.sharding import PartitionSpec as P
 
 from sharding.axes import STAGE
-from sharding.stages import positions_per_stage, round_up, split_layers
-
-__all__ = ["Rules", "partition_spec", "positions_per_stage", "round_up", "split_layers"]
 
 # Logical axis → the mesh axis or axes that split it; None for an axis that is not split.
 Rules = Mapping[str, str | tuple[str, ...] | None]

@@ -55,7 +55,7 @@ from llama_jax.ring.sizes import RingSizes
 from llama_jax.ring.steps import check_model_class
 from sharding.mesh import make_mesh, mesh_shape
 from sharding.mesh_name import parse_mesh
-from sharding.partition import split_layers
+from sharding.stages import split_layers
 
 
 class Engine:

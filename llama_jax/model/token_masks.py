@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sharding.partition import round_up
+from sharding.stages import round_up
 
 _WORD = 32  # bits
 

@@ -35,8 +35,8 @@ from llama_jax.ring.sizes import RingSizes
 from llama_jax.ring.steps import LOGITS_SPEC
 from llama_jax.ring.tick import StepOutput
 from sharding.axes import AXES
-from sharding.partition import round_up
 from sharding.program import MeshProgram
+from sharding.stages import round_up
 
 HISTORY_SPEC = P(None, AXES)  # [slots, V']
 _OUTPUT_SPEC = StepOutput(LOGITS_SPEC, P(), P())

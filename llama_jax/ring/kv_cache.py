@@ -20,8 +20,8 @@ from llama_jax.weights.axes import kv_replicas
 from sharding.axes import MODEL, STAGE
 from sharding.memory import shard_bytes
 from sharding.mesh import mesh_shape
-from sharding.partition import positions_per_stage
 from sharding.settings import default_settings
+from sharding.stages import positions_per_stage
 
 SPEC = P(STAGE, MODEL)  # of [num_stages, K', num_pages, page_size, ...]
 

@@ -34,8 +34,8 @@ from llama_jax.weights.axes import kv_replicas
 from llama_jax.weights.placement import Params, param_specs
 from sharding.axes import STAGE
 from sharding.mesh import make_mesh, mesh_shape
-from sharding.partition import split_layers
 from sharding.program import MeshProgram
+from sharding.stages import split_layers
 
 PAGE_SIZE = 16
 TILES_PER_CHUNK = 2

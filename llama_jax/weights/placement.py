@@ -27,7 +27,8 @@ from llama_jax.weights.table import (
 )
 from llama_jax.weights.unfused import Unfused
 from sharding.mesh import mesh_shape
-from sharding.partition import partition_spec, round_up, split_layers
+from sharding.partition import partition_spec
+from sharding.stages import round_up, split_layers
 
 __all__ = [
     "Params",

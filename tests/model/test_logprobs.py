@@ -10,7 +10,7 @@ from llama_jax.config import sampling_params
 from llama_jax.model.logprobs import MAX_LOGPROBS, Logprobs, scores
 from sharding.axes import AXES
 from sharding.mesh import make_mesh
-from sharding.partition import round_up
+from sharding.stages import round_up
 from tests.support.reference import MESHES
 
 

@@ -17,7 +17,7 @@ from llama_jax.model.controls import encode_controls
 from llama_jax.model.sampling import NO_TOKEN
 from sharding.axes import AXES
 from sharding.mesh import make_mesh
-from sharding.partition import round_up
+from sharding.stages import round_up
 from tests.support.reference import MESHES
 
 INF = np.inf

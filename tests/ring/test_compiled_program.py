@@ -23,8 +23,8 @@ from sharding.axes import AXES
 from sharding.collectives import pmax, psum
 from sharding.mesh import make_mesh
 from sharding.mesh_name import parse_mesh
-from sharding.partition import round_up
 from sharding.ring import ring_tick
+from sharding.stages import round_up
 from tests.support import programs
 from tests.support.hlo import (
     aliased_outputs,

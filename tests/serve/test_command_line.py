@@ -41,6 +41,7 @@ def wrong(line: str, capsys) -> str:
         ("--tensor-parallel-size=2 --pipeline_parallel_size 4", "4x2"),
         ("--tp-size 2 --pp_size 4", "4x2"),
         ("--mesh 4x2 -tp 2 -pp 4", "4x2"),
+        ("--mesh 4X2 -tp 2 -pp 4", "4x2"),
         ("--mesh 2x1", "2x1"),
         ("", "1x1"),
     ],
@@ -53,6 +54,19 @@ def test_parallel_sizes_make_the_mesh(line, mesh):
 def test_a_mesh_that_contradicts_the_sizes_is_refused(line, capsys):
     message = wrong(line, capsys)
     assert "--mesh" in message and "-parallel-size" in message
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *[("--mesh", value) for value in ("4x", "4*2", "0x2", "")],
+        *[("--served-model-name", value) for value in ("", " ", "a\nb")],
+    ],
+)
+def test_a_value_that_nobody_could_use_is_refused_with_its_flag(flag, value, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments([flag, value])
+    assert flag in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)

@@ -82,7 +82,6 @@ def test_a_target_says_how_many_sequences_can_run(path_70b, capsys):
         "--mesh 4x2 --dry-run-gpu h100-sxm --max-model-len 9000",
         "--mesh 4x2 --dry-run-gpu h100",
         "--mesh 4x2 --gpu-memory-utilization 0.9",
-        "--mesh four",
         "--quantization awq",
     ],
 )

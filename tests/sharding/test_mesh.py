@@ -18,7 +18,7 @@ from llama_jax.weights.placement import ShardingError, param_specs, placements
 from sharding.axes import AXES
 from sharding.mesh import make_mesh, mesh_shape
 from sharding.mesh_name import MeshError, parse_mesh
-from sharding.partition import round_up, split_layers
+from sharding.stages import round_up, split_layers
 from tests.support.paths import ROOT
 from tests.support.tiny_checkpoint import write_checkpoint
 

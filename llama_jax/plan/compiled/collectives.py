@@ -9,7 +9,7 @@ from typing import NamedTuple
 from llama_jax.config import LlamaConfig
 from llama_jax.plan.compiled.hlo import COLLECTIVES, Instruction, array_bytes, computations
 from llama_jax.ring.sizes import Bucket, RingSizes
-from sharding.partition import positions_per_stage, round_up
+from sharding.stages import positions_per_stage, round_up
 
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _COUNTED = re.compile(r"replica_groups=\[\d+,(\d+)\]")  # [groups, size]<=[devices]

@@ -22,7 +22,7 @@ from llama_jax.ring.kv_cache import page_bytes
 from llama_jax.ring.sizes import Bucket
 from llama_jax.ring.steps import LOGITS_SPEC, StepOutput
 from sharding.memory import shard_bytes
-from sharding.partition import round_up
+from sharding.stages import round_up
 
 _REPLICATED = P()
 CONTEXT = 2048  # tokens that each row and tile attends to, in the bytes moved

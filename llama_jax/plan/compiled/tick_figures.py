@@ -24,7 +24,7 @@ from llama_jax.ring.sizes import Bucket
 from llama_jax.ring.stage import token_multiple
 from sharding.memory import shard_bytes
 from sharding.mesh import mesh_shape
-from sharding.partition import round_up
+from sharding.stages import round_up
 
 
 class Sizes(NamedTuple):

@@ -17,6 +17,7 @@ from llama_jax.serve.command_line.log_flags import add_log_flags
 from llama_jax.serve.command_line.model_flags import add_engine_flags, add_model_flags
 from llama_jax.serve.transport.api_keys import is_key
 from llama_jax.terminal.arguments import Parser
+from sharding.mesh_name import MeshError, parse_mesh
 
 DEMO_CHECKPOINT = Path(__file__).parents[3] / "demo" / "checkpoint"
 DEMO_NAME = "llama-jax-demo"
@@ -144,16 +145,22 @@ def _resolve_path(parser: Parser, arguments: argparse.Namespace) -> None:
 
 def _resolve_mesh(parser: Parser, arguments: argparse.Namespace) -> None:
     stages, ranks = arguments.pipeline_parallel_size, arguments.tensor_parallel_size
+    given = None
+    if arguments.mesh is not None:
+        try:
+            given = parse_mesh(arguments.mesh)
+        except MeshError as error:
+            parser.error(f"argument --mesh: {str(error).rstrip('.')}")
     if stages is None and ranks is None:
         default = next(option.default for option in OPTIONS if option.name == "mesh")
         arguments.mesh = arguments.mesh or default
         return
-    mesh = f"{stages or 1}x{ranks or 1}"
-    if arguments.mesh not in (None, mesh):
+    mesh = stages or 1, ranks or 1
+    if given not in (None, mesh):
         sizes = {"--pipeline-parallel-size": stages, "--tensor-parallel-size": ranks}
         named = " and ".join(f"{flag} {size}" for flag, size in sizes.items() if size)
         parser.error(f"--mesh {arguments.mesh} and {named} contradict each other: give one")
-    arguments.mesh = mesh
+    arguments.mesh = f"{mesh[0]}x{mesh[1]}"
 
 
 def _check_together(parser: Parser, arguments: argparse.Namespace) -> None:

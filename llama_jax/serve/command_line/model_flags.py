@@ -30,6 +30,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument(
         "--served-model-name",
+        type=values.name,
         nargs="+",
         metavar="NAME",
         help="model names that requests may use; answers have the first (default: the name of "

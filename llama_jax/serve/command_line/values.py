@@ -84,6 +84,13 @@ def key(text: str) -> str:
     return text
 
 
+def name(text: str) -> str:
+    """Parses the name of a model, which a client must be able to send."""
+    if not text.strip() or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name")
+    return text
+
+
 def root_path(text: str) -> str:
     """Parses a path prefix: "/llama", with or without a slash at its end."""
     path = text.rstrip("/")
