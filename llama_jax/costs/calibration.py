@@ -8,7 +8,7 @@ kernels of others. The file is JSON; units are in the names of its keys:
      "format": "llama_jax calibration 1",
      "device": "NVIDIA H200", "mesh": "4x2",
      "model": {"vocab_size": 128256, "embed_dim": 8192, ...},
-     "weights": "bfloat16", "kv_cache_dtype": "bf16",
+     "weights": "bfloat16", "kv_cache_dtype": "bf16", "fp8_activations": false,
      "with_collectives": true,
      "ticks": [{"rows": 8, "context": 2048, "chunk": 256, "prefix": 0, "seconds": 0.0061}, ...],
      "host_seconds_per_tick": 0.0004,
@@ -124,6 +124,8 @@ class Calibration:
       weights: the format of the layers' matrices: "bfloat16", "float32", or a name from
         `quantization.FORMATS`.
       kv_cache_dtype: "bf16", "fp8", "int8", or "fp32".
+      fp8_activations: whether products multiplied fp8 by fp8, as in `Deployment`; a file that does
+        not say so is of a time when none did.
       with_collectives: whether the ticks ran on the mesh; False for those of one rank alone, to
         which the time of the collectives must be added.
       ticks: measured ticks.
@@ -145,6 +147,7 @@ class Calibration:
     model: Mapping[str, int]
     weights: str
     kv_cache_dtype: str
+    fp8_activations: bool = False
     with_collectives: bool = True
     ticks: tuple[MeasuredTick, ...] = ()
     host_seconds_per_tick: float | None = None
@@ -166,12 +169,14 @@ class Calibration:
             "mesh": deployment.layout.mesh,
             "weights": deployment.weights,
             "KV cache": deployment.kv_dtype,
+            "fp8 activations": _switch(deployment.fp8_activations),
         }
         measured = {
             "model": dict(self.model),
             "mesh": self.mesh,
             "weights": self.weights,
             "KV cache": self.kv_cache_dtype,
+            "fp8 activations": _switch(self.fp8_activations),
         }
         gpu = gpu_of_device(self.device)
         if gpu is None or gpu.name != deployment.gpu.name:
@@ -233,6 +238,10 @@ class Calibration:
 def model_sizes(config: LlamaConfig) -> dict[str, int]:
     """The `model` of a calibration for this config."""
     return {name: getattr(config, name) for name in MODEL_SIZES}
+
+
+def _switch(on: bool) -> str:
+    return "on" if on else "off"
 
 
 def _check_keys(kind: Any, values: dict[str, Any], where: str) -> None:
@@ -314,6 +323,7 @@ _CHECKS = {
     ),
     "weights": _is_text,
     "kv_cache_dtype": _is_text,
+    "fp8_activations": lambda value: isinstance(value, bool),
     "with_collectives": lambda value: isinstance(value, bool),
     "ticks": lambda value: isinstance(value, list),
     "collectives": lambda value: isinstance(value, list),

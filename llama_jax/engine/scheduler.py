@@ -269,17 +269,26 @@ class Scheduler:
         if logprobs is not None:
             dealt = packet.deal(logprobs, bucket_rows)
             scored = [(s, own) for s, epoch, own in dealt if epoch == s.epoch]
-        outputs = [
-            self._take_token(sequence, token)
-            for sequence, epoch, token in packet.deal(tokens, bucket_rows)
-            if epoch == sequence.epoch
-        ]
+        outputs: list[Output] = []
+        for s, epoch, token in packet.deal(tokens, bucket_rows):
+            if epoch != s.epoch:
+                continue
+            known = s.tokens
+            known.append(token)
+            if len(known) >= s.look_at or token in s.stop_ids or token < 0:
+                outputs.append(self._look(s, token))
+            else:  # as almost all
+                fields = (  # of an `Output`, in their order
+                    s.request_id, token, None, None, s.num_cached, s.queue_seconds, None, None, None
+                )  # fmt: skip
+                outputs.append(_new_tuple(Output, fields))
         if logprobs is None:
             return outputs
         return [_with_logprobs(*each) for each in zip(outputs, scored, strict=True)]
 
     def _fail(self, sequence: Sequence) -> Output:
-        """Ends a request whose logits are not numbers."""
+        """Ends a request whose logits are not numbers, so that its newest token is none."""
+        sequence.tokens.pop()
         self._finish(sequence)
         self.pool.withdraw(sequence.page_keys)  # nobody else shall read what led to this
         return Output(
@@ -291,22 +300,11 @@ class Scheduler:
             queue_seconds=sequence.queue_seconds,
         )
 
-    def _take_token(self, sequence: Sequence, token: int) -> Output:
+    def _look(self, sequence: Sequence, token: int) -> Output:
+        """Looks at a sequence that may have ended, or that may have filled a page, by its newest
+        token; and at each token of one with a constraint, and the first of all others."""
         if token < 0:
             return self._fail(sequence)
-        known = sequence.tokens
-        known.append(token)
-        if len(known) >= sequence.look_at or token in sequence.stop_ids:
-            return self._look(sequence, token)
-        s = sequence
-        return _new_tuple(
-            Output,  # its fields in their order
-            (s.request_id, token, None, None, s.num_cached, s.queue_seconds, None, None, None),
-        )
-
-    def _look(self, sequence: Sequence, token: int) -> Output:
-        """Looks at a sequence that may have ended, or that may have filled a page, after a token;
-        and at each token of one with a constraint, and the first of all others."""
         reason: FinishReason | None = None
         if token in sequence.stop_ids:
             reason = "stop"

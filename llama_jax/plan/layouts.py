@@ -31,8 +31,9 @@ def check_layout(config: LlamaConfig, layout: Layout) -> None:
     each = layout.num_stages * layout.num_ranks
     if each > HOST_GPUS:
         raise LayoutError(
-            f"A mesh of {layout.num_stages}x{layout.num_ranks} takes {each} GPUs, and the engine "
-            f"runs on one host of {HOST_GPUS}: use a smaller mesh, and replicas of it."
+            f"A mesh of {layout.num_stages}x{layout.num_ranks} takes {each} GPUs, and a replica "
+            f"runs on one host, of at most {HOST_GPUS}: use a smaller mesh, and replicas of it; if "
+            "the model does not fit one, weights in fewer bits, or GPUs with more memory."
         )
 
 

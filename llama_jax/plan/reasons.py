@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from llama_jax.costs.deployment import Layout
-from llama_jax.costs.gpus import Gpu
+from llama_jax.costs.gpus import GPUS, Gpu
 from llama_jax.plan.candidate import Candidate, Missed
 from llama_jax.plan.figures import communication, tick_work
 from llama_jax.plan.headroom import Headroom
@@ -27,6 +27,7 @@ _GROWN = {
     "launch gap": "the launch gap, at ticks of",
     "memory": "the memory, at a cache of",
 }
+ONE_HOST = f"A replica runs on one host, of at most {HOST_GPUS} GPUs."
 OUT_OF_SCOPE = "Not planned: disaggregated prefill, mixtures of experts, power."
 
 
@@ -50,7 +51,10 @@ def verdict(plan: Plan) -> str:
     known = not most or any(miss.target == "rate" for miss in best.missed)
     up_to = "" if known else f" and {keeps} them up to {amount(most, 'requests/s')}"
     nearest = f"{best.layout} {comes} nearest{up_to}"
-    return f"{where}: no layout keeps every target. {nearest}: {missing}."
+    text = f"{where}: no layout keeps every target. {nearest}: {missing}."
+    if question.gpus > HOST_GPUS and not _holds_the_model(plan):
+        text += f" {ONE_HOST} More GPUs hold more replicas, not a larger model."
+    return text
 
 
 def _keeps(candidate: Candidate) -> str:
@@ -142,13 +146,17 @@ def remedies(plan: Plan) -> Iterator[str]:
     most = _most(plan)
     if most:
         yield f"Up to {amount(most, 'requests/s')}, the targets are kept."
-    for what, other in _changes(question):
+    for what, other in _changes(plan):
         changed = make_plan(other)
         if changed.best.holds:
             yield f"With {what}, {_keeps(changed.best)} them."
         elif _most(changed) > most:
+            nearest = max(changed.candidates, key=lambda each: each.max_rate.expected)
             rate = amount(_most(changed), "requests/s")
-            yield f"With {what}, the targets are kept up to {rate}."
+            yield f"With {what}, {_keeps(nearest)} the targets up to {rate}."
+        elif _holds_the_model(changed) and not _holds_the_model(plan):
+            missing = ", and ".join(map(missed_text, changed.best.missed))
+            yield f"With {what}, the model fits {changed.best.layout}, but {missing}."
     try:
         fewest = recommend(question)
     except LayoutError as error:
@@ -160,8 +168,8 @@ def remedies(plan: Plan) -> Iterator[str]:
     else:
         missing = ", and ".join(map(missed_text, fewest.plan.best.missed))
         yield (
-            f"More {question.gpu.name} do not help, since a replica has at most {HOST_GPUS}: even "
-            f"for a request alone, on {fewest.plan.best.layout}, {missing}."
+            f"More {question.gpu.name} do not help. {ONE_HOST} Even for a request alone, on "
+            f"{fewest.plan.best.layout}, {missing}."
         )
 
 
@@ -170,9 +178,16 @@ def _most(plan: Plan) -> float:
     return max(candidate.max_rate.expected for candidate in plan.candidates)
 
 
-def _changes(question: Question) -> Iterator[tuple[str, Question]]:
-    """Other ways to store weights and cache."""
+def _holds_the_model(plan: Plan) -> bool:
+    """Whether the memory of any layout suffices."""
+    return any(candidate.fits for candidate in plan.candidates)
+
+
+def _changes(plan: Plan) -> Iterator[tuple[str, Question]]:
+    """Other ways to store weights and cache, and if the model does not fit, larger GPUs."""
     from llama_jax.plan.model import with_weights
+
+    question = plan.question
 
     if question.config.quantization is None:
         for weights in _formats(question.gpu):
@@ -180,6 +195,23 @@ def _changes(question: Question) -> Iterator[tuple[str, Question]]:
             yield f"weights in {weights}", replace(question, config=config)
     if question.kv_cache_dtype in ("auto", "bf16"):
         yield "a KV cache in int8", replace(question, kv_cache_dtype="int8")
+    if not _holds_the_model(plan) and (gpu := _larger_gpu(question)):
+        yield (
+            f"{gpu.name} instead of {question.gpu.name}",
+            replace(question, gpu=gpu, calibration=None),
+        )
+
+
+def _larger_gpu(question: Question) -> Gpu | None:
+    """The GPU with the least memory in which a layout holds the model; None if there is none."""
+    for gpu in sorted(GPUS.values(), key=lambda each: each.memory_bytes):
+        if gpu.platform != question.gpu.platform or gpu.memory_bytes <= question.gpu.memory_bytes:
+            continue
+        if question.fp8_activations and "fp8" not in gpu.flops:
+            continue
+        if _holds_the_model(make_plan(replace(question, gpu=gpu, calibration=None))):
+            return gpu
+    return None
 
 
 def _formats(gpu: Gpu) -> tuple[str, ...]:

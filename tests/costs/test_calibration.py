@@ -14,6 +14,9 @@ from llama_jax.costs.calibration import (
     MeasuredTick,
     model_sizes,
 )
+from llama_jax.costs.deployment import Deployment, Layout
+from llama_jax.costs.gpus import find_gpu
+from llama_jax.plan.model import with_weights
 
 MEASURED = Calibration(
     device="NVIDIA H200",
@@ -45,6 +48,26 @@ def test_what_is_written_is_read_again(tmp_path):
     assert Calibration.read(path) == sparse
 
 
+def test_times_of_fp8_products_hold_for_no_other_program(tmp_path):
+    config = with_weights(LlamaConfig.llama3_70b(), "fp8")
+    for on in (False, True):
+        measured = replace(MEASURED, weights="fp8", fp8_activations=on)
+        measured.write(tmp_path / "calibration.json")
+        measured = Calibration.read(tmp_path / "calibration.json")
+        for planned in (False, True):
+            deployment = Deployment(config, find_gpu("h200"), Layout(4, 2), "bf16", planned)
+            assert (measured.mismatch(deployment) is None) == (planned == on)
+
+
+def test_a_file_from_before_fp8_products_was_measured_without(tmp_path):
+    path = tmp_path / "calibration.json"
+    MEASURED.write(path)
+    content = json.loads(path.read_text())
+    del content["fp8_activations"]
+    path.write_text(json.dumps(content))
+    assert Calibration.read(path) == MEASURED
+
+
 @pytest.mark.parametrize(
     ("keys", "value"),
     [
@@ -54,6 +77,7 @@ def test_what_is_written_is_read_again(tmp_path):
         (("model",), {"embed_dim": 8}),
         (("versions",), {"jax": 1}),
         (("with_collectives",), 1),
+        (("fp8_activations",), "on"),
         (("copy_bytes_per_second",), 0),
         (("host_seconds_per_tick",), -1e-3),
         (("host_seconds_per_token",), "fast"),

@@ -15,7 +15,7 @@ from llama_jax.plan.frontier import frontier, points
 from llama_jax.plan.headroom import headrooms
 from llama_jax.plan.plan import Plan, Question, make_plan
 from llama_jax.plan.price import cost_per_million
-from llama_jax.plan.reasons import remedies, why
+from llama_jax.plan.reasons import ONE_HOST, remedies, verdict, why
 from llama_jax.plan.recommend import recommend
 from llama_jax.plan.replica import LEVELS
 from llama_jax.plan.targets import Targets, Workload
@@ -64,6 +64,21 @@ def test_the_nearest_is_the_one_that_keeps_the_targets_at_the_highest_rate():
 
 def test_a_rate_that_no_number_of_gpus_keeps_has_remedies():
     assert list(remedies(make_plan(question(rate=1e9))))
+
+
+@pytest.mark.parametrize("gpus", [8, 16])
+def test_a_model_that_no_host_holds_gets_formats_and_gpus_that_do(gpus):
+    config = LlamaConfig.llama3_1_405b()
+    plan = make_plan(question(gpus=gpus, rate=1.0, config=config))
+    assert not any(candidate.fits for candidate in plan.candidates)
+    found = " ".join(remedies(plan))
+    assert "fp8" in found and "h200" in found and recommend(plan.question).gpus is None
+    # The smallest GPU that will do, and it does.
+    assert make_plan(replace(plan.question, gpu=find_gpu("h200"))).best.fits
+    smaller = [g for g in GPUS.values() if g.memory_bytes < find_gpu("h200").memory_bytes]
+    held = [make_plan(replace(plan.question, gpu=g)) for g in smaller if g.platform == "gpu"]
+    assert held and not any(c.fits for other in held for c in other.candidates)
+    assert (ONE_HOST in verdict(plan)) == (gpus == 16)
 
 
 def test_the_reasons_are_those_of_the_best_the_next_and_the_reference():

@@ -26,9 +26,15 @@ from llama_jax.engine.executor import Executor
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.programs import Programs
 from llama_jax.engine.scheduler import Scheduler
-from llama_jax.engine.sizing import check_options, check_stages, choose_results_late
+from llama_jax.engine.sizing import (
+    check_options,
+    check_platform,
+    check_stages,
+    choose_results_late,
+)
 from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.model.kv_storage import choose_kv_dtype
+from llama_jax.model.llama import Llama
 from llama_jax.plan.machine.batches import Batch, grid
 from llama_jax.plan.machine.exact_ticks import time_batch
 from llama_jax.plan.machine.host_time import host_time
@@ -53,6 +59,7 @@ def calibrate(arguments: argparse.Namespace) -> None:
         mesh="{}x{}".format(*(arguments.layout or (1, 1))),
         kv_cache_dtype="auto" if planned == "bf16" else planned,  # its default: auto of an engine
         max_chunk=arguments.max_chunk,
+        fp8_activations=arguments.fp8_activations,
     )
     given = arguments.batches
     choose = default_batches if given is None else lambda sizes: given
@@ -133,6 +140,7 @@ class Calibrator:
             model=model_sizes(programs.config),
             weights=dtype if quantization is None else quantization.format,
             kv_cache_dtype=KV_DTYPES[str(np.dtype(programs.cache_dtype))],
+            fp8_activations=programs.model_class.fp8_activations,
             ticks=tuple(
                 MeasuredTick(*batch, seconds=statistics.median(seconds))
                 for batch, seconds in self.seconds.items()
@@ -170,12 +178,17 @@ def random_loop(options: EngineOptions, weights: str | None) -> TickLoop:
     check_stages(int(options.mesh.split("x")[0]), config)
     configure_jax(options.gpu_memory_utilization)
     mesh = make_mesh(options.mesh)
-    platform = mesh.devices.flat[0].platform
+    device = mesh.devices.flat[0]
+    platform = device.platform
+    check_platform(options, platform, getattr(device, "compute_capability", ""))
+    model_class: type[Llama] = Llama
+    if options.fp8_activations:
+        model_class = type(Llama.__name__, (Llama,), {"fp8_activations": True})
     dtype = choose_dtype(options.dtype, config, platform)
     sizes, _ = choose_mesh_sizes(options, config, mesh, dtype)
     cache_dtype = choose_kv_dtype(options.kv_cache_dtype, dtype)
     programs = Programs(
-        config, mesh, sizes, dtype, cache_dtype=cache_dtype,
+        config, mesh, sizes, dtype, model_class, cache_dtype=cache_dtype,
         attention_backend=options.attention_backend,
     )  # fmt: skip
     params = random_params(param_shapes(config, mesh, dtype))

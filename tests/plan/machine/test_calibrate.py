@@ -7,7 +7,7 @@ from llama_jax.costs.calibration import Calibration
 from llama_jax.costs.deployment import Deployment, Layout
 from llama_jax.costs.gpus import CPU
 from llama_jax.costs.tick_time import TickModel
-from llama_jax.plan.__main__ import main
+from llama_jax.plan.__main__ import WRONG, main
 from tests.support.tiny_checkpoint import write_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -43,3 +43,11 @@ def test_a_batch_that_does_not_fit_is_refused_before_anything_is_timed(tmp_path,
     model = str(tmp_path / "model" / "config.json")
     assert main(["--calibrate", str(file), "--model", model, "--batches", "1@16", "5000@16"]) == 2
     assert not file.exists() and "5000@16" in capsys.readouterr().err
+
+
+def test_fp8_products_are_refused_on_devices_without_them(tmp_path, capsys):
+    write_checkpoint(tmp_path / "model")
+    file = tmp_path / "calibration.json"
+    flags = ["--model", str(tmp_path / "model" / "config.json"), "--weights", "fp8"]
+    assert main(["--calibrate", str(file), *flags, "--fp8-activations"]) == WRONG
+    assert not file.exists() and "fp8_activations" in capsys.readouterr().err

@@ -8,12 +8,14 @@ import pytest
 
 from llama_jax.plan.__main__ import main
 from llama_jax.plan.command_line import make_parser, read_question
+from llama_jax.plan.frontier import points
 from llama_jax.plan.json_text import plan_json
 from llama_jax.plan.plan import make_plan
 from llama_jax.plan.report import drawing
 from llama_jax.plan.report.build import plan_report
 from llama_jax.plan.report.json_text import json_text
 from llama_jax.plan.report.reference import reference_report
+from llama_jax.plan.report.sections.alternatives import frontier_section
 from tests.support.browser import chromium, opened
 
 SECTIONS = {
@@ -105,6 +107,14 @@ def test_without_matplotlib_the_report_says_so_and_has_the_numbers(monkeypatch, 
     assert content["sections"]["frontier"]["plots"]["frontier"]["points"]
     assumed = content["sections"]["assumptions"]["tables"]["assumptions"]
     assert any(row["assumed"] == "plots" for row in assumed)
+
+
+def test_a_frontier_that_is_not_drawn_is_not_spoken_of_as_drawn(monkeypatch):
+    plan = make_plan(read_question(make_parser().parse_args(SMALL)))
+    drawn = frontier_section(plan).text
+    monkeypatch.setattr(drawing, "can_draw", lambda: False)
+    (text,) = frontier_section(plan).text
+    assert text not in drawn and f"{len(points(plan))} points" in text
 
 
 def test_the_report_says_what_the_plan_says(monkeypatch):

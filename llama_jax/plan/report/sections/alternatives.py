@@ -14,6 +14,7 @@ from llama_jax.plan.plan import Plan
 from llama_jax.plan.reasons import breaks_first, layout_name, remedies, why
 from llama_jax.plan.report import drawing
 from llama_jax.plan.report.document import Cell, Plot, Section, Table
+from llama_jax.terminal.units import count_text
 
 MOST_GROUPS = 5  # that a plot can tell apart
 _COLUMNS = {
@@ -84,13 +85,21 @@ def frontier_section(plan: Plan) -> Section:
             ),
         ),
     )
-    text: tuple[str, ...] = (
+    point = (
         "Each point is a layout at one rate, with the chunk that makes tokens fastest and still "
-        "keeps the TTFT. No point beats one on the line in both.",
+        "keeps the TTFT."
     )
     rest = len(layouts) - MOST_GROUPS
-    if rest > 0:
-        text += (f"The plot shows the best {MOST_GROUPS} layouts; the JSON has {rest} more.",)
+    if plot.svg is None:
+        text: tuple[str, ...] = (
+            f"{point} The JSON has {count_text(len(found), 'point')} of "
+            f"{count_text(len(layouts), 'layout')}; no other beats the {len(best)} of the frontier "
+            "in both speeds.",
+        )
+    else:
+        text = (f"{point} No point beats one on the line in both.",)
+        if rest > 0:
+            text += (f"The plot shows the best {MOST_GROUPS} layouts; the JSON has {rest} more.",)
     return Section("frontier", "Frontier of all layouts", text, (), (plot,))
 
 
