@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--ticks", type=int, default=1000, help="for host time and scheduler")
     parser.add_argument("--tokens", type=int, default=256, help="of each stream")
-    parser.add_argument("--repeats", type=int, default=16, help="of streaming")
+    parser.add_argument("--repeats", type=int, default=12, help="of streaming")
 
 
 def run(args: argparse.Namespace) -> Result:

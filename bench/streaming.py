@@ -39,6 +39,7 @@ from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.options import EngineOptions
 from llama_jax.serve.app import create_app
 from llama_jax.serve.command_line.arguments import DEMO_CHECKPOINT
+from llama_jax.serve.frozen_heap import frozen_heap
 from llama_jax.serve.monitoring.metrics import Metrics
 from llama_jax.serve.served_model import ServedModel
 from llama_jax.serve.transport.door import Door
@@ -118,7 +119,8 @@ async def serving(
     listener = listen("127.0.0.1", 0)
     try:
         async with HttpServer(door, listener, write_seconds=60.0).running():
-            yield engine, address_of(listener)
+            with frozen_heap():
+                yield engine, address_of(listener)
     finally:
         await engine.close()
 

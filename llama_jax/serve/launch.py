@@ -18,6 +18,7 @@ from llama_jax.engine.errors import EngineDead, EngineStartError
 from llama_jax.serve.command_line.arguments import parse_arguments
 from llama_jax.serve.command_line.ready import show_ready
 from llama_jax.serve.dry_run import dry_run
+from llama_jax.serve.frozen_heap import frozen_heap
 from llama_jax.serve.monitoring.logs import logging_to
 from llama_jax.serve.monitoring.metrics import Metrics
 from llama_jax.serve.monitoring.throughput import log_throughput
@@ -133,6 +134,7 @@ async def _serve(
         try:
             served = _served_model(setup, engine, tokenizer)
             site.open(served)
+            stack.enter_context(frozen_heap())
             _show_ready(setup, served, time.perf_counter() - started, console)
             throughput = _throughput(engine, setup.arguments.log_stats_interval)
             try:

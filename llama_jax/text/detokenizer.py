@@ -124,8 +124,10 @@ def _spelled(tokenizer: Tokenizer, stop: Sequence[str]) -> dict[int, str]:
 
 def _replaced(stop: Sequence[str], symbols: dict[str, str]) -> list[str]:
     """Returns the stop strings that contain a key of `symbols`, with its value in its place."""
+    if not (stop and symbols):
+        return []
     longest_first = sorted(symbols, key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    pattern = re.compile("|".join(map(re.escape, longest_first)))
     replaced = [pattern.sub(lambda match: symbols[match[0]], string) for string in stop]
     return [string for string in replaced if string not in stop]
 

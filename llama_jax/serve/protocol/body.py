@@ -45,6 +45,12 @@ class RequestBody(msgspec.Struct, kw_only=True):
         }
 
     @classmethod
+    @functools.cache
+    def required(cls) -> tuple[str, ...]:
+        """Returns the names of the fields without a default."""
+        return tuple(field.name for field in msgspec.structs.fields(cls) if field.required)
+
+    @classmethod
     def no_ops(cls) -> Literal["request", "options"] | NoOps:
         """Returns the unsupported fields that are accepted, as `without_no_ops` takes them."""
         return "request"
@@ -69,11 +75,11 @@ def read_request(kind: type[R], body: bytes) -> R:
 def _read(kind: type[R], given: Fields, path: str = "") -> R:
     readers = kind.readers()
     fields = without_no_ops(given, readers, kind.no_ops(), path)
-    for field in msgspec.structs.fields(kind):
-        if field.required and field.name not in fields:
-            if field.name not in given:
-                refuse_missing(f"{path}{field.name}")
-            fields[field.name] = given[field.name]  # it is null, which its reader refuses
+    for name in kind.required():
+        if name not in fields:
+            if name not in given:
+                refuse_missing(f"{path}{name}")
+            fields[name] = given[name]  # it is null, which its reader refuses
     request = kind(**{name: readers[name](raw, f"{path}{name}") for name, raw in fields.items()})
     request.check()
     return request
