@@ -27,18 +27,22 @@ COLUMNS = ("figure", "predicted", "seen", "drift", "band")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the address, the key and the window."""
     add = parser.add_argument_group("comparison with a running server").add_argument
-    add("--compare", metavar="URL", help="its metrics, such as http://HOST:8000/metrics")
+    add(
+        "--compare",
+        metavar="URL",
+        help="compare with its metrics, such as http://HOST:8000/metrics",
+    )
     add(
         "--api-key",
         metavar="KEY",
-        help=f"of that server (${KEYS[0]} or ${KEYS[1]}, which other users do not see)",
+        help=f"of that server (${KEYS[0]} or ${KEYS[1]}, which other users cannot see)",
     )
     add(
         "--window",
         type=duration,
         default=0.0,
-        metavar="SECONDS",
-        help="observe it for so long (compare with everything since its start)",
+        metavar="TIME",
+        help="observe it for this long (everything since its start)",
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from llama_jax.costs.figure import Band, Evidence, Figure
+from llama_jax.plan.layouts import MAX_GPUS
 from llama_jax.plan.plan import Plan
 from llama_jax.plan.report.document import Cell, Report, Section, Table
 from llama_jax.plan.simulation.daily import DAY, Point, Policy, Scaling, read_curve, scale
@@ -240,6 +241,12 @@ def _daily(curve: list[Point], asked: Scenario, targets: Targets, rate: HighestR
     if not each:
         raise UserError("No rate keeps the targets, so no number of replicas does: see --simulate.")
     found, server = scale(curve, each, Policy()), asked.server()
+    gpus = found.most * asked.plan.best.layout.gpus // asked.replicas
+    if gpus > MAX_GPUS:
+        raise UserError(
+            f"The load curve needs {gpus:,} GPUs, more than the {MAX_GPUS:,} of a plan: are its "
+            "rates in requests per second?"
+        )
 
     def inside(rate: float) -> float:
         count = min(TRIED, max(LEAST_TRIED, math.ceil(rate * TRIED_SECONDS)))
