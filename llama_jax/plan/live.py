@@ -142,9 +142,9 @@ def matching(plan: Plan, seen: Seen, url: str) -> Candidate:
         ranks = seen.num_devices / seen.num_stages if seen.num_devices else layout.num_ranks
         if (seen.num_stages, ranks) == (layout.num_stages, layout.num_ranks):
             return candidate
-    mesh = f"{seen.num_stages} stages"
+    mesh = count_text(seen.num_stages, "stage")
     if seen.num_devices:
-        mesh += f" on {seen.num_devices} devices"
+        mesh += f" on {count_text(seen.num_devices, 'device')}"
     raise ComparisonError(
         f"{url} runs {mesh}, which no layout of this plan has: give its mesh with --layout."
     )
