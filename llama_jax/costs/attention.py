@@ -99,9 +99,15 @@ class RankAttention:
             )
             return low, expected, high
         curves = [attention.curve(rows) for attention in self._sets]
+        contexts = (*curves[0].sizes, _FAR)
+        floors = {context: self.decode_floor(rows * context) for context in contexts}
+        # On an H200, some measured times of large batches are below what its bandwidth allows.
         points = [
-            (context, sorted(curve.at(context) * self._factor for curve in curves))
-            for context in (*curves[0].sizes, _FAR)
+            (
+                context,
+                sorted(max(curve.at(context) * self._factor, floors[context]) for curve in curves),
+            )
+            for context in contexts
         ]
         low, expected, high = (
             Curve({context: times[i] for context, times in points}) for i in range(3)
@@ -144,7 +150,10 @@ class RankAttention:
             )
             return low, expected, high
         points = [
-            (pairs, sorted(curve.at(pairs) * scale for curve in sets))
+            (
+                pairs,
+                sorted(max(curve.at(pairs) * scale, self.prefill_floor(pairs)) for curve in sets),
+            )
             for pairs in (*sets[0].sizes, _FAR)
         ]
         low, expected, high = (

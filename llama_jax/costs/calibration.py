@@ -209,8 +209,10 @@ class Calibration:
         """
         try:
             content = json.loads(path.read_text())
-        except (OSError, ValueError, RecursionError) as error:
-            raise BadCalibration(f"{path} cannot be read as a calibration: {error}.") from error
+        except OSError as error:
+            raise BadCalibration(f"{path} cannot be read: {error.strerror}.") from error
+        except (ValueError, RecursionError) as error:
+            raise BadCalibration(f"{path} is no calibration, since it is not JSON.") from error
         return cls.from_json(content, str(path))
 
     @classmethod

@@ -15,7 +15,7 @@ from llama_jax.terminal.units import bytes_text
 def best_tables(candidate: Candidate, figures: dict[str, Figure]) -> Iterator[Table]:
     """What each GPU holds, what a tick is spent on, and its collectives."""
     memory = plain_table(f"Memory of each GPU, {candidate.layout}", ("", "bytes"), 1)
-    for kind in ("weights: ", "KV cache", "temporaries"):
+    for kind in ("weights: ", "room for KV cache", "temporaries"):
         for name, figure in figures.items():
             if name.startswith(kind) and "per" not in name:
                 memory.add_row(name, bytes_text(figure.value.expected))

@@ -40,47 +40,81 @@ def make_parser() -> Parser:
     """The parser, with the arguments of all modes."""
     parser = Parser(
         prog="python -m llama_jax.plan",
-        description="Says what a model does on GPUs, before there are any.",
+        description="Plans how to serve a model on GPUs, before there are any.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument_group("deployment").add_argument
-    add("--model", default="llama3-70b", metavar="NAME", help="name or checkpoint (%(default)s)")
-    add("--gpu", default="h100-sxm", metavar="NAME", help="kind of all GPUs (%(default)s)")
+    add(
+        "--model",
+        default="llama3-70b",
+        metavar="NAME",
+        help="name or checkpoint of the model (%(default)s)",
+    )
+    add("--gpu", default="h100-sxm", metavar="NAME", help="one of those below (%(default)s)")
     add("--gpus", type=_count, metavar="N", help=f"number of GPUs ({GPUS_ASSUMED})")
-    add("--layout", type=_layout, metavar="PxR", help="only this one: stages x ranks, as 4x2")
-    add("--replicas", type=_count, metavar="N", help="copies of the model, with --layout")
-    add("--weights", choices=WEIGHTS, help="of the layers' matrices (as the checkpoint)")
-    add("--kv-cache-dtype", choices=KV_DTYPES, default="auto", help="(%(default)s)")
-    add("--fp8-activations", action="store_true", help="multiply fp8 by fp8")
-    add("--max-chunk", type=_count, metavar="TOKENS", help="prompt tokens per tick (chosen)")
-    add("--calibration", type=Path, metavar="FILE", help="times measured on the machine itself")
+    add("--layout", type=_layout, metavar="PxR", help="plan only stages x ranks, such as 4x2")
+    add("--replicas", type=_count, metavar="N", help="copies of the model, each in --layout")
+    add("--weights", choices=WEIGHTS, help="format of the layers' matrices (the checkpoint's)")
+    add(
+        "--kv-cache-dtype",
+        choices=KV_DTYPES,
+        default="auto",
+        help="format of the KV cache (%(default)s)",
+    )
+    add("--fp8-activations", action="store_true", help="multiply in fp8, with --weights fp8")
+    add("--max-chunk", type=_count, metavar="TOKENS", help="most prompt tokens in a tick (chosen)")
+    add("--calibration", type=Path, metavar="FILE", help="tick times that --calibrate measured")
     add = parser.add_argument_group("workload").add_argument
     default = DEFAULT_LOAD
-    lengths = "tokens of each request ({}; or the mean of what is simulated)"
+    lengths = "of each request ({}, or the mean of what is simulated)"
     add("--prompt-tokens", type=_count, metavar="N", help=lengths.format(default.prompt_tokens))
     add("--output-tokens", type=_count, metavar="N", help=lengths.format(default.output_tokens))
-    rate = f"requests/s of all replicas together ({default.rate:g}; or that of --trace)"
+    rate = f"requests/s of all replicas together ({default.rate:g}, or that of --trace)"
     add("--rate", type=_positive, metavar="R", help=rate)
     add = parser.add_argument_group("targets").add_argument
-    add("--ttft", type=_limit, default="500ms", help="to the first token, or none (%(default)s)")
-    add("--tpot", type=_limit, default="50ms", help="per token after it, or none (%(default)s)")
-    add("--inside", type=_part, default=0.99, help="share of requests inside both (%(default)g)")
-    add("--memory", type=_share, default=0.85, help="share of each GPU's memory (%(default)g)")
+    add(
+        "--ttft",
+        type=_limit,
+        default="500ms",
+        metavar="TIME",
+        help="to the first token, or none (%(default)s)",
+    )
+    add(
+        "--tpot",
+        type=_limit,
+        default="50ms",
+        metavar="TIME",
+        help="per token after the first, or none (%(default)s)",
+    )
+    add(
+        "--inside",
+        type=_part,
+        default=0.99,
+        metavar="SHARE",
+        help="of the requests that must keep both (%(default)g)",
+    )
+    add(
+        "--memory",
+        type=_share,
+        default=0.85,
+        metavar="SHARE",
+        help="of each GPU's memory that may be used (%(default)g)",
+    )
     add = parser.add_argument_group("answer").add_argument
     add("--recommend", action="store_true", help="find the fewest GPUs for the rate and targets")
     add(
         "--cost-per-gpu-hour",
         type=_positive,
         metavar="X",
-        help="price: adds cost per million tokens",
+        help="price of a GPU; adds the cost of a million output tokens",
     )
     add(
         "--frontier",
         type=Path,
         metavar="FILE",
-        help="draw the frontier (.svg, .png)",
+        help="draw the frontier of all layouts (.svg or .png)",
     )
     add("--json", action="store_true", help="print one JSON object instead of tables")
     add_modes(parser)

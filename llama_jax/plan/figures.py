@@ -46,7 +46,9 @@ def _memory(candidate: Candidate) -> dict[str, Figure]:
         "temporaries": Figure(
             Band.exactly(memory.temporaries), "bytes", Evidence.ASSUMED, "the engine's reserve"
         ),
-        "KV cache": _exactly(memory.cache, "bytes", "what the target leaves of the memory"),
+        "room for KV cache": _exactly(
+            memory.cache, "bytes", "what the target leaves of the memory"
+        ),
         "KV cache per token": _exactly(memory.token, "bytes", "its shape"),
         "KV capacity of a replica": _exactly(memory.tokens, "tokens", "the bytes of its pages"),
         "memory variance across GPUs": _exactly(0.0, "", "all shards have one shape"),

@@ -22,7 +22,7 @@ def plan_json(
     """The content of a plan's JSON; infinite figures are null, units are in the names or beside."""
     best = plan.best
     found = headrooms(plan.question, best) if best.holds else ()
-    content = {
+    content: dict[str, Any] = {
         "question": question_json(plan.question),
         "met": best.holds,
         "met_with_slowest_ticks": best.holds_surely,
@@ -38,7 +38,9 @@ def plan_json(
         "out_of_scope": OUT_OF_SCOPE,
     }
     if fewest is not None:
+        content["question"]["requests_per_second"] = fewest.rate
         content["recommendation"] = {
+            "layouts_at_requests_per_second": plan.question.workload.rate,
             "gpus": fewest.gpus,
             "gpus_with_slowest_ticks": fewest.gpus_surely,
         }

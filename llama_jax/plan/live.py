@@ -27,18 +27,22 @@ COLUMNS = ("figure", "predicted", "seen", "drift", "band")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the address, the key and the window."""
     add = parser.add_argument_group("comparison with a running server").add_argument
-    add("--compare", metavar="URL", help="its metrics, such as http://HOST:8000/metrics")
+    add(
+        "--compare",
+        metavar="URL",
+        help="compare with its metrics, such as http://HOST:8000/metrics",
+    )
     add(
         "--api-key",
         metavar="KEY",
-        help=f"of that server (${KEYS[0]} or ${KEYS[1]}, which other users do not see)",
+        help=f"of that server (${KEYS[0]} or ${KEYS[1]}, which other users cannot see)",
     )
     add(
         "--window",
         type=duration,
         default=0.0,
-        metavar="SECONDS",
-        help="observe it for so long (compare with everything since its start)",
+        metavar="TIME",
+        help="observe it for this long (everything since its start)",
     )
 
 
@@ -138,9 +142,9 @@ def matching(plan: Plan, seen: Seen, url: str) -> Candidate:
         ranks = seen.num_devices / seen.num_stages if seen.num_devices else layout.num_ranks
         if (seen.num_stages, ranks) == (layout.num_stages, layout.num_ranks):
             return candidate
-    mesh = f"{seen.num_stages} stages"
+    mesh = count_text(seen.num_stages, "stage")
     if seen.num_devices:
-        mesh += f" on {seen.num_devices} devices"
+        mesh += f" on {count_text(seen.num_devices, 'device')}"
     raise ComparisonError(
         f"{url} runs {mesh}, which no layout of this plan has: give its mesh with --layout."
     )

@@ -16,11 +16,13 @@ class Recommendation:
     Attributes:
       plan: of that many; if no number is enough, of those of the mesh that comes nearest, with
         requests that are alone.
+      rate: requests/s that were asked for.
       gpus: their number as expected; None if none is enough.
       gpus_surely: the number if ticks are as long as they may be; None if none is enough.
     """
 
     plan: Plan
+    rate: float
     gpus: int | None
     gpus_surely: int | None
 
@@ -39,10 +41,12 @@ def recommend(question: Question) -> Recommendation:
     if expected is None:
         alone = replace(question, workload=replace(question.workload, rate=ALONE))
         nearest = min(found, key=lambda mesh: alone.candidate(mesh).order)
-        return Recommendation(make_plan(_on(alone, nearest, only)), None, None)
+        return Recommendation(
+            make_plan(_on(alone, nearest, only)), question.workload.rate, None, None
+        )
     surely = _fewest(question, found, "high")
     plan = make_plan(_on(question, expected, only))
-    return Recommendation(plan, expected.gpus, surely and surely.gpus)
+    return Recommendation(plan, question.workload.rate, expected.gpus, surely and surely.gpus)
 
 
 def _fewest(question: Question, found: list[Layout], level: str) -> Layout | None:

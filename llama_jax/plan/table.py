@@ -1,6 +1,7 @@
 """A plan on the terminal."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from rich import box
 from rich.console import Console
@@ -50,13 +51,17 @@ def show_plan(plan: Plan, price: float | None = None, fewest: Recommendation | N
     """Prints a plan: the verdict, the layouts, why the best is the best, and what breaks first."""
     console = Console(highlight=False)
     question = plan.question
-    _say(console, f"{question.model}, {question.workload}; {_targets(plan)}", "")
+    load = question.workload
+    rate = fewest.rate if fewest is not None else load.rate
+    asked = replace(load, rate=rate)
+    _say(console, f"{question.model}, {asked}; {_targets(plan)}", "")
     if fewest is not None:
         _say(console, recommendation_text(fewest))
     _say(console, verdict(plan), "")
     shown = {candidate: figures(candidate, price) for candidate in plan.candidates}
     console.print(_layouts(shown, _MEMORY, "Each GPU, and the ticks of its ring", _chunk), "")
-    console.print(_layouts(shown, _LOAD, f"At {question.workload.rate:g} requests/s", _held), "")
+    title = f"At {rate:g} requests/s" if rate == load.rate else "One request alone"
+    console.print(_layouts(shown, _LOAD, title, _held), "")
     if price is not None:
         console.print(_layouts(shown, _PRICES, "Cost of a million tokens"), "")
     _say(console, *why(plan), "")

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from importlib.resources import files
+from itertools import product
 from statistics import median
 
 import pytest
@@ -64,6 +65,20 @@ def test_the_bounds_are_in_order_and_above_the_floor(deployment, work):
     )
     if deployment.gpu.measured_as is None:  # a roofline is never faster than the device
         assert model.floor(work) <= seconds.low
+
+
+@pytest.mark.parametrize("gpu", [gpu for gpu in GPUS.values() if gpu.measured_as])
+@pytest.mark.parametrize("kv", ["bf16", "int8"])
+def test_attention_is_never_faster_than_the_memory_or_the_arithmetic(gpu, kv):
+    """Some measured times of large batches on an H200 are: they cannot be right."""
+    for mesh in ((1, 1), (4, 2), (1, 8)):
+        attention = TickModel(deployment(CONFIG_8B, gpu, mesh, kv=kv)).attention
+        for rows, context in product((1, 8, 64, 256), (100, 2048, 8000, 50_000)):
+            keys = rows * context
+            least = attention.decode_floor(keys) * (1 - 1e-9)
+            assert all(curve.at(context) >= least for curve in attention.decode_curves(rows))
+        for pairs in (1e3, 1e6, 1e9, 1e11):
+            assert attention.prefill(pairs, 0).low >= attention.prefill_floor(pairs) * (1 - 1e-9)
 
 
 @given(models(), works, st.floats(1.0, 4.0))

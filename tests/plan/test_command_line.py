@@ -107,6 +107,11 @@ def test_the_fewest_gpus_are_found(capsys):
     content = json.loads(capsys.readouterr().out)
     assert code == MET
     assert content["recommendation"]["gpus"] == content["question"]["gpus"] > 1
+    assert content["question"]["requests_per_second"] == 60
+    assert main(["--model", "405b", "--recommend", "--json"]) == MISSED
+    content = json.loads(capsys.readouterr().out)
+    assert content["question"]["requests_per_second"] == 8  # the layouts are for one request alone
+    assert content["recommendation"]["layouts_at_requests_per_second"] < 0.01
 
 
 @pytest.mark.parametrize(

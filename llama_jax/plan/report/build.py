@@ -142,7 +142,8 @@ def _assumptions(plan: Plan) -> tuple[tuple[str, str], ...]:
     question = plan.question
     gpu, workload = question.gpu, question.workload
     rows = [
-        ("arrivals", "Poisson, open loop; lengths constant; no prompt begins like another"),
+        ("arrivals, for the arithmetic",
+         "Poisson, open loop; lengths constant; no prompt begins like another"),
         ("lengths", f"{workload.prompt_tokens:,} prompt and {workload.output_tokens:,} output "
                     "tokens"),
         ("weights", question_json(question)["weights"]),

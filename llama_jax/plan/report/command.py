@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--report",
         type=Path,
         metavar="DIR",
-        help="write report.html, report.md and report.json; alone, of the reference deployment",
+        help="write report.html, report.md and report.json; without other flags, about the "
+        "reference deployment",
     )
 
 

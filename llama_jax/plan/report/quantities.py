@@ -8,6 +8,8 @@ _BYTES = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
 _SECONDS = (("h", 3600.0), ("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
 _MANY = (("bytes", _BYTES), ("bytes/s", tuple((f"{n}/s", f) for n, f in _BYTES)), ("s", _SECONDS))
 _SCALES = dict(_MANY)
+_THINGS = ("faults", "hours", "outages", "replicas", "requests", "sequences", "tokens")
+_SINGULAR = {name: name.removesuffix("s") for name in _THINGS}
 
 
 def figure_text(figure: Figure) -> str:
@@ -18,6 +20,8 @@ def figure_text(figure: Figure) -> str:
 def band_text(band: Band, unit: str) -> str:
     """A band with its unit; all three numbers share one prefix."""
     expected, ends, name = band_parts(band, unit)
+    if expected == "1" and not ends:
+        name = _SINGULAR.get(name, name)
     return f"{expected}{f' ({ends})' if ends else ''} {name}".strip()
 
 

@@ -207,7 +207,7 @@ def typical_claims(
               seen.utilization["HBM bandwidth"]),
         Claim(f"faults a month that leave {100 * AVAILABILITY:g} %, at {RESTART:g} s each",
               Figure(Band.exactly(FAULTS_A_MONTH), "faults", Evidence.ARITHMETIC, "30 days × 0.1 % "
-              "/ 30 s; one host has no spare: `--simulate` shows what a fault does to requests")),
+              "/ 30 s; one host has no spare: `--outage` shows what a fault does to requests")),
     ]  # fmt: skip
 
 

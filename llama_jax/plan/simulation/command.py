@@ -17,19 +17,39 @@ MET, MISSED = 0, 1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this mode."""
     add = parser.add_argument_group("simulation").add_argument
-    add("--simulate", action="store_true", help="run the scheduler on a logical clock")
-    add("--trace", type=Path, metavar="FILE", help="simulate these requests: CSV or Mooncake JSONL")
-    add("--highest-rate", action="store_true", help="simulate to find the highest rate as well")
-    add("--outage", type=duration, metavar="TIME", help="simulate a lost GPU and such a restart")
-    add("--retry", action="store_true", help="clients send again what an outage lost")
-    add("--daily", type=Path, metavar="FILE", help="load curve, CSV of time_s,requests_per_s")
-    add("--duration", type=duration, metavar="TIME", help="in which requests arrive (5 min)")
-    add("--arrivals", choices=ARRIVALS, help="(poisson)")
-    add("--users", type=_count, metavar="N", help="a closed loop: each asks when it has its answer")
-    add("--think", type=duration, metavar="TIME", help="from an answer to the next question (0)")
+    add("--simulate", action="store_true", help="run the engine's scheduler on a logical clock")
+    add(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="simulate these requests (CSV, or Mooncake JSONL)",
+    )
+    add("--highest-rate", action="store_true", help="also find the highest rate within the targets")
+    add("--outage", type=duration, metavar="TIME", help="also lose a GPU, and restart in this time")
+    add("--retry", action="store_true", help="with --outage: clients resend what was lost")
+    add(
+        "--daily",
+        type=Path,
+        metavar="FILE",
+        help="also count replicas for a load curve (CSV of time_s,requests_per_s)",
+    )
+    add("--duration", type=duration, metavar="TIME", help="for which requests arrive (5 min)")
+    add("--arrivals", choices=ARRIVALS, help="distribution of the arrivals (poisson)")
+    add(
+        "--users",
+        type=_count,
+        metavar="N",
+        help="closed loop: each waits for its answer and asks again",
+    )
+    add(
+        "--think",
+        type=duration,
+        metavar="TIME",
+        help="pause between an answer and the next request (0)",
+    )
     forms = "256, 64-512, normal:M,S, lognormal:M,S or empirical:FILE"
-    add("--prompt-lengths", type=_lengths, metavar="L", help=f"simulated ({forms})")
-    add("--output-lengths", type=_lengths, metavar="L", help="simulated, likewise")
+    add("--prompt-lengths", type=_lengths, metavar="L", help=f"lengths to simulate ({forms})")
+    add("--output-lengths", type=_lengths, metavar="L", help="likewise")
     add("--prefix-tokens", type=_count, metavar="N", help="shared beginning of prompts (0)")
     add("--prefixes", type=_count, metavar="N", help="number of shared beginnings (1)")
     add("--seed", type=_seed, default=0, metavar="N", help="of arrivals and lengths (%(default)s)")

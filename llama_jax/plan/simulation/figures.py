@@ -17,7 +17,7 @@ DEFINITIONS = {
     "prompt, in seconds",
     "inside": "share of all requests that arrived, refused and failed ones included, that were "
     "completed within both targets",
-    "goodput": "requests inside both targets per second",
+    "goodput": "requests inside both targets per second, until the last answer",
     "bubble": "share of stages x ticks in which the stage held no token",
     "idle": "share of the time in which the devices ran no tick",
     "slots_used": "share of the tokens that the programs had room for that were tokens",

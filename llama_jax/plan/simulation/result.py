@@ -1,28 +1,29 @@
 """The report of a simulation: latencies as bands over the times of ticks, and what was asked."""
 
 import argparse
-import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 from llama_jax.costs.figure import Band, Evidence, Figure
 from llama_jax.plan.plan import Plan
 from llama_jax.plan.report.document import Cell, Report, Section, Table
-from llama_jax.plan.simulation.daily import DAY, Point, Policy, Scaling, read_curve, scale
-from llama_jax.plan.simulation.failure import Failure, failure
+from llama_jax.plan.simulation.beyond_one_load import (
+    SOURCE,
+    daily,
+    exactly,
+    failures,
+    find_highest,
+    highest_section,
+    targets_text,
+)
+from llama_jax.plan.simulation.daily import read_curve
 from llama_jax.plan.simulation.figures import DEFINITIONS, Figures, Spread, figures
-from llama_jax.plan.simulation.highest_rate import SEEDS, HighestRate, highest_rate
-from llama_jax.plan.simulation.hours import HOUR, Hour, hours, share_inside
-from llama_jax.plan.simulation.load import Draw, Load
 from llama_jax.plan.simulation.replicas import simulate
 from llama_jax.plan.simulation.scenario import Scenario, scenario
 from llama_jax.plan.simulation.server import LEVELS
 from llama_jax.plan.simulation.simulated import Simulated
-from llama_jax.plan.simulation.simulation import Outage
 from llama_jax.plan.targets import Targets
 from sharding.errors import UserError
 
-SOURCE = "the engine's scheduler on a logical clock"
 LATENCIES = ("ttft", "tpot", "e2e", "queueing")
 SHARES = (
     *("inside", "availability", "bubble", "idle", "slots_used", "pool", "pool_peak"),
@@ -34,8 +35,6 @@ RATES = {
     "goodput": "requests/s",
     "output_tokens_per_second": "tokens/s",
 }
-TRIED = 1000  # requests in each try of a rate
-TRIED_SECONDS, LEAST_TRIED = 300.0, 100  # fewer, if they would take longer to arrive
 
 
 def simulation_report(arguments: argparse.Namespace, plan: Plan) -> Report:
@@ -56,12 +55,12 @@ def simulation_report(arguments: argparse.Namespace, plan: Plan) -> Report:
     ]
     rate = None
     if arguments.highest_rate or curve:
-        rate = _highest(asked, targets)
-        sections.append(_highest_section(rate, targets))
+        rate = find_highest(asked, targets)
+        sections.append(highest_section(rate, targets))
     if arguments.outage is not None:
-        sections.append(_failures(arguments, asked, targets, results["expected"]))
+        sections.append(failures(arguments, asked, targets, results["expected"]))
     if curve and rate is not None:
-        sections.append(_daily(curve, asked, targets, rate))
+        sections.append(daily(curve, asked, targets, rate))
     sections.append(_assumptions(asked))
     met = found["expected"].inside >= targets.inside
     return Report(
@@ -70,7 +69,7 @@ def simulation_report(arguments: argparse.Namespace, plan: Plan) -> Report:
         _verdict(found, targets),
         met,
         tuple(sections),
-        {"load": asked.words, "seed": arguments.seed, "targets": _targets(targets)},
+        {"load": asked.words, "seed": arguments.seed, "targets": targets_text(targets)},
     )
 
 
@@ -94,16 +93,10 @@ def _check(arguments: argparse.Namespace, asked: Scenario) -> None:
 def _verdict(found: dict[str, Figures], targets: Targets) -> str:
     shares = {level: f"{found[level].inside:.1%}" for level in LEVELS}
     return (
-        f"{shares['expected']} of the requests are inside {_targets(targets)} "
+        f"{shares['expected']} of the requests are inside {targets_text(targets)} "
         f"({shares['low']} with the shortest ticks, {shares['high']} with the longest); "
         f"{targets.inside:.1%} are asked for."
     )
-
-
-def _targets(targets: Targets) -> str:
-    pairs = (("TTFT", targets.ttft), ("TPOT", targets.tpot))
-    wanted = [f"{name} {1000 * value:g} ms" for name, value in pairs if value is not None]
-    return " and ".join(wanted) or "no latency target"
 
 
 def _figure(values: Sequence[float], unit: str) -> Figure:
@@ -156,137 +149,14 @@ def _programs(result: Simulated) -> Section:
     rows: list[tuple[Cell, ...]] = [
         (
             f"{p.rows} rows + {p.chunk}",
-            _exactly(p.ticks / result.ticks, ""),
-            _exactly(p.seconds / p.ticks, "s"),
+            exactly(p.ticks / result.ticks, ""),
+            exactly(p.seconds / p.ticks, "s"),
         )
         for p in result.programs
         if p.ticks
     ]
     table = Table("programs", ("program", "share of ticks", "mean time"), tuple(rows))
     return Section("programs", "Programs that ran, rows + prompt tokens", (), (table,))
-
-
-def _exactly(value: float, unit: str) -> Figure:
-    source = f"{SOURCE}, expected ticks"
-    return Figure(Band.exactly(value), unit, Evidence.SIMULATED, source)
-
-
-def _highest(asked: Scenario, targets: Targets) -> HighestRate:
-    draw = _at(asked, asked.draw.rate / asked.replicas if asked.draw else 1.0)
-    return highest_rate(asked.server(), draw, targets, asked.replicas)
-
-
-def _at(asked: Scenario, rate: float) -> Draw:
-    """The load of one replica at another rate."""
-    assert asked.draw is not None
-    return replace(asked.draw, rate=rate, num_requests=TRIED, duration=None)
-
-
-def _highest_section(rate: HighestRate, targets: Targets) -> Section:
-    found = Figure(
-        Band(min(rate.rates), rate.middle, max(rate.rates)),
-        "requests/s",
-        Evidence.SIMULATED,
-        f"{SOURCE}, expected ticks, {SEEDS} seeds",
-    )
-    rows: tuple[tuple[Cell, ...], ...] = (
-        ("highest rate", found),
-        ("spread over the seeds", _exactly(rate.spread, "")),
-    )
-    text = (
-        f"By bisection with {rate.requests} requests a try, the same random numbers at every rate: "
-        f"{targets.inside:.0%} inside {_targets(targets)}."
-    )
-    return Section("highest_rate", "Highest rate", (text,), (Table("rate", ("", "found"), rows),))
-
-
-def _failures(
-    arguments: argparse.Namespace, asked: Scenario, targets: Targets, without: Simulated
-) -> Section:
-    span = asked.load.requests[-1].at
-    outage = Outage(span / 3, arguments.outage, arguments.retry)
-    found = failure(asked.server(), asked.load, asked.replicas, targets, outage, without)
-    return _failure_section(found, figures(found.simulated, targets), asked.replicas)
-
-
-def _failure_section(found: Failure, run: Figures, replicas: int) -> Section:
-    allowed = found.outages_allowed
-    rows: list[tuple[Cell, ...]] = [
-        ("lost", _exactly(found.lost, "requests")),
-        ("late because of it", _exactly(found.late, "requests")),
-        ("time until arrivals are inside the targets again", _exactly(found.settled, "s")),
-        ("share inside the targets, in this run", _exactly(run.inside, "")),
-        ("availability in a month with one", _exactly(found.availability, "")),
-        (
-            "such outages in a month that 99.9 % availability allows",
-            _exactly(math.inf if allowed < 0 else allowed, "outages"),
-        ),
-    ]
-    if run.ttft is not None:
-        rows.insert(3, ("TTFT p99 in this run", _exactly(run.ttft.p99, "s")))
-    outage = found.outage
-    text = (
-        f"A GPU is lost at {outage.at:.0f} s, and with it the engine process and every request in "
-        f"it; the engine answers again after {outage.seconds:g} s. "
-        + ("Clients send again what was lost or refused. " if outage.retry else "")
-        + (f"The other {replicas - 1} replicas take its requests." if replicas > 1 else "")
-    )
-    table = Table("failure", ("", "found"), tuple(rows))
-    return Section("failure", "Loss of a GPU", (text.strip(),), (table,))
-
-
-def _daily(curve: list[Point], asked: Scenario, targets: Targets, rate: HighestRate) -> Section:
-    each = min(rate.rates) / asked.replicas
-    if not each:
-        raise UserError("No rate keeps the targets, so no number of replicas does: see --simulate.")
-    found, server = scale(curve, each, Policy()), asked.server()
-
-    def inside(rate: float) -> float:
-        count = min(TRIED, max(LEAST_TRIED, math.ceil(rate * TRIED_SECONDS)))
-        draw = replace(_at(asked, rate), num_requests=count)
-        return figures(simulate(server, Load(draw.requests())), targets).inside
-
-    return _daily_section(found, hours(found, inside), targets)
-
-
-def _daily_section(found: Scaling, by_hour: list[Hour], targets: Targets) -> Section:
-    covered = (found.moments[-1].at - found.moments[0].at) / HOUR
-    missed = sum(hour.inside < targets.inside for hour in by_hour)
-    rows: tuple[tuple[Cell, ...], ...] = (
-        ("highest rate of a replica", _exactly(found.highest_rate, "requests/s")),
-        ("at most", _exactly(found.most, "replicas")),
-        ("on average", _exactly(found.mean, "replicas")),
-        ("for the peak, without scaling", _exactly(found.fixed, "replicas")),
-        ("time in which replicas get more than they can", _exactly(found.overloaded, "s")),
-        ("most of a replica", _exactly(found.worst.rate / found.worst.ready, "requests/s")),
-        ("hours in which too few are inside the targets", _exactly(missed, "hours")),
-        (
-            "share of all requests inside, at least",
-            _exactly(share_inside(found.moments, by_hour), ""),
-        ),
-    )
-    text = (
-        f"Policy: {found.policy}.",
-        f"The curve covers {covered:.3g} hours of {DAY / HOUR:g}.",
-        "Each hour is simulated at its busiest moment: one replica with the most that it gets "
-        f"then, rounded up to two digits, for up to {TRIED:,} requests. 'needed' counts replicas "
-        "at their highest rate, without the policy's reserve; 'ready' are the fewest that answer.",
-    )
-    summary = Table("daily", ("", "found"), rows)
-    columns = ("hour", "highest rate", "needed", "ready", "most of a replica", "inside")
-    table = Table("hours", columns, tuple(map(_hour_row, by_hour)))
-    return Section("daily", "Replicas for the load curve", text, (summary, table))
-
-
-def _hour_row(hour: Hour) -> tuple[Cell, ...]:
-    return (
-        f"{hour.at / HOUR:g} h",
-        _exactly(hour.rate, "requests/s"),
-        _exactly(hour.needed, "replicas"),
-        _exactly(hour.ready, "replicas"),
-        _exactly(hour.each, "requests/s"),
-        _exactly(hour.inside, ""),
-    )
 
 
 def _assumptions(asked: Scenario) -> Section:

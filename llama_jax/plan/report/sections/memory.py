@@ -63,7 +63,7 @@ def memory_section(candidate: Candidate, share: float | None) -> Section:
                 gpus_text(stage, layout.num_ranks),
                 counted(layers),
                 counted(outside),
-                counted(cache, "bytes", "the size that was chosen for the cache"),
+                counted(cache, "bytes", "what the target leaves of the memory"),
                 temporaries,
                 Figure(total, "bytes", temporaries.evidence, "sum of the row"),
                 Figure(total * (1 / gpu.memory_bytes), "", temporaries.evidence, "sum of the row"),
@@ -71,7 +71,7 @@ def memory_section(candidate: Candidate, share: float | None) -> Section:
         )
         bars += [(layers, outside, cache, temporaries.value.expected)] * layout.num_ranks
     cells = found["KV cache per token"], found["KV capacity of a replica"]
-    names = ("layers", "embedding and head", "KV cache", "temporaries")
+    names = ("layers", "embedding and head", "room for KV cache", "temporaries")
     gigabytes = {name: [round(bar[i] / 1e9, 6) for bar in bars] for i, name in enumerate(names)}
     limits = {"memory of the GPU": gpu.memory_bytes / 1e9}
     if share is not None:
@@ -88,8 +88,9 @@ def memory_section(candidate: Candidate, share: float | None) -> Section:
         "Memory of each GPU",
         (
             f"Each {gpu.name} has {gpu.memory_bytes / 1e9:.1f} GB "
-            f"({gpu.source_of('memory_bytes')}). The KV cache gets what weights "
-            "and temporaries leave of the allowed share.",
+            f"({gpu.source_of('memory_bytes')}). The KV cache has the room that "
+            "weights and temporaries leave of the allowed share; the server takes no more of it "
+            "than `--max-num-seqs` sequences of `--max-model-len` tokens can fill.",
         ),
         (
             Table(

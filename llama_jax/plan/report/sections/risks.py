@@ -12,6 +12,14 @@ CLOSE = 1.5  # a limit nearer than this factor is a risk
 FULL = 0.8  # of the pool
 
 
+_GROWN = {
+    "rate": "the rate has",
+    "prompt length": "prompts have",
+    "launch gap": "ticks have",
+    "memory": "the cache has",
+}
+
+
 def risk_section(plan: Plan) -> Section:
     """Each risk with what it rests on and what to do."""
     columns = ("risk", "because", "what to do")
@@ -40,11 +48,11 @@ def _risks(plan: Plan) -> Iterator[tuple[str, str, str]]:
         )
     for each in headrooms(question, best) if best.holds else ():
         if each.factor < CLOSE:
-            what = "tick" if each.what == "launch gap" else each.what
+            missed = f"{each.then} is missed" if each.then else "the model's context ends"
             yield (
-                f"{what} is close to its limit",
-                f"{each.then or 'the context'} ends it at {amount(each.limit, each.unit)}, "
-                f"{each.factor:.2f} times the value of this plan",
+                f"{_GROWN[each.what]} little room to grow",
+                f"beyond {amount(each.limit, each.unit)}, {each.factor:.2f} times the value of "
+                f"this plan, {missed}",
                 "plan for more, or watch it: docs/alerts.yaml",
             )
     if best.fits and best.kv_needed > FULL * best.memory.tokens:
@@ -58,5 +66,5 @@ def _risks(plan: Plan) -> Iterator[tuple[str, str, str]]:
         f"all GPUs of a replica stop with it; {question.gpus // best.layout.replicas} of "
         f"{question.gpus} GPUs restart together. {AVAILABILITY:.1%} availability leaves "
         f"{FAULTS_A_MONTH:.0f} restarts of {RESTART:g} s a month",
-        "`--simulate` shows what a failure does to requests; a second replica takes its load",
+        "`--outage` shows what a failure does to requests; a second replica takes its load",
     )

@@ -85,7 +85,7 @@ def simulation_section(outcome: Outcome) -> Section:
     ]
     used = (
         ("requests inside both targets", found.inside, ""),
-        ("goodput", found.goodput, "requests/s"),
+        ("goodput, until the last answer", found.goodput, "requests/s"),
         ("rejected", found.rejected, "requests"),
         ("preemptions", found.preemptions, "times"),
         ("stages busy", 1 - found.bubble, ""),
