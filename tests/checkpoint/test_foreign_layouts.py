@@ -9,6 +9,7 @@ import tracemalloc
 from dataclasses import replace
 from functools import partial
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
