@@ -238,17 +238,24 @@ def test_auto_means_the_checkpoints_dtype_on_a_gpu():
 def test_every_eos_id_ends_an_answer(tmp_path, monkeypatch):
     compile_few(monkeypatch)
 
-    def answer(name, eos_token_ids):
+    def answers(name, eos_token_ids):
         path = write(tmp_path / name, dataclasses.replace(BASE, eos_token_ids=eos_token_ids))
         engine = Engine(EngineOptions(path=path, mesh="1x1", max_num_seqs=1, max_chunk=64))
-        engine.add(1, [1, 2, 3], SamplingParams(temperature=0, max_tokens=12))
-        outputs = []
+        for number, prompt in enumerate(([1, 2, 3], [9, 8, 7])):
+            engine.add(number, prompt, SamplingParams(temperature=0, max_tokens=12))
+        tokens, reasons = ([], []), {}
         while engine.has_work:
-            outputs += engine.step()
-        return [output.token for output in outputs], outputs[-1].finish_reason
+            for output in engine.step():
+                tokens[output.request_id].append(output.token)
+                if output.finish_reason:
+                    reasons[output.request_id] = output.finish_reason
+        return tokens, reasons
 
-    whole, reason = answer("none", ())
-    assert (len(whole), reason) == (12, "length")
-    never = min(set(range(BASE.vocab_size)) - set(whole))
-    for name, eos in (("first", (whole[4], never)), ("second", (never, whole[4]))):
-        assert answer(name, eos) == (whole[: whole.index(whole[4]) + 1], "stop")
+    (one, other), reasons = answers("none", ())
+    assert (len(one), len(other), reasons) == (12, 12, {0: "length", 1: "length"})
+    first = one[4]  # ends one answer; the second id ends the other one
+    before = one[: one.index(first) + 1]
+    second = next(token for token in other if token not in before)
+    assert first not in other[: other.index(second)]
+    expected = (before, other[: other.index(second) + 1])
+    assert answers("both", (first, second)) == (expected, {0: "stop", 1: "stop"})

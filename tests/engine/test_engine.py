@@ -21,6 +21,7 @@ from llama_jax.weights.placement import ShardingError
 from sharding.errors import UserError
 from sharding.mesh import MeshError
 from tests.support.hlo import count_ops
+from tests.support.programs import compile_few
 from tests.support.reference import make_model, reference_logits, save_model
 from tests.support.tiny_checkpoint import write_checkpoint
 from tests.support.xla_options import PRODUCTION
@@ -296,6 +297,7 @@ def no_cache_directory():
 
 def test_the_second_start_compiles_nothing(tmp_path, monkeypatch, no_cache_directory):
     """However fast a program compiled; by default JAX caches only those that took a second."""
+    compile_few(monkeypatch)
     write_checkpoint(tmp_path / "checkpoint", num_hidden_layers=1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     events = Counter()

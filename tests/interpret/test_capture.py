@@ -105,8 +105,8 @@ def test_every_name_on_one_device(made, load, config, shape):
 @pytest.mark.parametrize(
     ("config", "mesh", "shape"),
     [
-        ("one", "1x1", (2, 33)),
         ("four-tied-llama3", "2x2", (3, 200)),
+        pytest.param("one", "1x1", (2, 33), marks=pytest.mark.slow),
         pytest.param("one", "2x2", (3, 200), marks=pytest.mark.slow),
         pytest.param("four-tied-llama3", "2x2", (1, 1), marks=pytest.mark.slow),
         pytest.param("four-tied-llama3", "1x1", (2, 33), marks=pytest.mark.slow),

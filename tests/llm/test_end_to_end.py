@@ -30,8 +30,8 @@ CONTEXT = 512
 PAGE_SIZE = 8
 NUM_PAGES = 66  # a little more than one sequence of full length
 NUM_SEQS, MAX_QUEUE = 4, 4
-# Two layers a stage, keys and values, two of four KV heads a rank, eight float32 each.
-PAGE_BYTES = 2 * 2 * 2 * 8 * 4 * PAGE_SIZE
+# One layer a stage, keys and values, two of four KV heads a rank, eight float32 each.
+PAGE_BYTES = 2 * 2 * 8 * 4 * PAGE_SIZE
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Subject:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint")
     make_tokenizer(path)
-    model = make_model(vocab_size=VOCAB_SIZE, max_position_embeddings=CONTEXT)
+    model = make_model(num_layers=2, vocab_size=VOCAB_SIZE, max_position_embeddings=CONTEXT)
     with torch.no_grad():
         model.model.embed_tokens.weight[POISON] = float("nan")
         model.lm_head.weight[POISON] = 0  # so that it is never the likeliest

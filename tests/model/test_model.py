@@ -25,6 +25,7 @@ from tests.support.reference import (
 
 GROUPS = {"G=1": 8, "G=4": 2, "G=8": 1}
 NUM_TOKENS = 50  # beyond the original context of ROPE_LLAMA3
+jitted = jax.jit(Llama.__call__)
 
 
 def with_epsilon(theirs):
@@ -173,7 +174,7 @@ def test_llama(tmp_path, num_kv_heads, tied, rope):
     theirs = make_model(num_kv_heads=num_kv_heads, tied=tied, rope=rope, vocab_size=251)
     with_epsilon(theirs)
     tokens = np.random.default_rng(0).integers(0, 251, (2, NUM_TOKENS))
-    ours = Llama.from_pretrained(save_model(theirs, tmp_path))(tokens)
+    ours = jitted(Llama.from_pretrained(save_model(theirs, tmp_path)), tokens)
     assert ours.dtype == jnp.float32
     close(ours, torch.from_numpy(np.stack([reference_logits(theirs, t) for t in tokens.tolist()])))
 
@@ -182,7 +183,7 @@ def test_heads_may_be_wider_than_the_model(tmp_path):
     """H times h need not be D: head_dim is explicit."""
     theirs = make_model(embed_dim=48, num_heads=4, num_kv_heads=2, head_dim=32)
     tokens = np.arange(20)[None]
-    ours = Llama.from_pretrained(save_model(theirs, tmp_path))(tokens)
+    ours = Llama.from_pretrained(save_model(theirs, tmp_path))(tokens)  # operation by operation
     close(ours[0], torch.from_numpy(reference_logits(theirs, tokens[0].tolist())))
 
 
@@ -233,9 +234,11 @@ class TestBfloat16:
         path = save_model(make_model(), tmp_path)
         model = Llama.from_pretrained(path, dtype="bfloat16")
         assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.bfloat16.dtype}
-        assert model(np.arange(8)[None]).dtype == jnp.float32
-        x = jnp.ones((1, 4, 64), jnp.bfloat16)
-        assert model.layers[0](x, jnp.arange(4)[None], causal_attention).dtype == jnp.bfloat16
+        logits = jax.eval_shape(lambda tokens: model(tokens), np.arange(8)[None])
+        assert logits.dtype == jnp.float32
+        x, positions = jnp.ones((1, 4, 64), jnp.bfloat16), jnp.arange(4)[None]
+        out = jax.eval_shape(lambda x: model.layers[0](x, positions, causal_attention), x)
+        assert out.dtype == jnp.bfloat16
 
     def test_the_norm_sums_in_float32(self):
         """A sum of 4096 ones in bfloat16 would stop at 256, because 256 + 1 rounds to 256."""
@@ -272,7 +275,8 @@ class TestBfloat16:
         theirs = make_model(rope=ROPE_LLAMA3)
         tokens = np.arange(NUM_TOKENS)[None]
         exact = reference_logits(theirs, tokens[0].tolist())
-        ours = Llama.from_pretrained(save_model(theirs, tmp_path), dtype="bfloat16")(tokens)[0]
+        model = Llama.from_pretrained(save_model(theirs, tmp_path), dtype="bfloat16")
+        ours = jitted(model, tokens)[0]
         rounded = theirs.bfloat16()(torch.from_numpy(tokens)).logits[0].detach().float().numpy()
         error, their_error = (np.abs(x - exact).max() for x in (np.asarray(ours), rounded))
         assert error <= 1.5 * their_error

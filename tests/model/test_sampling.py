@@ -285,7 +285,7 @@ def test_greedy_rows_stay_greedy_beside_sampled_rows():
     assert (tokens[1::2] != logits[1::2].argmax(axis=1)).any()
 
 
-@pytest.mark.parametrize("mesh", ["1x1", "4x2"])
+@pytest.mark.parametrize("mesh", [pytest.param("1x1", marks=pytest.mark.slow), "4x2"])
 def test_extreme_logits(mesh):
     rows = [(i, 0, SamplingParams()) for i in range(400)]
 

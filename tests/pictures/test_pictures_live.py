@@ -79,6 +79,7 @@ def test_mesh_and_memory_of_a_real_engine(engine):
         assert np.allclose(np.array(bars) * 1e6, np.array(list(expected.values())).ravel())
 
 
+@pytest.mark.slow
 def test_a_kernel_shows_pictures_and_meshes_with_and_without_pyplot():
     cells = [
         "import os; os.environ |= {'JAX_NUM_CPU_DEVICES': '4', 'JAX_PLATFORMS': 'cpu'}",

@@ -4,6 +4,8 @@ The ring's own raw logits, which `test_parity` holds against transformers, are a
 float64, token by token, as the definitions say.
 """
 
+from functools import cache
+
 import numpy as np
 import pytest
 import scipy.special
@@ -44,6 +46,17 @@ def compiled(request, model, tmp_path_factory):
     mesh, largest_only = request.param
     sizes = dict(max_num_seqs=8, max_chunk=64, page_size=8, num_pages=24)
     return make_loop(path, mesh, largest_only=largest_only, **sizes)
+
+
+@pytest.fixture(scope="module")
+def run_late(compiled):
+    """Maps the number of ticks by which results are late to the run of all requests."""
+
+    @cache
+    def run(results_late):
+        return drive(restart(compiled, results_late), requests())
+
+    return run
 
 
 def params(**fields) -> SamplingParams:
@@ -126,9 +139,8 @@ def test_every_token_is_chosen_from_the_adjusted_logits(compiled, results_late):
     assert set(run.tokens[6]) == {3, 5}
 
 
-def test_log_probabilities_are_those_of_the_raw_logits(compiled):
-    loop = restart(compiled, 2)
-    run = drive(loop, requests())
+def test_log_probabilities_are_those_of_the_raw_logits(run_late):
+    run = run_late(2)
     for request in requests():
         wanted = request.params.logprobs
         found = run.logprobs[request.request_id]
@@ -147,15 +159,14 @@ def test_log_probabilities_are_those_of_the_raw_logits(compiled):
             np.testing.assert_allclose([x for _, x in logprobs.top], want[best], atol=1e-5)
 
 
-def test_the_seed_repeats_with_adjustments(compiled):
-    runs = [drive(restart(compiled, late), requests()) for late in (0, 1)]
-    assert runs[0].tokens == runs[1].tokens
+def test_the_seed_repeats_with_adjustments(run_late):
+    assert run_late(2).tokens == run_late(0).tokens
 
 
-def test_other_requests_are_not_adjusted(compiled):
+def test_other_requests_are_not_adjusted(compiled, run_late):
     """A greedy request beside adjusted ones has the answer that it has alone."""
     plain = requests()[0]
-    together = drive(restart(compiled), requests()).tokens[plain.request_id]
+    together = run_late(0).tokens[plain.request_id]
     assert drive(restart(compiled), [plain]).tokens[plain.request_id] == together
 
 

@@ -1,4 +1,8 @@
-"""No tick compiles anything, whatever the requests are, and however far the warm-up has come."""
+"""No tick compiles anything, whatever the requests are, and however far the warm-up has come.
+
+This compiles every program of an engine. Of the quick tests, `llm/test_end_to_end.py` sees that
+nothing is compiled after the start.
+"""
 
 import threading
 from contextlib import contextmanager
@@ -40,14 +44,10 @@ def make_requests(count: int) -> list[Request]:
     return requests
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "max_num_seqs", "max_chunk", "num_pages"),  # so few that a request is preempted
-    [
-        pytest.param("1x1", 4, 128, 48, marks=pytest.mark.slow),
-        ("2x2", 4, 64, 28),
-        pytest.param("2x2", 4, 128, 33, marks=pytest.mark.slow),
-        pytest.param("4x2", 16, 128, 48, marks=pytest.mark.slow),
-    ],
+    [("1x1", 4, 128, 48), ("2x2", 4, 64, 28), ("2x2", 4, 128, 33), ("4x2", 16, 128, 48)],
 )
 def test_no_tick_compiles_anything(mesh, max_num_seqs, max_chunk, num_pages, tmp_path, monkeypatch):
     gate = threading.Event()

@@ -81,7 +81,7 @@ def check(model, request, run) -> None:
         assert likelier < got.rank <= likelier + close.sum()
 
 
-@pytest.mark.parametrize("results_late", [0, 3])
+@pytest.mark.parametrize("results_late", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_prompt_and_answer_equal_transformers(compiled, model, results_late):
     loop = restart(compiled, results_late)
     run = drive(loop, requests(), keep_logits=False)

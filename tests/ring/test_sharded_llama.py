@@ -35,7 +35,7 @@ def tokens_of(*shape, seed=0) -> np.ndarray:
 @pytest.mark.parametrize(
     ("mesh", "shapes"),
     [
-        ("1x1", [(1, 1), (1, 65)]),
+        pytest.param("1x1", [(1, 1), (1, 65)], marks=pytest.mark.slow),
         ("2x2", [(3, 128)]),
         pytest.param("1x1", [(5, 16), (1, 17)], marks=pytest.mark.slow),
         pytest.param("2x2", [(2, 64), (1, 129)], marks=pytest.mark.slow),
