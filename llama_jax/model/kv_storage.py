@@ -77,7 +77,10 @@ def encode(x: jax.Array, stored: jnp.dtype) -> jax.Array:
 
 def decode(stored: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The numbers in (parts of) pages, without their scales."""
-    if stored.dtype in _NUMBERS:
+    if stored.dtype == UINT16:
+        # As the upper half of a float32, which XLA:CPU reads in 2/3 of the time of a bfloat16.
+        stored = jax.lax.bitcast_convert_type(stored.astype(jnp.uint32) << 16, jnp.float32)
+    elif stored.dtype in _NUMBERS:
         stored = jax.lax.bitcast_convert_type(stored, _NUMBERS[stored.dtype])
     return stored.astype(dtype)
 

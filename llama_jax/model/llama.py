@@ -52,6 +52,15 @@ def linear(x: jax.Array, weight: jax.Array | Quantized | Unfused) -> jax.Array:
     return jnp.einsum("...i,oi->...o", x, weight)
 
 
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """SwiGLU (https://arxiv.org/abs/2002.05202): silu(gate) · up, in their dtype."""
+    if not on_cpu():
+        return jax.nn.silu(gate) * up
+    # XLA:CPU computes in float32 in any case. Rounding each step to bfloat16 would take longer.
+    wide = jnp.promote_types(gate.dtype, jnp.float32)
+    return (jax.nn.silu(gate.astype(wide)) * up.astype(wide)).astype(gate.dtype)
+
+
 def _param(config: LlamaConfig, name: str, rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.Param:
     (rows, *columns), *others = (weight.shape(config) for weight in _PARAMETERS[name])
     shape = (rows + sum(shape[0] for shape in others), *columns)
@@ -153,7 +162,7 @@ class MLP(TappedModule):
         """x [..., D], normalized -> this rank's partial sum [..., D]."""
         with jax.named_scope("mlp"):
             gate, up = jnp.split(linear(x, self.w_gate_up.get_value()), 2, axis=-1)
-            neurons = self.tap("neurons", jax.nn.silu(gate) * up)
+            neurons = self.tap("neurons", swiglu(gate, up))
             return linear(neurons, self.w_down.get_value())
 
 

@@ -17,6 +17,7 @@ from llama_jax.config import (
     LlamaConfig,
     YarnScaling,
 )
+from llama_jax.model.cpu_product import on_cpu
 
 
 @cache
@@ -72,6 +73,10 @@ def rotate(
     with jax.named_scope("rope"):
         angles = positions[..., None, None].astype(jnp.float32) * frequencies
         cos, sin = jnp.cos(angles), jnp.sin(angles)
+        if on_cpu():
+            # As one array behind a barrier, all layers and heads share them. XLA:CPU would compute
+            # them again for each, in its loops over the heads.
+            cos, sin = jax.lax.optimization_barrier(jnp.stack([cos, sin]))
         if factor != 1:
             cos, sin = cos * factor, sin * factor
         first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.model.attention import QUERY_BLOCK, causal_attention, paged_attention
+from llama_jax.model.attention import KEY_BLOCK, QUERY_BLOCK, causal_attention, paged_attention
 
 
 def brute_force(q, k, v, num_keys):
@@ -164,7 +164,8 @@ def test_a_long_row_costs_its_own_keys_only():
     """Rows of similar length share the iterations; a tile has its own."""
     short = count_iterations([20] * 16)
     assert short == -(-16 // QUERY_BLOCK)
-    # Two long rows, wherever they are, share the 3 blocks of 128 keys of one group.
-    assert count_iterations([300, *[20] * 14, 300]) == short + 2
+    # Two long rows, wherever they are, share the blocks of keys of one group.
+    long = -(-300 // KEY_BLOCK)
+    assert count_iterations([300, *[20] * 14, 300]) == short - 1 + long
     assert count_iterations([0] * 15 + [20]) == 1
-    assert count_iterations([40, 300], QUERY_BLOCK) == 1 + 3
+    assert count_iterations([40, 300], QUERY_BLOCK) == 1 + long

@@ -1,4 +1,4 @@
-"""Products on CPUs: against float64, and without a copy of the matrix."""
+"""What is written for CPUs: against float64, without copies of a matrix, and on CPUs only."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from llama_jax.model.cpu_product import cpu_product
-from llama_jax.model.llama import head_logits, linear
+from llama_jax.model.llama import head_logits, linear, swiglu
+from llama_jax.model.rope import rotate
 from tests.support.hlo import large_copies
 from tests.support.xla_options import PRODUCTION
 
@@ -62,11 +63,53 @@ def test_no_copy_of_the_matrix(rows, dtype):
     assert bool(large_copies(plain, MATRIX)) == (dtype == BFLOAT16)
 
 
-def test_other_platforms_get_the_plain_product():
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+def test_swiglu_rounds_once(dtype):
+    gate, up = operands(4, dtype)[1], operands(5, dtype)[1]
+    exact = np.asarray(gate, np.float64) / (1 + np.exp(-np.asarray(gate, np.float64)))
+    exact *= np.asarray(up, np.float64)
+    found = swiglu(gate, up)
+    assert found.dtype == dtype
+    # Half a unit in the last place, and what float32 adds.
+    rtol = float(jnp.finfo(dtype).eps) / 2 + 1e-6
+    np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=rtol)
+
+
+def test_layers_share_the_angles():
+    """XLA:CPU would compute cosines and sines again in every layer, for every head."""
+    x = jax.ShapeDtypeStruct((16, 12, 64), FLOAT32)
+    matrix = jax.ShapeDtypeStruct((64, 64), FLOAT32)
+    frequencies = np.arange(32, dtype=np.float32)
+
+    def three_layers(x, matrix):
+        for _ in range(3):
+            x = linear(rotate(x, jnp.arange(16), frequencies), matrix)
+        return x
+
+    compiled = jax.jit(three_layers).lower(x, matrix).compile(PRODUCTION).as_text()
+    assert compiled.count(" cosine(") == compiled.count(" sine(") == 1
+
+
+def test_other_platforms_get_the_plain_operations():
     x, matrix = operands(8, BFLOAT16)
+    positions, frequencies = jnp.arange(8), np.ones(IN // 2, np.float32)
+
+    def plain_rotate(x):
+        angles = positions[..., None, None].astype(jnp.float32) * frequencies
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        rotated = (first * cos - second * sin, second * cos + first * sin)
+        return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+    pairs = (
+        (linear, lambda x, m: jnp.einsum("...i,oi->...o", x, m), (x, matrix)),
+        (swiglu, lambda gate, up: jax.nn.silu(gate) * up, (x, x)),
+        (lambda x: rotate(x, positions, frequencies), plain_rotate, (x[:, None],)),
+    )
     gpu = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("model",), abstract_device=gpu)
-    with jax.sharding.use_abstract_mesh(mesh):
-        traced = str(jax.make_jaxpr(linear)(x, matrix))
-    plain = jax.make_jaxpr(lambda x, m: jnp.einsum("...i,oi->...o", x, m))(x, matrix)
-    assert traced == str(plain) != str(jax.make_jaxpr(linear)(x, matrix))
+    for ours, plain, args in pairs:
+        with jax.sharding.use_abstract_mesh(mesh):
+            traced = str(jax.make_jaxpr(ours)(*args))
+        here = str(jax.make_jaxpr(ours)(*args))
+        assert traced == str(jax.make_jaxpr(plain)(*args)) != here
