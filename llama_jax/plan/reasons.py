@@ -70,7 +70,8 @@ def missed_text(missed: Missed) -> str:
         return f"it keeps up with {value}, not {bound}, before {_OVERLOADS[missed.overload]}"
     if missed.excess >= MANY_TIMES:
         return f"{missed.target} is {value}, {number(missed.excess)} times the target of {bound}"
-    return f"{missed.target} is {value}, {missed.excess - 1:.0%} over the target of {bound}"
+    percent = number(100 * (missed.excess - 1), 2)
+    return f"{missed.target} is {value}, {percent}% over the target of {bound}"
 
 
 def why(plan: Plan) -> Iterator[str]:

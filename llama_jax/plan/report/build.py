@@ -51,7 +51,14 @@ def plan_report(plan: Plan, outcome: Outcome | None, extra: tuple[Section, ...] 
         server_section(plan),
         *detail_sections(plan, plan, outcome, extra),
     )
-    return Report(title, verdict(plan), plan.best.holds, sections, question_json(question))
+    text, met = verdict(plan), plan.best.holds
+    if outcome is not None and outcome.figures.inside < question.targets.inside:
+        met = False
+        text += (
+            f" Simulated with {outcome.load}, only {outcome.figures.inside:.1%} of the requests "
+            f"are inside the targets, and {100 * question.targets.inside:g}% are asked for."
+        )
+    return Report(title, text, met, sections, question_json(question))
 
 
 def target_section(plan: Plan, outcome: Outcome | None) -> Section:

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from llama_jax.plan.__main__ import main
+from llama_jax.plan.__main__ import MISSED, main
 from llama_jax.plan.command_line import make_parser, read_question
 from llama_jax.plan.frontier import points
 from llama_jax.plan.json_text import plan_json
@@ -157,3 +157,17 @@ def test_a_plan_that_fails_is_reported_as_well(question, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_reference_report_is_the_same_each_time():
     assert json_text(reference_report()) == json_text(reference_report())
+
+
+@pytest.mark.slow
+def test_the_verdict_of_a_report_counts_the_simulation(tmp_path, capsys):
+    """All requests of a trace at once: on average it is an easy load, and most of them wait."""
+    trace = tmp_path / "trace.csv"
+    lines = ["0,1024,16"] * 60 + ["600,1024,16"]
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n" + "\n".join(lines))
+    asked = [*SMALL[:-2], "--trace", str(trace)]
+    assert make_plan(read_question(make_parser().parse_args(asked))).best.holds
+    assert main([*asked, "--report", str(tmp_path / "report"), "--json"]) == MISSED
+    written = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert written["met"] is False
+    assert json.loads(capsys.readouterr().out)["verdict"] == written["verdict"]
