@@ -76,8 +76,8 @@ def tick(
     Returns:
       The state after the tick, and the results.
     """
-    ring, cache, slots, logits = _leave(program, params, state, packed)
-    return _choose(program, state.tokens, ring, cache, slots, logits)
+    ring, cache, leaving, logits = _leave(program, params, state, packed)
+    return _choose(program, state.tokens, ring, cache, leaving, logits)
 
 
 def masked_tick(
@@ -92,15 +92,15 @@ def masked_tick(
     Returns:
       The state after the tick, the results with the masked logits, and the logits as they were.
     """
-    ring, cache, slots, raw = _leave(program, params, state, packed)
+    ring, cache, leaving, raw = _leave(program, params, state, packed)
     logits = apply_masks(raw, masks)
-    return *_choose(program, state.tokens, ring, cache, slots, logits), raw
+    return *_choose(program, state.tokens, ring, cache, leaving, logits), raw
 
 
 def _leave(
     program: Program, params: Params, state: State, packed: jax.Array
 ) -> tuple[RingState, KVCache, jax.Array, jax.Array]:
-    """Runs every stage: the ring, the cache, and the slots and logits of the leaving packet."""
+    """Runs every stage: the ring, the cache, and the segments and logits of the leaving packet."""
     ring, cache, finished, leaving = advance_ring(
         program,
         params,
@@ -110,7 +110,7 @@ def _leave(
         partial(_last_activations, program),
     )
     logits = local_logits(program.config, params, finished)
-    return ring, cache, segments_of(program.sizes, program.bucket, leaving)[:, SLOT], logits
+    return ring, cache, leaving, logits
 
 
 def _choose(
@@ -118,11 +118,12 @@ def _choose(
     tokens: jax.Array,
     ring: RingState,
     cache: KVCache,
-    slots: jax.Array,
+    leaving: jax.Array,
     logits: jax.Array,
 ) -> tuple[State, StepOutput]:
     """The state and the results, with the most likely tokens."""
     chosen = program.model_class.sampler.greedy(logits)
+    slots = segments_of(program.sizes, program.bucket, leaving)[:, SLOT]
     # Drops the tokens of empty rows and of chunks before the last of a prompt.
     tokens = tokens.at[slots].set(chosen, mode="drop")
     return State(ring, tokens, cache), StepOutput(logits, chosen, slots)
