@@ -31,6 +31,7 @@ for name, value in {
 # A shell starts a background job with SIGINT ignored, and so would every engine be that a test
 # interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+USUAL_HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
 # `make test` tries a few examples of each property. `make test-all` tries the usual hundred of the
 # same properties again.
@@ -127,6 +128,18 @@ class Traces:
 
 
 TRACES = Traces()
+
+
+@pytest.fixture(autouse=True)
+def usual_signals() -> None:
+    """Begins each test with the usual handlers.
+
+    A loop of uvloop leaves its own behind, which ignore every signal once it is closed: a test that
+    sends Ctrl-C to itself would wait for ever.
+    """
+    for number, handler in USUAL_HANDLERS.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module", autouse=True)

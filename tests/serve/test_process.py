@@ -249,8 +249,6 @@ def test_a_killed_server_leaves_no_engine(checkpoints):
 def failed(capsys):
     """Starts a server that must fail, in this process; returns its error message."""
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
     def start(*arguments: str, port: int = 0) -> str:
         assert main([*arguments, f"--port={port}"], FAKE) == 1
         [line] = capsys.readouterr().err.splitlines()
@@ -258,9 +256,7 @@ def failed(capsys):
         assert line.endswith((".", ".)"))
         return line
 
-    yield start
-    for number, handler in handlers.items():  # uvloop leaves its own behind
-        signal.signal(number, handler)
+    return start
 
 
 def test_a_missing_path(failed, tmp_path):
