@@ -86,8 +86,7 @@ class Prefill:
         """
         waiting = self._roster.waiting
         self.most_running = self._most_running(now) if waiting else self._sizes.num_slots
-        if waiting or self._roster.prefilling:
-            self._share = self._rows_to_share()
+        self._share = self._rows_to_share()
 
     def _rows_to_share(self) -> int:
         """Maximum rows of a microbatch, the newest prompt included: ceil(n / M), where n sequences

@@ -91,9 +91,13 @@ def rewritten(function: Callable, lines: Mapping[str, str]) -> Callable:
     return scope[function.__name__]
 
 
-SCORED = "score_mod(scores * head_dim**-0.5, head, position[:, None], position)"
+SCORED = """changed_scores(
+            score_mod, scores * head_dim**-0.5, head, position[:, None], position
+        )"""
 TAPPED = 'tap("weights", weights.reshape(by_head)).reshape(weights.shape)'
-PAGED = "score_mod(scores, row_heads, row_positions[..., None], key_positions)"
+PAGED = """changed_scores(
+            score_mod, scores, row_heads, row_positions[..., None], key_positions
+        )"""
 
 
 @pytest.fixture
