@@ -16,8 +16,8 @@
   14  Padding      layers are the identity
 
 A broken rule gives wrong answers in silence. So a crowded scenario (pages that run out, prompts of
-several chunks, results read late, slots and pages used again) runs unchanged, where every token must
-be the best one by transformers, and with a rule broken, where at least one must not be.
+several chunks, results read late, slots and pages used again) runs unchanged, where every token
+must be the best one by transformers, and with a rule broken, where at least one must not be.
 """
 
 import dataclasses
