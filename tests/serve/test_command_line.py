@@ -59,7 +59,7 @@ def test_a_mesh_that_contradicts_the_sizes_is_refused(line, capsys):
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
-        *[("--mesh", value) for value in ("4x", "4*2", "0x2", "")],
+        *[("--mesh", value) for value in ("4", "4x", "4*2", "0x2", "")],
         *[("--served-model-name", value) for value in ("", " ", "a\nb")],
     ],
 )

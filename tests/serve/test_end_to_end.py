@@ -267,16 +267,9 @@ def test_a_truncated_file_of_weights(checkpoint, tmp_path):
     assert "model.safetensors" in failed(str(path))
 
 
-@pytest.mark.parametrize(
-    ("mesh", "named"),
-    [
-        pytest.param("1x8", "attention heads", marks=pytest.mark.slow),
-        pytest.param("4", "4", marks=pytest.mark.slow),
-        pytest.param("0x2", "0x2", marks=pytest.mark.slow),
-    ],
-)
-def test_an_impossible_mesh(checkpoint, mesh, named):
-    assert named in failed(str(checkpoint), f"--mesh={mesh}")
+@pytest.mark.slow
+def test_an_impossible_mesh(checkpoint):
+    assert "attention heads" in failed(str(checkpoint), "--mesh=1x8")
 
 
 @pytest.mark.slow
