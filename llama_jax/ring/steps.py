@@ -70,13 +70,8 @@ def masked_decode_step(
     """The jitted `ring.tick.masked_tick` with no chunk in flight. Donates the state."""
     attention = choose_backend(attention_backend, mesh)
     program = Program(config, sizes, Bucket(rows, 0), model_class, attention)
-    specs = state_specs()
-    in_specs = (param_specs(config, *mesh_shape(mesh)), specs, P(), LOGITS_SPEC)
-    out_specs = (specs, StepOutput(LOGITS_SPEC, P(), P()), LOGITS_SPEC)
-    function = partial(masked_tick, program)
-    options = product_options(config, program.bucket)
-    name = "masked_decode_step"
-    return MeshProgram(function, mesh, in_specs, out_specs, name=name, donate=(1,), options=options)
+    masks = logits = (LOGITS_SPEC,)
+    return _jit_step(mesh, program, "masked_decode_step", masked_tick, masks, logits)
 
 
 def prefill_step(
@@ -153,11 +148,19 @@ def init_state(shapes: State, sizes: RingSizes, fill: float = 0.0) -> State:
     return State(ring, tokens, kv_cache.init_cache(shapes.cache, fill))
 
 
-def _jit_step(mesh: Mesh, program: Program, name: str) -> Step:
+def _jit_step(
+    mesh: Mesh,
+    program: Program,
+    name: str,
+    function: Callable[..., Any] = tick,
+    more_in: tuple[P, ...] = (),
+    more_out: tuple[P, ...] = (),
+) -> MeshProgram:
+    """Jits `tick`, or one with more arguments and results, whose specs follow those of `tick`."""
     specs = state_specs()
-    in_specs = (param_specs(program.config, *mesh_shape(mesh)), specs, P())
-    out_specs = (specs, StepOutput(LOGITS_SPEC, P(), P()))
-    function = partial(tick, program)
+    in_specs = (param_specs(program.config, *mesh_shape(mesh)), specs, P(), *more_in)
+    out_specs = (specs, StepOutput(LOGITS_SPEC, P(), P()), *more_out)
+    function = partial(function, program)
     options = product_options(program.config, program.bucket)
     return MeshProgram(function, mesh, in_specs, out_specs, name=name, donate=(1,), options=options)
 
