@@ -73,7 +73,9 @@ def test_the_end_of_a_long_answer_stays_in_sight_until_the_reader_scrolls_up(pag
     expect(page.locator(".question")).to_be_in_viewport()
     length = len(text.text_content())
     wait_until(lambda: len(text.text_content()) > length + 200)
-    assert transcript.evaluate("node => node.scrollTop") == 0
+    # Not exactly the top: a line that arrives while the browser still scrolls moves where it ends.
+    expect(page.locator(".question")).to_be_in_viewport()
+    assert transcript.evaluate(below) > 500
     page.keyboard.press("Escape")
 
 
