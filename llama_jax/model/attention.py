@@ -150,13 +150,16 @@ def paged_attention(
         def attend(
             q: jax.Array, page_table: jax.Array, positions: jax.Array, lengths: jax.Array
         ) -> jax.Array:
+            # In float32, since XLA:CPU would convert the outputs of all groups to it and back in
+            # order to add those of one.
             return paged_attention(
                 q, k_pages, v_pages, page_table, positions, lengths,
                 score_mod, first_head, k_scale, v_scale,
                 key_block=key_block, query_block=query_block,
-            )  # fmt: skip
+            ).astype(jnp.float32)  # fmt: skip
 
-        return _in_groups(attend, group_size, q, page_table, positions, lengths)
+        out = _in_groups(attend, group_size, q, page_table, positions, lengths)
+        return out.astype(q.dtype)
     pages_per_block = max(1, key_block // page_size)
     block = pages_per_block * page_size
     padding = -page_table.shape[1] % pages_per_block
