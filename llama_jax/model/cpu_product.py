@@ -9,8 +9,13 @@ CPU time of all products of a decode step):
   whole matrix to float32: 208 -> 30 ms with 8 rows.
 - A single row of bfloat16 is multiplied by XLA itself, which also converts the matrix. Two equal
   rows are not: 207 -> 23 ms.
+
+On a Xeon with AMX, the matrix comes first from two rows on in bfloat16 too: a step of all products
+takes 11.1 -> 7.2 ms with 2 rows, and 8.3 -> 6.6 with 8.
 """
 
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,11 +23,9 @@ import jax.numpy as jnp
 from jax import lax
 
 # Numbers of rows with which the matrix comes first. With more, packing it pays; with fewer in
-# bfloat16, rows that do not fill the registers cost more.
-_MATRIX_FIRST = {
-    jnp.dtype(jnp.float32): range(2, 128),
-    jnp.dtype(jnp.bfloat16): range(16, 128),
-}
+# bfloat16, rows that do not fill the registers cost more, except on CPUs that multiply tiles.
+_FEW = range(2, 128)
+_ENOUGH = range(16, 128)
 _ALONG_INPUTS = (((1,), (1,)), ((), ()))
 
 
@@ -30,6 +33,22 @@ def on_cpu() -> bool:
     """Whether the code that is being traced, or run operation by operation, is for CPUs."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return (jax.default_backend() if device is None else device.platform) == "cpu"
+
+
+@cache
+def _has_amx() -> bool:
+    """Whether this CPU multiplies tiles of bfloat16, as Linux says; elsewhere False."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def _matrix_first(kind: jnp.dtype, count: int) -> bool:
+    """Whether the matrix comes first in a product of so many rows of this dtype."""
+    if kind == jnp.float32:
+        return count in _FEW
+    return kind == jnp.bfloat16 and count in (_FEW if _has_amx() else _ENOUGH)
 
 
 def cpu_product(x: jax.Array, matrix: Any, dtype: jnp.dtype) -> jax.Array:
@@ -40,7 +59,7 @@ def cpu_product(x: jax.Array, matrix: Any, dtype: jnp.dtype) -> jax.Array:
     count = len(rows)
     if count == 1 and kind == jnp.bfloat16:
         rows = jnp.concatenate([rows, rows])
-    if len(rows) in _MATRIX_FIRST.get(kind, ()):
+    if _matrix_first(kind, len(rows)):
         product = lax.dot_general(matrix, rows, _ALONG_INPUTS, preferred_element_type=sums)
         # XLA would swap the operands back, to save the transpose.
         product = lax.optimization_barrier(product).T

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.model import cpu_product as module
 from llama_jax.model.cpu_product import cpu_product
 from llama_jax.model.llama import head_logits, linear, swiglu
 from llama_jax.model.rope import rotate
@@ -23,9 +24,16 @@ def operands(rows: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(x, dtype), jnp.asarray(matrix, dtype)
 
 
+@pytest.fixture(params=[False, True], ids=["without AMX", "with AMX"])
+def amx(request, monkeypatch):
+    """Both orders of the operands, whatever this machine has."""
+    monkeypatch.setattr(module, "_has_amx", lambda: request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("rows", [1, 2, 15, 16, 127, 128])
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
-def test_against_float64(rows, dtype):
+def test_against_float64(rows, dtype, amx):
     x, matrix = operands(rows, dtype)
     expected = np.asarray(x, np.float64) @ np.asarray(matrix, np.float64).T
     sums = head_logits(x, matrix)
@@ -34,6 +42,12 @@ def test_against_float64(rows, dtype):
     rounded = linear(x.reshape(1, rows, IN), matrix)
     assert rounded.dtype == dtype and rounded.shape == (1, rows, OUT)
     np.testing.assert_array_equal(rounded[0], sums.astype(dtype))
+
+
+def test_the_order_of_the_operands_follows_the_cpu(amx):
+    x, matrix = operands(8, BFLOAT16)
+    traced = str(jax.make_jaxpr(lambda x, m: linear(x, m))(x, matrix))  # anew for each CPU
+    assert ("optimization_barrier" in traced) == amx
 
 
 def test_other_dtypes_are_promoted():
@@ -50,7 +64,7 @@ def test_gradients():
 
 @pytest.mark.parametrize("rows", [1, 8, 32, 128])
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
-def test_no_copy_of_the_matrix(rows, dtype):
+def test_no_copy_of_the_matrix(rows, dtype, amx):
     """XLA:CPU would convert a matrix of bfloat16 to float32, whole, in every call."""
     x = jax.ShapeDtypeStruct((rows, 512), dtype)
     matrix = jax.ShapeDtypeStruct((512, 512), dtype)
