@@ -134,6 +134,12 @@ class Spec(NamedTuple):
         return math.gcd(self.group, min(self.tiles.inputs, 128))
 
 
+def make_spec(tiles: Tiles, inputs: int, group: int, interpreted: bool = False) -> Spec:
+    """The static parameters of a product over so many inputs, in groups."""
+    steps = inputs // tiles.inputs // tiles.splits
+    return Spec(tiles, group, steps, min(STAGES, steps), interpreted)
+
+
 # Jitted, so that the layers of a program share one copy of each product.
 @partial(jax.jit, static_argnames=("tiles", "interpret"))
 def hopper_int4(
@@ -163,14 +169,7 @@ def hopper_int4(
     num_tiles = -(-num_rows // tiles.columns)
     # A tile begins at a multiple of 8 rows, as they lie in shared memory.
     columns = jnp.pad(x, ((0, max(-num_rows % 8, tiles.columns - num_rows)), (0, 0)))
-    steps = inputs // tiles.inputs // tiles.splits
-    spec = Spec(
-        tiles=tiles,
-        group=inputs // scale.shape[1],
-        steps=steps,
-        stages=min(STAGES, steps),
-        interpreted=interpret is not None,
-    )
+    spec = make_spec(tiles, inputs, inputs // scale.shape[1], interpret is not None)
     run = plgpu.kernel(
         partial(thread_block, spec),
         out_type=jax.ShapeDtypeStruct((tiles.splits, len(columns), outputs), x.dtype),
