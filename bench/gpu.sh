@@ -51,6 +51,7 @@ export JAX_COMPILATION_CACHE_DIR=$cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SE
 export COLUMNS=130 # of the tables
 
 summary=() failed=0
+stopped=" " # the steps that did not end
 
 # wanted NAME: whether to run a step.
 wanted() { [[ " $steps " == *" $1 "* ]]; }
@@ -92,8 +93,12 @@ step() {
     report "$name" "$( ((status)) && echo "ran, and missed a goal" || echo "ran")"
   else
     failed=1
-    report "$name" "$( ((status == 124 || status == 137)) && echo "stopped after $seconds s" ||
-      echo "failed with status $status")"
+    if ((status == 124 || status == 137)); then
+      stopped+="$name "
+      report "$name" "stopped after $seconds s"
+    else
+      report "$name" "failed with status $status"
+    fi
   fi
 }
 
@@ -102,6 +107,8 @@ step() {
 sanitize() {
   local name=$1 seconds log=$work/kept/$1.txt
   wanted "$name" && command -v compute-sanitizer >/dev/null || return
+  # What hangs would hang again, and take the time of later steps.
+  [[ $stopped == *" ${name#sanitize_} "* ]] && return
   seconds=$(seconds_for "$2")
   ((seconds < 5)) && return
   # Each array in memory of its own, so that an access beyond it is noticed.

@@ -4,7 +4,7 @@ The numbers of rows are each just past what fills a block of the kernel, so most
 padding. Every product runs again and again, and once beside rows full of NaN.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -37,25 +37,27 @@ MAX_NUMBER_ERROR = 0.1  # of any number, as a share of the typical one of its ro
 Multiply = Callable[[tuple[jax.Array, ...], tuple[Any, ...]], tuple[jax.Array, ...]]
 
 
-def check(multiply: Multiply, config: Any, small: bool) -> tuple[list[Row], list[Target]]:
-    """Checks the products.
+def check(multiply: Multiply, config: Any, small: bool) -> Iterator[list[Row]]:
+    """Checks the products matrix by matrix, tiny ones first; yields the rows of each for a result.
 
     Args:
       multiply: multiplies each x by its matrix, which has an axis over stages.
       config: the model, for the options of the compiler.
-      small: whether to take tiny matrices.
-
-    Returns:
-      The rows and the targets of a result.
+      small: whether to take tiny matrices only.
     """
-    rows: list[Row] = []
-    for shape in SMALL_SHAPES if small else SHAPES:
-        rows += check_matrix(multiply, config, shape, SMALL_NUM_ROWS if small else NUM_ROWS)
+    for shape in SMALL_SHAPES:
+        yield check_matrix(multiply, config, shape, SMALL_NUM_ROWS)
+    for shape in () if small else SHAPES:
+        yield check_matrix(multiply, config, shape, NUM_ROWS)
+
+
+def targets(rows: list[Row]) -> list[Target]:
+    """What the rows of `check` must meet."""
 
     def largest(name: str) -> float:
         return max(float(row[name]) for row in rows)  # type: ignore[arg-type]
 
-    return rows, [
+    return [
         Target("int4: error of a product", largest("error"), MAX_ERROR, "max"),
         Target("int4: error of a number", largest("number error"), MAX_NUMBER_ERROR, "max"),
         Target(f"int4: of {RUNS} runs, those that differ", largest("changed"), 0, "max"),

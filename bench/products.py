@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bench.int4_check import Multiply, check
+from bench.int4_check import Multiply, check, targets
 from bench.one_device import DTYPE, ENOUGH_BYTES
 from bench.partial import keep
 from bench.result import Plot, Result, Row, Target
@@ -78,11 +78,12 @@ def run(args: argparse.Namespace) -> Result:
         )
 
     if args.check_only or "int4" in args.formats:
-        found, checks = check(
-            chosen_products(), layer_config("int4", args.toy), args.small or args.toy
-        )
-        rows += found
-        keep(result(), args.output)
+        small = args.small or args.toy
+        # Kept after each matrix: that a kernel hangs or crashes then says with which one.
+        for found in check(chosen_products(), layer_config("int4", args.toy), small):
+            rows += found
+            checks = targets(rows)
+            keep(result(), args.output)
     if args.check_only:
         return result()
     copy, matrix = copy_rate(args.toy), matrix_rate(args.toy)

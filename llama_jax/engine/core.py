@@ -11,51 +11,37 @@ from functools import partial
 from itertools import chain
 
 import jax
-import numpy as np
 
 from llama_jax.checkpoint import open_checkpoint
-from llama_jax.checkpoint.load import choose_dtype, load_params
+from llama_jax.checkpoint.load import load_params
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.compilation_cache import compilation_cache
 from llama_jax.engine.compiling import CompilingRequests
 from llama_jax.engine.constraint import Constraint
-from llama_jax.engine.device_memory import (
-    bytes_by_device,
-    choose_mesh_sizes,
-    memory_stats,
-)
+from llama_jax.engine.decisions import Decisions, decide
+from llama_jax.engine.device_memory import memory_stats
 from llama_jax.engine.executor import CompileCounter, Executor
+from llama_jax.engine.facts import engine_info
 from llama_jax.engine.grammars import Grammars, Matcher
-from llama_jax.engine.interface import (
-    DeviceInfo,
-    EngineInfo,
-    LatencyStats,
-    Output,
-    Progress,
-    Stats,
-)
-from llama_jax.engine.latency_targets import choose_chunks, known_devices
+from llama_jax.engine.interface import LatencyStats, Output, Progress, Stats
+from llama_jax.engine.latency_targets import choose_chunks
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.programs import Programs
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.sizing import (
     GPU_MEMORY_SHARE,
     check_options,
-    check_platform,
     check_stages,
     choose_results_late,
 )
 from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.engine.warm_up import WarmUp, wait
 from llama_jax.model import Llama
-from llama_jax.model.kv_storage import choose_kv_dtype
-from llama_jax.ring.attention_backend import check_backend, choose_backend
+from llama_jax.ring.attention_backend import AttentionBackend, choose_backend
 from llama_jax.ring.kernel_check import without_failing_kernels
 from llama_jax.ring.sizes import RingSizes
 from llama_jax.ring.steps import check_model_class
-from sharding.mesh import make_mesh, mesh_shape
 from sharding.mesh_name import parse_mesh
-from sharding.stages import split_layers
 
 
 class Engine:
@@ -85,103 +71,56 @@ class Engine:
         with closing(open_checkpoint(options.path)) as reader, ExitStack() as stack:
             if options.strict_config:  # the process that the user sees has warned already
                 reader.declared.report_unknown(strict=True)
-            config = reader.config
-            check_options(options, config)
-            check_stages(parse_mesh(options.mesh)[0], config)
+            check_options(options, reader.config)
+            check_stages(parse_mesh(options.mesh)[0], reader.config)
             configure_jax(options.gpu_memory_utilization)
-            mesh = make_mesh(options.mesh)
-            device = mesh.devices.flat[0]
-            platform = device.platform
-            check_platform(options, platform, getattr(device, "compute_capability", ""))
-            if options.fp8_activations:
-                model_class = type(model_class.__name__, (model_class,), {"fp8_activations": True})
-            dtype = choose_dtype(options.dtype, config, platform)
-            if platform != "cpu" and dtype == np.float32:  # or a GPU would multiply in TF32
-                jax.config.update("jax_default_matmul_precision", "float32")
-            # Before the weights, whose loading may take minutes.
-            cache_dtype = choose_kv_dtype(options.kv_cache_dtype, dtype)
-            known = known_devices(options, config, device.device_kind, mesh_shape(mesh), str(dtype))
-            sizes, max_model_len = choose_mesh_sizes(options, config, mesh, dtype, known)
-            check_backend(
-                options.attention_backend, mesh, model_class, config.head_dim, sizes.page_size,
-                dtype, cache_dtype,
-            )  # fmt: skip
+            decided = decide(options, reader.config, model_class)
+            sizes, num_stages = decided.sizes, decided.num_stages
             stack.enter_context(compilation_cache())
-            backend = without_failing_kernels(
-                choose_backend(options.attention_backend, mesh),
-                config, mesh, sizes, dtype, cache_dtype, model_class,
-            )  # fmt: skip
+            backend = _working_backend(options, decided)
             self.compilations = CompileCounter()
             programs = Programs(
-                config, mesh, sizes, dtype, cache_dtype=cache_dtype,
-                model_class=model_class, attention_backend=backend,
+                decided.config, decided.mesh, sizes, decided.dtype, decided.model_class,
+                decided.cache_dtype, backend,
             )  # fmt: skip
             self.warm_up = WarmUp(programs)  # compiles while the weights are loaded, and after that
             stop_on_error = stack.enter_context(ExitStack())
             stop_on_error.callback(self.warm_up.stop)
             params = load_params(
-                reader, mesh, dtype, lambda done, total: progress(Progress("loading", done, total))
+                reader,
+                decided.mesh,
+                decided.dtype,
+                lambda done, total: progress(Progress("loading", done, total)),
             )
             jax.block_until_ready(params)
             loaded = time.perf_counter()
             executor = Executor(programs, params)
             self._compile(sizes, options.wait_for_programs, progress)
             executor.run_empty(sizes.largest())
-            chunks = choose_chunks(options, sizes, mesh_shape(mesh)[0], platform, known)
+            chunks = choose_chunks(options, sizes, num_stages, decided.platform, decided.known)
             if chunks.has_targets:  # the first ticks are then not guessed
                 executor.time_empty(chunks.times)
             stop_on_error.pop_all()
         weakref.finalize(self, self.warm_up.stop).atexit = False
         scheduler = Scheduler(
-            sizes,
-            mesh_shape(mesh)[0],
-            prefix_caching=options.prefix_caching,
-            chunks=chunks,
+            sizes, num_stages, prefix_caching=options.prefix_caching, chunks=chunks
         )
-        self.loop = TickLoop(scheduler, executor, choose_results_late(options, platform))
+        late = choose_results_late(options, decided.platform)
+        self.loop = TickLoop(scheduler, executor, late)
         # Not a method of this object: without a cycle, memory is freed at once.
         self.loop.ready = partial(getattr, self.warm_up, "ready")
-        self._stop_ids = frozenset(config.eos_token_ids)
+        vocab_size, stop_ids = decided.config.vocab_size, decided.config.eos_token_ids
+        self._stop_ids = frozenset(stop_ids)
         self._seeds = seed_source(options.seed)
-        self._grammars = Grammars(options.path, config.vocab_size, config.eos_token_ids)
+        self._grammars = Grammars(options.path, vocab_size, stop_ids)
         self._compiling = CompilingRequests(self.warm_up.every_request)
         # Not before: it would delay the start, and it is the least likely thing to be needed.
         self.warm_up.every_request.add_done_callback(partial(_load_if_done, self._grammars))
         executor.call_seconds = 0.0  # without the first runs
 
-        self._devices = mesh.devices.flatten().tolist()
-        weights = bytes_by_device(params, mesh)
-        cache = bytes_by_device(executor.state.cache, mesh)
-        layers = split_layers(config.num_layers, mesh_shape(mesh)[0])
-        self.info = EngineInfo(
-            model=os.path.basename(os.path.normpath(options.path)),
-            mesh=options.mesh,
-            platform=platform,
-            dtype=str(dtype),
-            kv_cache_dtype=str(cache_dtype),
-            vocab_size=config.vocab_size,
-            max_model_len=max_model_len,
-            max_num_seqs=sizes.num_slots,
-            page_size=sizes.page_size,
-            num_pages=sizes.num_pages,
-            devices=[
-                DeviceInfo(
-                    name=str(device),
-                    stage=stage,
-                    rank=rank,
-                    layers=[layer for layer in layers[stage] if layer is not None],
-                    weight_bytes=weights[device],
-                    kv_bytes=cache[device],
-                    memory_bytes=(device.memory_stats() or {}).get("bytes_limit"),
-                )
-                for (stage, rank), device in np.ndenumerate(mesh.devices)
-            ],
-            num_programs=len(sizes.buckets()),
-            programs_at_start=len(self.warm_up.ready),
-            prefix_caching=options.prefix_caching,
-            load_seconds=loaded - start,
-            compile_seconds=time.perf_counter() - loaded,
-        )
+        self._devices = decided.mesh.devices.flatten().tolist()
+        seconds = loaded - start, time.perf_counter() - loaded
+        self.info = engine_info(options, decided, executor, len(self.warm_up.ready), *seconds)
 
     def _compile(
         self, sizes: RingSizes, everything: bool, progress: Callable[[Progress], None]
@@ -283,6 +222,13 @@ class Engine:
             prefill.chunks.times.table(),
             prefill.most_running,
         )
+
+
+def _working_backend(options: EngineOptions, decided: Decisions) -> AttentionBackend:
+    """The attention to compile with: its kernels have been tried."""
+    config, mesh, model_class, dtype, cache_dtype, sizes, *_ = decided
+    chosen = choose_backend(options.attention_backend, mesh)
+    return without_failing_kernels(chosen, config, mesh, sizes, dtype, cache_dtype, model_class)
 
 
 def _load_if_done(grammars: Grammars, programs: "Future[None]") -> None:

@@ -4,7 +4,7 @@ from itertools import islice
 
 import numpy as np
 
-from llama_jax.engine.pages import PagePool, page_keys
+from llama_jax.engine.pages import PagePool, first_key, page_keys
 from llama_jax.engine.sequence import Sequence
 from llama_jax.ring.sizes import RingSizes
 
@@ -105,6 +105,6 @@ class PageTables:
         keys, size = sequence.page_keys, self._page_size
         known = len(keys)
         if known < num_pages:
-            parent = keys[-1] if keys else sequence.salt
+            parent = keys[-1] if keys else first_key(sequence.salt)
             keys += page_keys(parent, sequence.tokens[known * size : num_pages * size], size)
         return keys

@@ -6,6 +6,15 @@ from collections.abc import Iterable
 from hashlib import blake2b
 
 
+def first_key(salt: bytes) -> bytes:
+    """Returns the key before the first page of a text, for requests with this salt.
+
+    The salt itself would not do: a client could name the key of a page, and its own first page
+    would then pass for the next one of another text.
+    """
+    return blake2b(salt, digest_size=16, person=b"salt").digest()
+
+
 def page_keys(parent: bytes, tokens: list[int], page_size: int) -> list[bytes]:
     """Returns the keys of full pages: each a hash of its tokens and of all tokens before it.
 
@@ -13,7 +22,7 @@ def page_keys(parent: bytes, tokens: list[int], page_size: int) -> list[bytes]:
     who could find such a pair would read another's text.
 
     Args:
-      parent: the key of the page before them; for the first page, the salt of its request.
+      parent: the key of the page before them; for the first page, `first_key`.
       tokens: the tokens of the pages.
       page_size: tokens of each page.
     """

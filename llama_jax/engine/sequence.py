@@ -31,7 +31,7 @@ class Sequence:
       num_cached: prompt tokens whose keys and values were found when it was first admitted.
       scoring: collects the log-probabilities of its prompt, until they have all been returned; None
         if it asks for none.
-      salt: the key before its first page; only requests with the same salt share pages.
+      salt: only requests with the same salt share pages.
       next_position: the position of the next token to send to the device.
       prefill_until: the position at which prefill ends and decoding begins: the number of tokens
         that it had when it was admitted.

@@ -16,14 +16,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from llama_jax.model.attention import MASKED
-from llama_jax.model.hopper_kernel import (
-    KEYS,
-    MIN_KEYS_PER_SPLIT,
-    ROWS,
-    Spec,
-    scratch_types,
-    thread_block,
-)
+from llama_jax.model.hopper_kernel import MIN_KEYS_PER_SPLIT, thread_block
+from llama_jax.model.hopper_memory import KEYS, ROWS, Spec, scratch_types
 
 MAX_KEYS_PER_SPLIT = 4096
 SHARED_MEMORY = 113 * 1024  # bytes per thread block, so that two fit on a multiprocessor

@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from llama_jax.model.hopper_memory import divide, load, remainder
 from llama_jax.quantization import Int4, Int4ActOrder
 from llama_jax.quantization.act_order import is_sorted
 
@@ -133,6 +134,12 @@ class Spec(NamedTuple):
         return math.gcd(self.group, min(self.tiles.inputs, 128))
 
 
+def make_spec(tiles: Tiles, inputs: int, group: int, interpreted: bool = False) -> Spec:
+    """The static parameters of a product over so many inputs, in groups."""
+    steps = inputs // tiles.inputs // tiles.splits
+    return Spec(tiles, group, steps, min(STAGES, steps), interpreted)
+
+
 # Jitted, so that the layers of a program share one copy of each product.
 @partial(jax.jit, static_argnames=("tiles", "interpret"))
 def hopper_int4(
@@ -162,14 +169,7 @@ def hopper_int4(
     num_tiles = -(-num_rows // tiles.columns)
     # A tile begins at a multiple of 8 rows, as they lie in shared memory.
     columns = jnp.pad(x, ((0, max(-num_rows % 8, tiles.columns - num_rows)), (0, 0)))
-    steps = inputs // tiles.inputs // tiles.splits
-    spec = Spec(
-        tiles=tiles,
-        group=inputs // scale.shape[1],
-        steps=steps,
-        stages=min(STAGES, steps),
-        interpreted=interpret is not None,
-    )
+    spec = make_spec(tiles, inputs, inputs // scale.shape[1], interpret is not None)
     run = plgpu.kernel(
         partial(thread_block, spec),
         out_type=jax.ShapeDtypeStruct((tiles.splits, len(columns), outputs), x.dtype),
@@ -231,7 +231,7 @@ def thread_block(
     starts = range(0, tiles.inputs, spec.part)  # of the parts of a step
 
     def start_copies(step: Any) -> None:
-        stage = lax.rem(step, jnp.int32(spec.stages))
+        stage = remainder(step, spec.stages)
         inputs = pl.ds((split * spec.steps + step) * tiles.inputs, tiles.inputs)
         ready = scratch["ready"].at[stage]
         plgpu.copy_gmem_to_smem(values_ref.at[outputs, inputs], scratch["matrix"].at[stage], ready)
@@ -240,9 +240,11 @@ def thread_block(
     def load_scales(step: Any) -> list[tuple[jax.Array, jax.Array]]:
         """Scales and zero points of each part; after the last step, those of the last again."""
         first = (split * spec.steps + jnp.minimum(step, spec.steps - 1)) * tiles.inputs
-        groups = [lax.div(first + start, jnp.int32(spec.group)) for start in starts]
+        groups = [divide(first + start, spec.group) for start in starts]
+        # As many threads of a warpgroup need a scale as hold a part of its row.
+        layout = None if spec.interpreted else plgpu.Layout.WGMMA.reduce(1)
         return [
-            (_load(spec, scale_ref, (outputs, group)), _load(spec, zero_ref, (outputs, group)))
+            (load(scale_ref, (outputs, group), layout), load(zero_ref, (outputs, group), layout))
             for group in groups
         ]
 
@@ -252,7 +254,7 @@ def thread_block(
         if spec.interpreted:
             plgpu.commit_smem()  # a GPU waits before each copy in any case
         pl.when(ahead < spec.steps)(partial(start_copies, ahead))
-        stage = lax.rem(step, jnp.int32(spec.stages))
+        stage = remainder(step, spec.stages)
         plgpu.barrier_wait(scratch["ready"].at[stage])
         return stage
 
@@ -296,11 +298,3 @@ def thread_block(
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(scratch["out"], out_ref.at[split, rows, outputs])
     plgpu.wait_smem_to_gmem(0)
-
-
-def _load(spec: Spec, ref: Any, index: Any) -> jax.Array:
-    """Loads a column of global memory, as many threads of a warpgroup need it as hold a row."""
-    if spec.interpreted:
-        return ref[index]
-    whole = () if jax.__version_info__ >= (0, 12) else ((),)  # an index, until jax 0.11
-    return plgpu.load(ref.at[index], *whole, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)

@@ -8,7 +8,7 @@ waits for memory.
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,92 +17,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from llama_jax.model.attention import MASKED
+from llama_jax.model.hopper_memory import KEYS, ROWS, Copies, Spec, divide, load, remainder
 
-ROWS = 64  # of a wgmma
-KEYS = 64  # keys per step
 MIN_KEYS_PER_SPLIT = 128
 LOG2E = math.log2(math.e)
 # Float16 weights of the values are kept away from its subnormal numbers by a factor of 2**8. It
 # also scales their sum, so that it cancels out.
 FLOAT16_SHIFT = 8.0
-
-
-class Spec(NamedTuple):
-    """The static parameters of the kernel.
-
-    Attributes:
-      group: query heads per KV head.
-      rows: rows of each sequence and KV head, padded: queries x `group`.
-      row_blocks: blocks of up to 64 rows.
-      head_dim: h.
-      page_size: of the pool.
-      splits: shares of the keys.
-      stages: blocks of keys in shared memory.
-      dtype: of the matrix products.
-      out_dtype: of the result.
-      convert: whether the cache has another dtype, of 8 bits.
-      scaled: whether the cache has scales.
-      interpreted: whether the kernel runs in interpret mode. It knows no layouts of registers,
-        and no transposed operands of `wgmma` in jax 0.10.
-    """
-
-    group: int
-    rows: int
-    row_blocks: int
-    head_dim: int
-    page_size: int
-    splits: int
-    stages: int
-    dtype: Any
-    out_dtype: Any
-    convert: bool
-    scaled: bool
-    interpreted: bool
-
-    @property
-    def copied(self) -> int:
-        """Keys that one copy brings: a page, or a part of a larger page."""
-        return min(self.page_size, KEYS)
-
-    @property
-    def copied_rows(self) -> int:
-        """Rows of a block that exist."""
-        return min(self.rows, ROWS)
-
-
-def scratch_types(spec: Spec, cache_dtype: Any) -> dict[str, Any]:
-    """Shared memory and barriers of a thread block."""
-
-    def operand(shape: tuple[int, ...], dtype: Any) -> Any:
-        """Shared memory in the layout of wgmma: rows of at most 128 bytes, swizzled."""
-        row_bytes = min(128, spec.head_dim * jnp.dtype(dtype).itemsize)
-        tiling = plgpu.TilingTransform((8, row_bytes // jnp.dtype(dtype).itemsize))
-        return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(row_bytes)))
-
-    keys = (spec.stages, KEYS, spec.head_dim)
-    copies = KEYS // spec.copied
-    scratch = {
-        "q": operand((ROWS, spec.head_dim), spec.dtype),
-        "q_ready": plgpu.Barrier(),
-        "k_ready": plgpu.Barrier(num_arrivals=copies, num_barriers=spec.stages),
-        "v_ready": plgpu.Barrier(num_arrivals=copies, num_barriers=spec.stages),
-    }
-    if spec.convert:
-        scratch["k16"] = scratch["v16"] = operand(keys[1:], spec.dtype)
-    if spec.scaled:
-        scratch["k_scale"] = scratch["v_scale"] = plgpu.SMEM(keys[:2], jnp.float32)
-    stages = [operand(keys, cache_dtype), operand(keys, cache_dtype)]
-    if spec.out_dtype == spec.dtype:  # the result takes the place of the queries
-        scratch["k"], scratch["v"] = stages
-    else:
-        out = operand((ROWS, spec.head_dim), spec.out_dtype)
-        if spec.interpreted:  # it knows no unions
-            scratch["k"], scratch["v"], scratch["out"] = *stages, out
-        else:  # the result takes the place of the keys and values
-            scratch["stages"] = plgpu.RefUnion(stages, out)
-    if spec.splits > 1:
-        scratch["log_total"] = plgpu.SMEM((ROWS,), jnp.float32)
-    return scratch
 
 
 def thread_block(spec: Spec, *refs: Any, **scratch: Any) -> None:
@@ -121,68 +42,22 @@ def thread_block(spec: Spec, *refs: Any, **scratch: Any) -> None:
     # The keys that some query of this block sees, and those that all of them see.
     position, length = position_ref[sequence], length_ref[sequence]
     last_row = jnp.minimum(first_row + ROWS, spec.rows) - 1
-    visible = jnp.minimum(length, position + _divide(last_row, spec.group) + 1)
-    visible_to_all = jnp.minimum(length, position + _divide(first_row, spec.group) + 1)
-    num_steps = _divide(visible + KEYS - 1, KEYS)
+    visible = jnp.minimum(length, position + divide(last_row, spec.group) + 1)
+    visible_to_all = jnp.minimum(length, position + divide(first_row, spec.group) + 1)
+    num_steps = divide(visible + KEYS - 1, KEYS)
     share = jnp.maximum(
-        _divide(num_steps + spec.splits - 1, spec.splits), MIN_KEYS_PER_SPLIT // KEYS
+        divide(num_steps + spec.splits - 1, spec.splits), MIN_KEYS_PER_SPLIT // KEYS
     )
     first_step = split * share
     num_steps = jnp.clip(num_steps - first_step, 0, share)
-    unmasked_steps = jnp.clip(_divide(visible_to_all, KEYS) - first_step, 0, num_steps)
+    unmasked_steps = jnp.clip(divide(visible_to_all, KEYS) - first_step, 0, num_steps)
 
-    def pages_of(step: jax.Array) -> tuple[jax.Array, ...]:
-        """The page of each copy of a step; after the last key, that key's page again."""
-        first_key = (first_step + step) * KEYS
-        pages = []
-        for copy in range(KEYS // spec.copied):
-            key = jnp.clip(first_key + copy * spec.copied, 0, jnp.maximum(visible - 1, 0))
-            index = jnp.minimum(_divide(key, spec.page_size), table_ref.shape[1] - 1)
-            pages.append(table_ref[sequence, index])
-        return tuple(pages)
-
-    def sources(step: jax.Array, pages: tuple[jax.Array, ...]) -> list[tuple[Any, Any]]:
-        """(index into the pool, keys of the step) of each copy."""
-        offset = _remainder((first_step + step) * KEYS, max(KEYS, spec.page_size))
-        return [
-            (
-                (kv_head, page, pl.ds(offset if spec.page_size > KEYS else 0, spec.copied)),
-                pl.ds(copy * spec.copied, spec.copied),
-            )
-            for copy, page in enumerate(pages)
-        ]
-
-    def start_copies(step: jax.Array, pages: tuple[jax.Array, ...]) -> None:
-        stage = _remainder(step, spec.stages)
-        for ref, name in ((k_ref, "k"), (v_ref, "v")):
-            for source, keys in sources(step, pages):
-                plgpu.copy_gmem_to_smem(
-                    ref.at[source],
-                    scratch[name].at[stage, keys],
-                    scratch[f"{name}_ready"].at[stage],
-                )
-
-    def load_scales(step: jax.Array, pages: tuple[jax.Array, ...]) -> list[list[jax.Array]]:
-        # To registers, since a page's scales are too short for a copy, which must be 128 bytes.
-        return [
-            [_load(ref, source, per_key) for source, _ in sources(step, pages)]
-            for ref in scale_refs
-        ]
-
-    def store_scales(step: jax.Array, scales: list[list[jax.Array]]) -> None:
-        stage = _remainder(step, spec.stages)
-        for name, parts in zip(("k_scale", "v_scale"), scales, strict=False):
-            for copy, part in enumerate(parts):
-                scratch[name][stage, pl.ds(copy * spec.copied, spec.copied)] = part
-
-    def fetch(step: jax.Array) -> None:
-        pages = pages_of(step)
-        start_copies(step, pages)
-        store_scales(step, load_scales(step, pages))
-
+    copies = Copies(
+        spec, table_ref, (k_ref, v_ref), scale_refs, scratch, sequence, kv_head, first_step, visible
+    )
     ahead = spec.stages - 1
     for step in range(ahead):
-        pl.when(step < num_steps)(partial(fetch, jnp.int32(step)))
+        pl.when(step < num_steps)(partial(copies.fetch, jnp.int32(step)))
 
     plgpu.copy_gmem_to_smem(
         q_ref.at[sequence, kv_head, own_rows],
@@ -193,7 +68,7 @@ def thread_block(spec: Spec, *refs: Any, **scratch: Any) -> None:
 
     def attend(step: jax.Array, carry: tuple[Any, ...], *, masked: bool) -> tuple[Any, ...]:
         best, total, out, pages = carry
-        stage = _remainder(step, spec.stages)
+        stage = remainder(step, spec.stages)
         first_key = (first_step + step) * KEYS
         if spec.convert or spec.interpreted:
             # Every warp is done with what this step overwrites. On a GPU that suffices for the
@@ -202,10 +77,10 @@ def thread_block(spec: Spec, *refs: Any, **scratch: Any) -> None:
 
         @pl.when(step + ahead < num_steps)
         def _start() -> None:
-            start_copies(step + ahead, pages)
+            copies.start(step + ahead, pages)
 
-        scales = load_scales(step + ahead, pages)
-        next_pages = pages_of(step + ahead + 1)
+        scales = copies.load_scales(step + ahead, pages)
+        next_pages = copies.pages_of(step + ahead + 1)
 
         keys, values = scratch["k"].at[stage], scratch["v"].at[stage]
         plgpu.barrier_wait(scratch["k_ready"].at[stage])
@@ -218,13 +93,13 @@ def thread_block(spec: Spec, *refs: Any, **scratch: Any) -> None:
         scores = _scores(spec, scratch["q"], keys)
         factor = spec.head_dim**-0.5 * LOG2E
         if spec.scaled:
-            scale = _load(scratch["k_scale"], stage, per_key)
+            scale = load(scratch["k_scale"], stage, per_key)
             scores = scores * lax.broadcast_in_dim(scale * factor, scores.shape, [1])
         else:
             scores = scores * factor
         if masked:
             key = first_key + _iota(scores.shape, 1, matrix)
-            query = position + _divide(first_row + _iota(scores.shape, 0, matrix), spec.group)
+            query = position + divide(first_row + _iota(scores.shape, 0, matrix), spec.group)
             scores = jnp.where((key <= query) & (key < length), scores, MASKED)
         new_best = jnp.maximum(best, scores.max(axis=1))
         rescale = jnp.exp2(best - new_best)
@@ -237,7 +112,7 @@ def thread_block(spec: Spec, *refs: Any, **scratch: Any) -> None:
         total = total * rescale + weights.sum(axis=1)
         out = out * lax.broadcast_in_dim(rescale, out.shape, [0])
         if spec.scaled:
-            scale = _load(scratch["v_scale"], stage, per_key)
+            scale = load(scratch["v_scale"], stage, per_key)
             if masked:  # 0 x NaN is NaN
                 scale = jnp.where(first_key + _iota((KEYS,), 0, per_key) < length, scale, 0.0)
             weights = weights * lax.broadcast_in_dim(scale, weights.shape, [1])
@@ -255,19 +130,40 @@ def thread_block(spec: Spec, *refs: Any, **scratch: Any) -> None:
 
         out = _accumulate(spec, out, weights.astype(spec.dtype), values)
         if spec.scaled:
-            store_scales(step + ahead, scales)
+            copies.store_scales(step + ahead, scales)
         return new_best, total, out, next_pages
 
     carry = (
         _cast(jnp.full((ROWS,), MASKED, jnp.float32), per_row),
         _cast(jnp.zeros((ROWS,), jnp.float32), per_row),
         _cast(jnp.zeros((ROWS, spec.head_dim), jnp.float32), matrix),
-        pages_of(jnp.int32(ahead)),
+        copies.pages_of(jnp.int32(ahead)),
     )
     carry = lax.fori_loop(0, unmasked_steps, partial(attend, masked=False), carry)
     carry = lax.fori_loop(unmasked_steps, num_steps, partial(attend, masked=True), carry)
     best, total, out, _ = carry
 
+    _write(spec, scratch, out_refs, (split, sequence, kv_head, own_rows), best, total, out)
+
+
+def _write(
+    spec: Spec,
+    scratch: dict[str, Any],
+    out_refs: Any,
+    destination: tuple[Any, ...],
+    best: jax.Array,
+    total: jax.Array,
+    out: jax.Array,
+) -> None:
+    """Divides the sums by that of their weights, and writes them by way of shared memory.
+
+    Args:
+      spec, scratch: of the thread block.
+      out_refs: the result and, with several shares, the logarithms of the sums of weights.
+      destination: where in these.
+      best, total: of each row, `[ROWS]`: the greatest score, and the sum of weights.
+      out: `[ROWS, h]`, the weighted sum of values.
+    """
     total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)  # 0 for a row without keys
     out = out / lax.broadcast_in_dim(total, out.shape, [0])
     staging = scratch.get("out", scratch["q"])
@@ -279,7 +175,6 @@ def thread_block(spec: Spec, *refs: Any, **scratch: Any) -> None:
             log_total = log_total - FLOAT16_SHIFT
         scratch["log_total"][...] = log_total
     plgpu.commit_smem()
-    destination = (split, sequence, kv_head, own_rows)
     copied = pl.ds(0, spec.copied_rows)
     plgpu.copy_smem_to_gmem(staging.at[copied], out_refs[0].at[destination])
     if spec.splits > 1:
@@ -313,23 +208,5 @@ def _cast(array: jax.Array, layout: Any) -> jax.Array:
     return array if layout is None else plgpu.layout_cast(array, layout)
 
 
-def _load(ref: Any, index: Any, layout: Any) -> jax.Array:
-    """Loads a vector, from any memory."""
-    if layout is None:
-        return ref[index]
-    whole = () if jax.__version_info__ >= (0, 12) else ((),)  # an index, until jax 0.11
-    # Not "optimized": that would require a matrix in shared memory.
-    return plgpu.load(ref.at[index], *whole, layout=layout, optimized=False)
-
-
 def _iota(shape: tuple[int, ...], axis: int, layout: Any) -> jax.Array:
     return _cast(lax.broadcasted_iota(jnp.int32, shape, axis), layout)
-
-
-def _divide(number: Any, divisor: int) -> jax.Array:
-    """Of int32 that are not negative: `//` would add code for those that are."""
-    return lax.div(jnp.asarray(number, jnp.int32), jnp.int32(divisor))
-
-
-def _remainder(number: Any, divisor: int) -> jax.Array:
-    return lax.rem(jnp.asarray(number, jnp.int32), jnp.int32(divisor))

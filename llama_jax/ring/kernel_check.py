@@ -216,7 +216,7 @@ def int4_products(
 ) -> Iterator[tuple[Any, list[int]]]:
     """What the int4 kernel multiplies on a rank: matrices as shapes, and numbers of tokens.
 
-    Of products whose tiles are the same, the first stands for all.
+    Of products whose kernels differ in nothing but the number of steps, the first stands for all.
     """
     if config.quantization is None:
         return
@@ -226,8 +226,8 @@ def int4_products(
     kinds = (hopper_int4.HopperInt4, hopper_int4.HopperInt4ActOrder)
     local = jax.tree.map(
         lambda array: jax.ShapeDtypeStruct(
-            array.sharding.shard_shape(array.shape)[1:],
-            array.dtype,  # of one stage
+            array.sharding.shard_shape(array.shape)[1:],  # without the axis over stages
+            array.dtype,
         ),
         param_shapes(config, mesh, dtype).layers,
     )
@@ -243,7 +243,11 @@ def int4_products(
         if in_place or hopper_int4.unsupported(x, matrix) is not None:
             continue
         group = inputs // matrix.scale.shape[1]
-        tiles = {n: (hopper_int4.choose_tiles(n, outputs, inputs), group) for n in numbers}
-        if new := [n for n in numbers if tiles[n] not in seen]:
-            seen.update(tiles.values())
+        kernels = {}
+        for n in numbers:
+            tiles = hopper_int4.choose_tiles(n, outputs, inputs)
+            spec = hopper_int4.make_spec(tiles, inputs, group)
+            kernels[n] = spec._replace(steps=spec.stages)
+        if new := [n for n in numbers if kernels[n] not in seen]:
+            seen.update(kernels.values())
             yield matrix, new

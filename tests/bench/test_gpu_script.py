@@ -24,6 +24,7 @@ name=$(basename "$output" .json)
 echo "$*" >>"$STUB_LOG"
 case " $MISSED " in *" $name "*) echo '{}' >"$output"; exit 1 ;; esac
 case " $BROKEN " in *" $name "*) echo Traceback >&2; exit 1 ;; esac
+case " $STOPPED " in *" $name "*) exit 124 ;; esac
 case " $HANGING " in *" $name "*) echo '{}' >"${output%.json}.partial.json"; exec sleep 100 ;; esac
 echo '{}' >"$output"
 """
@@ -110,6 +111,12 @@ def test_a_step_that_hangs_is_stopped_and_the_time_is_kept(script):
     assert done.returncode == 1
     assert "stopped" in done.summary["products"] and "skipped" in done.summary["step"]
     assert done.files == {"rates.json", "int4.json", "products.partial.json", "machine.tar.gz"}
+
+
+def test_what_hangs_is_not_tried_again(script):
+    done = script(STOPPED="int4")
+    assert "stopped" in done.summary["int4"]
+    assert list(done.summary) == [step for step in ALL if step != "sanitize_int4"]
 
 
 BLOCKED = """

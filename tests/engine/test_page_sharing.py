@@ -5,7 +5,7 @@
 
 import pytest
 
-from llama_jax.engine.pages import PagePool, page_keys
+from llama_jax.engine.pages import PagePool, first_key, page_keys
 from tests.support.mock_executor import POISON, generate
 from tests.support.scheduler_trial import Request, Trial, make_sizes, numbered
 
@@ -75,6 +75,19 @@ def test_nothing_is_shared_across_salts_or_without_prefix_caching(salt, caching)
     trial.drain()
     assert sent_positions(trial, 1) == list(range(11)) and trial.tokens[1] == trial.tokens[0]
     assert trial.scheduler.num_cached_tokens == 0
+
+
+def test_no_salt_stands_for_the_beginning_of_a_text():
+    """A client chooses its salt, which may be the key of a page that others know."""
+    trial = Trial(make_sizes(num_pages=20, page_size=4), 2)
+    trial.add(0, Request(numbered(11), 3))
+    trial.drain()
+    trial.add(1, Request(numbered(7, 4), 3, salt=page_keys(b"", numbered(4), 4)[0]))
+    trial.add(2, Request(numbered(7, 4), 3, salt=page_keys(first_key(b""), numbered(4), 4)[0]))
+    trial.drain()
+    for request_id in (1, 2):
+        assert sent_positions(trial, request_id) == list(range(7))
+        assert trial.tokens[request_id] == generate(numbered(7, 4), 10)[0]
 
 
 def test_a_preempted_request_finds_its_own_pages():
