@@ -14,6 +14,7 @@ from rich.console import Console
 
 from llama_jax.client.client import EngineClient
 from llama_jax.client.engine_process import ENGINE_COMMAND
+from llama_jax.client.watchdog import end_if_hung
 from llama_jax.engine.errors import EngineDead, EngineStartError
 from llama_jax.serve.command_line.arguments import parse_arguments
 from llama_jax.serve.command_line.ready import show_ready
@@ -136,7 +137,7 @@ async def _serve(
             site.open(served)
             stack.enter_context(frozen_heap())
             _show_ready(setup, served, time.perf_counter() - started, console)
-            throughput = _throughput(engine, setup.arguments.log_stats_interval)
+            background = _background(engine, setup.arguments)
             try:
                 reason = await unless(stop.asked.wait(), engine.wait_dead())
             except Interrupted:
@@ -146,7 +147,8 @@ async def _serve(
                 if not stop.asked.is_set():  # else the same signal has ended both
                     raise EngineDead(reason)
             finally:
-                throughput.cancel()
+                for task in background:
+                    task.cancel()
         finally:
             if stop.repeated.is_set():
                 engine.kill()
@@ -171,14 +173,14 @@ async def _with_tokenizer(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _throughput(engine: EngineClient, interval: float) -> asyncio.Task[None]:
-    """Starts the task that writes the line about throughput; without an interval, it has ended."""
-
-    async def write() -> None:
-        if interval:
-            await log_throughput(lambda: engine.stats, interval)
-
-    return asyncio.create_task(write())
+def _background(engine: EngineClient, arguments: argparse.Namespace) -> list[asyncio.Task[None]]:
+    """Starts what runs beside the requests: the line about throughput, and the watchdog."""
+    work = []
+    if interval := arguments.log_stats_interval:
+        work.append(log_throughput(lambda: engine.stats, interval))
+    if seconds := arguments.watchdog_timeout:
+        work.append(end_if_hung(engine, seconds))
+    return [asyncio.create_task(each) for each in work]
 
 
 async def _drain(server: HttpServer, stop: StopSignals, seconds: float, console: Console) -> None:
