@@ -19,13 +19,13 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from llama_jax.engine.interface import EngineInfo, Stats
+from llama_jax.engine.interface import PACKET_TOKENS, EngineInfo, Stats
 from llama_jax.serve.monitoring.http_metrics import HttpMetrics
 from llama_jax.serve.monitoring.recent import RecentValues
 from llama_jax.serve.monitoring.request_record import RequestRecord, current_record
 from llama_jax.serve.monitoring.request_timer import RequestTimer
 from llama_jax.serve.monitoring.ring_metrics import ring_families
-from llama_jax.serve.monitoring.token_histogram import TokenHistogram
+from llama_jax.serve.monitoring.token_histogram import TokenHistogram, histogram_family
 
 PREFIXES = ("llama_jax", "vllm")
 FINISHED = ("stop", "length", "abort", "error")
@@ -295,6 +295,14 @@ class _EngineCollector(Collector):
         for reason, waiting in (("capacity", stats.num_waiting), ("deferred", 0)):
             by_reason.add_metric([*self._labels.values(), reason], waiting)
         yield by_reason
+        yield histogram_family(
+            f"{self._prefix}:iteration_tokens_total",
+            "Tokens of a packet: the prompt and answer tokens that enter in one tick.",
+            self._labels,
+            PACKET_TOKENS,
+            stats.packets_by_tokens,
+            stats.packet_tokens,
+        )
         yield from ring_families(self._prefix, self._labels, stats)
 
 
