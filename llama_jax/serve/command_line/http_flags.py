@@ -73,6 +73,7 @@ def add_http_flags(parser: argparse.ArgumentParser) -> None:
     )
     http.add_argument(
         "--max-queue-tokens",
+        "--max-num-queued-tokens",
         type=values.positive,
         default=MAX_QUEUE_TOKENS,
         metavar="TOKENS",
