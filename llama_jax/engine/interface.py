@@ -236,3 +236,8 @@ class Stats:
     memory: tuple[MemoryStats, ...] = ()
     programs_ready: int = 0
     latency: LatencyStats = LatencyStats()
+
+    @property
+    def kv_usage(self) -> float:
+        """The fraction of pages in use."""
+        return 1 - self.pages_free / self.pages_total if self.pages_total else 0.0

@@ -55,7 +55,7 @@ _GAUGES: tuple[_Report, ...] = (
         lambda s: s.num_running,
     ),
     ("num_requests_waiting", "Sequences in the queue.", lambda s: s.num_waiting),
-    ("kv_cache_usage_perc", "Fraction of KV-cache pages in use.", lambda s: _pages_used(s)),
+    ("kv_cache_usage_perc", "Fraction of KV-cache pages in use.", lambda s: s.kv_usage),
     ("kv_pages", "KV-cache pages.", lambda s: s.pages_total),
     ("kv_pages_free", "Free KV-cache pages.", lambda s: s.pages_free),
     ("programs_ready", "Buckets whose programs are compiled.", lambda s: s.programs_ready),
@@ -304,7 +304,3 @@ class _EngineCollector(Collector):
             stats.packet_tokens,
         )
         yield from ring_families(self._prefix, self._labels, stats)
-
-
-def _pages_used(stats: Stats) -> float:
-    return 1 - stats.pages_free / stats.pages_total if stats.pages_total else 0.0
