@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import math
 import signal
 import sys
 import time
@@ -175,11 +176,9 @@ async def _with_tokenizer(
 
 def _background(engine: EngineClient, arguments: argparse.Namespace) -> list[asyncio.Task[None]]:
     """Starts what runs beside the requests: the line about throughput, and the watchdog."""
-    work = []
+    work = [end_if_hung(engine, arguments.watchdog_timeout or math.inf)]
     if interval := arguments.log_stats_interval:
         work.append(log_throughput(lambda: engine.stats, interval))
-    if seconds := arguments.watchdog_timeout:
-        work.append(end_if_hung(engine, seconds))
     return [asyncio.create_task(each) for each in work]
 
 

@@ -23,7 +23,8 @@ CHECK = 0.02  # seconds, as every time of these tests
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llama_jax.client.watchdog.CHECK_SECONDS", CHECK)
-    monkeypatch.setattr("llama_jax.client.client.SILENCE_SECONDS", 1.5)  # a heartbeat comes after 1
+    for module in ("client", "watchdog"):  # a heartbeat comes after 1
+        monkeypatch.setattr(f"llama_jax.client.{module}.SILENCE_SECONDS", 1.5)
     monkeypatch.setattr("llama_jax.client.client.STACKS_SECONDS", 0.3)
 
 
@@ -84,36 +85,50 @@ def test_an_engine_that_reports_is_left_alone() -> None:
     run_with_engine(body)
 
 
-PAUSE = 3600.0
+PAUSE, LONG = 3600.0, 3600.0
+GONE, BACK = (
+    "The engine has sent no report for 3 s: requests are refused.",
+    "The engine answers again.",
+)
 
 
 @pytest.mark.parametrize(
-    ("silence", "ends_after"),
+    ("silence", "seconds", "limit", "ends_after", "told"),
     [
-        ([0.3, 0.9, 0.2] * 20, None),
-        ([*range(1, 13)], 8),
+        ([0.3, 0.9, 0.2] * 20, 7.5, 2, None, []),
+        ([*range(1, 13)], 7.5, 2, 8, [GONE]),
+        ([*range(1, 13)], 1.0, 2, 3, [GONE]),  # less than an engine may be silent
+        ([*range(1, 13)], 7.5, LONG, None, []),  # a long tick
         # The server, or the whole machine, was stopped for an hour; then the heartbeat is read.
-        ([0.3, PAUSE, 0.1, *range(1, 13)], 3 + 8),
-        ([PAUSE + i for i in range(12)], 8),  # the engine is gone all the same
-        ([7, 0.5, *range(1, 6), 0.5] * 5, None),
+        ([0.3, PAUSE, 0.1, *range(1, 13)], 7.5, 2, 3 + 8, [GONE]),
+        ([PAUSE + i for i in range(12)], 7.5, 2, 8, [GONE]),  # the engine is gone all the same
+        ([7, 0.5, *range(1, 6), 0.5] * 2, 7.5, 2, None, [GONE, BACK] * 2),
     ],
 )
 def test_only_the_time_of_a_running_server_counts(
-    monkeypatch: pytest.MonkeyPatch, silence: list[float], ends_after: int | None
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    silence: list[float],
+    seconds: float,
+    limit: float,
+    ends_after: int | None,
+    told: list[str],
 ) -> None:
-    """Seconds since the last report at each check, one a second; 7 are too many."""
+    """Seconds since the last report at each check, one a second; more than `limit` are too many."""
     monkeypatch.setattr("llama_jax.client.watchdog.CHECK_SECONDS", 1.0)
+    monkeypatch.setattr("llama_jax.client.watchdog.SILENCE_SECONDS", 3.0)
     ended: list[str] = []
     engine = SimpleNamespace(seconds_since_report=0.0, responds=True, end_hung=ended.append)
     checks = iter(silence)
 
-    async def sleep(seconds: float) -> None:
+    async def sleep(_: float) -> None:
         engine.seconds_since_report = next(checks)  # ends the watch after the last
-        engine.responds = engine.seconds_since_report <= 2
+        engine.responds = engine.seconds_since_report <= limit
 
     monkeypatch.setattr("llama_jax.client.watchdog.asyncio", SimpleNamespace(sleep=sleep))
     with contextlib.suppress(RuntimeError):  # from StopIteration in a coroutine
-        asyncio.run(end_if_hung(engine, 7.5))
+        asyncio.run(end_if_hung(engine, seconds))
+    assert [record.getMessage() for record in caplog.records] == told
     assert len(ended) == (ends_after is not None)
     if ends_after is not None:
         assert len(silence) - len(list(checks)) == ends_after
