@@ -46,6 +46,7 @@ from llama_jax.engine.options import EngineOptions
 SHUTDOWN_SECONDS = 5.0
 FATAL_SECONDS = 3.0
 LAST_WORDS_SECONDS = 1.0
+STACKS_SECONDS = 1.0
 # An engine reports at least once a second, or once a tick if a tick takes longer. It has stopped
 # answering if it is silent for this long, or for this many ticks of mean length.
 SILENCE_SECONDS = 10.0
@@ -255,6 +256,18 @@ class EngineClient:
     def kill(self) -> None:
         """Kills the engine, from any thread; does not wait."""
         self.host.kill()
+
+    def end_hung(self, reason: str) -> None:
+        """Kills an engine that hangs, after it has had a second to print where it does.
+
+        Streams raise `EngineDead` when it has ended.
+
+        Args:
+          reason: one sentence on why.
+        """
+        self._last_words = self._last_words or reason
+        self.host.print_stacks()
+        self._loop.call_later(STACKS_SECONDS, self.host.kill)
 
     async def _close(self) -> None:
         self._send(Shutdown())

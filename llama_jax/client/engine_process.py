@@ -4,6 +4,7 @@ Imports no JAX.
 """
 
 import asyncio
+import contextlib
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ from llama_jax.engine.options import EngineOptions
 
 ENGINE_COMMAND = (sys.executable, "-m", "llama_jax.engine")
 LOG_TAIL_BYTES = 16384
+UNKILLABLE_SECONDS = 5.0
 
 
 def process_host(command: Sequence[str]) -> StartHost:
@@ -40,7 +42,8 @@ class EngineProcess:
     that started it ends.
 
     Attributes:
-      exited: set when the process has ended, on the event loop that created this object.
+      exited: set when the process has ended, on the event loop that created this object; or some
+        seconds after `kill`, since a process that hangs in a driver does not end.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class EngineProcess:
             f"--options={msgspec.json.encode(options).decode()}",
         ]
         self.exited = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
         self._log = directory.log
         self._owner = os.getpid()
         try:
@@ -71,7 +75,7 @@ class EngineProcess:
         self._reap = weakref.finalize(self, _reap, self._process, directory, self._owner)
         threading.Thread(
             target=_wait,
-            args=(self._process, asyncio.get_running_loop(), self.exited),
+            args=(self._process, self._loop, self.exited),
             name="engine-exit",
             daemon=True,
         ).start()
@@ -98,6 +102,14 @@ class EngineProcess:
         """Kills the process; does not wait. No-op if it has ended, and in a fork of its parent."""
         if os.getpid() == self._owner:
             self._process.kill()
+            with contextlib.suppress(RuntimeError):  # the event loop is closed, so no task waits
+                self._loop.call_soon_threadsafe(
+                    self._loop.call_later, UNKILLABLE_SECONDS, self.exited.set
+                )
+
+    def print_stacks(self) -> None:
+        """Prints the stacks of the engine's threads to its log, even if they hang."""
+        self._process.send_signal(signal.SIGUSR1)
 
     def clean_up(self) -> None:
         """Makes sure that the process has ended, and removes its directory."""
@@ -114,6 +126,8 @@ class EngineProcess:
             return last_words
         if last_words is not None:
             text = last_words.rstrip(".")
+        elif code is None:
+            text = "The engine process was killed and has not ended"
         elif code == 0:
             text = "The engine process ended because a signal told it to"
         elif code > 0:
@@ -166,10 +180,8 @@ def _wait(
     """Thread: blocks until the process ends. Unlike asyncio's child watchers this works on every
     event loop in every thread, and it reaps the process, so that no zombie remains."""
     process.wait()
-    try:
+    with contextlib.suppress(RuntimeError):  # the event loop is closed, so no task waits
         loop.call_soon_threadsafe(exited.set)
-    except RuntimeError:  # the event loop is closed, so no task waits
-        pass
 
 
 def _reap(process: "subprocess.Popen[bytes]", directory: PrivateDirectory, owner: int) -> None:

@@ -35,6 +35,9 @@ class EngineHost(Protocol):
     def kill(self) -> None:
         """Ends the engine without its cooperation, from any thread; does not wait."""
 
+    def print_stacks(self) -> None:
+        """Prints the stacks of all threads of the engine's process, even if it hangs."""
+
     def clean_up(self) -> None:
         """Makes sure that the engine has ended, and frees its resources."""
 

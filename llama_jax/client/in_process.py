@@ -9,6 +9,7 @@ Imports no JAX until an engine starts.
 
 import asyncio
 import atexit
+import faulthandler
 import os
 import threading
 import traceback
@@ -85,6 +86,10 @@ class InProcessEngine:
     def kill(self) -> None:
         """Ends the engine at the next step of its start, or at its next tick; does not wait."""
         self._killed.set()
+
+    def print_stacks(self) -> None:
+        """Prints the stacks of all threads of this process to stderr."""
+        faulthandler.dump_traceback()
 
     def clean_up(self) -> None:
         """Frees the socket and the memory of an engine that has ended.

@@ -199,6 +199,8 @@ class Engine:
             stage_ticks_busy=loop.stage_ticks_busy,
             token_slots=loop.token_slots,
             token_slots_used=loop.token_slots_used,
+            packet_tokens=loop.packet_tokens,
+            packets_by_tokens=tuple(loop.packets_by_tokens),
             compilations=self.compilations.count + self.warm_up.compilations,
             programs_ready=len(self.warm_up.ready),
             tick_seconds=loop.seconds,

@@ -186,14 +186,19 @@ class LatencyStats:
     most_running: int = 0
 
 
+# Upper bounds of the classes in `Stats.packets_by_tokens`, which has one more; as in vLLM.
+PACKET_TOKENS = (1, *(2**power for power in range(3, 15)))
+
+
 @dataclass(frozen=True)
 class Stats:
     """Counters since the engine was ready, and current gauges (`num_*` and `pages_*`).
 
     `stage_ticks` counts ticks × stages, and `stage_ticks_busy` those in which the stage held a
     packet with tokens. `token_slots` counts the tokens that the programs had room for, over all
-    stages, and `token_slots_used` those that were tokens. `host_seconds` is the part of
-    `tick_seconds` outside the device programs.
+    stages, and `token_slots_used` those that were tokens. `packet_tokens` counts the tokens that
+    entered, and `packets_by_tokens` the packets with so many of them (`PACKET_TOKENS`); empty ones
+    do not count. `host_seconds` is the part of `tick_seconds` outside the device programs.
 
     `programs_ready` of the `EngineInfo.num_programs` are compiled. `compilations` counts each
     compiled part of them.
@@ -218,6 +223,8 @@ class Stats:
     stage_ticks_busy: int = 0
     token_slots: int = 0
     token_slots_used: int = 0
+    packet_tokens: int = 0
+    packets_by_tokens: tuple[int, ...] = (0,) * (len(PACKET_TOKENS) + 1)
     compilations: int = 0
     tick_seconds: float = 0.0
     host_seconds: float = 0.0
@@ -229,3 +236,8 @@ class Stats:
     memory: tuple[MemoryStats, ...] = ()
     programs_ready: int = 0
     latency: LatencyStats = LatencyStats()
+
+    @property
+    def kv_usage(self) -> float:
+        """The fraction of pages in use."""
+        return 1 - self.pages_free / self.pages_total if self.pages_total else 0.0

@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None, build: BuildEngine | None = None) ->
     # Ctrl-C in a terminal reaches the whole process group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # prints the stacks of all threads
 
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)

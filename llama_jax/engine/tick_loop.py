@@ -7,6 +7,7 @@ when more results are unread than `results_late` allows.
 
 import math
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
@@ -15,7 +16,13 @@ import numpy as np
 
 from llama_jax.engine.errors import RequestError
 from llama_jax.engine.executor import Executor
-from llama_jax.engine.interface import Output, ProgramStats, StageStats, TokenLogprobs
+from llama_jax.engine.interface import (
+    PACKET_TOKENS,
+    Output,
+    ProgramStats,
+    StageStats,
+    TokenLogprobs,
+)
 from llama_jax.engine.packets import Packet
 from llama_jax.engine.programs import GREEDY, Choice, TickResult
 from llama_jax.engine.scheduler import Scheduler
@@ -65,6 +72,7 @@ class TickLoop:
       ticks: ticks dispatched.
       stage_ticks_busy: over these ticks, the stages that held a packet with tokens.
       token_slots_used: tokens in them, over all stages.
+      packet_tokens, packets_by_tokens: as in `Stats`.
       seconds: time spent in `step`.
       wait_seconds: the part spent waiting for results.
     """
@@ -95,7 +103,8 @@ class TickLoop:
         self._tiles_in_flight = deque(none, maxlen=self.num_stages)
         self._tokens_in_flight = deque(none, maxlen=self.num_stages)
         self._unread: deque[tuple[Packet, TickResult]] = deque()
-        self.ticks = self.stage_ticks_busy = self.token_slots_used = 0
+        self.ticks = self.stage_ticks_busy = self.token_slots_used = self.packet_tokens = 0
+        self.packets_by_tokens = [0] * (len(PACKET_TOKENS) + 1)
         self.seconds = self.wait_seconds = 0.0
         self._programs = {bucket: [0, 0.0] for bucket in self.sizes.buckets()}  # ticks, seconds
 
@@ -203,7 +212,11 @@ class TickLoop:
         self._in_flight.append(entering)
         self._rows_in_flight.append(len(entering.decoding))
         self._tiles_in_flight.append(len(entering.tiles))
-        tokens_in_flight.append(entering.num_tokens)
+        tokens = entering.num_tokens
+        tokens_in_flight.append(tokens)
+        if tokens:
+            self.packet_tokens += tokens
+            self.packets_by_tokens[bisect_left(PACKET_TOKENS, tokens)] += 1
         # The program must fit the largest packet in any stage, not just the one that enters.
         rows, tiles = max(self._rows_in_flight), max(self._tiles_in_flight)
         bucket = self.sizes.bucket(max(rows, 1), tiles * self.sizes.tile, self.ready())

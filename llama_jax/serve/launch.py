@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import math
 import signal
 import sys
 import time
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from llama_jax.client.client import EngineClient
 from llama_jax.client.engine_process import ENGINE_COMMAND
+from llama_jax.client.watchdog import end_if_hung
 from llama_jax.engine.errors import EngineDead, EngineStartError
 from llama_jax.serve.command_line.arguments import parse_arguments
 from llama_jax.serve.command_line.ready import show_ready
@@ -136,7 +138,7 @@ async def _serve(
             site.open(served)
             stack.enter_context(frozen_heap())
             _show_ready(setup, served, time.perf_counter() - started, console)
-            throughput = _throughput(engine, setup.arguments.log_stats_interval)
+            background = _background(engine, setup.arguments)
             try:
                 reason = await unless(stop.asked.wait(), engine.wait_dead())
             except Interrupted:
@@ -146,7 +148,8 @@ async def _serve(
                 if not stop.asked.is_set():  # else the same signal has ended both
                     raise EngineDead(reason)
             finally:
-                throughput.cancel()
+                for task in background:
+                    task.cancel()
         finally:
             if stop.repeated.is_set():
                 engine.kill()
@@ -171,14 +174,12 @@ async def _with_tokenizer(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _throughput(engine: EngineClient, interval: float) -> asyncio.Task[None]:
-    """Starts the task that writes the line about throughput; without an interval, it has ended."""
-
-    async def write() -> None:
-        if interval:
-            await log_throughput(lambda: engine.stats, interval)
-
-    return asyncio.create_task(write())
+def _background(engine: EngineClient, arguments: argparse.Namespace) -> list[asyncio.Task[None]]:
+    """Starts what runs beside the requests: the line about throughput, and the watchdog."""
+    work = [end_if_hung(engine, arguments.watchdog_timeout or math.inf)]
+    if interval := arguments.log_stats_interval:
+        work.append(log_throughput(lambda: engine.stats, interval))
+    return [asyncio.create_task(each) for each in work]
 
 
 async def _drain(server: HttpServer, stop: StopSignals, seconds: float, console: Console) -> None:

@@ -1,5 +1,7 @@
 """The tick loop with a device whose tokens can be computed by hand."""
 
+import itertools
+import math
 from collections import Counter, defaultdict, deque
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.chunk_choice import ChunkChoice
-from llama_jax.engine.interface import StageStats
+from llama_jax.engine.interface import PACKET_TOKENS, StageStats
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.engine.tick_times import TickTimes
@@ -163,6 +165,11 @@ def test_counters_count_what_was_dispatched(stages):
     # A step that only reads a late result is not a tick.
     assert list(dict.fromkeys(counted)) == expected
     assert 0 < used < slots and 0 < busy <= loop.ticks * stages
+    sizes = [packet.num_tokens for packet in packets if packet]
+    classes = itertools.pairwise((0, *PACKET_TOKENS, math.inf))
+    by_tokens = [sum(low < size <= high for size in sizes) for low, high in classes]
+    assert (loop.packet_tokens, loop.packets_by_tokens) == (sum(sizes), by_tokens)
+    assert sum(count > 0 for count in by_tokens) > 2, "the packets are too much alike"
 
 
 class Clock:

@@ -2,6 +2,7 @@
 
 import re
 import resource
+import socket
 
 import httpx
 import openai
@@ -291,6 +292,27 @@ def test_only_trusted_proxies_name_the_client(trusted, client):
     headers = {"X-Forwarded-For": "1.1.1.1, 203.0.113.7"}
     with listening(server, trusted_proxies=trusted) as address:
         httpx.get(f"{address}/live", headers=headers)
+    assert [each.rpartition(":")[0] for each in seen] == [client]
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+@pytest.mark.parametrize(
+    ("host", "trusted", "client"),
+    [
+        ("127.0.0.1", None, "127.0.0.1"),
+        ("127.0.0.1", "127.0.0.0/8", "[2001:db8::7]"),
+        ("[::1]", "127.0.0.0/8", "[::1]"),
+        ("[::1]", "::1", "[2001:db8::7]"),
+    ],
+)
+def test_an_address_is_the_same_on_a_socket_of_both_kinds(host, trusted, client):
+    """The kernel shows 127.0.0.1 as ::ffff:127.0.0.1, which no network of IPv4 contains."""
+    server, seen = FakeServer(), []
+    server.app.listeners.append(lambda record: seen.append(record.client))
+    with listening(server, "::", trusted_proxies=trusted) as address:
+        port = address.rpartition(":")[2]
+        headers = {"X-Forwarded-For": "2001:db8::7"}
+        httpx.get(f"http://{host}:{port}/live", headers=headers)
     assert [each.rpartition(":")[0] for each in seen] == [client]
 
 

@@ -132,6 +132,7 @@ def test_wrong_usage_prints_one_line_and_exits_with_2(line, said, capsys):
         ("models/x --num_gpu_blocks_override 9", "--kv-cache-memory"),
         ("models/x --max-num-batched-tokens 512", "--max-chunk"),
         ("models/x --enforce-eager", "compiled"),
+        ("models/x --pp-max-micro-batch-size 4", "--max-num-seqs"),
         ("--mem-fraction-static nonsense --port x", "--gpu-memory-utilization"),
     ],
 )

@@ -50,6 +50,11 @@ def test_parallel_sizes_make_the_mesh(line, mesh):
     assert options(line).mesh == mesh
 
 
+def test_the_limits_of_the_queue_have_the_names_of_vllm():
+    arguments = parse_arguments(["--max-num-queued-reqs", "7", "--max-num-queued-tokens", "99"])
+    assert (arguments.max_queue, arguments.max_queue_tokens) == (7, 99)
+
+
 @pytest.mark.parametrize("line", ["--mesh 4x2 -tp 4", "--mesh 2x1 -pp 4"])
 def test_a_mesh_that_contradicts_the_sizes_is_refused(line, capsys):
     message = wrong(line, capsys)

@@ -24,7 +24,7 @@ def expressions(file: str) -> list[str]:
 
 def names(expression: str) -> set[str]:
     """The metrics that a query reads."""
-    return set(re.findall(r"vllm:\w+|http_\w+", expression))
+    return set(re.findall(r"vllm:\w+|http_\w+|process_\w+", expression))
 
 
 @pytest.mark.parametrize("file", ["alerts.yaml", "grafana.json"])

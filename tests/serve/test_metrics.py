@@ -207,6 +207,8 @@ def test_every_counter_of_the_engine_is_exported() -> None:
         queue_tokens=13,
         pages_cached=14,
         programs_ready=5,
+        packet_tokens=3000,
+        packets_by_tokens=(3, 0, 2, *[0] * 8, 1, 0, 1),
     )
     values = [v for v in dataclasses.asdict(stats).values() if isinstance(v, int | float)]
     assert len(set(values)) == len(values), "equal values could be swapped"
@@ -234,6 +236,15 @@ def test_every_counter_of_the_engine_is_exported() -> None:
         "host_seconds_total": 0.5,
         "queue_tokens": 13,
         "kv_pages_cached": 14,
+        "iteration_tokens_total_sum": 3000,
+        "iteration_tokens_total_count": 7,
+        "iteration_tokens_total_bucket{1.0}": 3,
+        "iteration_tokens_total_bucket{8.0}": 3,
+        "iteration_tokens_total_bucket{16.0}": 5,
+        "iteration_tokens_total_bucket{4096.0}": 5,
+        "iteration_tokens_total_bucket{8192.0}": 6,
+        "iteration_tokens_total_bucket{16384.0}": 6,
+        "iteration_tokens_total_bucket{+Inf}": 7,
     }
     found = samples(metrics.text().decode())
     assert {name: found[name] for name in expected} == expected

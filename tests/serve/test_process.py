@@ -202,6 +202,19 @@ def test_an_engine_that_stops_answering_gets_no_requests_until_it_answers_again(
 
 
 @pytest.mark.slow
+def test_an_engine_that_hangs_for_good_ends_streams_and_the_server(checkpoints):
+    flags = ("--watchdog-timeout", "1", "--sse-keep-alive-interval", "0")
+    with start(checkpoints, *flags).wait_ready() as server:
+        engine = server.engine_pid()
+        reader = Reader(server.url, max_tokens=100_000)
+        os.kill(engine, signal.SIGSTOP)
+        assert reader.events()[-1]["error"]["code"] == "engine_dead"
+        assert server.end() == 1
+        assert "The engine sent no report for" in server.err[-1]
+        assert_gone(server, engine)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("redirection", [">&- 2>&-", "> /dev/full 2> /dev/full", "| true"])
 def test_a_server_whose_output_cannot_be_written_serves(checkpoints, redirection):
     with socket.create_server(("127.0.0.1", 0)) as free:

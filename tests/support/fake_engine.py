@@ -11,6 +11,7 @@ also in a prompt, is -t / 1000. The rest of its behavior is in `EngineOptions.pa
   exit      prints an error and exits before it is ready
   kill      kills itself with SIGKILL after NUMBER tokens
   crash     raises in the step after NUMBER tokens
+  freeze    hangs in the step after NUMBER tokens
   refuse    cannot answer prompts that start with 13
 """
 
@@ -133,6 +134,8 @@ class FakeEngine:
         self.made += len(outputs)
         if self.mode == "kill" and self.made > self.number:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.mode == "freeze" and self.made > self.number:
+            time.sleep(3600)
         if self.mode == "crash" and self.made > self.number:
             raise RuntimeError("INTERNAL: a device is lost\nand here come pages of text")
         return outputs

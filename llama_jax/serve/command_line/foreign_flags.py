@@ -85,6 +85,15 @@ _ROWS: tuple[tuple[str, str], ...] = (
         "--disable-radix-cache --enable-block-reuse",
         "prefix caching is on; --no-prefix-caching turns it off",
     ),
+    (
+        "--pp-max-micro-batch-size --pp-async-batch-depth",
+        "the pipeline holds one microbatch per stage, which share the places of --max-num-seqs",
+    ),
+    (
+        "--logprobs-mode",
+        "log-probabilities are those of the model, before penalties, biases and the temperature",
+    ),
+    ("--enable-sleep-mode", "end the server, and start it again"),
     ("--stream-interval", "a stream has one event per token"),
     ("--collect-detailed-traces", "every trace has the phases of its request"),
 )

@@ -64,7 +64,16 @@ def add_http_flags(parser: argparse.ArgumentParser) -> None:
         "them at once (default: %(default)g)",
     )
     http.add_argument(
+        "--watchdog-timeout",
+        type=values.seconds,
+        default=120.0,
+        metavar="SECONDS",
+        help="an engine that has sent no report for this long, and for 20 ticks, hangs: it is "
+        "killed, and the server ends with exit code 1; 0 waits for ever (default: %(default)g)",
+    )
+    http.add_argument(
         "--max-queue-tokens",
+        "--max-num-queued-tokens",
         type=values.positive,
         default=MAX_QUEUE_TOKENS,
         metavar="TOKENS",

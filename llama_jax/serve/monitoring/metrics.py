@@ -19,13 +19,13 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from llama_jax.engine.interface import EngineInfo, Stats
+from llama_jax.engine.interface import PACKET_TOKENS, EngineInfo, Stats
 from llama_jax.serve.monitoring.http_metrics import HttpMetrics
 from llama_jax.serve.monitoring.recent import RecentValues
 from llama_jax.serve.monitoring.request_record import RequestRecord, current_record
 from llama_jax.serve.monitoring.request_timer import RequestTimer
 from llama_jax.serve.monitoring.ring_metrics import ring_families
-from llama_jax.serve.monitoring.token_histogram import TokenHistogram
+from llama_jax.serve.monitoring.token_histogram import TokenHistogram, histogram_family
 
 PREFIXES = ("llama_jax", "vllm")
 FINISHED = ("stop", "length", "abort", "error")
@@ -55,7 +55,7 @@ _GAUGES: tuple[_Report, ...] = (
         lambda s: s.num_running,
     ),
     ("num_requests_waiting", "Sequences in the queue.", lambda s: s.num_waiting),
-    ("kv_cache_usage_perc", "Fraction of KV-cache pages in use.", lambda s: _pages_used(s)),
+    ("kv_cache_usage_perc", "Fraction of KV-cache pages in use.", lambda s: s.kv_usage),
     ("kv_pages", "KV-cache pages.", lambda s: s.pages_total),
     ("kv_pages_free", "Free KV-cache pages.", lambda s: s.pages_free),
     ("programs_ready", "Buckets whose programs are compiled.", lambda s: s.programs_ready),
@@ -295,8 +295,12 @@ class _EngineCollector(Collector):
         for reason, waiting in (("capacity", stats.num_waiting), ("deferred", 0)):
             by_reason.add_metric([*self._labels.values(), reason], waiting)
         yield by_reason
+        yield histogram_family(
+            f"{self._prefix}:iteration_tokens_total",
+            "Tokens of a packet: the prompt and answer tokens that enter in one tick.",
+            self._labels,
+            PACKET_TOKENS,
+            stats.packets_by_tokens,
+            stats.packet_tokens,
+        )
         yield from ring_families(self._prefix, self._labels, stats)
-
-
-def _pages_used(stats: Stats) -> float:
-    return 1 - stats.pages_free / stats.pages_total if stats.pages_total else 0.0

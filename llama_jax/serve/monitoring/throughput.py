@@ -40,13 +40,12 @@ def throughput_line(before: Stats, after: Stats, seconds: float) -> str:
       seconds: its length.
     """
     prompt, cached, generated = (a - b for a, b in zip(_work(after), _work(before), strict=True))
-    used = 1 - after.pages_free / after.pages_total if after.pages_total else 0.0
     looked_up = prompt + cached
     return (
         f"Engine 000: Avg prompt throughput: {looked_up / seconds:.1f} tokens/s, "
         f"Avg generation throughput: {generated / seconds:.1f} tokens/s, "
         f"Running: {after.num_running} reqs, Waiting: {after.num_waiting} reqs, "
-        f"GPU KV cache usage: {100 * used:.1f}%, "
+        f"GPU KV cache usage: {100 * after.kv_usage:.1f}%, "
         f"Prefix cache hit rate: {100 * cached / looked_up if looked_up else 0.0:.1f}%"
     )
 

@@ -1,4 +1,4 @@
-"""A histogram for what is measured once per token."""
+"""Histograms without the cost per value of those of `prometheus_client`."""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,8 +31,31 @@ class TokenHistogram(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Called by the registry at each scrape."""
-        family = HistogramMetricFamily(self._name, self._about, labels=list(self._labels))
-        bounds = map(floatToGoString, [*self._bounds, float("inf")])
-        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
-        family.add_metric(list(self._labels.values()), buckets, self._sum)
-        yield family
+        yield histogram_family(
+            self._name, self._about, self._labels, self._bounds, self._counts, self._sum
+        )
+
+
+def histogram_family(
+    name: str,
+    about: str,
+    labels: Mapping[str, str],
+    bounds: Sequence[float],
+    counts: Sequence[int],
+    total: float,
+) -> HistogramMetricFamily:
+    """A histogram as Prometheus has it, whose buckets count all values up to their bounds.
+
+    Args:
+      name: of the metric.
+      about: its help text.
+      labels: its labels.
+      bounds: upper bounds of the classes, in order and without infinity.
+      counts: the values in each class, and last those above all bounds.
+      total: the sum of the values.
+    """
+    family = HistogramMetricFamily(name, about, labels=list(labels))
+    ends = map(floatToGoString, [*bounds, float("inf")])
+    buckets = list(zip(ends, accumulate(counts), strict=True))
+    family.add_metric(list(labels.values()), buckets, total)
+    return family

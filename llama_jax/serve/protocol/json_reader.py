@@ -23,6 +23,7 @@ _INTEGER = msgspec.json.Decoder(int)
 _NUMBER = msgspec.json.Decoder(float)
 _INTEGERS = msgspec.json.Decoder(list[int])
 _NUMBERS = msgspec.json.Decoder(list[int | float])
+_STRING = msgspec.json.Decoder(str)
 
 # A high surrogate without a low one after it, or a low one without a high one before it. The common
 # start makes the search fast.
@@ -76,6 +77,13 @@ def read_object(raw: msgspec.Raw, param: str) -> Fields:
 def read_items(raw: msgspec.Raw, param: str) -> list[msgspec.Raw]:
     """Returns the items of an array, which are not decoded yet."""
     return decode(_ITEMS, raw, param)
+
+
+def read_text(fields: Fields, name: str, path: str) -> str:
+    """Reads a field that must be there and be a string; `path` is where its object is."""
+    if name not in fields:
+        refuse_missing(f"{path}.{name}")
+    return decode(_STRING, fields[name], f"{path}.{name}")
 
 
 def read_integer(raw: msgspec.Raw, param: str) -> int:

@@ -8,17 +8,17 @@ import msgspec
 from msgspec import Meta, Raw
 
 from llama_jax.serve.protocol.json_reader import (
-    Fields,
     decode,
     is_null,
     read_items,
     read_object,
+    read_text,
     refuse,
     refuse_missing,
 )
 from llama_jax.serve.protocol.response_types import ToolCall
 from llama_jax.serve.protocol.tools import MAX_DEPTH, NAME, deeper_than
-from llama_jax.serve.protocol.unsupported import without_no_ops
+from llama_jax.serve.protocol.unsupported import Kind, NoOps, without_no_ops
 from llama_jax.text.conversation import Call
 
 # OpenAI renamed the role "system" to "developer"; Llama 3 was trained with "system".
@@ -103,7 +103,7 @@ def _read_message(raw: Raw, param: str) -> Message:
     given = read_object(raw, param)
     if "role" not in given or is_null(given["role"]):
         refuse_missing(f"{param}.role")
-    role = _text(given, "role", param)
+    role = read_text(given, "role", param)
     of_role = _FIELDS_OF_ROLE.get(role, ())
     fields = without_no_ops(given, ("role", "content", *of_role), "message", f"{param}.")
     if role not in ROLES:
@@ -114,9 +114,9 @@ def _read_message(raw: Raw, param: str) -> Message:
     if "tool_calls" in fields:
         message.tool_calls = _read_calls(fields["tool_calls"], f"{param}.tool_calls")
     if role == "tool":
-        message.tool_call_id = _text(fields, "tool_call_id", param)
+        message.tool_call_id = read_text(fields, "tool_call_id", param)
     if "content" in fields:
-        message.content = _read_content(fields["content"], f"{param}.content")
+        message.content = read_content(fields["content"], f"{param}.content")
     elif role not in ("assistant", "tool"):  # a tool may return nothing
         if "content" in given:
             refuse(
@@ -142,7 +142,7 @@ def _read_call(raw: Raw, param: str) -> ToolCall:
     fields = without_no_ops(
         read_object(raw, param), ("id", "type", "function"), "call", f"{param}."
     )
-    kind = _text(fields, "type", param) if "type" in fields else "function"
+    kind = read_text(fields, "type", param) if "type" in fields else "function"
     if kind != "function":
         refuse(
             f"{param}: only calls of functions are supported, not {kind[:40]!r}.", f"{param}.type"
@@ -153,12 +153,12 @@ def _read_call(raw: Raw, param: str) -> ToolCall:
     function = without_no_ops(
         read_object(fields["function"], where), ("name", "arguments"), "call", f"{where}."
     )
-    name = _text(function, "name", where)
+    name = read_text(function, "name", where)
     if not re.fullmatch(NAME, name):
         refuse(f"{where}.name is not the name of a function: {name[:80]!r}.", f"{where}.name")
-    arguments = _text(function, "arguments", where) if "arguments" in function else ""
+    arguments = read_text(function, "arguments", where) if "arguments" in function else ""
     return {
-        "id": _text(fields, "id", param),
+        "id": read_text(fields, "id", param),
         "type": "function",
         "function": {"name": name, "arguments": arguments},
     }
@@ -175,25 +175,30 @@ def _parsed(arguments: str) -> dict[str, Any] | str:
     return arguments if deeper_than(MAX_DEPTH, value) else value
 
 
-def _read_content(raw: Raw, param: str) -> str:
-    """Turns the content of a message into a text, with a line per part if it has several."""
+def read_content(
+    raw: Raw, param: str, kinds: Sequence[str] = ("text",), no_ops: Kind | NoOps = "part"
+) -> str:
+    """Turns the content of a message into a text, with a line per part if it has several.
+
+    Args:
+      raw: a string, or an array of parts.
+      param: the name of its field.
+      kinds: the types of parts that have a text.
+      no_ops: the unsupported fields of a part that are accepted, as `without_no_ops` takes them.
+
+    Raises:
+      ApiError: with the first error found.
+    """
     if not bytes(raw).startswith(b"["):
         return decode(_STRING, raw, param)
-    return "\n".join(
-        _read_part(item, f"{param}[{index}]") for index, item in enumerate(read_items(raw, param))
-    )
 
+    def part(raw: Raw, param: str) -> str:
+        fields = read_object(raw, param)
+        kind = read_text(fields, "type", param)
+        if kind not in kinds:
+            refuse(f"{param}: only text parts are supported, not {kind[:40]!r}.", f"{param}.type")
+        fields = without_no_ops(fields, ("type", "text"), no_ops, f"{param}.")
+        return read_text(fields, "text", param)
 
-def _read_part(raw: Raw, param: str) -> str:
-    fields = read_object(raw, param)
-    kind = _text(fields, "type", param)
-    if kind != "text":
-        refuse(f"{param}: only text parts are supported, not {kind[:40]!r}.", f"{param}.type")
-    fields = without_no_ops(fields, ("type", "text"), "part", f"{param}.")
-    return _text(fields, "text", param)
-
-
-def _text(fields: Fields, name: str, path: str) -> str:
-    if name not in fields:
-        refuse_missing(f"{path}.{name}")
-    return decode(_STRING, fields[name], f"{path}.{name}")
+    parts = enumerate(read_items(raw, param))
+    return "\n".join(part(item, f"{param}[{index}]") for index, item in parts)

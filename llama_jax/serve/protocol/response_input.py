@@ -14,10 +14,11 @@ from llama_jax.serve.protocol.json_reader import (
     is_null,
     read_items,
     read_object,
+    read_text,
     refuse,
     refuse_missing,
 )
-from llama_jax.serve.protocol.messages import Message
+from llama_jax.serve.protocol.messages import Message, read_content
 from llama_jax.serve.protocol.response_types import FunctionCall, ToolCall
 from llama_jax.serve.protocol.tools import NAME, check_name
 from llama_jax.serve.protocol.unsupported import LABEL, NoOps, no_op_schemas, without_no_ops
@@ -38,6 +39,8 @@ _REASONING_NO_OPS: NoOps = {
     "content": ([],),
     "encrypted_content": (),
 }
+
+_PART_KINDS = ("input_text", "output_text")
 
 NULL = Raw(b"null")
 _STRING = msgspec.json.Decoder(str)
@@ -70,7 +73,7 @@ def _read_item(raw: Raw, param: str, messages: list[Message], call_ids: set[str]
     fields = read_object(raw, param)
     kind = "message"  # which has other fields to be known by
     if not is_null(fields.get("type", NULL)):
-        kind = _text(fields, "type", param)
+        kind = read_text(fields, "type", param)
     if kind == "message":
         messages.append(_read_message(fields, param))
     elif kind == "function_call":
@@ -100,20 +103,20 @@ def _read_item(raw: Raw, param: str, messages: list[Message], call_ids: set[str]
 def _read_call(fields: Fields, param: str, known: set[str]) -> ToolCall:
     names = ("type", "call_id", "name", "arguments")
     fields = without_no_ops(fields, names, _CALL_NO_OPS, f"{param}.")
-    call_id = _text(fields, "call_id", param)
+    call_id = read_text(fields, "call_id", param)
     if call_id in known:
         refuse(f"{param}.call_id: two calls have the same id.", f"{param}.call_id")
     known.add(call_id)
-    name = _text(fields, "name", param)
+    name = read_text(fields, "name", param)
     check_name(name, f"{param}.name")
-    function: FunctionCall = {"name": name, "arguments": _text(fields, "arguments", param)}
+    function: FunctionCall = {"name": name, "arguments": read_text(fields, "arguments", param)}
     return {"id": call_id, "type": "function", "function": function}
 
 
 def _read_result(fields: Fields, param: str, known: set[str]) -> Message:
     names = ("type", "call_id", "output")
     fields = without_no_ops(fields, names, _RESULT_NO_OPS, f"{param}.")
-    call_id = _text(fields, "call_id", param)
+    call_id = read_text(fields, "call_id", param)
     if call_id not in known:
         refuse(
             f"{param}.call_id is {call_id[:64]!r}, but no call before it has this id.",
@@ -121,43 +124,24 @@ def _read_result(fields: Fields, param: str, known: set[str]) -> Message:
         )
     if "output" not in fields:
         refuse_missing(f"{param}.output")
-    content = _read_content(fields["output"], f"{param}.output")
+    content = _content(fields["output"], f"{param}.output")
     return Message("tool", content, tool_call_id=call_id)
 
 
 def _read_message(fields: Fields, param: str) -> Message:
     fields = without_no_ops(fields, ("type", "role", "content"), _ITEM_NO_OPS, f"{param}.")
-    role = _text(fields, "role", param)
+    role = read_text(fields, "role", param)
     if role not in ROLES:
         refuse(
             f"{param}.role must be one of {', '.join(ROLES)}, got {role[:40]!r}.", f"{param}.role"
         )
     if "content" not in fields:
         refuse_missing(f"{param}.content")
-    return Message(ROLES[role], _read_content(fields["content"], f"{param}.content"))
+    return Message(ROLES[role], _content(fields["content"], f"{param}.content"))
 
 
-def _read_content(raw: Raw, param: str) -> str:
-    """Turns the content of an item into a text, with a line per part if it has several."""
-    if not bytes(raw).startswith(b"["):
-        return decode(_STRING, raw, param)
-    parts = enumerate(read_items(raw, param))
-    return "\n".join(_read_part(part, f"{param}[{index}]") for index, part in parts)
-
-
-def _read_part(raw: Raw, param: str) -> str:
-    fields = read_object(raw, param)
-    kind = _text(fields, "type", param)
-    if kind not in ("input_text", "output_text"):
-        refuse(f"{param}: only text parts are supported, not {kind[:40]!r}.", f"{param}.type")
-    fields = without_no_ops(fields, ("type", "text"), _PART_NO_OPS, f"{param}.")
-    return _text(fields, "text", param)
-
-
-def _text(fields: Fields, name: str, path: str) -> str:
-    if name not in fields:
-        refuse_missing(f"{path}.{name}")
-    return decode(_STRING, fields[name], f"{path}.{name}")
+def _content(raw: Raw, param: str) -> str:
+    return read_content(raw, param, _PART_KINDS, _PART_NO_OPS)
 
 
 def _object_schema(properties: dict[str, Any], required: list[str], no_ops: NoOps) -> Any:
@@ -170,7 +154,7 @@ def _object_schema(properties: dict[str, Any], required: list[str], no_ops: NoOp
 
 
 _TEXT_PART_SCHEMA = _object_schema(
-    {"type": {"enum": ["input_text", "output_text"]}, "text": {"type": "string"}},
+    {"type": {"enum": [*_PART_KINDS]}, "text": {"type": "string"}},
     ["type", "text"],
     _PART_NO_OPS,
 )

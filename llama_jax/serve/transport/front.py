@@ -81,9 +81,13 @@ def _record_of(scope: Scope) -> RequestRecord:
         id=given if _SANE_ID.fullmatch(given) else new_request_id(),
         method=scope["method"],
         path=(scope.get("raw_path") or scope["path"].encode()).partition(b"?")[0].decode("latin-1"),
-        client=f"{client[0]}:{client[1]}" if client else "unix",
+        client=_address(*client) if client else "unix",
         http_version=scope.get("http_version", "1.1"),
         trace={
             name: value for name in ("traceparent", "tracestate") if (value := headers.get(name))
         },
     )
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -48,6 +48,11 @@ class HttpProtocol(WriteDeadline, H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Starts the timer for the first request."""
         super().connection_made(transport)
+        if self.client is not None:
+            host, port = self.client
+            # A socket of both families shows an IPv4 address as one of IPv6, which is in none of
+            # the networks of IPv4 that are trusted.
+            self.client = host.removeprefix("::ffff:"), port
         self._limit_wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
