@@ -1,1 +1,1 @@
-"""Checkpoint conversion, a command-line tool: see `python -m convert --help`."""
+"""Checkpoint conversion: `python -m convert --help`, and `convert.model.save_model` from Python."""

@@ -37,6 +37,12 @@ def capture(
       ValueError: no activation matches a name, or `tokens` has the wrong shape or range.
     """
     check_tokens(tokens, model.config.vocab_size)
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(
+                f"A name of an activation must be a string, not a {type(name).__name__}: give "
+                "several as capture(model, tokens, *names)."
+            )
     if isinstance(model, ShardedLlama):
         return model.observe(tokens, tuple(matching(activation_shapes(model), names)))
     graph, state = nnx.split(model)

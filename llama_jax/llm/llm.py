@@ -23,7 +23,13 @@ from llama_jax.engine.interface import EngineInfo, Stats
 from llama_jax.engine.options import OPTIONS, EngineOptions, lists_options
 from llama_jax.llm.completion import Completion
 from llama_jax.llm.notebook.html import llm_html
-from llama_jax.llm.prompts import EncodedPrompt, encode_conversation, encode_prompt, is_prompt
+from llama_jax.llm.prompts import (
+    EncodedPrompt,
+    encode_conversation,
+    encode_prompt,
+    is_prompt,
+    with_python_numbers,
+)
 from llama_jax.llm.session import Session
 from llama_jax.llm.text_stream import TextStream
 from llama_jax.text.tokenizer import Tokenizer
@@ -215,7 +221,7 @@ class LLM:
 
         Args:
           prompts: one prompt or a list. A prompt is a text, which gets BOS in front, or a sequence
-            of token ids, which is used as it is.
+            of token ids, which is used as it is. Arrays of token ids [T] or [B, T] work, too.
           params: for all prompts, or a list with one per prompt; None means `defaults`.
           progress: whether to show the progress of a list that takes more than a second; None means
             only in notebooks.
@@ -228,6 +234,7 @@ class LLM:
           RequestError, TokenizerError: a request can never be answered; none was started.
           EngineDead: the engine has ended, or ends before the answer.
         """
+        prompts = with_python_numbers(prompts)
         if is_prompt(prompts):
             return self._complete([encode_prompt(self.tokenizer, prompts)], params, False)[0]
         encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
@@ -281,7 +288,7 @@ class LLM:
           RequestError, TokenizerError: the request can never be answered.
           EngineDead: the engine has ended.
         """
-        return self._stream(encode_prompt(self.tokenizer, prompt), params)
+        return self._stream(encode_prompt(self.tokenizer, with_python_numbers(prompt)), params)
 
     def stream_chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None
@@ -337,10 +344,11 @@ class LLM:
                 "prompt, or one for all.",
                 "params",
             )
-        return self._session.complete(prompts, params, progress)
+        return self._session.complete(prompts, with_python_numbers(params), progress)
 
     def _stream(self, prompt: EncodedPrompt, params: SamplingParams | None) -> TextStream:
-        return self._session.stream(prompt, self.defaults if params is None else params)
+        params = self.defaults if params is None else params
+        return self._session.stream(prompt, with_python_numbers(params))
 
 
 def _check_names(options: Mapping[str, Any], *others: str) -> None:

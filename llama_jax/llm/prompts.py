@@ -1,8 +1,10 @@
-"""Encodes prompts and conversations. Imports no JAX."""
+"""Encodes prompts and conversations, and takes numbers of NumPy and JAX. Imports no JAX."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import RequestError
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -46,6 +48,24 @@ def encode_conversation(tokenizer: Tokenizer, messages: Any) -> EncodedPrompt:
     """
     token_ids = tokenizer.encode_chat(messages)
     return EncodedPrompt(token_ids, tokenizer.decode(token_ids, skip_special_tokens=False))
+
+
+def with_python_numbers(value: Any) -> Any:
+    """The value with arrays of NumPy and JAX as lists, and their numbers as Python's.
+
+    Looks inside lists, tuples and `SamplingParams`. What has only Python's values is returned as it
+    is.
+    """
+    if isinstance(value, SamplingParams):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        plain = {name: with_python_numbers(each) for name, each in fields.items()}
+        changed = any(plain[name] is not fields[name] for name in fields)
+        return dataclasses.replace(value, **plain) if changed else value
+    if isinstance(value, list | tuple):
+        if set(map(type, value)) <= {int, str}:  # quickly, for long prompts
+            return value
+        return type(value)(map(with_python_numbers, value))
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def is_prompt(prompts: Any) -> bool:

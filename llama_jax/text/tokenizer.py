@@ -77,7 +77,7 @@ class Tokenizer:
                 raise TokenizerError(
                     f"{self.path} has no tokenizer.json: copy the model's tokenizer files there."
                 )
-            transformers = _load(folder)
+            transformers = _load(folder, self.path)
         if chat_template is not None:
             transformers.chat_template = chat_template
         self._backend = transformers.backend_tokenizer
@@ -222,7 +222,8 @@ class Tokenizer:
         return known
 
 
-def _load(path: Path) -> Any:
+def _load(folder: Path, path: Path) -> Any:
+    """Loads the tokenizer of the checkpoint at `path`, whose files are in `folder`."""
     # Silences two notices of the import: transformers' that there are no models without PyTorch,
     # and tqdm's that a notebook should have ipywidgets.
     name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
@@ -239,14 +240,14 @@ def _load(path: Path) -> Any:
             os.environ[name] = before
 
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
-        processor_file = path / "chat_template.json"
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        processor_file = folder / "chat_template.json"
         # Where processors of transformers 4 kept the template; tokenizers do not look there.
         if tokenizer.chat_template is None and processor_file.is_file():
             content = json.loads(processor_file.read_text(encoding="utf-8"))
             tokenizer.chat_template = content["chat_template"]
     except Exception as error:  # transformers raises many classes for a broken file
-        reason = str(error).split("\n", 1)[0].rstrip(".")
+        reason = str(error).split("\n", 1)[0].rstrip(".") or type(error).__name__
         raise TokenizerError(f"The tokenizer of {path} cannot be read: {reason}.") from error
     return tokenizer
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 from llama_jax.gguf import GgufError
 from llama_jax.gguf.header import GgufHeader
 from llama_jax.gguf.tokenizer import write_tokenizer
-from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer, TokenizerError
 from tests.support.gguf_file import gpt2_metadata, tiny_backend, tiny_model, write_gguf
 from tests.support.tiny_tokenizer import TEXT
 
@@ -153,3 +153,15 @@ def test_other_tokenizers_are_refused(tmp_path, changes, named):
     present = {key: value for key, value in metadata.items() if value is not None}
     with pytest.raises(GgufError, match=named):
         translated(tmp_path, present)
+
+
+def test_the_message_names_the_file_and_not_the_folder_of_its_translation(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError  # without a text, as transformers does for some broken files
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.from_pretrained", fail)
+    metadata = gpt2_metadata(tiny_backend(), "llama-bpe")
+    path = write_gguf(tmp_path / "model.gguf", tiny_model(), tokenizer=metadata)
+    with pytest.raises(TokenizerError) as caught:
+        Tokenizer(path)
+    assert str(caught.value) == f"The tokenizer of {path} cannot be read: AssertionError."

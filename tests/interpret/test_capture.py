@@ -255,3 +255,8 @@ def test_a_value_tapped_by_a_subclass(made):
         _, found = capture(model, tokens, "layers.*.distance")
         assert len(found) == 3
         assert_close(found["layers.2.distance"], moved.norm(dim=-1))
+
+
+def test_a_list_of_names_is_refused_with_the_way_to_write_it(model, tokens):
+    with pytest.raises(ValueError, match=r"not a list.*\*names"):
+        capture(model, tokens, ["embedding", "logits"])
