@@ -255,6 +255,8 @@ class Llama(TappedModule):
     def from_pretrained(cls, path: str, dtype: str = "auto") -> Self:
         """Loads a checkpoint (Hugging Face or Orbax layout, or GGUF) to the default device.
 
+        Parameters that a subclass adds, such as adapters, start as its constructor makes them.
+
         Args:
           path: the directory, or the GGUF file.
           dtype: "auto" (float32 on CPU, else the checkpoint's own), "float32" or "bfloat16".
@@ -279,7 +281,26 @@ class Llama(TappedModule):
             model.lm_head.set_value(params.lm_head)
         for layer, weights in zip(model.layers, params.layers, strict=True):
             set_weights(layer, weights)
+        _initialize_others(model, kind)
         return model
+
+
+def _initialize_others(model: Llama, dtype: jnp.dtype) -> None:
+    """Gives parameters that a subclass adds, and no checkpoint has, their initial values."""
+    added = [
+        path
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+        if isinstance(variable.get_value(), jax.ShapeDtypeStruct)
+    ]
+
+    @jax.jit  # so that XLA leaves out the random values of all others
+    def initial() -> list[nnx.Variable]:
+        random = type(model)(model.config, rngs=nnx.Rngs(0), dtype=dtype)
+        values = dict(nnx.to_flat_state(nnx.state(random)))
+        return [values[path] for path in added]
+
+    if added:
+        nnx.update(model, nnx.from_flat_state(zip(added, initial(), strict=True)))
 
 
 def head_logits(x: jax.Array, head: jax.Array) -> jax.Array:
