@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from llama_jax.costs.figure import Band, Evidence, Figure
 from llama_jax.plan.plan import Plan
 from llama_jax.plan.report.document import Cell, Report, Section, Table
+from llama_jax.plan.report.quantities import program_text
 from llama_jax.plan.simulation.beyond_one_load import (
     SOURCE,
     daily,
@@ -150,7 +151,7 @@ def _engine(found: dict[str, Figures]) -> Section:
 def _programs(result: Simulated) -> Section:
     rows: list[tuple[Cell, ...]] = [
         (
-            f"{p.rows} rows + {p.chunk}",
+            program_text(p.rows, p.chunk),
             exactly(p.ticks / result.ticks, ""),
             exactly(p.seconds / p.ticks, "s"),
         )
