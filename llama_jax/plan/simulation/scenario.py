@@ -13,6 +13,7 @@ from llama_jax.plan.simulation.lengths import Lengths
 from llama_jax.plan.simulation.load import Draw, Load
 from llama_jax.plan.simulation.server import Server, server_for
 from llama_jax.plan.simulation.traces import read_trace
+from llama_jax.terminal.units import count_text
 from sharding.errors import UserError
 
 SECONDS = 300.0  # in which requests arrive
@@ -135,4 +136,7 @@ def _load(arguments: argparse.Namespace, plan: Plan) -> tuple[Load, Draw | None,
 
 
 def _users(users: dict[str, float]) -> str:
-    return f" of {users['users']} users" if users else ""
+    if not users:
+        return ""
+    pause = f" with pauses of {users['think']:g} s" if users["think"] else ""
+    return f" of {count_text(int(users['users']), 'user')}{pause}"
