@@ -312,7 +312,10 @@ def workload_section() -> Section:
     return Section(
         "workloads",
         "Under load",
-        ("`chunk` is the number of prompt tokens in a tick that suits the targets best.",),
+        (
+            "`chunk` is the number of prompt tokens in a tick that suits 500/50 ms best, as "
+            "expected. Each end of the highest rate has the chunk that suits it.",
+        ),
         (Table("workloads", columns, tuple(rows)),),
     )
 

@@ -71,6 +71,15 @@ def test_no_figure_is_better_than_its_floor():
         assert row[4].value.expected < row[5].value.low
 
 
+@pytest.mark.parametrize("tokens", [1024, 2048])
+def test_the_floor_of_a_prompt_is_that_of_chunks_of_whatever_sizes(tokens):
+    """By hand: 68.452 G parameters in the layers, 8,192 numbers in the queries of each."""
+    flop = 2 * 68.452e9 * tokens + 4 * 8192 * 80 * tokens**2 / 2
+    read = (17.1128e9 + 0.2627e9 + tokens * 40960) / 3.35e12  # weights of a stage, head and keys
+    found = reference.outlook((tokens, 128)).floor_ttft
+    assert found == approx(flop / 8 / 989e12 + 3 * read, rel=0.01)
+
+
 def test_what_arithmetic_cannot_say_is_simulated(monkeypatch):
     """A tail and a goodput depend on who meets whom: the scheduler decides that."""
     monkeypatch.setattr(reference, "SIMULATED_SECONDS", 6.0)
