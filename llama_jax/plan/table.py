@@ -63,7 +63,7 @@ def show_plan(plan: Plan, price: float | None = None, fewest: Recommendation | N
     title = f"At {rate:g} requests/s" if rate == load.rate else "One request alone"
     console.print(_layouts(shown, _LOAD, title, _held), "")
     if price is not None:
-        console.print(_layouts(shown, _PRICES, "Cost of a million tokens"), "")
+        console.print(_layouts(shown, _PRICES, "Cost of 1M output tokens"), "")
     _say(console, *why(plan), "")
     if plan.best.holds:
         _say(console, *breaks_first(headrooms(question, plan.best)), "")
