@@ -4,9 +4,7 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llama_jax.costs.memory import weight_bytes
 from llama_jax.engine.options import EngineOptions
-from llama_jax.engine.sizing import CPU_CACHE_BYTES, gpu_cache_bytes
 from llama_jax.plan.plan import Plan
 from llama_jax.plan.serving import serving
 from llama_jax.plan.simulation.lengths import Lengths
@@ -47,18 +45,8 @@ class Scenario:
 
     def server(self, level: str = "expected") -> Server:
         """One of the replicas, with ticks of this length."""
-        model = self.plan.best.replica.model
-        deployment, options = model.deployment, self.options
-        if options.kv_cache_memory is not None:
-            cache = options.kv_cache_memory
-        elif deployment.gpu.platform == "cpu":
-            layout = deployment.layout
-            cache = CPU_CACHE_BYTES // (layout.num_stages * layout.num_ranks)
-        else:
-            share = options.gpu_memory_utilization or 1.0
-            allowed = int(deployment.gpu.memory_bytes * share)
-            cache = gpu_cache_bytes([allowed], sum(weight_bytes(deployment).values()))
-        server = server_for(model, self.options, cache, level)
+        best = self.plan.best
+        server = server_for(best.replica.model, self.options, best.memory.cache, level)
         return replace(server, max_queue_tokens=self.max_queue_tokens)
 
 
