@@ -30,6 +30,7 @@ def test_a_plan_is_printed(capsys):
     assert main([*SMALL, "--cost-per-gpu-hour", "2.5"]) == MET
     printed = capsys.readouterr().out
     assert "2 * 1x1" in printed and "disaggregated" in printed
+    assert "Its ticks" in printed and "Its collectives" not in printed  # the best is 1x1
     assert max(map(len, printed.splitlines())) <= 80
 
 
