@@ -6,9 +6,9 @@ import sys
 import traceback
 
 from llama_jax.plan.command_line import make_parser, read_question
-from llama_jax.plan.modes import chosen_mode
+from llama_jax.plan.modes import chosen_mode, option
 from llama_jax.plan.plan import Plan, make_plan
-from llama_jax.plan.recommend import Recommendation, recommend
+from llama_jax.plan.recommend import Recommendation, recommend, recommendation_text
 from llama_jax.terminal.output import protect_output
 from sharding.errors import UserError
 
@@ -29,6 +29,9 @@ def main(argv: list[str] | None = None) -> int:
         fewest = recommend(question) if arguments.recommend else None
         plan = make_plan(question) if fewest is None else fewest.plan
         if mode is not None:
+            if fewest is not None and fewest.gpus is None:
+                text = f"{recommendation_text(fewest)} So there is nothing for {option(mode.flag)}."
+                return _fail(arguments, text, MISSED)
             return mode.run(arguments, plan)
         return _show(arguments, plan, fewest)
     except UserError as error:

@@ -30,7 +30,8 @@ def best_tables(candidate: Candidate, figures: dict[str, Figure]) -> Iterator[Ta
             what = name.removeprefix("decode tick: ").replace("decode tick", "in all")
             parts.add_row(what, *values, figure.evidence.value)
     yield parts
-    yield _collectives(candidate)
+    if (sent := _collectives(candidate)).row_count:  # one GPU has none
+        yield sent
 
 
 def _collectives(candidate: Candidate) -> Table:

@@ -19,7 +19,8 @@ def check_layout(config: LlamaConfig, layout: Layout) -> None:
     """Checks that a model can be laid out in a way.
 
     Raises:
-      LayoutError: there are more stages than layers, or more GPUs in the mesh than in a host.
+      LayoutError: there are more stages than layers, more GPUs in the mesh than in a host, or more
+        in all replicas than in a plan.
       ShardingError: the ranks cannot share the model evenly.
     """
     if layout.num_stages > config.num_layers:
@@ -35,6 +36,7 @@ def check_layout(config: LlamaConfig, layout: Layout) -> None:
             f"runs on one host, of at most {HOST_GPUS}: use a smaller mesh, and replicas of it; if "
             "the model does not fit one, weights in fewer bits, or GPUs with more memory."
         )
+    _check_number(layout.gpus)
 
 
 def meshes(config: LlamaConfig, most: int = HOST_GPUS) -> Iterator[Layout]:
@@ -54,8 +56,7 @@ def layouts(config: LlamaConfig, gpus: int) -> list[Layout]:
     Raises:
       LayoutError: there is none, or there are too many GPUs.
     """
-    if gpus > MAX_GPUS:
-        raise LayoutError(f"{gpus:,} GPUs are more than the {MAX_GPUS:,} of a plan.")
+    _check_number(gpus)
     found = [
         mesh._replace(replicas=gpus // mesh.gpus)
         for mesh in meshes(config, gpus)
@@ -64,6 +65,11 @@ def layouts(config: LlamaConfig, gpus: int) -> list[Layout]:
     if not found:
         raise LayoutError(f"The model cannot be laid out on {gpus} GPUs.")
     return found
+
+
+def _check_number(gpus: int) -> None:
+    if gpus > MAX_GPUS:
+        raise LayoutError(f"{gpus:,} GPUs are more than the {MAX_GPUS:,} of a plan.")
 
 
 def _is_possible(config: LlamaConfig, layout: Layout) -> bool:

@@ -5,14 +5,16 @@ import math
 import os
 from collections.abc import Iterator
 
+from llama_jax.costs.calibration import model_sizes
 from llama_jax.costs.figure import Band, Evidence, Figure
 from llama_jax.plan.candidate import Candidate
-from llama_jax.plan.plan import Plan, make_plan
+from llama_jax.plan.model import named_model
+from llama_jax.plan.plan import Plan, Question, make_plan
 from llama_jax.plan.planned_load import is_load_given, planned_load
 from llama_jax.plan.report.document import Cell, Report, Section, Table
 from llama_jax.plan.report.json_text import json_text
 from llama_jax.plan.report.outlook import STEADY, Outlook
-from llama_jax.plan.report.quantities import number_text
+from llama_jax.plan.report.quantities import number_text, program_text
 from llama_jax.plan.report.sections.promises import OUT_OF_SCOPE
 from llama_jax.plan.report.text import show
 from llama_jax.plan.server_metrics import ComparisonError, Latency, Seen, metrics_url, observe
@@ -53,8 +55,8 @@ def run(arguments: argparse.Namespace, _: None = None) -> int:
     mesh, unless the command line has one.
 
     Raises:
-      UserError: there is no server of this project, it has another mesh than the plan, it has not
-        answered a request yet, or the question is wrong.
+      UserError: there is no server of this project, it has another mesh or model than the plan, it
+        has not answered a request yet, or the question is wrong.
     """
     from llama_jax.plan.command_line import read_question
 
@@ -68,7 +70,9 @@ def run(arguments: argparse.Namespace, _: None = None) -> int:
     asked.rate = max(seen.rate, 1e-9)
     if arguments.layout is None and arguments.gpus is None and seen.num_devices:
         asked.layout = (seen.num_stages, seen.num_devices // seen.num_stages)
-    plan = make_plan(read_question(asked))
+    question = read_question(asked)
+    check_model(question, seen, url)
+    plan = make_plan(question)
     planned = planned_load(arguments) if is_load_given(arguments) else None
     report = comparison(plan, seen, url, arguments.window, planned)
     if arguments.json:
@@ -87,6 +91,20 @@ def check_answers(seen: Seen, url: str, window: float = 0.0) -> None:
     if not seen.requests or math.isnan(seen.prompt_tokens):
         when = f"in {window:g} s" if window else "yet"
         raise ComparisonError(f"{url} has answered no request {when}: send some, and try again.")
+
+
+def check_model(question: Question, seen: Seen, url: str) -> None:
+    """Checks that the plan is for the model that is served, as far as its name says which it is.
+
+    Raises:
+      ComparisonError: it is the name of a model of other sizes.
+    """
+    served = named_model(seen.model)
+    if served is not None and model_sizes(served) != model_sizes(question.config):
+        raise ComparisonError(
+            f"{url} serves {seen.model}, and the plan is for {question.model}: give --model "
+            f"{seen.model}."
+        )
 
 
 def comparison(
@@ -110,7 +128,7 @@ def comparison(
     rows = [row for row in _figures(predicted, seen) if row is not None]
     inside = sum(row[-1] == "inside" for row in rows)
     sections = [
-        Section("load", "Load", (), (_load_table(planned, seen),)),
+        Section("load", "Load", _model_text(plan.question, seen), (_load_table(planned, seen),)),
         Section(
             "figures",
             "Latencies and use, at the load that was seen",
@@ -156,7 +174,7 @@ def drift(predicted: Band, seen: float) -> tuple[str, str]:
         return "", "overloaded" if predicted.expected else ""
     ratio = seen / predicted.expected
     where = "inside" if predicted.low <= seen <= predicted.high else "outside"
-    return f"{100 * (ratio - 1):+.0f} %" if ratio < 10 else f"× {ratio:,.0f}", where
+    return f"{round(100 * (ratio - 1)):+d} %" if ratio < 10 else f"× {ratio:,.0f}", where
 
 
 def _figures(predicted: Outlook, seen: Seen) -> Iterator[tuple[Cell, ...] | None]:
@@ -202,6 +220,12 @@ def _measured(band: Band, unit: str) -> Figure:
     return Figure(band, unit, Evidence.MEASURED_HERE, "the server's metrics")
 
 
+def _model_text(question: Question, seen: Seen) -> tuple[str, ...]:
+    if not seen.model:
+        return ()
+    return (f"The server calls its model “{seen.model}”; the prediction is for {question.model}.",)
+
+
 def _load_table(planned: Workload | None, seen: Seen) -> Table:
     found = (
         ("requests/s", seen.rate),
@@ -229,7 +253,7 @@ def _tick_section(predicted: Outlook, seen: Seen) -> Section:
         work = work._replace(row_keys=min(live, bucket.rows) * replica.context)
         band = replica.model.seconds(work)
         figure = Figure(band, "s", Evidence.ARITHMETIC, "the model of ticks")
-        name = count_text(bucket.rows, "row") + (f" + {bucket.chunk}" if bucket.chunk else "")
+        name = program_text(bucket.rows, bucket.chunk)
         found = _measured(Band.exactly(seconds), "s")
         rows.append((name, f"{count:,.0f}", figure, found, *drift(band, seconds)))
     columns = ("program", "ticks", "predicted", "seen", "drift", "band")

@@ -38,17 +38,21 @@ def find_model(name: str) -> LlamaConfig:
     path = Path(name).expanduser()
     if name.strip() and path.exists():
         return _read(path)
-    known = {_plain(model): model for model in MODELS} | {
-        _size(model): model for model in reversed(MODELS)
-    }
-    if (model := known.get(_plain(name))) is not None:
-        return MODELS[model]()
+    if (found := named_model(name)) is not None:
+        return found
+    known = _spellings()
     near = get_close_matches(_plain(name), known, n=3, cutoff=0.4)
     names = dict.fromkeys(known[match] for match in near) or MODELS
     raise UserError(
         f"There is no model {name!r}, nor a checkpoint at this path: did you mean "
         f"{', '.join(names)}?"
     )
+
+
+def named_model(name: str) -> LlamaConfig | None:
+    """The architecture of a model by one of its usual names; None if it is another name."""
+    model = _spellings().get(_plain(name))
+    return None if model is None else MODELS[model]()
 
 
 def with_weights(config: LlamaConfig, weights: str | None) -> LlamaConfig:
@@ -79,6 +83,12 @@ def _plain(name: str) -> str:
     name = name.lower().rpartition("/")[2]
     name = re.sub(r"^meta|instruct|chat|-hf$|[-_. ]", "", name)
     return re.sub(r"^llama(\d)v(\d)", r"llama\1\2", name)
+
+
+def _spellings() -> dict[str, str]:
+    """Plain name → key of `MODELS`; of models of one size, the size alone is the first."""
+    names = {_plain(model): model for model in MODELS}
+    return names | {_size(model): model for model in reversed(MODELS)}
 
 
 def _size(model: str) -> str:

@@ -105,6 +105,11 @@ def chosen_mode(arguments: argparse.Namespace) -> Mode | None:
                 raise UserError(
                     f"{option(flag)} is for the plan itself: leave it out, or {option(first.flag)}."
                 )
+        if not first.needs_plan and getattr(arguments, "recommend", False):
+            raise UserError(
+                f"--recommend finds a number of GPUs, and {option(first.flag)} looks at those that "
+                "there are: leave one of them out."
+            )
     return first
 
 

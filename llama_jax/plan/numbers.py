@@ -1,7 +1,7 @@
 """Figures as short texts for cells and sentences. Imports no JAX."""
 
 from llama_jax.costs.figure import Figure
-from llama_jax.terminal.units import bytes_text
+from llama_jax.terminal.units import bytes_text, count_text
 
 
 def cell(figure: Figure | None, factor: float, between: str = "\n") -> str:
@@ -37,5 +37,5 @@ def amount(value: float, unit: str) -> str:
     if unit == "s":
         return f"{value:.3g} s" if value >= 0.9995 else f"{value * 1e3:.3g} ms"
     if unit == "tokens":
-        return f"{value:,.0f} tokens"
+        return count_text(round(value), "token")
     return f"{number(value)} {unit}".strip()

@@ -49,6 +49,19 @@ def recommend(question: Question) -> Recommendation:
     return Recommendation(plan, question.workload.rate, expected.gpus, surely and surely.gpus)
 
 
+def recommendation_text(fewest: Recommendation) -> str:
+    """How many GPUs to take."""
+    gpu = fewest.plan.question.gpu.name
+    if fewest.gpus is None:
+        return f"No number of {gpu} keeps the targets, even for a request alone."
+    text = f"The fewest {gpu} that keep the targets: {fewest.gpus}"
+    if fewest.gpus_surely == fewest.gpus:
+        return f"{text}, even with the slowest ticks."
+    if fewest.gpus_surely is None:
+        return f"{text} as expected; with the slowest ticks, no number does."
+    return f"{text} as expected, {fewest.gpus_surely} with the slowest ticks."
+
+
 def _fewest(question: Question, found: list[Layout], level: str) -> Layout | None:
     """The layout that holds the targets with the fewest GPUs; of two, the one with fewer replicas.
 

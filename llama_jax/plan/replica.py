@@ -192,8 +192,13 @@ class Replica:
         """The chunk to serve with: the one with which the latencies hold, or are missed least.
 
         Of several, it is one that holds even if ticks are long, then even if prompts never cease,
-        as an engine chooses that knows the targets; then the one with the shortest TTFT.
+        as an engine chooses that knows the targets; then the one with the shortest TTFT. At a rate
+        that it does not keep up with, the chunk is that of the highest rate within the targets, or
+        of the highest that it can do at all.
         """
+        if all(self.state(rate, chunk).overload for chunk in self.chunks):
+            kept = self.max_rate() or self.max_load()
+            return self.best_chunk(kept) if 0 < kept < rate else self.chunks[-1]
 
         def key(chunk: int) -> tuple[float, ...]:
             expected, high = (self.state(rate, chunk, level) for level in ("expected", "high"))

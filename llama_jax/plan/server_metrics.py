@@ -18,8 +18,9 @@ from sharding.errors import UserError
 PREFIXES = ("llama_jax", "vllm")  # of the names, as `--metrics-prefix` of the server has them
 MAX_BYTES = 32 << 20
 SCRAPES = 10  # in a window
+INFO = "cache_config_info"  # the metric whose labels say what is served
 
-# (name, its labels but for the model and the engine) → value
+# (name, its labels but for the model and the engine, which only `INFO` keeps) → value
 Samples = Mapping[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
@@ -60,6 +61,7 @@ class Seen:
       num_stages: P.
       num_devices: 0 if the server's devices report no memory.
       pool_tokens: that the KV cache has room for.
+      model: what the server calls its model; "" if it does not say.
     """
 
     requests: float
@@ -76,6 +78,7 @@ class Seen:
     num_stages: int
     num_devices: int
     pool_tokens: int
+    model: str = ""
 
     @property
     def rate(self) -> float:
@@ -163,7 +166,7 @@ def scrape(url: str, api_key: str | None, timeout: float) -> Samples:
     try:
         families = list(text_string_to_metric_families(body.decode()))
         return {
-            (sample.name, _own_labels(sample.labels)): sample.value
+            (sample.name, _own_labels(sample.name, sample.labels)): sample.value
             for family in families
             for sample in family.samples
         }
@@ -209,7 +212,7 @@ def read(scrapes: Sequence[Samples], url: str, window: float = 0.0) -> Seen:
         seconds = grown("program_tick_seconds_total", labels)
         ticks[bucket] = counts[bucket], seconds / counts[bucket]
     answered = grown("request_generation_tokens_count") or math.nan
-    sizes = next((dict(labels) for name, labels in names if name == "cache_config_info"), {})
+    sizes = next((dict(labels) for name, labels in names if name == INFO), {})
     slots, stage_ticks = grown("token_slots_total"), grown("stage_ticks_total")
     return Seen(
         requests=sum(
@@ -231,11 +234,13 @@ def read(scrapes: Sequence[Samples], url: str, window: float = 0.0) -> Seen:
         num_stages=sum(name == "stage_rows" for name, _ in names),
         num_devices=sum(name == "device_memory_limit_bytes" for name, _ in names),
         pool_tokens=int(sizes.get("block_size", 0)) * int(sizes.get("num_gpu_blocks", 0)),
+        model=sizes.get("model_name", ""),
     )
 
 
-def _own_labels(labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted(item for item in labels.items() if item[0] not in ("model_name", "engine")))
+def _own_labels(name: str, labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    common = () if name.endswith(INFO) else ("model_name", "engine")
+    return tuple(sorted(item for item in labels.items() if item[0] not in common))
 
 
 def _age(samples: Samples) -> float:

@@ -22,7 +22,7 @@ from llama_jax.plan.reasons import (
     verdict,
     why,
 )
-from llama_jax.plan.recommend import Recommendation
+from llama_jax.plan.recommend import Recommendation, recommendation_text
 from llama_jax.plan.serving import serving
 
 # Column → the figure in it, and how large one of it is.
@@ -63,7 +63,7 @@ def show_plan(plan: Plan, price: float | None = None, fewest: Recommendation | N
     title = f"At {rate:g} requests/s" if rate == load.rate else "One request alone"
     console.print(_layouts(shown, _LOAD, title, _held), "")
     if price is not None:
-        console.print(_layouts(shown, _PRICES, "Cost of a million tokens"), "")
+        console.print(_layouts(shown, _PRICES, "Cost of 1M output tokens"), "")
     _say(console, *why(plan), "")
     if plan.best.holds:
         _say(console, *breaks_first(headrooms(question, plan.best)), "")
@@ -78,19 +78,6 @@ def show_plan(plan: Plan, price: float | None = None, fewest: Recommendation | N
         console.print(table, "")
     console.print(_evidence(shown[plan.best]))
     _say(console, "", OUT_OF_SCOPE)
-
-
-def recommendation_text(fewest: Recommendation) -> str:
-    """How many GPUs to take."""
-    gpu = fewest.plan.question.gpu.name
-    if fewest.gpus is None:
-        return f"No number of {gpu} keeps the targets, even for a request alone."
-    text = f"The fewest {gpu} that keep the targets: {fewest.gpus}"
-    if fewest.gpus_surely == fewest.gpus:
-        return f"{text}, even with the slowest ticks."
-    if fewest.gpus_surely is None:
-        return f"{text} as expected; with the slowest ticks, no number does."
-    return f"{text} as expected, {fewest.gpus_surely} with the slowest ticks."
 
 
 def _targets(plan: Plan) -> str:

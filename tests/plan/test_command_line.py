@@ -30,6 +30,7 @@ def test_a_plan_is_printed(capsys):
     assert main([*SMALL, "--cost-per-gpu-hour", "2.5"]) == MET
     printed = capsys.readouterr().out
     assert "2 * 1x1" in printed and "disaggregated" in printed
+    assert "Its ticks" in printed and "Its collectives" not in printed  # the best is 1x1
     assert max(map(len, printed.splitlines())) <= 80
 
 
@@ -126,6 +127,10 @@ def test_the_fewest_gpus_are_found(capsys):
         ["--layout", "4x4"],
         ["--replicas", "2"],
         ["--recommend", "--gpus", "8"],
+        ["--recommend", "--validate"],
+        ["--recommend", "--calibrate", "file.json"],
+        ["--recommend", "--compare", "http://localhost:1"],
+        ["--layout", "4x2", "--gpus", "8000"],
         ["--prompt-tokens", "9000"],
         ["--gpus", "7000"],
         ["--calibration", "missing.json"],
@@ -142,6 +147,14 @@ def test_wrong_questions_are_refused_in_one_sentence(arguments, capsys):
     assert not captured.out and captured.err.count("\n") == 1
     assert main([*arguments, "--json"]) == WRONG
     assert json.loads(capsys.readouterr().out).keys() == {"error"}
+
+
+@pytest.mark.parametrize("mode", ["--simulate", "--server-command", "--report=never"])
+def test_what_no_number_of_gpus_can_do_is_not_gone_into(mode, capsys):
+    """It would be about the requests that are alone, of which the nearest layout is found."""
+    assert main([*SMALL[:2], "--recommend", "--ttft", "1ms", mode]) == MISSED
+    captured = capsys.readouterr()
+    assert not captured.out and "No number of h100-sxm" in captured.err
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from llama_jax.costs.figure import Band
 from llama_jax.costs.gpus import find_gpu
 from llama_jax.engine.interface import ProgramStats, StageStats, Stats
 from llama_jax.plan.__main__ import main
-from llama_jax.plan.live import check_answers, comparison, drift
+from llama_jax.plan.live import check_answers, check_model, comparison, drift
 from llama_jax.plan.model import find_model
 from llama_jax.plan.plan import Plan, Question, make_plan
 from llama_jax.plan.server_metrics import ComparisonError, Latency, Seen
@@ -107,12 +107,23 @@ def test_a_server_without_answers_cannot_be_compared(changes):
         (Band(1, 2, 3), 4, ("+100 %", "outside")),
         (Band(1, 2, 3), 0.5, ("-75 %", "outside")),
         (Band(1, 2, 3), 400, ("× 200", "outside")),
+        (Band(1, 2, 3), 1.999, ("+0 %", "inside")),
         (Band.exactly(math.inf), 1, ("", "overloaded")),
         (Band.exactly(0), 1, ("", "")),
     ],
 )
 def test_the_drift_is_a_share_of_the_expected_value(band, seen, expected):
     assert drift(band, seen) == expected
+
+
+def test_a_server_of_another_model_is_refused():
+    question = a_plan().question
+    for name in ("", "checkpoint", "Meta-Llama-3.1-70B-Instruct", "llama3-70b"):
+        check_model(question, what_was_seen(model=name), "u")
+    with pytest.raises(ComparisonError, match="--model Llama-3-8B"):
+        check_model(question, what_was_seen(model="Llama-3-8B"), "u")
+    report = compared(what_was_seen(model="mine"))
+    assert "“mine”" in report.sections[0].text[0] and "llama3-70b" in report.sections[0].text[0]
 
 
 def test_the_command_compares_with_a_server(capsys):

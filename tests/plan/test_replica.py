@@ -65,3 +65,15 @@ def test_prompts_grow_up_to_the_context_of_the_model():
     free = replace(QUESTION, workload=Workload(1024, 256, 0.01), targets=Targets(memory_share=0.85))
     found = {h.what: h for h in headrooms(free, free.candidate(Layout(4, 2)))}
     assert (found["prompt length"].limit, found["prompt length"].then) == (8192 - 256, "")
+
+
+def test_the_chunk_of_a_rate_that_is_too_high_is_that_of_the_highest_rate():
+    replica = replace(QUESTION, gpu=find_gpu("a100-80")).candidate(Layout(2, 4)).replica
+    most = replica.max_rate()
+    assert 0 < most < 8
+    assert all(replica.state(8, chunk).overload for chunk in replica.chunks)
+    assert replica.excess(replica.state(most, replica.best_chunk(8))) <= 1
+    # No rate keeps these targets: it is the chunk with which most can be done at all.
+    hurried = replace(QUESTION, targets=Targets(0.01, 0.01)).candidate(Layout(4, 2)).replica
+    assert hurried.max_rate() == 0
+    assert not hurried.state(hurried.max_load(), hurried.best_chunk(1000)).overload

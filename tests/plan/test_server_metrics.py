@@ -95,7 +95,7 @@ def test_everything_since_the_start_is_read(prefix):
         Bucket(4, 0): (20, pytest.approx(0.01)),
         Bucket(4, 64): (10, pytest.approx(0.04)),
     }
-    assert (seen.num_stages, seen.num_devices) == (2, 4)
+    assert (seen.num_stages, seen.num_devices, seen.model) == (2, 4, "m")
     info: EngineInfo = make_info()
     assert seen.pool_tokens == info.page_size * info.num_pages
     assert 0 < seen.seconds < 86400 * 365

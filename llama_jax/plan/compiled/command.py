@@ -9,11 +9,12 @@ import os
 from typing import TYPE_CHECKING
 
 from llama_jax.costs.deployment import Layout
+from llama_jax.engine.options import EngineOptions
 from llama_jax.plan.compiled.described_gpus import find_description
 from llama_jax.plan.layouts import check_layout
 
 if TYPE_CHECKING:
-    from llama_jax.plan.plan import Plan
+    from llama_jax.plan.plan import Plan, Question
 
 HOLDS, MISSED = 0, 1
 
@@ -47,7 +48,6 @@ def run(arguments: argparse.Namespace, plan: "Plan") -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA says that autotuning needs a GPU
     from rich.console import Console
 
-    from llama_jax.engine.options import EngineOptions
     from llama_jax.plan.compiled.described_mesh import prepare_jax
 
     prepare_jax()
@@ -59,12 +59,7 @@ def run(arguments: argparse.Namespace, plan: "Plan") -> int:
     console = Console(highlight=False)
     found, holds = [], True
     for layout in layouts:
-        options = EngineOptions(
-            path=question.model,
-            max_chunk=question.candidate(layout).max_chunk,
-            gpu_memory_utilization=question.targets.memory_share,
-        )
-        compiled = compile_deployment(question.deployment(layout), options)
+        compiled = compile_deployment(question.deployment(layout), server_options(question, layout))
         holds = holds and not missed(compiled)
         if arguments.json:
             found.append(as_json(compiled))
@@ -73,6 +68,21 @@ def run(arguments: argparse.Namespace, plan: "Plan") -> int:
     if arguments.json:
         print(json.dumps({"compiled": found}, indent=1))
     return HOLDS if holds else MISSED
+
+
+def server_options(question: "Question", layout: Layout) -> EngineOptions:
+    """The options of the server that a plan prints for a layout, as far as programs depend on them.
+
+    Its sequences may be as long as the model's context, so that the KV cache takes the room that
+    there is.
+    """
+    candidate = question.candidate(layout)
+    return EngineOptions(
+        path=question.model,
+        max_num_seqs=candidate.max_num_seqs,
+        max_chunk=candidate.max_chunk,
+        gpu_memory_utilization=question.targets.memory_share,
+    )
 
 
 def _layout(text: str) -> Layout:

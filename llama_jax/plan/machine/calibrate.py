@@ -5,8 +5,10 @@ a name or a config.json, the engine's programs run with random weights of the fu
 """
 
 import argparse
+import json
 import os
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -37,12 +39,15 @@ from llama_jax.model.kv_storage import choose_kv_dtype
 from llama_jax.model.llama import Llama
 from llama_jax.plan.machine.batches import Batch, grid
 from llama_jax.plan.machine.exact_ticks import time_batch
+from llama_jax.plan.machine.host import available_memory
 from llama_jax.plan.machine.host_time import host_time
 from llama_jax.plan.machine.measurement import measure
-from llama_jax.plan.machine.random_weights import random_params
+from llama_jax.plan.machine.random_weights import nbytes, random_params
 from llama_jax.plan.model import find_model, with_weights
 from llama_jax.ring.sizes import RingSizes
+from llama_jax.terminal.units import bytes_text
 from llama_jax.weights.placement import param_shapes
+from sharding.errors import UserError
 from sharding.mesh import make_mesh, mesh_shape
 
 CONTEXTS = (128, 512, 2048)  # of the batches that are timed by default
@@ -52,7 +57,13 @@ KV_DTYPES = {"bfloat16": "bf16", "float8_e4m3fn": "fp8", "int8": "int8", "float3
 
 
 def calibrate(arguments: argparse.Namespace) -> None:
-    """Measures, and writes the file that `--calibrate` names."""
+    """Measures, and writes the file that `--calibrate` names.
+
+    Raises:
+      UserError: the file cannot be written, or as `Calibrator`.
+    """
+    check_file(arguments.calibrate)
+    said = sys.stderr if arguments.json else sys.stdout
     planned = arguments.kv_cache_dtype
     options = EngineOptions(
         path=arguments.model,
@@ -66,11 +77,28 @@ def calibrate(arguments: argparse.Namespace) -> None:
     calibrator = Calibrator(options, arguments.weights, choose)
     for number in range(ROUNDS):
         calibrator.time_all()
-        print(f"round {number + 1} of {ROUNDS}: {len(calibrator.seconds)} batches timed")
+        timed = f"{len(calibrator.seconds)} batches timed"
+        print(f"round {number + 1} of {ROUNDS}: {timed}", file=said)
     for batch, seconds in calibrator.seconds.items():
-        print(f"{batch!s:>24}: {1e3 * statistics.median(seconds):9.3f} ms")
+        print(f"{batch!s:>24}: {1e3 * statistics.median(seconds):9.3f} ms", file=said)
     calibrator.calibration().write(arguments.calibrate)
-    print(f"written to {arguments.calibrate}")
+    print(f"written to {arguments.calibrate}", file=said)
+    if arguments.json:
+        print(json.dumps({"written": str(arguments.calibrate)}))
+
+
+def check_file(path: Path) -> None:
+    """Checks that a file can be written, before minutes are spent on its content.
+
+    Raises:
+      UserError: it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--calibrate cannot write {path}: {error.strerror}.") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--calibrate cannot write {path}: give a file in a folder of yours.")
 
 
 def default_batches(sizes: RingSizes) -> list[Batch]:
@@ -191,7 +219,28 @@ def random_loop(options: EngineOptions, weights: str | None) -> TickLoop:
         config, mesh, sizes, dtype, model_class, cache_dtype=cache_dtype,
         attention_backend=options.attention_backend,
     )  # fmt: skip
-    params = random_params(param_shapes(config, mesh, dtype))
+    shapes = param_shapes(config, mesh, dtype)
+    if platform == "cpu":
+        check_host_memory(nbytes(shapes), options.path)
+    params = random_params(shapes)
     jax.block_until_ready(params)
     scheduler = Scheduler(sizes, mesh_shape(mesh)[0], prefix_caching=False)
     return TickLoop(scheduler, Executor(programs, params), choose_results_late(options, platform))
+
+
+def check_host_memory(needed: int, model: str) -> None:
+    """Checks that the weights fit, since the system would end this process without a word.
+
+    Args:
+      needed: bytes of the weights, which all devices of a CPU hold together.
+      model: its name, for the message.
+
+    Raises:
+      UserError: they do not fit.
+    """
+    free = available_memory()
+    if free is not None and needed > free:
+        raise UserError(
+            f"The weights of {model} take {bytes_text(needed)}, and this machine has "
+            f"{bytes_text(free)} free: give a smaller --model."
+        )

@@ -1,8 +1,10 @@
 """A report of a plan. Imports no JAX."""
 
+from dataclasses import replace
+
 from llama_jax.costs.figure import Band, Evidence, Figure
 from llama_jax.plan.json_text import question_json
-from llama_jax.plan.plan import Plan
+from llama_jax.plan.plan import Plan, make_plan
 from llama_jax.plan.reasons import verdict
 from llama_jax.plan.report.claims import HOW_TO_READ, Claim, claim_table
 from llama_jax.plan.report.document import Report, Section, Table
@@ -49,7 +51,7 @@ def plan_report(plan: Plan, outcome: Outcome | None, extra: tuple[Section, ...] 
         target_section(plan, outcome),
         why_section(plan),
         server_section(plan),
-        *detail_sections(plan, plan, outcome, extra),
+        *detail_sections(plan, _every_layout(plan), outcome, extra),
     )
     text, met = verdict(plan), plan.best.holds
     if outcome is not None and outcome.figures.inside < question.targets.inside:
@@ -59,6 +61,14 @@ def plan_report(plan: Plan, outcome: Outcome | None, extra: tuple[Section, ...] 
             f"are inside the targets, and {100 * question.targets.inside:g}% are asked for."
         )
     return Report(title, text, met, sections, question_json(question))
+
+
+def _every_layout(plan: Plan) -> Plan:
+    """All layouts on these GPUs; if only one was asked for, it is the first."""
+    if plan.question.layout is None:
+        return plan
+    free, asked = make_plan(replace(plan.question, layout=None)), plan.best.layout
+    return replace(free, candidates=tuple(sorted(free.candidates, key=lambda c: c.layout != asked)))
 
 
 def target_section(plan: Plan, outcome: Outcome | None) -> Section:

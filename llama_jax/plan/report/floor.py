@@ -5,7 +5,6 @@ from llama_jax.costs.figure import Band, Evidence, Figure
 from llama_jax.costs.memory import kv_bytes_per_token, weight_bytes
 from llama_jax.costs.tick_time import TickModel
 from llama_jax.costs.work import Work
-from llama_jax.ring.sizes import TILE
 from llama_jax.weights.axes import kv_replicas
 
 SOURCE = "bytes and FLOP at the peak rates of the data sheet, nothing else"
@@ -24,13 +23,14 @@ def decode_floor(model: TickModel, context: float) -> float:
 
 
 def prefill_floor(model: TickModel, prompt_tokens: int) -> float:
-    """Seconds to the first token of a prompt alone, in chunks of the best size.
+    """Seconds to the first token of a prompt alone, in chunks of whatever sizes.
 
-    Stages work on consecutive chunks at the same time.
+    The first stage computes all of the prompt. What it computes last must then pass each other
+    stage, which reads its weights for it.
     """
-    return min(
-        _prefill(model, prompt_tokens, size) for size in range(TILE, prompt_tokens + TILE, TILE)
-    )
+    whole = Work(rows=0, chunk=prompt_tokens, chunk_pairs=prompt_tokens**2 / 2)
+    last = Work.of(1, prompt_tokens)
+    return model.floor(whole) + (model.deployment.layout.num_stages - 1) * model.floor(last)
 
 
 def floor_figure(seconds: float) -> Figure:
@@ -58,10 +58,3 @@ def flop(deployment: Deployment, tokens: float, pairs: float) -> float:
 def peak_flops(model: TickModel) -> float:
     """FLOP/s of the products, in the dtype in which they are multiplied."""
     return model.deployment.gpu.flops[model.products.dtype]
-
-
-def _prefill(model: TickModel, tokens: int, size: int) -> float:
-    chunks = -(-tokens // size)
-    pairs = tokens * tokens / (2 * chunks)  # of a chunk, on average
-    work = Work(rows=0, chunk=min(size, tokens), chunk_pairs=pairs)
-    return (chunks + model.deployment.layout.num_stages - 1) * model.floor(work)

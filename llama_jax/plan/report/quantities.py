@@ -3,6 +3,7 @@
 import math
 
 from llama_jax.costs.figure import Band, Figure
+from llama_jax.terminal.units import count_text
 
 _BYTES = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
 _SECONDS = (("h", 3600.0), ("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
@@ -32,6 +33,11 @@ def band_parts(band: Band, unit: str) -> tuple[str, str, str]:
         _text(value / factor, name) for value in (band.low, band.expected, band.high)
     )
     return expected, "" if low == high else f"{low}–{high}", name
+
+
+def program_text(rows: int, chunk: int) -> str:
+    """What a program has room for: "1 row", "16 rows + 256", of which the latter is its chunk."""
+    return count_text(rows, "row") + (f" + {chunk}" if chunk else "")
 
 
 def _text(value: float, unit: str) -> str:

@@ -89,7 +89,7 @@ def _failure_section(found: Failure, run: Figures, replicas: int) -> Section:
         ("availability in a month with one", exactly(found.availability, "")),
         (
             "such outages in a month that 99.9 % availability allows",
-            exactly(math.inf if allowed < 0 else allowed, "outages"),
+            "any number: none loses a request" if allowed is None else exactly(allowed, "outages"),
         ),
     ]
     if run.ttft is not None:

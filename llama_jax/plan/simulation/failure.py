@@ -24,7 +24,8 @@ class Failure:
         far as they were without it.
       availability: share of the requests of a month with one such outage that are completed, at
         the rate of this run.
-      outages_allowed: such outages in a month that keep `AVAILABILITY` of the requests.
+      outages_allowed: such outages in a month that keep `AVAILABILITY` of the requests; None if
+        they lose none.
     """
 
     outage: Outage
@@ -33,7 +34,7 @@ class Failure:
     late: int
     settled: float
     availability: float
-    outages_allowed: int
+    outages_allowed: int | None
 
 
 def failure(
@@ -73,5 +74,5 @@ def failure(
         late=late,
         settled=settled,
         availability=1 - lost / month if month else 1.0,
-        outages_allowed=int((1 - AVAILABILITY) * month / lost) if lost else -1,
+        outages_allowed=int((1 - AVAILABILITY) * month / lost) if lost else None,
     )

@@ -15,6 +15,9 @@ DEFINITIONS = {
     "e2e": "from a request's arrival to its last token, in seconds",
     "queueing": "from a request's arrival to the dispatch of the first tick with tokens of its "
     "prompt, in seconds",
+    "rejected": "too many waited, or longer than the server allows",
+    "failed": "lost with an engine",
+    "gone": "the client went away before its answer ended",
     "inside": "share of all requests that arrived, refused and failed ones included, that were "
     "completed within both targets",
     "goodput": "requests inside both targets per second, until the last answer",

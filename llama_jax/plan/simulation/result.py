@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 from llama_jax.costs.figure import Band, Evidence, Figure
 from llama_jax.plan.plan import Plan
+from llama_jax.plan.reasons import OUT_OF_SCOPE
 from llama_jax.plan.report.document import Cell, Report, Section, Table
+from llama_jax.plan.report.quantities import program_text
 from llama_jax.plan.simulation.beyond_one_load import (
     SOURCE,
     daily,
@@ -150,7 +152,7 @@ def _engine(found: dict[str, Figures]) -> Section:
 def _programs(result: Simulated) -> Section:
     rows: list[tuple[Cell, ...]] = [
         (
-            f"{p.rows} rows + {p.chunk}",
+            program_text(p.rows, p.chunk),
             exactly(p.ticks / result.ticks, ""),
             exactly(p.seconds / p.ticks, "s"),
         )
@@ -182,7 +184,7 @@ def _assumptions(asked: Scenario) -> Section:
         if not server.front_seconds
         else f"A request takes {1e3 * server.front_seconds:.3g} ms to the engine and back "
         "(measured here: the calibration).",
-        "Not planned: disaggregated prefill, mixtures of experts, power.",
+        OUT_OF_SCOPE,
     ]
     if asked.replicas > 1:
         lines.append(f"Requests are dealt to the {asked.replicas} replicas in turn.")

@@ -4,15 +4,14 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llama_jax.costs.memory import weight_bytes
 from llama_jax.engine.options import EngineOptions
-from llama_jax.engine.sizing import CPU_CACHE_BYTES, gpu_cache_bytes
 from llama_jax.plan.plan import Plan
 from llama_jax.plan.serving import serving
 from llama_jax.plan.simulation.lengths import Lengths
 from llama_jax.plan.simulation.load import Draw, Load
 from llama_jax.plan.simulation.server import Server, server_for
 from llama_jax.plan.simulation.traces import read_trace
+from llama_jax.terminal.units import count_text
 from sharding.errors import UserError
 
 SECONDS = 300.0  # in which requests arrive
@@ -46,18 +45,8 @@ class Scenario:
 
     def server(self, level: str = "expected") -> Server:
         """One of the replicas, with ticks of this length."""
-        model = self.plan.best.replica.model
-        deployment, options = model.deployment, self.options
-        if options.kv_cache_memory is not None:
-            cache = options.kv_cache_memory
-        elif deployment.gpu.platform == "cpu":
-            layout = deployment.layout
-            cache = CPU_CACHE_BYTES // (layout.num_stages * layout.num_ranks)
-        else:
-            share = options.gpu_memory_utilization or 1.0
-            allowed = int(deployment.gpu.memory_bytes * share)
-            cache = gpu_cache_bytes([allowed], sum(weight_bytes(deployment).values()))
-        server = server_for(model, self.options, cache, level)
+        best = self.plan.best
+        server = server_for(best.replica.model, self.options, best.memory.cache, level)
         return replace(server, max_queue_tokens=self.max_queue_tokens)
 
 
@@ -135,4 +124,7 @@ def _load(arguments: argparse.Namespace, plan: Plan) -> tuple[Load, Draw | None,
 
 
 def _users(users: dict[str, float]) -> str:
-    return f" of {users['users']} users" if users else ""
+    if not users:
+        return ""
+    pause = f" with pauses of {users['think']:g} s" if users["think"] else ""
+    return f" of {count_text(int(users['users']), 'user')}{pause}"

@@ -6,8 +6,11 @@ import pytest
 
 from llama_jax.costs.deployment import Layout
 from llama_jax.plan.__main__ import main
+from llama_jax.plan.command_line import make_parser, read_question
 from llama_jax.plan.compiled import command, described_mesh
 from llama_jax.plan.compiled.described_mesh import CompilerMissing, prepare_jax
+from llama_jax.plan.plan import make_plan
+from llama_jax.plan.serving import serving
 
 WRONG = 2
 
@@ -27,6 +30,15 @@ def test_layouts_are_parsed():
 def test_what_is_no_layout_is_refused(text):
     with pytest.raises(SystemExit):
         parse(text)
+
+
+@pytest.mark.parametrize("rate", ["0.5", "14"])
+def test_the_programs_are_those_of_the_server_that_is_printed(rate):
+    question = read_question(make_parser().parse_args(["--layout", "1x8", "--rate", rate]))
+    options = command.server_options(question, Layout(1, 8))
+    flags = dict(flag.split("=") for flag in serving(make_plan(question)).arguments)
+    assert options.max_num_seqs == int(flags["--max-num-seqs"])
+    assert options.max_chunk == int(flags["--max-chunk"])
 
 
 def test_a_missing_compiler_is_an_error_of_one_sentence(monkeypatch, capsys):

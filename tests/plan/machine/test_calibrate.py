@@ -1,5 +1,7 @@
 """`--calibrate`: the ticks of a real engine, and of random weights, as the planner reads them."""
 
+import json
+
 import pytest
 
 from llama_jax.config import LlamaConfig
@@ -8,20 +10,22 @@ from llama_jax.costs.deployment import Deployment, Layout
 from llama_jax.costs.gpus import CPU
 from llama_jax.costs.tick_time import TickModel
 from llama_jax.plan.__main__ import WRONG, main
+from llama_jax.plan.machine import calibrate
 from tests.support.tiny_checkpoint import write_checkpoint
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("random", [False, True], ids=["checkpoint", "random weights"])
-def test_the_planner_uses_what_was_measured(tmp_path, random):
+def test_the_planner_uses_what_was_measured(tmp_path, random, capsys):
     checkpoint = tmp_path / "model"
     write_checkpoint(checkpoint)
     model = checkpoint / "config.json" if random else checkpoint
     file = tmp_path / "calibration.json"
     batches = ["1@16", "2@48", "2@16+64@32"]
     flags = ["--model", str(model), "--layout", "2x2", "--max-chunk", "64", "--batches", *batches]
-    assert main(["--calibrate", str(file), *flags]) == 0
+    assert main(["--calibrate", str(file), *flags, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"written": str(file)}
     found = Calibration.read(file)
     assert [str(tick).replace(" ", "") for tick in found.ticks] == batches
     assert all(tick.seconds > 0 for tick in found.ticks)
@@ -43,6 +47,23 @@ def test_a_batch_that_does_not_fit_is_refused_before_anything_is_timed(tmp_path,
     model = str(tmp_path / "model" / "config.json")
     assert main(["--calibrate", str(file), "--model", model, "--batches", "1@16", "5000@16"]) == 2
     assert not file.exists() and "5000@16" in capsys.readouterr().err
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_made(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(calibrate, "available_memory", lambda: 10**9)
+    monkeypatch.setattr(calibrate, "random_params", None)
+    assert main(["--calibrate", str(tmp_path / "file"), "--model", "llama3.2-1b"]) == WRONG
+    error = capsys.readouterr().err
+    # 1.236 billion parameters of 4 bytes, and 1 GB of memory
+    assert "llama3.2-1b take 4.94 GB" in error and "1.00 GB free" in error and "--model" in error
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_timed(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "in a file"):
+        assert main(["--calibrate", str(path), "--json"]) == WRONG
+        captured = capsys.readouterr()
+        assert str(path) in captured.err and "error" in json.loads(captured.out)
 
 
 def test_fp8_products_are_refused_on_devices_without_them(tmp_path, capsys):

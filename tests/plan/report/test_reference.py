@@ -10,12 +10,9 @@ from llama_jax.costs.gpus import GPUS
 from llama_jax.plan.__main__ import main
 from llama_jax.plan.report import reference
 from llama_jax.plan.report.judgement import Verdict
-from llama_jax.plan.report.reference import (
-    LENGTHS,
-    alone_section,
-    bandwidth_needed,
-    typical_claims,
-)
+from llama_jax.plan.report.reference import typical_claims
+from llama_jax.plan.report.reference_conditions import alone_section, bandwidth_needed
+from llama_jax.plan.report.reference_question import CLAIMED, LENGTHS, outlook
 
 TTFT, TPOT, RATE = "time to first token", "time per output token", "highest rate within 500 / 50 ms"
 
@@ -71,10 +68,19 @@ def test_no_figure_is_better_than_its_floor():
         assert row[4].value.expected < row[5].value.low
 
 
+@pytest.mark.parametrize("tokens", [1024, 2048])
+def test_the_floor_of_a_prompt_is_that_of_chunks_of_whatever_sizes(tokens):
+    """By hand: 68.452 G parameters in the layers, 8,192 numbers in the queries of each."""
+    flop = 2 * 68.452e9 * tokens + 4 * 8192 * 80 * tokens**2 / 2
+    read = (17.1128e9 + 0.2627e9 + tokens * 40960) / 3.35e12  # weights of a stage, head and keys
+    found = outlook((tokens, 128)).floor_ttft
+    assert found == approx(flop / 8 / 989e12 + 3 * read, rel=0.01)
+
+
 def test_what_arithmetic_cannot_say_is_simulated(monkeypatch):
     """A tail and a goodput depend on who meets whom: the scheduler decides that."""
     monkeypatch.setattr(reference, "SIMULATED_SECONDS", 6.0)
-    slow = [reference.simulated(10, reference.CLAIMED) for _ in range(2)]
+    slow = [reference.simulated(10, CLAIMED) for _ in range(2)]
     assert slow[0] == slow[1]
     found = {c.what: c for c in typical_claims(None, None, slow[0])}
     kept, broken = (

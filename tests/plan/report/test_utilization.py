@@ -2,7 +2,7 @@
 
 import pytest
 
-from llama_jax.plan.report.reference import outlook
+from llama_jax.plan.report.reference_question import outlook
 
 
 def test_bytes_and_flop_of_a_second():

@@ -13,6 +13,8 @@ from llama_jax.plan.json_text import plan_json
 from llama_jax.plan.plan import make_plan
 from llama_jax.plan.report import drawing
 from llama_jax.plan.report.build import plan_report
+from llama_jax.plan.report.document import Section
+from llama_jax.plan.report.html import html
 from llama_jax.plan.report.json_text import json_text
 from llama_jax.plan.report.reference import reference_report
 from llama_jax.plan.report.sections.alternatives import frontier_section
@@ -96,6 +98,29 @@ def test_the_page_fits_its_window_and_can_be_read(written, scheme, width):
             )
             ink, paper = (sum(map(int, re.findall(r"\d+", c)[:3])) for c in colors)
             assert (ink < paper) == (scheme == "light") and abs(ink - paper) > 500
+
+
+@pytest.mark.slow
+def test_a_long_heading_does_not_widen_a_phone(tmp_path):
+    plan = make_plan(read_question(make_parser().parse_args(SMALL)))
+    extra = Section("long", "A heading of as many words as that of a section that was simulated")
+    (tmp_path / "report.html").write_text(html(plan_report(plan, None, (extra,))))
+    address = (tmp_path / "report.html").as_uri()
+    with (
+        chromium() as browser,
+        opened(browser, address, viewport={"width": 360, "height": 700}) as page,
+    ):
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
+
+
+def test_the_frontier_of_one_layout_is_beside_all_others(monkeypatch):
+    monkeypatch.setattr(drawing, "can_draw", lambda: False)
+    plan = make_plan(read_question(make_parser().parse_args([*SMALL, "--layout", "1x2"])))
+    assert len(plan.candidates) == 1
+    sections = json.loads(json_text(plan_report(plan, None)))["sections"]
+    found = sections["frontier"]["plots"]["frontier"]["points"]
+    layouts = list(dict.fromkeys(point["layout"] for point in found))
+    assert layouts[0] == "1x2" and set(layouts) == {"1x2", "2x1", "2 replicas of 1x1"}
 
 
 def test_without_matplotlib_the_report_says_so_and_has_the_numbers(monkeypatch, tmp_path):

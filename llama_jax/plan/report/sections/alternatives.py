@@ -99,7 +99,7 @@ def frontier_section(plan: Plan) -> Section:
     else:
         text = (f"{point} No point beats one on the line in both.",)
         if rest > 0:
-            text += (f"The plot shows the best {MOST_GROUPS} layouts; the JSON has {rest} more.",)
+            text += (f"The plot shows {MOST_GROUPS} layouts; the JSON has {rest} more.",)
     return Section("frontier", "Frontier of all layouts", text, (), (plot,))
 
 

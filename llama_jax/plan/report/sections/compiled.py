@@ -19,20 +19,15 @@ def compiled_section(plan: Plan, layout: Layout) -> Section:
       UserError: the compiler is missing, or the model does not fit.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA says that autotuning needs a GPU
-    from llama_jax.engine.options import EngineOptions
     from llama_jax.plan.compiled.described_mesh import prepare_jax
 
     prepare_jax()
     from llama_jax.plan.compiled.checks import differences, missed
+    from llama_jax.plan.compiled.command import server_options
     from llama_jax.plan.compiled.deployment import compile_deployment
 
     question = plan.question
-    options = EngineOptions(
-        path=question.model,
-        max_chunk=question.candidate(layout).max_chunk,
-        gpu_memory_utilization=question.targets.memory_share,
-    )
-    found = compile_deployment(question.deployment(layout), options)
+    found = compile_deployment(question.deployment(layout), server_options(question, layout))
     memory: list[tuple[Cell, ...]] = [
         (what.replace("_", " "), _compiled(each.compiled, "bytes"),
          counted(each.arithmetic, "bytes", ARITHMETIC), f"{each.bytes:+,} bytes")

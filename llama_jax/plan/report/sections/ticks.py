@@ -10,7 +10,7 @@ from llama_jax.plan.candidate import Candidate
 from llama_jax.plan.figures import communication, tick_work
 from llama_jax.plan.report.document import Cell, Plot, Section, Table
 from llama_jax.plan.report.drawing import bands, draw
-from llama_jax.plan.report.quantities import band_text
+from llama_jax.plan.report.quantities import band_text, program_text
 from llama_jax.terminal.units import bytes_text, count_text
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # sequences of the whole ring
@@ -100,9 +100,8 @@ def communication_section(candidate: Candidate) -> Section:
 
 def _works(candidate: Candidate) -> dict[str, Work]:
     """The work of both kinds of ticks, by what to call them."""
-    works = [tick_work(candidate, chunk) for chunk in (0, candidate.chunk)]
-    rows = count_text(works[0].rows, "row")
-    return dict(zip((rows, f"{rows} + {candidate.chunk}"), works, strict=True))
+    works = (tick_work(candidate, chunk) for chunk in (0, candidate.chunk))
+    return {program_text(work.rows, work.chunk): work for work in works}
 
 
 def _latency_plot(model: TickModel) -> Plot:
