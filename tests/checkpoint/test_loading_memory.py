@@ -53,8 +53,16 @@ def load(path: Path, mesh: str, dtype: str) -> dict[str, float]:
     return in_new_process(loading.load, str(path), mesh, dtype, JAX_PLATFORMS="cpu")
 
 
-@pytest.mark.parametrize("mesh", ["1x1", "1x2"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+# The quick set has each layout and each mesh once; a case starts a process.
+@pytest.mark.parametrize(
+    ("layout", "mesh"),
+    [
+        ("hf", "1x1"),
+        ("orbax", "1x2"),
+        pytest.param("hf", "1x2", marks=pytest.mark.slow),
+        pytest.param("orbax", "1x1", marks=pytest.mark.slow),
+    ],
+)
 def test_loading_adds_little_more_than_the_weights(checkpoints, layout, mesh):
     found = load(checkpoints[layout], mesh, "float32")
     # All of it is in the process's own memory, not in pages of the file.

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -15,7 +16,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from huggingface_hub import close_session, constants
 
+from convert.__main__ import main
 from convert.hub import local_directory
 from llama_jax.checkpoint import open_checkpoint
 from tests.support.conversions import load_weights
@@ -120,7 +123,35 @@ def hub(repository):
 
 
 def run(hub_address, folder, *arguments) -> tuple[int, str, str]:
-    """Runs `python -m convert` with this Hub and an empty cache."""
+    """Runs the converter in this process with this Hub and a cache in `folder`.
+
+    The variables of `run_process` are read when `huggingface_hub` is imported.
+    """
+    settings = {
+        "ENDPOINT": hub_address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub_address + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(folder / "cache" / "hub"),
+        "HF_TOKEN_PATH": str(folder / "cache" / "token"),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_TELEMETRY": True,
+    }
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        for name, value in settings.items():
+            patch.setattr(constants, name, value)
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        patch.delenv("HF_TOKEN", raising=False)
+        close_session()  # which may have a proxy
+        code = main([*map(str, arguments)])
+    return code, out.getvalue(), err.getvalue()
+
+
+def run_process(hub_address, folder, *arguments) -> tuple[int, str, str]:
+    """Runs `python -m convert` with this Hub and a cache in `folder`."""
     kept = {name: v for name, v in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     env = kept | {
         "HF_ENDPOINT": hub_address,
@@ -144,7 +175,8 @@ def failure(hub_address, folder, *arguments) -> str:
 
 
 def test_a_model_is_downloaded_and_converted(hub, repository, tmp_path):
-    code, out, err = run(hub.address, tmp_path, "hf", "owner/model", tmp_path / "new", "--json")
+    arguments = ("hf", "owner/model", tmp_path / "new", "--json")
+    code, out, err = run_process(hub.address, tmp_path, *arguments)
     assert code == 0, err
     assert json.loads(out)["source"] == "owner/model"
     assert "Downloading: " in err and "it/s" not in err
@@ -196,7 +228,7 @@ def test_one_of_two_releases_is_downloaded(tmp_path):
         write_meta(folder, parts, PARAMS | {"n_kv_heads": 16})
     hub = Hub(tmp_path / "repository")
     with hub.serving():
-        code, _, err = run(hub.address, tmp_path, "meta", "owner/model", tmp_path / "new")
+        code, _, err = run_process(hub.address, tmp_path, "meta", "owner/model", tmp_path / "new")
     assert code == 0 and "mp8" in err
     shards = {name for name in hub.asked if name.endswith(".pth")}
     assert shards == {f"original/mp8/consolidated.{rank:02}.pth" for rank in range(8)}

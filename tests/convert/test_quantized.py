@@ -1,6 +1,7 @@
 """Quantization and dequantization during conversion, against float64 arithmetic."""
 
 import json
+from functools import cache
 
 import ml_dtypes
 import numpy as np
@@ -40,6 +41,19 @@ def source(request, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def converted(source, tmp_path_factory):
+    """Format → the quantized checkpoint and the report, converted in small pieces."""
+
+    @cache
+    def make(format: str):
+        path = tmp_path_factory.mktemp(format) / "new"
+        with small_pieces():
+            return path, convert_to(path, source, quantize=format)
+
+    return make
+
+
 def quantized(path, name: str) -> list[np.ndarray]:
     reader = open_checkpoint(path)
     return [read(reader, name + s) for s in ("", "_scale", "_zero") if name + s in reader.tensors]
@@ -57,15 +71,14 @@ def dequantized(format: str, parts: list[np.ndarray]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_every_number_is_the_nearest(source, tmp_path, format):
-    with small_pieces():
-        convert_to(tmp_path / "new", source, quantize=format)
+def test_every_number_is_the_nearest(source, converted, format):
+    path, _ = converted(format)
     weights = load_weights(source)
     for layer in range(3):
         for hf_name in MATRICES.values():
             name = f"model.layers.{layer}.{hf_name}.weight"
             matrix = weights[name].double().numpy()
-            parts = quantized(tmp_path / "new", name)
+            parts = quantized(path, name)
             scale = parts[1].astype(np.float64)
             error = np.abs(dequantized(format, parts) - matrix)
             if format == "int8":
@@ -87,11 +100,10 @@ def test_every_number_is_the_nearest(source, tmp_path, format):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_only_matrices_of_layers_are_quantized_and_the_error_is_reported(source, tmp_path, format):
-    with small_pieces():
-        report = convert_to(tmp_path / "new", source, quantize=format)
+def test_only_matrices_of_layers_are_quantized_and_the_error_is_reported(source, converted, format):
+    path, report = converted(format)
     assert report.quantization_error.keys() == MATRICES.keys()
-    manifest = json.loads((tmp_path / "new" / "llama_jax.json").read_text())
+    manifest = json.loads((path / "llama_jax.json").read_text())
     assert manifest["quantization_error"] == report.quantization_error
     weights = load_weights(source)
     for kind, hf_name in MATRICES.items():
@@ -99,21 +111,21 @@ def test_only_matrices_of_layers_are_quantized_and_the_error_is_reported(source,
         for layer in range(3):
             name = f"model.layers.{layer}.{hf_name}.weight"
             matrix = weights.pop(name).double().numpy()
-            exact = dequantized(format, quantized(tmp_path / "new", name))
+            exact = dequantized(format, quantized(path, name))
             changed += ((exact - matrix) ** 2).sum()
             of += (matrix**2).sum()
         assert report.quantization_error[kind] == pytest.approx((changed / of) ** 0.5, rel=1e-5)
-    reader = open_checkpoint(tmp_path / "new")
+    reader = open_checkpoint(path)
     for name, tensor in weights.items():  # those that are left
         assert bits(read(reader, name)) == bits(tensor)
-    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    config = json.loads((path / "config.json").read_text())
     assert config.pop("quantization_config") == {
         "quant_method": "llama_jax", "format": format, "group_size": 128}  # fmt: skip
     assert config == json.loads((source / "config.json").read_text())
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_all_ways_to_a_quantized_checkpoint_give_the_same_bits(source, tmp_path, format):
+def test_all_ways_to_a_quantized_checkpoint_give_the_same_bits(source, converted, tmp_path, format):
     """In one step, in two steps, and in chunks of another size."""
     with small_pieces(chunk=1 << 26, block=1 << 22):
         convert_to(tmp_path / "orbax", source)
@@ -121,14 +133,12 @@ def test_all_ways_to_a_quantized_checkpoint_give_the_same_bits(source, tmp_path,
         convert_to(tmp_path / "one_step", source, quantize=format)
         convert_to(tmp_path / "again", tmp_path / "one_step")
         convert_to(tmp_path / "same", tmp_path / "one_step", quantize=format)
-    with small_pieces():
-        convert_to(tmp_path / "small", source, quantize=format)
     expected = files(tmp_path / "one_step")
     for name in ("two_steps", "again", "same"):
         found = files(tmp_path / name)
         assert found.keys() == expected.keys()
         assert [n for n in found if found[n] != expected[n]] == ["llama_jax.json"]
-    one, small = open_checkpoint(tmp_path / "one_step"), open_checkpoint(tmp_path / "small")
+    one, small = open_checkpoint(tmp_path / "one_step"), open_checkpoint(converted(format)[0])
     assert one.tensors == small.tensors
     for name in one.tensors:
         assert bits(read(one, name)) == bits(read(small, name)), name
@@ -144,17 +154,16 @@ def test_all_ways_to_a_quantized_checkpoint_give_the_same_bits(source, tmp_path,
         ),
     ],
 )
-def test_an_export_is_dequantized(source, tmp_path, format, dtype):
-    convert_to(tmp_path / "new", source, quantize=format)
+def test_an_export_is_dequantized(source, converted, tmp_path, format, dtype):
+    path, _ = converted(format)
     with small_pieces():
-        convert_to(tmp_path / "back", tmp_path / "new", layout="huggingface", quantize="plain",
-                   dtype=dtype)  # fmt: skip
+        convert_to(tmp_path / "back", path, layout="huggingface", quantize="plain", dtype=dtype)
     found, original = load_weights(tmp_path / "back"), load_weights(source)
     kept = dtype or str(original[NAME].dtype).removeprefix("torch.")
     assert found.keys() == original.keys()
     for name, tensor in found.items():
         assert tensor.dtype == getattr(torch, kept)
-        parts = quantized(tmp_path / "new", name)
+        parts = quantized(path, name)
         if len(parts) == 1:
             expected = original[name]
         else:

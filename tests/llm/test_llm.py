@@ -304,7 +304,7 @@ def test_garbage_collection_ends_the_engine(
 
 
 @pytest.mark.parametrize(
-    "end", ["", "next(stream)", *map(slow, ("raise SystemExit", "llm.close()"))]
+    "end", ["next(stream)", *map(slow, ("", "raise SystemExit", "llm.close()"))]
 )
 def test_an_interpreter_that_ends_leaves_nothing(
     checkpoint: Path, tmp_path: Path, end: str

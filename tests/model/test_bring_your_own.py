@@ -373,15 +373,15 @@ def test_a_class_for_an_engine_in_another_process(path):
     ],
 )
 def test_a_score_mod_must_return_all_scores(score_mod):
-    q, kv = jnp.ones((1, 5, 4, 8)), jnp.ones((1, 5, 2, 8))
-    pages, rows = jnp.ones((2, 3, 16, 8)), (jnp.array([[0]]), jnp.arange(5)[None], jnp.array([5]))
+    q, kv, pages = np.ones((1, 5, 4, 8)), np.ones((1, 5, 2, 8)), np.ones((2, 3, 16, 8))
+    rows = np.array([[0]]), np.arange(5)[None], np.array([5])
     for attend in (
-        lambda: causal_attention(q, kv, kv, score_mod=score_mod),
-        lambda: paged_attention(q, pages, pages, *rows, score_mod),
-        lambda: paged_weights(q, pages, *rows, score_mod),
+        lambda q, kv, pages: causal_attention(q, kv, kv, score_mod=score_mod),
+        lambda q, kv, pages: paged_attention(q, pages, pages, *rows, score_mod),
+        lambda q, kv, pages: paged_weights(q, pages, *rows, score_mod),
     ):
         with pytest.raises(ValueError, match="score_mod"):
-            attend()
+            jax.eval_shape(attend, q, kv, pages)
 
 
 class Clash(DecoderLayer):

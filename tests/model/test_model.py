@@ -28,6 +28,12 @@ NUM_TOKENS = 50  # beyond the original context of ROPE_LLAMA3
 jitted = jax.jit(Llama.__call__)
 
 
+@jax.jit
+def run(module, x, positions):
+    """An attention or a layer with causal attention, as one program."""
+    return module(x, positions, causal_attention)
+
+
 def with_epsilon(theirs):
     """Gives all norms an epsilon so large that it matters."""
     theirs.config.rms_norm_eps = 0.1
@@ -104,7 +110,7 @@ def test_attention(pair):
     mask = torch.full((NUM_TOKENS, NUM_TOKENS), -torch.inf).triu(1)[None, None]
     rope = theirs.model.rotary_emb(x32, their_positions)
     expected, _ = theirs.model.layers[0].self_attn(x32, rope, attention_mask=mask)
-    close(ours(x, positions, causal_attention), expected)
+    close(run(ours, x, positions), expected)
 
 
 def test_mlp(pair):
@@ -123,7 +129,7 @@ def test_decoder_layer(pair):
     mask = torch.full((NUM_TOKENS, NUM_TOKENS), -torch.inf).triu(1)[None, None]
     rope = theirs.model.rotary_emb(x32, their_positions)
     expected = theirs.model.layers[0](x32, attention_mask=mask, position_embeddings=rope)
-    close(layer_of(theirs, config)(x, positions, causal_attention), expected)
+    close(run(layer_of(theirs, config), x, positions), expected)
 
 
 def test_a_layer_reduces_the_partial_sums_of_its_ranks():
@@ -142,15 +148,20 @@ def test_a_layer_reduces_the_partial_sums_of_its_ranks():
             if split:
                 parts = [np.split(part, 2, axis=split[0])[number] for part in parts]
                 weight_of(half, name).set_value(jnp.asarray(np.concatenate(parts)))
-    sums = []
-    whole(x, positions, causal_attention, lambda partial: sums.append(partial) or partial)
-    normed = whole.attention_norm(x)
-    middle = whole.mlp_norm(x + sums[0])
-    parts = (
-        sum(half.attention(normed, positions, causal_attention) for half in halves),
-        sum(half.mlp(middle) for half in halves),
-    )
-    for part, expected in zip(parts, sums, strict=True):
+
+    @jax.jit
+    def both(whole, halves):
+        sums = []
+        whole(x, positions, causal_attention, lambda partial: sums.append(partial) or partial)
+        normed = whole.attention_norm(x)
+        middle = whole.mlp_norm(x + sums[0])
+        parts = (
+            sum(half.attention(normed, positions, causal_attention) for half in halves),
+            sum(half.mlp(middle) for half in halves),
+        )
+        return parts, sums
+
+    for part, expected in zip(*both(whole, halves), strict=True):
         np.testing.assert_allclose(part, expected, atol=1e-5 * np.abs(expected).max())
 
 

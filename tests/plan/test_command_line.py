@@ -255,6 +255,10 @@ def test_without_arguments_the_reference_deployment_is_judged(capsys):
     printed = capsys.readouterr().out
     for lengths in ("128/128", "1024/256", "2048/128", "1000/1000"):
         assert lengths in printed
+
+
+@pytest.mark.slow
+def test_the_judgment_of_the_reference_deployment_as_json(capsys):
     assert main(["--json"]) in (MET, MISSED)
     assert json.loads(capsys.readouterr().out)
 

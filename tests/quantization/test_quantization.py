@@ -138,6 +138,7 @@ def test_quantizing_again_changes_nothing(name, rows, group):
 
 
 dequantize = jax.jit(lambda quantized: quantized.dequantize())
+linear = jax.jit(lambda quantized, x: quantized.linear(x))
 
 
 @each_quantizer
@@ -183,7 +184,7 @@ def test_dequantize(name):
     quantized = random_quantized(name, 8, 48, 16)
     expected = exact(quantized)
     np.testing.assert_allclose(quantized.dequantize(), expected, rtol=1e-6)
-    in_jax = type(quantized)(*map(jnp.asarray, quantized)).dequantize()
+    in_jax = dequantize(type(quantized)(*map(jnp.asarray, quantized)))
     assert in_jax.dtype == quantized.dequantize().dtype == np.float32
     np.testing.assert_allclose(in_jax, expected, rtol=1e-6)
 
@@ -194,7 +195,7 @@ def test_linear(name, dtype, allowed):
     """Relative to the sum of the terms' magnitudes; the exact product is in float64."""
     quantized = random_quantized(name, 24, 96, 16)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 5, 96)), dtype)
-    found = jax.jit(lambda q, x: q.linear(x))(type(quantized)(*map(jnp.asarray, quantized)), x)
+    found = linear(type(quantized)(*map(jnp.asarray, quantized)), x)
     assert found.dtype == x.dtype and found.shape == (2, 5, 24)
     matrix, x64 = exact(quantized), np.asarray(x).astype(np.float64)
     error = np.abs(np.asarray(found).astype(np.float64) - x64 @ matrix.T)
@@ -205,9 +206,10 @@ def test_linear(name, dtype, allowed):
 def test_arrays_of_zeros_are_a_matrix_of_zeros(name):
     """As in padding layers."""
     parts = FORMATS[name].parts((8, 32), 16)
-    padding = type(parts)(*(jnp.zeros(part.shape, part.dtype) for part in parts))
-    np.testing.assert_array_equal(padding.dequantize(), np.zeros((8, 32)))
-    np.testing.assert_array_equal(padding.linear(jnp.full((3, 32), 1e30)), np.zeros((3, 8)))
+    padding = type(parts)(*(np.zeros(part.shape, part.dtype) for part in parts))
+    np.testing.assert_array_equal(dequantize(padding), np.zeros((8, 32)))
+    found = linear(padding, np.full((3, 32), 1e30, np.float32))
+    np.testing.assert_array_equal(found, np.zeros((3, 8)))
 
 
 # --- int8 and fp8 ------------------------------------------------------------------------------
