@@ -72,6 +72,22 @@ def test_a_start_that_hangs_can_be_cancelled() -> None:
     assert children(os.getpid()) == before
 
 
+def test_an_error_of_on_progress_ends_the_start() -> None:
+    before, error = children(os.getpid()), RuntimeError("boom")
+
+    def on_progress(progress: Progress) -> None:
+        raise error
+
+    async def scenario() -> None:
+        with pytest.raises(EngineStartError) as caught:
+            await EngineClient.start(EngineOptions(path="fake"), on_progress, command=FAKE)
+        assert str(caught.value) == "on_progress raised RuntimeError('boom')."
+        assert caught.value.__cause__ is error
+
+    asyncio.run(scenario())
+    assert children(os.getpid()) == before
+
+
 def test_an_option_of_the_wrong_type_is_named() -> None:
     async def scenario() -> None:
         with pytest.raises(EngineStartError, match=r"\$.max_num_seqs"):
