@@ -318,6 +318,9 @@ def test_the_most_telling_line_of_a_log() -> None:
     )
     assert telling_line('Traceback:\n  File x\nKeyError: "a"\ndone') == 'KeyError: "a"'
     assert telling_line("one\ntwo\n\n") == "two"
+    slow = "*****\n[Compiling module jit_step] Very slow compile?\n*****\n"
+    assert telling_line(slow) == "[Compiling module jit_step] Very slow compile?"
+    assert telling_line("*****\n") == ""
 
 
 def test_parent_and_protocol_load_no_jax() -> None:
