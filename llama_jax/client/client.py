@@ -125,7 +125,8 @@ class EngineClient:
           start_host: starts the engine somewhere else than in such a process.
 
         Raises:
-          EngineStartError: it cannot start; the message is one sentence for the user.
+          EngineStartError: it cannot start, or `on_progress` raises; the message is one sentence
+            for the user.
         """
         client = cls(options, on_progress, start_host or process_host(command))
         try:
@@ -348,8 +349,7 @@ class EngineClient:
         elif isinstance(message, Report):
             self.stats = message.stats
         elif isinstance(message, Starting):
-            if self._on_progress is not None:
-                self._on_progress(message.progress)
+            self._tell(message.progress)
         elif isinstance(message, Ready):
             if not self._ready.done():
                 self._ready.set_result(message.info)
@@ -362,13 +362,27 @@ class EngineClient:
             self._last_words = message.message
             self._loop.call_later(FATAL_SECONDS, self.host.kill)
 
-    def _fail(self, reason: str) -> None:
-        """Ends the start and every stream with an error. Only the first reason counts."""
+    def _tell(self, progress: Progress) -> None:
+        if self._on_progress is not None:
+            try:
+                self._on_progress(progress)
+            except Exception as error:
+                self._fail(f"on_progress raised {error!r}.", error)
+                self.host.kill()
+
+    def _fail(self, reason: str, cause: Exception | None = None) -> None:
+        """Ends the start and every stream with an error. Only the first reason counts.
+
+        Args:
+          reason: one sentence.
+          cause: the error that ends the start; None for the engine's, if it has one.
+        """
         if self._death is not None:
             return
         self._death = reason
         if not self._ready.done():
-            self._ready.set_exception(_caused_by(self.host.cause, EngineStartError(reason)))
+            error = _caused_by(cause or self.host.cause, EngineStartError(reason))
+            self._ready.set_exception(error)
         self._streams.fail_all(lambda: self._error_of_end(reason))
 
     def _error_of_end(self, reason: str) -> EngineDead:

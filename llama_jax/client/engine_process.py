@@ -152,14 +152,16 @@ class EngineProcess:
             shutil.copyfile(self._log, name)
         except OSError as error:
             return f" (its log could not be kept: {error})."
-        quoted = f"; it said {telling_line(text)!r}" if quote else ""
+        line = telling_line(text) if quote else ""
+        quoted = f"; it said {line!r}" if line else ""
         return f"{quoted} (log: {name})."
 
 
 def telling_line(log: str) -> str:
     """Picks the line of a crash log that says most: the last fatal line of XLA, else the last line
-    that names an error, else the last line."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    that names an error, else the last line. Lines without a letter, like the frame round a warning,
+    say nothing; "" if there are no others."""
+    lines = [line.strip() for line in log.splitlines() if any(map(str.isalpha, line))]
     for pattern in (r"F\d{4} ", r"Fatal Python error", r"[\w.]*(Error|Exception)\b"):
         for line in reversed(lines):
             if re.match(pattern, line):

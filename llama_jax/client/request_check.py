@@ -12,10 +12,8 @@ from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import RequestError
 from llama_jax.engine.interface import EngineInfo
 
-_DECODERS = {
-    name: msgspec.msgpack.Decoder(kind).decode
-    for name, kind in get_type_hints(SamplingParams).items()
-}
+_TYPES = get_type_hints(SamplingParams)
+_DECODERS = {name: msgspec.msgpack.Decoder(kind).decode for name, kind in _TYPES.items()}
 
 
 def check_request(prompt: list[int], params: SamplingParams, info: EngineInfo) -> None:
@@ -86,8 +84,10 @@ def _check_types(params: SamplingParams) -> None:
             ) from None
         except OverflowError:
             raise RequestError(f"{name} must fit into 64 bits.", name) from None
-        except (msgspec.ValidationError, TypeError) as error:
-            reason = str(error).removesuffix(".")
+        except (msgspec.ValidationError, TypeError):
+            kind, got = _TYPES[name], repr(value)
+            wanted = kind.__name__ if isinstance(kind, type) else str(kind)
+            got = got if len(got) < 80 else f"{got[:80]}..."
             raise RequestError(
-                f"{name} has the wrong type: {reason}.", name, "invalid_type"
+                f"{name} must be of type {wanted}, got {got}.", name, "invalid_type"
             ) from None

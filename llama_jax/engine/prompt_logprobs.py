@@ -5,8 +5,8 @@ hundreds.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, overload
 
 import numpy as np
 
@@ -39,15 +39,28 @@ class PromptLogprobs:
       top: `[T - 1, k]` float32, theirs; -inf past the end of a small vocabulary.
     """
 
-    logprobs: bytes = field(repr=False)
-    ranks: bytes = field(repr=False)
-    tokens: bytes = field(repr=False)
-    top: bytes = field(repr=False)
+    logprobs: bytes
+    ranks: bytes
+    tokens: bytes
+    top: bytes
 
     def __len__(self) -> int:
         return 1 + len(self.logprobs) // 4
 
-    def __getitem__(self, index: int) -> ScoredToken | None:
+    def __repr__(self) -> str:
+        return f"<PromptLogprobs: {len(self)} tokens, top {self._alternatives} of each>"
+
+    @overload
+    def __getitem__(self, index: int) -> ScoredToken | None: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ScoredToken | None]: ...
+    def __getitem__(self, index: int | slice) -> ScoredToken | list[ScoredToken | None] | None:
+        if isinstance(index, slice):
+            wanted = range(len(self))[index]
+            if not wanted:
+                return []
+            first, last = sorted((wanted[0], wanted[-1]))
+            return self.read(first, last + 1 - first)[:: wanted.step]
         [item] = self.read(range(len(self))[index], 1)
         return item
 
@@ -70,9 +83,13 @@ class PromptLogprobs:
         ]
         return [None, *scored] if first == 0 else scored
 
+    @property
+    def _alternatives(self) -> int:
+        return len(self.tokens) // max(1, len(self.logprobs))
+
     def _arrays(self) -> tuple[np.ndarray, ...]:
         logprobs = np.frombuffer(self.logprobs, np.float32)
-        k = len(self.tokens) // max(1, len(self.logprobs))
+        k = self._alternatives
         return (
             logprobs,
             np.frombuffer(self.ranks, np.int32),

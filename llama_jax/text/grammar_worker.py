@@ -2,7 +2,8 @@
 
 llguidance bounds most of its work, but not all: two thousand `patternProperties` keep it busy for
 minutes, and a thread cannot be stopped. So the server has its grammars checked in a process, which
-the kernel ends when a check has used too much time or memory.
+the kernel ends when a check has used too much CPU time or memory, and its parent when it does not
+answer.
 
 Requests and replies are lines of JSON: [kind, value] in, and [grammar, null] or [null, reason] out.
 """
@@ -12,6 +13,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +22,7 @@ from llama_jax.text.grammar import GrammarError, check_grammar
 from llama_jax.text.tool_grammar import write_tools
 
 CPU_SECONDS = 1.0  # per grammar
+WALL_SECONDS = 10.0  # the same, with the start of the process; a stopped one uses no CPU time
 MEMORY = 4 << 30  # bytes of address space
 
 WRITERS: dict[str, Callable[[Any], str]] = {
@@ -45,7 +48,8 @@ class GrammarWorker:
           value: what that function takes.
 
         Raises:
-          GrammarError: it cannot be used, or checking it takes more than `CPU_SECONDS`.
+          GrammarError: it cannot be used, or checking it takes more than `CPU_SECONDS` or
+            `WALL_SECONDS`.
         """
         try:
             request = json.dumps([kind, value])
@@ -62,13 +66,17 @@ class GrammarWorker:
                 text=True,
             )
         assert self._process.stdin and self._process.stdout
+        timer = threading.Timer(WALL_SECONDS, self._process.kill)
+        timer.start()
         try:
             self._process.stdin.write(request + "\n")
             self._process.stdin.flush()
             reply = self._process.stdout.readline()
         except BrokenPipeError:
             reply = ""
-        if not reply:
+        finally:
+            timer.cancel()
+        if not reply.endswith("\n"):  # the process has ended, maybe in the middle of its reply
             self._process.wait()
             raise GrammarError("The grammar is too complex: checking it takes too long.")
         text, reason = json.loads(reply)

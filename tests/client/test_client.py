@@ -267,6 +267,31 @@ def test_invalid_requests_are_refused_before_they_are_sent(
     run(body)
 
 
+def test_a_value_of_a_wrong_type_is_told_as_python_writes_both(run: Run) -> None:
+    """OpenAI and vLLM take each of these."""
+
+    async def body(client: EngineClient) -> None:
+        for wrong, message in (
+            ({"stop": "x"}, "stop must be of type tuple[str, ...], got 'x'."),
+            (
+                {"logit_bias": {5: 100}},
+                "logit_bias must be of type tuple[tuple[int, float], ...], got {5: 100}.",
+            ),
+            (
+                {"bad_words": ["the"]},
+                "bad_words must be of type tuple[tuple[int, ...], ...], got ['the'].",
+            ),
+            ({"top_k": "5"}, "top_k must be of type int, got '5'."),
+            ({"seed": 5.5}, "seed must be of type int | None, got 5.5."),
+            ({"stop": "x" * 100}, f"stop must be of type tuple[str, ...], got '{'x' * 79}...."),
+        ):
+            with pytest.raises(RequestError) as caught:
+                client.check([3], SamplingParams(**wrong))  # type: ignore[arg-type]
+            assert str(caught.value) == message
+
+    run(body)
+
+
 def test_values_out_of_range_and_params_of_another_class_are_refused(run: Run) -> None:
     async def body(client: EngineClient) -> None:
         with pytest.raises(RequestError, match="temperature") as caught:

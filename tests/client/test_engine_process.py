@@ -72,6 +72,22 @@ def test_a_start_that_hangs_can_be_cancelled() -> None:
     assert children(os.getpid()) == before
 
 
+def test_an_error_of_on_progress_ends_the_start() -> None:
+    before, error = children(os.getpid()), RuntimeError("boom")
+
+    def on_progress(progress: Progress) -> None:
+        raise error
+
+    async def scenario() -> None:
+        with pytest.raises(EngineStartError) as caught:
+            await EngineClient.start(EngineOptions(path="fake"), on_progress, command=FAKE)
+        assert str(caught.value) == "on_progress raised RuntimeError('boom')."
+        assert caught.value.__cause__ is error
+
+    asyncio.run(scenario())
+    assert children(os.getpid()) == before
+
+
 def test_an_option_of_the_wrong_type_is_named() -> None:
     async def scenario() -> None:
         with pytest.raises(EngineStartError, match=r"\$.max_num_seqs"):
@@ -302,6 +318,9 @@ def test_the_most_telling_line_of_a_log() -> None:
     )
     assert telling_line('Traceback:\n  File x\nKeyError: "a"\ndone') == 'KeyError: "a"'
     assert telling_line("one\ntwo\n\n") == "two"
+    slow = "*****\n[Compiling module jit_step] Very slow compile?\n*****\n"
+    assert telling_line(slow) == "[Compiling module jit_step] Very slow compile?"
+    assert telling_line("*****\n") == ""
 
 
 def test_parent_and_protocol_load_no_jax() -> None:

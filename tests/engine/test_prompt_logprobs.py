@@ -36,6 +36,10 @@ def test_a_prompt_is_read_like_a_list(length, alternatives):
         assert each == (-position / 2, top, position + 5)
     assert found[0] is None and found[-1] == ([None, *others][-1])
     assert found.read(1, 2) == others[:2]
+    if length > 1:
+        assert repr(found) == f"<PromptLogprobs: {length} tokens, top {alternatives} of each>"
+    for cut in (slice(None), slice(1, 3), slice(-2, None), slice(60, 9, -7), slice(5000, 6000)):
+        assert found[cut] == [None, *others][cut]
     with pytest.raises(IndexError):
         found[length]
 

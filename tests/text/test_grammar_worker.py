@@ -1,9 +1,11 @@
 """Grammars that are written and checked in a process of its own."""
 
+import signal
 import subprocess
 
 import pytest
 
+from llama_jax.text import grammar_worker
 from llama_jax.text.grammar import GrammarError, choice_grammar, json_schema_grammar
 from llama_jax.text.grammar_worker import GrammarWorker
 from tests.support.processes import wait_until
@@ -27,6 +29,18 @@ def test_a_check_without_end_is_ended(worker):
     patterns = {f"^x{number}$": {} for number in range(2000)}
     with pytest.raises(GrammarError):
         worker.write("json_schema", {"type": "object", "patternProperties": patterns})
+    assert worker.write("regex", "a")
+
+
+@pytest.mark.parametrize("size", [1, 1_000_000])  # less and more than a pipe holds
+def test_a_worker_that_does_not_run_is_replaced(worker, monkeypatch, size):
+    """One that is stopped or swapped out uses no CPU time, whatever it is asked."""
+    worker.write("regex", "a")
+    worker._process.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr(grammar_worker, "WALL_SECONDS", 0.1)
+    with pytest.raises(GrammarError, match="takes too long"):
+        worker.write("regex", "a" * size)
+    monkeypatch.undo()
     assert worker.write("regex", "a")
 
 
