@@ -28,9 +28,10 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
-# A shell starts a background job with SIGINT ignored, and so would every engine be that a test
-# interrupts.
+# A shell starts a background job with SIGINT ignored, nohup starts one with SIGHUP ignored, and so
+# would every engine be that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 USUAL_HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
 # `make test` tries a few examples of each property. `make test-all` tries the usual hundred of the
