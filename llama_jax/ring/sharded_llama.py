@@ -80,7 +80,7 @@ class ShardedLlama:
         Raises:
           UserError: the ring cannot run `model_class`, or `attention_backend` on these devices.
         """
-        check_model_class(model_class)
+        check_model_class(model_class, config)
         self.config, self.mesh, self.params = config, mesh, params
         self.model_class = model_class
         self.dtype, self.cache_dtype = dtype, cache_dtype or dtype
@@ -112,8 +112,8 @@ class ShardedLlama:
           MeshError, ShardingError: the mesh cannot be made, or cannot split the model.
           UserError: `dtype`, `model_class` or `kv_cache_dtype` is not supported.
         """
-        check_model_class(model_class)
         with closing(open_checkpoint(path)) as reader:
+            check_model_class(model_class, reader.config)
             reader.declared.report_unknown()
             mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
             kind = choose_dtype(dtype, reader.config, mesh.devices.flat[0].platform)
