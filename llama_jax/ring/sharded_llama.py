@@ -24,7 +24,7 @@ from llama_jax.model.llama import check_tokens
 from llama_jax.model.rope import check_length
 from llama_jax.ring.attention_backend import AUTO, AttentionBackend, choose_backend
 from llama_jax.ring.kernel_check import without_failing_kernels
-from llama_jax.ring.kv_cache import dequantized
+from llama_jax.ring.kv_cache import KVCache, dequantized
 from llama_jax.ring.observation import WEIGHTS, LayerActivation, observed_step, replicas_by_axis
 from llama_jax.ring.packet import encode_packet
 from llama_jax.ring.sizes import TILE, Bucket, RingSizes
@@ -122,6 +122,17 @@ class ShardedLlama:
             backend = _working_backend(AUTO, reader.config, mesh, kind, cache_kind, model_class)
             params = load_params(reader, mesh, kind)
             return cls(reader.config, mesh, params, kind, model_class, cache_kind, backend)
+
+    def __repr__(self) -> str:
+        size = f"{self.config.num_layers} layers of width {self.config.embed_dim}"
+        mesh = "{}x{}".format(*mesh_shape(self.mesh))
+        about = f"{self.mesh.devices.flat[0].platform}, {self.dtype}"
+        return f"<{type(self).__name__} of {size} on the mesh {mesh} ({about})>"
+
+    @property
+    def cache(self) -> KVCache | None:
+        """The KV cache on the mesh, with the keys and values of the last call; None before it."""
+        return self._state and self._state[1].cache
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """tokens [B, T] int32 in [0, V) -> logits [B, T, V] float32.
