@@ -66,11 +66,11 @@ class Engine:
         progress: Callable[[Progress], None] = lambda progress: None,
         model_class: type[Llama] = Llama,
     ):
-        check_model_class(model_class)
         start = time.perf_counter()
         with closing(open_checkpoint(options.path)) as reader, ExitStack() as stack:
             if options.strict_config:  # the process that the user sees has warned already
                 reader.declared.report_unknown(strict=True)
+            check_model_class(model_class, reader.config)
             check_options(options, reader.config)
             check_stages(parse_mesh(options.mesh)[0], reader.config)
             configure_jax(options.gpu_memory_utilization)

@@ -35,7 +35,7 @@ def memory(
     The title gives the spread: the largest sum minus the smallest, in percent of the mean.
 
     Args:
-      of: an `LLM`, its `info`, or a `jax.sharding.Mesh` of one or two axes.
+      of: an `LLM`, its `info`, a `ShardedLlama`, or a `jax.sharding.Mesh` of one or two axes.
       weights, cache: for a `Mesh`, pytrees of arrays or ShapeDtypeStructs with shardings.
       limit: bytes of memory per device, of which the rest is drawn as free; None to ask the
         devices, if this process owns them and they report it.

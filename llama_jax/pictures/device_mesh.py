@@ -29,7 +29,7 @@ def mesh(
     """Draws a mesh as a grid of devices, each with its layers and the bytes on it.
 
     Args:
-      of: an `LLM`, its `info`, or a `jax.sharding.Mesh` of one or two axes.
+      of: an `LLM`, its `info`, a `ShardedLlama`, or a `jax.sharding.Mesh` of one or two axes.
       weights, cache: for a `Mesh`, pytrees of arrays or ShapeDtypeStructs with shardings, such as
         `param_shapes` returns. Their bytes are counted; nothing is allocated.
       save: a file to write.

@@ -1,7 +1,7 @@
 """The bytes of weights and KV cache on each device of a mesh."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -10,7 +10,9 @@ from jax.sharding import Mesh
 
 from llama_jax.engine.interface import DeviceInfo, EngineInfo
 from llama_jax.pictures.style import short_device
+from llama_jax.ring.sharded_llama import ShardedLlama
 from sharding.memory import shard_bytes
+from sharding.stages import split_layers
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ def mesh_usage(of: Any, weights: Any = None, cache: Any = None) -> MeshUsage:
     """The memory usage of an engine's devices, or of a mesh with given arrays.
 
     Args:
-      of: an `EngineInfo`, an object with one as `.info` (`LLM`, `Engine`), or a `Mesh`.
+      of: an `EngineInfo`, an object with one as `.info` (`LLM`, `Engine`), a `ShardedLlama`, or a
+        `Mesh`.
       weights, cache: for a mesh, pytrees of arrays or ShapeDtypeStructs with shardings.
 
     Raises:
@@ -48,11 +51,14 @@ def mesh_usage(of: Any, weights: Any = None, cache: Any = None) -> MeshUsage:
     if isinstance(of, Mesh):
         return _of_mesh(of, weights, cache)
     if weights is not None or cache is not None:
-        raise ValueError("weights and cache are only for a Mesh: an engine knows its own.")
+        raise ValueError("weights and cache are only for a Mesh: a model or engine knows its own.")
+    if isinstance(of, ShardedLlama):
+        return _of_model(of)
     info = getattr(of, "info", of)
     if not isinstance(info, EngineInfo):
         raise ValueError(
-            f"Expected an LLM, an EngineInfo or a jax.sharding.Mesh, got {type(of).__name__}."
+            "Expected an LLM, an EngineInfo, a ShardedLlama or a jax.sharding.Mesh, "
+            f"got {type(of).__name__}."
         )
     title = f"{info.model} in {info.dtype} on {info.mesh} {info.platform} devices"
     memory_limits: list[int | None] = [None] * len(info.devices)
@@ -60,6 +66,14 @@ def mesh_usage(of: Any, weights: Any = None, cache: Any = None) -> MeshUsage:
     if executor is not None:  # an Engine in this process
         memory_limits = [_memory_limit(device) for device in executor.mesh.devices.flat]
     return MeshUsage(title, ("stage", "rank"), info.devices, memory_limits)
+
+
+def _of_model(model: ShardedLlama) -> MeshUsage:
+    usage = _of_mesh(model.mesh, model.params, model.cache)
+    stages = split_layers(model.config.num_layers, usage.shape[0])
+    layers = [[layer for layer in stage if layer is not None] for stage in stages]
+    devices = [replace(device, layers=layers[device.stage]) for device in usage.devices]
+    return replace(usage, title=repr(model).strip("<>"), devices=devices)
 
 
 def _of_mesh(mesh: Mesh, weights: Any, cache: Any) -> MeshUsage:

@@ -1,8 +1,8 @@
 """Tries the kernels for Hopper GPUs on random inputs, before a model is served with them.
 
 A kernel that a GPU, a driver or a version of JAX gets wrong raises no error: every answer is wrong,
-and nobody sees it. So when an engine starts, each of its kernels is compared with plain JAX, with
-the heads, pages and matrices that it will have.
+and nobody sees it. So before an engine, a `ShardedLlama` or a calibration runs, each of its kernels
+is compared with plain JAX, with the heads, pages and matrices that it will have.
 """
 
 import logging

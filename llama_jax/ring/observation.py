@@ -21,7 +21,7 @@ from llama_jax.model import DecoderLayer
 from llama_jax.model.attention import ScoreMod, Tap, paged_weights
 from llama_jax.model.tap import captured_by_name
 from llama_jax.ring.kv_cache import KVCache
-from llama_jax.ring.stage import PagedAttend, Program, make_layer, run_layers
+from llama_jax.ring.stage import PagedAttend, Program, Reduce, make_layer, run_layers
 from llama_jax.ring.steps import LOGITS_SPEC, product_options, state_specs
 from llama_jax.ring.tick import State, advance_ring, final_norm, local_logits
 from llama_jax.weights.placement import (
@@ -31,7 +31,7 @@ from llama_jax.weights.placement import (
     unsharded_placements,
 )
 from sharding.axes import MODEL, STAGE
-from sharding.collectives import psum, rank
+from sharding.collectives import rank
 from sharding.mesh import mesh_shape
 from sharding.program import MeshProgram
 from sharding.settings import default_settings
@@ -102,10 +102,14 @@ def _observed_tick(
         found: dict[LayerActivation, jax.Array] = {}
 
         def call(
-            position: int, layer: DecoderLayer, x: jax.Array, positions: jax.Array, attend: Any
+            position: int,
+            layer: DecoderLayer,
+            x: jax.Array,
+            positions: jax.Array,
+            attend: PagedAttend,
+            reduce: Reduce,
         ) -> jax.Array:
             with jax.named_scope(f"layer_{position}"):
-                reduce = partial(psum, axes=MODEL)
                 x, captured = nnx.capture(layer, nnx.Intermediate)(x, positions, attend, reduce)
             for name, value in captured_by_name(captured).items():
                 found[LayerActivation(position, name)] = value

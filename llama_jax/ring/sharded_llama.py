@@ -23,7 +23,8 @@ from llama_jax.model.kv_storage import choose_kv_dtype
 from llama_jax.model.llama import check_tokens
 from llama_jax.model.rope import check_length
 from llama_jax.ring.attention_backend import AUTO, AttentionBackend, choose_backend
-from llama_jax.ring.kv_cache import dequantized
+from llama_jax.ring.kernel_check import without_failing_kernels
+from llama_jax.ring.kv_cache import KVCache, dequantized
 from llama_jax.ring.observation import WEIGHTS, LayerActivation, observed_step, replicas_by_axis
 from llama_jax.ring.packet import encode_packet
 from llama_jax.ring.sizes import TILE, Bucket, RingSizes
@@ -39,6 +40,7 @@ from sharding.stages import split_layers
 
 PAGE_SIZE = 16
 TILES_PER_CHUNK = 2
+TRIED_LENGTH = 1024  # tokens of the prompt with whose sizes the kernels are tried
 
 
 class ShardedLlama:
@@ -72,16 +74,19 @@ class ShardedLlama:
           dtype: that `load_params` was called with.
           model_class: `Llama` or a subclass.
           cache_dtype: of the KV cache; None for that of the activations.
-          attention_backend: "auto", "plain" or "hopper", as for the engine.
+          attention_backend: "auto", "plain" or "hopper", as for the engine, whose kernels are then
+            tried; or the backend of an engine, which has tried them.
 
         Raises:
           UserError: the ring cannot run `model_class`, or `attention_backend` on these devices.
         """
-        check_model_class(model_class)
-        self._attention = choose_backend(attention_backend, mesh)
+        check_model_class(model_class, config)
         self.config, self.mesh, self.params = config, mesh, params
         self.model_class = model_class
         self.dtype, self.cache_dtype = dtype, cache_dtype or dtype
+        self._attention = _working_backend(
+            attention_backend, config, mesh, dtype, self.cache_dtype, model_class
+        )
         self._state: tuple[RingSizes, State] | None = None
 
     @classmethod
@@ -107,14 +112,27 @@ class ShardedLlama:
           MeshError, ShardingError: the mesh cannot be made, or cannot split the model.
           UserError: `dtype`, `model_class` or `kv_cache_dtype` is not supported.
         """
-        check_model_class(model_class)
         with closing(open_checkpoint(path)) as reader:
+            check_model_class(model_class, reader.config)
             reader.declared.report_unknown()
             mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
             kind = choose_dtype(dtype, reader.config, mesh.devices.flat[0].platform)
             cache_kind = choose_kv_dtype(kv_cache_dtype, kind)
+            # Before the weights take the memory that this needs.
+            backend = _working_backend(AUTO, reader.config, mesh, kind, cache_kind, model_class)
             params = load_params(reader, mesh, kind)
-            return cls(reader.config, mesh, params, kind, model_class, cache_kind)
+            return cls(reader.config, mesh, params, kind, model_class, cache_kind, backend)
+
+    def __repr__(self) -> str:
+        size = f"{self.config.num_layers} layers of width {self.config.embed_dim}"
+        mesh = "{}x{}".format(*mesh_shape(self.mesh))
+        about = f"{self.mesh.devices.flat[0].platform}, {self.dtype}"
+        return f"<{type(self).__name__} of {size} on the mesh {mesh} ({about})>"
+
+    @property
+    def cache(self) -> KVCache | None:
+        """The KV cache on the mesh, with the keys and values of the last call; None before it."""
+        return self._state and self._state[1].cache
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """tokens [B, T] int32 in [0, V) -> logits [B, T, V] float32.
@@ -248,6 +266,21 @@ class ShardedLlama:
             return previous[1]
         shapes = state_shapes(self.config, self.mesh, sizes, self.dtype, self.cache_dtype)
         return init_state(shapes, sizes)
+
+
+def _working_backend(
+    name: str | AttentionBackend,
+    config: LlamaConfig,
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    cache_dtype: jnp.dtype,
+    model_class: type[Llama],
+) -> AttentionBackend:
+    """The attention to compile with: its kernels have been tried, here or by an engine."""
+    if isinstance(name, AttentionBackend):
+        return name
+    chosen, (sizes, _) = choose_backend(name, mesh), _sizes(1, TRIED_LENGTH)
+    return without_failing_kernels(chosen, config, mesh, sizes, dtype, cache_dtype, model_class)
 
 
 # Cached here and not per object, because `LLM.model` creates a new object each time.

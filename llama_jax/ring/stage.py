@@ -5,7 +5,6 @@ and sums its partial results over `model`.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +23,7 @@ from llama_jax.ring.packet import LENGTH, PAGES, POSITION, segments_of
 from llama_jax.ring.sizes import Bucket, RingSizes
 from sharding.axes import MODEL
 from sharding.collectives import psum, rank
+from sharding.errors import UserError
 
 
 class Program(NamedTuple):
@@ -70,6 +70,7 @@ class PagedAttend:
     Attributes:
       k_pages, v_pages: `[K, num_pages, page_size, h]`, this rank's; each call replaces them.
       k_scale, v_scale: `[K, num_pages, page_size]`, likewise; None unless the pages are in 8 bits.
+      called: whether the layer has attended.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class PagedAttend:
         self._locations = locate_tokens(program, segments)
         self.k_pages, self.v_pages = k_pages, v_pages
         self.k_scale, self.v_scale = k_scale, v_scale
+        self.called = False
 
     @property
     def arrays(self) -> list[jax.Array]:
@@ -99,6 +101,7 @@ class PagedAttend:
 
         Does not tap the attention weights, since `paged_attention` never materializes them.
         """
+        self.called = True
         where = (self._locations.page, self._locations.offset)
         self.k_pages, self.k_scale = kv_cache.write_scaled(self.k_pages, self.k_scale, k, *where)
         self.v_pages, self.v_scale = kv_cache.write_scaled(self.v_pages, self.v_scale, v, *where)
@@ -141,16 +144,37 @@ class PagedAttend:
         return jnp.concatenate(out)
 
 
-# (position in the stage, layer, activations, positions of the tokens, attend) -> activations
-CallLayer = Callable[[int, DecoderLayer, jax.Array, jax.Array, PagedAttend], jax.Array]
+class Reduce:
+    """The `reduce` of a layer on a mesh: sums over `model`.
+
+    Attributes:
+      called: whether the layer has called it.
+    """
+
+    def __init__(self) -> None:
+        self.called = False
+
+    def __call__(self, partial: jax.Array) -> jax.Array:
+        """Sums a partial result `[..., D]` over the ranks."""
+        self.called = True
+        return psum(partial, MODEL)
+
+
+# (position in the stage, layer, x, positions of the tokens, attend, reduce) -> activations
+CallLayer = Callable[[int, DecoderLayer, jax.Array, jax.Array, PagedAttend, Reduce], jax.Array]
 
 
 def call_layer(
-    position: int, layer: DecoderLayer, x: jax.Array, positions: jax.Array, attend: PagedAttend
+    position: int,
+    layer: DecoderLayer,
+    x: jax.Array,
+    positions: jax.Array,
+    attend: PagedAttend,
+    reduce: Reduce,
 ) -> jax.Array:
-    """Calls a layer on x `[N, D]`, with its partial results summed over `model`."""
+    """Calls a layer on x `[N, D]`."""
     with jax.named_scope(f"layer_{position}"):
-        return layer(x, positions, attend, partial(psum, axes=MODEL))
+        return layer(x, positions, attend, reduce)
 
 
 def run_layers(
@@ -175,6 +199,9 @@ def run_layers(
 
     Returns:
       Activations `[N, D]`, and the cache.
+
+    Raises:
+      UserError: a layer attended on one of several ranks, but never called `reduce`.
     """
     segments = segments_of(program.sizes, program.bucket, metadata)
     x = jnp.pad(x, ((0, program.num_padding), (0, 0)))
@@ -183,7 +210,14 @@ def run_layers(
     for position, weights in enumerate(layers):
         attend = attend_class(program, segments, *(a[position][0] for a in cache if a))
         layer = make_layer(program, jax.tree.map(lambda array: array[0], weights))
-        x = call(position, layer, x, positions, attend)
+        reduce = Reduce()
+        x = call(position, layer, x, positions, attend, reduce)
+        if attend.called and not reduce.called and jax.lax.axis_size(MODEL) > 1:
+            raise UserError(
+                f"{type(layer).__name__} attends, but never calls the reduce that it is given, so "
+                "each rank would go on with its own part of the sum: apply it to what attention "
+                "and MLP return."
+            )
         updated.append([array[None] for array in attend.arrays])
     return x[: program.num_tokens], KVCache(*zip(*updated, strict=True))
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -29,6 +30,7 @@ from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.stage import Program, token_multiple
 from llama_jax.ring.tick import State, StepOutput, masked_tick, tick
 from llama_jax.weights.placement import Params, param_specs
+from llama_jax.weights.table import LAYER_PARAMETERS
 from sharding.axes import AXES, STAGE
 from sharding.compiler_options import GROUPED_SCALES, UNSPLIT
 from sharding.errors import UserError
@@ -177,13 +179,14 @@ def product_options(config: LlamaConfig, bucket: Bucket) -> Mapping[str, Any]:
     return {} if bucket == Bucket(1, 0) else UNSPLIT
 
 
-def check_model_class(model_class: type[Llama]) -> None:
-    """Checks that the ring can run a subclass of `Llama`.
+def check_model_class(model_class: type[Llama], config: LlamaConfig) -> None:
+    """Checks that the ring can run a subclass of `Llama` as a model of this architecture.
 
     The ring uses its layers and its sampler, and would silently ignore other changes.
 
     Raises:
-      UserError: it is no such subclass, or it overrides a method that the ring does not call.
+      UserError: it is no such subclass, it overrides a method that the ring does not call, or its
+        layers have parameters that no checkpoint has.
     """
     if not (isinstance(model_class, type) and issubclass(model_class, Llama)):
         got = getattr(model_class, "__name__", f"an instance of {type(model_class).__name__}")
@@ -193,4 +196,12 @@ def check_model_class(model_class: type[Llama]) -> None:
             raise UserError(
                 f"{model_class.__name__} overrides {name}, which a model on a mesh does not call: "
                 "change the layers (layer_class) or the sampler instead."
+            )
+    layer = nnx.eval_shape(lambda: model_class.layer_class(config, rngs=nnx.Rngs(0)))
+    for path, _ in nnx.to_flat_state(nnx.state(layer, nnx.Not(nnx.RngState))):
+        name = ".".join(map(str, path))
+        if name not in LAYER_PARAMETERS:
+            raise UserError(
+                f"The layers of {model_class.__name__} have a parameter {name}, for which a model "
+                "on a mesh has no place: use Llama on one device, or merge it into the weights."
             )

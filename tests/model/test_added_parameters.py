@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from llama_jax import Llama
+from llama_jax import Llama, ShardedLlama
+from llama_jax.engine.core import Engine
+from llama_jax.engine.options import EngineOptions
 from llama_jax.model import MLP, DecoderLayer
+from sharding.errors import UserError
 from tests.support.reference import make_model, save_model
 
 TOKENS = np.array([[5, 9, 3, 77]])
@@ -60,3 +63,11 @@ def test_they_train_while_the_weights_stay(path):
     trained = jax.tree.map(lambda value, slope: value - 0.1 * slope, added, slopes)
     assert loss(trained) < loss(added)
     assert abs(nnx.merge(graph, trained, weights)(TOKENS) - before).max() > 1e-3
+
+
+def test_a_mesh_has_no_place_for_them(path):
+    name = r"mlp\.narrow"
+    with pytest.raises(UserError, match=name):
+        ShardedLlama.from_pretrained(path, model_class=AdaptedLlama)
+    with pytest.raises(UserError, match=name):
+        Engine(EngineOptions(path=path), model_class=AdaptedLlama)

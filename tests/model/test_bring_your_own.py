@@ -398,3 +398,32 @@ def test_a_tap_must_not_have_the_name_of_a_module(path):
     jax.eval_shape(lambda tokens: model(tokens), TOKENS)  # harmless while nothing is captured
     with pytest.raises(ValueError, match="'mlp'"):
         capture(model, TOKENS, "logits")
+
+
+class Forgetful(DecoderLayer):
+    def __call__(self, x, positions, attend, reduce=lambda partial: partial):
+        return super().__call__(x, positions, attend)
+
+
+class ForgetfulLlama(Llama):
+    layer_class = Forgetful
+
+
+class Skipped(DecoderLayer):
+    def __call__(self, x, positions, attend, reduce=lambda partial: partial):
+        return x
+
+
+class SkippedLlama(Llama):
+    layer_class = Skipped
+
+
+def test_a_layer_must_sum_what_the_ranks_have_attended(path):
+    model = ShardedLlama.from_pretrained(path, "1x2", model_class=ForgetfulLlama)
+    for names in ("logits", "layers.0.residual"):
+        with pytest.raises(UserError, match=r"Forgetful .* reduce"):
+            capture(model, TOKENS, names)
+    alone = ShardedLlama.from_pretrained(path, "2x1", model_class=ForgetfulLlama)
+    assert_close(alone(TOKENS), Llama.from_pretrained(path)(TOKENS))
+    model = ShardedLlama.from_pretrained(path, "1x2", model_class=SkippedLlama)
+    assert_close(model(TOKENS), SkippedLlama.from_pretrained(path)(TOKENS))

@@ -10,11 +10,12 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from matplotlib.colors import to_hex
 
-from llama_jax import pictures
+from llama_jax import ShardedLlama, pictures
 from llama_jax.config import LlamaConfig
 from llama_jax.pictures.style import PALETTE
 from llama_jax.terminal.units import bytes_text
 from llama_jax.weights.placement import param_shapes
+from tests.support.paths import DEMO_CHECKPOINT
 from tests.support.picture_inputs import COLUMNS, ROWS, make_info, stacked
 from tests.support.picture_parts import cells, labels, ticks, title, words
 
@@ -47,6 +48,26 @@ def test_mesh_counts_bytes_of_shapes_and_of_arrays(mesh):
     assert shown[4] == f"cpu:4\nweights {bytes_text(total)}\nKV cache 0 B"
     line = jax.sharding.Mesh(mesh.devices[:3, 0], ("data",))
     assert len(cells(pictures.mesh(line).axes[0])) == 3
+
+
+def test_a_model_on_a_mesh_is_drawn_with_its_weights_and_cache():
+    model = ShardedLlama.from_pretrained(str(DEMO_CHECKPOINT), "3x2")  # 3, 3 and 2 of 8 layers
+    assert repr(model) == "<ShardedLlama of 8 layers of width 192 on the mesh 3x2 (cpu, float32)>"
+
+    def shown():
+        return [text.get_text() for text in pictures.mesh(model).axes[0].texts]
+
+    arrays = [shard.data for a in jax.tree.leaves(model.params) for shard in a.addressable_shards]
+    placed = [sum(a.nbytes for a in arrays if a.device == d) for d in model.mesh.devices.flat]
+    layers = [f"layers {text}" for text in ("0-2", "0-2", "3-5", "3-5", "6-7", "6-7")]
+    expected = [
+        f"cpu:{n}\n{layers[n]}\nweights {bytes_text(placed[n])}\nKV cache " for n in range(6)
+    ]
+    assert shown() == [text + "0 B" for text in expected]
+    model(np.zeros((1, 16), np.int32))
+    # Keys and values of 16 tokens: 3 layers and 2 KV heads of 32 floats for each device.
+    assert shown() == [text + bytes_text(2 * 16 * 3 * 2 * 32 * 4) for text in expected]
+    assert "3x2" in title(pictures.memory(model))
 
 
 def test_memory_adds_up_to_the_limit_and_names_the_spread():

@@ -7,15 +7,18 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
+from llama_jax import ShardedLlama
 from llama_jax.config import LlamaConfig, Quantization
 from llama_jax.engine import core
 from llama_jax.engine.options import EngineOptions
 from llama_jax.model import Llama, hopper_attention, hopper_int4
+from llama_jax.plan.machine import calibrate
 from llama_jax.quantization import Int4
-from llama_jax.ring import kernel_check
+from llama_jax.ring import kernel_check, sharded_llama
 from llama_jax.ring.attention_backend import AUTO, GPU_BLOCKS, HOPPER, PLAIN, AttentionBackend
 from llama_jax.ring.kernel_check import (
     int4_error,
@@ -30,6 +33,7 @@ from sharding.errors import UserError
 from sharding.mesh import make_mesh
 from tests.model.test_hopper_attention import described_gpu
 from tests.support.paths import DEMO_CHECKPOINT
+from tests.support.reference import make_model, save_model
 
 pytestmark = pytest.mark.timeout(300, method="thread")
 
@@ -235,3 +239,33 @@ def test_an_engine_compiles_its_programs_without_kernels_that_fail(monkeypatch):
     options = EngineOptions(path=str(DEMO_CHECKPOINT), max_num_seqs=2, max_chunk=64)
     engine = core.Engine(options)
     assert engine.loop.executor.programs.attention_backend is NOTHING
+
+
+def test_a_model_without_an_engine_runs_without_kernels_that_fail(tmp_path, monkeypatch, caplog):
+    """They are tried before the weights take the memory. On a CPU, no kernel compiles."""
+
+    def load_params(*args):
+        assert [record.levelno for record in caplog.records] == [logging.WARNING]
+        return load(*args)
+
+    load = sharded_llama.load_params
+    path, tokens = save_model(make_model(head_dim=64), tmp_path), [[5, 9, 3]]
+    expected = ShardedLlama.from_pretrained(path, dtype="bfloat16")(tokens)
+    monkeypatch.setattr(sharded_llama, "choose_backend", lambda name, mesh: WITHOUT_INT4)
+    monkeypatch.setattr(sharded_llama, "load_params", load_params)
+    with described_gpu():
+        model = ShardedLlama.from_pretrained(path, dtype="bfloat16")
+    np.testing.assert_array_equal(model(tokens), expected)
+    ShardedLlama(model.config, model.mesh, model.params, model.dtype, attention_backend=NOTHING)
+    assert len(caplog.records) == 1  # what an engine has tried is not tried again
+    with described_gpu():
+        ShardedLlama(model.config, model.mesh, model.params, model.dtype)
+    assert len(caplog.records) == 2
+
+
+def test_programs_are_calibrated_without_kernels_that_fail(monkeypatch):
+    monkeypatch.setattr(calibrate, "choose_backend", lambda name, mesh: BOTH)
+    monkeypatch.setattr(calibrate, "without_failing_kernels", lambda backend, *args: NOTHING)
+    options = EngineOptions(path=f"{DEMO_CHECKPOINT}/config.json", max_num_seqs=2, max_chunk=64)
+    loop = calibrate.random_loop(options, None)
+    assert loop.executor.programs.attention_backend is NOTHING
