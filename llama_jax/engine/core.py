@@ -18,7 +18,7 @@ from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.compilation_cache import compilation_cache
 from llama_jax.engine.compiling import CompilingRequests
 from llama_jax.engine.constraint import Constraint
-from llama_jax.engine.decisions import Decisions, decide
+from llama_jax.engine.decisions import decide
 from llama_jax.engine.device_memory import memory_stats
 from llama_jax.engine.executor import CompileCounter, Executor
 from llama_jax.engine.facts import engine_info
@@ -37,8 +37,7 @@ from llama_jax.engine.sizing import (
 from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.engine.warm_up import WarmUp, wait
 from llama_jax.model import Llama
-from llama_jax.ring.attention_backend import AttentionBackend, choose_backend
-from llama_jax.ring.kernel_check import without_failing_kernels
+from llama_jax.ring.kernel_check import working_backend
 from llama_jax.ring.sizes import RingSizes
 from llama_jax.ring.steps import check_model_class
 from sharding.mesh_name import parse_mesh
@@ -77,7 +76,10 @@ class Engine:
             decided = decide(options, reader.config, model_class)
             sizes, num_stages = decided.sizes, decided.num_stages
             stack.enter_context(compilation_cache())
-            backend = _working_backend(options, decided)
+            backend = working_backend(
+                options.attention_backend, decided.config, decided.mesh, sizes, decided.dtype,
+                decided.cache_dtype, decided.model_class,
+            )  # fmt: skip
             self.compilations = CompileCounter()
             programs = Programs(
                 decided.config, decided.mesh, sizes, decided.dtype, decided.model_class,
@@ -224,13 +226,6 @@ class Engine:
             prefill.chunks.times.table(),
             prefill.most_running,
         )
-
-
-def _working_backend(options: EngineOptions, decided: Decisions) -> AttentionBackend:
-    """The attention to compile with: its kernels have been tried."""
-    config, mesh, model_class, dtype, cache_dtype, sizes, *_ = decided
-    chosen = choose_backend(options.attention_backend, mesh)
-    return without_failing_kernels(chosen, config, mesh, sizes, dtype, cache_dtype, model_class)
 
 
 def _load_if_done(grammars: Grammars, programs: "Future[None]") -> None:

@@ -25,6 +25,7 @@ from llama_jax.ring.attention_backend import (
     HOPPER,
     PLAIN,
     AttentionBackend,
+    choose_backend,
     why_plain,
 )
 from llama_jax.ring.sizes import Bucket, RingSizes
@@ -45,6 +46,30 @@ _log = logging.getLogger("llama_jax.engine")
 
 # seed -> the greatest error of any number, as a share of the typical number of its row
 Check = Callable[[jax.Array], jax.Array]
+
+
+def working_backend(
+    name: str | AttentionBackend,
+    config: LlamaConfig,
+    mesh: Mesh,
+    sizes: RingSizes,
+    dtype: jnp.dtype,
+    kv_dtype: jnp.dtype,
+    model_class: type[Llama] = Llama,
+) -> AttentionBackend:
+    """Chooses the attention for the devices of a mesh, without kernels that fail there.
+
+    Args:
+      name: as for `choose_backend`; a backend that was chosen here before stays.
+      config, mesh, sizes, dtype, kv_dtype, model_class: as for `without_failing_kernels`.
+
+    Raises:
+      UserError: as `choose_backend` and `without_failing_kernels`.
+    """
+    if isinstance(name, AttentionBackend):
+        return name
+    chosen = choose_backend(name, mesh)
+    return without_failing_kernels(chosen, config, mesh, sizes, dtype, kv_dtype, model_class)
 
 
 def without_failing_kernels(

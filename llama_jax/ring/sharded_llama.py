@@ -22,8 +22,8 @@ from llama_jax.model import Llama
 from llama_jax.model.kv_storage import choose_kv_dtype
 from llama_jax.model.llama import check_tokens
 from llama_jax.model.rope import check_length
-from llama_jax.ring.attention_backend import AUTO, AttentionBackend, choose_backend
-from llama_jax.ring.kernel_check import without_failing_kernels
+from llama_jax.ring.attention_backend import AUTO, AttentionBackend
+from llama_jax.ring.kernel_check import working_backend
 from llama_jax.ring.kv_cache import KVCache, dequantized
 from llama_jax.ring.observation import WEIGHTS, LayerActivation, observed_step, replicas_by_axis
 from llama_jax.ring.packet import encode_packet
@@ -84,8 +84,9 @@ class ShardedLlama:
         self.config, self.mesh, self.params = config, mesh, params
         self.model_class = model_class
         self.dtype, self.cache_dtype = dtype, cache_dtype or dtype
-        self._attention = _working_backend(
-            attention_backend, config, mesh, dtype, self.cache_dtype, model_class
+        tried, _ = _sizes(1, TRIED_LENGTH)
+        self._attention = working_backend(
+            attention_backend, config, mesh, tried, dtype, self.cache_dtype, model_class
         )
         self._state: tuple[RingSizes, State] | None = None
 
@@ -119,7 +120,10 @@ class ShardedLlama:
             kind = choose_dtype(dtype, reader.config, mesh.devices.flat[0].platform)
             cache_kind = choose_kv_dtype(kv_cache_dtype, kind)
             # Before the weights take the memory that this needs.
-            backend = _working_backend(AUTO, reader.config, mesh, kind, cache_kind, model_class)
+            tried, _ = _sizes(1, TRIED_LENGTH)
+            backend = working_backend(
+                AUTO, reader.config, mesh, tried, kind, cache_kind, model_class
+            )
             params = load_params(reader, mesh, kind)
             return cls(reader.config, mesh, params, kind, model_class, cache_kind, backend)
 
@@ -266,21 +270,6 @@ class ShardedLlama:
             return previous[1]
         shapes = state_shapes(self.config, self.mesh, sizes, self.dtype, self.cache_dtype)
         return init_state(shapes, sizes)
-
-
-def _working_backend(
-    name: str | AttentionBackend,
-    config: LlamaConfig,
-    mesh: Mesh,
-    dtype: jnp.dtype,
-    cache_dtype: jnp.dtype,
-    model_class: type[Llama],
-) -> AttentionBackend:
-    """The attention to compile with: its kernels have been tried, here or by an engine."""
-    if isinstance(name, AttentionBackend):
-        return name
-    chosen, (sizes, _) = choose_backend(name, mesh), _sizes(1, TRIED_LENGTH)
-    return without_failing_kernels(chosen, config, mesh, sizes, dtype, cache_dtype, model_class)
 
 
 # Cached here and not per object, because `LLM.model` creates a new object each time.

@@ -232,10 +232,20 @@ class Plain(Int4):
     """XLA's own product, in place of the kernel."""
 
 
+def no_kernel_works(monkeypatch):
+    """As on a GPU that has the kernels, and gets them wrong."""
+
+    def without(backend, *args):
+        assert backend == BOTH
+        return NOTHING
+
+    monkeypatch.setattr(kernel_check, "choose_backend", lambda name, mesh: BOTH)
+    monkeypatch.setattr(kernel_check, "without_failing_kernels", without)
+
+
 @pytest.mark.slow
 def test_an_engine_compiles_its_programs_without_kernels_that_fail(monkeypatch):
-    monkeypatch.setattr(core, "choose_backend", lambda name, mesh: BOTH)
-    monkeypatch.setattr(core, "without_failing_kernels", lambda backend, *args: NOTHING)
+    no_kernel_works(monkeypatch)
     options = EngineOptions(path=str(DEMO_CHECKPOINT), max_num_seqs=2, max_chunk=64)
     engine = core.Engine(options)
     assert engine.loop.executor.programs.attention_backend is NOTHING
@@ -251,7 +261,7 @@ def test_a_model_without_an_engine_runs_without_kernels_that_fail(tmp_path, monk
     load = sharded_llama.load_params
     path, tokens = save_model(make_model(head_dim=64), tmp_path), [[5, 9, 3]]
     expected = ShardedLlama.from_pretrained(path, dtype="bfloat16")(tokens)
-    monkeypatch.setattr(sharded_llama, "choose_backend", lambda name, mesh: WITHOUT_INT4)
+    monkeypatch.setattr(kernel_check, "choose_backend", lambda name, mesh: WITHOUT_INT4)
     monkeypatch.setattr(sharded_llama, "load_params", load_params)
     with described_gpu():
         model = ShardedLlama.from_pretrained(path, dtype="bfloat16")
@@ -264,8 +274,7 @@ def test_a_model_without_an_engine_runs_without_kernels_that_fail(tmp_path, monk
 
 
 def test_programs_are_calibrated_without_kernels_that_fail(monkeypatch):
-    monkeypatch.setattr(calibrate, "choose_backend", lambda name, mesh: BOTH)
-    monkeypatch.setattr(calibrate, "without_failing_kernels", lambda backend, *args: NOTHING)
+    no_kernel_works(monkeypatch)
     options = EngineOptions(path=f"{DEMO_CHECKPOINT}/config.json", max_num_seqs=2, max_chunk=64)
     loop = calibrate.random_loop(options, None)
     assert loop.executor.programs.attention_backend is NOTHING

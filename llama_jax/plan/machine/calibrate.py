@@ -44,8 +44,7 @@ from llama_jax.plan.machine.host_time import host_time
 from llama_jax.plan.machine.measurement import measure
 from llama_jax.plan.machine.random_weights import nbytes, random_params
 from llama_jax.plan.model import find_model, with_weights
-from llama_jax.ring.attention_backend import choose_backend
-from llama_jax.ring.kernel_check import without_failing_kernels
+from llama_jax.ring.kernel_check import working_backend
 from llama_jax.ring.sizes import RingSizes
 from llama_jax.terminal.units import bytes_text
 from llama_jax.weights.placement import param_shapes
@@ -217,10 +216,9 @@ def random_loop(options: EngineOptions, weights: str | None) -> TickLoop:
     dtype = choose_dtype(options.dtype, config, platform)
     sizes, _ = choose_mesh_sizes(options, config, mesh, dtype)
     cache_dtype = choose_kv_dtype(options.kv_cache_dtype, dtype)
-    backend = without_failing_kernels(
-        choose_backend(options.attention_backend, mesh), config, mesh, sizes, dtype, cache_dtype,
-        model_class,
-    )  # fmt: skip
+    backend = working_backend(
+        options.attention_backend, config, mesh, sizes, dtype, cache_dtype, model_class
+    )
     programs = Programs(config, mesh, sizes, dtype, model_class, cache_dtype, backend)
     shapes = param_shapes(config, mesh, dtype)
     if platform == "cpu":
