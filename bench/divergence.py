@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> Result:
                 "Tokens that are the same as without other requests",
                 "company",
                 ("same tokens",),
-                by="dtype",
+                by=("dtype",),
                 kind="bar",
             )
         ],

@@ -286,7 +286,7 @@ def as_result(
                 "Error of attention by dtype of the cache",
                 "keys and values",
                 ("error of attention",),
-                by="cache",
+                by=("cache",),
                 kind="bar",
             )
         ],

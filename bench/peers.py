@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> Result:
         units=UNITS,
         rows=rows,
         targets=[target(row) for row in rows],
-        plots=[Plot("transformers' time over ours", "batch", ("ratio",), by="weights", log="x")],
+        plots=[Plot("A peer's time over ours", "batch", ("ratio",), ("peer", "weights"), log="x")],
     )
 
 

@@ -84,14 +84,19 @@ def series(result: Result, plot: Plot, factor: float) -> Series:
     """The points of each line: what `by` and `y` distinguish.
 
     Raises:
-      BadResult: there are none, or too many.
+      BadResult: there are none, or too many, or a line has two values in one place.
     """
     lines: Series = {}
     for row in result.rows:
         for column in plot.y:
             value, x = row.get(column), row.get(plot.x)
             if is_number(value) and x is not None:
-                points = lines.setdefault(label(row, column, plot), {})
+                name = label(row, column, plot)
+                points = lines.setdefault(name, {})
+                if x in points:
+                    raise BadResult(
+                        f"the plot {plot.title!r} of {result.name} has two values of {name} at {x}"
+                    )
                 points[x] = value / factor
     if not 0 < len(lines) <= MAX_SERIES:
         raise BadResult(
@@ -103,9 +108,8 @@ def series(result: Result, plot: Plot, factor: float) -> Series:
 
 def label(row: Row, column: str, plot: Plot) -> str:
     """The name of the line that a figure belongs to."""
-    if plot.by is None:
-        return column
-    return f"{row.get(plot.by)}, {column}" if len(plot.y) > 1 else str(row.get(plot.by))
+    names = [str(row.get(by)) for by in plot.by]
+    return ", ".join(names if names and len(plot.y) == 1 else [*names, column])
 
 
 def with_unit(column: str, unit: str) -> str:

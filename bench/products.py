@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> Result:
     checks: list[Target] = []
 
     def result() -> Result:
-        plot = Plot("Products of a layer", "rows", ("layer_time",), by="format", log="xy")
+        plot = Plot("Products of a layer", "rows", ("layer_time",), by=("format",), log="xy")
         return Result.measured(
             "products",
             "The matrix products of one layer of a rank of Llama-3-70B on 4 x 2.",

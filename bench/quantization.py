@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> Result:
                 "Relative error of the weights",
                 "matrix",
                 ("relative error",),
-                by="weights",
+                by=("weights",),
                 kind="bar",
             )
         ],

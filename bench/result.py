@@ -63,7 +63,7 @@ class Plot:
       title: one line.
       x: the column of the horizontal axis: numbers for lines, names for bars.
       y: the columns of figures to draw, all of one unit.
-      by: a column whose values get a line, or a color, each.
+      by: columns whose values get a line, or a color, each.
       kind: "line" or "bar".
       log: the logarithmic axes of lines: "", "x", "y" or "xy".
     """
@@ -71,7 +71,7 @@ class Plot:
     title: str
     x: str
     y: tuple[str, ...]
-    by: str | None = None
+    by: tuple[str, ...] = ()
     kind: Literal["line", "bar"] = "line"
     log: Literal["", "x", "y", "xy"] = ""
 
@@ -173,7 +173,10 @@ class Result:
                 Target(**{key: value for key, value in target.items() if key != "met"})
                 for target in content.pop("targets")
             ]
-            plots = [Plot(**{**plot, "y": tuple(plot["y"])}) for plot in content.pop("plots")]
+            plots = [
+                Plot(**{**plot, "y": tuple(plot["y"]), "by": tuple(plot["by"])})
+                for plot in content.pop("plots")
+            ]
             result = cls(**content, targets=tuple(targets), plots=tuple(plots))
             _check(result)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -216,7 +219,7 @@ def _check(result: Result) -> None:
         if target.bound not in ("min", "max") or not isinstance(target.unit, str):
             raise ValueError("a target")
     for plot in result.plots:
-        columns = (plot.x, *plot.y, *([plot.by] if plot.by is not None else []))
+        columns = (plot.x, *plot.y, *plot.by)
         if not all(isinstance(column, str) for column in columns):
             raise TypeError("a plot")
         if plot.kind not in ("line", "bar") or plot.log not in ("", "x", "y", "xy"):

@@ -60,7 +60,15 @@ def run(args: argparse.Namespace) -> Result:
         packages=("jax",),
         units={"time": "ms", "least": "ms"},
         rows=rows,
-        plots=[Plot("Time to choose the tokens of a packet", "kind", ("time",), "mesh", "bar")],
+        plots=[
+            Plot(
+                "Time to choose the tokens of a packet",
+                "kind",
+                ("time",),
+                by=("mesh", "logits"),
+                kind="bar",
+            )
+        ],
     )
 
 

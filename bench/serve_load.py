@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> Result:
             for rate, row in totals.items()
         ],
         plots=[
-            Plot("Latency against load", "rate", ("p99",), by="latency"),
+            Plot("Latency against load", "rate", ("p99",), by=("latency",)),
             Plot("Goodput against load", "rate", ("goodput", "requests_per_second")),
         ],
     )  # fmt: skip

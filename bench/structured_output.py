@@ -186,7 +186,7 @@ def run(args: argparse.Namespace) -> Result:
                 "Token rate beside grammars, over that without",
                 "others",
                 ("ratio", "ratio by CPU time"),
-                by="mesh",
+                by=("mesh",),
                 kind="bar",
             )
         ],

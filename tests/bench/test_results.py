@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from bench.calibrate import calibration
 from bench.compare import compare, differences
 from bench.figures import fitting_unit, text
-from bench.plots import digest, draw, plot_paths, svg
+from bench.plots import digest, draw, plot_paths, series, svg
 from bench.report import PAGE, PLOTS, RESULTS, page, read_all
 from bench.result import BadResult, Plot, Result, Target
 from bench.table import Table, tables
@@ -180,14 +180,22 @@ def test_a_plot_shows_the_figures():
     assert [bar.get_width() for bar in bars] == [3.0, 1.5]  # GB/s
 
 
-def test_a_plot_without_figures_or_with_too_many_lines_is_refused():
+def test_a_plot_that_cannot_show_its_rows_is_refused():
     many = replace(RESULT, rows=[{"batch": 1, "kind": i, "time": 1.0} for i in range(9)])
     for result, plot in (
         (RESULT, Plot("Nothing", "batch", ("nothing",))),
-        (many, Plot("Many", "batch", ("time",), by="kind")),
+        (many, Plot("Many", "batch", ("time",), by=("kind",))),
+        (many, Plot("One over the other", "batch", ("time",))),
     ):
         with pytest.raises(BadResult):
             draw(result, plot)
+
+
+def test_several_columns_may_distinguish_lines():
+    rows = [{"batch": 1, "a": a, "b": b, "time": 1.0} for a in "xy" for b in (1, 2)]
+    result = replace(RESULT, rows=rows)
+    lines = series(result, Plot("Four", "batch", ("time",), by=("a", "b")), 1)
+    assert list(lines) == ["x, 1", "x, 2", "y, 1", "y, 2"]
 
 
 def test_the_committed_page_shows_the_committed_results():
