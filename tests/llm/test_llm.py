@@ -241,7 +241,7 @@ def test_ctrl_c_ends_a_start(start: StartLLM) -> None:
         start("fake:hang", on_progress=progress.append)
     interrupter.join()
     assert [step.phase for step in progress] == ["starting", "loading"]
-    assert children(os.getpid()) == before
+    assert children(os.getpid()) <= before
 
 
 # Ends
