@@ -1,5 +1,6 @@
 """The interface of a quantization format."""
 
+import math
 from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
@@ -77,6 +78,9 @@ def linear_by_row(x: Any, values: Any, scale: Any) -> Any:
     """Multiplies x by the transpose of `values · scale`, where each row of values has one scale.
 
     The product is float32 until it is scaled: only so does XLA:GPU scale it in the same kernel.
+    That of a single row is rounded first, since a product that XLA scales in its kernel cannot be
+    split over its inputs. On an H200, one row times wqkv in fp8, as a rank of Llama-3-70B on 4 x 2
+    holds it, takes 16 µs instead of 21.
 
     Args:
       x: [..., in].
@@ -87,5 +91,7 @@ def linear_by_row(x: Any, values: Any, scale: Any) -> Any:
       [..., out] in the dtype of `x`.
     """
     matmul = x.__array_namespace__().matmul
-    product = matmul(x, values.astype(x.dtype).mT, preferred_element_type=np.float32)
-    return (product * scale).astype(x.dtype)
+    one_row = math.prod(x.shape[:-1]) == 1
+    dtype = x.dtype if one_row else np.float32
+    product = matmul(x, values.astype(x.dtype).mT, preferred_element_type=dtype)
+    return (product.astype(np.float32) * scale).astype(x.dtype)

@@ -191,15 +191,35 @@ def test_dequantize(name):
 
 @each_format
 @pytest.mark.parametrize(("dtype", "allowed"), [("float32", 1e-6), ("bfloat16", 2.0**-7)])
-def test_linear(name, dtype, allowed):
+@pytest.mark.parametrize("rows", [(2, 5), (1,)])
+def test_linear(name, dtype, allowed, rows):
     """Relative to the sum of the terms' magnitudes; the exact product is in float64."""
     quantized = random_quantized(name, 24, 96, 16)
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 5, 96)), dtype)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((*rows, 96)), dtype)
     found = linear(type(quantized)(*map(jnp.asarray, quantized)), x)
-    assert found.dtype == x.dtype and found.shape == (2, 5, 24)
+    assert found.dtype == x.dtype and found.shape == (*rows, 24)
     matrix, x64 = exact(quantized), np.asarray(x).astype(np.float64)
     error = np.abs(np.asarray(found).astype(np.float64) - x64 @ matrix.T)
     assert (error <= allowed * (np.abs(x64) @ np.abs(matrix).T)).all()
+
+
+@pytest.mark.parametrize("kind", [Int8, Fp8])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((64,), jnp.bfloat16),
+        ((1, 64), jnp.bfloat16),
+        ((2, 64), jnp.float32),
+        ((3, 1, 64), jnp.float32),
+    ],
+)
+def test_products_of_several_rows_are_scaled_before_they_are_rounded(kind, shape, dtype):
+    # XLA:GPU scales a float32 product in its own kernel, but can then not split that of one row.
+    matrix = kind(*map(jnp.asarray, kind.quantize(random_matrix(32, 64), 64)))
+    jaxpr = jax.make_jaxpr(matrix.linear)(jnp.ones(shape, jnp.bfloat16))
+    (product,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    assert product.outvars[0].aval.dtype == dtype
+    assert jaxpr.out_avals[0].dtype == jnp.bfloat16
 
 
 @each_format
