@@ -137,7 +137,7 @@ step int4 130 products --formats int4
 sanitize sanitize_int4 40 products
 step products 110 products --formats int8 fp8 bfloat16
 step step 190 step
-step model_70b 150 model --cases b5
+step model_70b 120 model --cases b5 --quantize fp8
 step attention 110 attention
 sanitize sanitize_attention 50 attention
 step model_8b 110 model --cases b2 b3

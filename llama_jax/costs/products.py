@@ -19,11 +19,12 @@ from llama_jax.costs.roofline import shares_of
 from llama_jax.weights.axes import kv_replicas
 from sharding.stages import positions_per_stage, round_up
 
-# Shares of the bandwidth that products with weights in 8 or 4 bits reach, which convert them to the
-# dtype of the activations on the way. At best they are as fast as others. At worst they are XLA's
-# own: on an H200 those reach 45 to 63 % of the copy rate with 1 to 32 rows, which is 86 % of the
-# data sheet's bandwidth.
+# Shares of the data sheet's bandwidth at which products read weights in 8 bits, and in 4, which
+# they convert to the dtype of the activations. At best they are as fast as others. On an H200,
+# XLA's read 8 bits at 45 to 88 % of the copy rate, which is 86 to 89 % of the data sheet's, and
+# the kernel for int4 reads at 39 % with 1 row, 38 with 8 and 31 with 32.
 _CONVERTED = (0.9, 0.7, 0.4)
+_CONVERTED_INT4 = (0.7, 0.35, 0.25)
 _COMPUTE_BOUND = 512  # rows from which arithmetic is the limit of a product in bfloat16
 _READING = 16  # rows up to which a product takes no longer than reading its matrix
 
@@ -79,6 +80,7 @@ class RankProducts:
         in_fp8 = deployment.fp8_activations and deployment.weights.startswith("fp8")
         self.dtype = "fp8" if in_fp8 and "fp8" in gpu.flops else own
         self.converted = self.width < self.plain_width and self.dtype != "fp8"
+        self._converted = _CONVERTED if self.width >= 1 else _CONVERTED_INT4
         self._own = own
         # Of the dtypes in the table only, so that equal rates are those of its device.
         rates = {name: rate for name, rate in gpu.flops.items() if name != "int8"}
@@ -151,8 +153,8 @@ class RankProducts:
         low, expected, high = sorted(seconds(rows) for seconds in self._sets)
         if self.converted:
             read = self._bytes() / self._rates.bandwidth
-            expected = max(expected, read / _CONVERTED[1])
-            high = max(high, expected, read / _CONVERTED[2])
+            expected = max(expected, read / self._converted[1])
+            high = max(high, expected, read / self._converted[2])
         return Band(low, expected, high) * self.layers
 
     def head_time(self, rows: float) -> Band:
@@ -173,7 +175,7 @@ class RankProducts:
     ) -> Band:
         shares = self._shares
         converted = converted and self.deployment.gpu.platform == "gpu"
-        bandwidth = _CONVERTED if converted else shares.bandwidth
+        bandwidth = self._converted if converted else shares.bandwidth
         return Band(
             *(
                 sum(

@@ -60,16 +60,20 @@ def test_a_roofline_tick_of_llama_3_70b():
     )
 
 
-def test_converted_weights_are_read_at_their_own_shares():
-    """Of int8 on an A100, at one row: 90, 70 and 40 % of the bandwidth."""
-    config = replace(CONFIG, quantization=Quantization(format="int8"))
+@pytest.mark.parametrize(
+    ("weights", "width", "shares"),
+    [("int8", 1, (0.9, 0.7, 0.4)), ("int4", 4.25 / 8, (0.7, 0.35, 0.25))],
+)
+def test_converted_weights_are_read_at_their_own_shares(weights, width, shares):
+    """On an A100, at one row."""
+    config = replace(CONFIG, quantization=Quantization(format=weights))
     model = TickModel(Deployment(config, A100, Layout(4, 2)))
     elements = 5120 * 8192 + 8192 * 4096 + 28672 * 8192 + 8192 * 14336
     activations = 2 * (5120 + 3 * 8192 + 4096 + 28672 + 8192 + 14336)
-    assert model.products.width == pytest.approx(1, abs=0.001)
+    assert model.products.width == pytest.approx(width, abs=0.001)
     found = model.products.time(1)
-    shares = ((found.low, 0.9, 1e-6), (found.expected, 0.7, 2e-6), (found.high, 0.4, 4e-6))
-    for seconds, share, kernel in shares:
+    times, kernels = (found.low, found.expected, found.high), (1e-6, 2e-6, 4e-6)
+    for seconds, share, kernel in zip(times, shares, kernels, strict=True):
         read = (model.products.width * elements + activations) / (share * 2.039e12)
         assert seconds == pytest.approx(20 * (4 * kernel + read), rel=1e-3)
 
