@@ -26,7 +26,7 @@ from llama_jax.config import LlamaConfig, Quantization
 from llama_jax.plan.machine.timing import time_calls
 from llama_jax.quantization import QUANTIZERS
 
-WORKS = (Work(rows=1, context=CONTEXT), Work(rows=32, context=CONTEXT), Work(chunk=2048))
+WORKS = (*(Work(rows=rows, context=CONTEXT) for rows in (1, 8, 32)), Work(chunk=2048))
 TOY_WORKS = (Work(rows=1, context=TOY_CONTEXT), Work(chunk=64))
 TICKS = 5
 MOST = 14  # groups of kernels in the result of a tick

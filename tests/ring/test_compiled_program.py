@@ -13,14 +13,17 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llama_jax.model import sampling
+from llama_jax.config import Quantization
+from llama_jax.model import Llama, sampling
 from llama_jax.model.controls import CONTROL_WIDTH
 from llama_jax.ring import choosing, kv_cache, stage, steps, tick
+from llama_jax.ring.attention_backend import AUTO, HOPPER, PLAIN, AttentionBackend
 from llama_jax.ring.packet import LENGTH
 from llama_jax.ring.sizes import Bucket
 from llama_jax.weights.placement import placements
 from sharding.axes import AXES
 from sharding.collectives import pmax, psum
+from sharding.compiler_options import CONCURRENT
 from sharding.mesh import make_mesh
 from sharding.mesh_name import parse_mesh
 from sharding.ring import ring_tick
@@ -46,6 +49,26 @@ def compile_step(bucket: Bucket, mesh: str) -> jax.stages.Compiled:
     num_stages, _ = parse_mesh(mesh)
     config = replace(CONFIG, num_layers=num_stages * LAYERS_PER_STAGE)
     return programs.compile_step(bucket, mesh, config)
+
+
+@pytest.mark.parametrize(
+    ("weights", "bucket", "backend", "concurrent"),
+    [
+        (None, Bucket(1, 0), AUTO, True),
+        (None, Bucket(64, 0), HOPPER, True),
+        (None, Bucket(64, 0), PLAIN, False),
+        (None, Bucket(1, 64), AUTO, False),
+        ("fp8", Bucket(1, 0), AUTO, True),
+        ("fp8", Bucket(2, 0), AUTO, False),
+    ],
+)
+def test_kernels_run_at_the_same_time_only_where_that_is_measured_and_small(
+    weights, bucket, backend, concurrent
+):
+    quantization = Quantization(format=weights) if weights else None
+    config = replace(CONFIG, quantization=quantization)
+    program = stage.Program(config, SIZES, bucket, Llama, AttentionBackend(backend))
+    assert steps.graph_options(program) == (CONCURRENT if concurrent else {})
 
 
 def compile_sampling(program: str, mesh: str, vocab_size: int = CONFIG.vocab_size):

@@ -23,7 +23,13 @@ from llama_jax.plan.compiled.traffic import NOTHING_PAGED, PagedReads, counted_l
 from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.steps import state_shapes
 from llama_jax.weights.placement import param_shapes
-from sharding.compiler_options import GPU_OPTIONS, GROUPED_SCALES, compiler_options, is_known
+from sharding.compiler_options import (
+    CONCURRENT,
+    GPU_OPTIONS,
+    GROUPED_SCALES,
+    compiler_options,
+    is_known,
+)
 from sharding.memory import shard_bytes
 from sharding.mesh import make_mesh
 from tests.support.hlo import count_ops
@@ -224,10 +230,10 @@ def test_bytes_of_four_bit_values():
     assert shard_bytes(packed) == 24
 
 
-@pytest.mark.parametrize("name", [*GPU_OPTIONS, *GROUPED_SCALES])
+@pytest.mark.parametrize("name", [*GPU_OPTIONS, *GROUPED_SCALES, *CONCURRENT])
 def test_every_compiler_option_is_known(name):
     """To the XLA in use: an unknown option of `XLA_FLAGS` would end the process."""
-    assert is_known(make_mesh("1x1"), name, (GPU_OPTIONS | GROUPED_SCALES)[name])
+    assert is_known(make_mesh("1x1"), name, (GPU_OPTIONS | GROUPED_SCALES | CONCURRENT)[name])
 
 
 def test_unknown_options_are_left_out_and_a_cpu_gets_none():
