@@ -91,10 +91,14 @@ def choose_backend(name: str | AttentionBackend, mesh: Mesh) -> AttentionBackend
       mesh: the devices, which need not exist.
 
     Raises:
-      UserError: `name` is HOPPER, and these are not Hopper GPUs.
+      UserError: `name` is none of them, or HOPPER, and these are not Hopper GPUs.
     """
     if isinstance(name, AttentionBackend):
         return name
+    if name not in (AUTO, PLAIN, HOPPER):
+        raise UserError(
+            f"attention_backend must be one of {AUTO}, {PLAIN}, {HOPPER}, got {name!r}."
+        )
     device = mesh.devices.flat[0]
     if device.platform != "gpu":
         if name == HOPPER:

@@ -98,6 +98,7 @@ class ShardedLlama:
         dtype: str = "auto",
         model_class: type[Llama] = Llama,
         kv_cache_dtype: str = "auto",
+        attention_backend: str = AUTO,
     ) -> Self:
         """Loads a checkpoint (Hugging Face or Orbax layout, or GGUF) onto a mesh.
 
@@ -107,11 +108,13 @@ class ShardedLlama:
           dtype: "auto" (float32 on CPU, else the checkpoint's own), "float32" or "bfloat16".
           model_class: `Llama` or a subclass, whose layers run.
           kv_cache_dtype: "auto" (that of the activations), "bf16", "fp8" or "int8".
+          attention_backend: "auto", "plain" or "hopper"; as for the engine.
 
         Raises:
           CheckpointError, ConfigError: the checkpoint cannot be read.
           MeshError, ShardingError: the mesh cannot be made, or cannot split the model.
-          UserError: `dtype`, `model_class` or `kv_cache_dtype` is not supported.
+          UserError: `dtype`, `model_class`, `kv_cache_dtype` or `attention_backend` is not
+            supported.
         """
         with closing(open_checkpoint(path)) as reader:
             check_model_class(model_class, reader.config)
@@ -122,7 +125,7 @@ class ShardedLlama:
             # Before the weights take the memory that this needs.
             tried, _ = _sizes(1, TRIED_LENGTH)
             backend = working_backend(
-                AUTO, reader.config, mesh, tried, kind, cache_kind, model_class
+                attention_backend, reader.config, mesh, tried, kind, cache_kind, model_class
             )
             params = load_params(reader, mesh, kind)
             return cls(reader.config, mesh, params, kind, model_class, cache_kind, backend)

@@ -83,6 +83,12 @@ def test_the_kernel_where_it_cannot_run_is_refused(mesh):
         choose_backend(HOPPER, mesh)
 
 
+@pytest.mark.parametrize("mesh", [CPU, H100])
+def test_an_unknown_name_is_refused(mesh):
+    with pytest.raises(UserError, match="must be one of auto, plain, hopper, got 'flash'"):
+        choose_backend("flash", mesh)
+
+
 class Biased(Llama):
     class layer_class(DecoderLayer):
         class attention_class(Attention):

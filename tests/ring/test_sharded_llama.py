@@ -8,6 +8,7 @@ import pytest
 from llama_jax import LLM, Llama, SamplingParams, ShardedLlama
 from llama_jax.engine.executor import CompileCounter
 from llama_jax.interpret import capture, kv_cache
+from sharding.errors import UserError
 from sharding.mesh import make_mesh
 from tests.support.hooked import assert_close
 from tests.support.programs import compile_few
@@ -48,6 +49,12 @@ def test_logits(path, theirs, mesh, shapes):
         tokens = tokens_of(*shape)
         expected = np.stack([reference_logits(theirs, prompt) for prompt in tokens.tolist()])
         assert_close(model(tokens), expected)
+
+
+def test_the_kernel_where_it_cannot_run_is_refused(path):
+    ShardedLlama.from_pretrained(path, attention_backend="plain")
+    with pytest.raises(UserError, match="attention_backend is hopper"):
+        ShardedLlama.from_pretrained(path, attention_backend="hopper")
 
 
 def test_unembed(path):
