@@ -5,7 +5,6 @@ a name or a config.json, the engine's programs run with random weights of the fu
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -84,8 +83,6 @@ def calibrate(arguments: argparse.Namespace) -> None:
         print(f"{batch!s:>24}: {1e3 * statistics.median(seconds):9.3f} ms", file=said)
     calibrator.calibration().write(arguments.calibrate)
     print(f"written to {arguments.calibrate}", file=said)
-    if arguments.json:
-        print(json.dumps({"written": str(arguments.calibrate)}))
 
 
 def check_file(path: Path) -> None:

@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llama_jax.costs.gpus import CPU, find_gpu
 from llama_jax.plan.machine.batches import Batch, BatchError
@@ -56,11 +56,14 @@ def run(arguments: argparse.Namespace, plan: "Plan | None" = None) -> int:
     Neither needs a plan: they ask the machine, and not whether the targets can be met. With both, a
     machine that is not what was planned is not calibrated.
     """
-    code = _validate(arguments) if arguments.validate else 0
+    code, found = _validate(arguments) if arguments.validate else (0, {})
     if arguments.calibrate is not None and code == 0:
         from llama_jax.plan.machine.calibrate import calibrate
 
         calibrate(arguments)
+        found["written"] = str(arguments.calibrate)
+    if arguments.json:
+        print(json.dumps(found, indent=1))
     return code
 
 
@@ -80,16 +83,15 @@ def expectation(arguments: argparse.Namespace) -> Expectation:
     return Expectation(mesh, count, gpu, size, load_seconds=arguments.load_within)
 
 
-def _validate(arguments: argparse.Namespace) -> int:
+def _validate(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """The exit code, and what there is to print with `--json`; without it, shows a table."""
     from llama_jax.plan.machine.validate import show, validate
 
     path = Path(arguments.model).expanduser()
     validation = validate(expectation(arguments), path if path.exists() else None)
-    if arguments.json:
-        print(json.dumps(validation.to_json(), indent=1))
-    else:
+    if not arguments.json:
         show(validation)
-    return int(validation.code)
+    return int(validation.code), validation.to_json()
 
 
 def _best_mesh(arguments: argparse.Namespace) -> tuple[int, int]:

@@ -153,6 +153,7 @@ def finish(process: "subprocess.Popen[str]", seconds: float) -> Measurement:
         ) from None
     lines = output.strip().splitlines()
     if process.returncode or not lines:
+        said = said.split("*** Check failure stack trace")[0]  # which XLA prints as it aborts
         words = [line.strip() for line in said.splitlines() if line.strip()] or ["nothing"]
         raise MeasurementFailed(
             f"JAX does not run on this machine: its process ended with code {process.returncode} "

@@ -24,8 +24,10 @@ def test_the_planner_uses_what_was_measured(tmp_path, random, capsys):
     file = tmp_path / "calibration.json"
     batches = ["1@16", "2@48", "2@16+64@32"]
     flags = ["--model", str(model), "--layout", "2x2", "--max-chunk", "64", "--batches", *batches]
-    assert main(["--calibrate", str(file), *flags, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"written": str(file)}
+    validate = [] if random else ["--validate", "--gpu", "auto"]
+    assert main(["--calibrate", str(file), *validate, *flags, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["written"] == str(file) and ("checks" in printed) == bool(validate)
     found = Calibration.read(file)
     assert [str(tick).replace(" ", "") for tick in found.ticks] == batches
     assert all(tick.seconds > 0 for tick in found.ticks)

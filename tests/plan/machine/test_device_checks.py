@@ -1,6 +1,8 @@
 """The verdict on what JAX sees and measures, and on the host."""
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,7 @@ from llama_jax.plan.machine.device_checks import host_checks, jax_checks, rate_c
 from llama_jax.plan.machine.exit_codes import Exit
 from llama_jax.plan.machine.expectation import Expectation, Verdict, exit_code
 from llama_jax.plan.machine.host import DiskRate, available_memory, read_rate
-from llama_jax.plan.machine.measurement import Measurement
+from llama_jax.plan.machine.measurement import Measurement, MeasurementFailed, finish
 from tests.support.paths import ROOT
 
 GPU = GPUS["h100-sxm"]
@@ -38,6 +40,18 @@ SEEN = Measurement(
 
 def failures(checks) -> set[Exit]:
     return {check.code for check in checks if check.verdict is Verdict.FAILS}
+
+
+def test_a_process_that_aborts_says_why_and_not_where():
+    said = (
+        "F0000 rendezvous.cc:55] Timed out.\n*** Check failure stack trace: ***\n    @ 0x7f93 abort"
+    )
+    code = f"import os, sys; sys.stderr.write({said!r}); sys.stderr.flush(); os.abort()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with pytest.raises(MeasurementFailed, match=r"code -6 and said 'F0000 .*Timed out\.'"):
+        finish(process, 60)
 
 
 def test_a_machine_as_planned_holds():
