@@ -24,7 +24,8 @@ GPU_OPTIONS: dict[str, Any] = {
 }
 # Kernels of a CUDA graph that do not need each other, such as those that write keys and values to
 # the cache, run at the same time. On an H200, a layer of Llama-3-70B on one of two ranks takes
-# 4.2 µs less so with 8 rows, of 257, and 3.6 µs less with 32.
+# 4.2 µs less so with 8 rows, of 257, and 3.6 µs less with 32. Unmeasured on several GPUs, whose
+# collectives stay outside of graphs.
 CONCURRENT: dict[str, Any] = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 # Triton's products are not split over their inputs. A split one writes float32 partial results to
 # memory, and another kernel adds them up; the autotuner times only the first. On an H200 a rank's

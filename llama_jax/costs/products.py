@@ -20,7 +20,7 @@ from llama_jax.weights.axes import kv_replicas
 from sharding.stages import positions_per_stage, round_up
 
 # Shares of the data sheet's bandwidth at which products read weights in 8 bits, and in 4, which
-# they convert to the dtype of the activations. At best they are as fast as others. On an H200,
+# they convert to the dtype of the activations: at best, as expected, and at worst. On an H200,
 # XLA's read 8 bits at 45 to 88 % of the copy rate, which is 86 to 89 % of the data sheet's, and
 # the kernel for int4 reads at 39 % with 1 row, 38 with 8 and 31 with 32.
 _CONVERTED = (0.9, 0.7, 0.4)
@@ -80,7 +80,7 @@ class RankProducts:
         in_fp8 = deployment.fp8_activations and deployment.weights.startswith("fp8")
         self.dtype = "fp8" if in_fp8 and "fp8" in gpu.flops else own
         self.converted = self.width < self.plain_width and self.dtype != "fp8"
-        self._converted = _CONVERTED if self.width >= 1 else _CONVERTED_INT4
+        self._reading_shares = _CONVERTED if self.width >= 1 else _CONVERTED_INT4
         self._own = own
         # Of the dtypes in the table only, so that equal rates are those of its device.
         rates = {name: rate for name, rate in gpu.flops.items() if name != "int8"}
@@ -153,8 +153,8 @@ class RankProducts:
         low, expected, high = sorted(seconds(rows) for seconds in self._sets)
         if self.converted:
             read = self._bytes() / self._rates.bandwidth
-            expected = max(expected, read / self._converted[1])
-            high = max(high, expected, read / self._converted[2])
+            expected = max(expected, read / self._reading_shares[1])
+            high = max(high, expected, read / self._reading_shares[2])
         return Band(low, expected, high) * self.layers
 
     def head_time(self, rows: float) -> Band:
@@ -175,7 +175,7 @@ class RankProducts:
     ) -> Band:
         shares = self._shares
         converted = converted and self.deployment.gpu.platform == "gpu"
-        bandwidth = self._converted if converted else shares.bandwidth
+        bandwidth = self._reading_shares if converted else shares.bandwidth
         return Band(
             *(
                 sum(
