@@ -44,8 +44,10 @@ class Times(NamedTuple):
 Answer = Callable[[], Times]
 
 
-def llama_jax(path: str, prompts: list[list[int]], dtype: str, new_tokens: int) -> Answer:
-    """This project's engine on a 1 x 1 mesh, with its scheduler and without HTTP.
+def llama_jax(
+    mesh: str, path: str, prompts: list[list[int]], dtype: str, new_tokens: int
+) -> Answer:
+    """This project's engine on a mesh, with its scheduler and without HTTP.
 
     It prefills the prompts in chunks, one after another. Decoding counts from the second token of
     the last answer on, when no chunk is left, and until the first answer is complete.
@@ -56,6 +58,7 @@ def llama_jax(path: str, prompts: list[list[int]], dtype: str, new_tokens: int) 
 
     options = EngineOptions(
         path=path,
+        mesh=mesh,
         dtype=dtype,
         max_num_seqs=len(prompts),
         max_chunk=len(prompts[0]),
@@ -191,5 +194,11 @@ def _flax_params(path: str, dtype: str) -> Any:
     return params
 
 
-LLAMA_JAX, TRANSFORMERS, FLAX = "llama-jax", "transformers", "flax"
-ENGINES = {LLAMA_JAX: llama_jax, TRANSFORMERS: transformers, FLAX: flax_llama}
+MESHES = ("1x1", "1x2")
+LLAMA_JAX = {mesh: f"llama-jax {mesh}" for mesh in MESHES}
+TRANSFORMERS, FLAX = "transformers", "flax"
+ENGINES = {
+    **{name: partial(llama_jax, mesh) for mesh, name in LLAMA_JAX.items()},
+    TRANSFORMERS: transformers,
+    FLAX: flax_llama,
+}

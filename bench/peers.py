@@ -1,9 +1,10 @@
 """Decoding and prefill on CPU beside other engines: `python -m bench peers`.
 
 All have the same random weights (100 M parameters), prompts and cores, and decode greedily, in
-float32 and in bfloat16: this project's engine on one device, transformers on PyTorch, and at batch
-8 the Llama in Flax that transformers 4 had. Each runs in a process of its own, and they take turns
-of a few seconds, so that other load on the machine affects all alike. A figure is the least of all
+float32 and in bfloat16: this project's engine on one device (mesh 1x1), which splits each operation
+over the cores, and on two (1x2), which split the model; transformers on PyTorch; and at batch 8 the
+Llama in Flax that transformers 4 had. Each runs in a process of its own, and they take turns of a
+few seconds, so that other load on the machine affects all alike. A figure is the least of all
 rounds, a ratio is that of two such figures, and its range is that of the rounds. The ratio of CPU
 times says what remains on a busy machine.
 
@@ -31,9 +32,11 @@ LONG_PROMPT = 512  # of prefill
 FLAX_BATCH = 8
 DECODE_TARGET, PREFILL_TARGET, FLAX_TARGET = 1.3, 1.0, 2.0  # their time over ours, at least
 TOY = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2}
+# Columns of their own, so that each has a plot and a table.
+RATIOS = {TRANSFORMERS: "ratio", FLAX: "ratio to Flax"}
 UNITS = {
-    **dict.fromkeys((LLAMA_JAX, "peer's"), "s"),
-    **dict.fromkeys(("ratio", "least", "greatest", "CPU ratio"), ""),
+    **dict.fromkeys(("ours", "peer's"), "s"),
+    **dict.fromkeys((*RATIOS.values(), "least", "greatest", "CPU ratio"), ""),
 }
 
 
@@ -85,7 +88,15 @@ def run(args: argparse.Namespace) -> Result:
         units=UNITS,
         rows=rows,
         targets=[target(row) for row in rows],
-        plots=[Plot("A peer's time over ours", "batch", ("ratio",), ("peer", "weights"), log="x")],
+        plots=[
+            Plot(
+                "The time of transformers over ours",
+                "batch",
+                ("ratio",),
+                ("mesh", "weights"),
+                log="x",
+            )
+        ],
     )
 
 
@@ -97,22 +108,17 @@ def measure(path: str, dtype: str, batches: list[int], rounds: int, flax: str | 
         def worker(engine: str, python: str) -> Worker:
             return stack.enter_context(closing(Worker(engine, path, dtype, python)))
 
-        ours = worker(LLAMA_JAX, sys.executable)
-        transformers = worker(TRANSFORMERS, sys.executable)
+        every = {name: worker(name, sys.executable) for name in (*LLAMA_JAX.values(), TRANSFORMERS)}
         for batch in batches:
-            peers = {TRANSFORMERS: transformers}
+            workers = dict(every)
             if flax and batch == FLAX_BATCH:
-                peers[FLAX] = worker(FLAX, flax)
-            found = in_turns({LLAMA_JAX: ours, **peers}, rounds, batch, PROMPT, NEW_TOKENS)
-            decoding = {
-                name: [t.decode for t in times if t.decode] for name, times in found.items()
-            }
-            case: Row = {"weights": dtype, "batch": batch}
-            rows += [{**case, "peer": peer, **compared(decoding, peer)} for peer in peers]
-        found = in_turns({LLAMA_JAX: ours, TRANSFORMERS: transformers}, rounds, 1, LONG_PROMPT, 1)
-        prefill = {name: [t.prefill for t in times] for name, times in found.items()}
-        case = {"weights": dtype, "prompt": LONG_PROMPT, "peer": TRANSFORMERS}
-        rows.append({**case, **compared(prefill, TRANSFORMERS)})
+                workers[FLAX] = worker(FLAX, flax)
+            times = in_turns(workers, rounds, batch, PROMPT, NEW_TOKENS)
+            decoding = {name: [t.decode for t in each if t.decode] for name, each in times.items()}
+            rows += compared({"weights": dtype, "batch": batch}, decoding)
+        times = in_turns(every, rounds, 1, LONG_PROMPT, 1)
+        prefill = {name: [t.prefill for t in each] for name, each in times.items()}
+        rows += compared({"weights": dtype, "prompt": LONG_PROMPT}, prefill)
     return rows
 
 
@@ -134,20 +140,28 @@ def in_turns(
     return found
 
 
-def compared(found: dict[str, list[Moment]], peer: str) -> Row:
-    """This project's times, a peer's, and their ratios; each by the clock but the last."""
-    ours, theirs = found[LLAMA_JAX], found[peer]
-    ratios = [their.clock / our.clock for our, their in zip(ours, theirs, strict=True)]
-    our, their = (min(moment.clock for moment in moments) for moments in (ours, theirs))
-    our_cpu, their_cpu = (min(moment.cpu for moment in moments) for moments in (ours, theirs))
-    return {
-        LLAMA_JAX: our,
-        "peer's": their,
-        "ratio": their / our,
-        "least": min(ratios),
-        "greatest": max(ratios),
-        "CPU ratio": their_cpu / our_cpu,
-    }
+def compared(case: Row, found: dict[str, list[Moment]]) -> list[Row]:
+    """A row for each mesh and peer: both times and their ratio; each by the clock but the last."""
+    rows: list[Row] = []
+    peers = [name for name in found if name not in LLAMA_JAX.values()]
+    for mesh, name in LLAMA_JAX.items():
+        for peer in peers:
+            ours, theirs = found[name], found[peer]
+            ratios = [their.clock / our.clock for our, their in zip(ours, theirs, strict=True)]
+            our, their = (min(moment.clock for moment in each) for each in (ours, theirs))
+            our_cpu, their_cpu = (min(moment.cpu for moment in each) for each in (ours, theirs))
+            row = {
+                "mesh": mesh,
+                "peer": peer,
+                "ours": our,
+                "peer's": their,
+                RATIOS[peer]: their / our,
+                "least": min(ratios),
+                "greatest": max(ratios),
+                "CPU ratio": their_cpu / our_cpu,
+            }
+            rows.append({**case, **row})
+    return rows
 
 
 def target(row: Row) -> Target:
@@ -157,5 +171,6 @@ def target(row: Row) -> Target:
     limit = DECODE_TARGET if decoding else PREFILL_TARGET
     if row["peer"] == FLAX:
         limit = FLAX_TARGET
-    ratio = float(row["ratio"])  # type: ignore[arg-type]
-    return Target(f"{row['peer']} / {LLAMA_JAX}: {what}, {row['weights']}", ratio, limit, "min")
+    ratio = float(row[RATIOS[str(row["peer"])]])  # type: ignore[arg-type]
+    name = f"{row['peer']} / {LLAMA_JAX[str(row['mesh'])]}: {what}, {row['weights']}"
+    return Target(name, ratio, limit, "min")

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from llama_jax.model.controls import Controls, decode_controls
+from llama_jax.model.cpu_product import on_cpu
 from llama_jax.model.filters import keep_likely
 from sharding.axes import AXES
 from sharding.collectives import all_gather, pmax, psum, rank
 
 NO_TOKEN = -1  # the choice where a logit is NaN
-BLOCK = 256  # tokens whose mass is summed before one of them is drawn
+BLOCK = 256  # tokens that are compared, or whose mass is summed, before one of them is chosen
 
 
 def greedy(logits: jax.Array) -> jax.Array:
@@ -35,10 +36,8 @@ def greedy(logits: jax.Array) -> jax.Array:
       `[n]` int32, the same on every rank; `NO_TOKEN` where a logit of the row is NaN.
     """
     with jax.named_scope("greedy"):
-        best = jnp.max(logits, axis=-1)
-        # XLA:CPU is slow at argmax, and its maximum over many columns ignores NaN.
-        ids = jnp.arange(logits.shape[1], dtype=jnp.int32)
-        index = jnp.min(jnp.where(logits == best[:, None], ids, logits.shape[1]), axis=-1)
+        best, index = _best_by_block(logits) if on_cpu() else _best(logits)
+        # XLA:CPU ignores NaN in a maximum over many columns.
         best = jnp.where(jnp.isnan(logits).any(axis=-1), jnp.nan, best)
         token = rank(AXES) * logits.shape[1] + index
         # Value and token travel as int32 in one array, so that one all-gather suffices.
@@ -48,6 +47,37 @@ def greedy(logits: jax.Array) -> jax.Array:
         winner = jnp.argmax(values, axis=0)  # the first among equals, so the lowest id
         tokens = jnp.take_along_axis(every[:, 1], winner[None], axis=0)[0]
         return jnp.where(jnp.isnan(values).any(axis=0), NO_TOKEN, tokens)
+
+
+def _best(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The maximum of each row of `[n, size]`, and its first place; each `[n]`.
+
+    A row with NaN gets any number and any place.
+    """
+    best = jnp.max(x, axis=-1)
+    # XLA:CPU is slow at argmax.
+    places = jnp.arange(x.shape[1], dtype=jnp.int32)
+    place = jnp.min(jnp.where(x == best[:, None], places, x.shape[1]), axis=-1)
+    return best, place
+
+
+def _best_by_block(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As `_best`, but compares with the maximum in one block only.
+
+    XLA:CPU takes 1.6 instead of 4.2 ms for 32 rows of 32,000 tokens, whose product it has computed
+    in columns (`cpu_product`).
+    """
+    blocks = _blocks(x)
+    best, block = _best(blocks.max(axis=-1))
+    chosen = jnp.take_along_axis(blocks, block[:, None, None], axis=1, mode="clip")[:, 0]
+    return best, block * BLOCK + _best(chosen)[1]
+
+
+def _blocks(logits: jax.Array) -> jax.Array:
+    """Splits the tokens into blocks, the last padded with -inf: `[n, blocks, BLOCK]`."""
+    padding = -logits.shape[1] % BLOCK
+    padded = jnp.pad(logits, ((0, 0), (0, padding)), constant_values=-jnp.inf)
+    return padded.reshape(len(logits), -1, BLOCK)
 
 
 class Sampler:
@@ -100,9 +130,7 @@ def draw(logits: jax.Array, greedy_tokens: jax.Array, packed_controls: jax.Array
             # Relative to the most likely token, whose mass is exp(0) = 1.
             return jnp.where(mass >= controls.min_p.reshape(shape), mass, 0)
 
-        padding = -logits.shape[1] % BLOCK
-        blocks = jnp.pad(logits, ((0, 0), (0, padding)), constant_values=-jnp.inf)
-        blocks = blocks.reshape(len(logits), -1, BLOCK)
+        blocks = _blocks(logits)
         block, before, owner = _owner(mass_of(blocks).sum(axis=-1), _uniform(controls))
         # Only the chosen block is walked token by token.
         chosen = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]

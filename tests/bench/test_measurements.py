@@ -39,11 +39,14 @@ def test_simulation(tmp_path):
         assert target.value == pytest.approx(row["cpu"] * 1200)
 
 
+CLOCKS = {"llama-jax 1x1": 1.0, "llama-jax 1x2": 0.8, "transformers": 1.2, "flax": 3.0}
+
+
 class FakeWorker:
     """Engines with given times: only what is made of them is tested here."""
 
     def __init__(self, engine: str, *_: str):
-        self.clock = {"llama-jax": 1.0, "transformers": 1.2, "flax": 3.0}[engine]
+        self.clock = CLOCKS[engine]
 
     def prepare(self, batch: int, prompt: int, new_tokens: int) -> None:
         self.decodes = new_tokens > 1
@@ -62,17 +65,23 @@ def test_peers(tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "write_model", lambda path: 5)
     found = measured(tmp_path, "peers", "--flax", "python", "--rounds", "2")
     assert [(row["weights"], row.get("batch", row.get("prompt"))) for row in found.rows] == [
-        (dtype, number) for dtype in ("float32", "bfloat16") for number in (1, 8, 8, 32, 512)
+        (dtype, number)
+        for dtype in ("float32", "bfloat16")
+        for number in (1, 1, 8, 8, 8, 8, 32, 32, 512, 512)
     ]
+    assert [(row["mesh"], row["peer"]) for row in found.rows[2:6]] == [
+        ("1x1", "transformers"), ("1x1", "flax"), ("1x2", "transformers"), ("1x2", "flax")
+    ]  # fmt: skip
     first = found.rows[0]
-    assert (first["llama-jax"], first["peer's"]) == pytest.approx((1.1, 1.3))
+    assert (first["ours"], first["peer's"]) == pytest.approx((1.1, 1.3))
     assert (first["ratio"], first["CPU ratio"]) == pytest.approx((1.3 / 1.1, 1.3 / 1.1))
     assert (first["least"], first["greatest"]) == pytest.approx((1.4 / 1.2, 1.3 / 1.1))
     met = {target.what: target.met for target in found.targets}
     assert len(met) == len(found.rows)
-    assert not met["transformers / llama-jax: decode at batch 8, float32"]
-    assert met["transformers / llama-jax: prefill of 512, bfloat16"]
-    assert met["flax / llama-jax: decode at batch 8, float32"]
+    assert not met["transformers / llama-jax 1x1: decode at batch 8, float32"]
+    assert met["transformers / llama-jax 1x1: prefill of 512, bfloat16"]
+    assert met["transformers / llama-jax 1x2: decode at batch 8, float32"]
+    assert met["flax / llama-jax 1x1: decode at batch 8, float32"]
 
 
 @pytest.mark.slow
@@ -80,8 +89,8 @@ def test_peers_with_real_engines(tmp_path):
     found = measured(
         tmp_path, "peers", "--toy", "--rounds", "1", "--batches", "2", "--dtypes", "bfloat16"
     )
-    assert [row.get("batch", row.get("prompt")) for row in found.rows] == [2, 512]
-    assert all(row["llama-jax"] > 0 and row["peer's"] > 0 for row in found.rows)
+    assert [row.get("batch", row.get("prompt")) for row in found.rows] == [2, 2, 512, 512]
+    assert all(row["ours"] > 0 and row["peer's"] > 0 for row in found.rows)
 
 
 def test_the_steady_rate_leaves_out_the_begin_and_the_end():

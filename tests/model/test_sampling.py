@@ -142,6 +142,22 @@ def test_nan_is_found_among_many():
     np.testing.assert_array_equal(on_mesh("1x1", sampling.greedy)(logits), expected)
 
 
+@pytest.mark.parametrize("cpu", [True, False])
+def test_greedy_over_blocks(cpu, monkeypatch):
+    """CPUs look for the token block by block, other devices at once."""
+    monkeypatch.setattr(sampling, "on_cpu", lambda: cpu)
+    logits = np.random.default_rng(0).normal(size=(6, 700)).round()  # ties within and among blocks
+    logits[1] = -INF
+    logits[2] = -INF
+    logits[2, 699] = -1e30
+    logits[3, [300, 600]] = INF
+    logits[4, [255, 256]] = 1e30
+    expected = logits.argmax(axis=1)
+    logits[5, 511] = np.nan
+    expected[5] = NO_TOKEN
+    np.testing.assert_array_equal(on_mesh("1x1", sampling.greedy)(logits), expected)
+
+
 # --- draws ---------------------------------------------------------------------------------------
 
 PARAMS = {
