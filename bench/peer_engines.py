@@ -194,8 +194,7 @@ def _flax_params(path: str, dtype: str) -> Any:
     return params
 
 
-MESHES = ("1x1", "1x2")
-LLAMA_JAX = {mesh: f"llama-jax {mesh}" for mesh in MESHES}
+LLAMA_JAX = {mesh: f"llama-jax {mesh}" for mesh in ("1x1", "1x2")}
 TRANSFORMERS, FLAX = "transformers", "flax"
 ENGINES = {
     **{name: partial(llama_jax, mesh) for mesh, name in LLAMA_JAX.items()},

@@ -32,7 +32,7 @@ LONG_PROMPT = 512  # of prefill
 FLAX_BATCH = 8
 DECODE_TARGET, PREFILL_TARGET, FLAX_TARGET = 1.3, 1.0, 2.0  # their time over ours, at least
 TOY = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2}
-# Columns of their own, so that each has a plot and a table.
+# A column for each peer, since the plot shows one of them.
 RATIOS = {TRANSFORMERS: "ratio", FLAX: "ratio to Flax"}
 UNITS = {
     **dict.fromkeys(("ours", "peer's"), "s"),
@@ -89,13 +89,7 @@ def run(args: argparse.Namespace) -> Result:
         rows=rows,
         targets=[target(row) for row in rows],
         plots=[
-            Plot(
-                "The time of transformers over ours",
-                "batch",
-                ("ratio",),
-                ("mesh", "weights"),
-                log="x",
-            )
+            Plot("transformers' time over ours", "batch", ("ratio",), ("mesh", "weights"), log="x")
         ],
     )
 
