@@ -182,7 +182,8 @@ def paged_attention(
         valid = key_positions < lengths[:, None]  # [B, block]
         causal = key_positions <= row_positions[..., None]  # [B, T * G, block]
         visible = valid[:, None] & causal
-        keys, key_scale = read_pages(k_pages, k_scale, index, q.dtype)
+        zero = jnp.minimum(i, 0)
+        keys, key_scale = read_pages(k_pages, k_scale, index, q.dtype, valid, zero)
         scores = jnp.einsum("KBRh,KBSh->KBRS", rows, keys, preferred_element_type=jnp.float32)
         scores = scores * head_dim**-0.5
         if key_scale is not None:
@@ -192,8 +193,7 @@ def paged_attention(
         )
         scores = jnp.where(visible, scores, MASKED)
         # A page still holds the values of its last owner, and 0 × NaN is NaN: mask V as well.
-        values, value_scale = read_pages(v_pages, v_scale, index, q.dtype)
-        values = jnp.where(valid[..., None], values, 0)
+        values, value_scale = read_pages(v_pages, v_scale, index, q.dtype, valid, zero)
         new_best = jnp.maximum(best, scores.max(axis=-1))
         # Masked again: with no visible key so far, exp(MASKED - MASKED) is 1.
         weights = jnp.where(visible, jnp.exp(scores - new_best[..., None]), 0)

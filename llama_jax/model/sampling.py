@@ -12,6 +12,8 @@ can change it. `keep_likely` removes tokens before the draw, for the rows that a
 For another way of sampling, subclass `Sampler` and set `Llama.sampler` in a subclass.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -23,7 +25,10 @@ from sharding.axes import AXES
 from sharding.collectives import all_gather, pmax, psum, rank
 
 NO_TOKEN = -1  # the choice where a logit is NaN
-BLOCK = 256  # tokens that are compared, or whose mass is summed, before one of them is chosen
+# Tokens that are compared, or whose mass is summed, before one of them is chosen; fewer on CPUs if
+# then the blocks need no padding, for which XLA:CPU copies all logits.
+BLOCK = 256
+_LEAST_BLOCK = 32
 
 
 def greedy(logits: jax.Array) -> jax.Array:
@@ -70,14 +75,15 @@ def _best_by_block(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     blocks = _blocks(x)
     best, block = _best(blocks.max(axis=-1))
     chosen = jnp.take_along_axis(blocks, block[:, None, None], axis=1, mode="clip")[:, 0]
-    return best, block * BLOCK + _best(chosen)[1]
+    return best, block * blocks.shape[2] + _best(chosen)[1]
 
 
 def _blocks(logits: jax.Array) -> jax.Array:
-    """Splits the tokens into blocks, the last padded with -inf: `[n, blocks, BLOCK]`."""
-    padding = -logits.shape[1] % BLOCK
-    padded = jnp.pad(logits, ((0, 0), (0, padding)), constant_values=-jnp.inf)
-    return padded.reshape(len(logits), -1, BLOCK)
+    """Splits the tokens into blocks, the last padded with -inf: `[n, blocks, block size]`."""
+    divisor = math.gcd(logits.shape[1], BLOCK)
+    size = divisor if on_cpu() and divisor >= _LEAST_BLOCK else BLOCK
+    padded = jnp.pad(logits, ((0, 0), (0, -logits.shape[1] % size)), constant_values=-jnp.inf)
+    return padded.reshape(len(logits), -1, size)
 
 
 class Sampler:
@@ -135,7 +141,7 @@ def draw(logits: jax.Array, greedy_tokens: jax.Array, packed_controls: jax.Array
         # Only the chosen block is walked token by token.
         chosen = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
         index = _walk(mass_of(chosen), before)
-        token = rank(AXES) * logits.shape[1] + block * BLOCK + index
+        token = rank(AXES) * logits.shape[1] + block * blocks.shape[2] + index
         mine = owner == rank(AXES)
         token = psum(jnp.where(mine, token, 0).astype(jnp.int32), AXES)
         return jnp.where(drawn, token, greedy_tokens)
