@@ -212,6 +212,24 @@ def test_each_uniform_number_draws_the_token_of_the_right_distribution(mesh, tie
         assert set(tokens) <= set(np.flatnonzero(expected))
 
 
+@pytest.mark.parametrize(("mesh", "vocab_size"), [("1x1", 96), ("1x2", 1408), ("1x1", 768)])
+def test_blocks_that_divide_the_vocabulary(mesh, vocab_size, uniform):
+    """On CPU, a share of 96, 704 or 768 tokens is split into blocks of 32, 64 or 256."""
+    logits = np.random.default_rng(6).normal(size=vocab_size).astype(np.float32)
+    logits[[3, vocab_size // 2]] = 5  # the first of equals is the greedy choice
+    numbers = np.linspace(0, 1, 500, endpoint=False, dtype=np.float32)
+    uniform(numbers)
+    rows = [(0, index, SamplingParams()) for index in range(len(numbers))]
+    tokens = draw(mesh, np.tile(logits, (len(numbers), 1)), rows)
+    steps = np.cumsum(probabilities(logits, SamplingParams()))
+    clear = np.abs(steps[:, None] - numbers).min(axis=0) > 1e-5  # too far for rounding
+    assert clear.sum() > 0.9 * len(numbers)
+    np.testing.assert_array_equal(
+        tokens[clear], np.searchsorted(steps, numbers[clear], side="right")
+    )
+    assert on_mesh(mesh, sampling.greedy)(logits[None]) == [3]
+
+
 def test_the_largest_uniform_number_draws_a_kept_token(uniform):
     """Rounding may put the target at the very end of the cumulative masses."""
     logits = np.random.default_rng(1).normal(size=(500, 101)).astype(np.float32)
