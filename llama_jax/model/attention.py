@@ -182,7 +182,7 @@ def paged_attention(
         valid = key_positions < lengths[:, None]  # [B, block]
         causal = key_positions <= row_positions[..., None]  # [B, T * G, block]
         visible = valid[:, None] & causal
-        zero = jnp.minimum(i, 0)
+        zero = jnp.minimum(i, 0)  # computed, as `read_pages` wants it
         keys, key_scale = read_pages(k_pages, k_scale, index, q.dtype, valid, zero)
         scores = jnp.einsum("KBRh,KBSh->KBRS", rows, keys, preferred_element_type=jnp.float32)
         scores = scores * head_dim**-0.5
