@@ -1,5 +1,6 @@
 """Whole and streamed responses of the two routes that generate, with known tokens."""
 
+import json
 import re
 
 import pytest
@@ -108,6 +109,25 @@ def test_characters_over_several_tokens_arrive_whole(path):
     assert text_of(chunks) == text
     for chunk in chunks:
         assert "\ufffd" not in text_of([chunk])
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/v1/responses"])
+@pytest.mark.parametrize("fields", [{}, {"return_token_ids": True}])
+def test_an_event_is_one_line_wherever_a_client_ends_lines(path, fields):
+    """httpx's `iter_lines`, with which clients read streams, splits as `str.splitlines`."""
+    text = "a\u2028b\u2029c\x85d\x0be\x1cf\x7f\u2027é"
+    server = FakeServer(text)
+    given = {"/v1/responses": {"input": "Hi"}, CHAT: {"messages": user("Hi")}}
+    body = {**given.get(path, {"prompt": "Hi", "max_tokens": 100}), "stream": True}
+    if path != "/v1/responses":
+        body |= fields
+    data = ok(server.post(path, body)).content.decode()
+    assert data.splitlines() == data.split("\n")[:-1]
+    parts = [json.loads(line[6:]) for line in data.splitlines() if line.startswith("data: {")]
+    if path == "/v1/responses":
+        assert parts[-1]["response"]["output"][0]["content"][0]["text"] == text
+    else:
+        assert text_of(parts) == text
 
 
 @BOTH

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import re
 from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -16,6 +17,9 @@ from llama_jax.serve.transport.interrupt import Interrupted, disconnected, unles
 
 KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which clients skip
 _ENCODE = msgspec.json.Encoder().encode
+# The line ends of Unicode that JSON need not escape. A line of an event ends at CR and LF only, but
+# clients that split text where Unicode does (`iter_lines` of httpx) would cut the event at these.
+_LINE_END = re.compile(rb"\xc2\x85|\xe2\x80[\xa8\xa9]")
 
 
 class StartedDeltas:
@@ -143,7 +147,7 @@ class EventStream(Response):
 def sse_event(data: Any, name: str | None = None) -> bytes:
     """Returns one event: a line with its name, if it has one, a line of JSON and an empty line."""
     head = b"" if name is None else b"event: " + name.encode() + b"\n"
-    return head + b"data: " + _ENCODE(data) + b"\n\n"
+    return head + b"data: " + _one_line(data) + b"\n\n"
 
 
 class ChunkEvents:
@@ -151,11 +155,21 @@ class ChunkEvents:
 
     def __init__(self, head: Mapping[str, object]) -> None:
         """Encodes what all of them have in common."""
-        self._begin = b"data: " + _ENCODE({**head, "choices": []})[:-2]
+        self._begin = b"data: " + _one_line({**head, "choices": []})[:-2]
 
     def event(self, entry: Mapping[str, object]) -> bytes:
         """The event of a chunk with this entry."""
-        return b"%b%b]}\n\n" % (self._begin, _ENCODE(entry))
+        return b"%b%b]}\n\n" % (self._begin, _one_line(entry))
+
+
+def _one_line(data: Any) -> bytes:
+    """Encodes JSON that is one line for every client."""
+    text = _ENCODE(data)
+    return text if text.isascii() else _LINE_END.sub(_escaped, text)
+
+
+def _escaped(character: re.Match[bytes]) -> bytes:
+    return b"\\u%04x" % ord(character[0].decode())
 
 
 def _body(data: bytes) -> dict[str, Any]:
