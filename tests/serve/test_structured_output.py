@@ -1,5 +1,7 @@
 """The fields that say what an answer must look like, in every spelling, and what is refused."""
 
+import json
+
 import pytest
 
 from llama_jax.engine.interface import Output
@@ -119,6 +121,33 @@ def test_what_cannot_be_followed_is_refused_by_name(server, fields, param):
     assert response.status_code == 400
     assert error_of(response)["param"].startswith(param)
     assert len(server.engine.requests) == before
+
+
+@pytest.mark.parametrize("padding", [0, 20_000], ids=["short", "read in a thread"])
+@pytest.mark.parametrize("tools", [[], [{"type": "function", "function": {"name": "f"}}]])
+@pytest.mark.parametrize("begin, end", [('{"items":', "}"), ('{"anyOf":[', "]}")])
+def test_a_deep_schema_is_refused(padding, tools, begin, end):
+    """At every depth up to that which the reader of JSON refuses; at most 120 are allowed."""
+    server = FakeServer("Hello!", max_model_len=4000)
+    levels = begin.count("{") + begin.count("[")
+    fields = {"messages": user("Hi"), "user": "x" * padding, "tools": tools}
+    head = json.dumps(fields)[:-1] + ', "response_format": {"type": "json_object", "schema": '
+    headers = {"Content-Type": "application/json"}
+
+    async def scenario(client):
+        depths = [119, 123, 200, *range(600, 1000, 20), *range(920, 1000, 4)]
+        found = {}
+        for depth in depths:
+            count = (depth - 1) // levels
+            body = head + begin * count + "{}" + end * count + "}}"
+            found[depth] = await client.post(CHAT, content=body, headers=headers)
+        return found
+
+    allowed, *others = server.run(scenario).values()
+    ok(allowed)
+    for response in others:
+        assert response.status_code == 400
+        assert "nested too deeply" in error_of(response)["message"]
 
 
 def test_ten_thousand_levels_are_refused(server):

@@ -19,7 +19,11 @@ from llama_jax.serve.protocol.json_reader import (
     refuse,
     refuse_missing,
 )
+from llama_jax.serve.protocol.tools import deeper_than
 from llama_jax.text.grammar import JSON_OBJECT, MAX_GRAMMAR_CHARACTERS
+
+# Of objects and arrays in a schema. llguidance reads 128, and some are around it.
+MAX_SCHEMA_DEPTH = 120
 
 _STRING = msgspec.json.Decoder(str)
 _STRINGS = msgspec.json.Decoder(list[str])
@@ -61,6 +65,8 @@ def read_json_schema(raw: Raw, param: str) -> WantedGrammar:
             value = _ANY.decode(value)
         except (msgspec.DecodeError, RecursionError):
             refuse(f"{param} is a string that is not valid JSON.", param)
+    if deeper_than(MAX_SCHEMA_DEPTH, value):
+        refuse(f"{param} is nested too deeply: at most {MAX_SCHEMA_DEPTH} levels.", param)
     return WantedGrammar(param, "json_schema", value)
 
 
