@@ -33,6 +33,8 @@ _FORMATS = frozenset(
 _CLASSES = {"d": "[0-9]", "w": "[0-9A-Za-z_]"}
 _ESCAPE_OR_CLASS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
 DATA = frozenset(["const", "default", "enum", "examples"])  # not schemas
+# Objects of schemas, whose names may be those of keywords.
+NAMED_SCHEMAS = frozenset(["properties", "patternProperties", "$defs", "definitions"])
 _MAX_LEXER_STATES = 20_000  # of up to 2 kB each
 _MAX_REASON = 300  # characters
 
@@ -48,7 +50,7 @@ def json_schema_grammar(schema: Any) -> str:
       schema: a JSON schema: a dict or bool.
 
     Raises:
-      GrammarError: it is nothing of the kind.
+      GrammarError: it is nothing of the kind, or has a number that cannot be followed.
     """
     if not isinstance(schema, dict | bool):
         raise GrammarError(f"A JSON schema must be an object, not {type(schema).__name__}.")
@@ -57,6 +59,8 @@ def json_schema_grammar(schema: Any) -> str:
     try:
         schema = {} if schema is True else translated_schema(schema)
         return json.dumps({"grammars": [{"json_schema": {"x-guidance": _OPTIONS, **schema}}]})
+    except GrammarError:
+        raise
     except (TypeError, ValueError, RecursionError):
         raise GrammarError(
             "The JSON schema cannot be written as JSON, or it is nested too deeply."
@@ -64,7 +68,11 @@ def json_schema_grammar(schema: Any) -> str:
 
 
 def translated_schema(schema: Any) -> Any:
-    """A schema as llguidance reads it: with ASCII classes, and no formats that only describe."""
+    """A schema as llguidance reads it: with ASCII classes, and no formats that only describe.
+
+    Raises:
+      GrammarError: llguidance would follow another number than the one in the schema.
+    """
     if isinstance(schema, list):
         return [translated_schema(item) for item in schema]
     if not isinstance(schema, dict):
@@ -73,11 +81,28 @@ def translated_schema(schema: Any) -> Any:
     for name, value in schema.items():
         if name == "pattern" and isinstance(value, str):
             found[name] = _with_ascii_classes(value)
-        elif name == "patternProperties" and isinstance(value, dict):
-            found[name] = {_with_ascii_classes(key): translated_schema(value[key]) for key in value}
+        elif name in NAMED_SCHEMAS and isinstance(value, dict):
+            named = {key: translated_schema(item) for key, item in value.items()}
+            if name == "patternProperties":
+                named = {_with_ascii_classes(key): item for key, item in named.items()}
+            found[name] = named
         elif name != "format" or not isinstance(value, str) or value in _FORMATS:
             found[name] = value if name in DATA else translated_schema(value)
+        if name in ("const", "enum"):
+            _check_integers(value, name)
     return found
+
+
+def _check_integers(value: Any, keyword: str) -> None:
+    """Refuses integers that llguidance, which computes with doubles, would round."""
+    if isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_integers(item, keyword)
+    elif isinstance(value, int) and (value.bit_length() > 1023 or float(value) != value):
+        raise GrammarError(
+            f"The integer {str(value)[:40]} in {keyword} has more digits than can be followed: "
+            "use a string."
+        )
 
 
 def _with_ascii_classes(pattern: str) -> str:

@@ -8,14 +8,13 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from llama_jax.text.grammar import DATA, translated_schema
+from llama_jax.text.grammar import DATA, NAMED_SCHEMAS, translated_schema
 
 MAX_CALLS = 16  # in one answer
 
 # As `tojson` writes it in the chat template: a model that has seen calls has seen this.
 _ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _KEYS = "name|type|function|parameters|arguments"  # that a call may begin with
-_NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 _COMBINED = ("$ref", "allOf", "anyOf", "oneOf", "patternProperties", "if")
 
 
@@ -101,7 +100,7 @@ def _moved(schema: Any, place: str) -> Any:
     for key, value in schema.items():
         if key == "$ref" and isinstance(value, str) and value.startswith("#"):
             moved[key] = place + value[1:]
-        elif key in _NAMED_SCHEMAS and isinstance(value, dict):
+        elif key in NAMED_SCHEMAS and isinstance(value, dict):
             moved[key] = {name: _moved(item, place) for name, item in value.items()}
         else:
             moved[key] = value if key in DATA else _moved(value, place)
@@ -110,13 +109,13 @@ def _moved(schema: Any, place: str) -> Any:
 
 def _arguments_schema(function: Function) -> dict[str, Any]:
     options = {**_ONE_LINE, "lenient": not function.strict}
-    return {**_closed(function), "x-guidance": options}
+    return {**translated_schema(_closed(function)), "x-guidance": options}
 
 
 def _closed(function: Function) -> dict[str, Any]:
     """The schema of the arguments: those that the function declares, and no others."""
     given = {"properties": {}} if function.parameters is None else function.parameters
-    schema = {**translated_schema(given), "type": "object"}
+    schema = {**given, "type": "object"}
     if "properties" in schema and not any(key in schema for key in _COMBINED):
         schema.setdefault("additionalProperties", False)
     return schema

@@ -1,5 +1,7 @@
 """Grammars, checked with a tokenizer of single bytes."""
 
+import json
+
 import pytest
 from llguidance import LLMatcher
 
@@ -66,6 +68,40 @@ def matches(text: str, wanted: str) -> bool:
 def test_the_whole_text_must_match(wanted, valid, invalid):
     assert all(matches(text, wanted) for text in valid)
     assert not any(matches(text, wanted) for text in invalid)
+
+
+@pytest.mark.parametrize("name", ["default", "examples", "enum", "const", "pattern", "properties"])
+@pytest.mark.parametrize("place", ["properties", "$defs", "patternProperties"])
+def test_a_property_may_have_the_name_of_a_keyword(name, place):
+    digit = {"type": "string", "pattern": r"^\d$", "format": "password"}
+    schema: dict = {"type": "object", place: {name: digit}, "additionalProperties": False}
+    if place == "$defs":
+        schema["properties"] = {name: {"$ref": f"#/$defs/{name}"}}
+    wanted = grammar.json_schema_grammar(schema)
+    assert matches(f'{{"{name}": "7"}}', wanted)
+    for value in ('"x"', '"٣"', "7"):
+        assert not matches(f'{{"{name}": {value}}}', wanted)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [2**53 + 1, -(2**53) - 1, 12345678901234567, 10**400],
+    ids=lambda value: f"{value:.1e}" if value < 10**300 else "huge",
+)
+def test_an_integer_that_would_be_rounded_is_refused(value):
+    """llguidance follows 12345678901234568 instead of 12345678901234567."""
+    constant = {"const": {"id": [value]}}
+    for schema in ({"const": value}, {"items": {"enum": [1, value]}}, {"$defs": {"a": constant}}):
+        with pytest.raises(GrammarError, match="more digits than can be followed: use a string"):
+            grammar.json_schema_grammar(schema)
+    grammar.json_schema_grammar({"properties": {"const": {"default": value}}})  # no constant
+
+
+@pytest.mark.parametrize("value", [2**53, -(2**53), 10**16, 0, True])
+def test_an_integer_that_a_double_holds_is_followed(value):
+    text = json.dumps(value)
+    wanted = grammar.json_schema_grammar({"enum": [value]})
+    assert matches(text, wanted) and not matches(text + "1", wanted)
 
 
 def test_white_space_in_json_ends():
