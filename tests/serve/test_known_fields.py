@@ -6,11 +6,13 @@ from typing import get_type_hints
 import pytest
 from openai.types import completion_create_params as completions
 from openai.types.chat import completion_create_params as chats
+from openai.types.responses import response_create_params as responses
 
 from llama_jax.serve.protocol.chat import ChatRequest
 from llama_jax.serve.protocol.completion import CompletionRequest
+from llama_jax.serve.protocol.responses import ResponsesRequest
 from llama_jax.serve.protocol.unsupported import no_op_schemas
-from tests.support.fake_client import FakeServer, error_of, user
+from tests.support.fake_client import FakeServer, error_of, ok, user
 
 ROUTES = {
     "/v1/completions": (
@@ -61,6 +63,12 @@ def test_every_field_is_known(path):
     assert len(fields(path)) > 60
 
 
+def test_every_field_of_responses_is_known():
+    fields = {*get_type_hints(responses.ResponseCreateParamsBase), "stream"}
+    assert fields <= {*ResponsesRequest.readers(), *ResponsesRequest.no_ops()}
+    assert len(fields) > 25
+
+
 @pytest.mark.parametrize("path", ROUTES)
 def test_null_is_accepted_in_every_field_and_nonsense_in_none(path):
     """Except in labels and names of OpenAI's services, which cannot change the tokens."""
@@ -89,14 +97,25 @@ def test_null_is_accepted_in_every_field_and_nonsense_in_none(path):
             assert error["param"] != name or error["code"] != "unknown_parameter"
 
 
+SERVICES = [
+    {"service_tier": "flex"},
+    {"prompt_cache_key": "me", "prompt_cache_retention": "24h", "safety_identifier": "me"},
+    {"prompt_cache_options": {"mode": "implicit", "ttl": "30m"}},
+]
+
+
+@pytest.mark.parametrize("asked", SERVICES)
+def test_services_are_the_same_in_responses(asked):
+    server = FakeServer("Hello!")
+    ok(server.post("/v1/responses", {"input": "Hi", **asked}))
+
+
 @pytest.mark.parametrize(
     "asked",
     [
-        {"service_tier": "flex"},
+        *SERVICES,
         {"store": False, "metadata": {"a": "b"}},
         {"prediction": {"type": "content", "content": "Hello?"}},
-        {"prompt_cache_key": "me", "prompt_cache_retention": "24h", "safety_identifier": "me"},
-        {"prompt_cache_options": {"mode": "implicit", "ttl": "30m"}},
         {"reasoning_effort": "none", "verbosity": "medium", "modalities": ["text"]},
         {"parallel_tool_calls": False, "tool_choice": "none"},
         {"user": "me", "include_reasoning": True, "documents": []},
@@ -107,3 +126,20 @@ def test_what_cannot_change_the_tokens_is_accepted(asked):
     assert server.chat(**asked)["choices"] == server.chat()["choices"]
     (first, params), (second, plain) = server.engine.requests
     assert (first, params) == (second, plain), json.dumps(asked)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/responses", {"input": "Hi", "max_tokens": 5}),
+        ("/v1/responses", {"input": "Hi", "include": ["file_search_call.results"]}),
+        ("/v1/responses", {"input": "Hi", "tools": [{"type": "web_search"}]}),
+        ("/v1/responses", {"input": [{"type": "computer_call"}]}),
+        ("/v1/chat/completions", {"messages": user("Hi"), "max_output_tokens": 5}),
+        ("/v1/chat/completions", {"messages": user("Hi"), "audio": {"voice": "alloy"}}),
+        ("/v1/completions", {"prompt": "Hi", "structured_outputs": {"structural_tag": "x"}}),
+    ],
+)
+def test_a_refusal_says_to_leave_it_out(path, fields):
+    error = error_of(FakeServer().post(path, fields))
+    assert error["message"].endswith("leave it out.")

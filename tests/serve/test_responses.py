@@ -414,6 +414,12 @@ def test_nothing_is_stored(server):
         assert (response.status_code, error_of(response)["code"]) == (404, "not_found")
 
 
+@pytest.mark.parametrize("field", ["previous_response_id", "conversation"])
+def test_a_refusal_of_stored_state_says_what_to_send(server, field):
+    error = error_of(server.post(RESPONSES, {"input": "Hi", field: "x_1"}))
+    assert error["message"].endswith("stores nothing: send the earlier items in input.")
+
+
 def test_a_full_queue_refuses_a_response():
     server = FakeServer(max_in_flight=1)
 

@@ -94,7 +94,7 @@ def _read_item(raw: Raw, param: str, messages: list[Message], call_ids: set[str]
         )
     else:
         refuse(
-            f"{param}: items of type {kind[:40]!r} are not supported.",
+            f"{param}: items of type {kind[:40]!r} are not supported by this server: leave it out.",
             f"{param}.type",
             "unsupported_parameter",
         )

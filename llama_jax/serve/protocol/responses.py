@@ -1,7 +1,7 @@
 """The body of POST /v1/responses."""
 
 import functools
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import msgspec
 from msgspec import Raw
@@ -15,7 +15,7 @@ from llama_jax.serve.protocol.response_input import INPUT_SCHEMA, read_input
 from llama_jax.serve.protocol.response_tools import Choice, Tools
 from llama_jax.serve.protocol.text_format import TextOptions
 from llama_jax.serve.protocol.tools import check_tools
-from llama_jax.serve.protocol.unsupported import LABEL, NoOps
+from llama_jax.serve.protocol.unsupported import LABEL, SERVICE_TIERS, NoOps
 
 LOGPROBS = "message.output_text.logprobs"
 # Encrypted reasoning would come back if there was reasoning.
@@ -40,16 +40,18 @@ _NO_OPS: NoOps = {
     # labels
     "safety_identifier": LABEL,
     "prompt_cache_key": LABEL,
+    "prompt_cache_options": LABEL,
     "prompt_cache_retention": LABEL,
-    "service_tier": ("auto", "default"),
+    "service_tier": SERVICE_TIERS,
     # state: this server keeps none
     "store": (False,),
-    "previous_response_id": (),
-    "conversation": (),
     "background": (False,),
     "prompt": (),
     "context_management": ([],),
     # other
+    "access_programs": (),
+    "background_options": (),
+    "image": (),
     "max_tool_calls": (),
     "moderation": (),
     "truncation": ("disabled",),
@@ -63,8 +65,17 @@ def _read_include(raw: Raw, param: str) -> list[str]:
     names = decode(_STRINGS, raw, param)
     for name in names:
         if name not in INCLUDABLE:
-            refuse(f"{param}: {name[:60]!r} is not supported by this server.", param)
+            refuse(f"{param}: {name[:60]!r} is not supported by this server: leave it out.", param)
     return names
+
+
+def _refuse_state(raw: Raw, param: str) -> NoReturn:
+    refuse(
+        f"{param} is not supported by this server, which stores nothing: send the earlier items in "
+        "input.",
+        param,
+        "unsupported_parameter",
+    )
 
 
 def _read_metadata(raw: Raw, param: str) -> dict[str, str]:
@@ -82,6 +93,7 @@ def _read_metadata(raw: Raw, param: str) -> dict[str, str]:
 
 
 _Input = Annotated[Any, schema(read_input, **INPUT_SCHEMA)]  # list[Message]
+_Stored = Annotated[None, schema(_refuse_state, type="null")]
 _Include = Annotated[
     Any,
     schema(
@@ -130,6 +142,8 @@ class ResponsesRequest(GenerationRequest, kw_only=True):
     """POST /v1/responses: a chat in the words of the Responses API, without stored state."""
 
     input: _Input
+    previous_response_id: _Stored = None
+    conversation: _Stored = None
     instructions: str | None = None
     max_output_tokens: AtLeastOne | None = None
     text: TextOptions | None = None

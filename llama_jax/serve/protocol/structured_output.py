@@ -155,7 +155,11 @@ def _fields(raw: Raw, param: str) -> Fields:
 def _refuse_rest(fields: Fields, param: str) -> None:
     for name in fields:
         place = f"{param}.{name}"[:100]
-        refuse(f"{place} is not supported by this server.", place, "unsupported_parameter")
+        refuse(
+            f"{place} is not supported by this server: leave it out.",
+            place,
+            "unsupported_parameter",
+        )
 
 
 def _check_size(raw: Raw, param: str) -> None:

@@ -101,7 +101,10 @@ def check_kind(fields: Fields, param: str) -> None:
     """Refuses a tool that is no function."""
     kind = required(fields, "type", param)
     if (name := decode(_STRING, kind, f"{param}.type")) != "function":
-        refuse(f"{param}: only functions are supported, not {name[:40]!r}.", f"{param}.type")
+        refuse(
+            f"{param}: only functions are supported, not {name[:40]!r}: leave it out.",
+            f"{param}.type",
+        )
 
 
 def read_function(

@@ -14,6 +14,8 @@ from llama_jax.serve.protocol.json_reader import Fields, is_null, refuse, small_
 # prices, its caches) that cannot change the tokens.
 _ANYTHING = object()
 LABEL = (_ANYTHING,)
+# All that OpenAI has.
+SERVICE_TIERS = ("auto", "default", "flex", "scale", "priority", "fast")
 
 # Field -> the values, besides null, that have no effect.
 NoOps = Mapping[str, tuple[Any, ...]]
@@ -31,7 +33,7 @@ _NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
     "prediction": (_ANYTHING,),  # a guess at the answer, which makes OpenAI's answer come sooner
     "store": (False,),
     "moderation": (),
-    "service_tier": ("auto", "default", "flex", "scale", "priority", "fast"),
+    "service_tier": SERVICE_TIERS,
     # sampling
     "length_penalty": (1,),
     "use_beam_search": (False,),
@@ -154,7 +156,11 @@ def without_no_ops(
             kept[name] = value
         elif name not in table:
             param = f"{path}{name}"[:100]
-            refuse(f"The field {param} does not exist.", param, "unknown_parameter")
+            refuse(
+                f"The field {param} does not exist: correct its name, or leave it out.",
+                param,
+                "unknown_parameter",
+            )
         elif table[name] != LABEL:
             param = f"{path}{name}"
             if not _is_no_op(small_value(value, param), table[name]):
