@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 
 from convert.commands import open_any
 from convert.conversion import Options, convert
@@ -35,8 +36,9 @@ def save_model(
       layout: "huggingface" or "orbax", which only this project reads.
 
     Raises:
-      CheckpointError: the weights are quantized, not finite, or not those of the config; the config
-        is not that of `like`; or the destination cannot be written.
+      CheckpointError: the weights are quantized, not finite, or not those of the config; a subclass
+        has added parameters; the config is not that of `like`; or the destination cannot be
+        written.
       ConfigError, GgufError: `like` cannot be read.
     """
     original = open_any(Path(like))
@@ -61,6 +63,7 @@ class _ModelReader:
                 "quantize the result with `python -m convert quantize`."
             )
         self.path = path
+        _check_parameters(model)
         self._arrays = {
             weight.hf_name.format(layer=layer): _rows_of(model, weight, layer)
             for weight, layer in each_weight(model.config)
@@ -80,6 +83,21 @@ class _ModelReader:
 
     def close(self) -> None:
         self._arrays.clear()
+
+
+def _check_parameters(model: Llama) -> None:
+    """Checks that a checkpoint has a place for every parameter, so that none is lost unnoticed."""
+    known = {
+        f"layers.{layer}.{weight.parameter}" if weight in LAYER_WEIGHTS else weight.parameter
+        for weight, layer in each_weight(model.config)
+    }
+    for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        name = ".".join(map(str, path))
+        if name not in known:
+            raise CheckpointError(
+                f"The model has a parameter {name}, for which a checkpoint has no place: merge it "
+                "into the weights of a Llama, and save that."
+            )
 
 
 def _rows_of(model: Llama, weight: Weight, layer: int) -> tuple[jax.Array, slice]:

@@ -86,6 +86,21 @@ def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     return [name for name in names if name in chosen]
 
 
+def check_names(names: Iterable[Any], call: str) -> None:
+    """Raises ValueError for a name that is not a string.
+
+    Args:
+      names: names of activations, or patterns.
+      call: how to give several, for the message.
+    """
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(
+                f"A name of an activation must be a string, not a {type(name).__name__}: give "
+                f"several as {call}."
+            )
+
+
 def _no_match(pattern: str, names: Sequence[str]) -> str:
     if not names:
         return f"No activation matches {pattern!r}, because there are no activations at all."

@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llama_jax.interpret.activations import AnyLlama, activation_shapes, matching, sorted_names
+from llama_jax.interpret.activations import (
+    AnyLlama,
+    activation_shapes,
+    check_names,
+    matching,
+    sorted_names,
+)
 from llama_jax.model.llama import check_tokens
 from llama_jax.model.tap import captured_by_name
 from llama_jax.ring.sharded_llama import ShardedLlama
@@ -37,12 +43,7 @@ def capture(
       ValueError: no activation matches a name, or `tokens` has the wrong shape or range.
     """
     check_tokens(tokens, model.config.vocab_size)
-    for name in names:
-        if not isinstance(name, str):
-            raise ValueError(
-                f"A name of an activation must be a string, not a {type(name).__name__}: give "
-                "several as capture(model, tokens, *names)."
-            )
+    check_names(names, "capture(model, tokens, *names)")
     if isinstance(model, ShardedLlama):
         return model.observe(tokens, tuple(matching(activation_shapes(model), names)))
     graph, state = nnx.split(model)

@@ -36,6 +36,10 @@ def greedy_answer(
       ValueError: the prompt is empty, a token is out of range, or the model is on a mesh.
     """
     check_on_one_device(model, "greedy_answer")
+    if np.ndim(prompt) != 1:
+        raise ValueError(
+            f"prompt must be the token ids [T] of one prompt, got shape {np.shape(prompt)}."
+        )
     if len(prompt) == 0:
         raise ValueError("The prompt is empty: give at least one token.")
     check_tokens(np.array([prompt]), model.config.vocab_size)

@@ -8,7 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llama_jax.interpret.activations import activation_shapes, check_on_one_device, matching
+from llama_jax.interpret.activations import (
+    activation_shapes,
+    check_names,
+    check_on_one_device,
+    matching,
+)
 from llama_jax.interpret.capture import capture
 from llama_jax.interpret.patches import Add, patched
 from llama_jax.model import Llama
@@ -44,6 +49,7 @@ def gradients(
     """
     check_on_one_device(model, "gradients")
     check_tokens(tokens, model.config.vocab_size)
+    check_names(names, "gradients(model, tokens, score, *names)")
     shapes = activation_shapes(model, *jnp.shape(tokens))
     chosen = matching(shapes, names or ["embedding"])
     zeros = {name: jnp.zeros(shapes[name].shape, shapes[name].dtype) for name in chosen}

@@ -44,7 +44,9 @@ def logit_lens(model: AnyLlama, tokens: jax.Array) -> jax.Array:
     """
     logits, found = capture(model, tokens, "embedding", "layers.*.residual")
     # The last row is the model's own logits, so that it includes patches behind the last layer.
-    early = [model.unembed(stream) for stream in list(found.values())[:-1]]
+    # A subclass may tap a "residual" of its own inside a layer, such as "layers.3.mlp.residual".
+    streams = [stream for name, stream in found.items() if name.count(".") <= 2]
+    early = [model.unembed(stream) for stream in streams[:-1]]
     return jax.nn.log_softmax(jnp.stack([*early, logits]), axis=-1)
 
 

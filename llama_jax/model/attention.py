@@ -57,7 +57,8 @@ def changed_scores(
     if shape != scores.shape:
         got = type(changed).__name__ if shape is None else f"shape {shape}"
         raise ValueError(f"score_mod must return scores of shape {scores.shape}, got {got}.")
-    return changed
+    # As float32: a narrower dtype would round the softmax on one device, but not over pages.
+    return changed.astype(scores.dtype)
 
 
 def no_tap(name: str, value: jax.Array) -> jax.Array:

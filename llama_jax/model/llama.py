@@ -143,7 +143,7 @@ class Attention(TappedModule):
           query_position, key_position: int32, positions in the sequence.
 
         Returns:
-          Scores of the same shape; another is an error.
+          Scores of the same shape, which go on as float32; another shape is an error.
         """
         return scores
 

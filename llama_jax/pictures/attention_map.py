@@ -43,7 +43,8 @@ def attention(
         raise ValueError(f"tokens must hold one text per key: {num_keys}, got {len(tokens)}.")
     if num_queries > num_keys:
         raise ValueError(f"weights has more queries ({num_queries}) than keys ({num_keys}).")
-    heads = range(num_heads) if head is None else [head] if isinstance(head, int) else list(head)
+    # Not only Python's integers: `argmax` returns those of NumPy or JAX.
+    heads = list(range(num_heads)) if head is None else np.atleast_1d(head).tolist()
     for index in heads:
         if not 0 <= index < num_heads:
             raise ValueError(f"head must be in [0, {num_heads}), got {index}.")

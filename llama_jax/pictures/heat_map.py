@@ -1,5 +1,6 @@
 """Heat maps of numbers, such as the effect of ablating each head of each layer."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,4 +99,6 @@ def heat_map(
 def _number(value: float, spread: float) -> str:
     """Rounds to as many digits as the spread of the grid needs."""
     digits = 0 if spread >= 50 else 1 if spread >= 5 else 2
+    if 0 < spread < 0.1:
+        digits = 1 - math.floor(math.log10(spread))
     return f"{round(value, digits) + 0.0:.{digits}f}"  # -0.0 + 0.0 is 0.0: no "-0.0"

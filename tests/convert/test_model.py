@@ -80,6 +80,9 @@ def test_what_a_checkpoint_cannot_hold_is_refused(tmp_path, path):
     model.layers[0].attention.wqkv = nnx.Param(jnp.zeros((3, 32)))
     refused(model, "attention.wqkv has 3 rows")
     model = Llama.from_pretrained(path)
+    model.layers[1].mlp.narrow = nnx.Param(jnp.ones((2, 32)))  # an adapter, say
+    refused(model, r"layers\.1\.mlp\.narrow")
+    model = Llama.from_pretrained(path)
     model.layers[1].mlp.w_down[...] = model.layers[1].mlp.w_down[...] * jnp.nan
     refused(model, "down_proj.*NaN")
     write_checkpoint(tmp_path / "other", rms_norm_eps=1e-3)

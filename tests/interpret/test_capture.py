@@ -10,7 +10,14 @@ import torch
 from flax import nnx
 
 from llama_jax import Llama, ShardedLlama
-from llama_jax.interpret import activation_shapes, attention_weights, capture, kv_cache, stack
+from llama_jax.interpret import (
+    activation_shapes,
+    attention_weights,
+    capture,
+    gradients,
+    kv_cache,
+    stack,
+)
 from llama_jax.model import DecoderLayer
 from tests.support.hooked import assert_close, hooked
 from tests.support.quantized_checkpoint import save_quantized
@@ -258,5 +265,8 @@ def test_a_value_tapped_by_a_subclass(made):
 
 
 def test_a_list_of_names_is_refused_with_the_way_to_write_it(model, tokens):
+    names = ["embedding", "logits"]
     with pytest.raises(ValueError, match=r"not a list.*\*names"):
-        capture(model, tokens, ["embedding", "logits"])
+        capture(model, tokens, names)
+    with pytest.raises(ValueError, match=r"not a list.*\*names"):
+        gradients(model, tokens, lambda logits: logits[0, 0, 0], names)

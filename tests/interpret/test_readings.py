@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from llama_jax import Llama
 from llama_jax.engine.executor import CompileCounter
 from llama_jax.interpret import (
     Add,
@@ -22,6 +23,7 @@ from llama_jax.interpret import (
     patched,
     stack,
 )
+from llama_jax.model import MLP, DecoderLayer
 from tests.support.hooked import assert_close, hooked
 
 
@@ -54,6 +56,24 @@ def test_logit_lens(either, theirs, tokens):
         assert_close(ours, logits.log_softmax(-1))
     own = jax.nn.log_softmax(capture(either, tokens)[0])
     np.testing.assert_allclose(found[-1], own, atol=1e-5)
+
+
+class InsideTap(MLP):
+    def __call__(self, x):
+        return super().__call__(self.tap("residual", x))
+
+
+class InsideTapLayer(DecoderLayer):
+    mlp_class = InsideTap
+
+
+class InsideTapLlama(Llama):
+    layer_class = InsideTapLayer
+
+
+def test_logit_lens_reads_the_residual_streams_only(model, path, tokens):
+    found = logit_lens(InsideTapLlama.from_pretrained(path), tokens)
+    np.testing.assert_allclose(found, logit_lens(model, tokens), atol=1e-4)
 
 
 def test_logit_lens_of_a_patched_model(model, theirs, tokens):
@@ -251,7 +271,14 @@ def test_bad_tokens_are_rejected(model, sharded, what):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "token"), [([], "prompt"), ([131], "131"), ([2**40], "131"), ([1.5], "float64")]
+    ("prompt", "token"),
+    [
+        ([], "prompt"),
+        ([[1, 2]], r"^prompt .*\(1, 2\)"),
+        ([131], "131"),
+        ([2**40], "131"),
+        ([1.5], "float64"),
+    ],
 )
 def test_bad_prompts_are_rejected(model, prompt, token):
     with pytest.raises(ValueError, match=token):

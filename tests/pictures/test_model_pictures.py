@@ -58,6 +58,12 @@ def test_many_heads_share_a_scale():
     assert len([a for a in pictures.attention(weights, WORDS[:5]).axes if a.images]) == 6
 
 
+def test_a_head_may_be_the_result_of_argmax():
+    for head in (np.int64(2), jnp.array(2), np.array([2]), [jnp.array(2)]):
+        picture = pictures.attention(attention_weights(3, 4, 6), WORDS[:6], head=head)
+        assert title(picture) == "Attention of head 2: 4 queries, 6 keys"
+
+
 @pytest.mark.parametrize("scores", ["logits", "log probabilities"])
 def test_next_token_shows_probabilities_in_order(scores):
     logits = np.array([0.0, 2.0, -1.0, 5.0, 4.0, 1.0, 3.0, 0.5, 4.5])
@@ -140,7 +146,14 @@ def test_small_probabilities_are_not_zero():
 
 
 @pytest.mark.parametrize(
-    ("highest", "expected"), [(1.0, ["0.00", "1.00"]), (5.0, ["0.0", "5.0"]), (50.0, ["0", "50"])]
+    ("highest", "expected"),
+    [
+        (0.003, ["0.0000", "0.0030"]),
+        (0.05, ["0.000", "0.050"]),
+        (1.0, ["0.00", "1.00"]),
+        (5.0, ["0.0", "5.0"]),
+        (50.0, ["0", "50"]),
+    ],
 )
 def test_heat_map_numbers_have_as_many_digits_as_the_spread_needs(highest, expected):
     picture = pictures.heat_map([[0.0, highest]], "t", label="l", xlabel="x", ylabel="y")
