@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from convert.arguments import conversion_options
 from convert.conversion import Report, convert
+from convert.destination import explain
 from convert.gguf import open_gguf
 from convert.hub import local_directory
 from convert.inspection import Inspection, inspect, stored_bytes
@@ -96,7 +97,10 @@ def _open_source(arguments: argparse.Namespace, progress: Progress) -> Source:
 def _check_companions(source: Source) -> None:
     """Writes the small files to see that they can be, before the weights are converted."""
     with TemporaryDirectory() as folder:
-        source.write_companions(Path(folder), source.reader.config)
+        try:
+            source.write_companions(Path(folder), source.reader.config)
+        except OSError as error:  # such as a full disk, whose error names no file
+            raise explain(error, Path(folder)) from None
 
 
 def _check_windows(source: Source, text: Path | Literal[True]) -> list[list[int]]:

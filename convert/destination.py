@@ -1,6 +1,7 @@
 """The directory that a conversion writes to."""
 
 import errno
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,10 +30,12 @@ def check_destination(source: Path, destination: Path, resume: bool) -> None:
     Raises:
       CheckpointError: it is not, or a running conversion writes to it.
     """
-    if destination.resolve().is_relative_to(source.resolve()):
+    inside, outside = (Path(os.path.realpath(path)) for path in (destination, source))
+    if inside.is_relative_to(outside):
         raise CheckpointError(f"{destination} is inside the source: choose another directory.")
-    if destination.exists() and not destination.is_dir():
-        raise CheckpointError(f"{destination} is a file: choose another name.")
+    if os.path.lexists(destination) and not destination.is_dir():
+        what = "a file" if destination.exists() else "a link to nothing"
+        raise CheckpointError(f"{destination} is {what}: choose another name.")
     if not destination.is_dir() or not any(destination.iterdir()):
         return
     if (destination / MANIFEST).is_file():

@@ -76,7 +76,7 @@ def copy_files(source: Path, destination: Path, patterns: Iterable[str]) -> None
 
 def write_config(directory: Path, content: dict[str, Any]) -> None:
     """Writes config.json."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(content, indent=2) + "\n"  # in ASCII: JSON has strings that UTF-8 has not
     (directory / "config.json").write_text(text, encoding="utf-8")
 
 

@@ -91,11 +91,26 @@ class HuggingFaceReader:
             raise CheckpointError(f"{self.path}: {name} cannot be read: {error}.") from None
 
     def kv_cache_scales(self) -> dict[str, list[float]]:
-        """Reads the scales with which a tool would quantize the KV cache, by tensor name."""
-        return {
-            name: tensor.mapped().astype(np.float32).ravel().tolist()
-            for name, tensor in self._kv_cache_scales.items()
-        }
+        """Reads the scales with which a tool would quantize the KV cache, by tensor name.
+
+        Raises:
+          CheckpointError: one is not finite, or of a dtype that cannot be read.
+        """
+        scales = {}
+        for name, tensor in self._kv_cache_scales.items():
+            if not tensor.is_readable:
+                raise CheckpointError(
+                    f"{self.path}: {name} is stored as {tensor.info.dtype}, which is no dtype of a "
+                    "scale of the KV cache: delete it, or store it as float32."
+                )
+            values = tensor.mapped().astype(np.float32)
+            if not np.isfinite(values).all():
+                raise CheckpointError(
+                    f"{self.path}: {name} contains NaN or infinity: the checkpoint is damaged, "
+                    "download it again."
+                )
+            scales[name] = values.ravel().tolist()
+        return scales
 
     def close(self) -> None:
         """Releases the files; one that is mapped is unmapped with its last view."""

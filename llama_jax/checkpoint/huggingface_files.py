@@ -27,6 +27,11 @@ class StoredTensor(NamedTuple):
         """The tensor's shape and dtype."""
         return self.file.tensors[self.name]
 
+    @property
+    def is_readable(self) -> bool:
+        """Whether its dtype is supported."""
+        return self.file.is_readable(self.name)
+
     def mapped(self) -> np.ndarray:
         """The whole tensor, memory-mapped and read-only."""
         return self.file.mapped(self.name)

@@ -8,6 +8,7 @@ manifest also identifies the source of the weights and records the error of quan
 import fcntl
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -82,10 +83,10 @@ def read_manifest(path: Path) -> Manifest:
         )
     try:
         files = {name: _record(**record) for name, record in content.pop("files").items()}
-        error = {kind: float(x) for kind, x in content.pop("quantization_error").items()}
+        error = {kind: _finite(x) for kind, x in content.pop("quantization_error").items()}
         manifest = Manifest(files=files, quantization_error=error, **content)
         LAYOUTS.index(manifest.layout)
-    except (TypeError, ValueError, KeyError, AttributeError):
+    except (TypeError, ValueError, OverflowError, KeyError, AttributeError):
         raise CheckpointError(f"{file} is damaged: convert the checkpoint again.") from None
     refuse_outside(file, files)
     return manifest
@@ -101,6 +102,12 @@ def _record(bytes: int, sha256: str) -> FileRecord:
     if not isinstance(bytes, int) or not isinstance(sha256, str):
         raise TypeError
     return FileRecord(bytes, sha256)
+
+
+def _finite(number: Any) -> float:
+    if not math.isfinite(number):
+        raise ValueError
+    return float(number)
 
 
 def is_being_written(path: Path) -> bool:
@@ -138,7 +145,7 @@ def check_files(path: Path, manifest: Manifest) -> None:
     for name, record in manifest.files.items():
         try:
             size = (path / name).stat().st_size
-        except OSError:
+        except (OSError, ValueError):  # the second for a name with a null byte
             problems.append(f"{name} is missing")
             continue
         of_weights = "/" in name or name.endswith(".safetensors")

@@ -69,6 +69,10 @@ class SafetensorsFile:
                 self._arrays[name] = FileArray(path, offset, shape, numpy_dtype(_DTYPES[dtype]))
             offset += math.prod(shape) * _bits(dtype) // 8
 
+    def is_readable(self, name: str) -> bool:
+        """Whether the dtype of a tensor is supported."""
+        return name in self._arrays
+
     def read_into(self, name: str, index: tuple[slice, ...], out: np.ndarray) -> None:
         """Fills `out` with a slice of a tensor, as `FileArray.read_into` does."""
         self._arrays[name].read_into(index, out)

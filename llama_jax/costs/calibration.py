@@ -26,7 +26,7 @@ A figure that was not measured is null, and a list without measurements is empty
 """
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -284,7 +284,7 @@ def _entry(kind: Any, values: Any, where: str) -> Any:
 def _is_number(value: Any) -> bool:
     """Whether it is a finite number, not negative."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value >= 0
+    return number and 0 <= value <= sys.float_info.max  # JSON has larger integers
 
 
 def _is_rate(value: Any) -> bool:

@@ -5,6 +5,7 @@ that is unknown here is passed on under its own name, so that it is treated like
 config.json.
 """
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,6 +90,11 @@ def config_json(header: GgufHeader) -> dict[str, Any]:
         if key in settings:
             config[name] = settings.pop(key)
     config["rope_theta"] = header.get("llama.rope.freq_base", float) or _DEFAULT_ROPE_THETA
+    if not 0 < config["rope_theta"] < math.inf:  # NaN as well
+        raise GgufError(
+            f"{header.path} gives llama.rope.freq_base as {config['rope_theta']}, which is no base "
+            "of wavelengths: it is damaged, copy it again."
+        )
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
     if "head_dim" not in config and isinstance(heads, int) and isinstance(width, int) and heads:
         config["head_dim"] = width // heads

@@ -11,6 +11,7 @@ import mmap
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -151,9 +152,14 @@ def _parse(path: Path, data: mmap.mmap) -> GgufHeader:
         if name in tensors:
             raise ValueError(name)
         kind, size = _type(number, shape)
+        if offset % alignment:
+            raise ValueError(offset)
         if start + offset + size > len(data):
             raise GgufError(f"{path} is truncated: it ends before tensor {name}; copy it again.")
         tensors[name] = GgufTensor(path, start + offset, shape, kind, size)
+    in_order = sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes))
+    if any(after.offset < tensor.offset + tensor.nbytes for tensor, after in pairwise(in_order)):
+        raise GgufError(f"{path} stores two tensors in the same place: copy it again.")
     return GgufHeader(path, metadata, tensors)
 
 

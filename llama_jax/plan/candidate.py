@@ -36,7 +36,7 @@ class Missed(NamedTuple):
         """By which factor it is missed; more than 1."""
         if self.target == "rate":
             return self.bound / self.value if self.value else float("inf")
-        return self.value / self.bound
+        return self.value / self.bound if self.bound else float("inf")
 
 
 @dataclass(frozen=True)

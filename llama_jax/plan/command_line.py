@@ -12,7 +12,7 @@ from llama_jax.plan.layouts import check_layout
 from llama_jax.plan.model import MODELS, WEIGHTS, find_model, with_weights
 from llama_jax.plan.modes import add_modes
 from llama_jax.plan.plan import Question
-from llama_jax.plan.planned_load import DEFAULT_LOAD, planned_load
+from llama_jax.plan.planned_load import DEFAULT_LOAD, LEAST_RATE, MOST_RATE, planned_load
 from llama_jax.plan.targets import Targets
 from llama_jax.terminal.arguments import Parser, duration
 from sharding.errors import UserError
@@ -72,7 +72,7 @@ def make_parser() -> Parser:
     add("--prompt-tokens", type=_count, metavar="N", help=lengths.format(default.prompt_tokens))
     add("--output-tokens", type=_count, metavar="N", help=lengths.format(default.output_tokens))
     rate = f"requests/s of all replicas together ({default.rate:g}, or that of --trace)"
-    add("--rate", type=_positive, metavar="R", help=rate)
+    add("--rate", type=_rate, metavar="R", help=rate)
     add = parser.add_argument_group("targets").add_argument
     add(
         "--ttft",
@@ -221,6 +221,15 @@ def _positive(text: str) -> float:
         number = math.nan
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return number
+
+
+def _rate(text: str) -> float:
+    number = _positive(text)
+    if not LEAST_RATE <= number <= MOST_RATE:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a rate: give requests per second from {LEAST_RATE:g} to {MOST_RATE:g}"
+        )
     return number
 
 

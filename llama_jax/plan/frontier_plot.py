@@ -27,6 +27,8 @@ def draw_frontier(points: list[Point], title: str, save: Path | None = None) -> 
         import matplotlib
     except ModuleNotFoundError:
         raise UserError("The frontier needs matplotlib: pip install matplotlib.") from None
+    if save is not None and save.suffix.lower() not in (".svg", ".png"):
+        raise UserError(f"{save} must end in .svg or .png.")
     from llama_jax.pictures.style import GRAY, PALETTE, drawing, wrapped
 
     layouts = sorted({point.layout for point in points}, key=lambda layout: (-layout[0], layout))
@@ -48,7 +50,8 @@ def draw_frontier(points: list[Point], title: str, save: Path | None = None) -> 
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color=GRAY, alpha=0.25, linewidth=0.6)
         picture.suptitle(wrapped(title, SIZE[0]))
-        picture.legend(loc="outside right center")
+        if layouts:  # those that hold the model
+            picture.legend(loc="outside right center")
     if save is not None:
         _save(picture, save)
     return picture
@@ -61,7 +64,5 @@ def _save(picture: "Picture", path: Path) -> None:
     try:
         with matplotlib.rc_context({"svg.hashsalt": "plan", "svg.fonttype": "none"}):
             picture.savefig(path, metadata={"Date": None} if is_svg else None)
-    except ValueError:
-        raise UserError(f"{path} must end in .svg or .png.") from None
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None

@@ -1,6 +1,7 @@
 """The model to plan for, by its name or its checkpoint. Imports no JAX."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from llama_jax.config import ConfigError, LlamaConfig, Quantization
 from llama_jax.quantization import QUANTIZERS
-from sharding.errors import UserError
+from sharding.errors import UserError, list_text
 
 MODELS: dict[str, Callable[[], LlamaConfig]] = {
     "llama3-8b": LlamaConfig.llama3_8b,
@@ -35,9 +36,15 @@ def find_model(name: str) -> LlamaConfig:
     Raises:
       UserError: there is no such model or path, or the checkpoint is not a Llama.
     """
-    path = Path(name).expanduser()
-    if name.strip() and path.exists():
-        return _read(path)
+    path = local_path(name)
+    try:
+        if name.strip() and path.exists():
+            return _read(path)
+    except OSError as error:  # its name is too long, or a folder may not be entered
+        raise UserError(
+            f"{list_text([str(error.filename or path)])} cannot be read: {error.strerror}; give a "
+            "path that this user may read, or the name of a model."
+        ) from None
     if (found := named_model(name)) is not None:
         return found
     known = _spellings()
@@ -47,6 +54,11 @@ def find_model(name: str) -> LlamaConfig:
         f"There is no model {name!r}, nor a checkpoint at this path: did you mean "
         f"{', '.join(names)}?"
     )
+
+
+def local_path(name: str) -> Path:
+    """A name as a path. "~user" stays as it is if there is no such user, unlike in `pathlib`."""
+    return Path(os.path.expanduser(name))
 
 
 def named_model(name: str) -> LlamaConfig | None:

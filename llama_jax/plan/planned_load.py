@@ -7,6 +7,7 @@ from llama_jax.plan.simulation.traces import read_trace
 from llama_jax.plan.targets import Workload
 
 DEFAULT_LOAD = Workload(prompt_tokens=1024, output_tokens=256, rate=8.0)
+LEAST_RATE, MOST_RATE = 1e-9, 1e9  # requests/s; beyond, arithmetic overflows
 
 
 def planned_load(arguments: argparse.Namespace) -> Workload:
@@ -48,5 +49,5 @@ def _of_trace(arguments: argparse.Namespace) -> Workload:
     return Workload(
         math.ceil(sum(request.prompt_tokens for request in requests) / count),
         math.ceil(sum(request.output_tokens for request in requests) / count),
-        (count - 1) / span if span else DEFAULT_LOAD.rate,
+        (count - 1) / span if count - 1 <= MOST_RATE * span > 0 else DEFAULT_LOAD.rate,
     )

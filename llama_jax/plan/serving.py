@@ -9,6 +9,7 @@ Both are checked by the server's own parser and by the sizes that its engine wou
 
 import argparse
 import json
+import math
 import re
 import shlex
 import sys
@@ -17,7 +18,9 @@ from pathlib import Path
 
 import yaml
 
+from llama_jax.engine.options import OPTIONS
 from llama_jax.plan.candidate import Candidate
+from llama_jax.plan.model import local_path
 from llama_jax.plan.numbers import amount
 from llama_jax.plan.plan import Plan
 from sharding.errors import UserError
@@ -129,9 +132,9 @@ def serving(plan: Plan) -> Serving:
     notes = [_room(best)] if best.holds else []
     if (replicas := best.layout.replicas) > 1:
         notes.append(f"Start {replicas} of these servers, behind a load balancer.")
-    if not Path(question.model).exists():
+    if not local_path(question.model).exists():
         notes.append(f"The checkpoint is expected at {path}.")
-    if question.config.quantization is not None and not Path(question.model).exists():
+    if question.config.quantization is not None and not local_path(question.model).exists():
         form = question.config.quantization.format
         notes.append(f"Quantize it first: python -m convert quantize SRC {path} --quantize {form}")
     return Serving(
@@ -161,13 +164,19 @@ def _flags(plan: Plan, best: Candidate) -> list[str]:
         found["--kv-cache-dtype"] = question.kv_cache_dtype
     if question.gpu.platform == "gpu" and targets.memory_share is not None:
         found["--gpu-memory-utilization"] = f"{targets.memory_share:g}"
-    for flag, seconds in (("--ttft-slo", targets.ttft), ("--tpot-slo", targets.tpot)):
+    for name, seconds in (("ttft_slo", targets.ttft), ("tpot_slo", targets.tpot)):
         if seconds is not None:
-            found[flag] = f"{1000 * seconds:g}ms"
+            found[f"--{name.replace('_', '-')}"] = f"{1000 * _known_target(name, seconds):g}ms"
     if (file := _calibration(plan, best)) is not None:
         found["--calibration"] = file
     flags = [f"{flag}={value}" for flag, value in found.items()]
     return [*flags, "--fp8-activations"] if question.fp8_activations else flags
+
+
+def _known_target(name: str, seconds: float) -> float:
+    """A latency target, or the nearest that the server's option of this name takes."""
+    option = next(option for option in OPTIONS if option.name == name)
+    return max(option.minimum or 0.0, min(seconds, option.maximum or math.inf))
 
 
 def _room(best: Candidate) -> str:
@@ -188,7 +197,7 @@ def _calibration(plan: Plan, best: Candidate) -> Path | None:
 def _path(plan: Plan) -> str:
     """The checkpoint's path, or where one of this name is expected."""
     question = plan.question
-    given = Path(question.model).expanduser()
+    given = local_path(question.model)
     if given.exists():
         return str(given.parent if given.name == "config.json" else given)
     quantization = question.config.quantization

@@ -14,7 +14,8 @@ import safetensors.torch
 import torch
 import transformers
 
-from convert import conversion
+from convert import commands, conversion
+from convert.__main__ import main
 from convert.task import WORKER_BYTES
 from llama_jax.checkpoint import manifest, open_checkpoint
 from tests.support.another_user import as_another_user
@@ -116,6 +117,10 @@ def test_impossible_destinations(hf, tmp_path, new):
     (tmp_path / "file").write_text("mine")
     assert "file" in refusal(convert_to, tmp_path / "file", hf)
     assert "file" in refusal(convert_to, tmp_path / "file" / "new", hf)
+    for name, target in (("loop", "loop"), ("nowhere", "missing")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+        assert "a link to nothing" in refusal(convert_to, tmp_path / name, hf)
+    refusal(convert_to, tmp_path / "loop" / "new", hf)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("precious")
     for resume in (False, True):
@@ -193,6 +198,60 @@ def test_a_full_disk(hf, new, tmp_path, layout, stage):
         file.unlink()
     convert_to(new, hf, layout=layout, resume=True)
     open_checkpoint(new).close()
+
+
+def test_a_full_temporary_folder(hf, new, tmp_path, pieces, capsys):
+    """The small files are tried out there. An error of writing names no file."""
+
+    class Full(tempfile.TemporaryDirectory):
+        def __enter__(self):
+            (Path(self.name) / "config.json").symlink_to("/dev/full")
+            return super().__enter__()
+
+    pieces.setattr(commands, "TemporaryDirectory", Full)
+    assert main(["hf", str(hf), str(new)]) == 1
+    assert "is full: free space" in capsys.readouterr().err
+    assert not new.exists()
+
+
+@pytest.mark.parametrize("value", [10**400, float("nan"), "much"])
+def test_a_damaged_manifest(hf, new, value):
+    convert_to(new, hf)
+    file = new / manifest.MANIFEST
+    content = json.loads(file.read_text()) | {"quantization_error": {"mlp.w_up": value}}
+    file.write_text(json.dumps(content))
+    assert "damaged" in refusal(open_checkpoint, new)
+
+
+def test_a_manifest_with_a_name_that_no_file_can_have(hf, new):
+    convert_to(new, hf)
+    file = new / manifest.MANIFEST
+    content = json.loads(file.read_text())
+    content["files"]["a\0b"] = {"bytes": 1, "sha256": ""}
+    file.write_text(json.dumps(content))
+    assert r"a\x00b is missing" in refusal(open_checkpoint, new)
+
+
+@pytest.mark.parametrize(
+    ("scale", "named"),
+    [
+        (torch.tensor([np.nan]), "NaN"),
+        (torch.ones(1, dtype=torch.float64), "F64"),
+        (torch.zeros(1, dtype=torch.int64), "I64"),
+    ],
+)
+def test_scales_of_the_cache_that_cannot_be_kept(hf, new, scale, named):
+    name = "model.layers.0.self_attn.k_scale"
+    change_weights(hf, lambda weights: weights.update({name: scale}))
+    message = refusal(convert_to, new, hf)
+    assert name in message and named in message
+
+
+def test_a_config_with_text_that_utf_8_cannot_hold(hf, new):
+    file = hf / "config.json"
+    file.write_text(file.read_text().replace("{", r'{"_name_or_path": "\ud800 über",', 1))
+    convert_to(new, hf)
+    assert json.loads((new / "config.json").read_text())["_name_or_path"] == "\ud800 über"
 
 
 def test_a_destination_without_write_permission(pieces):

@@ -83,6 +83,7 @@ def test_a_file_from_before_fp8_products_was_measured_without(tmp_path):
         (("host_seconds_per_token",), "fast"),
         (("front_seconds",), float("inf")),
         (("host_source",), 1),
+        (("front_seconds",), 10**400),
         (("streams", 0, "streams"), 0),
         (("streams", 0, "token_seconds"), 0),
         (("streams",), None),

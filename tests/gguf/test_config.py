@@ -165,11 +165,15 @@ def test_dense_layers_of_one_size_may_be_listed_per_layer(tmp_path):
         ("llama.attention.head_count_kv", [8, 4], "head_count_kv"),
         ("llama.rope.scaling.type", "longrope", "longrope"),
         ("llama.block_count", "many", "num_hidden_layers"),
+        ("llama.rope.freq_base", float("nan"), "freq_base"),
+        ("llama.rope.freq_base", float("inf"), "freq_base"),
+        ("llama.rope.freq_base", -1.0, "freq_base"),
         ("llama.attention.head_count", None, "num_attention_heads"),
     ],
 )
 def test_models_that_would_be_computed_wrongly_are_refused(tmp_path, key, value, named):
-    header = header_of(tmp_path, **{key: value})
+    factors = rope_factors(LlamaConfig.llama3_1_8b()) if key.endswith("freq_base") else None
+    header = header_of(tmp_path, factors, **{key: value})
     if value is None:
         del header.metadata[key]
     with pytest.raises(UserError, match=named):

@@ -76,6 +76,28 @@ def test_a_file_with_wrong_bytes_is_refused_or_opened(file, tmp_path_factory, da
 
 
 @pytest.mark.parametrize(
+    ("moved", "named"),
+    [
+        (lambda number, offset: 0, "in the same place"),
+        (lambda number, offset: offset + 32 * (number == 0), "in the same place"),
+        (lambda number, offset: offset + (number == 1), "damaged"),
+    ],
+    ids=["all at the start", "one into the next", "beside the alignment"],
+)
+def test_tensors_that_cannot_lie_where_the_header_says_are_refused(file, tmp_path, moved, named):
+    content = bytearray(file.read_bytes())
+    for number, tensor in enumerate(gguf.GGUFReader(file).tensors):
+        *before, offset = tensor.field.parts
+        at = tensor.field.offset + sum(part.nbytes for part in before)
+        assert int.from_bytes(content[at : at + 8], "little") == offset[0]
+        content[at : at + 8] = moved(number, int(offset[0])).to_bytes(8, "little")
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(GgufError, match=named):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
     ("content", "named"),
     [
         (b"", "model.gguf"),

@@ -98,6 +98,19 @@ def test_a_model_that_does_not_fit_misses_the_memory(capsys):
     assert [missed["target"] for missed in content["layouts"][0]["missed"]] == ["memory"]
 
 
+def test_a_share_of_no_bytes_misses_the_memory(capsys):
+    code, content = answer(capsys, "--memory", "1e-12")
+    assert code == MISSED
+    (missed,) = content["layouts"][0]["missed"]
+    assert (missed["bound"], missed["excess"]) == (0, None)
+
+
+def test_a_frontier_without_layouts_is_drawn_without_a_warning(tmp_path, capsys, recwarn):
+    save = tmp_path / "empty.svg"
+    assert main(["--model", "70b", "--gpus", "1", "--frontier", str(save)]) == MISSED
+    assert save.is_file() and not recwarn.list
+
+
 def test_a_layout_alone_is_planned_with_its_replicas(capsys):
     _, content = answer(capsys, "--layout", "1x1")
     assert [entry["layout"] for entry in content["layouts"]] == ["2 replicas of 1x1"]
@@ -139,6 +152,9 @@ def test_the_fewest_gpus_are_found(capsys):
         ["--users", "5"],  # without --simulate
         ["--simulate", "--validate"],
         ["--simulate", "--frontier", "frontier.svg"],
+        ["--frontier", "frontier"],  # matplotlib would write frontier.png
+        ["--frontier", "frontier.pdf"],
+        ["--model", "~nobody-of-this-name/llama"],
     ],
 )
 def test_wrong_questions_are_refused_in_one_sentence(arguments, capsys):
@@ -160,7 +176,8 @@ def test_what_no_number_of_gpus_can_do_is_not_gone_into(mode, capsys):
 @pytest.mark.parametrize(
     "arguments",
     [["--ttft", "500"], ["--memory", "85"], ["--rate", "0"], ["--gpus", "-1"], ["--layout", "4"],
-     ["--rate", "nan"], ["--kv-cache-dtype", "int3"], ["--gpu-s", "8"]],
+     ["--rate", "nan"], ["--rate", "1e308"], ["--rate", "1e-320"],
+     ["--kv-cache-dtype", "int3"], ["--gpu-s", "8"]],
 )  # fmt: skip
 def test_arguments_that_cannot_be_read_end_with_the_same_code(arguments, capsys):
     with pytest.raises(SystemExit) as ended:

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import tempfile
 
 import pytest
 
 from llama_jax.config import ConfigError, LlamaConfig
 from llama_jax.plan.model import MODELS, find_model, with_weights
 from sharding.errors import UserError
+from tests.support.another_user import as_another_user
 from tests.support.paths import ROOT
 
 DEMO = ROOT / "demo" / "checkpoint"
@@ -34,6 +36,26 @@ def test_a_checkpoint_or_its_config_is_read(tmp_path):
     copy = tmp_path / "config.json"
     shutil.copy(DEMO / "config.json", copy)
     assert find_model(str(DEMO)).num_layers == find_model(str(copy)).num_layers == 8
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/llama3-71b", "a" * 300])
+def test_what_can_be_no_path_is_refused(name):
+    with pytest.raises(UserError):
+        find_model(name)
+
+
+def test_the_folder_of_a_stranger_does_not_hide_a_models_name():
+    """`pathlib` raises for a "~user" that there is not."""
+    assert find_model("~nobody-of-this-name/llama3-70b") == LlamaConfig.llama3_70b()
+
+
+def test_a_checkpoint_that_may_not_be_read_is_named():
+    with tempfile.TemporaryDirectory() as folder:  # 0700, so that another user may not enter
+        shutil.copy(DEMO / "config.json", folder)
+        with as_another_user():
+            for path in (folder, f"{folder}/config.json", f"{folder}/deeper"):
+                with pytest.raises(UserError, match=f"{folder}.*Permission denied"):
+                    find_model(path)
 
 
 def test_an_unknown_model_gets_the_nearest_names():

@@ -46,6 +46,13 @@ def command_of(capsys, question: str) -> list[str]:
     return argv
 
 
+def test_targets_that_the_server_does_not_know_become_the_nearest(capsys):
+    _, *flags = command_of(capsys, "--ttft 20min --tpot 30s")
+    assert {"--ttft-slo=300000ms", "--tpot-slo=10000ms"} <= {*flags}
+    _, *flags = command_of(capsys, "--ttft 1us --tpot 1us")
+    assert {"--ttft-slo=1ms", "--tpot-slo=0.1ms"} <= {*flags}
+
+
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_the_servers_dry_run_accepts_the_command(question, capsys, tmp_path):
     """With a checkpoint at the path: its config is what the question says."""

@@ -42,7 +42,7 @@ from llama_jax.plan.machine.host import available_memory
 from llama_jax.plan.machine.host_time import host_time
 from llama_jax.plan.machine.measurement import measure
 from llama_jax.plan.machine.random_weights import nbytes, random_params
-from llama_jax.plan.model import find_model, with_weights
+from llama_jax.plan.model import find_model, local_path, with_weights
 from llama_jax.ring.kernel_check import working_backend
 from llama_jax.ring.sizes import RingSizes
 from llama_jax.terminal.units import bytes_text
@@ -131,7 +131,7 @@ class Calibrator:
         choose: Callable[[RingSizes], Sequence[Batch]] = default_batches,
     ) -> None:
         self._options = options
-        path = Path(options.path).expanduser()
+        path = local_path(options.path)
         self._stored = path.exists() and path.name != "config.json"
         self.loop = stored_loop(options) if self._stored else random_loop(options, weights)
         sizes = self.loop.sizes

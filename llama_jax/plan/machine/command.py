@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llama_jax.costs.gpus import CPU, find_gpu
 from llama_jax.plan.machine.batches import Batch, BatchError
 from llama_jax.plan.machine.expectation import Expectation
+from llama_jax.plan.model import local_path
 from llama_jax.terminal.arguments import duration
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def _validate(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """The exit code, and what there is to print with `--json`; without it, shows a table."""
     from llama_jax.plan.machine.validate import show, validate
 
-    path = Path(arguments.model).expanduser()
+    path = local_path(arguments.model)
     validation = validate(expectation(arguments), path if path.exists() else None)
     if not arguments.json:
         show(validation)
@@ -106,7 +107,7 @@ def _best_mesh(arguments: argparse.Namespace) -> tuple[int, int]:
 
 
 def _checkpoint_bytes(model: str) -> int:
-    path = Path(model).expanduser()
+    path = local_path(model)
     if path.is_file():
         return path.stat().st_size
     return sum(file.stat().st_size for file in path.rglob("*.safetensors")) if path.exists() else 0

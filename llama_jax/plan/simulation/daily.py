@@ -96,6 +96,8 @@ def read_curve(path: Path) -> list[Point]:
         rows = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
     except (OSError, UnicodeDecodeError) as error:
         raise CurveError(f"The load curve {path} cannot be read: {reason(error)}.") from error
+    except csv.Error as error:
+        raise CurveError(f"{path} is no load curve, but another kind of file: {error}.") from error
     if not rows or tuple(name.strip().lower() for name in rows[0]) != HEADER:
         raise CurveError(f"{path}, line 1: the header must be {','.join(HEADER)}.")
     points: list[Point] = []

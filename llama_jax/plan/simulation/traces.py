@@ -21,6 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from llama_jax.config.json_values import quoted
 from llama_jax.plan.simulation.lengths import MAX_TOKENS, reason
 from llama_jax.plan.simulation.load import MAX_REQUESTS, Request, Run
 from sharding.errors import UserError
@@ -30,6 +31,7 @@ AZURE_HEADER = ("timestamp", "contexttokens", "generatedtokens")
 MOONCAKE_KEYS = frozenset(("timestamp", "input_length", "output_length", "hash_ids"))
 BLOCK = 512  # tokens of a Mooncake block
 MAX_SECONDS = 1e9
+LONGEST = 1000  # characters of a line of CSV
 
 _TIME = re.compile(r"(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:?\d\d)?", re.ASCII)
 
@@ -62,7 +64,7 @@ def read_trace(path: Path) -> list[Request]:
     if first.lstrip().startswith("{"):
         parse, rows = _mooncake, lines
     else:
-        header = [name.strip().lower() for name in next(csv.reader([first]))]
+        header = [name.strip().lower() for name in next(csv.reader([first[:LONGEST]]))]
         parsers = {CSV_HEADER: _csv, AZURE_HEADER: _azure}
         names = next((names for names in parsers if sorted(names) == sorted(header)), None)
         if names is None:
@@ -110,7 +112,7 @@ def _azure(at: str, prompt: str, output: str) -> Request:
             raise ValueError
         time = datetime.fromisoformat(match[1] + (match[3] or "Z"))
     except ValueError:
-        raise _Broken(f"{at!r} is no time such as 2023-11-16 18:15:46.6805900") from None
+        raise _Broken(f"{quoted(at)} is no time such as 2023-11-16 18:15:46.6805900") from None
     seconds = time.timestamp() + float(f"0.{match[2] or 0}")
     return Request(seconds, _tokens(prompt, "context"), _output(output, "generated"))
 
@@ -123,7 +125,9 @@ def _mooncake(line: str) -> Request:
     if not isinstance(content, dict):
         raise _Broken("this is no JSON object")
     if unknown := content.keys() - MOONCAKE_KEYS:
-        raise _Broken(f"{min(unknown)!r} is no key of Mooncake's traces: remove it, or convert it")
+        raise _Broken(
+            f"{quoted(min(unknown))} is no key of Mooncake's traces: remove it, or convert it"
+        )
     prompt = _tokens(content.get("input_length"), "input_length")
     output = _output(content.get("output_length"), "output_length")
     ids = content.get("hash_ids", [])
@@ -139,6 +143,8 @@ def _mooncake(line: str) -> Request:
 
 
 def _fields(line: str) -> list[str]:
+    if len(line) > LONGEST:  # `csv` refuses fields of more than 131,072 characters
+        raise _Broken(f"{len(line):,} characters are too many for three fields")
     fields = next(csv.reader([line]))
     if len(fields) != 3:
         raise _Broken(f"{len(fields)} fields, not 3")
@@ -148,10 +154,10 @@ def _fields(line: str) -> list[str]:
 def _seconds(value: Any) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not 0 <= number <= MAX_SECONDS * 1000:
-        raise _Broken(f"{value!r} is no time of arrival")
+        raise _Broken(f"{quoted(value)} is no time of arrival")
     return number
 
 
@@ -161,7 +167,8 @@ def _tokens(value: Any, what: str, least: int = 1) -> int:
     except (TypeError, ValueError):
         number = -1
     if not least <= number <= MAX_TOKENS:
-        raise _Broken(f"{what}: {value!r} is no number of tokens from {least} to {MAX_TOKENS}")
+        limits = f"from {least} to {MAX_TOKENS}"
+        raise _Broken(f"{what}: {quoted(value)} is no number of tokens {limits}")
     return number
 
 

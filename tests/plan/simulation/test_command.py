@@ -10,7 +10,7 @@ import pytest
 from llama_jax.plan.__main__ import main
 from llama_jax.plan.command_line import make_parser, read_question
 from llama_jax.plan.plan import make_plan
-from llama_jax.plan.planned_load import planned_load
+from llama_jax.plan.planned_load import DEFAULT_LOAD, planned_load
 from llama_jax.plan.simulation.daily import CurveError, Point, Policy, rate_at, read_curve, scale
 from llama_jax.plan.simulation.lengths import Lengths
 from llama_jax.plan.simulation.scenario import scenario
@@ -142,6 +142,13 @@ def test_a_broken_load_curve_is_refused_with_its_line(tmp_path, text, line):
         read_curve(file)
 
 
+def test_a_file_that_is_no_csv_is_no_load_curve(tmp_path):
+    file = tmp_path / "curve.csv"
+    file.write_text("[" + "1" * 200_000 + "]")  # a longer field than `csv` takes
+    with pytest.raises(CurveError, match=r"curve\.csv"):
+        read_curve(file)
+
+
 def test_a_trace_decides_what_is_planned_for(tmp_path):
     """The server has room for the requests of the trace, and a flag overrides what it says."""
     trace = tmp_path / "trace.csv"
@@ -151,6 +158,14 @@ def test_a_trace_decides_what_is_planned_for(tmp_path):
     assert planned_load(asked) == Workload(3010, 110, 2.0)
     asked = make_parser().parse_args(["--trace", str(trace), "--rate", "5", "--duration", "5s"])
     assert planned_load(asked) == Workload(3005, 105, 5.0)
+
+
+def test_a_trace_whose_requests_all_but_coincide_has_no_rate(tmp_path):
+    """A quotient of their number and next to no time would be infinite."""
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,10,5\n1e-320,10,5\n")
+    asked = make_parser().parse_args(["--trace", str(trace)])
+    assert planned_load(asked) == Workload(10, 5, DEFAULT_LOAD.rate)
 
 
 def test_lengths_decide_what_is_planned_for():

@@ -85,6 +85,8 @@ CSV = "arrival_s,prompt_tokens,output_tokens\n"
         (CSV + "0,0,3\n", 2),
         (CSV + "0,10,-1\n", 2),
         (CSV + "\n\n0,10,3.5\n", 4),
+        (CSV + "0,10,3\n1," + "1" * 200_000 + ",3\n", 3),  # too long for `csv`
+        ("[" + "1" * 200_000 + "]", 1),  # such as JSON in one line
         ("at,prompt,output\n0,10,3\n", 1),
         (AZURE + "yesterday,1,2\n", 5),
         (AZURE + "2023-13-16 18:15:46,1,2\n", 5),
@@ -95,6 +97,7 @@ CSV = "arrival_s,prompt_tokens,output_tokens\n"
         (json.dumps(MOONCAKE[0] | {"input_length": None}), 1),
         (json.dumps(MOONCAKE[0] | {"input_length": True}), 1),
         (json.dumps(MOONCAKE[0] | {"timestamp": "soon"}), 1),
+        (json.dumps(MOONCAKE[0] | {"timestamp": 10**400}), 1),
         # A trace of Alibaba's, in seconds and blocks of 16 tokens.
         (json.dumps(MOONCAKE[0] | {"chat_id": 1, "hash_ids": [1]}), 1),
         ("arrival_s,prompt_tokens,prompt_tokens\n0,10,3\n", 1),
