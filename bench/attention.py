@@ -18,7 +18,7 @@ from bench.attention_check import TOLERANCES, check
 from bench.attention_program import attention_program
 from bench.one_device import DTYPE, ENOUGH_BYTES, Work, packet, random_cache, ring_sizes
 from bench.partial import keep
-from bench.result import Result, Row, Target
+from bench.result import Plot, Result, Row, Target
 from bench.roofline import PACKAGES, check_device, copy_rate, matrix_rate
 from bench.step import CONTEXT, PREFILL, TOY_CONTEXT, TOY_PREFILL, rank_config, toy_config
 from bench.timing import UNITS
@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> Result:
     targets: list[Target] = []
 
     def result() -> Result:
+        plot = Plot("Attention of a decode tick, a layer", "batch", ("time", "floor"))
         return Result.measured(
             "attention",
             "Attention over the paged KV cache: one rank of Llama-3-70B on 4 x 2.",
@@ -61,10 +62,10 @@ def run(args: argparse.Namespace) -> Result:
             units=UNITS | {"error": "", "limit": "", "count": ""},
             rows=rows,
             targets=targets,
+            plots=[plot] if any("batch" in row for row in rows) else [],
         )
 
-    for kind in TOLERANCES:
-        found, limits = check(config, kind, small=args.small or args.toy)
+    for found, limits in check(config, TOLERANCES, small=args.small or args.toy):
         rows, targets = rows + found, targets + limits
         keep(result(), args.output)
     if args.check_only:

@@ -6,7 +6,7 @@ garbage in the entries of the page tables that no token needs. So every tile of 
 compared, and then a decode row for each of them, beside rows that are empty.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -42,20 +42,28 @@ class Sequences(NamedTuple):
     v: list[np.ndarray]
 
 
-def check(config: LlamaConfig, kind: str, small: bool) -> tuple[list[Row], list[Target]]:
-    """Checks attention with the heads of a config.
+def check(
+    config: LlamaConfig, kinds: Iterable[str], small: bool
+) -> Iterator[tuple[list[Row], list[Target]]]:
+    """Checks attention with the heads of a config; yields the rows and targets of each kind.
 
     Args:
       config: the model.
-      kind: the dtype of the KV cache, a key of `TOLERANCES`.
+      kinds: dtypes of the KV cache, keys of `TOLERANCES`.
       small: whether to take few short sequences.
-
-    Returns:
-      The rows and the targets of a result.
     """
     config = replace(config, num_layers=1)
     sequences = random_sequences(config, SMALL_LENGTHS if small else LENGTHS)
+    # Once for all kinds: at full size, it takes seconds in which the GPU waits.
     expected = [reference(q, k, v) for q, k, v in zip(*sequences, strict=True)]
+    for kind in kinds:
+        yield check_kind(config, kind, sequences, expected)
+
+
+def check_kind(
+    config: LlamaConfig, kind: str, sequences: Sequences, expected: list[np.ndarray]
+) -> tuple[list[Row], list[Target]]:
+    """The rows and targets of one dtype of the KV cache, given what `reference` expects."""
     programs: dict[Bucket, Attention] = {}
     tiles, rows, changed = attend(config, kind, sequences, programs, seed=0)
     again = attend(config, kind, sequences, programs, seed=1)
@@ -128,7 +136,8 @@ def attend(
     """Runs all tiles of all sequences, and then a decode row for each and some empty rows.
 
     Args:
-      config, kind: as for `check`.
+      config: the model, with one layer.
+      kind: dtype of the KV cache.
       sequences: the inputs.
       programs: of earlier calls, so that none compiles twice.
       seed: of the places of the pages.

@@ -95,6 +95,7 @@ def run(args: argparse.Namespace) -> Result:
         (rows if "rows" in each else sizes).append(each)
         print(line(each), flush=True)
     totals = [row["size"] for row in sizes if row["on each device"] == "total"]
+    most = MAX_TOTAL * gpu.memory_bytes
     misses = Counter(widens(row) for row in rows if row["missed limits"])
     return Result.measured(
         "audit",
@@ -107,7 +108,7 @@ def run(args: argparse.Namespace) -> Result:
         targets=[
             Target("programs that miss a limit", misses[False], 0, "max"),
             Target("the same, 8-bit weights through cuBLAS", misses[True], 0, "max"),
-            Target("bytes on each device", max(totals), MAX_TOTAL * gpu.memory_bytes, "max", "B"),
+            Target("bytes on each device", max(totals), most, "max", "bytes"),
         ],
     )
 

@@ -3,7 +3,8 @@
 The file holds the times of ticks from `step`, the rates at which the device copies and multiplies
 from `roofline`, and the host's time for a tick from `engine` (see `llama_jax.costs.calibration`).
 Nothing is measured or estimated here, and a figure without a result is null. The ticks are those of
-one rank of Llama-3-70B on 4 x 2 without collectives, whose time the planner adds.
+one rank of Llama-3-70B on 4 x 2 without collectives, whose time the planner adds. The host's time
+is measured on virtual CPU devices (`JAX_PLATFORMS=cpu`): only its CPU must be that of the others.
 
 On the machine that shall serve, `python -m llama_jax.plan --calibrate` measures all of it itself.
 """
@@ -13,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.figures import is_number
-from bench.report import NOT_RESULTS, RESULTS
 from bench.result import BadResult, Result, Row
 from bench.step import RANKS, STAGES, toy_config
 from llama_jax.config import LlamaConfig
@@ -37,18 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the results to read and the file to write."""
     parser.add_argument(
         "results",
-        nargs="*",
+        nargs="+",
         type=Path,
         metavar="FILE",
-        help=f"results of {', '.join(SOURCES)}, one of each (default: those in bench/results)",
+        help=f"results of {', '.join(SOURCES)}, at most one of each",
     )
     parser.add_argument("--output", type=Path, default=Path(".bench/calibration.json"))
 
 
 def run(args: argparse.Namespace) -> None:
     """Reads the results and writes the file."""
-    paths = args.results or [p for p in sorted(RESULTS.glob("*.json")) if p.name not in NOT_RESULTS]
-    read = [(path, Result.read(path)) for path in paths]
+    read = [(path, Result.read(path)) for path in args.results]
     found = calibration([entry for entry in read if entry[1].name in SOURCES])
     found.write(args.output)
     figures = (found.ticks, found.copy_bytes_per_second, found.host_seconds_per_tick)
@@ -63,7 +62,7 @@ def calibration(results: Sequence[tuple[Path, Result]]) -> Calibration:
 
     Raises:
       BadResult: there is no result of `SOURCES`, or two of one measurement, or they are of several
-        devices.
+        devices or hosts.
     """
     by_name: dict[str, tuple[Path, Result]] = {}
     for path, result in results:
@@ -74,9 +73,12 @@ def calibration(results: Sequence[tuple[Path, Result]]) -> Calibration:
         by_name[result.name] = (path, result)
     if not by_name:
         raise BadResult(f"there is no result of {', '.join(SOURCES)}; measure one of them first")
-    devices = {device(result): path for path, result in by_name.values()}
-    if len(devices) > 1:
-        raise BadResult(f"the results are of different devices: {', '.join(sorted(devices))}")
+    of_device = [result for name, (_, result) in by_name.items() if name != "engine"]
+    devices = {device(result) for result in of_device} or {"cpu"}
+    hosts = {str(result.machine.get("cpu")) for _, result in by_name.values()}
+    for kind, names in (("devices", devices), ("hosts", hosts)):
+        if len(names) > 1:
+            raise BadResult(f"the results are of different {kind}: {', '.join(sorted(names))}")
     _, step = by_name.get("step", (None, None))
     flags = step.flags if step else {}
     config = toy_config() if flags.get("toy") else LlamaConfig.llama3_70b()

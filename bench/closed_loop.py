@@ -27,7 +27,7 @@ from bench.load.figures import percentile
 from bench.load.sample import Sample
 from bench.load.workload import Workload
 from bench.new_process import ROOT, in_new_process
-from bench.result import Result, Row, Target
+from bench.result import Plot, Result, Row, Target
 from llama_jax.costs.calibration import Calibration
 from llama_jax.plan.simulation.lengths import Lengths
 from llama_jax.serve.command_line.arguments import DEMO_CHECKPOINT
@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> Result:
             )
             for row in rows if str(row["figure"]).endswith("p50")
         ],
+        plots=[Plot("Simulated and served", "figure", ("simulated", "served"), ("mesh",), "bar")],
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ _PREFIXES = {
     "s": (("", 1.0), ("m", 1e-3), ("µ", 1e-6)),
     "bytes": _DECIMAL,
     "bytes/s": _DECIMAL,
+    "FLOP": _DECIMAL,
     "FLOP/s": _DECIMAL,
 }
 _SYMBOLS = {"bytes": "B", "bytes/s": "B/s"}

@@ -29,7 +29,7 @@ case "${1-}" in
     ;;
 esac
 
-all="rates int4 sanitize_int4 products step model_70b attention sanitize_attention model_8b"
+all="rates attention sanitize_attention products step model_70b int4 sanitize_int4 model_8b"
 steps=${STEPS:-$all}
 for name in $steps; do
   [[ " $all " == *" $name "* ]] || { echo "STEPS: $name is none of $all" >&2; exit 2; }
@@ -111,13 +111,21 @@ sanitize() {
   [[ $stopped == *" ${name#sanitize_} "* ]] && return
   seconds=$(seconds_for "$2")
   ((seconds < 5)) && return
+  rm -f "$work/sanitized.json"
   # Each array in memory of its own, so that an access beyond it is noticed.
   XLA_PYTHON_CLIENT_ALLOCATOR=platform timeout --kill-after=5 "$seconds" \
     compute-sanitizer --tool memcheck --report-api-errors no \
     "$python" -m bench "${@:3}" --check-only --small "${toy[@]}" \
     --output "$work/sanitized.json" >"$log" 2>&1
   case $(grep -o 'ERROR SUMMARY: [0-9][0-9]*' "$log" | tail -1) in
-    "ERROR SUMMARY: 0") report "$name" "found nothing" ;;
+    "ERROR SUMMARY: 0")
+      # It also says so of a program that failed before the first kernel.
+      if [[ -e $work/sanitized.json ]]; then
+        report "$name" "found nothing"
+      else
+        report "$name" "did not run to its end: $(grep -v '^=========' "$log" | tail -1)"
+      fi
+      ;;
     "ERROR SUMMARY: "*)
       failed=1
       report "$name" "FOUND ERRORS"
@@ -132,14 +140,14 @@ XLA_FLAGS="--xla_dump_to=$work/xla ${XLA_FLAGS-}" step rates 60 roofline
 description=$(find "$work/xla" -name '*gpu_target_config.pbtxt' -print -quit 2>/dev/null)
 [[ $description ]] && cp "$description" "$work/kept/gpu_target_config.pbtxt"
 rm -rf "$work/xla"
-# In a process of its own: a kernel that crashes takes the GPU from its process.
-step int4 130 products --formats int4
-sanitize sanitize_int4 40 products
+step attention 110 attention
+sanitize sanitize_attention 50 attention
 step products 110 products --formats int8 fp8 bfloat16
 step step 190 step
 step model_70b 120 model --cases b5 --quantize fp8
-step attention 110 attention
-sanitize sanitize_attention 50 attention
+# In a process of its own: a kernel that crashes takes the GPU from its process.
+step int4 130 products --formats int4
+sanitize sanitize_int4 40 products
 step model_8b 110 model --cases b2 b3
 
 echo

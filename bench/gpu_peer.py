@@ -13,7 +13,7 @@ from typing import Any
 
 from bench.model import CASES, case_row
 from bench.one_device import OneDevice
-from bench.result import Result, Row, Target
+from bench.result import Plot, Result, Row, Target
 from bench.roofline import PACKAGES, check_device, copy_rate
 from bench.step import toy_config
 from bench.timing import UNITS
@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> Result:
         units=UNITS | {"tokens_per_second": ""},
         rows=rows,
         targets=[] if args.toy else [Target("speed against transformers", speed, 1.0, "min", "x")],
+        plots=[Plot("The next token of Llama-3-8B", "engine", ("time",), kind="bar")],
     )
 
 

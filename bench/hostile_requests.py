@@ -18,7 +18,7 @@ import time
 import urllib.parse
 from collections.abc import Callable
 
-from bench.result import Result, Row, Target
+from bench.result import Plot, Result, Row, Target
 from llama_jax.serve.transport.door import MAX_BODY_BYTES
 from llama_jax.serve.transport.http_server import HttpServer, address_of, listen
 from tests.support.fake_client import FakeServer
@@ -192,4 +192,5 @@ def run(args: argparse.Namespace) -> Result:
         },
         rows=rows,
         targets=[Target("longest stop of the event loop", longest, TARGET_MS, "max", "ms")],
+        plots=[Plot("How long the event loop stops", "body", ("loop stopped",), kind="bar")],
     )

@@ -9,7 +9,7 @@ import argparse
 from dataclasses import replace
 from typing import NamedTuple
 
-from bench.result import Result, Row, Target
+from bench.result import Plot, Result, Row, Target
 from llama_jax.config import LlamaConfig
 from llama_jax.costs.deployment import Deployment, Layout
 from llama_jax.costs.gpus import find_gpu
@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> Result:
         targets=[
             Target("inside both with both targets", float(both["expected"] or 0), 0.99, "min")
         ],
+        plots=[Plot("Requests inside both targets", "chunks", LEVELS, kind="bar")],
     )
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from bench.one_device import OneDevice, Work
 from bench.partial import keep
-from bench.result import Result, Row, Target
+from bench.result import Plot, Result, Row, Target
 from bench.roofline import PACKAGES, check_device, copy_rate
 from bench.step import toy_config
 from bench.timing import UNITS
@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> Result:
             units=UNITS | {"tokens_per_second": ""},
             rows=rows,
             targets=targets,
+            plots=[Plot("A decode tick of a whole model", "case", ("time", "floor"), kind="bar")],
         )
 
     device: OneDevice | None = None

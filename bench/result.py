@@ -153,12 +153,17 @@ class Result:
         return all(target.met for target in self.targets)
 
     def write(self, path: Path) -> None:
-        """Writes the JSON file, and the folder it lies in if that is missing."""
+        """Writes the JSON file, and the folder it lies in if that is missing.
+
+        A process that is stopped meanwhile leaves the file that was there before.
+        """
         content = asdict(self)
         for target, entry in zip(self.targets, content["targets"], strict=True):
             entry["met"] = target.met
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        unfinished = path.with_name(f"{path.name}.new")
+        unfinished.write_text(json.dumps(content, indent=1) + "\n")
+        unfinished.replace(path)
 
     @classmethod
     def from_json(cls, text: str) -> "Result":

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bench.result import Result, Row
+from bench.result import Plot, Result, Row
 from bench.timing import UNITS
 from llama_jax.plan.machine import rates
 from sharding.errors import UserError
@@ -68,7 +68,9 @@ def run(args: argparse.Namespace) -> Result:
     for name, dtype in (("bfloat16", jnp.bfloat16), ("fp8", jnp.float8_e4m3fn)):
         rate = matrix_rate(args.toy, dtype)
         rows.append({"operation": f"{name} product", "matrix_rate": rate})
+    plots = []
     if (rates := datasheet()) is not None:
+        plots = [Plot("Share of the data sheet", "operation", ("share_of_datasheet",), kind="bar")]
         for row, peak in zip(rows, (rates[0], rates[1], 2 * rates[1]), strict=True):
             row["share_of_datasheet"] = list(row.values())[1] / peak  # type: ignore
     return Result.measured(
@@ -78,4 +80,5 @@ def run(args: argparse.Namespace) -> Result:
         packages=PACKAGES,
         units=UNITS | {"share_of_datasheet": ""},
         rows=rows,
+        plots=plots,
     )

@@ -242,6 +242,8 @@ def make_loads(args: argparse.Namespace) -> list[tuple[float, Workload | Replay]
         for name, default in DRAWN.items():
             if getattr(args, name) is None:
                 setattr(args, name, default)
+        if len(set(args.rate)) < len(args.rate):
+            raise UserError("--rate names a rate twice: leave one of them out, or run it again.")
         if args.requests is None and args.duration is None:
             args.requests = 100
         return [(rate, make_workload(args, rate)) for rate in args.rate]

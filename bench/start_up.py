@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.result import Result, Target
+from bench.result import Plot, Result, Target
 from sharding.errors import UserError
 
 TARGETS = {"first": 30.0, "second": 4.0}  # seconds, on 2 cores that do nothing else
@@ -117,4 +117,5 @@ def run(args: argparse.Namespace) -> Result:
             Target(f"{name} start", starts[name].time, limit, "max", "s")
             for name, limit in TARGETS.items()
         ],
+        plots=[Plot("From the start to the first token", "start", ("time", "cpu"), kind="bar")],
     )

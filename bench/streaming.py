@@ -37,6 +37,7 @@ from llama_jax.client.client import EngineClient
 from llama_jax.client.engine_process import ENGINE_COMMAND
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.options import EngineOptions
+from llama_jax.plan.simulation.figures import percentile
 from llama_jax.serve.app import create_app
 from llama_jax.serve.command_line.arguments import DEMO_CHECKPOINT
 from llama_jax.serve.frozen_heap import frozen_heap
@@ -170,11 +171,6 @@ async def watching(engine: EngineClient) -> AsyncGenerator[Watch, None]:
         task.cancel()
 
 
-def percentile_99(values: list[float]) -> float:
-    """The 99th percentile."""
-    return sorted(values)[int(0.99 * len(values))]
-
-
 async def measure_engine(tokens: int, repeats: int) -> Row:
     """The share of the engine's own rate that arrives through HTTP."""
     options = EngineOptions(
@@ -231,7 +227,7 @@ def figures(http: Sequence[Streamed], watches: Sequence[Watch]) -> Row:
         "through HTTP": statistics.median(each.rate for each in http),
         "server's CPU": 1e6 * statistics.median(each.here for each in http),
         "reader's CPU": 1e6 * statistics.median(each.reader for each in http),
-        "loop late, p99": percentile_99([lag for watch in watches for lag in watch.lags]),
+        "loop late, p99": percentile([lag for watch in watches for lag in watch.lags], 99),
     }
 
 

@@ -14,6 +14,7 @@ import pytest
 from bench import __main__ as command_line
 from bench.commands import MEASUREMENTS, READERS
 from bench.new_process import command, in_new_process, outcome
+from bench.report import RESULTS
 from bench.result import Plot, Result, Target
 from sharding.errors import UserError
 from tests.support.paths import ROOT
@@ -100,8 +101,9 @@ def test_each_subcommand_has_help(name, capsys):
         ["compare", __file__, __file__],
         ["compare", str(ROOT), str(ROOT)],
         ["report", str(ROOT / "docs")],
+        ["calibrate"],
         ["calibrate", "missing.json"],
-        ["calibrate", "--output", __file__ + "/a.json"],
+        ["calibrate", str(RESULTS / "step_h200.json"), "--output", __file__ + "/a.json"],
     ],
     ids=" ".join,
 )

@@ -149,13 +149,23 @@ class Noisy(PagedAttend):
 )
 def test_the_check_notices_wrong_attention(wrong, missed, monkeypatch):
     monkeypatch.setattr(attention_program, "PagedAttend", wrong)
-    _, targets = attention_check.check(rank_config(toy_config()), "bf16", small=True)
+    [(_, targets)] = attention_check.check(rank_config(toy_config()), ["bf16"], small=True)
     assert {target.what for target in targets if not target.met} == missed
 
 
 @pytest.mark.slow
 def test_the_check_notices_results_that_change(monkeypatch):
     monkeypatch.setattr(attention_program, "PagedAttend", Noisy)
-    _, targets = attention_check.check(rank_config(toy_config()), "bf16", small=True)
+    [(_, targets)] = attention_check.check(rank_config(toy_config()), ["bf16"], small=True)
     [changed] = [target for target in targets if "runs" in target.what]
     assert not changed.met
+
+
+def test_the_check_computes_its_reference_once(monkeypatch):
+    """It takes the host seconds, in which a rented GPU waits."""
+    computed = []
+    monkeypatch.setattr(attention_check, "reference", lambda q, k, v: computed.append(len(q)))
+    monkeypatch.setattr(attention_check, "check_kind", lambda config, kind, *_: kind)
+    kinds = attention_check.TOLERANCES
+    assert [*attention_check.check(rank_config(toy_config()), kinds, small=True)] == [*kinds]
+    assert computed == [*attention_check.SMALL_LENGTHS]

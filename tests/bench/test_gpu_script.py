@@ -14,8 +14,8 @@ from bench.result import Result
 from sharding.errors import UserError
 from tests.support.paths import ROOT
 
-STEPS = ["rates", "int4", "products", "step", "model_70b", "attention", "model_8b"]
-ALL = [*STEPS[:2], "sanitize_int4", *STEPS[2:6], "sanitize_attention", STEPS[6]]
+STEPS = ["rates", "attention", "products", "step", "model_70b", "int4", "model_8b"]
+ALL = [*STEPS[:2], "sanitize_attention", *STEPS[2:6], "sanitize_int4", STEPS[6]]
 
 # In place of Python: succeeds, unless the name of the output is in the environment.
 STUB = """#!/usr/bin/env bash
@@ -28,7 +28,9 @@ case " $STOPPED " in *" $name "*) exit 124 ;; esac
 case " $HANGING " in *" $name "*) echo '{}' >"${output%.json}.partial.json"; exec sleep 100 ;; esac
 echo '{}' >"$output"
 """
+# In place of compute-sanitizer, which also finds nothing in a program that fails at once.
 SANITIZER = """#!/usr/bin/env bash
+[[ $FAILING ]] && echo "No such module." || echo '{}' >"${@: -1}"
 echo "========= ERROR SUMMARY: $FOUND"
 """
 
@@ -66,7 +68,7 @@ def test_all_steps_run_in_order(script):
     assert done.returncode == 0 and list(done.summary) == ALL
     measurements = [command.split()[2] for command in done.commands]
     assert measurements == [
-        "roofline", "products", "products", "step", "model", "attention", "model",
+        "roofline", "attention", "products", "step", "model", "products", "model",
     ]  # fmt: skip
     assert not any("--toy" in command for command in done.commands)
     # A machine may give back only eight files.
@@ -74,8 +76,8 @@ def test_all_steps_run_in_order(script):
 
 
 def test_a_run_that_was_cut_off_goes_on(script):
-    done = script(STEPS="step sanitize_attention")
-    assert done.returncode == 0 and list(done.summary) == ["step", "sanitize_attention"]
+    done = script(STEPS="step sanitize_int4")
+    assert done.returncode == 0 and list(done.summary) == ["step", "sanitize_int4"]
     assert script(STEPS="stepp").returncode == 2
 
 
@@ -100,6 +102,12 @@ def test_what_the_sanitizer_finds_is_a_failure(script):
     assert other.returncode == 0 and "did not run" in other.summary["sanitize_int4"]
 
 
+def test_the_sanitizer_is_not_believed_if_the_program_failed(script):
+    assert "found nothing" in script().summary["sanitize_attention"]
+    failed = script(FAILING="yes").summary["sanitize_attention"]
+    assert "found nothing" not in failed and "No such module." in failed
+
+
 def test_another_argument_is_refused():
     done = subprocess.run([ROOT / "bench/gpu.sh", "--fast"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr
@@ -110,7 +118,8 @@ def test_a_step_that_hangs_is_stopped_and_the_time_is_kept(script):
     done = script(HANGING="products", LIMIT="7")
     assert done.returncode == 1
     assert "stopped" in done.summary["products"] and "skipped" in done.summary["step"]
-    assert done.files == {"rates.json", "int4.json", "products.partial.json", "machine.tar.gz"}
+    ran = {f"{name}.json" for name in ("rates", "attention")}
+    assert done.files == {*ran, "products.partial.json", "machine.tar.gz"}
 
 
 def test_what_hangs_is_not_tried_again(script):

@@ -49,6 +49,21 @@ def test_a_result_is_read_as_it_was_written(tmp_path):
     assert not RESULT.met and replace(RESULT, targets=RESULT.targets[:1]).met
 
 
+def test_a_result_that_is_cut_off_leaves_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "a.partial.json"
+    RESULT.write(path)
+
+    def cut_off(self: Path, text: str) -> None:
+        with self.open("w") as file:
+            file.write(text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        replace(RESULT, rows=[]).write(path)
+    assert Result.read(path) == RESULT
+
+
 def test_a_target_that_is_not_a_number_is_missed():
     assert not Target("a", float("nan"), 1.0, "max").met
     assert not Target("a", float("nan"), 1.0, "min").met
@@ -115,6 +130,7 @@ def test_a_column_has_the_unit_that_fits_it():
     assert fitting_unit([0.02, 0.5, None, float("nan")], "s") == (1e-3, "ms")
     assert fitting_unit([0.0, 2.0], "s") == (1.0, "s")
     assert fitting_unit([3e9], "bytes") == (1e9, "GB")
+    assert fitting_unit([3e13], "FLOP") == (1e12, "TFLOP")
     assert fitting_unit([0.02], "tokens/s") == (1.0, "tokens/s")
     assert fitting_unit([], "s") == (1.0, "s")
 
@@ -234,6 +250,21 @@ ROOFLINE = replace(
 )
 
 
+ENGINE = replace(
+    RESULT,
+    name="engine",
+    machine={name: value for name, value in STEP.machine.items() if "accelerator" not in name},
+    units={"host time": "ms"},
+    rows=[{"requests": "greedy", "host time": 0.5}, {"requests": "sampled", "host time": 0.8}],
+)
+
+
+def test_the_host_of_a_gpu_is_measured_without_it():
+    for others, device in (([STEP, ROOFLINE], "NVIDIA H200"), ([], "cpu")):
+        found = calibration([(Path("a.json"), result) for result in [ENGINE, *others]])
+        assert found.host_seconds_per_tick == 0.0005 and found.device == device
+
+
 def test_a_calibration_holds_what_was_measured(tmp_path):
     found = calibration([(Path("s.json"), STEP), (Path("r.json"), ROOFLINE)])
     assert found.ticks == (
@@ -260,6 +291,9 @@ def test_a_calibration_needs_one_result_of_each_kind():
     for results in ([], [STEP, STEP], [STEP, elsewhere]):
         with pytest.raises(BadResult):
             calibration([(Path(f"{n}.json"), result) for n, result in enumerate(results)])
+    foreign = replace(ENGINE, machine={**ENGINE.machine, "cpu": "another CPU"})
+    with pytest.raises(BadResult, match="hosts"):
+        calibration([(Path("s.json"), STEP), (Path("e.json"), foreign)])
     strange = replace(STEP, units={**STEP.units, "time": "fortnights"})
     with pytest.raises(BadResult):
         calibration([(Path("a"), strange)])

@@ -92,6 +92,11 @@ def test_flags_that_make_no_sense_are_refused(flags):
         run(parse(*flags))
 
 
+def test_a_rate_is_tested_once():
+    with pytest.raises(UserError, match="twice"):
+        run(parse("--rate", "2", "4", "2"))
+
+
 @pytest.mark.parametrize(
     "flags",
     [
