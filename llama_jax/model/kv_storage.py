@@ -61,7 +61,9 @@ def quantize(x: jax.Array, stored: jnp.dtype) -> tuple[jax.Array, jax.Array]:
       Numbers `[..., h]` and their scales `[...]`, float32.
     """
     x = x.astype(jnp.float32)
-    largest = jnp.abs(x).max(axis=-1)  # NaN if one is
+    largest = jnp.abs(x).max(axis=-1)
+    # XLA:CPU may ignore NaN in a maximum. Rounded to an integer, it would look like a number.
+    largest = jnp.where(jnp.isnan(x).any(axis=-1), jnp.nan, largest)
     scale = jnp.maximum(largest / _LIMITS[stored], jnp.finfo(jnp.float32).tiny)
     return x / scale[..., None], scale
 

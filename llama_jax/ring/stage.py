@@ -21,9 +21,10 @@ from llama_jax.ring.attention_backend import AttentionBackend
 from llama_jax.ring.kv_cache import KVCache
 from llama_jax.ring.packet import LENGTH, PAGES, POSITION, segments_of
 from llama_jax.ring.sizes import Bucket, RingSizes
-from sharding.axes import MODEL
+from sharding.axes import MODEL, STAGE
 from sharding.collectives import psum, rank
 from sharding.errors import UserError
+from sharding.stages import split_layers
 
 
 class Program(NamedTuple):
@@ -206,12 +207,16 @@ def run_layers(
     segments = segments_of(program.sizes, program.bucket, metadata)
     x = jnp.pad(x, ((0, program.num_padding), (0, 0)))
     positions = locate_tokens(program, segments).position
+    stages = split_layers(program.config.num_layers, jax.lax.axis_size(STAGE))
     updated = []
     for position, weights in enumerate(layers):
         attend = attend_class(program, segments, *(a[position][0] for a in cache if a))
         layer = make_layer(program, jax.tree.map(lambda array: array[0], weights))
         reduce = Reduce()
-        x = call(position, layer, x, positions, attend, reduce)
+        before, x = x, call(position, layer, x, positions, attend, reduce)
+        held = [here[position] is not None for here in stages]
+        if not all(held):  # a layer of the user's need not be the identity where its weights are 0
+            x = jnp.where(jnp.array(held)[rank(STAGE)], x, before)
         if attend.called and not reduce.called and jax.lax.axis_size(MODEL) > 1:
             raise UserError(
                 f"{type(layer).__name__} attends, but never calls the reduce that it is given, so "

@@ -78,6 +78,15 @@ class ReLULayer(DecoderLayer):
     mlp_class = ReLU
 
 
+class PostNormLayer(DecoderLayer):
+    """Not the identity where all of its weights are zero, as in a padding layer."""
+
+    def __call__(self, x, positions, attend, reduce=lambda partial: partial):
+        x = self.attention_norm(x + reduce(self.attention(x, positions, attend)))
+        x = self.mlp_norm(x + reduce(self.mlp(x)))
+        return self.tap("residual", x)
+
+
 class WindowedLlama(Llama):
     layer_class = WindowedLayer
 
@@ -88,6 +97,10 @@ class SlopedLlama(Llama):
 
 class ReLULlama(Llama):
     layer_class = ReLULayer
+
+
+class PostNormLlama(Llama):
+    layer_class = PostNormLayer
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +261,7 @@ def with_relu(theirs):
     ("model_class", "mesh"),
     [
         (SlopedLlama, "2x2"),
+        (PostNormLlama, "2x1"),  # a stage has a padding layer
         pytest.param(ReLULlama, "2x2", marks=pytest.mark.slow),
         pytest.param(WindowedLlama, "1x1", marks=pytest.mark.slow),
         pytest.param(WindowedLlama, "2x2", marks=pytest.mark.slow),

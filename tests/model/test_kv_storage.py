@@ -158,6 +158,15 @@ def test_what_is_not_finite_stays_visible(stored, part, bad):
     assert np.isfinite(out).all(), "another sequence or head has changed"
 
 
+@pytest.mark.parametrize("place", [0, 70, 127])
+def test_a_nan_in_a_chunk_makes_the_scale_nan(place):
+    """XLA:CPU vectorizes the maximum over real heads of many tokens, and then ignores it."""
+    x = np.random.default_rng(0).normal(size=(64, 2, 128)).astype(np.float32)
+    x[5, 1, place] = np.nan
+    _, scale = jax.jit(quantize, static_argnums=1)(x, jnp.dtype(jnp.int8))
+    np.testing.assert_array_equal(np.argwhere(np.isnan(scale)), [[5, 1]])
+
+
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("stored", STORED)
 def test_writes_to_nowhere_are_dropped(stored, count):
