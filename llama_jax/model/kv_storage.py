@@ -13,6 +13,7 @@ and back. On CPU, pages therefore hold the bits of such numbers as unsigned inte
 import jax
 import jax.numpy as jnp
 
+from llama_jax.model.cpu_product import on_cpu
 from sharding.errors import UserError
 
 BFLOAT16, INT8, FLOAT8 = map(jnp.dtype, (jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn))
@@ -62,8 +63,9 @@ def quantize(x: jax.Array, stored: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """
     x = x.astype(jnp.float32)
     largest = jnp.abs(x).max(axis=-1)
-    # XLA:CPU may ignore NaN in a maximum. Rounded to an integer, it would look like a number.
-    largest = jnp.where(jnp.isnan(x).any(axis=-1), jnp.nan, largest)
+    if on_cpu():
+        # XLA:CPU may ignore NaN in a maximum. Rounded to an integer, it would look like a number.
+        largest = jnp.where(jnp.isnan(x).any(axis=-1), jnp.nan, largest)
     scale = jnp.maximum(largest / _LIMITS[stored], jnp.finfo(jnp.float32).tiny)
     return x / scale[..., None], scale
 
