@@ -11,7 +11,7 @@ import torch
 from llama_jax import LLM, Llama, SamplingParams, ShardedLlama
 from llama_jax.engine.errors import EngineStartError, RequestError
 from llama_jax.interpret import capture, greedy_answer
-from llama_jax.model import MLP, Attention, DecoderLayer, RMSNorm, Sampler
+from llama_jax.model import MLP, Attention, DecoderLayer, Sampler
 from llama_jax.model.attention import (
     MASKED,
     causal_attention,
@@ -366,61 +366,6 @@ def test_overrides_that_a_mesh_would_skip_are_refused(path, model_class, name):
         ShardedLlama.from_pretrained(path, model_class=model_class)
     with pytest.raises(EngineStartError, match=name):
         LLM(path, in_process=True, model_class=model_class, **SMALL)
-
-
-class Own(Llama):
-    def __init__(self, config, *, rngs, dtype=jnp.float32):
-        super().__init__(config, rngs=rngs, dtype=dtype)
-        self.change(config, rngs, dtype)
-
-
-class Mixed(Own):
-    def change(self, config, rngs, dtype):
-        self.layers[1] = WindowedLayer(config, rngs=rngs, dtype=dtype)
-
-
-class Numbered(Own):
-    def change(self, config, rngs, dtype):
-        for number, layer in enumerate(self.layers):
-            layer.attention.number = number
-
-
-class Center(RMSNorm):
-    def __call__(self, x):
-        return super().__call__(x - x.mean(axis=-1, keepdims=True))
-
-
-class Centered(Own):
-    def change(self, config, rngs, dtype):
-        self.final_norm = Center(config.embed_dim, config.norm_eps, dtype)
-
-
-@pytest.mark.parametrize(
-    ("model_class", "name"),
-    [(Mixed, r"layers\.1"), (Numbered, r"layers\.0"), (Centered, "final_norm")],
-)
-def test_constructors_that_a_mesh_would_skip_are_refused(path, model_class, name):
-    with pytest.raises(UserError, match=name):
-        ShardedLlama.from_pretrained(path, model_class=model_class)
-
-
-class Noted(Own):
-    layer_class = WindowedLayer
-
-    def change(self, config, rngs, dtype):
-        self.note = "harmless"
-
-
-def test_a_constructor_that_leaves_the_layers_alone_is_accepted(path):
-    ShardedLlama.from_pretrained(path, model_class=Noted)
-
-
-def test_a_sampler_must_be_an_instance(path):
-    class SamplerClass(Llama):
-        sampler = Sampler  # without parentheses
-
-    with pytest.raises(UserError, match=r"SamplerClass\.sampler"):
-        ShardedLlama.from_pretrained(path, model_class=SamplerClass)
 
 
 def test_an_instance_is_not_a_class(path):
