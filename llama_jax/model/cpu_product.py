@@ -51,6 +51,16 @@ def _matrix_first(kind: jnp.dtype, count: int) -> bool:
     return kind == jnp.bfloat16 and count in (_FEW if _has_amx() else _ENOUGH)
 
 
+def sum_dtype(x: jax.Array) -> jnp.dtype:
+    """The dtype of products of activations x [..., in] that the next operation rounds anyway.
+
+    On CPUs, sums are in float32, and rounding those of many rows to bfloat16 takes time. Those of
+    few rows are copied, to transpose them, which takes less time in bfloat16.
+    """
+    wide = on_cpu() and not _matrix_first(x.dtype, x.size // x.shape[-1])
+    return jnp.promote_types(x.dtype, jnp.float32) if wide else x.dtype
+
+
 def cpu_product(x: jax.Array, matrix: Any, dtype: jnp.dtype) -> jax.Array:
     """Multiplies x [..., in] by the transpose of a matrix [out, in]: [..., out], of this dtype."""
     kind = jnp.result_type(x, matrix)

@@ -26,7 +26,7 @@ from flax import nnx
 
 from llama_jax.config import LlamaConfig
 from llama_jax.model.attention import Attend, causal_attention
-from llama_jax.model.cpu_product import cpu_product, on_cpu
+from llama_jax.model.cpu_product import cpu_product, on_cpu, sum_dtype
 from llama_jax.model.rope import attention_factor, check_length, inverse_frequencies, rotate
 from llama_jax.model.sampling import Sampler
 from llama_jax.model.tap import TappedModule
@@ -41,24 +41,31 @@ _INIT_STD = 0.02  # of random matrices, as `initializer_range` in Hugging Face c
 _PARAMETERS = {**LAYER_PARAMETERS, "embedding": (EMBEDDING,), "lm_head": (LM_HEAD,)}
 
 
-def linear(x: jax.Array, weight: jax.Array | Quantized | Unfused) -> jax.Array:
-    """Multiplies x [..., in] by the transpose of a weight [out, in]: [..., out], dtype of `x`."""
+def linear(
+    x: jax.Array, weight: jax.Array | Quantized | Unfused, dtype: jnp.dtype | None = None
+) -> jax.Array:
+    """Multiplies x [..., in] by the transpose of a weight [out, in]: [..., out].
+
+    The result has this dtype, or else that of `x`.
+    """
     if isinstance(weight, Unfused):
-        return jnp.concatenate([linear(x, each) for each in weight.weights], axis=-1)
+        return jnp.concatenate([linear(x, each, dtype) for each in weight.weights], axis=-1)
     if isinstance(weight, tuple):
-        return weight.linear(x)
+        product = weight.linear(x)
+    elif on_cpu():
+        return cpu_product(x, weight, jnp.result_type(x, weight) if dtype is None else dtype)
+    else:
+        product = jnp.einsum("...i,oi->...o", x, weight)
+    return product if dtype is None else product.astype(dtype)
+
+
+def swiglu(gate: jax.Array, up: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """SwiGLU (https://arxiv.org/abs/2002.05202): silu(gate) · up, in this dtype."""
     if on_cpu():
-        return cpu_product(x, weight, jnp.result_type(x, weight))
-    return jnp.einsum("...i,oi->...o", x, weight)
-
-
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """SwiGLU (https://arxiv.org/abs/2002.05202): silu(gate) · up, in their dtype."""
-    if not on_cpu():
-        return jax.nn.silu(gate) * up
-    # XLA:CPU computes in float32 in any case. Rounding each step to bfloat16 would take longer.
-    wide = jnp.promote_types(gate.dtype, jnp.float32)
-    return (jax.nn.silu(gate.astype(wide)) * up.astype(wide)).astype(gate.dtype)
+        # XLA:CPU computes in float32 in any case. Rounding each step to bfloat16 would take longer.
+        wide = jnp.promote_types(gate.dtype, jnp.float32)
+        gate, up = gate.astype(wide), up.astype(wide)
+    return (jax.nn.silu(gate) * up).astype(dtype)
 
 
 def _param(config: LlamaConfig, name: str, rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.Param:
@@ -106,11 +113,11 @@ class Attention(TappedModule):
           `[..., D]`, this rank's partial sum.
         """
         with jax.named_scope("qkv"):
-            q, k, v = self.split(linear(x, self.wqkv.get_value()))
+            q, k, v = self.split(linear(x, self.wqkv.get_value(), sum_dtype(x)))
         frequencies, factor = inverse_frequencies(self.config), attention_factor(self.config)
-        q = self.tap("query", rotate(q, positions, frequencies, factor))
-        k = self.tap("key", rotate(k, positions, frequencies, factor))
-        v = self.tap("value", v)
+        q = self.tap("query", rotate(q, positions, frequencies, factor).astype(x.dtype))
+        k = self.tap("key", rotate(k, positions, frequencies, factor).astype(x.dtype))
+        v = self.tap("value", v.astype(x.dtype))
         out = self.tap("heads", attend(q, k, v, score_mod=self.score_mod, tap=self.tap))
         return linear(out.reshape(*x.shape[:-1], -1), self.wo.get_value())
 
@@ -161,8 +168,9 @@ class MLP(TappedModule):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., D], normalized -> this rank's partial sum [..., D]."""
         with jax.named_scope("mlp"):
-            gate, up = jnp.split(linear(x, self.w_gate_up.get_value()), 2, axis=-1)
-            neurons = self.tap("neurons", swiglu(gate, up))
+            both = linear(x, self.w_gate_up.get_value(), sum_dtype(x))
+            gate, up = jnp.split(both, 2, axis=-1)
+            neurons = self.tap("neurons", swiglu(gate, up, x.dtype))
             return linear(neurons, self.w_down.get_value())
 
 

@@ -1,13 +1,17 @@
 """What is written for CPUs: against float64, without copies of a matrix, and on CPUs only."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from llama_jax.config import LlamaConfig
 from llama_jax.model import cpu_product as module
-from llama_jax.model.cpu_product import cpu_product
-from llama_jax.model.llama import head_logits, linear, swiglu
+from llama_jax.model.cpu_product import cpu_product, sum_dtype
+from llama_jax.model.llama import MLP, head_logits, linear, swiglu
 from llama_jax.model.rope import rotate
 from tests.support.hlo import large_copies
 from tests.support.xla_options import PRODUCTION
@@ -77,12 +81,53 @@ def test_no_copy_of_the_matrix(rows, dtype, amx):
     assert bool(large_copies(plain, MATRIX)) == (dtype == BFLOAT16)
 
 
+@pytest.mark.parametrize(("rows", "rounded"), [(127, True), (128, False)])
+def test_sums_of_many_rows_are_not_rounded(rows, rounded, amx):
+    x, matrix = operands(rows, BFLOAT16)
+    assert sum_dtype(x) == sum_dtype(x[:, None]) == (BFLOAT16 if rounded else FLOAT32)
+    assert sum_dtype(x.astype(FLOAT32)) == FLOAT32
+    product = linear(x, matrix, sum_dtype(x))
+    exact = np.asarray(x, np.float64) @ np.asarray(matrix, np.float64).T
+    assert np.allclose(product, exact, rtol=1e-5, atol=1e-5) == (not rounded)
+
+
+def test_the_mlp_rounds_neurons_of_many_rows_once():
+    neurons = []
+
+    class Recorded(MLP):
+        def tap(self, name, value):
+            neurons.append(value)
+            return value
+
+    config = LlamaConfig(
+        vocab_size=1,
+        embed_dim=IN,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=8,
+        mlp_dim=OUT // 2,
+        rope_theta=1e4,
+        norm_eps=1e-5,
+        max_position_embeddings=1,
+    )
+    mlp = Recorded(config, rngs=nnx.Rngs(0), dtype=BFLOAT16)
+    x, matrix = operands(128, BFLOAT16)
+    mlp.w_gate_up.set_value(matrix)
+    assert mlp(x).dtype == neurons[0].dtype == BFLOAT16
+    gate, up = np.split(np.asarray(x, np.float64) @ np.asarray(matrix, np.float64).T, 2, axis=-1)
+    exact = gate / (1 + np.exp(-gate)) * up
+    # Half a unit in the last place, and what float32 adds.
+    rtol = float(jnp.finfo(BFLOAT16).eps) / 2 + 1e-5
+    np.testing.assert_allclose(np.asarray(neurons[0], np.float64), exact, rtol=rtol, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 def test_swiglu_rounds_once(dtype):
     gate, up = operands(4, dtype)[1], operands(5, dtype)[1]
     exact = np.asarray(gate, np.float64) / (1 + np.exp(-np.asarray(gate, np.float64)))
     exact *= np.asarray(up, np.float64)
-    found = swiglu(gate, up)
+    found = swiglu(gate, up, dtype)
     assert found.dtype == dtype
     # Half a unit in the last place, and what float32 adds.
     rtol = float(jnp.finfo(dtype).eps) / 2 + 1e-6
@@ -117,13 +162,14 @@ def test_other_platforms_get_the_plain_operations():
 
     pairs = (
         (linear, lambda x, m: jnp.einsum("...i,oi->...o", x, m), (x, matrix)),
-        (swiglu, lambda gate, up: jax.nn.silu(gate) * up, (x, x)),
+        (partial(swiglu, dtype=BFLOAT16), lambda gate, up: jax.nn.silu(gate) * up, (x, x)),
         (lambda x: rotate(x, positions, frequencies), plain_rotate, (x[:, None],)),
     )
     gpu = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("model",), abstract_device=gpu)
     for ours, plain, args in pairs:
         with jax.sharding.use_abstract_mesh(mesh):
+            assert sum_dtype(jnp.zeros((128, IN), BFLOAT16)) == BFLOAT16
             traced = str(jax.make_jaxpr(ours)(*args))
         here = str(jax.make_jaxpr(ours)(*args))
         assert traced == str(jax.make_jaxpr(plain)(*args)) != here
