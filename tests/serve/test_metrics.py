@@ -168,13 +168,16 @@ def test_reasons_are_counted_apart(subject: Subject) -> None:
             raise QueueFull("full")
     with pytest.raises(RequestError), subject.metrics.request(0.0, 7):
         raise RequestError("wrong")
+    with pytest.raises(RequestError), subject.metrics.request(0.0, 7) as timer:
+        timer.token()
+        raise RequestError("cannot go on")  # in the middle of its answer
     found = subject.samples()
-    finished = {"stop": 1, "length": 2, "abort": 3, "error": 4}
+    finished = {"stop": 1, "length": 2, "abort": 3, "error": 5}
     assert {key: found[f"request_success_total{{{key}}}"] for key in finished} == finished
     assert found["admission_rejections_total{queue_full}"] == 5
     # Only complete sequences have a latency; refused ones are not measured at all.
-    assert [found[f"{name}_count"] for name in LATENCIES] == [6, 3, 0, 3]
-    assert found["request_prompt_tokens_count"] == 10
+    assert [found[f"{name}_count"] for name in LATENCIES] == [7, 3, 0, 3]
+    assert found["request_prompt_tokens_count"] == 11
 
 
 def test_every_reason_is_exported_before_it_occurs(subject: Subject) -> None:

@@ -79,7 +79,7 @@ class RequestTimer:
         self.ended = metrics.clock()
         if isinstance(error, QueueFull):
             metrics.rejected("queue_full")
-        if isinstance(error, RequestError):  # it was never accepted
+        if isinstance(error, RequestError) and not self.tokens:  # it was never accepted
             return
         if isinstance(error, GenerationFailed) and str(error) == NOT_A_NUMBER:
             metrics.corrupted.inc()
