@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Coroutine, Sequence
+from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -73,8 +74,6 @@ def main(argv: list[str] | None = None, engine_command: Sequence[str] = ENGINE_C
             # Before anything is loaded: the port is the most likely thing to be wrong.
             listener = stack.enter_context(open_listener(arguments))
             setup = prepare(arguments, path, name, listener)
-            if arguments.preflight:
-                preflight(arguments.preflight_gpu, arguments.mesh, path)
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(_serve(setup, stack, engine_command, console))
     except PreflightFailed as error:
@@ -107,6 +106,7 @@ async def _serve(
 
     Raises:
       KeyboardInterrupt: Ctrl-C was pressed before the server was ready.
+      PreflightFailed: this machine is not what was planned.
       EngineStartError: the engine cannot start.
       EngineDead: the engine died; every request has been answered with an error.
     """
@@ -122,6 +122,13 @@ async def _serve(
     )
     async with server.running():  # during the start, requests are told that it is starting
         try:
+            if setup.arguments.preflight:
+                checks = preflight(
+                    setup.arguments.preflight_gpu,
+                    setup.arguments.mesh,
+                    Path(setup.options.path),
+                )
+                await unless(stop.asked.wait(), checks)
             with TerminalDisplay(console) as display:
                 start = EngineClient.start(
                     setup.options,

@@ -4,6 +4,9 @@ The planner does it, which lies above the server: it runs in a process of its ow
 and freed the GPUs when the engine starts.
 """
 
+import asyncio
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,8 +25,12 @@ class PreflightFailed(UserError):
         self.code = code
 
 
-def preflight(gpu: str, mesh: str, checkpoint: Path, command: Sequence[str] = VALIDATE) -> None:
+async def preflight(
+    gpu: str, mesh: str, checkpoint: Path, command: Sequence[str] = VALIDATE
+) -> None:
     """Checks the machine; what is wrong is printed to standard error.
+
+    If it is cancelled, the planner is killed, with its own processes.
 
     Args:
       gpu: the planned GPU, by a name of the planner; "auto" for what there is.
@@ -34,14 +41,19 @@ def preflight(gpu: str, mesh: str, checkpoint: Path, command: Sequence[str] = VA
     Raises:
       PreflightFailed: it is not what was planned.
     """
-    done = subprocess.run(
-        [*command, "--gpu", gpu, "--layout", mesh, "--model", str(checkpoint)],
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
-    if done.returncode:
+    planner = await asyncio.create_subprocess_exec(
+        *command, "--gpu", gpu, "--layout", mesh, "--model", str(checkpoint),
+        stdin=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        code = await planner.wait()
+    finally:
+        if planner.returncode is None:
+            os.killpg(planner.pid, signal.SIGKILL)  # with the process that measures the GPUs
+            await planner.wait()
+    if code:
         raise PreflightFailed(
-            f"This machine is not ready for the server (exit code {done.returncode}): see above, "
+            f"This machine is not ready for the server (exit code {code}): see above, "
             "or start without --preflight.",
-            done.returncode,
+            code,
         )
