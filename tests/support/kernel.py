@@ -53,7 +53,12 @@ class Kernel:
     def __init__(self) -> None:
         self.manager = KernelManager(kernel_name="python3")
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-        self.manager.start_kernel(cwd=str(ROOT), env={**os.environ, "PYTHONPATH": path})
+        # IPython's history has a lock that stays held if an interrupt meets it.
+        self.manager.start_kernel(
+            cwd=str(ROOT),
+            env={**os.environ, "PYTHONPATH": path},
+            extra_arguments=["--HistoryManager.enabled=False"],
+        )
         self.client = self.manager.client()
         self.client.start_channels()
         self.client.wait_for_ready(timeout=SECONDS)
