@@ -196,6 +196,8 @@ class Engine:
             cached_tokens=scheduler.num_cached_tokens,
             generation_tokens=scheduler.num_generated_tokens,
             preemptions=scheduler.num_preemptions,
+            request_preemptions=scheduler.request_preemptions,
+            requests_by_preemptions=tuple(scheduler.requests_by_preemptions),
             ticks=loop.ticks,
             stage_ticks=loop.ticks * loop.num_stages,
             stage_ticks_busy=loop.stage_ticks_busy,

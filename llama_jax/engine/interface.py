@@ -188,6 +188,8 @@ class LatencyStats:
 
 # Upper bounds of the classes in `Stats.packets_by_tokens`, which has one more; as in vLLM.
 PACKET_TOKENS = (1, *(2**power for power in range(3, 15)))
+# The same for `Stats.requests_by_preemptions`; vLLM has no class of its own for 0.
+PREEMPTIONS = (0, 1, 2, 3, 4, 5, 10, 20)
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,10 @@ class Stats:
     stages, and `token_slots_used` those that were tokens. `packet_tokens` counts the tokens that
     entered, and `packets_by_tokens` the packets with so many of them (`PACKET_TOKENS`); empty ones
     do not count. `host_seconds` is the part of `tick_seconds` outside the device programs.
+
+    `preemptions` counts all, `request_preemptions` those of requests that have ended, and
+    `requests_by_preemptions` these requests, aborted ones included, by how often they were
+    preempted (`PREEMPTIONS`).
 
     `programs_ready` of the `EngineInfo.num_programs` are compiled. `compilations` counts each
     compiled part of them.
@@ -218,6 +224,8 @@ class Stats:
     cached_tokens: int = 0
     generation_tokens: int = 0
     preemptions: int = 0
+    request_preemptions: int = 0
+    requests_by_preemptions: tuple[int, ...] = (0,) * (len(PREEMPTIONS) + 1)
     ticks: int = 0
     stage_ticks: int = 0
     stage_ticks_busy: int = 0

@@ -9,12 +9,14 @@ that circulate in the ring. The chunks of a prompt enter in consecutive ticks, i
 is at stage 0, and the packet with the last chunk becomes the sequence's microbatch.
 """
 
+from bisect import bisect_left
+
 import numpy as np
 
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.chunk_choice import ChunkChoice
 from llama_jax.engine.constraint import Constraint
-from llama_jax.engine.interface import FinishReason, Output, TokenLogprobs
+from llama_jax.engine.interface import PREEMPTIONS, FinishReason, Output, TokenLogprobs
 from llama_jax.engine.packets import Packet, Segment
 from llama_jax.engine.pages import PagePool
 from llama_jax.engine.prefill import Prefill
@@ -49,6 +51,7 @@ class Scheduler:
       prefill: chooses the prompt tokens of each packet.
       waiting, prefilling, microbatches: those of the roster.
       num_special: unfinished requests that do not just take the likeliest of all tokens.
+      request_preemptions, requests_by_preemptions: as in `Stats`.
       now: the time by the clock of `arrived_at`, kept current by whoever calls `schedule`; it
         matters only to a target for first tokens.
     """
@@ -68,6 +71,8 @@ class Scheduler:
         self.microbatches = self.roster.microbatches
         self.now = 0.0
         self.num_special = 0
+        self.request_preemptions = 0
+        self.requests_by_preemptions = [0] * (len(PREEMPTIONS) + 1)
         self._sequences: dict[int, Sequence] = {}  # the unfinished ones, by request id
         self._arrivals = 0
         self._generated = 0  # tokens of the requests that have ended
@@ -222,6 +227,9 @@ class Scheduler:
                 self.roster.make_room(sequence, 1)
 
     def _finish(self, sequence: Sequence) -> None:
+        preemptions = sequence.epoch  # nothing else has raised it so far
+        self.request_preemptions += preemptions
+        self.requests_by_preemptions[bisect_left(PREEMPTIONS, preemptions)] += 1
         sequence.epoch += 1
         sequence.finished = True
         self.roster.remove(sequence)

@@ -4,6 +4,8 @@ After every tick `Trial` checks the invariants of slots, pages, microbatches and
 every request must have the tokens of a sequential model, in bounded time.
 """
 
+from collections import Counter
+
 import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
@@ -213,6 +215,30 @@ def test_the_youngest_gives_up_its_pages_and_still_gets_its_tokens():
     assert trial.scheduler.num_preemptions >= 1
     assert preempted[0] == 2 and 0 not in preempted
     assert [trial.tokens[i] for i in range(3)] == [r.answer[0] for r in requests]
+
+
+def test_preemptions_are_counted_by_request_when_it_ends():
+    trial = Trial(make_sizes(num_pages=8, page_size=2, max_rows=3, stages=1, tile=4), 1)
+    scheduler, times = trial.scheduler, Counter(dict.fromkeys(range(3), 0))
+    preempt = scheduler.roster.preempt
+
+    def note(sequence: Sequence) -> None:
+        times[sequence.request_id] += 1
+        preempt(sequence)
+
+    scheduler.roster.preempt = note
+    for request_id in range(3):
+        trial.add(request_id, Request(numbered(3, 5 * request_id), 5))
+    for _ in range(100):
+        if times[2]:
+            break
+        trial.step()
+    trial.abort(2)  # while it waits to be computed again
+    assert sum(scheduler.requests_by_preemptions[1:]) == 1
+    trial.drain()
+    by_times = Counter(times.values())
+    assert scheduler.requests_by_preemptions == [by_times[count] for count in range(9)]
+    assert scheduler.request_preemptions == times.total() == scheduler.num_preemptions
 
 
 def test_a_preempted_request_is_served_before_younger_ones():

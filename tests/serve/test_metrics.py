@@ -212,6 +212,8 @@ def test_every_counter_of_the_engine_is_exported() -> None:
         programs_ready=5,
         packet_tokens=3000,
         packets_by_tokens=(3, 0, 2, *[0] * 8, 1, 0, 1),
+        request_preemptions=35,
+        requests_by_preemptions=(40, 3, 1, 0, 0, 0, 0, 0, 1),
     )
     values = [v for v in dataclasses.asdict(stats).values() if isinstance(v, int | float)]
     assert len(set(values)) == len(values), "equal values could be swapped"
@@ -248,6 +250,13 @@ def test_every_counter_of_the_engine_is_exported() -> None:
         "iteration_tokens_total_bucket{8192.0}": 6,
         "iteration_tokens_total_bucket{16384.0}": 6,
         "iteration_tokens_total_bucket{+Inf}": 7,
+        "request_num_preemptions_sum": 35,
+        "request_num_preemptions_count": 45,
+        "request_num_preemptions_bucket{0.0}": 40,
+        "request_num_preemptions_bucket{1.0}": 43,
+        "request_num_preemptions_bucket{2.0}": 44,
+        "request_num_preemptions_bucket{20.0}": 44,
+        "request_num_preemptions_bucket{+Inf}": 45,
     }
     found = samples(metrics.text().decode())
     assert {name: found[name] for name in expected} == expected

@@ -19,7 +19,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from llama_jax.engine.interface import PACKET_TOKENS, EngineInfo, Stats
+from llama_jax.engine.interface import PACKET_TOKENS, PREEMPTIONS, EngineInfo, Stats
 from llama_jax.serve.monitoring.http_metrics import HttpMetrics
 from llama_jax.serve.monitoring.recent import RecentValues
 from llama_jax.serve.monitoring.request_record import RequestRecord, current_record
@@ -302,5 +302,13 @@ class _EngineCollector(Collector):
             PACKET_TOKENS,
             stats.packets_by_tokens,
             stats.packet_tokens,
+        )
+        yield histogram_family(
+            f"{self._prefix}:request_num_preemptions",
+            "Times that a sequence was preempted, over those that have ended.",
+            self._labels,
+            PREEMPTIONS,
+            stats.requests_by_preemptions,
+            stats.request_preemptions,
         )
         yield from ring_families(self._prefix, self._labels, stats)
