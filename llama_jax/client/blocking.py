@@ -7,6 +7,7 @@ JAX.
 import asyncio
 import atexit
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Callable, Coroutine
@@ -16,12 +17,16 @@ from typing import Any, Generic, TypeVar
 
 from llama_jax.client.client import EngineClient, OnProgress
 from llama_jax.client.host import StartHost
+from llama_jax.client.watchdog import end_if_hung
 from llama_jax.engine.errors import EngineDead
 from llama_jax.engine.options import EngineOptions
 
 T = TypeVar("T")
 
 AT_EXIT_SECONDS = 10.0
+# Nobody may be there to interrupt a script. On a slow CPU, the first chunk of a large model takes
+# minutes, and there is no mean of its ticks yet.
+HUNG_SECONDS = 600.0
 FORKED = (
     "This process is a fork of the one that started the engine, and cannot reach it: start an "
     'engine of its own here, or create the process with multiprocessing\'s "spawn" method.'
@@ -32,7 +37,8 @@ class BlockingClient:
     """An `EngineClient` on an event loop in a thread.
 
     The thread also keeps an engine process alive: the kernel kills the process when the thread that
-    started it ends.
+    started it ends. The client itself kills one that hangs for `HUNG_SECONDS`, so that no call
+    waits for ever.
 
     Attributes:
       client: the client of the engine, which is ready. Use it in coroutines passed to `run`.
@@ -56,6 +62,7 @@ class BlockingClient:
         self._owner = os.getpid()
         self._calls: set[_Call[Any]] = set()  # used on the loop only, like the next one
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._watchdog: asyncio.Task[None] | None = None
         self._thread = threading.Thread(target=self._main, name="llama-jax-engine", daemon=True)
         self._thread.start()
         atexit.register(self._close_at_exit)
@@ -166,8 +173,13 @@ class BlockingClient:
         self, options: EngineOptions, on_progress: OnProgress | None, start_host: StartHost
     ) -> None:
         self.client = await EngineClient.start(options, on_progress, start_host=start_host)
+        if self.client.pid != os.getpid():  # a thread cannot be killed, and may be in a debugger
+            watching = end_if_hung(self.client, HUNG_SECONDS, logging.INFO)
+            self._watchdog = self._loop.create_task(watching)
 
     async def _end(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.cancel()
         if hasattr(self, "client"):  # it started
             await self.client.close()
         # Every task that waits for the engine now ends with an error.

@@ -49,7 +49,8 @@ class LLM:
 
     The engine ends with `close`, at the end of a `with` block, or when the object is garbage
     collected. Several threads may use one `LLM`; their requests are batched together. Ctrl-C, or a
-    notebook's interrupt, ends only the requests of the call or cell that it interrupts.
+    notebook's interrupt, ends only the requests of the call or cell that it interrupts. An engine
+    process that hangs is killed after ten minutes; the calls that wait for it raise `EngineDead`.
     """
 
     @lists_options

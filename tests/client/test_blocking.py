@@ -1,13 +1,21 @@
 """The blocking client's own business; `tests/llm` tests its calls."""
 
+import asyncio
 import atexit
 import signal
+import time
+from pathlib import Path
 
 import pytest
 
 from llama_jax.client.blocking import BlockingClient
 from llama_jax.client.engine_process import process_host
+from llama_jax.client.in_process import in_process_host
+from llama_jax.engine.errors import EngineDead
+from llama_jax.engine.interface import Output
 from llama_jax.engine.options import EngineOptions
+from tests.support.engine_clients import collect, tokens
+from tests.support.fake_engine import FakeEngine
 from tests.support.processes import FAKE
 
 
@@ -30,3 +38,37 @@ def test_closing_asks_the_engine_to_end():
     client.close()
     client.close()
     assert host.exit_code == 0
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama_jax.client.blocking.HUNG_SECONDS", 0.1)
+    monkeypatch.setattr("llama_jax.client.watchdog.CHECK_SECONDS", 0.02)
+    for module in ("client", "watchdog"):  # a heartbeat comes after 1
+        monkeypatch.setattr(f"llama_jax.client.{module}.SILENCE_SECONDS", 1.5)
+    monkeypatch.setattr("llama_jax.client.client.STACKS_SECONDS", 0.3)
+
+
+@pytest.mark.usefixtures("temporary_directory", "impatient")
+def test_a_call_that_waits_for_an_engine_that_hangs_ends():
+    client = BlockingClient(EngineOptions(path="fake:freeze:3"), None, process_host(FAKE))
+    try:
+        with pytest.raises(EngineDead, match=r"no report for \d+ seconds and was killed") as caught:
+            client.run(asyncio.wait_for(collect(client.client, [5], ignore_eos=True), 20))
+        Path(str(caught.value).rpartition("log: ")[2].rstrip(".)")).unlink()
+    finally:
+        client.close()
+
+
+@pytest.mark.usefixtures("temporary_directory", "impatient")
+def test_an_engine_in_this_process_may_stop_in_a_debugger():
+    class Stops(FakeEngine):
+        def step(self) -> list[Output]:
+            time.sleep(2.5)
+            return super().step()
+
+    client = BlockingClient(EngineOptions(path="fake"), None, in_process_host(build=Stops))
+    try:
+        assert tokens(client.run(collect(client.client, [5], max_tokens=1))) == [6]
+    finally:
+        client.close()
