@@ -73,7 +73,9 @@ def interrupt_cells(kernel: Kernel, times: int) -> None:
             time.sleep(0.003 * chance.random())
             kernel.interrupt()
         output = kernel.finish(cell)
-        assert output.error == "KeyboardInterrupt", output.messages
+        # While IPython shows an interrupt, another one leaves a line on stderr instead.
+        lines = [content["text"].strip() for kind, content in output.messages if kind == "stream"]
+        assert "KeyboardInterrupt" in (output.error, *lines[-1:]), output.messages
         kernel.run("settle()")
     kernel.run('assert llm.generate("The ring", SHORT) == before')
 
