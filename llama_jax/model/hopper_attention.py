@@ -17,13 +17,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from llama_jax.model.attention import MASKED
 from llama_jax.model.hopper_kernel import MIN_KEYS_PER_SPLIT, thread_block
-from llama_jax.model.hopper_memory import KEYS, ROWS, Spec, scratch_types
+from llama_jax.model.hopper_memory import KEYS, ROWS, Spec, choose_stages, scratch_types
 
 MAX_KEYS_PER_SPLIT = 4096
-SHARED_MEMORY = 113 * 1024  # bytes per thread block, so that two fit on a multiprocessor
 BLOCKS_PER_CORE = 2
 MAX_SPLITS = 64
-MAX_STAGES = 4
 
 
 def unsupported(q: Any, k_pages: Any, v_pages: Any) -> str | None:
@@ -125,13 +123,12 @@ def hopper_attention(
     dtype = jnp.dtype(jnp.float16) if fp8 else q.dtype
     convert = k_pages.dtype != q.dtype
     out_dtype = jnp.dtype(jnp.float32) if splits > 1 else q.dtype
-    fixed = ROWS * head_dim * (2 + 4 * convert)  # the queries, and the converted keys and values
-    stage = 2 * KEYS * head_dim * k_pages.dtype.itemsize
+    scaled = k_scale is not None
     spec = Spec(
         group=group, rows=rows, row_blocks=row_blocks, head_dim=head_dim, page_size=page_size,
         splits=splits, dtype=dtype, out_dtype=out_dtype, convert=convert,
-        stages=max(2, min(MAX_STAGES, (SHARED_MEMORY - fixed) // stage)),
-        scaled=k_scale is not None, interpreted=interpret is not None,
+        stages=choose_stages(head_dim, k_pages.dtype, convert=convert, scaled=scaled),
+        scaled=scaled, interpreted=interpret is not None,
     )  # fmt: skip
 
     grouped = q.reshape(batch, num_queries, num_kv_heads, group, head_dim).swapaxes(1, 2)
@@ -154,7 +151,9 @@ def hopper_attention(
         scratch_types=scratch_types(spec, k_pages.dtype),
         grid=(batch, num_kv_heads, row_blocks, splits),
         grid_names=("sequence", "kv_head", "row_block", "split"),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        # Rows lie in one warp each, so that reductions need no shared memory: with the default
+        # of 2 KiB, two thread blocks would not fit on a multiprocessor.
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         kernel_name="hopper_attention",
         **({} if interpret is None else {"interpret": interpret}),
     )

@@ -29,8 +29,8 @@ FLOAT16_SHIFT = 8.0
 def thread_block(spec: Spec, *refs: Any, **scratch: Any) -> None:
     """The code of one thread block."""
     q_ref, k_ref, v_ref, table_ref, position_ref, length_ref, *rest = refs
-    if "stages" in scratch:
-        (scratch["k"], scratch["v"]), scratch["out"] = scratch.pop("stages")
+    for part in scratch.pop("union", ()):
+        scratch |= part
     scale_refs, out_refs = (rest[:2], rest[2:]) if spec.scaled else ([], rest)
     sequence, kv_head = lax.axis_index("sequence"), lax.axis_index("kv_head")
     row_block, split = lax.axis_index("row_block"), lax.axis_index("split")

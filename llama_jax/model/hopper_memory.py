@@ -10,6 +10,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ROWS = 64  # of a wgmma
 KEYS = 64  # keys per step
+# Bytes of a thread block, so that two fit on a multiprocessor: it has 228 KiB, and CUDA takes 1 KiB
+# of them for each block.
+SHARED_MEMORY = 113 * 1024
+ALIGNMENT = 1024  # of each array in shared memory
+MAX_STAGES = 4
 
 
 class Spec(NamedTuple):
@@ -55,6 +60,22 @@ class Spec(NamedTuple):
         return min(self.rows, ROWS)
 
 
+def choose_stages(head_dim: int, cache_dtype: Any, *, convert: bool, scaled: bool) -> int:
+    """How many blocks of keys and values fit in shared memory.
+
+    Args:
+      head_dim: h.
+      cache_dtype: of the pages.
+      convert: whether a block is converted to 16 bits before it is multiplied.
+      scaled: whether the cache has scales.
+    """
+    queries, converted = ROWS * head_dim * 2, 2 * KEYS * head_dim * 2
+    scales = 2 * ALIGNMENT  # of up to 4 stages
+    fixed = queries + converted * convert + scales * scaled + ALIGNMENT  # for the barriers
+    stage = 2 * KEYS * head_dim * jnp.dtype(cache_dtype).itemsize
+    return max(2, min(MAX_STAGES, (SHARED_MEMORY - fixed) // stage))
+
+
 def scratch_types(spec: Spec, cache_dtype: Any) -> dict[str, Any]:
     """Shared memory and barriers of a thread block."""
 
@@ -76,18 +97,15 @@ def scratch_types(spec: Spec, cache_dtype: Any) -> dict[str, Any]:
         scratch["k16"] = scratch["v16"] = operand(keys[1:], spec.dtype)
     if spec.scaled:
         scratch["k_scale"] = scratch["v_scale"] = plgpu.SMEM(keys[:2], jnp.float32)
-    stages = [operand(keys, cache_dtype), operand(keys, cache_dtype)]
-    if spec.out_dtype == spec.dtype:  # the result takes the place of the queries
-        scratch["k"], scratch["v"] = stages
-    else:
-        out = operand((ROWS, spec.head_dim), spec.out_dtype)
-        if spec.interpreted:  # it knows no unions
-            scratch["k"], scratch["v"], scratch["out"] = *stages, out
-        else:  # the result takes the place of the keys and values
-            scratch["stages"] = plgpu.RefUnion(stages, out)
+    stages = {"k": operand(keys, cache_dtype), "v": operand(keys, cache_dtype)}
+    result = {}
+    if spec.out_dtype != spec.dtype:  # otherwise the result takes the place of the queries
+        result["out"] = operand((ROWS, spec.head_dim), spec.out_dtype)
     if spec.splits > 1:
-        scratch["log_total"] = plgpu.SMEM((ROWS,), jnp.float32)
-    return scratch
+        result["log_total"] = plgpu.SMEM((ROWS,), jnp.float32)
+    if result and not spec.interpreted:  # it takes the place of the keys and values
+        return scratch | {"union": plgpu.RefUnion(stages, result)}
+    return scratch | stages | result  # the interpreter knows no unions
 
 
 class Copies(NamedTuple):

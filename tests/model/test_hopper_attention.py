@@ -16,7 +16,13 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from llama_jax.model import hopper_kernel
-from llama_jax.model.hopper_attention import choose_splits, hopper_attention, unsupported
+from llama_jax.model.hopper_attention import (
+    BLOCKS_PER_CORE,
+    choose_splits,
+    hopper_attention,
+    unsupported,
+)
+from tests.support.mosaic import blocks_per_core, shared_memory
 
 # A barrier that is never reached would hang the interpreter, inside a call that no signal ends.
 pytestmark = pytest.mark.timeout(180, method="thread")
@@ -204,16 +210,18 @@ def lowered(num_queries, cache_dtype, page_size=16, head_dim=128, splits=2):
     if cache_dtype != BF16:
         arguments += [struct((4, 99, page_size), jnp.float32)] * 2
     traced = jax.jit(partial(hopper_attention, splits=splits)).trace(*arguments)
-    return traced.lower(lowering_platforms=("cuda",)).as_text()
+    return traced.lower(lowering_platforms=("cuda",))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [BF16, INT8, FP8])
 @pytest.mark.parametrize(("num_queries", "page_size", "head_dim", "splits"), [
-    (1, 16, 128, 2), (64, 128, 128, 1), (5, 8, 64, 1),
+    (1, 16, 128, 2), (1, 64, 128, 1), (64, 128, 128, 1), (64, 64, 128, 2), (5, 8, 64, 1),
 ])  # fmt: skip
-def test_the_kernel_lowers_for_a_gpu(dtype, num_queries, page_size, head_dim, splits):
-    assert "mosaic_gpu" in lowered(num_queries, dtype, page_size, head_dim, splits)
+def test_two_thread_blocks_fit_on_a_multiprocessor(dtype, num_queries, page_size, head_dim, splits):
+    """One of them computes while the other waits for memory."""
+    (size,) = shared_memory(lowered(num_queries, dtype, page_size, head_dim, splits))
+    assert blocks_per_core(size) >= BLOCKS_PER_CORE
 
 
 def test_what_the_kernel_cannot_do():

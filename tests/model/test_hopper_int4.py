@@ -10,6 +10,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
 from llama_jax.model.hopper_int4 import (
+    FEW_COLUMNS,
     STAGES,
     HopperInt4,
     Tiles,
@@ -22,6 +23,7 @@ from llama_jax.ring.attention_backend import AttentionBackend
 from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.stage import Program, make_layer
 from tests.model.test_hopper_attention import described_gpu
+from tests.support.mosaic import blocks_per_core, shared_memory
 
 # A barrier that is never reached would hang the interpreter, inside a call that no signal ends.
 pytestmark = pytest.mark.timeout(180, method="thread")
@@ -138,10 +140,13 @@ def test_a_result_has_the_shape_of_its_inputs():
     "num_rows", [1, 257, *(pytest.param(n, marks=pytest.mark.slow) for n in (9, 24, 64, 145, 576))]
 )
 def test_mosaic_finds_layouts_for_any_number_of_rows(num_rows):
-    """Lowers the kernel for a GPU, which takes none; compiling it would."""
+    """Lowers the kernel for a GPU, which takes none; compiling it would. As many thread blocks fit
+    on a multiprocessor as `choose_tiles` counts on."""
     struct = jax.ShapeDtypeStruct
     x, values = struct((num_rows, 1024), BF16), struct((192, 1024), jnp.int4)
     scale = struct((192, 8), BF16)
     with described_gpu():
         lowered = hopper_int4.trace(x, values, scale, scale).lower(lowering_platforms=("cuda",))
-    assert "mosaic_gpu" in lowered.as_text()
+    (size,) = shared_memory(lowered)
+    few = choose_tiles(num_rows, 192, 1024).columns <= FEW_COLUMNS
+    assert blocks_per_core(size) >= (4 if few else 2)
