@@ -2,9 +2,10 @@
 
 It is called as the ring calls it, through `PagedAttend`, which first writes the new keys and values
 to the KV cache. `bench.attention_check` compares it with float64. Then it is timed over the caches
-of several layers, in decode ticks and with chunks of a prompt. The floor of a decode tick is the
-time that its keys and values take at the copy rate of this run, that of a chunk the time that its
-arithmetic takes at the matrix rate.
+of several layers, in decode ticks and with chunks of a prompt. A program attends so often that the
+device takes longer than the host does to start it. The floor of a decode tick is the time that its
+keys and values take at the copy rate of this run, that of a chunk the time that its arithmetic
+takes at the matrix rate.
 """
 
 import argparse
@@ -31,7 +32,9 @@ from sharding.mesh import make_mesh
 
 BATCHES, TOY_BATCHES = (1, 8, 32, 64), (1, 8)
 SECONDS = 0.5
-MAX_LAYERS, CHUNK_LAYERS = 20, 4
+MIN_LAYERS, MAX_LAYERS, CHUNK_LAYERS = 8, 20, 4
+# Attention takes 6 µs and more, and the host 0.6 ms to start a program with 20 layers.
+CALLS, CHUNK_CALLS = 400, 40
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,46 +84,45 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def count_layers(config: LlamaConfig, work: Work) -> int:
-    """The layers to attend to in one program: so many that their caches fill no cache of the GPU.
+    """The layers to attend to in one program: so many that no cache of the GPU holds their keys.
 
     The arithmetic of a chunk outweighs its keys, so that few are enough.
     """
     if work.chunk:
         return CHUNK_LAYERS
     one = 2 * work.keys * config.num_kv_heads * config.head_dim * DTYPE.itemsize
-    return min(MAX_LAYERS, max(2, -(-ENOUGH_BYTES // one)))
+    return min(MAX_LAYERS, max(MIN_LAYERS, -(-ENOUGH_BYTES // one)))
 
 
 def time_row(config: LlamaConfig, work: Work, copy: float, matrix: float, seconds: float) -> Row:
     """Times the attention of one layer; the rates are in bytes and FLOP per second."""
     sizes, mesh = ring_sizes(work), make_mesh("1x1")
-    config = replace(config, num_layers=count_layers(config, work))
-    program = attention_program(config, sizes, Bucket(work.rows, work.chunk))
+    num_layers = count_layers(config, work)
+    config = replace(config, num_layers=num_layers)
+    rounds = -(-(CHUNK_CALLS if work.chunk else CALLS) // num_layers)
+    program = attention_program(config, sizes, Bucket(work.rows, work.chunk), rounds)
     shapes = cache_shapes(config, mesh, sizes.num_pages, sizes.page_size, DTYPE)
     cache, packed = random_cache(shapes), packet(work, sizes)
     tokens, sharding = work.rows + work.chunk, NamedSharding(mesh, P())
-    new = [
-        random_array(
-            jax.ShapeDtypeStruct(
-                (config.num_layers, tokens, heads, config.head_dim), DTYPE, sharding=sharding
-            ),
-            seed,
-        )
-        for seed, heads in enumerate((config.num_heads, *[config.num_kv_heads] * 2))
-    ]
+    q_shape = (tokens, config.num_heads, config.head_dim)
+    kv_shape = (num_layers, tokens, config.num_kv_heads, config.head_dim)
+    q, k, v = (
+        random_array(jax.ShapeDtypeStruct(shape, DTYPE, sharding=sharding), seed)
+        for seed, shape in enumerate((q_shape, kv_shape, kv_shape))
+    )
 
     def call() -> jax.Array:
         nonlocal cache
-        cache, out = program(cache, packed, *new)
+        cache, out = program(cache, packed, q, k, v)
         return out
 
-    timing = time_calls(call, seconds) / config.num_layers
+    timing = time_calls(call, seconds) / (num_layers * rounds)
     if work.chunk:
-        flops = work.attention_flops(config) / config.num_layers
+        flops = work.attention_flops(config) / num_layers
         floor = flops / matrix
         what = {"chunk": work.chunk, "prefix": work.prefix, "flops": flops, "matrix_rate": matrix}
     else:
-        num_keys = sizes.num_pages * sizes.page_size * config.num_layers
+        num_keys = sizes.num_pages * sizes.page_size * num_layers
         size = nbytes(shapes) * work.keys // num_keys
         floor = size / copy
         what = {"batch": work.rows, "context": work.context, "bytes": size, "copy_rate": copy}

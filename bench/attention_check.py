@@ -158,7 +158,7 @@ def attend(
     for tiles in chunks(lengths):
         arguments = chunk_arguments(chunk_sizes, chunk, tables, sequences, tiles)
         cache, found = program(cache, *arguments)
-        by_tile = np.asarray(found)[0].reshape(-1, TILE, *outs[0].shape[1:])
+        by_tile = np.asarray(found).reshape(-1, TILE, *outs[0].shape[1:])
         for tile, out in zip(tiles, by_tile, strict=False):  # the last chunk may have fewer
             part = outs[tile.sequence][tile.first : tile.first + TILE]
             part[:] = out[: len(part)]
@@ -167,7 +167,7 @@ def attend(
     arguments = row_arguments(row_sizes, rows, tables, sequences)
     cache, found = program(cache, *arguments)
     cache, changed_rows = rerun(program, cache, arguments)
-    return outs, list(np.asarray(found)[0]), changed + changed_rows
+    return outs, list(np.asarray(found)), changed + changed_rows
 
 
 def rerun(program: Any, cache: Any, arguments: tuple[Any, ...]) -> tuple[Any, int]:
@@ -226,16 +226,16 @@ def chunk_arguments(
 ) -> tuple[np.ndarray, ...]:
     """The packet of a chunk, and its q, k, v with NaN in place of the tokens that are padding."""
     new = [
-        np.full((1, bucket.chunk, *arrays[0].shape[1:]), np.nan, arrays[0].dtype)
+        np.full((bucket.chunk, *arrays[0].shape[1:]), np.nan, arrays[0].dtype)
         for arrays in sequences
     ]
     segments = []
     for i, tile in enumerate(tiles):
         for out, arrays in zip(new, sequences, strict=True):
             part = arrays[tile.sequence][tile.first : tile.first + TILE]
-            out[0, i * TILE : i * TILE + len(part)] = part
+            out[i * TILE : i * TILE + len(part)] = part
         segments.append((tile.sequence, tile.first, False, [0] * len(part)))
-    return encode_packet(sizes, bucket, tables, [], [], segments), *new
+    return encode_packet(sizes, bucket, tables, [], [], segments), *of_one_layer(*new)
 
 
 def row_arguments(
@@ -244,8 +244,13 @@ def row_arguments(
     """The packet of a decode row for the last token of each sequence, and its q, k, v."""
     empty = ((0, EMPTY_ROWS), (0, 0), (0, 0))
     new = [
-        np.pad(np.stack([array[-1] for array in arrays]), empty, constant_values=1)[None]
+        np.pad(np.stack([array[-1] for array in arrays]), empty, constant_values=1)
         for arrays in sequences
     ]
     slots, positions = range(len(sequences.q)), [len(q) - 1 for q in sequences.q]
-    return encode_packet(sizes, bucket, tables, slots, positions, []), *new
+    return encode_packet(sizes, bucket, tables, slots, positions, []), *of_one_layer(*new)
+
+
+def of_one_layer(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, ...]:
+    """q, k and v as `Attention` takes them: keys and values by layer, of which there is one."""
+    return q, k[None], v[None]

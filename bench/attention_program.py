@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -19,12 +18,23 @@ from llama_jax.ring.stage import PagedAttend, Program
 from sharding.mesh import make_mesh
 from sharding.program import MeshProgram
 
-# (cache, packet, q `[L, N, H, h]`, k, v `[L, N, K, h]`) -> (cache, `[L, N, H, h]`)
+# (cache, packet, q `[N, H, h]`, k, v `[L, N, K, h]`) -> (cache, `[N, H, h]`)
 Attention = Callable[[KVCache, Any, Any, Any, Any], tuple[KVCache, jax.Array]]
 
 
-def attention_program(config: LlamaConfig, sizes: RingSizes, bucket: Bucket) -> Attention:
-    """The attention of all layers of a config on one device, compiled. Donates the cache."""
+def attention_program(
+    config: LlamaConfig, sizes: RingSizes, bucket: Bucket, rounds: int = 1
+) -> Attention:
+    """The attention of all layers of a config on one device, compiled. Donates the cache.
+
+    The result of each call is the queries of the next, so that none can be left out.
+
+    Args:
+      config: the model.
+      sizes: of the ring.
+      bucket: rows and chunk.
+      rounds: how often the program attends to each layer.
+    """
     mesh = make_mesh("1x1")
     program = Program(config, sizes, bucket, Llama, choose_backend(AUTO, mesh))
     # Bound as in the ring, since the choice of a kernel may depend on it.
@@ -35,14 +45,20 @@ def attention_program(config: LlamaConfig, sizes: RingSizes, bucket: Bucket) -> 
         cache: KVCache, packed: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
     ) -> tuple[KVCache, jax.Array]:
         segments, _ = decode_packet(sizes, bucket, packed)
-        updated, outs = [], []
-        for position in range(config.num_layers):
-            arrays = (array[position][0] for array in cache if array)
-            attend = PagedAttend(program, segments, *arrays)
-            new = q[position], k[position], v[position]
-            outs.append(attend(*new, score_mod=score_mod, tap=no_tap))
-            updated.append([array[None] for array in attend.arrays])
-        return KVCache(*zip(*updated, strict=True)), jnp.stack(outs)
+
+        def attend_once(_: Any, carry: tuple[KVCache, jax.Array]) -> tuple[KVCache, jax.Array]:
+            cache, q = carry
+            updated = []
+            for position in range(config.num_layers):
+                attend = PagedAttend(program, segments, *(a[position][0] for a in cache if a))
+                q = attend(q, k[position], v[position], score_mod=score_mod, tap=no_tap)
+                updated.append([array[None] for array in attend.arrays])
+            return KVCache(*zip(*updated, strict=True)), q
+
+        if rounds == 1:
+            return attend_once(0, (cache, q))
+        # A loop, since XLA takes minutes to compile hundreds of calls.
+        return jax.lax.fori_loop(0, rounds, attend_once, (cache, q))
 
     in_specs, out_specs = (SPEC, P(), P(), P(), P()), (SPEC, P())
     return MeshProgram(run, mesh, in_specs, out_specs, name="attention", donate=(0,))

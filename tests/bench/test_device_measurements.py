@@ -10,11 +10,21 @@ import pytest
 from pytest import approx
 
 from bench import attention_check, attention_program, model
-from bench.one_device import DTYPE, PAGE_SIZE, OneDevice, Work, packet, ring_sizes
+from bench.one_device import (
+    DTYPE,
+    PAGE_SIZE,
+    OneDevice,
+    Work,
+    packet,
+    random_cache,
+    ring_sizes,
+)
 from bench.step import rank_config, toy_config
 from llama_jax.config import LlamaConfig, Quantization
 from llama_jax.plan.machine import timing
 from llama_jax.plan.machine.random_weights import nbytes, random_array, random_params
+from llama_jax.ring.kv_cache import cache_shapes
+from llama_jax.ring.sizes import Bucket
 from llama_jax.ring.stage import PagedAttend
 from llama_jax.weights.placement import param_shapes
 from sharding.mesh import make_mesh
@@ -159,6 +169,28 @@ def test_the_check_notices_results_that_change(monkeypatch):
     [(_, targets)] = attention_check.check(rank_config(toy_config()), ["bf16"], small=True)
     [changed] = [target for target in targets if "runs" in target.what]
     assert not changed.met
+
+
+def test_rounds_of_attention_follow_each_other():
+    """Each takes the result of the last as its queries, and the cache that it left."""
+    config, work = replace(rank_config(toy_config()), num_layers=2), Work(rows=3, context=70)
+    sizes, rng = ring_sizes(work), np.random.default_rng(0)
+    shapes = cache_shapes(config, make_mesh("1x1"), sizes.num_pages, sizes.page_size, DTYPE)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(*layers, 3, heads, config.head_dim)), DTYPE)
+        for layers, heads in (((), config.num_heads), *[((2,), config.num_kv_heads)] * 2)
+    )
+    packed = packet(work, sizes)
+
+    def attend(rounds, times):
+        program = attention_program.attention_program(config, sizes, Bucket(3, 0), rounds)
+        cache, out = random_cache(shapes), q
+        for _ in range(times):
+            cache, out = program(cache, packed, out, k, v)
+        return np.asarray(out, np.float32)
+
+    assert np.array_equal(attend(2, 1), attend(1, 2))
+    assert not np.array_equal(attend(1, 2), attend(1, 1))
 
 
 def test_the_check_computes_its_reference_once(monkeypatch):
