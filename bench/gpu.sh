@@ -142,7 +142,7 @@ description=$(find "$work/xla" -name '*gpu_target_config.pbtxt' -print -quit 2>/
 rm -rf "$work/xla"
 step attention 110 attention
 sanitize sanitize_attention 50 attention
-step products 110 products --formats int8 fp8 bfloat16
+step products 140 products --formats int8 fp8 bfloat16
 step step 190 step
 step model_70b 120 model --cases b5 --quantize fp8
 # In a process of its own: a kernel that crashes takes the GPU from its process.
