@@ -2,5 +2,5 @@
 J
 4
 ed0e56ab8b2a0ecb 23258cf7ebdbecb39ae30dece9c9de2d
-fe9062d0fff82a66C
-@€(08@X(a77e7c793abc0d0c923a9afb275058e2fe57a198
+fe9062d0fff82a66B
+@@(08@X(a77e7c793abc0d0c923a9afb275058e2fe57a198

@@ -1,6 +1,0 @@
-
-J
-4
-ed0e56ab8b2a0ecb 300b0ee7415a12385fdcf4df5ab5386d
-fe9062d0fff82a66A
-@€(08X(a77e7c793abc0d0c923a9afb275058e2fe57a198

@@ -1,6 +1,0 @@
-
-J
-4
-ed0e56ab8b2a0ecb 4c7a15680b6589f3ce58f2250ca743ae
-fe9062d0fff82a66A
-@€(08X(a77e7c793abc0d0c923a9afb275058e2fe57a198

@@ -1,0 +1,6 @@
+
+J
+4
+ed0e56ab8b2a0ecb a994b56d348e24aea2d72672ad561f9d
+fe9062d0fff82a66D
+€ €(08@X(a77e7c793abc0d0c923a9afb275058e2fe57a198

@@ -1,0 +1,6 @@
+
+J
+4
+ed0e56ab8b2a0ecb cca9b6869c7691c11deec713320b6d89
+fe9062d0fff82a66A
+€  (08X(a77e7c793abc0d0c923a9afb275058e2fe57a198

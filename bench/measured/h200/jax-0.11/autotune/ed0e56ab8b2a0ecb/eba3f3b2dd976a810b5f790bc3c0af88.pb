@@ -1,6 +1,0 @@
-
-J
-4
-ed0e56ab8b2a0ecb eba3f3b2dd976a810b5f790bc3c0af88
-fe9062d0fff82a66D
-€ €(08@X(a77e7c793abc0d0c923a9afb275058e2fe57a198
