@@ -4,6 +4,7 @@ import collections
 import gc
 import math
 import mmap
+import os
 import re
 
 import jax
@@ -188,6 +189,39 @@ def test_progress_counts_arrays(checkpoint):
     )
     total = len(jax.tree.leaves(params))
     assert steps == [(done, total) for done in range(1, total + 1)]
+
+
+@pytest.fixture
+def advice(monkeypatch):
+    """What the loader asks of the memory of each shard."""
+    given = []
+
+    class Advised(mmap.mmap):
+        def madvise(self, option):
+            given.append(option)
+            super().madvise(option)
+
+    monkeypatch.setattr(mmap, "mmap", Advised)
+    return given
+
+
+def test_shards_lie_in_huge_pages_where_the_system_has_them(checkpoint, advice):
+    reader = open_checkpoint(checkpoint[1]["hf"])
+    shards = jax.tree.leaves(load_params(reader, make_mesh("1x2"), FLOAT32))
+    assert advice == [mmap.MADV_HUGEPAGE] * 2 * len(shards)
+
+
+@pytest.mark.parametrize("missing", ["the option", "the feature"])
+def test_shards_are_loaded_where_the_system_has_no_huge_pages(
+    checkpoint, advice, missing, monkeypatch
+):
+    if missing == "the option":
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
+    else:
+        monkeypatch.setattr(mmap.mmap, "madvise", lambda pages, option: os.stat("/none"))
+    weights, paths = checkpoint
+    params = load_params(open_checkpoint(paths["hf"]), make_mesh("1x1"), FLOAT32)
+    assert bits(np.asarray(params.final_norm)) == bits(weights["model.norm.weight"])
 
 
 @pytest.fixture
