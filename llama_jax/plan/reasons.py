@@ -66,6 +66,11 @@ def missed_text(missed: Missed) -> str:
     value, bound = amount(missed.value, missed.unit), amount(missed.bound, missed.unit)
     if missed.target == "memory":
         return f"memory comes to {value} a GPU, of which {bound} are allowed"
+    if missed.target == "KV cache":
+        return (
+            f"the KV cache of one request comes to {value} a device, and a server on CPUs takes "
+            f"{bound} for it unless its --kv-cache-memory says more"
+        )
     if missed.target == "rate":
         return f"it keeps up with {value}, not {bound}, before {_OVERLOADS[missed.overload]}"
     if missed.excess >= MANY_TIMES:
@@ -127,7 +132,10 @@ def _profile(candidate: Candidate) -> str:
 
 def _latencies(candidate: Candidate, level: str = "expected") -> str:
     state = candidate.state(level)
-    return f"TTFT {amount(state.ttft, 's')} and TPOT {amount(state.tpot, 's')}"
+    ttft = f"TTFT {amount(state.ttft, 's')}"
+    if not candidate.replica.workload.has_tpot:
+        return ttft
+    return f"{ttft} and TPOT {amount(state.tpot, 's')}"
 
 
 def breaks_first(found: tuple[Headroom, ...]) -> Iterator[str]:
