@@ -12,6 +12,7 @@ from llama_jax.plan.layouts import HOST_GPUS, LayoutError
 from llama_jax.plan.numbers import amount, number
 from llama_jax.plan.plan import Plan, Question, make_plan
 from llama_jax.plan.recommend import recommend
+from llama_jax.plan.replica import MAX_LIVE
 from llama_jax.terminal.units import bytes_text, count_text
 
 REFERENCE_MESH = (4, 2)
@@ -19,6 +20,7 @@ MANY_TIMES = 2.0  # from where a miss reads better as a multiple than in percent
 _OVERLOADS = {
     "prompts": "prompts arrive faster than they are computed",
     "sequences": "its KV cache is full",
+    "limit": f"a replica decodes {MAX_LIVE:,} sequences at once, the most of a plan",
     "latency": "a latency is missed",
 }
 _GROWN = {

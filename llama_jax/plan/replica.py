@@ -186,7 +186,9 @@ class Replica:
         stages = self.deployment.layout.num_stages
         late = choose_results_late(EngineOptions(path=""), self._platform)
         inside = self.targets.inside
-        return steady_state(ticks, stages, load, chunk, inside, self.max_live, late)
+        state = steady_state(ticks, stages, load, chunk, inside, self.max_live, late)
+        limited = state.overload == "sequences" and self.max_live == MAX_LIVE
+        return overloaded("limit") if limited else state
 
     def excess(self, state: SteadyState) -> float:
         """By how much a state misses the latencies: 1 is within, 1.2 is a fifth too long."""

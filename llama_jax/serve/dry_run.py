@@ -15,7 +15,7 @@ from llama_jax.config.huggingface import read_checkpoint_config
 from llama_jax.config.llama_config import LlamaConfig
 from llama_jax.costs.deployment import Deployment, Layout
 from llama_jax.costs.gpus import CPU, GPUS, Gpu, find_gpu, gpu_of_device
-from llama_jax.costs.memory import page_bytes, state_bytes, temporary_bytes, weight_bytes
+from llama_jax.costs.memory import page_bytes, ring_bytes, weight_bytes
 from llama_jax.engine.latency_targets import choose_chunks, known_devices
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.sizing import (
@@ -121,7 +121,7 @@ def describe(name: str, options: EngineOptions, config: LlamaConfig, gpu: Gpu) -
         options, config, gpu.device_kinds[0] if gpu.device_kinds else "", mesh, dtype
     )
     sizes, longest = choose_sizes(options, config, mesh[0], page, cache, platform, known)
-    ring, pool = _ring_bytes(deployment, sizes), sizes.num_pages * page
+    ring, pool = ring_bytes(deployment, sizes), sizes.num_pages * page
     total = weights + pool + ring
     if total > allowed:
         left = allowed - weights - ring
@@ -159,20 +159,13 @@ def describe(name: str, options: EngineOptions, config: LlamaConfig, gpu: Gpu) -
     ]
 
 
-def _ring_bytes(deployment: Deployment, sizes: RingSizes) -> int:
-    """About the bytes on each device of the ring and of the temporaries of its largest tick."""
-    largest = sizes.largest()[0]
-    temporaries = temporary_bytes(deployment, sum(largest), sizes.num_segments(largest))
-    return state_bytes(deployment, sizes) + temporaries
-
-
 def _largest_option(deployment: Deployment, sizes: RingSizes) -> str:
     """The option that makes the ring large, and its value."""
     without = {
         f"max_chunk, now {sizes.max_chunk:,}": replace(sizes, chunk_buckets=(0, sizes.tile)),
         f"max_num_seqs, now {sizes.num_slots:,}": replace(sizes, num_slots=1, row_buckets=(1,)),
     }
-    return min(without, key=lambda option: _ring_bytes(deployment, without[option]))
+    return min(without, key=lambda option: ring_bytes(deployment, without[option]))
 
 
 def _programs(sizes: RingSizes) -> str:

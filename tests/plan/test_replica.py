@@ -110,6 +110,16 @@ def test_a_request_that_a_part_of_a_page_is_missing_for_misses_the_memory():
         assert all(missed.excess > 1 for missed in other.missed)
 
 
+def test_many_short_requests_are_limited_by_their_number():
+    load = Workload(8, 256, 200.0)
+    asked = replace(QUESTION, config=LlamaConfig.llama3_8b(), targets=Targets(5.0, 1.0, 0.85))
+    [missed] = replace(asked, gpu=find_gpu("h200"), workload=load).candidate(Layout(1, 1)).missed
+    assert (missed.target, missed.overload) == ("rate", "limit")
+    assert "4,096 sequences" in missed_text(missed)
+    [missed] = replace(asked, workload=load).candidate(Layout(1, 1)).missed
+    assert missed.overload == "sequences"  # 420,000 tokens of cache are full before
+
+
 def test_a_request_alone_is_answered_however_slow_the_device():
     """A prompt of 8,000 tokens takes a CPU more than 1,000 s, and is no overload."""
     slow = replace(
