@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from llama_jax.plan.planned_load import MOST_RATE
 from llama_jax.plan.simulation.lengths import reason
 from sharding.errors import UserError
 
@@ -109,7 +110,7 @@ def read_curve(path: Path) -> list[Point]:
             at, rate = map(float, row)
         except ValueError:
             at = rate = math.nan
-        if not 0 <= at < math.inf or not 0 <= rate < math.inf:
+        if not 0 <= at < math.inf or not 0 <= rate <= MOST_RATE:
             raise CurveError(f"{path}, line {number}: {','.join(row)!r} is no time and rate.")
         if points and at <= points[-1].at:
             raise CurveError(f"{path}, line {number}: the time {at:g} is not after the last one.")

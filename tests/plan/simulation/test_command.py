@@ -83,6 +83,18 @@ def test_the_cache_of_a_device_has_the_share_of_its_memory_that_was_planned():
     assert 0 < sizes.num_pages * sizes.page_size <= plan.best.memory.tokens
 
 
+def test_the_cache_is_that_of_the_command_line():
+    flags = (
+        "--model 8b --gpus 1 --gpu b200 --rate 100 --prompt-tokens 8 --output-tokens 400 --tpot 1s"
+    )
+    asked = make_parser().parse_args([*flags.split(), "--simulate", "--duration", "1s"])
+    plan = make_plan(read_question(asked))
+    found = scenario(asked, plan)
+    sizes, token = found.server().sizes, plan.best.memory.token
+    left = found.options.kv_cache_memory
+    assert sizes.num_pages == left // (sizes.page_size * token) < plan.best.memory.tokens // 64
+
+
 def test_a_trace_says_what_arrives(capsys, tmp_path):
     trace = tmp_path / "trace.jsonl"
     line = {"timestamp": 0, "input_length": 1500, "output_length": 4, "hash_ids": [5, 6, 7]}
@@ -140,6 +152,7 @@ def test_a_load_curve_is_followed():
         ("a,b\n", 1),
         ("time_s,requests_per_s\n0,1\n0,2\n", 3),
         ("time_s,requests_per_s\n0,x\n", 2),
+        ("time_s,requests_per_s\n0,1\n60,1e300\n", 3),
         ("time_s,requests_per_s\n0,1\n604801,1\n", 3),  # more than a week
         ("time_s,requests_per_s\n0,1\n1e308,1\n", 3),
     ],
@@ -158,9 +171,9 @@ def test_a_week_may_begin_at_any_time(tmp_path):
 
 
 def test_a_peak_that_needs_more_gpus_than_a_plan_has_is_refused():
-    """Each of 1e12 replicas would be an entry of a list."""
+    """Each of 3e8 replicas would be an entry of a list."""
     plan = make_plan(read_question(asked := make_parser().parse_args([*SHORT, "--simulate"])))
-    curve, rate = [Point(0, 1), Point(60, 1e12)], HighestRate((5.0, 5.0, 5.0), 100)
+    curve, rate = [Point(0, 1), Point(60, 1e9)], HighestRate((5.0, 5.0, 5.0), 100)
     with pytest.raises(UserError, match="at its peak"):
         daily(curve, scenario(asked, plan), plan.question.targets, rate)
 
