@@ -189,6 +189,13 @@ def temporary_bytes(deployment: Deployment, tokens: int, segments: int) -> int:
     return max(tokens * widest * width, logits)
 
 
+def ring_bytes(deployment: Deployment, sizes: RingSizes) -> int:
+    """About the bytes on each device of the ring and of the temporaries of its largest tick."""
+    largest = sizes.largest()[0]
+    temporaries = temporary_bytes(deployment, sum(largest), sizes.num_segments(largest))
+    return state_bytes(deployment, sizes) + temporaries
+
+
 def parameters(config: LlamaConfig) -> int:
     """The number of parameters of the model."""
     tables = config.vocab_size * config.embed_dim * (1 if config.tie_embeddings else 2)

@@ -60,6 +60,9 @@ def _show_reference(as_json: bool) -> int:
 def _show(arguments: argparse.Namespace, plan: Plan, fewest: Recommendation | None) -> int:
     """Prints the arithmetic plan."""
     # What is shown is imported only now: most modes show something else.
+    from llama_jax.plan.serving import serving
+
+    server = serving(plan) if plan.best.holds else None  # or nothing is shown
     if arguments.frontier is not None:
         from llama_jax.plan.frontier import points
         from llama_jax.plan.frontier_plot import draw_frontier
@@ -70,12 +73,12 @@ def _show(arguments: argparse.Namespace, plan: Plan, fewest: Recommendation | No
     if arguments.json:
         from llama_jax.plan.json_text import plan_json
 
-        content = plan_json(plan, arguments.cost_per_gpu_hour, fewest)
+        content = plan_json(plan, server, arguments.cost_per_gpu_hour, fewest)
         print(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))
     else:
         from llama_jax.plan.table import show_plan
 
-        show_plan(plan, arguments.cost_per_gpu_hour, fewest)
+        show_plan(plan, server, arguments.cost_per_gpu_hour, fewest)
     return MET if plan.best.holds else MISSED
 
 

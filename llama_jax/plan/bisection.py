@@ -3,19 +3,18 @@
 from collections.abc import Callable
 
 RELATIVE = 1e-3  # precision
-LIMIT = 1e9
+LEAST, LIMIT = 1e-9, 1e9
 
 
-def largest(holds: Callable[[float], bool], start: float, least: float = 1e-3) -> float:
+def largest(holds: Callable[[float], bool], start: float) -> float:
     """The largest number for which `holds`, which holds for all smaller ones as well.
 
     Args:
       holds: to try.
       start: a number to begin with.
-      least: below which there is none.
 
     Returns:
-      The number to `RELATIVE`, from below; 0 if there is none.
+      The number to `RELATIVE`, from below; 0 if there is none of at least `LEAST`.
     """
     low, high = 0.0, start
     while holds(high):
@@ -23,10 +22,10 @@ def largest(holds: Callable[[float], bool], start: float, least: float = 1e-3) -
         if high > LIMIT:
             return low
     if low == 0:
-        while high > least and not holds(high):
-            high /= 2
-        if not holds(high):
+        if not holds(LEAST):
             return 0.0
+        while high > LEAST and not holds(high):
+            high /= 2
         low, high = high, 2 * high
     while high - low > RELATIVE * low:
         middle = (low + high) / 2

@@ -6,19 +6,21 @@ from typing import NamedTuple
 
 from llama_jax.costs.deployment import Deployment, Layout
 from llama_jax.costs.figure import Band
+from llama_jax.plan.bisection import LEAST
 from llama_jax.plan.replica import LEVELS, Memory, Replica
 from llama_jax.plan.steady_state import SteadyState
 
 FIRST_SEQUENCES = 8  # the least that a replica is told to decode at once
 PEAK = 2.0  # times the rate that is asked for: loads have peaks, and room costs only programs
-ALONE = 0.001  # requests/s: a request never meets another
+ALONE = LEAST  # requests/s: a request never meets another, however slow the device
 
 
 class Missed(NamedTuple):
     """A target that a layout misses, as expected.
 
     Attributes:
-      target: "TTFT", "TPOT", "rate" or "memory".
+      target: "TTFT", "TPOT", "rate", "memory", or "KV cache" where the memory of a CPU is enough,
+        but the cache that a server takes of it is not.
       value: what it comes to, in `unit`.
       bound: what it should.
       unit: "s", "requests/s" or "bytes".
@@ -71,8 +73,7 @@ class Candidate:
     @property
     def fits(self) -> bool:
         """Whether the memory holds the weights and at least one request."""
-        lengths = self.replica.workload
-        return self.memory.tokens >= lengths.prompt_tokens + lengths.output_tokens
+        return self.memory.tokens >= self.replica.request
 
     @property
     def replica_rate(self) -> float:
@@ -144,10 +145,13 @@ class Candidate:
 
         If it falls behind, the latencies are those of a request that is alone.
         """
-        lengths, memory, state = self.replica.workload, self.memory, self.state()
+        memory, state = self.memory, self.state()
         if not self.fits:
-            tokens = lengths.prompt_tokens + lengths.output_tokens
-            return (Missed("memory", memory.needed(tokens), memory.allowed, "bytes"),)
+            needed = memory.needed(self.replica.request)
+            if needed > memory.allowed:
+                return (Missed("memory", needed, memory.allowed, "bytes"),)
+            cache = self.replica.request * memory.token
+            return (Missed("KV cache", cache, memory.cache, "bytes"),)
         found = []
         if state.overload:
             most = self.max_rate.expected or self.max_load
@@ -186,5 +190,6 @@ class Candidate:
         if self.holds:
             return (0, not self.holds_surely, -self.max_rate.expected, self.state().tpot)
         if not self.fits:
-            return (2, self.missed[0].excess)
+            missed = self.missed[0]
+            return (2, missed.target == "memory", missed.excess)
         return (1, -self.max_rate.expected, self.missed[0].excess, -self.max_load)

@@ -131,7 +131,12 @@ def read_question(arguments: argparse.Namespace) -> Question:
     config = with_weights(find_model(arguments.model), arguments.weights)
     layout, gpus = _layout_and_gpus(arguments)
     workload = planned_load(arguments)
-    tpot = arguments.tpot if workload.output_tokens > 1 else None  # there is no second token
+    tpot = arguments.tpot if workload.has_tpot else None
+    if arguments.frontier is not None and not workload.has_tpot:
+        raise UserError(
+            "--frontier draws the speed of the tokens after the first, and answers of one token "
+            "have none: raise --output-tokens, or leave it out."
+        )
     longest = workload.prompt_tokens + workload.output_tokens
     if longest > config.max_context:
         raise UserError(
@@ -210,7 +215,7 @@ def _count(text: str) -> int:
     except ValueError:
         number = 0
     if not 1 <= number < 2**31:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 2,147,483,647")
     return number
 
 

@@ -10,10 +10,13 @@ WEIGHTS = "the table of the weights, split as the engine splits it"
 QUEUE = "Little's law, and prompts as an M/D/1 queue, over the times of the ticks"
 PER_MILLION = "per million output tokens"
 PARTS = ("decode", "prefill")
+PER_TOKEN = ("TPOT", "TPOT while prompts never cease", "mean TPOT", "output rate of a user")
 
 
 def figures(candidate: Candidate, price: float | None = None) -> dict[str, Figure]:
     """The figures of a layout by name; the names are the keys of the JSON.
+
+    Answers of one token have none of `PER_TOKEN`.
 
     Args:
       candidate: the layout.
@@ -101,16 +104,16 @@ def _load(candidate: Candidate) -> dict[str, Figure]:
     found = {"highest rate inside the targets": arithmetic(candidate.max_rate, "requests/s")}
     if candidate.state().live == float("inf"):
         return found
-    user = candidate.band("mean_tpot")
-    inverse = Band(1 / user.high, 1 / user.expected, 1 / user.low)
+    if lengths.has_tpot:
+        user = candidate.band("mean_tpot")
+        inverse = Band(1 / user.high, 1 / user.expected, 1 / user.low)
+        bands = (candidate.band("tpot"), candidate.band("worst_tpot"), user, inverse)
+        units = ("s", "s", "s", "tokens/s")
+        found |= dict(zip(PER_TOKEN, map(arithmetic, bands, units), strict=True))
     made = candidate.rate * lengths.output_tokens / candidate.layout.gpus
     return found | {
         "TTFT": arithmetic(candidate.band("ttft"), "s"),
         "mean TTFT": arithmetic(candidate.band("mean_ttft"), "s"),
-        "TPOT": arithmetic(candidate.band("tpot"), "s"),
-        "TPOT while prompts never cease": arithmetic(candidate.band("worst_tpot"), "s"),
-        "mean TPOT": arithmetic(user, "s"),
-        "output rate of a user": arithmetic(inverse, "tokens/s"),
         "output rate of a GPU": _exactly(made, "tokens/s", "the rate that is asked for"),
         "sequences that decode in a replica": arithmetic(candidate.band("live"), "sequences"),
         "share of the time with a chunk": arithmetic(candidate.band("chunk_share"), ""),

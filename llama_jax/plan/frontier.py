@@ -37,7 +37,10 @@ class Point(NamedTuple):
 
 
 def points(plan: Plan) -> list[Point]:
-    """What every layout of a plan does at rates up to its highest, whatever the TPOT."""
+    """What every layout of a plan does at rates up to its highest, whatever the TPOT.
+
+    There are none for answers of one token, which no user sees grow.
+    """
     return [point for candidate in plan.candidates for point in _points(candidate)]
 
 
@@ -57,7 +60,7 @@ def _points(candidate: Candidate) -> Iterator[Point]:
     """
     replica, layout = candidate.replica, candidate.layout
     most = replica.max_load()
-    if not most:
+    if not most or not replica.workload.has_tpot:
         return
     limit = replica.targets.ttft or float("inf")
     for share in SHARES:

@@ -6,20 +6,28 @@ from typing import Any
 from llama_jax.costs.collectives import Collective
 from llama_jax.costs.figure import Figure
 from llama_jax.plan.candidate import Candidate
-from llama_jax.plan.figures import PARTS, figures, tick_work
+from llama_jax.plan.figures import PARTS, PER_TOKEN, figures, tick_work
 from llama_jax.plan.frontier import Point, frontier, points
 from llama_jax.plan.headroom import headrooms
 from llama_jax.plan.plan import Plan, Question
 from llama_jax.plan.reasons import OUT_OF_SCOPE, breaks_first, remedies, verdict, why
 from llama_jax.plan.recommend import Recommendation
+from llama_jax.plan.serving import Serving
 
 DIGITS = 9  # of a number that is not whole
 
 
 def plan_json(
-    plan: Plan, price: float | None = None, fewest: Recommendation | None = None
+    plan: Plan,
+    server: Serving | None,
+    price: float | None = None,
+    fewest: Recommendation | None = None,
 ) -> dict[str, Any]:
-    """The content of a plan's JSON; infinite figures are null, units are in the names or beside."""
+    """The content of a plan's JSON; infinite figures are null, units are in the names or beside.
+
+    Args:
+      plan, server, price, fewest: as of `llama_jax.plan.table.show_plan`.
+    """
     best = plan.best
     found = headrooms(plan.question, best) if best.holds else ()
     content: dict[str, Any] = {
@@ -32,6 +40,7 @@ def plan_json(
             {**headroom._asdict(), "factor": headroom.factor, "text": text}
             for headroom, text in zip(found, breaks_first(found), strict=True)
         ],
+        "server": None if server is None else {"command": server.command, "notes": server.notes},
         "remedies": [] if best.holds else list(remedies(plan)),
         "layouts": [candidate_json(candidate, price) for candidate in plan.candidates],
         "frontier": [point_json(point) for point in frontier(points(plan))],
@@ -76,6 +85,11 @@ def candidate_json(candidate: Candidate, price: float | None = None) -> dict[str
         name: model.collectives(tick_work(candidate, chunk))
         for name, chunk in zip(PARTS, (0, candidate.chunk), strict=True)
     }
+    found: dict[str, Any] = {
+        name: figure_json(figure) for name, figure in figures(candidate, price).items()
+    }
+    if not candidate.replica.workload.has_tpot:
+        found |= dict.fromkeys(PER_TOKEN)
     return {
         "layout": str(layout),
         "stages": layout.num_stages,
@@ -87,9 +101,7 @@ def candidate_json(candidate: Candidate, price: float | None = None) -> dict[str
         "missed": [{**missed._asdict(), "excess": missed.excess} for missed in candidate.missed],
         "max_chunk_tokens": candidate.max_chunk,
         "max_num_seqs": candidate.max_num_seqs,
-        "figures": {
-            name: figure_json(figure) for name, figure in figures(candidate, price).items()
-        },
+        "figures": found,
         "collectives": {
             f"{name} tick": [collective_json(entry) for entry in found]
             for name, found in used.items()

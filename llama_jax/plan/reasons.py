@@ -12,6 +12,7 @@ from llama_jax.plan.layouts import HOST_GPUS, LayoutError
 from llama_jax.plan.numbers import amount, number
 from llama_jax.plan.plan import Plan, Question, make_plan
 from llama_jax.plan.recommend import recommend
+from llama_jax.plan.replica import MAX_LIVE
 from llama_jax.terminal.units import bytes_text, count_text
 
 REFERENCE_MESH = (4, 2)
@@ -19,6 +20,7 @@ MANY_TIMES = 2.0  # from where a miss reads better as a multiple than in percent
 _OVERLOADS = {
     "prompts": "prompts arrive faster than they are computed",
     "sequences": "its KV cache is full",
+    "limit": f"a replica decodes {MAX_LIVE:,} sequences at once, the most of a plan",
     "latency": "a latency is missed",
 }
 _GROWN = {
@@ -66,6 +68,11 @@ def missed_text(missed: Missed) -> str:
     value, bound = amount(missed.value, missed.unit), amount(missed.bound, missed.unit)
     if missed.target == "memory":
         return f"memory comes to {value} a GPU, of which {bound} are allowed"
+    if missed.target == "KV cache":
+        return (
+            f"the KV cache of one request comes to {value} a device, and a server on CPUs takes "
+            f"{bound} for it unless its --kv-cache-memory says more"
+        )
     if missed.target == "rate":
         return f"it keeps up with {value}, not {bound}, before {_OVERLOADS[missed.overload]}"
     if missed.excess >= MANY_TIMES:
@@ -127,7 +134,10 @@ def _profile(candidate: Candidate) -> str:
 
 def _latencies(candidate: Candidate, level: str = "expected") -> str:
     state = candidate.state(level)
-    return f"TTFT {amount(state.ttft, 's')} and TPOT {amount(state.tpot, 's')}"
+    ttft = f"TTFT {amount(state.ttft, 's')}"
+    if not candidate.replica.workload.has_tpot:
+        return ttft
+    return f"{ttft} and TPOT {amount(state.tpot, 's')}"
 
 
 def breaks_first(found: tuple[Headroom, ...]) -> Iterator[str]:

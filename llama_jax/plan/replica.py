@@ -106,6 +106,12 @@ class Replica:
         token = kv_bytes_per_token(self.deployment)
         return Memory(weights, GPU_TEMPORARIES, cache, token, tokens, allowed, total)
 
+    @property
+    def request(self) -> int:
+        """The tokens that the pages of one request hold."""
+        tokens = self.workload.prompt_tokens + self.workload.output_tokens
+        return -(-tokens // PAGE_SIZE) * PAGE_SIZE
+
     @cached_property
     def sizes(self) -> RingSizes:
         """The buckets that the engine would compile for, with room for `MAX_LIVE` sequences."""
@@ -169,7 +175,7 @@ class Replica:
         return self._states[key]
 
     def _state(self, rate: float, chunk: int, level: str) -> SteadyState:
-        if self.memory.tokens < self.workload.prompt_tokens + self.workload.output_tokens:
+        if self.memory.tokens < self.request:
             return overloaded("sequences")
 
         def ticks(live: int, chunk: int) -> float:
@@ -180,7 +186,9 @@ class Replica:
         stages = self.deployment.layout.num_stages
         late = choose_results_late(EngineOptions(path=""), self._platform)
         inside = self.targets.inside
-        return steady_state(ticks, stages, load, chunk, inside, self.max_live, late)
+        state = steady_state(ticks, stages, load, chunk, inside, self.max_live, late)
+        limited = state.overload == "sequences" and self.max_live == MAX_LIVE
+        return overloaded("limit") if limited else state
 
     def excess(self, state: SteadyState) -> float:
         """By how much a state misses the latencies: 1 is within, 1.2 is a fifth too long."""

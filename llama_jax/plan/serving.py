@@ -18,11 +18,14 @@ from pathlib import Path
 
 import yaml
 
-from llama_jax.engine.options import OPTIONS
+from llama_jax.costs.memory import page_bytes, ring_bytes
+from llama_jax.engine.options import OPTIONS, EngineOptions
+from llama_jax.engine.sizing import choose_sizes
 from llama_jax.plan.candidate import Candidate
 from llama_jax.plan.model import local_path
 from llama_jax.plan.numbers import amount
 from llama_jax.plan.plan import Plan
+from llama_jax.plan.replica import PAGE_SIZE
 from sharding.errors import UserError
 
 IMAGE = "llama-jax:latest"
@@ -154,9 +157,10 @@ def _flags(plan: Plan, best: Candidate) -> list[str]:
     lengths, targets = question.workload, question.targets
     needed = lengths.prompt_tokens + lengths.output_tokens
     longest = min(-(-needed // SEQUENCE_STEP) * SEQUENCE_STEP, question.config.max_context)
+    longest = min(longest, best.memory.tokens)
     found = {
         "--mesh": best.layout.mesh,
-        "--max-model-len": min(longest, best.memory.tokens),
+        "--max-model-len": longest,
         "--max-num-seqs": best.max_num_seqs,
         "--max-chunk": best.max_chunk,
     }
@@ -164,6 +168,8 @@ def _flags(plan: Plan, best: Candidate) -> list[str]:
         found["--kv-cache-dtype"] = question.kv_cache_dtype
     if question.gpu.platform == "gpu" and targets.memory_share is not None:
         found["--gpu-memory-utilization"] = f"{targets.memory_share:g}"
+    if 0 < (left := _cache_beside_ring(best, longest)) < best.memory.cache:
+        found["--kv-cache-memory"] = left
     for name, seconds in (("ttft_slo", targets.ttft), ("tpot_slo", targets.tpot)):
         if seconds is not None:
             found[f"--{name.replace('_', '-')}"] = f"{1000 * _known_target(name, seconds):g}ms"
@@ -171,6 +177,23 @@ def _flags(plan: Plan, best: Candidate) -> list[str]:
         found["--calibration"] = file
     flags = [f"{flag}={value}" for flag, value in found.items()]
     return [*flags, "--fp8-activations"] if question.fp8_activations else flags
+
+
+def _cache_beside_ring(best: Candidate, longest: int) -> int:
+    """The bytes that are left for the KV cache where many sequences take more temporaries than the
+    server reserves; none or less for a ring that no memory holds."""
+    memory, deployment = best.memory, best.deployment
+    options = EngineOptions(
+        path="",
+        max_model_len=longest,
+        max_num_seqs=best.max_num_seqs,
+        max_chunk=best.max_chunk,
+    )
+    page = page_bytes(deployment, PAGE_SIZE)
+    stages, platform = deployment.layout.num_stages, deployment.gpu.platform
+    sizes, _ = choose_sizes(options, deployment.config, stages, page, memory.cache, platform)
+    left = memory.cache + memory.temporaries - ring_bytes(deployment, sizes)
+    return left if sizes.num_pages * page > left else memory.cache
 
 
 def _known_target(name: str, seconds: float) -> float:

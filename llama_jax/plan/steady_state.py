@@ -43,7 +43,8 @@ class SteadyState:
       mean_ttft: to the first token.
       ttft: which `inside` of the requests keep.
       overload: why it falls behind: "prompts" arrive faster than they are computed, or more
-        "sequences" live than its cache has room for; "" if it keeps up.
+        "sequences" live than its cache has room for, or than the "limit" of a replica; "" if it
+        keeps up.
     """
 
     live: float

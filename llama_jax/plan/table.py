@@ -23,7 +23,7 @@ from llama_jax.plan.reasons import (
     why,
 )
 from llama_jax.plan.recommend import Recommendation, recommendation_text
-from llama_jax.plan.serving import serving
+from llama_jax.plan.serving import Serving
 
 # Column → the figure in it, and how large one of it is.
 _MEMORY = {
@@ -47,8 +47,20 @@ _PRICES = {
 }
 
 
-def show_plan(plan: Plan, price: float | None = None, fewest: Recommendation | None = None) -> None:
-    """Prints a plan: the verdict, the layouts, why the best is the best, and what breaks first."""
+def show_plan(
+    plan: Plan,
+    server: Serving | None,
+    price: float | None = None,
+    fewest: Recommendation | None = None,
+) -> None:
+    """Prints a plan: the verdict, the layouts, why the best is the best, and what breaks first.
+
+    Args:
+      plan: to show.
+      server: of its best layout; None if it does not hold.
+      price: of one GPU for one hour.
+      fewest: whose plan it is, if the fewest GPUs were asked for.
+    """
     console = Console(highlight=False)
     question = plan.question
     load = question.workload
@@ -65,9 +77,8 @@ def show_plan(plan: Plan, price: float | None = None, fewest: Recommendation | N
     if price is not None:
         console.print(_layouts(shown, _PRICES, "Cost of 1M output tokens"), "")
     _say(console, *why(plan), "")
-    if plan.best.holds:
+    if server is not None:
         _say(console, *breaks_first(headrooms(question, plan.best)), "")
-        server = serving(plan)
         console.print(
             "The server of this plan:", server.wrapped, sep="\n", soft_wrap=True, markup=False
         )

@@ -16,6 +16,11 @@ class Workload:
     output_tokens: int
     rate: float
 
+    @property
+    def has_tpot(self) -> bool:
+        """Whether answers have a second token, and so a time per token after the first."""
+        return self.output_tokens > 1
+
     def __str__(self) -> str:
         return f"{self.prompt_tokens}/{self.output_tokens} at {self.rate:g} requests/s"
 

@@ -7,7 +7,7 @@ import argparse
 import os
 import re
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llama_jax.checkpoint import open_checkpoint
@@ -15,12 +15,13 @@ from llama_jax.config.huggingface import read_checkpoint_config
 from llama_jax.config.llama_config import LlamaConfig
 from llama_jax.costs.deployment import Deployment, Layout
 from llama_jax.costs.gpus import CPU, GPUS, Gpu, find_gpu, gpu_of_device
-from llama_jax.costs.memory import page_bytes, state_bytes, temporary_bytes, weight_bytes
+from llama_jax.costs.memory import page_bytes, ring_bytes, weight_bytes
 from llama_jax.engine.latency_targets import choose_chunks, known_devices
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.sizing import (
     CPU_CACHE_BYTES,
     GPU_MEMORY_SHARE,
+    GPU_TEMPORARIES,
     SizingError,
     check_options,
     check_platform,
@@ -102,8 +103,14 @@ def describe(name: str, options: EngineOptions, config: LlamaConfig, gpu: Gpu) -
     )
     weights = sum(weight_bytes(deployment).values())
     page = page_bytes(deployment, choose_page_size(options, platform))
-    share = _memory_share(options)
+    share = _memory_share(options) if platform != "cpu" else 1.0
     allowed = int(gpu.memory_bytes * share)
+    reserve = GPU_TEMPORARIES if platform != "cpu" and options.kv_cache_memory is None else 0
+    if weights + reserve >= allowed:
+        raise SizingError(
+            f"Each {gpu.name} would hold {bytes_text(weights)} of weights, and may hold "
+            f"{bytes_text(allowed)} in all: use a mesh with more devices, or weights in fewer bits."
+        )
     if options.kv_cache_memory is not None:
         cache = options.kv_cache_memory
     elif platform == "cpu":
@@ -114,16 +121,19 @@ def describe(name: str, options: EngineOptions, config: LlamaConfig, gpu: Gpu) -
         options, config, gpu.device_kinds[0] if gpu.device_kinds else "", mesh, dtype
     )
     sizes, longest = choose_sizes(options, config, mesh[0], page, cache, platform, known)
-    largest = sizes.largest()[0]
-    ring = state_bytes(deployment, sizes)
-    ring += temporary_bytes(deployment, sum(largest), sizes.num_segments(largest))
-    total = weights + sizes.num_pages * page + ring
-    if platform != "cpu" and total > allowed:
+    ring, pool = ring_bytes(deployment, sizes), sizes.num_pages * page
+    total = weights + pool + ring
+    if total > allowed:
+        left = allowed - weights - ring
+        remedy = "use a mesh with more devices, or weights in fewer bits"
+        if left > 0 and (ring <= GPU_TEMPORARIES or options.kv_cache_memory is not None):
+            remedy = f"set kv_cache_memory to less than {bytes_text(left)}"
+        elif ring > GPU_TEMPORARIES:
+            remedy = f"lower {_largest_option(deployment, sizes)}"
         raise SizingError(
             f"Each {gpu.name} would hold {bytes_text(total)}, of which weights are "
-            f"{bytes_text(weights)} and KV cache {bytes_text(sizes.num_pages * page)}, and may "
-            f"hold {bytes_text(allowed)}: lower kv_cache_memory by {bytes_text(total - allowed)}, "
-            "or use a mesh with more GPUs."
+            f"{bytes_text(weights)}, KV cache {bytes_text(pool)}, and ring and temporaries "
+            f"{bytes_text(ring)}, and may hold {bytes_text(allowed)}: {remedy}."
         )
     targets = {"TPOT": options.tpot_slo, "TTFT": options.ttft_slo}
     shown = [f"{key} {1000 * value:g} ms" for key, value in targets.items() if value is not None]
@@ -143,10 +153,19 @@ def describe(name: str, options: EngineOptions, config: LlamaConfig, gpu: Gpu) -
         f"{count_text(sizes.num_pages, 'page')} of {sizes.page_size}",
         f"programs: {_programs(sizes)}",
         f"each device: weights {bytes_text(weights)} + KV cache "
-        f"{bytes_text(sizes.num_pages * page)} + ring and temporaries, about {bytes_text(ring)} = "
+        f"{bytes_text(pool)} + ring and temporaries, about {bytes_text(ring)} = "
         f"{bytes_text(total)}{limit}",
         f"latency targets: {', '.join(shown) or 'none'}{fewer}",
     ]
+
+
+def _largest_option(deployment: Deployment, sizes: RingSizes) -> str:
+    """The option that makes the ring large, and its value."""
+    without = {
+        f"max_chunk, now {sizes.max_chunk:,}": replace(sizes, chunk_buckets=(0, sizes.tile)),
+        f"max_num_seqs, now {sizes.num_slots:,}": replace(sizes, num_slots=1, row_buckets=(1,)),
+    }
+    return min(without, key=lambda option: ring_bytes(deployment, without[option]))
 
 
 def _programs(sizes: RingSizes) -> str:
@@ -166,10 +185,11 @@ def _memory_share(options: EngineOptions) -> float:
 def _gpu(name: str | None, mesh: tuple[int, int]) -> Gpu:
     """The GPU of this name, or else the one in this machine, or else the CPU."""
     if name is not None:
-        return find_gpu(name)
+        named = find_gpu(name)
+        return named if named.platform != "cpu" else _own_cpu(mesh)
     kinds = [_model_line(file) for file in sorted(_DRIVER.glob("*/information"))]
     if not kinds:
-        return CPU
+        return _own_cpu(mesh)
     if len(kinds) < mesh[0] * mesh[1]:
         raise SizingError(
             f"The mesh {mesh[0]}x{mesh[1]} needs {mesh[0] * mesh[1]} GPUs, and this machine has "
@@ -182,6 +202,12 @@ def _gpu(name: str | None, mesh: tuple[int, int]) -> Gpu:
             f"{', '.join(GPUS)}."
         )
     return gpu
+
+
+def _own_cpu(mesh: tuple[int, int]) -> Gpu:
+    """A CPU device of this machine, whose devices share its memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return replace(CPU, memory_bytes=memory // (mesh[0] * mesh[1]))
 
 
 def _model_line(file: Path) -> str:

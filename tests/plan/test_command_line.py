@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -105,6 +106,31 @@ def test_a_share_of_no_bytes_misses_the_memory(capsys):
     assert (missed["bound"], missed["excess"]) == (0, None)
 
 
+def test_answers_of_one_token_have_no_time_per_token(capsys):
+    for ttft in ("500ms", "1ms"):
+        _, content = answer(capsys, "--output-tokens", "1", "--ttft", ttft, "--tpot", "1us")
+        assert "TPOT" not in content["verdict"] + " ".join(content["why"])
+        assert content["question"]["tpot_seconds"] is None and content["frontier"] == []
+        for layout in content["layouts"]:
+            assert "TPOT" not in {missed["target"] for missed in layout["missed"]}
+            empty = {name for name, figure in layout["figures"].items() if figure is None}
+            assert empty == {
+                *("TPOT", "mean TPOT", "TPOT while prompts never cease", "output rate of a user"),
+            }
+    main([*SMALL, "--output-tokens", "1"])
+    [row] = re.findall(r"^2x1 .* kept", capsys.readouterr().out, re.MULTILINE)
+    assert row.split()[2:4] == ["-", "-"] and float(row.split()[1]) > 0
+    _, content = answer(capsys, "--output-tokens", "2")
+    assert None not in content["layouts"][0]["figures"].values() and content["frontier"]
+
+
+def test_the_json_has_the_server_of_a_plan_that_holds(capsys):
+    _, content = answer(capsys)
+    main([*SMALL, "--server-command"])
+    assert capsys.readouterr().out.splitlines()[0] == content["server"]["command"]
+    assert answer(capsys, "--tpot", "3ms")[1]["server"] is None
+
+
 def test_a_frontier_without_layouts_is_drawn_without_a_warning(tmp_path, capsys, recwarn):
     save = tmp_path / "empty.svg"
     assert main(["--model", "70b", "--gpus", "1", "--frontier", str(save)]) == MISSED
@@ -154,6 +180,8 @@ def test_the_fewest_gpus_are_found(capsys):
         ["--simulate", "--frontier", "frontier.svg"],
         ["--frontier", "frontier"],  # matplotlib would write frontier.png
         ["--frontier", "frontier.pdf"],
+        ["--frontier", "frontier.svg", "--output-tokens", "1"],
+        ["--max-chunk", "2000000000"],  # which no GPU has the memory for
         ["--model", "~nobody-of-this-name/llama"],
     ],
 )

@@ -24,6 +24,8 @@ from llama_jax.serve.transport.door import LIVE_PATH, OPEN_PATHS
 QUESTIONS = (
     "",
     pytest.param("--rate 10 --ttft 400ms --tpot 40ms --memory 0.8", marks=pytest.mark.slow),
+    # Thousands of sequences: their logits take more than what the server reserves for temporaries.
+    "--model 8b --gpus 1 --gpu b200 --rate 100 --prompt-tokens 8 --output-tokens 400 --tpot 1s",
     "--gpus 16 --weights fp8 --fp8-activations --kv-cache-dtype fp8 --rate 20",
     "--model llama3-8b --gpu l40s --gpus 2 --layout 2x1 --max-chunk 128 --rate 2",
     pytest.param(

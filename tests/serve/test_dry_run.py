@@ -90,6 +90,42 @@ def test_what_could_not_start_is_refused(flags, path_70b, capsys):
     assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "remedy"),
+    [
+        ("--max-chunk 2000000000", "lower max_chunk, now 2,000,000,000"),
+        ("--max-chunk 2000000000 --kv-cache-memory 20GB", "lower max_chunk"),
+        ("--max-num-seqs 2000000000", "lower max_num_seqs, now 2,000,000,000"),
+        # 72.2 GB of memory less 17.6 of weights, and 0.07 or 2.72 of the ring.
+        ("--kv-cache-memory 70GB", "set kv_cache_memory to less than 54.5 GB"),
+        ("--max-chunk 20000 --kv-cache-memory 54GB", "set kv_cache_memory to less than 51.8 GB"),
+        ("--mesh 1x1", "use a mesh with more devices"),
+        ("--mesh 1x1 --kv-cache-memory 1GB", "use a mesh with more devices"),
+    ],
+)
+def test_the_option_that_asks_for_too_much_is_named(flags, remedy, path_70b, capsys):
+    argv = ["--mesh", "4x2", "--dry-run-gpu", "h100-sxm", *flags.split()]
+    code, out, err = run(capsys, path_70b, *argv)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.rstrip(".\n").rpartition(": ")[2].startswith(remedy)
+
+
+@pytest.mark.parametrize(
+    ("memory", "flags", "remedy"),
+    [
+        (64e9, "--max-chunk 2000000000", "lower max_chunk, now 2,000,000,000"),
+        (32e6, "", "set kv_cache_memory to less than"),
+        (16e6, "", "use a mesh with more devices"),  # the weights alone are 15.6 MB
+        (64e9, "--dry-run-gpu cpu --max-num-seqs 2000000000", "lower max_num_seqs"),
+    ],
+)
+def test_cpu_devices_share_the_memory_of_the_machine(memory, flags, remedy, capsys, monkeypatch):
+    sizes = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": int(memory)}
+    monkeypatch.setattr("os.sysconf", sizes.__getitem__)
+    code, out, err = run(capsys, str(DEMO_CHECKPOINT), *flags.split())
+    assert (code, out) == (2, "") and err.rpartition(": ")[2].startswith(remedy)
+
+
 def test_a_checkpoint_without_its_tokenizer_is_refused(tmp_path, capsys):
     whole = tmp_path / "whole"
     shutil.copytree(DEMO_CHECKPOINT, whole)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from llama_jax.costs.figure import Band, Evidence, Figure
 from llama_jax.plan.layouts import MAX_GPUS
 from llama_jax.plan.report.document import Cell, Section, Table
-from llama_jax.plan.simulation.daily import DAY, Point, Policy, Scaling, scale
+from llama_jax.plan.simulation.daily import DAY, Point, Policy, Scaling, replicas, scale
 from llama_jax.plan.simulation.failure import Failure, failure
 from llama_jax.plan.simulation.figures import Figures, figures
 from llama_jax.plan.simulation.highest_rate import SEEDS, HighestRate, highest_rate
@@ -110,13 +110,15 @@ def daily(curve: list[Point], asked: Scenario, targets: Targets, rate: HighestRa
     each = min(rate.rates) / asked.replicas
     if not each:
         raise UserError("No rate keeps the targets, so no number of replicas does: see --simulate.")
-    found, server = scale(curve, each, Policy()), asked.server()
-    gpus = found.most * asked.plan.best.layout.gpus // asked.replicas
+    policy, server = Policy(), asked.server()
+    most = replicas(max(point.rate for point in curve), each, policy)
+    gpus = most * asked.plan.best.layout.gpus // asked.replicas
     if gpus > MAX_GPUS:
         raise UserError(
-            f"The load curve needs {gpus:,} GPUs, more than the {MAX_GPUS:,} of a plan: are its "
-            "rates in requests per second?"
+            f"The load curve needs {gpus:.4g} GPUs at its peak, more than the {MAX_GPUS:,} of a "
+            "plan: are its rates in requests per second?"
         )
+    found = scale(curve, each, policy)
 
     def inside(rate: float) -> float:
         count = min(TRIED, max(LEAST_TRIED, math.ceil(rate * TRIED_SECONDS)))

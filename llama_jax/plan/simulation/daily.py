@@ -2,17 +2,19 @@
 
 import csv
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+from llama_jax.plan.planned_load import MOST_RATE
 from llama_jax.plan.simulation.lengths import reason
 from sharding.errors import UserError
 
 HEADER = ("time_s", "requests_per_s")
 STEP = 10.0  # seconds between two looks of the autoscaler
 DAY = 86400.0
+LONGEST = 7  # days of a curve
 
 
 class CurveError(UserError):
@@ -87,7 +89,7 @@ class Scaling:
 
 
 def read_curve(path: Path) -> list[Point]:
-    """Reads a CSV with the header `time_s,requests_per_s`, in order of time.
+    """Reads a CSV with the header `time_s,requests_per_s`, in order of time, of a week at most.
 
     Raises:
       CurveError: the file cannot be read, or a line is broken.
@@ -108,10 +110,15 @@ def read_curve(path: Path) -> list[Point]:
             at, rate = map(float, row)
         except ValueError:
             at = rate = math.nan
-        if not 0 <= at < math.inf or not 0 <= rate < math.inf:
+        if not 0 <= at < math.inf or not 0 <= rate <= MOST_RATE:
             raise CurveError(f"{path}, line {number}: {','.join(row)!r} is no time and rate.")
         if points and at <= points[-1].at:
             raise CurveError(f"{path}, line {number}: the time {at:g} is not after the last one.")
+        if points and at - points[0].at > LONGEST * DAY:
+            raise CurveError(
+                f"{path}, line {number}: the time {at:g} is more than {LONGEST} days after the "
+                "first: shorten the curve, and give its times in seconds."
+            )
         points.append(Point(at, rate))
     if len(points) < 2:
         raise CurveError(f"{path} has {len(points)} points: a curve has two at least.")
@@ -120,11 +127,12 @@ def read_curve(path: Path) -> list[Point]:
 
 def rate_at(curve: list[Point], at: float) -> float:
     """The rate at a time, by straight lines between the points."""
-    for before, after in pairwise(curve):
-        if at <= after.at:
-            share = (at - before.at) / (after.at - before.at)
-            return before.rate + max(0.0, share) * (after.rate - before.rate)
-    return curve[-1].rate
+    place = bisect_left(curve, at, key=lambda point: point.at)
+    if not 0 < place < len(curve):
+        return curve[min(place, len(curve) - 1)].rate
+    before, after = curve[place - 1 : place + 1]
+    share = (at - before.at) / (after.at - before.at)
+    return before.rate + share * (after.rate - before.rate)
 
 
 def scale(curve: list[Point], highest_rate: float, policy: Policy) -> Scaling:
@@ -141,7 +149,7 @@ def scale(curve: list[Point], highest_rate: float, policy: Policy) -> Scaling:
     window = max(1, round(policy.window / STEP))
     moments: list[Moment] = []
     starting: list[float] = []  # when each replica that was started will answer
-    ready = _needed(rates[0], highest_rate, policy)
+    ready = replicas(rates[0], highest_rate, policy)
     enough_since: float | None = None
     overloaded = 0.0
     for look, rate in enumerate(rates):
@@ -149,7 +157,7 @@ def scale(curve: list[Point], highest_rate: float, policy: Policy) -> Scaling:
         ready += sum(due <= now for due in starting)
         starting = [due for due in starting if due > now]
         seen = rates[max(0, look - window + 1) : look + 1]
-        wanted = _needed(sum(seen) / len(seen), highest_rate, policy)
+        wanted = replicas(sum(seen) / len(seen), highest_rate, policy)
         running = ready + len(starting)
         if wanted > running:
             starting += [now + policy.start] * (wanted - running)
@@ -173,5 +181,6 @@ def scale(curve: list[Point], highest_rate: float, policy: Policy) -> Scaling:
     )
 
 
-def _needed(rate: float, highest_rate: float, policy: Policy) -> int:
+def replicas(rate: float, highest_rate: float, policy: Policy) -> int:
+    """The replicas that a policy wants at a steady rate; `highest_rate` is that of each."""
     return max(policy.least, 1, math.ceil(rate / (policy.load * highest_rate)))

@@ -46,7 +46,8 @@ class Scenario:
     def server(self, level: str = "expected") -> Server:
         """One of the replicas, with ticks of this length."""
         best = self.plan.best
-        server = server_for(best.replica.model, self.options, best.memory.cache, level)
+        cache = self.options.kv_cache_memory or best.memory.cache
+        server = server_for(best.replica.model, self.options, cache, level)
         return replace(server, max_queue_tokens=self.max_queue_tokens)
 
 

@@ -146,7 +146,7 @@ def test_the_report_says_what_the_plan_says(monkeypatch):
     monkeypatch.setattr(drawing, "can_draw", lambda: False)
     plan = make_plan(read_question(make_parser().parse_args(SMALL)))
     sections = json.loads(json_text(plan_report(plan, None)))["sections"]
-    found = plan_json(plan)["layouts"][0]["figures"]
+    found = plan_json(plan, None)["layouts"][0]["figures"]
 
     def table(section: str, name: str) -> list[list]:
         return [list(row.values()) for row in sections[section]["tables"][name]]

@@ -11,10 +11,13 @@ from llama_jax.plan.__main__ import main
 from llama_jax.plan.command_line import make_parser, read_question
 from llama_jax.plan.plan import make_plan
 from llama_jax.plan.planned_load import DEFAULT_LOAD, planned_load
+from llama_jax.plan.simulation.beyond_one_load import daily
 from llama_jax.plan.simulation.daily import CurveError, Point, Policy, rate_at, read_curve, scale
+from llama_jax.plan.simulation.highest_rate import HighestRate
 from llama_jax.plan.simulation.lengths import Lengths
 from llama_jax.plan.simulation.scenario import scenario
 from llama_jax.plan.targets import Workload
+from sharding.errors import UserError
 from tests.support.paths import ROOT
 
 SHORT = ["--layout", "4x2", "--rate", "6", "--output-tokens", "16", "--duration", "8s", "--json"]
@@ -80,6 +83,18 @@ def test_the_cache_of_a_device_has_the_share_of_its_memory_that_was_planned():
     assert 0 < sizes.num_pages * sizes.page_size <= plan.best.memory.tokens
 
 
+def test_the_cache_is_that_of_the_command_line():
+    flags = (
+        "--model 8b --gpus 1 --gpu b200 --rate 100 --prompt-tokens 8 --output-tokens 400 --tpot 1s"
+    )
+    asked = make_parser().parse_args([*flags.split(), "--simulate", "--duration", "1s"])
+    plan = make_plan(read_question(asked))
+    found = scenario(asked, plan)
+    sizes, token = found.server().sizes, plan.best.memory.token
+    left = found.options.kv_cache_memory
+    assert sizes.num_pages == left // (sizes.page_size * token) < plan.best.memory.tokens // 64
+
+
 def test_a_trace_says_what_arrives(capsys, tmp_path):
     trace = tmp_path / "trace.jsonl"
     line = {"timestamp": 0, "input_length": 1500, "output_length": 4, "hash_ids": [5, 6, 7]}
@@ -133,13 +148,34 @@ def test_a_load_curve_is_followed():
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [("a,b\n", 1), ("time_s,requests_per_s\n0,1\n0,2\n", 3), ("time_s,requests_per_s\n0,x\n", 2)],
+    [
+        ("a,b\n", 1),
+        ("time_s,requests_per_s\n0,1\n0,2\n", 3),
+        ("time_s,requests_per_s\n0,x\n", 2),
+        ("time_s,requests_per_s\n0,1\n60,1e300\n", 3),
+        ("time_s,requests_per_s\n0,1\n604801,1\n", 3),  # more than a week
+        ("time_s,requests_per_s\n0,1\n1e308,1\n", 3),
+    ],
 )
 def test_a_broken_load_curve_is_refused_with_its_line(tmp_path, text, line):
     file = tmp_path / "curve.csv"
     file.write_text(text)
     with pytest.raises(CurveError, match=rf"line {line}\b"):
         read_curve(file)
+
+
+def test_a_week_may_begin_at_any_time(tmp_path):
+    file = tmp_path / "curve.csv"
+    file.write_text("time_s,requests_per_s\n1e9,1\n1000604800,1\n")
+    assert read_curve(file) == [Point(1e9, 1), Point(1e9 + 7 * 86400, 1)]
+
+
+def test_a_peak_that_needs_more_gpus_than_a_plan_has_is_refused():
+    """Each of 3e8 replicas would be an entry of a list."""
+    plan = make_plan(read_question(asked := make_parser().parse_args([*SHORT, "--simulate"])))
+    curve, rate = [Point(0, 1), Point(60, 1e9)], HighestRate((5.0, 5.0, 5.0), 100)
+    with pytest.raises(UserError, match="at its peak"):
+        daily(curve, scenario(asked, plan), plan.question.targets, rate)
 
 
 def test_a_file_that_is_no_csv_is_no_load_curve(tmp_path):

@@ -63,7 +63,10 @@ def frontier_section(plan: Plan) -> Section:
     found = points(plan)
     best = frontier(found)
     if not found:
-        return Section("frontier", "Frontier of all layouts", ("No layout can hold the model.",))
+        text = "No layout can hold the model."
+        if not plan.question.workload.has_tpot:
+            text = "Answers of one token have no speed after the first token."
+        return Section("frontier", "Frontier of all layouts", (text,))
     layouts = [candidate.layout for candidate in plan.candidates]
     groups = {
         layout_name(layout): [(p.user, p.gpu, "") for p in found if p.layout == layout]
@@ -91,16 +94,16 @@ def frontier_section(plan: Plan) -> Section:
     )
     rest = len(layouts) - MOST_GROUPS
     if plot.svg is None:
-        text: tuple[str, ...] = (
+        lines: tuple[str, ...] = (
             f"{point} The JSON has {count_text(len(found), 'point')} of "
             f"{count_text(len(layouts), 'layout')}; no other beats the {len(best)} of the frontier "
             "in both speeds.",
         )
     else:
-        text = (f"{point} No point beats one on the line in both.",)
+        lines = (f"{point} No point beats one on the line in both.",)
         if rest > 0:
-            text += (f"The plot shows {MOST_GROUPS} layouts; the JSON has {rest} more.",)
-    return Section("frontier", "Frontier of all layouts", text, (), (plot,))
+            lines += (f"The plot shows {MOST_GROUPS} layouts; the JSON has {rest} more.",)
+    return Section("frontier", "Frontier of all layouts", lines, (), (plot,))
 
 
 def _row(candidate: Candidate) -> tuple[Cell, ...]:
