@@ -41,7 +41,8 @@ def activation_shapes(
     | `final_norm.output` | `[B, T, D]` | input of the LM head |
     | `logits` | `[B, T, V]` | |
 
-    Values that subclasses of the modules tap are listed, too.
+    Values that subclasses of the modules tap are listed, too; the entry of one that is tapped
+    several times in a run is a tuple.
 
     Args:
       model: only traced; nothing runs.
@@ -99,6 +100,21 @@ def check_names(names: Iterable[Any], call: str) -> None:
                 f"A name of an activation must be a string, not a {type(name).__name__}: give "
                 f"several as {call}."
             )
+
+
+def check_tapped_once(name: str, value: Any, caller: str) -> None:
+    """Raises ValueError for an activation, or its shape, that is a tuple.
+
+    Args:
+      name: of the activation.
+      value: what `capture` or `activation_shapes` gives for it.
+      caller: the public function, for the message.
+    """
+    if isinstance(value, tuple):
+        raise ValueError(
+            f"{caller} needs activations that are tapped once in a run, but {name} is tapped "
+            f"{len(value)} times: give each of its values a name of its own."
+        )
 
 
 def _no_match(pattern: str, names: Sequence[str]) -> str:
