@@ -48,7 +48,12 @@ def activation_shapes(
       model: only traced; nothing runs.
       batch: B.
       num_tokens: T.
+
+    Raises:
+      ValueError: B or T is less than 1.
     """
+    if min(batch, num_tokens) < 1:
+        raise ValueError(f"batch and num_tokens must be at least 1, got {batch} and {num_tokens}.")
     if isinstance(model, ShardedLlama):
         # Names and shapes do not depend on the mesh: trace the plain modules.
         cls, config, dtype = model.model_class, model.config, model.dtype

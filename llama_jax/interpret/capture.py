@@ -66,6 +66,7 @@ def stack(found: dict[str, jax.Array], pattern: str) -> jax.Array:
     Raises:
       ValueError: no name matches, one was tapped several times, or the shapes differ.
     """
+    check_names([pattern], "stack(found, pattern), one pattern for all")
     chosen = {name: found[name] for name in matching(found, [pattern])}
     for name, value in chosen.items():
         check_tapped_once(name, value, "stack")

@@ -34,8 +34,8 @@ class TappedModule(nnx.Module):
           The value to continue with: the same, unless a patch has changed it.
 
         Raises:
-          ValueError: a patch returns another shape, a child module has this name, or it contains
-            a dot.
+          ValueError: a patch returns None or another shape, a child module has this name, or it
+            contains a dot.
         """
         if "." in name:  # full names are split at dots
             raise ValueError(
@@ -43,6 +43,10 @@ class TappedModule(nnx.Module):
             )
         for patch in getattr(self, PATCHES + name, ()):
             new = patch(value)
+            if new is None:
+                raise ValueError(
+                    f"A patch of {name!r} returns None: let it return the activation to go on with."
+                )
             if jnp.shape(new) != value.shape:
                 raise ValueError(
                     f"A patch of {name!r} gives shape {list(jnp.shape(new))} for an activation of "

@@ -240,6 +240,11 @@ def test_unknown_name_on_a_mesh(sharded, tokens):
         capture(sharded, tokens, "layers.9.middle")
 
 
+def test_stack_of_a_list_of_patterns():
+    with pytest.raises(ValueError, match=r"not a list"):
+        stack({"embedding": jnp.zeros(1)}, ["embedding"])
+
+
 def test_stack_of_nothing():
     with pytest.raises(ValueError, match=r"residual"):
         stack({}, "*.residual")
@@ -283,6 +288,24 @@ def test_bad_tokens_are_rejected(model, sharded, what):
 def test_bad_prompts_are_rejected(model, prompt, token):
     with pytest.raises(ValueError, match=token):
         greedy_answer(model, prompt, 3)
+
+
+@pytest.mark.parametrize("max_tokens", [-1, -5, 2.0, None])
+def test_a_bad_number_of_tokens_is_rejected(model, max_tokens):
+    with pytest.raises(ValueError, match=r"^max_tokens .*\.$"):
+        greedy_answer(model, [1, 2], max_tokens)
+
+
+@pytest.mark.parametrize("stop_ids", [3, "</s>"])
+def test_stop_ids_that_are_no_collection_are_rejected(model, stop_ids):
+    with pytest.raises(ValueError, match=r"^stop_ids .*\.$"):
+        greedy_answer(model, [1, 2], 2, stop_ids)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (-1, 1)])
+def test_shapes_of_no_tokens_are_rejected(either, shape):
+    with pytest.raises(ValueError, match=r"^batch and num_tokens .*\.$"):
+        activation_shapes(either, *shape)
 
 
 def test_functions_for_one_device_reject_a_model_on_a_mesh(sharded, tokens):
