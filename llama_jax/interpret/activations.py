@@ -85,7 +85,8 @@ def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     names = list(names)
     chosen = set()
     for pattern in patterns:
-        found = [name for name in names if fnmatchcase(name, pattern)]
+        # A name may hold a bracket, which means something else in a pattern.
+        found = [name for name in names if name == pattern or fnmatchcase(name, pattern)]
         if not found:
             raise ValueError(_no_match(pattern, names))
         chosen.update(found)

@@ -34,12 +34,16 @@ class TappedModule(nnx.Module):
           The value to continue with: the same, unless a patch has changed it.
 
         Raises:
-          ValueError: a patch returns None or another shape, a child module has this name, or it
-            contains a dot.
+          ValueError: a patch returns None or another shape, a child module has this name, it
+            contains a dot, or the value is no array.
         """
         if "." in name:  # full names are split at dots
             raise ValueError(
                 f"{type(self).__name__} taps {name!r}: give the value a name without a dot."
+            )
+        if not hasattr(value, "shape"):  # a tuple would look like a name that is tapped twice
+            raise ValueError(
+                f"{type(self).__name__} taps {name!r}, a {type(value).__name__}: tap an array."
             )
         for patch in getattr(self, PATCHES + name, ()):
             new = patch(value)

@@ -119,15 +119,36 @@ def test_a_value_that_is_not_one_per_token_is_refused_on_a_mesh(path, tokens, na
         assert attention_weights(sharded, tokens).shape == (2, 2, 8, 21, 21)  # others work
 
 
-class DottedLayer(DecoderLayer):
-    def __call__(self, x, positions, attend, reduce=lambda partial: partial):
-        return super().__call__(self.tap("block.input", x), positions, attend, reduce)
+def tapping(name, value=lambda x: x):
+    """A class whose layers tap a value of their input."""
+
+    def call(self, x, positions, attend, reduce=lambda partial: partial):
+        self.tap(name, value(x))
+        return DecoderLayer.__call__(self, x, positions, attend, reduce)
+
+    layer = type("TappingLayer", (DecoderLayer,), {"__call__": call})
+    return type("TappingLlama", (Llama,), {"layer_class": layer})
 
 
-class DottedLlama(Llama):
-    layer_class = DottedLayer
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("block.input", lambda x: x, r"taps 'block\.input': .* without a dot\."),
+        ("both", lambda x: (x, x), r"taps 'both', a tuple: tap an array\."),
+        ("half", lambda x: 0.5, r"taps 'half', a float: tap an array\."),
+    ],
+    ids=["dot", "tuple", "float"],
+)
+def test_what_cannot_be_tapped_is_refused(path, tokens, name, value, message):
+    with pytest.raises(ValueError, match=rf"^TappingLayer {message}"):
+        capture(tapping(name, value).from_pretrained(path), tokens)
 
 
-def test_a_name_with_a_dot_is_refused(path, tokens):
-    with pytest.raises(ValueError, match=r"^DottedLayer taps 'block\.input': .* without a dot\."):
-        capture(DottedLlama.from_pretrained(path), tokens)
+@pytest.mark.parametrize("name", ["[in]", "x y", "*", "config", "tap"])
+def test_odd_names_are_captured_and_patched(model, path, tokens, name):
+    odd, full = tapping(name).from_pretrained(path), f"layers.1.{name}"
+    sharded = ShardedLlama.from_pretrained(path, "1x2", model_class=tapping(name))
+    expected = capture(model, tokens, "layers.0.residual")[1]["layers.0.residual"]
+    for either in (odd, sharded):
+        assert_close(capture(either, tokens, full)[1][full], expected)
+    assert not np.any(capture(patched(odd, {full: Scale(0.0)}), tokens, full)[1][full])
