@@ -50,8 +50,9 @@ def activation_shapes(
       num_tokens: T.
 
     Raises:
-      ValueError: B or T is less than 1.
+      ValueError: B or T is less than 1, or `model` is no model.
     """
+    check_model(model, "activation_shapes")
     if min(batch, num_tokens) < 1:
         raise ValueError(f"batch and num_tokens must be at least 1, got {batch} and {num_tokens}.")
     if isinstance(model, ShardedLlama):
@@ -136,13 +137,29 @@ def _capture_all(graph: Any, state: nnx.State, tokens: jax.Array) -> dict[str, j
     return captured_by_name(nnx.capture(model, nnx.Intermediate)(tokens)[1])
 
 
-def check_on_one_device(model: Any, caller: str) -> None:
-    """Raises ValueError for a model on a mesh.
+def check_model(model: Any, caller: str) -> None:
+    """Raises ValueError for what is no model, such as an `LLM`.
 
     Args:
-      model: any model.
+      model: anything.
       caller: the public function, for the message.
     """
+    if not isinstance(model, AnyLlama):
+        got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise ValueError(
+            f"{caller} needs a Llama or a ShardedLlama, not {got}: load one with from_pretrained, "
+            "or take LLM(..., in_process=True).model."
+        )
+
+
+def check_on_one_device(model: Any, caller: str) -> None:
+    """Raises ValueError for a model on a mesh, and for what is no model.
+
+    Args:
+      model: anything.
+      caller: the public function, for the message.
+    """
+    check_model(model, caller)
     if isinstance(model, ShardedLlama):
         raise ValueError(
             f"{caller} needs a model on one device, not a ShardedLlama: load it with "

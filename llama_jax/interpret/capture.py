@@ -11,6 +11,7 @@ from flax import nnx
 from llama_jax.interpret.activations import (
     AnyLlama,
     activation_shapes,
+    check_model,
     check_names,
     check_tapped_once,
     matching,
@@ -49,6 +50,7 @@ def capture(
       ValueError: no activation matches a name, `tokens` has the wrong shape or range, or, on a
         mesh, an activation that a subclass taps is not `[B, T, ...]`.
     """
+    check_model(model, "capture")
     check_tokens(tokens, model.config.vocab_size)
     check_names(names, "capture(model, tokens, *names)")
     if isinstance(model, ShardedLlama):

@@ -317,6 +317,19 @@ def test_functions_for_one_device_reject_a_model_on_a_mesh(sharded, tokens):
         greedy_answer(sharded, [1], 2)
 
 
+@pytest.mark.parametrize("no_model", [Llama, "demo/checkpoint", None], ids=str)
+def test_what_is_no_model_is_rejected(tokens, no_model):
+    for call in (
+        lambda: activation_shapes(no_model),
+        lambda: gradients(no_model, tokens, score),
+        lambda: greedy_answer(no_model, [1], 2),
+        lambda: patched(no_model, {"logits": Scale(0.0)}),
+        *(lambda function=f: function(no_model, tokens) for f in ON_EITHER[:-1]),
+    ):
+        with pytest.raises(ValueError, match=r"^\w+ needs a Llama or a ShardedLlama, not .*\.$"):
+            call()
+
+
 def test_a_model_on_a_mesh_cannot_be_jitted(sharded, tokens):
     with pytest.raises(ValueError, match=r"jax\.jit"):
         jax.jit(sharded)(jnp.asarray(tokens))
