@@ -55,12 +55,13 @@ audit: .venv-cuda/installed  ## hold the ticks of Llama-3-70B on 8 H100 to their
 	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m bench audit --output bench/results/audit_70b_8xh100.json
 
 MEASUREMENTS = hostile startup engine quantization kv-cache-dtype divergence loading \
-	load-speed structured convert scaling sampling buckets simulation closed-loop targets peers
+	load-speed structured convert scaling contexts sampling buckets simulation closed-loop targets
 
-bench: .venv/installed-test  ## every measurement that runs on a CPU: two hours, 30 GB of disk
+bench: .venv/installed-test .venv-flax/installed  ## every measurement that runs on a CPU: two hours, 30 GB of disk
 	for name in $(MEASUREMENTS); do \
 		.venv/bin/python -m bench $$name --output bench/results/$$name.json || [ $$? = 1 ] || exit; \
 	done
+	.venv/bin/python -m bench peers --flax .venv-flax/bin/python --output bench/results/peers.json || [ $$? = 1 ]
 	.venv/bin/python -m bench report
 
 demo: .venv/installed-test  ## retrain the demo checkpoint
@@ -117,6 +118,14 @@ ifeq ($(shell uname -m),x86_64)
 endif
 	touch $@
 
+# The Llama in Flax that transformers 4 had, with which `bench peers` compares. Needs Python 3.11 or 3.12.
+.venv-flax/installed: $(if $(call foreign,.venv-flax),FORCE)
+	@echo "Installing the Llama in Flax into .venv-flax; the first time, this takes minutes."
+	"$(PYTHON)" -m venv $(if $(call foreign,.venv-flax),--clear) .venv-flax
+	.venv-flax/bin/python $(INSTALL) "transformers==4.46.3" "flax==0.8.5" "jax==0.4.31" "jaxlib==0.4.31" \
+		"numpy<2" "scipy<1.14"
+	touch $@
+
 .venv-cuda/installed: pyproject.toml $(if $(call foreign,.venv-cuda),FORCE)
 	@echo "Installing llama-jax with CUDA into .venv-cuda; the first time, this takes minutes."
 	"$(PYTHON)" -m venv $(if $(call foreign,.venv-cuda),--clear) .venv-cuda
@@ -124,5 +133,5 @@ endif
 	touch $@
 
 clean:
-	rm -rf .venv .venv-clients .venv-cuda .pytest_cache .mypy_cache .ruff_cache .hypothesis .jax_cache *.egg-info \
+	rm -rf .venv .venv-clients .venv-cuda .venv-flax .pytest_cache .mypy_cache .ruff_cache .hypothesis .jax_cache *.egg-info \
 		tests/clients/node/node_modules

@@ -13,6 +13,7 @@ MEASUREMENTS = {
     "sampling": ("bench.sampling", "choosing tokens, by what the rows of a packet ask for"),
     "gpu-peer": ("bench.gpu_peer", "decoding on one GPU, beside transformers"),
     "scaling": ("bench.scaling", "cost by batch, context, prompt length, sequences and pages"),
+    "contexts": ("bench.contexts", "a decode tick with one long context among short ones"),
     "startup": ("bench.start_up", "from starting the server to its first answer"),
     "loading": ("bench.loading", "the memory that loading takes"),
     "load-speed": ("bench.load_speed", "the speed of loading, against transformers"),

@@ -9,11 +9,10 @@ several times, and its least time counts. A figure is the least of all rounds, a
 two such figures, and its range is that of the rounds. The ratio of CPU times says what remains on a
 busy machine.
 
-The Flax Llama needs an environment of its own:
+The Flax Llama needs an environment of its own, with other versions of jax and transformers:
 
-    python3 -m venv .flax && .flax/bin/pip install "transformers==4.46.3" "flax==0.8.5" \\
-        "jax==0.4.31" "jaxlib==0.4.31" "numpy<2" "scipy<1.14"
-    python -m bench peers --flax .flax/bin/python
+    make .venv-flax/installed
+    python -m bench peers --flax .venv-flax/bin/python
 """
 
 import argparse

@@ -84,3 +84,11 @@ def test_the_clients_have_an_environment_of_their_own(clone: Path) -> None:
         "tests/clients/node"
     ]
     assert ".venv-clients" in commands(clone, target="clean")[0]
+
+
+def test_the_peers_are_measured_with_the_llama_in_flax(clone: Path) -> None:
+    everything = commands(clone, target="bench")
+    assert [".venv-flax/bin/python", "-m", "pip"] in [words[:3] for words in everything]
+    [peers] = [words for words in everything if words[1:4] == ["-m", "bench", "peers"]]
+    assert peers[4:6] == ["--flax", ".venv-flax/bin/python"]
+    assert ".venv-flax" in commands(clone, target="clean")[0]

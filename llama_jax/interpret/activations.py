@@ -41,13 +41,20 @@ def activation_shapes(
     | `final_norm.output` | `[B, T, D]` | input of the LM head |
     | `logits` | `[B, T, V]` | |
 
-    Values that subclasses of the modules tap are listed, too.
+    Values that subclasses of the modules tap are listed, too; the entry of one that is tapped
+    several times in a run is a tuple.
 
     Args:
       model: only traced; nothing runs.
       batch: B.
       num_tokens: T.
+
+    Raises:
+      ValueError: B or T is less than 1, or `model` is no model.
     """
+    check_model(model, "activation_shapes")
+    if min(batch, num_tokens) < 1:
+        raise ValueError(f"batch and num_tokens must be at least 1, got {batch} and {num_tokens}.")
     if isinstance(model, ShardedLlama):
         # Names and shapes do not depend on the mesh: trace the plain modules.
         cls, config, dtype = model.model_class, model.config, model.dtype
@@ -79,7 +86,8 @@ def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     names = list(names)
     chosen = set()
     for pattern in patterns:
-        found = [name for name in names if fnmatchcase(name, pattern)]
+        # A name may hold a bracket, which means something else in a pattern.
+        found = [name for name in names if name == pattern or fnmatchcase(name, pattern)]
         if not found:
             raise ValueError(_no_match(pattern, names))
         chosen.update(found)
@@ -101,6 +109,21 @@ def check_names(names: Iterable[Any], call: str) -> None:
             )
 
 
+def check_tapped_once(name: str, value: Any, caller: str) -> None:
+    """Raises ValueError for an activation, or its shape, that is a tuple.
+
+    Args:
+      name: of the activation.
+      value: what `capture` or `activation_shapes` gives for it.
+      caller: the public function, for the message.
+    """
+    if isinstance(value, tuple):
+        raise ValueError(
+            f"{caller} needs activations that are tapped once in a run, but {name} is tapped "
+            f"{len(value)} times: give each of its values a name of its own."
+        )
+
+
 def _no_match(pattern: str, names: Sequence[str]) -> str:
     if not names:
         return f"No activation matches {pattern!r}, because there are no activations at all."
@@ -114,13 +137,29 @@ def _capture_all(graph: Any, state: nnx.State, tokens: jax.Array) -> dict[str, j
     return captured_by_name(nnx.capture(model, nnx.Intermediate)(tokens)[1])
 
 
-def check_on_one_device(model: Any, caller: str) -> None:
-    """Raises ValueError for a model on a mesh.
+def check_model(model: Any, caller: str) -> None:
+    """Raises ValueError for what is no model, such as an `LLM`.
 
     Args:
-      model: any model.
+      model: anything.
       caller: the public function, for the message.
     """
+    if not isinstance(model, AnyLlama):
+        got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise ValueError(
+            f"{caller} needs a Llama or a ShardedLlama, not {got}: load one with from_pretrained, "
+            "or take LLM(..., in_process=True).model."
+        )
+
+
+def check_on_one_device(model: Any, caller: str) -> None:
+    """Raises ValueError for a model on a mesh, and for what is no model.
+
+    Args:
+      model: anything.
+      caller: the public function, for the message.
+    """
+    check_model(model, caller)
     if isinstance(model, ShardedLlama):
         raise ValueError(
             f"{caller} needs a model on one device, not a ShardedLlama: load it with "

@@ -1,6 +1,6 @@
 """Greedy decoding without an engine, for models that are patched or changed in other ways."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,8 @@ def greedy_answer(
       The new token ids, including the stop token, if any.
 
     Raises:
-      ValueError: the prompt is empty, a token is out of range, or the model is on a mesh.
+      ValueError: the prompt is empty, a token is out of range, `max_tokens` is no integer from 0
+        on, `stop_ids` is no collection, or the model is on a mesh.
     """
     check_on_one_device(model, "greedy_answer")
     if np.ndim(prompt) != 1:
@@ -43,6 +44,10 @@ def greedy_answer(
     if len(prompt) == 0:
         raise ValueError("The prompt is empty: give at least one token.")
     check_tokens(np.array([prompt]), model.config.vocab_size)
+    if not hasattr(max_tokens, "__index__") or max_tokens < 0:
+        raise ValueError(f"max_tokens must be an integer from 0 on, got {max_tokens!r}.")
+    if not isinstance(stop_ids, Iterable) or isinstance(stop_ids, str):
+        raise ValueError(f"stop_ids must be a collection of token ids, got {stop_ids!r}.")
     tokens = np.zeros((1, len(prompt) + max_tokens), np.int32)
     tokens[0, : len(prompt)] = prompt
     graph, state = nnx.split(model)

@@ -12,6 +12,7 @@ from llama_jax.interpret.activations import (
     activation_shapes,
     check_names,
     check_on_one_device,
+    check_tapped_once,
     matching,
 )
 from llama_jax.interpret.capture import capture
@@ -44,14 +45,16 @@ def gradients(
       A dict from name to gradient, in the activation's shape and dtype.
 
     Raises:
-      ValueError: no activation matches a name, `tokens` has the wrong shape or range, or the model
-        is on a mesh.
+      ValueError: no activation matches a name, one is tapped several times in a run, `tokens` has
+        the wrong shape or range, or the model is on a mesh.
     """
     check_on_one_device(model, "gradients")
     check_tokens(tokens, model.config.vocab_size)
     check_names(names, "gradients(model, tokens, score, *names)")
     shapes = activation_shapes(model, *jnp.shape(tokens))
     chosen = matching(shapes, names or ["embedding"])
+    for name in chosen:
+        check_tapped_once(name, shapes[name], "gradients")
     zeros = {name: jnp.zeros(shapes[name].shape, shapes[name].dtype) for name in chosen}
     by_logits = jax.grad(score)(capture(model, tokens)[0])
     graph, state = nnx.split(model)

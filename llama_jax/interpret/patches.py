@@ -14,7 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llama_jax.interpret.activations import activation_shapes, check_on_one_device, matching
+from llama_jax.interpret.activations import (
+    activation_shapes,
+    check_names,
+    check_on_one_device,
+    matching,
+)
 from llama_jax.model import Llama
 from llama_jax.model.tap import PATCHES
 
@@ -60,12 +65,13 @@ class Patch(nnx.Module):
                 f"{error}."
             ) from None
         new = self.change(value[at])
-        if new.shape != selected:
+        if new is None or jnp.shape(new) != selected:
+            got = "None" if new is None else f"shape {list(jnp.shape(new))}"
             raise ValueError(
-                f"{type(self).__name__} returned shape {list(new.shape)} for a part of shape "
-                f"{list(selected)}: a patch must keep the shape."
+                f"{type(self).__name__} returned {got} for a part of shape {list(selected)}: a "
+                "patch must keep the shape."
             )
-        return value.at[at].set(new.astype(value.dtype))
+        return value.at[at].set(jnp.asarray(new, value.dtype))
 
     def change(self, selected: jax.Array) -> jax.Array:
         """The replacement for the selected part of the activation, in the same shape."""
@@ -146,10 +152,16 @@ def patched(model: AnyModel, patches: Mapping[str, PatchLike]) -> AnyModel:
         of the activation.
 
     Raises:
-      ValueError: no activation matches a name, a patch is not callable, or the model is on a mesh.
-        Shapes are checked when the model runs; a mismatch is a ValueError, too.
+      ValueError: `patches` is no dict from names, no activation matches a name, a patch is not
+        callable, or the model is on a mesh. Shapes are checked when the model runs; a mismatch is
+        a ValueError, too.
     """
     check_on_one_device(model, "patched")
+    if not isinstance(patches, Mapping):
+        raise ValueError(
+            f"patches must be a dict from a name to a patch, not a {type(patches).__name__}."
+        )
+    check_names(patches, "keys of one dict")
     names = list(activation_shapes(model))
     chosen = [(name, p) for pattern, p in patches.items() for name in matching(names, [pattern])]
     copy = nnx.merge(*nnx.split(model))

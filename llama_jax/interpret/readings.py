@@ -46,6 +46,8 @@ def logit_lens(model: AnyLlama, tokens: jax.Array) -> jax.Array:
     # The last row is the model's own logits, so that it includes patches behind the last layer.
     # A subclass may tap a "residual" of its own inside a layer, such as "layers.3.mlp.residual".
     streams = [stream for name, stream in found.items() if name.count(".") <= 2]
+    # One that taps the name twice has its own output last.
+    streams = [stream[-1] if isinstance(stream, tuple) else stream for stream in streams]
     early = [model.unembed(stream) for stream in streams[:-1]]
     return jax.nn.log_softmax(jnp.stack([*early, logits]), axis=-1)
 

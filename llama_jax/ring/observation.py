@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.model import DecoderLayer
 from llama_jax.model.attention import ScoreMod, Tap, paged_weights
-from llama_jax.model.tap import captured_by_name
+from llama_jax.model.tap import captured_by_name, each_by_name
 from llama_jax.ring.kv_cache import KVCache
 from llama_jax.ring.stage import PagedAttend, Program, Reduce, make_layer, run_layers
 from llama_jax.ring.steps import LOGITS_SPEC, product_options, state_specs
@@ -40,7 +40,10 @@ WEIGHTS = "attention.weights"  # the name, in a layer, of the softmax weights
 
 
 class LayerActivation(NamedTuple):
-    """Names an activation: the position of its layer in the stage, and its name in the layer."""
+    """Names an activation: the position of its layer in the stage, and its name in the layer.
+
+    If the layer taps a name several times, each value has one of its own (`tap.each_by_name`).
+    """
 
     position: int
     name: str
@@ -111,7 +114,7 @@ def _observed_tick(
         ) -> jax.Array:
             with jax.named_scope(f"layer_{position}"):
                 x, captured = nnx.capture(layer, nnx.Intermediate)(x, positions, attend, reduce)
-            for name, value in captured_by_name(captured).items():
+            for name, value in each_by_name(captured_by_name(captured)).items():
                 found[LayerActivation(position, name)] = value
             return x
 
@@ -199,7 +202,8 @@ def _shape(program: Program, weights: dict[str, Any], name: str) -> tuple[int, .
     def tapped(weights: dict[str, Any]) -> dict[str, Any]:
         layer = make_layer(program, weights)
         x, positions = jnp.zeros((2, program.config.embed_dim)), jnp.arange(2)
-        return captured_by_name(nnx.capture(layer, nnx.Intermediate)(x, positions, attend)[1])
+        captured = nnx.capture(layer, nnx.Intermediate)(x, positions, attend)[1]
+        return each_by_name(captured_by_name(captured))
 
     shape: tuple[int, ...] = jax.eval_shape(tapped, weights)[name].shape
     return shape

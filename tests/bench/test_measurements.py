@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import peers
+from bench import contexts, peers
 from bench.__main__ import main
 from bench.peer_engines import Moment, Times
 from bench.result import Result
@@ -125,6 +125,29 @@ def test_scaling(tmp_path):
     assert memory[1]["KV cache"] == 4 * memory[0]["KV cache"]
     assert memory[1]["temporaries"] < 1.1 * memory[0]["temporaries"]
     assert len(found.targets) == 6 and len(found.plots) == 6
+
+
+def test_what_one_long_context_adds(tmp_path, monkeypatch):
+    monkeypatch.setattr(contexts, "OneDevice", lambda *_: None)
+    monkeypatch.setattr(contexts, "ticks", lambda device, rows, longest: list)
+    # As if every row cost what the longest of its half does.
+    halves = lambda lengths: 2 * sum(max(lengths[half::2]) for half in (0, 1))  # noqa: E731
+    monkeypatch.setattr(
+        contexts, "least_times", lambda call, _: {"time": 9.0, "CPU time": halves(call())}
+    )
+    found = measured(tmp_path, "contexts", "--rows", "4", "--short", "10", "--long", "50")
+    assert [(row["long rows"], row["keys"]) for row in found.rows] == [(0, 40), (1, 80), (4, 200)]
+    [target] = found.targets
+    assert target.value == pytest.approx(1 / 2) and not target.met
+
+
+@pytest.mark.slow
+def test_contexts(tmp_path):
+    found = measured(
+        tmp_path, "contexts", "--rows", "3", "--short", "5", "--long", "40", "--seconds", "0"
+    )
+    assert columns(found) == [("rows", "long rows", "keys", "time", "CPU time")]
+    assert all(row["time"] > 0 for row in found.rows)
 
 
 @pytest.mark.slow

@@ -278,6 +278,32 @@ def test_an_index_of_the_wrong_type_is_rejected(at):
         Scale(0.0, at)
 
 
+class Forgets(Patch):
+    def change(self, selected):
+        selected * 2
+
+
+class Number(Patch):
+    def change(self, selected):
+        return 0.0
+
+
+@pytest.mark.parametrize(
+    ("patch", "got"),
+    [(print, "returns None"), (Forgets(), "returned None"), (Number(), r"returned shape \[\]")],
+    ids=["print", "Forgets", "Number"],
+)
+def test_a_patch_that_returns_no_activation_is_rejected(model, tokens, patch, got):
+    with pytest.raises(ValueError, match=got):
+        patched(model, {RESIDUAL: patch})(tokens)
+
+
+@pytest.mark.parametrize("patches", [RESIDUAL, [RESIDUAL], None, {3: Scale(0.0)}], ids=str)
+def test_patches_that_are_no_dict_from_names_are_rejected(model, patches):
+    with pytest.raises(ValueError, match=r"dict"):
+        patched(model, patches)
+
+
 def test_a_patch_that_is_not_callable_is_rejected(model):
     with pytest.raises(ValueError, match=r"embedding.*ndarray"):
         patched(model, {"embedding": STEER})

@@ -240,6 +240,11 @@ def test_unknown_name_on_a_mesh(sharded, tokens):
         capture(sharded, tokens, "layers.9.middle")
 
 
+def test_stack_of_a_list_of_patterns():
+    with pytest.raises(ValueError, match=r"not a list"):
+        stack({"embedding": jnp.zeros(1)}, ["embedding"])
+
+
 def test_stack_of_nothing():
     with pytest.raises(ValueError, match=r"residual"):
         stack({}, "*.residual")
@@ -285,6 +290,24 @@ def test_bad_prompts_are_rejected(model, prompt, token):
         greedy_answer(model, prompt, 3)
 
 
+@pytest.mark.parametrize("max_tokens", [-1, -5, 2.0, None])
+def test_a_bad_number_of_tokens_is_rejected(model, max_tokens):
+    with pytest.raises(ValueError, match=r"^max_tokens .*\.$"):
+        greedy_answer(model, [1, 2], max_tokens)
+
+
+@pytest.mark.parametrize("stop_ids", [3, "</s>"])
+def test_stop_ids_that_are_no_collection_are_rejected(model, stop_ids):
+    with pytest.raises(ValueError, match=r"^stop_ids .*\.$"):
+        greedy_answer(model, [1, 2], 2, stop_ids)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (-1, 1)])
+def test_shapes_of_no_tokens_are_rejected(either, shape):
+    with pytest.raises(ValueError, match=r"^batch and num_tokens .*\.$"):
+        activation_shapes(either, *shape)
+
+
 def test_functions_for_one_device_reject_a_model_on_a_mesh(sharded, tokens):
     with pytest.raises(ValueError, match=r"^patched .*Llama\.from_pretrained"):
         patched(sharded, {"logits": Scale(0.0)})
@@ -292,6 +315,19 @@ def test_functions_for_one_device_reject_a_model_on_a_mesh(sharded, tokens):
         gradients(sharded, tokens, score)
     with pytest.raises(ValueError, match=r"^greedy_answer .*Llama\.from_pretrained"):
         greedy_answer(sharded, [1], 2)
+
+
+@pytest.mark.parametrize("no_model", [Llama, "demo/checkpoint", None], ids=str)
+def test_what_is_no_model_is_rejected(tokens, no_model):
+    for call in (
+        lambda: activation_shapes(no_model),
+        lambda: gradients(no_model, tokens, score),
+        lambda: greedy_answer(no_model, [1], 2),
+        lambda: patched(no_model, {"logits": Scale(0.0)}),
+        *(lambda function=f: function(no_model, tokens) for f in ON_EITHER[:-1]),
+    ):
+        with pytest.raises(ValueError, match=r"^\w+ needs a Llama or a ShardedLlama, not .*\.$"):
+            call()
 
 
 def test_a_model_on_a_mesh_cannot_be_jitted(sharded, tokens):
