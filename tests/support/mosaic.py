@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax._src.interpreters import mlir
 from jax._src.lib import mosaic_gpu_dialect
-from jaxlib.mlir import ir
+from jax._src.lib.mlir import ir
 
 CORE_BYTES = 228 * 1024  # of shared memory, on each multiprocessor of an H100 or H200
 BLOCK_BYTES = 1024  # that CUDA takes of them for each thread block
