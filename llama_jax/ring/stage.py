@@ -71,7 +71,7 @@ class PagedAttend:
     Attributes:
       k_pages, v_pages: `[K, num_pages, page_size, h]`, this rank's; each call replaces them.
       k_scale, v_scale: `[K, num_pages, page_size]`, likewise; None unless the pages are in 8 bits.
-      called: whether the layer has attended.
+      calls: how often the layer has attended.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class PagedAttend:
         self._locations = locate_tokens(program, segments)
         self.k_pages, self.v_pages = k_pages, v_pages
         self.k_scale, self.v_scale = k_scale, v_scale
-        self.called = False
+        self.calls = 0
 
     @property
     def arrays(self) -> list[jax.Array]:
@@ -102,7 +102,7 @@ class PagedAttend:
 
         Does not tap the attention weights, since `paged_attention` never materializes them.
         """
-        self.called = True
+        self.calls += 1
         where = (self._locations.page, self._locations.offset)
         self.k_pages, self.k_scale = kv_cache.write_scaled(self.k_pages, self.k_scale, k, *where)
         self.v_pages, self.v_scale = kv_cache.write_scaled(self.v_pages, self.v_scale, v, *where)
@@ -202,7 +202,8 @@ def run_layers(
       Activations `[N, D]`, and the cache.
 
     Raises:
-      UserError: a layer attended on one of several ranks, but never called `reduce`.
+      UserError: a layer attended several times, or attended on one of several ranks, but never
+        called `reduce`.
     """
     segments = segments_of(program.sizes, program.bucket, metadata)
     x = jnp.pad(x, ((0, program.num_padding), (0, 0)))
@@ -217,7 +218,12 @@ def run_layers(
         held = [here[position] is not None for here in stages]
         if not all(held):  # a layer of the user's need not be the identity where its weights are 0
             x = jnp.where(jnp.array(held)[rank(STAGE)], x, before)
-        if attend.called and not reduce.called and jax.lax.axis_size(MODEL) > 1:
+        if attend.calls > 1:  # later tokens would find only the keys of the last time
+            raise UserError(
+                f"{type(layer).__name__} attends {attend.calls} times, but on a mesh a layer has "
+                "pages for one set of keys and values: use Llama on one device."
+            )
+        if attend.calls and not reduce.called and jax.lax.axis_size(MODEL) > 1:
             raise UserError(
                 f"{type(layer).__name__} attends, but never calls the reduce that it is given, so "
                 "each rank would go on with its own part of the sum: apply it to what attention "

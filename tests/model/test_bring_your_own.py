@@ -456,3 +456,23 @@ def test_a_layer_must_sum_what_the_ranks_have_attended(path):
     assert_close(alone(TOKENS), Llama.from_pretrained(path)(TOKENS))
     model = ShardedLlama.from_pretrained(path, "1x2", model_class=SkippedLlama)
     assert_close(model(TOKENS), SkippedLlama.from_pretrained(path)(TOKENS))
+
+
+class LoopedLayer(DecoderLayer):
+    """Runs twice, with the same weights."""
+
+    def __call__(self, x, positions, attend, reduce=lambda partial: partial):
+        x = super().__call__(x, positions, attend, reduce)
+        return super().__call__(x, positions, attend, reduce)
+
+
+class LoopedLlama(Llama):
+    layer_class = LoopedLayer
+
+
+@pytest.mark.parametrize("mesh", ["1x1", "1x2"])
+def test_a_layer_that_attends_twice_is_refused_on_a_mesh(path, mesh):
+    """Its pages hold one set of keys, so the first of its attentions would read the second's."""
+    assert LoopedLlama.from_pretrained(path)(TOKENS).shape == (2, 70, VOCAB)
+    with pytest.raises(UserError, match=r"^LoopedLayer attends 2 times.*one device\."):
+        ShardedLlama.from_pretrained(path, mesh, model_class=LoopedLlama)(TOKENS)
