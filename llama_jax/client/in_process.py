@@ -9,7 +9,9 @@ Imports no JAX until an engine starts.
 
 import asyncio
 import atexit
+import contextlib
 import faulthandler
+import logging
 import os
 import threading
 import traceback
@@ -31,6 +33,11 @@ if TYPE_CHECKING:
     from llama_jax.model import Llama
 
 AT_EXIT_SECONDS = 10.0
+# A thread cannot be killed. The engine ends after its tick, which may take so long on a slow CPU.
+UNKILLABLE_SECONDS = 30.0
+HANGS = ", but its thread hangs and keeps its memory until this process ends"
+
+log = logging.getLogger("llama_jax.client")
 
 # The errors of engines that failed. The frames of their tracebacks keep weights and cache alive.
 _errors: list[Exception] = []
@@ -44,7 +51,8 @@ class InProcessEngine:
     """An engine in a thread (an `EngineHost`). It ends when told to, and with the interpreter.
 
     Attributes:
-      exited: set when the thread has ended, on the event loop that created this object.
+      exited: set when the thread has ended, on the event loop that created this object; or some
+        seconds after `kill`, since a thread that hangs does not end.
     """
 
     def __init__(
@@ -56,13 +64,15 @@ class InProcessEngine:
         self._build = build
         self._directory = directory
         self._killed = threading.Event()
+        self._ended = False
         self._engine: Engine | None = None
         self._was_ready = False
         self._error: Exception | None = None
+        self._loop = asyncio.get_running_loop()
         atexit.register(self._end)
         self._thread = threading.Thread(
             target=self._main,
-            args=(msgspec.json.encode(options), asyncio.get_running_loop()),
+            args=(msgspec.json.encode(options),),
             name="llama-jax-engine-in-process",
             daemon=True,
         )
@@ -86,6 +96,10 @@ class InProcessEngine:
     def kill(self) -> None:
         """Ends the engine at the next step of its start, or at its next tick; does not wait."""
         self._killed.set()
+        with contextlib.suppress(RuntimeError):  # the event loop is closed, so no task waits
+            self._loop.call_soon_threadsafe(
+                self._loop.call_later, UNKILLABLE_SECONDS, self._give_up
+            )
 
     def print_stacks(self) -> None:
         """Prints the stacks of all threads of this process to stderr."""
@@ -94,11 +108,14 @@ class InProcessEngine:
     def clean_up(self) -> None:
         """Frees the socket and the memory of an engine that has ended.
 
+        One that hangs keeps its memory, and the interpreter waits a while for it when it exits.
+
         If its start failed, the frames of the error stay for a debugger until the next engine
         starts in this process: the caller has yet to see the error.
         """
         self._killed.set()
-        atexit.unregister(self._end)
+        if self._ended:
+            atexit.unregister(self._end)
         self._directory.remove()
         if self._was_ready:
             _forget_errors()
@@ -106,10 +123,16 @@ class InProcessEngine:
     def describe_end(self, last_words: str | None) -> str:
         """One sentence on why the engine ended, for the user."""
         if last_words is None:
-            return "The engine in this process was killed."
+            return f"The engine in this process was killed{'' if self._ended else HANGS}."
         return last_words.rstrip(".") + "."
 
-    def _main(self, options: bytes, loop: asyncio.AbstractEventLoop) -> None:
+    def _give_up(self) -> None:
+        """Waits no longer for the thread."""
+        if not self.exited.is_set():
+            log.warning("The engine in this process was told to end%s.", HANGS)
+            self.exited.set()
+
+    def _main(self, options: bytes) -> None:
         """Thread: an engine from its start to its end."""
         context = zmq.Context()
         socket = context.socket(zmq.PAIR)
@@ -127,10 +150,9 @@ class InProcessEngine:
                 _errors.append(self._error)
             socket.close(linger=2000)
             context.term()
-            try:
-                loop.call_soon_threadsafe(self.exited.set)
-            except RuntimeError:  # the event loop is closed, so no task waits
-                pass
+            self._ended = True
+            with contextlib.suppress(RuntimeError):  # the event loop is closed, so no task waits
+                self._loop.call_soon_threadsafe(self.exited.set)
 
     def _make_engine(
         self, options: EngineOptions, progress: Callable[[Progress], None]
@@ -153,6 +175,7 @@ class InProcessEngine:
         """Exit handler of the interpreter."""
         self._killed.set()
         self._thread.join(AT_EXIT_SECONDS)
+        atexit.unregister(self._end)  # even if the thread hangs: this is registered twice
         self.clean_up()
 
 

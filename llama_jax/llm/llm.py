@@ -298,7 +298,11 @@ class LLM:
         return self._stream(encode_conversation(self.tokenizer, messages), params)
 
     def close(self) -> None:
-        """Ends the engine. Calls in other threads raise `EngineDead`. May be repeated."""
+        """Ends the engine. Calls in other threads raise `EngineDead`. May be repeated.
+
+        An engine in this process ends after its tick. If that takes more than half a minute, a
+        warning is logged, and the engine's memory is free only when the tick has ended.
+        """
         self._session.engine.close()
 
     def __enter__(self) -> Self:

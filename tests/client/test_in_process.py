@@ -4,6 +4,9 @@ What it shares with an engine process is tested there. Here the engine has no de
 """
 
 import asyncio
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -20,6 +23,7 @@ from llama_jax.engine.interface import Output, Progress
 from llama_jax.engine.options import EngineOptions
 from tests.support.engine_clients import FOREVER, collect, tokens
 from tests.support.fake_engine import FakeEngine
+from tests.support.paths import ROOT
 from tests.support.processes import wait_until
 
 Start = Callable[..., BlockingClient]
@@ -126,6 +130,60 @@ def test_a_killed_engine_is_an_error_at_once(start: Start) -> None:
     assert caught.value.__cause__ is None
 
 
+# A thread that hangs
+
+
+@pytest.mark.parametrize("mode", ["fake:freeze:1", "fake:hang"])
+def test_a_thread_that_hangs_keeps_neither_close_nor_the_interpreter(mode: str) -> None:
+    """In a process of its own, which can only end if nothing waits for the thread."""
+    program = f"""
+        import asyncio, threading
+        from llama_jax.client import blocking, client, in_process
+        from llama_jax.config.sampling_params import SamplingParams
+        from llama_jax.engine.errors import EngineDead
+        from llama_jax.engine.options import EngineOptions
+        from tests.support.fake_engine import FakeEngine
+
+        client.SHUTDOWN_SECONDS = in_process.UNKILLABLE_SECONDS = in_process.AT_EXIT_SECONDS = 0.1
+
+        async def main():
+            host = in_process.in_process_host(build=FakeEngine)
+            start = client.EngineClient.start(EngineOptions(path="{mode}"), start_host=host)
+            if "{mode}" == "fake:hang":
+                try:
+                    await asyncio.wait_for(start, 1)
+                except TimeoutError:
+                    print("closed")
+                return
+            engine = await start
+            try:
+                async for output in engine.generate([5], SamplingParams(ignore_eos=True)):
+                    closing = asyncio.create_task(engine.close())
+            except EngineDead as error:
+                await closing
+                print("closed:", error)
+                try:
+                    engine.check([5], SamplingParams())
+                except EngineDead:
+                    return
+
+        asyncio.run(main())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("closed")
+    assert done.stderr == (
+        "The engine in this process was told to end, but its thread hangs and keeps its memory "
+        "until this process ends.\n"
+    )
+
+
 # Exit handlers
 
 
@@ -190,6 +248,33 @@ def test_an_engine_ends_before_jax_takes_its_devices_away(start: Start, exits: F
     (thread,) = {t for t in engine_threads() - before if "in-process" in t.name}
     exits.run()
     assert running == [False]
+
+
+def test_a_thread_that_is_slow_to_end_is_waited_for_at_the_exit(
+    start: Start, exits: FakeAtexit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama_jax.client.client.SHUTDOWN_SECONDS", 0.1)
+    monkeypatch.setattr("llama_jax.client.in_process.UNKILLABLE_SECONDS", 0.1)
+    may_go_on = threading.Event()
+
+    class Slow(FakeEngine):
+        def step(self) -> list[Output]:
+            may_go_on.wait(20)
+            return super().step()
+
+    before = engine_threads()
+    blocking = start(build=Slow)
+
+    async def read() -> None:
+        async for _ in blocking.client.generate([1], FOREVER):
+            pass
+
+    blocking.begin(read)
+    blocking.close()
+    (thread,) = engine_threads() - before
+    may_go_on.set()
+    exits.run()
+    assert not thread.is_alive() and exits.handlers == []
 
 
 def test_an_interpreter_that_exits_during_a_start_ends_the_engine(

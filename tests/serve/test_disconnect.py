@@ -145,4 +145,33 @@ def test_interrupted_work_has_ended_when_unless_returns():
         return list(ends)
 
     assert asyncio.run(scenario()) == ["work"]
+
+
+def test_a_caller_that_is_cancelled_does_not_lose_what_its_work_has_returned():
+    """Between the end of the work and the return of `unless`, it could not be closed."""
+
+    async def scenario() -> list[str]:
+        results = []
+
+        async def caller(finished: asyncio.Future[str]) -> None:
+            async def work() -> str:
+                results.append(await finished)
+                return results[-1]
+
+            assert await unless(asyncio.sleep(30), work()) == results.pop()
+
+        finished = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(caller(finished))
+        await asyncio.sleep(0)
+        finished.set_result("done")
+        while not results and not task.done():
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return results
+
+    assert asyncio.run(scenario()) == []
+
+
+def test_work_that_is_done_is_returned():
     assert asyncio.run(unless(asyncio.sleep(30), asyncio.sleep(0, "done"))) == "done"

@@ -6,6 +6,7 @@ Tests wait for conditions and do not measure time.
 import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -131,6 +132,28 @@ def test_requests_that_outlast_the_shutdown_timeout_end_with_an_error(checkpoint
         server.signal()
         assert reader.events()[-1]["error"]["code"] == "shutting_down"
         assert server.end() == 0
+
+
+def test_a_server_ends_though_nobody_reads_its_log(checkpoints):
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, bytes(4096))
+    os.set_blocking(writing, True)
+    command = [*FAKE_SERVER, str(checkpoints["fake"]), "--port=0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=writing, text=True, cwd=ROOT)
+    try:
+        ready = next(line for line in process.stdout if "Ready at" in line)
+        url = re.search(r"http://[\d.:]+\d", ready)[0]
+        assert httpx.get(url + "/nowhere").status_code == 404  # a line of the log
+        process.terminate()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()  # the kernel then kills its engine
+        process.communicate()
+        os.close(reading)
+        os.close(writing)
 
 
 def test_a_second_signal_ends_it_at_once(checkpoints):

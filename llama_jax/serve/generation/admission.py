@@ -3,13 +3,16 @@
 An answer needs a place: the engine runs and queues only so many. A request gets places for all its
 answers, or is refused. A list of prompts for which there are too few places waits instead, and its
 prompts get places in order as others end (`_Line`).
+
+Requests are admitted before they are tokenized, so that one that is refused costs nothing more, and
+many that arrive together do not wait for the tokenizer only to be refused.
 """
 
 import asyncio
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 
 from llama_jax.client.client import EngineClient
 from llama_jax.engine.errors import RequestTimeout
@@ -21,7 +24,7 @@ MAX_RETRY_SECONDS = 60
 
 
 class Admission:
-    """Reserves places for the answers of a request, between its check and their start.
+    """Reserves places for the answers of a request, from its arrival to their start.
 
     It also measures how fast the engine works off its queue, to tell a client when to come back.
     """
@@ -51,7 +54,8 @@ class Admission:
         """Reserves a place for each answer, until it is entered or this context ends.
 
         Args:
-          prompts: the number of tokens of each prompt.
+          prompts: the number of tokens of each prompt; of a text, an estimate that `recount`
+            corrects.
           choices: answers to each prompt.
           deadline: the event loop's time after which a place is not worth waiting for.
 
@@ -62,7 +66,7 @@ class Admission:
         Raises:
           ApiError: 429, there is no room.
         """
-        self.check(len(prompts), choices)
+        self._check_places(len(prompts), choices)
         self._check_tokens(sum(prompts))
         reserved = not self._must_wait(len(prompts), choices)
         # The other choices of a prompt find what the first has computed.
@@ -77,16 +81,22 @@ class Admission:
             for place in places:
                 place.give_up()
 
-    def check(self, prompts: int, choices: int) -> None:
-        """Checks whether there are places, which a request may do before it is tokenized.
+    def recount(self, places: "Sequence[Place]", prompts: Sequence[int]) -> None:
+        """Counts the tokens of prompts that have been tokenized, in place of the estimates.
 
         Args:
-          prompts: the number of its prompts.
-          choices: answers to each prompt.
+          places: those that `reserve` returned. None has been entered.
+          prompts: the number of tokens of each prompt.
 
         Raises:
-          ApiError: 429, there are too few.
+          ApiError: 429, there is no room for so many.
         """
+        self._check_tokens(sum(prompts), estimated=sum(place.tokens for place in places))
+        firsts = places[:: len(places) // len(prompts)]
+        for place, tokens in zip(firsts, prompts, strict=True):
+            place.recount(tokens)
+
+    def _check_places(self, prompts: int, choices: int) -> None:
         answers = prompts * choices
         taken = self._engine.in_flight + self._reserved
         if taken < self._engine.info.max_num_seqs:
@@ -97,18 +107,19 @@ class Admission:
             room = answers <= self._free
         if not room:
             self._metrics.rejected("queue_full")
-            waiting = self._engine.in_flight - self._engine.info.max_num_seqs
+            waiting = taken - self._engine.info.max_num_seqs
             raise queue_full(taken, answers, self._answers.seconds_for(waiting))
 
-    def _check_tokens(self, tokens: int) -> None:
-        if not self.queue_tokens:
+    def _check_tokens(self, tokens: int, estimated: int = 0) -> None:
+        others = self.queue_tokens - estimated
+        if not others:
             self._tokens.restart()
             return
-        excess = self.queue_tokens + tokens - self._max_queue_tokens
+        excess = others + tokens - self._max_queue_tokens
         if excess > 0:
             self._metrics.rejected("queue_tokens")
-            seconds = self._tokens.seconds_for(min(excess, self.queue_tokens))
-            raise queue_tokens_full(self.queue_tokens, tokens, seconds)
+            seconds = self._tokens.seconds_for(min(excess, others))
+            raise queue_tokens_full(others, tokens, seconds)
 
     def _must_wait(self, prompts: int, choices: int) -> bool:
         """Whether a request gets its places one by one: a list for which there are too few now, or
@@ -125,32 +136,39 @@ class Place:
     """The place of one answer: an async context manager around its generation.
 
     Attributes:
+      tokens: of its prompt, if this is the first answer to it; else 0.
       deadline: the event loop's time by which the answer must have ended, or None.
     """
 
     def __init__(
         self, admission: Admission, tokens: int, reserved: bool, deadline: float | None
     ) -> None:
+        self.tokens = tokens
         self.deadline = deadline
         self._admission = admission
-        self._tokens = tokens
         self._counts = False
         self._reserved = reserved
         self._entered = self._from_line = False
-        admission._reserved += reserved
+        self._hold(1)
         self._count(True)
 
     def give_up(self) -> None:
         """Ends the reservation of a place that has not been entered."""
         if not self._entered:
             self._count(False)
-            self._release()
+            self._hold(-1)
             self._admission._line.advance()
+
+    def recount(self, tokens: int) -> None:
+        """Corrects the number of tokens of its prompt."""
+        self._count(False)
+        self.tokens = tokens
+        self._count(True)
 
     def begun(self) -> None:
         """Records that the first token has arrived, so that the prompt no longer waits."""
         if self._counts:
-            self._admission._tokens.add(self._tokens)
+            self._admission._tokens.add(self.tokens)
             self._count(False)
 
     async def __aenter__(self) -> None:
@@ -161,17 +179,15 @@ class Place:
         """
         self._entered = True
         self._count(True)
+        # The engine or the line counts the answer from here on: nothing is awaited before.
+        self._hold(-1)
         if self._reserved:
-            # The engine counts the answer from here on: nothing is awaited before it is sent.
-            self._release()
             return
         try:
-            async with asyncio.timeout_at(self.deadline):
+            async with in_time(self.deadline):
                 await self._admission._line.wait()
-        except BaseException as error:
+        except BaseException:
             self._count(False)
-            if isinstance(error, TimeoutError):
-                raise RequestTimeout from None
             raise
         self._from_line = True
 
@@ -184,13 +200,25 @@ class Place:
 
     def _count(self, counts: bool) -> None:
         """Counts the tokens of the prompt as queued, or no longer."""
-        self._admission.queue_tokens += self._tokens * (counts - self._counts)
+        self._admission.queue_tokens += self.tokens * (counts - self._counts)
         self._counts = counts
 
-    def _release(self) -> None:
+    def _hold(self, change: int) -> None:
+        """Counts the answer as reserved, or as one that will wait in the line, or no longer."""
         if self._reserved:
-            self._reserved = False
-            self._admission._reserved -= 1
+            self._admission._reserved += change
+        else:
+            self._admission._line.expected += change
+
+
+@asynccontextmanager
+async def in_time(deadline: float | None) -> AsyncIterator[None]:
+    """Ends its body with `RequestTimeout` at this time of the event loop; None is never."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            yield
+    except TimeoutError:
+        raise RequestTimeout from None
 
 
 class _Line:
@@ -198,17 +226,22 @@ class _Line:
 
     They hold at most the places of running answers and half of the queue; the other half is left to
     other requests. A place that becomes free goes to the line first.
+
+    Attributes:
+      expected: answers that will wait, once their prompts are tokenized.
     """
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
         self._turns: deque[asyncio.Future[None]] = deque()
         self._held = 0
+        self.expected = 0
 
     def has_room(self, answers: int) -> bool:
         """Whether more answers may wait: any number if none do, else as many as have places."""
         places = self._admission._engine.max_in_flight
-        return not self._turns or len(self._turns) + answers <= places
+        waiting = self.expected + len(self._turns)
+        return not waiting or waiting + answers <= places
 
     async def wait(self) -> None:
         """Waits for a place, which `leave` gives back."""

@@ -10,11 +10,11 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
-from starlette.requests import Request
 from starlette.responses import Response
 
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.serve.errors import answer_too_long, as_api_error, prompt_too_long
+from llama_jax.serve.generation.admission import Place
 from llama_jax.serve.generation.best_choices import BestChoices
 from llama_jax.serve.generation.choices import ChoiceDelta, generate_choice, merge
 from llama_jax.serve.generation.event_stream import (
@@ -26,15 +26,10 @@ from llama_jax.serve.generation.event_stream import (
 from llama_jax.serve.generation.logprobs import TokenWithLogprobs
 from llama_jax.serve.generation.shown_prompts import ShownPrompts
 from llama_jax.serve.generation.tool_use import ToolUse
-from llama_jax.serve.monitoring.request_record import (
-    CLIENT_CLOSED_REQUEST,
-    note_error,
-    note_generation,
-)
+from llama_jax.serve.monitoring.request_record import note_error, note_generation
 from llama_jax.serve.protocol.generation import GenerationRequest, StreamOptions
 from llama_jax.serve.protocol.response_types import AnswerEnd, Usage
 from llama_jax.serve.served_model import ServedModel
-from llama_jax.serve.transport.interrupt import Interrupted, disconnected, unless
 from llama_jax.serve.transport.json_response import JsonResponse
 from llama_jax.text.tool_calls import CallDelta
 
@@ -79,7 +74,6 @@ class Job:
       options: when to send the usage in a stream.
       arrived: when the request arrived, by the clock of the metrics.
       token_ids: whether to return the token ids of prompts and answers.
-      timeout: seconds from its arrival after which it is aborted; None for the server's default.
       shown: how the choices show their prompts; None if they do not.
       best: which choices of each prompt are returned; None for all.
       tools: those that the model may call.
@@ -93,7 +87,6 @@ class Job:
     options: StreamOptions
     arrived: float
     token_ids: bool = False
-    timeout: float | None = None
     shown: ShownPrompts | None = None
     best: BestChoices | None = None
     tools: ToolUse | None = None
@@ -136,13 +129,12 @@ def make_job(
         options=body.stream_options or StreamOptions(),
         arrived=arrived,
         token_ids=body.return_token_ids is True,
-        timeout=body.timeout,
         tools=tools,
     )
 
 
 async def respond(
-    served: ServedModel, request: Request, format: ResponseFormat, job: Job
+    served: ServedModel, format: ResponseFormat, job: Job, places: Sequence[Place]
 ) -> Response:
     """Writes `choices`, in the format of a route.
 
@@ -157,8 +149,8 @@ async def respond(
     }
     return await generate(
         served,
-        request,
         job,
+        places,
         whole=lambda deltas: _whole(deltas, head, format, job),
         events=lambda deltas: _events(deltas, head, format, job),
     )
@@ -166,21 +158,21 @@ async def respond(
 
 async def generate(
     served: ServedModel,
-    request: Request,
     job: Job,
+    places: Sequence[Place],
     *,
     whole: Callable[[AsyncGenerator[ChoiceDelta, None]], Coroutine[Any, Any, Any]],
     events: Callable[[StartedDeltas], AsyncGenerator[bytes, None]],
 ) -> Response:
-    """Generates the choices of a job, until they end or the client disconnects.
+    """Generates the choices of a job. Cancelling it, or closing a stream, aborts them.
 
     A stream starts with its first token, so that an error before it still has its own HTTP status;
     or, if that takes longer than `keep_alive_seconds`, with a comment.
 
     Args:
       served: the model.
-      request: the request, whose body has been read.
-      job: what it asks for.
+      job: what a request asks for.
+      places: those that have been reserved for its choices.
       whole: makes the JSON of a whole response from the deltas of all choices.
       events: makes the events of a stream from them.
 
@@ -191,31 +183,25 @@ async def generate(
     note_generation(served.name, job.params[0], len(job.params), job.stream)
     _check_job(served, job)
     params = job.params if served.engine.info.prefix_caching else _with_private_salt(job.params)
-    lengths = [len(prompt) for prompt in job.prompts]
-    with served.admission.reserve(lengths, len(params), _deadline(served, job)) as places:
-        choices = itertools.product(job.prompts, params)
-        deltas = merge(
-            [
-                generate_choice(served, place, index, prompt, params, job.arrived, job.tools)
-                for index, (place, (prompt, params)) in enumerate(zip(places, choices, strict=True))
-            ]
-        )
-        if job.shown is not None:
-            deltas = job.shown.follow(deltas)
-        gone = disconnected(request.receive)
-        try:
-            if job.stream:
-                started = StartedDeltas(deltas)
-                try:
-                    await unless(gone, started.wait(served.keep_alive_seconds))
-                except BaseException:
-                    await started.aclose()
-                    raise
-                return EventStream(events(started), started, served.keep_alive_seconds)
-            body = await unless(gone, whole(deltas))
-        except Interrupted:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return JsonResponse(body)
+    served.admission.recount(places, [len(prompt) for prompt in job.prompts])
+    choices = itertools.product(job.prompts, params)
+    deltas = merge(
+        [
+            generate_choice(served, place, index, prompt, params, job.arrived, job.tools)
+            for index, (place, (prompt, params)) in enumerate(zip(places, choices, strict=True))
+        ]
+    )
+    if job.shown is not None:
+        deltas = job.shown.follow(deltas)
+    if not job.stream:
+        return JsonResponse(await whole(deltas))
+    started = StartedDeltas(deltas)
+    try:
+        await started.wait(served.keep_alive_seconds)
+    except BaseException:
+        await started.aclose()
+        raise
+    return EventStream(events(started), started, served.keep_alive_seconds)
 
 
 def _check_job(served: ServedModel, job: Job) -> None:
@@ -237,15 +223,6 @@ def _with_private_salt(params: Sequence[SamplingParams]) -> list[SamplingParams]
     """Lets only the choices of this request share their prompt."""
     salt = uuid.uuid4().hex if len(params) > 1 else ""
     return [replace(choice, cache_salt=salt) for choice in params]
-
-
-def _deadline(served: ServedModel, job: Job) -> float | None:
-    """The event loop's time at which the request is aborted, or None."""
-    timeout = served.request_timeout if job.timeout is None else job.timeout
-    if timeout is None:
-        return None
-    elapsed = served.metrics.clock() - job.arrived
-    return asyncio.get_running_loop().time() + timeout - elapsed
 
 
 async def _whole(

@@ -21,6 +21,7 @@ REQUESTS = "llama_jax.serve.requests"  # the logger of one JSON object per reque
 STDERR = Path("-")
 MAX_WAITING = 10_000  # lines
 CLOSING_SECONDS = 1.0  # for lines that wait at the end
+_THREAD = "log"
 
 log = logging.getLogger("llama_jax.serve")
 
@@ -65,7 +66,7 @@ class Background(logging.Handler):
         self._told_lost = 0
         self._target = target
         self._waiting: queue.Queue[logging.LogRecord | None] = queue.Queue(max_waiting)
-        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread = threading.Thread(target=self._write, name=_THREAD, daemon=True)
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -143,6 +144,11 @@ def logging_to(level: str, request_log: Path | None) -> Iterator[None]:
             _use(stack, root, target)
         logging.getLogger("llama_jax").setLevel(level.upper())
         yield
+
+
+def num_stuck() -> int:
+    """Returns the number of threads that still try to write a line; for the end of `logging_to`."""
+    return sum(thread.name == _THREAD for thread in threading.enumerate())
 
 
 def _use(stack: ExitStack, logger: logging.Logger, target: logging.Handler) -> None:

@@ -16,6 +16,7 @@ from llama_jax.serve.protocol.messages import Message
 from llama_jax.serve.protocol.request_body import read
 from llama_jax.serve.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from llama_jax.serve.served_model import ServedModel
+from llama_jax.serve.transport.interrupt import while_connected
 from llama_jax.serve.transport.json_response import JsonResponse
 from llama_jax.text.bad_words import bad_word_tokens
 from llama_jax.text.chat_template import NEXT_ANSWER, ChatOptions
@@ -76,8 +77,8 @@ def tokenization_routes(served: ServedModel) -> list[Route]:
         return JsonResponse({**info._asdict(), "model_max_length": known})
 
     return [
-        Route("/tokenize", tokenize, methods=["POST"]),
-        Route("/detokenize", detokenize, methods=["POST"]),
+        Route("/tokenize", while_connected(tokenize), methods=["POST"]),
+        Route("/detokenize", while_connected(detokenize), methods=["POST"]),
         Route("/tokenizer_info", tokenizer_info),
     ]
 

@@ -1,10 +1,17 @@
 """Cancels work that is no longer needed, so that its resources are free for other requests."""
 
 import asyncio
-from collections.abc import Coroutine
+import contextlib
+import functools
+import math
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import Receive
+
+from llama_jax.serve.monitoring.request_record import CLIENT_CLOSED_REQUEST
 
 T = TypeVar("T")
 
@@ -14,23 +21,34 @@ class Interrupted(Exception):
 
 
 async def unless(event: Coroutine[Any, Any, object], work: Coroutine[Any, Any, T]) -> T:
-    """Runs `work`, but cancels it if `event` returns first. Both have ended when this returns.
+    """Runs `work`, but cancels it if `event` returns first. `work` has ended when this returns.
+
+    It runs in the task of the caller. So nothing comes between its end and what follows: a result
+    that must be closed cannot get lost.
 
     Raises:
       Interrupted: `event` returned first.
       The errors of `work`.
     """
-    working = asyncio.create_task(work)
     waiting = asyncio.create_task(event)
     try:
-        await asyncio.wait((working, waiting), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise Interrupted
-        return working.result()
+        async with asyncio.timeout(None) as scope:
+
+            def interrupt(waiting: asyncio.Task[object]) -> None:
+                with contextlib.suppress(RuntimeError):  # the work has just ended
+                    scope.reschedule(-math.inf)
+
+            waiting.add_done_callback(interrupt)
+            try:
+                return await work
+            finally:
+                waiting.remove_done_callback(interrupt)
+    except TimeoutError:
+        if scope.expired():
+            raise Interrupted from None
+        raise
     finally:
         waiting.cancel()
-        working.cancel()
-        await asyncio.gather(working, waiting, return_exceptions=True)
 
 
 async def disconnected(receive: Receive) -> None:
@@ -43,3 +61,22 @@ async def disconnected(receive: Receive) -> None:
     """
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def while_connected(
+    handler: Callable[[Request], Coroutine[Any, Any, Response]],
+) -> Callable[[Request], Awaitable[Response]]:
+    """Makes the handler of a route end when its client disconnects.
+
+    What it waits for is then given up, such as a turn in the thread of a tokenizer.
+    """
+
+    @functools.wraps(handler)
+    async def watched(request: Request) -> Response:
+        await request.body()  # a disconnect is what comes next
+        try:
+            return await unless(disconnected(request.receive), handler(request))
+        except Interrupted:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    return watched
