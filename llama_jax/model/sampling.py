@@ -23,6 +23,7 @@ from llama_jax.model.cpu_product import on_cpu
 from llama_jax.model.filters import keep_likely
 from sharding.axes import AXES
 from sharding.collectives import all_gather, pmax, psum, rank
+from sharding.errors import UserError
 
 NO_TOKEN = -1  # the choice where a logit is NaN
 # Tokens that are compared, or whose mass is summed, before one of them is chosen; fewer on CPUs if
@@ -98,6 +99,32 @@ class Sampler:
     ) -> jax.Array:
         """Chooses for all rows of a packet if one is not greedy, as the function `sample`."""
         return sample(logits, greedy_tokens, packed_controls)
+
+
+def chosen_by(sampler: Sampler, method: str, logits: jax.Array, *rest: jax.Array) -> jax.Array:
+    """Calls `greedy` or `sample` of a sampler, which may be the user's.
+
+    Args:
+      sampler: of the model.
+      method: its name.
+      logits, rest: its arguments.
+
+    Returns:
+      `[n]` int32.
+
+    Raises:
+      UserError: it returned anything else than n integers. This is found while tracing.
+    """
+    tokens = getattr(sampler, method)(logits, *rest)
+    shape, dtype = getattr(tokens, "shape", None), getattr(tokens, "dtype", None)
+    if shape != logits.shape[:1] or dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+        got = type(tokens).__name__ if shape is None else f"{dtype} of shape {list(shape)}"
+        raise UserError(
+            f"{type(sampler).__name__}.{method} must return int32 tokens of shape "
+            f"{list(logits.shape[:1])}, one for each row of the logits, got {got}."
+        )
+    chosen: jax.Array = tokens.astype(jnp.int32)
+    return chosen
 
 
 def sample(logits: jax.Array, greedy_tokens: jax.Array, packed_controls: jax.Array) -> jax.Array:

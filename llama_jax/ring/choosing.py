@@ -17,6 +17,7 @@ on what the other rows of the packet ask for.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ from llama_jax.model import Llama
 from llama_jax.model.adjustments import adjust, count_tokens, extend_history
 from llama_jax.model.filters import keep_likely
 from llama_jax.model.logprobs import Logprobs, log_probabilities
-from llama_jax.model.sampling import Sampler, draw
+from llama_jax.model.sampling import Sampler, chosen_by, draw
 from llama_jax.model.token_masks import apply_masks
 from llama_jax.ring.sizes import RingSizes
 from llama_jax.ring.steps import LOGITS_SPEC
@@ -63,7 +64,7 @@ def sample_step(mesh: Mesh, model_class: type[Llama] = Llama) -> SampleStep:
     Replaces the greedy choices of such rows before the next tick reads them. Donates the tokens.
     """
     sampler = model_class.sampler
-    choose = sampler.sample if _samples_its_own_way(sampler) else draw
+    choose = partial(chosen_by, sampler, "sample") if _samples_its_own_way(sampler) else draw
 
     def replace_tokens(tokens: jax.Array, output: StepOutput, controls: jax.Array) -> Any:
         chosen = choose(output.logits, output.tokens, controls)
@@ -103,7 +104,7 @@ def adjust_step(mesh: Mesh, model_class: type[Llama] = Llama) -> AdjustStep:
     ) -> Any:
         before = history.at[output.slots].get(mode="fill", fill_value=0)
         logits = adjust(output.logits, before, adjustments)
-        best = sampler.greedy(logits)
+        best = chosen_by(sampler, "greedy", logits)
         tokens = tokens.at[output.slots].set(best, mode="drop")
         return tokens, StepOutput(logits, best, output.slots)
 
@@ -130,7 +131,7 @@ def mask_step(mesh: Mesh, model_class: type[Llama] = Llama) -> MaskStep:
     ) -> Any:
         # Only of the rows with a mask: over a large vocabulary the choice of a token takes longer.
         masked = apply_masks(output.logits.at[rows].get(mode="clip"), masks)
-        best = sampler.greedy(masked)
+        best = chosen_by(sampler, "greedy", masked)
         slots = output.slots.at[rows].get(mode="fill", fill_value=len(tokens))
         return tokens.at[slots].set(best, mode="drop"), StepOutput(
             output.logits.at[rows].set(masked, mode="drop"),

@@ -15,6 +15,7 @@ from flax import nnx
 from llama_jax.config import LlamaConfig
 from llama_jax.model import RMSNorm
 from llama_jax.model.llama import head_logits
+from llama_jax.model.sampling import chosen_by
 from llama_jax.model.token_masks import apply_masks
 from llama_jax.ring.kv_cache import KVCache
 from llama_jax.ring.packet import LENGTH, SLOT, decode_packet, segments_of
@@ -122,7 +123,7 @@ def _choose(
     logits: jax.Array,
 ) -> tuple[State, StepOutput]:
     """The state and the results, with the most likely tokens."""
-    chosen = program.model_class.sampler.greedy(logits)
+    chosen = chosen_by(program.model_class.sampler, "greedy", logits)
     slots = segments_of(program.sizes, program.bucket, leaving)[:, SLOT]
     # Drops the tokens of empty rows and of chunks before the last of a prompt.
     tokens = tokens.at[slots].set(chosen, mode="drop")

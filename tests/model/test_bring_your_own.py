@@ -347,6 +347,21 @@ def test_a_sampler(path, mesh):
     assert banned not in first and len(first) > 20
 
 
+class Floats(Sampler):
+    """Chooses no integers."""
+
+    def greedy(self, logits):
+        return super().greedy(logits).astype(jnp.float32)
+
+
+def test_an_engine_says_what_is_wrong_with_its_sampler(path):
+    class FloatsLlama(Llama):
+        sampler = Floats()
+
+    with pytest.raises(EngineStartError, match=r"Floats\.greedy must return int32 tokens"):
+        LLM(path, in_process=True, model_class=FloatsLlama, **SMALL)
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 
