@@ -19,6 +19,13 @@ from llama_jax.terminal.units import bytes_text
 from tests.support.paths import DEMO_CHECKPOINT
 
 
+@pytest.fixture(autouse=True)
+def no_memory_share(monkeypatch):
+    """The environment may say how much of a GPU is taken, also by an engine of another test."""
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
 def path_70b(tmp_path):
     """A directory with nothing but the config of Llama-3-70B."""
