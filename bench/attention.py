@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from bench.attention_check import TOLERANCES, check
 from bench.attention_program import attention_program
-from bench.one_device import DTYPE, ENOUGH_BYTES, Work, packet, random_cache, ring_sizes
+from bench.one_device import DTYPE, Work, packet, random_cache, ring_sizes
 from bench.partial import keep
 from bench.result import Plot, Result, Row, Target
 from bench.roofline import PACKAGES, check_device, copy_rate, matrix_rate
@@ -32,6 +32,7 @@ from sharding.mesh import make_mesh
 
 BATCHES, TOY_BATCHES = (1, 8, 32, 64), (1, 8)
 SECONDS = 0.5
+ENOUGH_BYTES = 400_000_000  # of the keys and values: 8 times the L2 cache of an H100 or H200
 MIN_LAYERS, MAX_LAYERS, CHUNK_LAYERS = 8, 20, 4
 # Attention takes 6 µs and more, and the host 0.6 ms to start a program with 20 layers.
 CALLS, CHUNK_CALLS = 400, 40

@@ -55,8 +55,6 @@ def attention_program(
                 updated.append([array[None] for array in attend.arrays])
             return KVCache(*zip(*updated, strict=True)), q
 
-        if rounds == 1:
-            return attend_once(0, (cache, q))
         # A loop, since XLA takes minutes to compile hundreds of calls.
         return jax.lax.fori_loop(0, rounds, attend_once, (cache, q))
 

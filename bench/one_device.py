@@ -24,7 +24,6 @@ from sharding.mesh import make_mesh
 
 PAGE_SIZE = GPU_PAGE
 DTYPE = jnp.dtype(jnp.bfloat16)
-ENOUGH_BYTES = 400_000_000  # for a program to read: 8 times the L2 cache of an H100 or H200
 
 
 @dataclass(frozen=True)
