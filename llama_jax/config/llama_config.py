@@ -30,7 +30,7 @@ class Quantization:
       format: a name from `quantization.FORMATS`.
       group_size: input columns that share a scale, in formats with groups; even, or -1 for one
         scale per row. Groups are smaller in a matrix where they would straddle the boundary between
-        two KV heads' columns, so that every mesh can split it. Act-order formats keep theirs.
+        two KV heads' columns, so that up to K ranks can split it. Act-order formats keep theirs.
       plain: the modules whose matrix is not quantized, such as "model.layers.0.mlp.up_proj".
 
     Raises:
