@@ -30,7 +30,7 @@ class Quantization:
       format: a name from `quantization.FORMATS`.
       group_size: input columns that share a scale, in formats with groups; even, or -1 for one
         scale per row. Groups are smaller in a matrix where they would straddle the boundary between
-        two KV heads' columns, so that every mesh can split it. Act-order formats keep theirs.
+        two KV heads' columns, so that up to K ranks can split it. Act-order formats keep theirs.
       plain: the modules whose matrix is not quantized, such as "model.layers.0.mlp.up_proj".
 
     Raises:
@@ -51,8 +51,13 @@ class Quantization:
             raise ConfigError(f"group_size must be an integer, got {self.group_size!r}.")
         if self.group_size != -1 and (self.group_size < 2 or self.group_size % 2):
             raise ConfigError(f"group_size must be even and positive, got {self.group_size}.")
-        if not all(isinstance(module, str) for module in self.plain):
-            raise ConfigError(f"plain must be a list of names of modules, got {self.plain!r}.")
+        # A list would be found out only where a config is the key of a compiled program.
+        names = self.plain if isinstance(self.plain, tuple) else (None,)
+        if not all(isinstance(module, str) for module in names):
+            raise ConfigError(
+                "plain must be a tuple of names of modules, a list in config.json, got "
+                f"{self.plain!r}."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a quantization_config that `parse_quantization` reads back."""

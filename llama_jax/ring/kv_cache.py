@@ -71,6 +71,7 @@ def cache_shapes(
     return KVCache((pages,) * positions, (pages,) * positions, scales, scales)
 
 
+@default_settings()
 def init_cache(shapes: KVCache, fill: float = 0.0) -> KVCache:
     """Allocates the cache on its devices. Tests fill it with NaN, which must reach no result."""
 

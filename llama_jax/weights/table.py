@@ -165,9 +165,9 @@ def group_columns(weight: Weight, config: LlamaConfig) -> int:
     group = columns if group == -1 else group
     if config.quantization.format in ACT_ORDER.values():
         return group
-    # A mesh splits the columns into at most as many pieces as there are KV heads, and every split
-    # is at a boundary of these pieces, so no group may straddle one. If the pieces are odd or
-    # uneven, a group may; `placements` then refuses the meshes that would split it.
+    # A mesh with up to as many ranks as KV heads splits the columns at the boundaries between KV
+    # heads, so no group may straddle one. With more ranks, or if the columns of a head are odd or
+    # uneven, a group may straddle a split; `placements` refuses the meshes where it does.
     even = columns % (2 * config.num_kv_heads) == 0
     piece = columns // config.num_kv_heads if even else columns
     return math.gcd(group, piece)

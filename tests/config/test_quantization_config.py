@@ -94,6 +94,12 @@ def test_unknown_keys_inside_groups_are_named():
     )
 
 
+@pytest.mark.parametrize("plain", [["model.layers.0.mlp.up_proj"], "mlp", (1,)])
+def test_plain_modules_are_a_tuple_of_names(plain):
+    with pytest.raises(ConfigError, match="plain must be a tuple"):
+        Quantization(format="fp8", plain=plain)
+
+
 @pytest.mark.parametrize("groups", [{}, None, {"g": {"weights": None, "input_activations": {}}}])
 def test_a_quantization_of_no_weights_is_plain(groups):
     """As llm-compressor writes it if only the KV cache is quantized."""

@@ -38,6 +38,7 @@ SETTINGS = [
     ("jax_numpy_dtype_promotion", "strict"),
     ("jax_disable_jit", True),
     ("jax_debug_nans", True),
+    ("jax_debug_infs", True),
 ]
 
 
@@ -75,7 +76,7 @@ def generated(llm: LLM) -> list[list[int]]:
 
 
 def observed(model: ShardedLlama) -> list[np.ndarray]:
-    logits, found = capture(model, jnp.array([PROMPT]), *NAMES)
+    logits, found = capture(model, np.array([PROMPT]), *NAMES)
     return [
         np.asarray(value) for value in (logits, *found.values(), model.unembed(logits[..., :64]))
     ]
@@ -121,6 +122,18 @@ def test_the_answers_of_a_mesh_are_the_same(path, llm, expected, name, value):
         assert activation_shapes(model, 1, len(PROMPT)).keys() >= set(NAMES[:1])
         for found, before in zip(observed(model), expected[1], strict=True):
             np.testing.assert_array_equal(found, before)
+
+
+def test_a_mesh_of_the_session_is_not_that_of_the_programs(path, llm, expected):
+    with jax.set_mesh(jax.make_mesh((4, 2), ("rows", "columns"))):
+        found = observed(ShardedLlama.from_pretrained(path, llm.model.mesh))
+    for now, before in zip(found, expected[1], strict=True):
+        np.testing.assert_array_equal(now, before)
+
+
+def test_the_engine_sends_packets_though_the_session_forbids_transfers(llm, expected):
+    with session("jax_transfer_guard", "disallow"):
+        assert generated(llm) == expected[0]
 
 
 @sessions()
