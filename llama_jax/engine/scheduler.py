@@ -33,6 +33,10 @@ NOT_A_TOKEN = (
     "The sampler chose {token}, which is no token id in [0, {vocab_size}): let its greedy and "
     "sample return ids of the whole vocabulary."
 )
+NOT_THE_SAME = (
+    "The sampler chose different tokens on the ranks of the mesh, each of which sees its share of "
+    "the logits: let it end with greedy or sample of llama_jax.model.sampling, which compare them."
+)
 
 
 class Scheduler:
@@ -272,7 +276,7 @@ class Scheduler:
         Args:
           packet: a packet that `schedule` returned P - 1 or more ticks ago.
           tokens: one token for each segment of the program that ran when the packet left the ring;
-            -1 if the logits were NaN.
+            -1 if the logits were NaN, -2 if the ranks have chosen different ones.
           bucket_rows: decode rows of that program; the tokens of the tiles come after them.
           logprobs: of each token, and of the most likely tokens, if a segment asks for them.
 
@@ -305,9 +309,9 @@ class Scheduler:
     def _fail(self, sequence: Sequence) -> Output:
         """Ends a request whose newest token is none: its logits are NaN, or the user's own sampler
         has returned anything."""
-        error, token = NOT_A_NUMBER, sequence.tokens.pop()
-        if token != -1:
-            error = NOT_A_TOKEN.format(token=token, vocab_size=self._vocab_size)
+        token = sequence.tokens.pop()
+        error = NOT_A_TOKEN.format(token=token, vocab_size=self._vocab_size)
+        error = {-1: NOT_A_NUMBER, -2: NOT_THE_SAME}.get(token, error)
         self._finish(sequence)
         self.pool.withdraw(sequence.page_keys)  # nobody else shall read what led to this
         return Output(

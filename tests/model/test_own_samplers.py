@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax import LLM, Llama, SamplingParams, ShardedLlama
 from llama_jax.engine.errors import EngineStartError
-from llama_jax.interpret import capture
+from llama_jax.interpret import capture, greedy_answer
 from llama_jax.model import Sampler
 from llama_jax.model.sampling import chosen_by, greedy, sample
 from llama_jax.ring.steps import LOGITS_SPEC
@@ -114,6 +114,28 @@ def test_what_is_no_token_ends_only_its_request(path, token):
     assert good.error is None and len(good.token_ids) == 4
     assert bad.finish_reason == "error" and bad.token_ids == []
     assert bad.error.startswith(f"The sampler chose {token}, which is no token id in [0, {VOCAB})")
+
+
+class Alone(Sampler):
+    """Chooses the most likely token of its rank's share."""
+
+    def greedy(self, logits):
+        return jnp.argmax(logits, axis=-1)
+
+
+@pytest.mark.parametrize("mesh", ["1x1", "1x2"])
+def test_ranks_that_choose_different_tokens_end_the_request(path, mesh):
+    class AloneLlama(Llama):
+        sampler = Alone()
+
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    with LLM(path, mesh, in_process=True, model_class=AloneLlama, **SMALL) as llm:
+        answer = llm.generate(TOKENS[0].tolist(), params)
+    if mesh == "1x1":
+        assert answer.token_ids == greedy_answer(Llama.from_pretrained(path), TOKENS[0], 4)
+    else:
+        assert answer.token_ids == []
+        assert answer.error.startswith("The sampler chose different tokens on the ranks")
 
 
 def test_a_sampler_must_be_an_instance(path):
