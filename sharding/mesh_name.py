@@ -15,7 +15,7 @@ def parse_mesh(shape: str) -> tuple[int, int]:
     Raises:
       MeshError: the shape has another form.
     """
-    match = re.fullmatch(r"\s*([1-9]\d*)\s*[x×X]\s*([1-9]\d*)\s*", shape)
+    match = re.fullmatch(r"\s*([1-9]\d*)\s*[x×X]\s*([1-9]\d*)\s*", str(shape))
     if match is None:
         raise MeshError(
             f'A mesh must have the form "stages x ranks", such as "4x2", got {shape!r}.'

@@ -104,14 +104,18 @@ class Engine:
                 executor.time_empty(chunks.times)
             stop_on_error.pop_all()
         weakref.finalize(self, self.warm_up.stop).atexit = False
+        vocab_size, stop_ids = decided.config.vocab_size, decided.config.eos_token_ids
         scheduler = Scheduler(
-            sizes, num_stages, prefix_caching=options.prefix_caching, chunks=chunks
+            sizes,
+            num_stages,
+            prefix_caching=options.prefix_caching,
+            chunks=chunks,
+            vocab_size=vocab_size,
         )
         late = choose_results_late(options, decided.platform)
         self.loop = TickLoop(scheduler, executor, late)
         # Not a method of this object: without a cycle, memory is freed at once.
         self.loop.ready = partial(getattr, self.warm_up, "ready")
-        vocab_size, stop_ids = decided.config.vocab_size, decided.config.eos_token_ids
         self._stop_ids = frozenset(stop_ids)
         self._seeds = seed_source(options.seed)
         self._grammars = Grammars(options.path, vocab_size, stop_ids)

@@ -29,6 +29,14 @@ from llama_jax.ring.sizes import RingSizes
 _new_tuple = tuple.__new__
 
 NOT_A_NUMBER = "The model's output is not a number (NaN) for this request: check the weights."
+NOT_A_TOKEN = (
+    "The sampler chose {token}, which is no token id in [0, {vocab_size}): let its greedy and "
+    "sample return ids of the whole vocabulary."
+)
+NOT_THE_SAME = (
+    "The sampler chose different tokens on the ranks of the mesh, each of which sees its share of "
+    "the logits: let it end with greedy or sample of llama_jax.model.sampling, which compare them."
+)
 
 
 class Scheduler:
@@ -44,6 +52,7 @@ class Scheduler:
       num_microbatches: M, equal to the number of stages P.
       prefix_caching: whether sequences that begin alike share pages.
       chunks: chooses the size of each chunk; None for the largest.
+      vocab_size: V; a request whose token is not in [0, V) ends with an error.
 
     Attributes:
       sizes: the sizes of the ring.
@@ -63,8 +72,10 @@ class Scheduler:
         *,
         prefix_caching: bool = True,
         chunks: ChunkChoice | None = None,
+        vocab_size: int = 1 << 31,
     ):
         self.sizes = sizes
+        self._vocab_size = vocab_size
         self.roster = Roster(sizes, num_microbatches, prefix_caching)
         self.prefill = Prefill(sizes, self.roster, chunks)
         self.waiting, self.prefilling = self.roster.waiting, self.roster.prefilling
@@ -265,7 +276,7 @@ class Scheduler:
         Args:
           packet: a packet that `schedule` returned P - 1 or more ticks ago.
           tokens: one token for each segment of the program that ran when the packet left the ring;
-            negative if the logits were NaN.
+            -1 if the logits were NaN, -2 if the ranks have chosen different ones.
           bucket_rows: decode rows of that program; the tokens of the tiles come after them.
           logprobs: of each token, and of the most likely tokens, if a segment asks for them.
 
@@ -278,12 +289,13 @@ class Scheduler:
             dealt = packet.deal(logprobs, bucket_rows)
             scored = [(s, own) for s, epoch, own in dealt if epoch == s.epoch]
         outputs: list[Output] = []
+        end = self._vocab_size
         for s, epoch, token in packet.deal(tokens, bucket_rows):
             if epoch != s.epoch:
                 continue
             known = s.tokens
             known.append(token)
-            if len(known) >= s.look_at or token in s.stop_ids or token < 0:
+            if len(known) >= s.look_at or token in s.stop_ids or not 0 <= token < end:
                 outputs.append(self._look(s, token))
             else:  # as almost all
                 fields = (  # of an `Output`, in their order
@@ -295,15 +307,18 @@ class Scheduler:
         return [_with_logprobs(*each) for each in zip(outputs, scored, strict=True)]
 
     def _fail(self, sequence: Sequence) -> Output:
-        """Ends a request whose logits are not numbers, so that its newest token is none."""
-        sequence.tokens.pop()
+        """Ends a request whose newest token is none: its logits are NaN, or the user's own sampler
+        has returned anything."""
+        token = sequence.tokens.pop()
+        error = NOT_A_TOKEN.format(token=token, vocab_size=self._vocab_size)
+        error = {-1: NOT_A_NUMBER, -2: NOT_THE_SAME}.get(token, error)
         self._finish(sequence)
         self.pool.withdraw(sequence.page_keys)  # nobody else shall read what led to this
         return Output(
             sequence.request_id,
             None,
             "error",
-            NOT_A_NUMBER,
+            error,
             cached_tokens=sequence.num_cached,
             queue_seconds=sequence.queue_seconds,
         )
@@ -311,7 +326,7 @@ class Scheduler:
     def _look(self, sequence: Sequence, token: int) -> Output:
         """Looks at a sequence that may have ended, or that may have filled a page, by its newest
         token; and at each token of one with a constraint, and the first of all others."""
-        if token < 0:
+        if not 0 <= token < self._vocab_size:
             return self._fail(sequence)
         reason: FinishReason | None = None
         if token in sequence.stop_ids:

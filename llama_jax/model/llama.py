@@ -33,6 +33,7 @@ from llama_jax.model.tap import TappedModule
 from llama_jax.quantization import Quantized
 from llama_jax.weights.table import EMBEDDING, LAYER_PARAMETERS, LM_HEAD
 from llama_jax.weights.unfused import Unfused
+from sharding.errors import UserError
 from sharding.settings import default_promotion
 
 Reduce = Callable[[jax.Array], jax.Array]
@@ -271,7 +272,8 @@ class Llama(TappedModule):
 
         Raises:
           CheckpointError, ConfigError: the checkpoint cannot be read.
-          UserError: `dtype` has another value.
+          UserError: `dtype` has another value, or a module of a subclass has an array as a plain
+            attribute.
         """
         # Imported here, so that importing the model does not load the readers.
         from llama_jax.checkpoint import open_checkpoint
@@ -282,6 +284,7 @@ class Llama(TappedModule):
             kind = choose_dtype(dtype, reader.config, jax.default_backend())
             # eval_shape: no random weights are computed only to be replaced.
             model = nnx.eval_shape(lambda: cls(reader.config, rngs=nnx.Rngs(0), dtype=kind))
+            check_attributes(model)
             params = load_whole(reader, kind)
         model.embedding.set_value(params.embedding)
         model.final_norm.scale.set_value(params.final_norm)
@@ -291,6 +294,24 @@ class Llama(TappedModule):
             set_weights(layer, weights)
         _initialize_others(model, kind)
         return model
+
+
+def check_attributes(module: nnx.Module) -> None:
+    """Checks that no module, made by `nnx.eval_shape`, has an array as a plain attribute.
+
+    Its value would not outlive `nnx.eval_shape`, and JAX would tell of tracers.
+
+    Raises:
+      UserError: one has.
+    """
+    for _, each in nnx.iter_modules(module):
+        for name, value in vars(each).items():
+            if isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+                raise UserError(
+                    f"{type(each).__name__} has an array as its attribute {name}: make it an "
+                    "nnx.Variable, which is not trained, an nnx.Param, which is, or a constant "
+                    "outside the class."
+                )
 
 
 def _initialize_others(model: Llama, dtype: jnp.dtype) -> None:
@@ -343,7 +364,13 @@ def check_tokens(tokens: Any, vocab_size: int) -> None:
     """
     if isinstance(tokens, jax.core.Tracer):
         return
-    values = np.asarray(tokens)
+    try:
+        values = np.asarray(tokens)
+    except ValueError:  # of rows of different lengths
+        raise ValueError(
+            "tokens must be integers of shape [B, T], but the rows differ in length: pad the ends "
+            "with any token, which changes nothing before the padding."
+        ) from None
     if values.ndim != 2 or (values.size and not np.issubdtype(values.dtype, np.integer)):
         raise ValueError(
             f"tokens must be integers of shape [B, T], got {values.dtype} of shape {values.shape}."

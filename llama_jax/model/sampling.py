@@ -26,6 +26,7 @@ from sharding.collectives import all_gather, pmax, psum, rank
 from sharding.errors import UserError
 
 NO_TOKEN = -1  # the choice where a logit is NaN
+NO_AGREEMENT = -2  # the choice where the user's own sampler chose different tokens on the ranks
 # Tokens that are compared, or whose mass is summed, before one of them is chosen; fewer on CPUs if
 # then the blocks need no padding, for which XLA:CPU copies all logits.
 BLOCK = 256
@@ -110,7 +111,8 @@ def chosen_by(sampler: Sampler, method: str, logits: jax.Array, *rest: jax.Array
       logits, rest: its arguments.
 
     Returns:
-      `[n]` int32.
+      `[n]` int32; `NO_AGREEMENT` where a sampler of the user's has not compared the ranks, so that
+      they have chosen different tokens.
 
     Raises:
       UserError: it returned anything else than n integers. This is found while tracing.
@@ -124,7 +126,10 @@ def chosen_by(sampler: Sampler, method: str, logits: jax.Array, *rest: jax.Array
             f"{list(logits.shape[:1])}, one for each row of the logits, got {got}."
         )
     chosen: jax.Array = tokens.astype(jnp.int32)
-    return chosen
+    if getattr(type(sampler), method) is getattr(Sampler, method):
+        return chosen
+    highest, lowest = pmax(jnp.stack([chosen, -chosen]), AXES)
+    return jnp.where(highest == -lowest, chosen, NO_AGREEMENT)
 
 
 def sample(logits: jax.Array, greedy_tokens: jax.Array, packed_controls: jax.Array) -> jax.Array:

@@ -77,7 +77,10 @@ def observed_step(
     Args:
       program: with a chunk and no decode rows.
       mesh: the mesh.
-      activations: those of the layers to return; the layers must tap each of them.
+      activations: those of the layers to return.
+
+    Raises:
+      ValueError: the layers tap no value of such a name.
     """
     specs = state_specs()
     layers = {each: _spec(program, mesh, each.name) for each in activations}
@@ -191,7 +194,11 @@ def _with_copies(program: Program, mesh: Mesh) -> Program:
 
 
 def _shape(program: Program, weights: dict[str, Any], name: str) -> tuple[int, ...]:
-    """The shape of an activation in a layer with these weights, for two tokens."""
+    """The shape of an activation in a layer with these weights, for two tokens.
+
+    Raises:
+      ValueError: the layer has no activation of this name.
+    """
 
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, *, score_mod: ScoreMod, tap: Tap
@@ -205,5 +212,10 @@ def _shape(program: Program, weights: dict[str, Any], name: str) -> tuple[int, .
         captured = nnx.capture(layer, nnx.Intermediate)(x, positions, attend)[1]
         return each_by_name(captured_by_name(captured))
 
-    shape: tuple[int, ...] = jax.eval_shape(tapped, weights)[name].shape
+    shapes = jax.eval_shape(tapped, weights)
+    if name not in shapes:
+        raise ValueError(
+            f"There is no activation {name!r} in a layer, which has {', '.join(sorted(shapes))}."
+        )
+    shape: tuple[int, ...] = shapes[name].shape
     return shape

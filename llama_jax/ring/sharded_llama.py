@@ -4,10 +4,11 @@ The ring runs it: prompts are cut into chunks that enter in consecutive ticks, a
 on a different chunk. For an engine with a scheduler and sampling, use `LLM`.
 """
 
+import re
 from collections.abc import Sequence
 from contextlib import closing
 from functools import lru_cache, partial
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,7 @@ from sharding.stages import split_layers
 
 PAGE_SIZE = 16
 TILES_PER_CHUNK = 2
+OUTSIDE_LAYERS = ("embedding", "final_norm.output", "logits")
 TRIED_LENGTH = 1024  # tokens of the prompt with whose sizes the kernels are tried
 
 
@@ -119,7 +121,7 @@ class ShardedLlama:
         with closing(open_checkpoint(path)) as reader:
             check_model_class(model_class, reader.config)
             reader.declared.report_unknown()
-            mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
+            mesh = mesh if isinstance(mesh, Mesh) else make_mesh(mesh)
             kind = choose_dtype(dtype, reader.config, mesh.devices.flat[0].platform)
             cache_kind = choose_kv_dtype(kv_cache_dtype, kind)
             # Before the weights take the memory that this needs.
@@ -150,7 +152,12 @@ class ShardedLlama:
         return self.observe(tokens, ())[0]
 
     def unembed(self, x: jax.Array) -> jax.Array:
-        """Output of a layer [..., D] -> logits [..., V] float32: final norm and LM head."""
+        """Output of a layer [..., D] -> logits [..., V] float32: final norm and LM head.
+
+        Raises:
+          ValueError: this is inside `jax.jit` or `jax.grad`.
+        """
+        _check_outside_jit(x)
         rows = jnp.asarray(x).reshape(-1, x.shape[-1])
         scores = np.asarray(_unembed(self.config, self.mesh)(self.params, np.asarray(rows)))
         return jnp.asarray(scores[:, : self.config.vocab_size]).reshape(*x.shape[:-1], -1)
@@ -162,20 +169,16 @@ class ShardedLlama:
 
         Args:
           tokens: `[B, T]` int32 in [0, V).
-          names: full names of activations, which must exist.
+          names: full names of activations, as in `interpret.activation_shapes`.
 
         Returns:
           Logits `[B, T, V]` float32, and the activations by name, in the shapes of `Llama`.
 
         Raises:
           ValueError: a token is out of range, the sequence is too long for dynamic rope scaling,
-            or this is inside `jax.jit` or `jax.grad`.
+            there is no activation of a name, or this is inside `jax.jit` or `jax.grad`.
         """
-        if isinstance(tokens, jax.core.Tracer):
-            raise ValueError(
-                "A model on a mesh cannot be called inside jax.jit or jax.grad, because it runs "
-                "compiled programs and is not differentiable: use Llama on one device."
-            )
+        _check_outside_jit(tokens)
         check_tokens(tokens, self.config.vocab_size)
         check_length(self.config, np.shape(tokens)[1])
         values = np.asarray(tokens, np.int32)
@@ -217,7 +220,7 @@ class ShardedLlama:
     def _run(self, tokens: np.ndarray, found: "dict[str, _Collected]") -> np.ndarray:
         """Runs tokens `[B, T]`; fills in `found` and returns the logits `[B, T, V]`."""
         sizes, bucket = _sizes(*tokens.shape)
-        places = {name: self._place(name) for name in found if name.startswith("layers.")}
+        places = {name: self._place(name) for name in found if name not in OUTSIDE_LAYERS}
         activations = tuple(sorted({activation for _, activation in places.values()}))
         program = Program(self.config, sizes, bucket, self.model_class, self._attention)
         step = _step(program, self.mesh, activations)
@@ -257,11 +260,22 @@ class ShardedLlama:
         return logits.whole
 
     def _place(self, name: str) -> tuple[int, LayerActivation]:
-        """The stage that computes an activation of a layer, and its name there."""
-        _, number, inside = name.split(".", 2)
+        """The stage that computes an activation of a layer, and its name there.
+
+        Raises:
+          ValueError: there is no such layer. Its own names are checked when they are traced.
+        """
+        match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+        if match is None or int(match[1]) >= self.config.num_layers:
+            raise ValueError(
+                f"There is no activation {name!r}: the layers are layers.0 to "
+                f"layers.{self.config.num_layers - 1}, and outside of them are "
+                f"{', '.join(OUTSIDE_LAYERS)}."
+            )
+        number, inside = int(match[1]), match[2]
         stages = split_layers(self.config.num_layers, self.mesh.shape[STAGE])
-        stage = next(s for s, layers in enumerate(stages) if int(number) in layers)
-        return stage, LayerActivation(stages[stage].index(int(number)), inside)
+        stage = next(s for s, layers in enumerate(stages) if number in layers)
+        return stage, LayerActivation(stages[stage].index(number), inside)
 
     def _state_for(self, sizes: RingSizes) -> State:
         """The state to run with: that of the previous run if the sizes are the same, or a new one.
@@ -284,6 +298,15 @@ def _unembed(config: LlamaConfig, mesh: Mesh) -> MeshProgram:
     """The final norm and LM head: (weights, `[n, D]`) -> `[n, V']` float32."""
     specs = (param_specs(config, *mesh_shape(mesh)), P())
     return MeshProgram(partial(local_logits, config), mesh, specs, LOGITS_SPEC, name="unembed")
+
+
+def _check_outside_jit(value: Any) -> None:
+    """Raises ValueError inside `jax.jit` or `jax.grad`, where a value is not known."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(
+            "A model on a mesh cannot be called inside jax.jit or jax.grad, because it runs "
+            "compiled programs and is not differentiable: use Llama on one device."
+        )
 
 
 class _Tile(NamedTuple):

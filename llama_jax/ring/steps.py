@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama, RMSNorm, Sampler
+from llama_jax.model.llama import check_attributes
 from llama_jax.quantization import GROUPED
 from llama_jax.ring import kv_cache
 from llama_jax.ring.attention_backend import AUTO, PLAIN, AttentionBackend, choose_backend
@@ -200,8 +201,9 @@ def check_model_class(model_class: type[Llama], config: LlamaConfig) -> None:
 
     Raises:
       UserError: it is no such subclass, it overrides a method that the ring does not call, its
-        sampler is none, its layers have parameters that no checkpoint has, or its constructor makes
-        some layers, or the final norm, otherwise than the ring does.
+        sampler is none, its layers have parameters that no checkpoint has or arrays as plain
+        attributes, or its constructor makes some layers, or the final norm, otherwise than the ring
+        does.
     """
     if not (isinstance(model_class, type) and issubclass(model_class, Llama)):
         got = getattr(model_class, "__name__", f"an instance of {type(model_class).__name__}")
@@ -219,6 +221,7 @@ def check_model_class(model_class: type[Llama], config: LlamaConfig) -> None:
             "sampler = MySampler(), with parentheses."
         )
     layer = nnx.eval_shape(lambda: model_class.layer_class(config, rngs=nnx.Rngs(0)))
+    check_attributes(layer)
     for path, _ in nnx.to_flat_state(nnx.state(layer, nnx.Not(nnx.RngState))):
         name = ".".join(map(str, path))
         if name not in LAYER_PARAMETERS:

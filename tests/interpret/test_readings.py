@@ -255,6 +255,7 @@ BAD_TOKENS = {
     "negative": ([[-1, 0]], "-1"),
     "floats": ([[0.5]], "float64"),
     "one dimension": ([1, 2], r"\(2,\)"),
+    "different lengths": ([[1, 2], [3]], "differ in length: pad the ends"),
     "no tokens": (np.zeros((1, 0), int), r"\(1, 0\)"),
     "no prompts": (np.zeros((0, 3), int), r"\(0, 3\)"),
 }
@@ -270,9 +271,16 @@ def test_bad_tokens_are_rejected(model, sharded, what):
     for function in ON_EITHER:
         for either in (model, sharded):
             with pytest.raises(ValueError, match=token):
-                function(either, np.array(bad))
+                function(either, bad)
     with pytest.raises(ValueError, match=token):
-        gradients(model, np.array(bad), score)
+        gradients(model, bad, score)
+
+
+def test_padding_at_the_end_changes_nothing_before_it(either, tokens):
+    padded = np.where(np.arange(21) < 13, tokens[:1], 0)
+    together = logit_lens(either, np.concatenate([padded, tokens[1:]]))
+    alone = logit_lens(either, tokens[:1, :13])
+    np.testing.assert_allclose(together[:, :1, :13], alone, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -71,3 +71,20 @@ def test_a_mesh_has_no_place_for_them(path):
         ShardedLlama.from_pretrained(path, model_class=AdaptedLlama)
     with pytest.raises(UserError, match=name):
         Engine(EngineOptions(path=path), model_class=AdaptedLlama)
+
+
+@pytest.mark.parametrize("make", [jnp.ones, np.ones], ids=["jax", "numpy"])
+def test_an_array_as_a_plain_attribute_is_refused(path, make):
+    class Steered(DecoderLayer):
+        def __init__(self, config, *, rngs, dtype=jnp.float32):
+            super().__init__(config, rngs=rngs, dtype=dtype)
+            self.vector = make(config.embed_dim)
+
+    class SteeredLlama(Llama):
+        layer_class = Steered
+
+    message = r"^Steered has an array as its attribute vector: make it an nnx\.Variable"
+    with pytest.raises(UserError, match=message):
+        SteeredLlama.from_pretrained(path)
+    with pytest.raises(UserError, match=message):
+        ShardedLlama.from_pretrained(path, model_class=SteeredLlama)

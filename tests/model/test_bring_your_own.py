@@ -11,7 +11,7 @@ import torch
 from llama_jax import LLM, Llama, SamplingParams, ShardedLlama
 from llama_jax.engine.errors import EngineStartError, RequestError
 from llama_jax.interpret import capture, greedy_answer
-from llama_jax.model import MLP, Attention, DecoderLayer, Sampler
+from llama_jax.model import MLP, Attention, DecoderLayer
 from llama_jax.model.attention import (
     MASKED,
     causal_attention,
@@ -20,9 +20,6 @@ from llama_jax.model.attention import (
     paged_weights,
 )
 from llama_jax.model.llama import linear
-from llama_jax.model.sampling import greedy, sample
-from sharding.axes import AXES
-from sharding.collectives import rank
 from sharding.errors import UserError
 from tests.model.test_attention import LENGTHS, Pool
 from tests.support.hooked import assert_close, hooked
@@ -305,61 +302,6 @@ def test_classes_in_the_engine(path, model_class, mesh):
         expected = logprobs[range(len(prompt) - 1), prompt[1:]]
         np.testing.assert_allclose(scored, expected, atol=1e-4)
     assert greedy_answer(Llama.from_pretrained(path), prompts[0], 24) != answers[0]
-
-
-class Ban(Sampler):
-    """Never chooses one token."""
-
-    def __init__(self, banned):
-        self.banned = banned
-
-    def greedy(self, logits):
-        return greedy(self._without(logits))
-
-    def sample(self, logits, likeliest, packed_controls):
-        return sample(self._without(logits), likeliest, packed_controls)
-
-    def _without(self, logits):
-        token = rank(AXES) * logits.shape[1] + jnp.arange(logits.shape[1])
-        return jnp.where(token == self.banned, -jnp.inf, logits)
-
-
-@pytest.mark.parametrize("mesh", [pytest.param("1x1", marks=pytest.mark.slow), "2x2"])
-def test_a_sampler(path, mesh):
-    usual, prompt = Llama.from_pretrained(path), TOKENS[0].tolist()
-    banned = int(capture(usual, TOKENS)[0][0, -1].argmax())
-
-    class BanLlama(Llama):
-        sampler = Ban(banned)
-
-    always = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
-    drawn = SamplingParams(temperature=1.0, top_k=1, seed=1, max_tokens=16, ignore_eos=True)
-    hot = [SamplingParams(temperature=2.0, seed=n, max_tokens=1) for n in range(60)]
-    with LLM(path, mesh, in_process=True, model_class=BanLlama, **SMALL) as llm:
-        found = llm.generate([prompt] * 62, [always, drawn, *hot])
-    answers = [answer.token_ids for answer in found]
-    whole = np.array([prompt + answers[0]])
-    scores = np.array(capture(usual, whole)[0][0, len(prompt) - 1 : -1])
-    scores[:, banned] = -np.inf
-    assert answers[0] == answers[1] == scores.argmax(axis=-1).tolist()
-    # The banned token would be the likeliest first token; sixty draws never give it.
-    first = {answer[0] for answer in answers[2:]}
-    assert banned not in first and len(first) > 20
-
-
-class Floats(Sampler):
-    """Chooses no integers."""
-
-    def greedy(self, logits):
-        return super().greedy(logits).astype(jnp.float32)
-
-
-def test_an_engine_says_what_is_wrong_with_its_sampler(path):
-    class FloatsLlama(Llama):
-        sampler = Floats()
-
-    with pytest.raises(EngineStartError, match=r"Floats\.greedy must return int32 tokens"):
-        LLM(path, in_process=True, model_class=FloatsLlama, **SMALL)
 
 
 # --- refusals -----------------------------------------------------------------------------------

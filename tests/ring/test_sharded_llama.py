@@ -1,5 +1,7 @@
 """`ShardedLlama` is called like the plain model and compiles no more than it must."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,35 @@ def test_logits(path, theirs, mesh, shapes):
         tokens = tokens_of(*shape)
         expected = np.stack([reference_logits(theirs, prompt) for prompt in tokens.tolist()])
         assert_close(model(tokens), expected)
+
+
+def test_what_is_no_mesh_is_refused(path):
+    with pytest.raises(UserError, match=r"^A mesh must have the form .* got \(2, 2\)\.$"):
+        ShardedLlama.from_pretrained(path, (2, 2))
+
+
+def test_calls_inside_jit_are_refused(path):
+    model = ShardedLlama.from_pretrained(path)
+    for call, value in ((model, tokens_of(1, 3)), (model.unembed, np.ones((3, 64), np.float32))):
+        with pytest.raises(ValueError, match=r"^A model on a mesh .* inside jax\.jit"):
+            jax.jit(call)(value)
+    with pytest.raises(ValueError, match="not differentiable"):
+        jax.grad(lambda x: model.unembed(x).sum())(np.ones((3, 64), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("residual", "embedding, final_norm.output, logits"),
+        ("layers.3.residual", "layers.0 to layers.2"),
+        ("layers.*.residual", "layers.0 to layers.2"),
+        ("layers.1.resid", "middle, mlp.neurons, mlp.output, mlp_norm.output, residual"),
+    ],
+)
+def test_unknown_activations_are_refused(path, name, known):
+    model = ShardedLlama.from_pretrained(path, "2x1")
+    with pytest.raises(ValueError, match=rf"^There is no activation .* {re.escape(known)}.*\.$"):
+        model.observe(tokens_of(1, 3), ["logits", name])
 
 
 def test_the_kernel_where_it_cannot_run_is_refused(path):
