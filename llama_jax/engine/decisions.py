@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 from llama_jax.checkpoint.load import choose_dtype
 from llama_jax.config import LlamaConfig
 from llama_jax.costs.tick_time import TickModel
-from llama_jax.engine.device_memory import choose_mesh_sizes
+from llama_jax.engine.device_memory import allowed_bytes, choose_mesh_sizes, served_on
 from llama_jax.engine.latency_targets import known_devices
+from llama_jax.engine.memory_check import check_memory, check_weights
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.sizing import check_platform
 from llama_jax.model import Llama
@@ -70,7 +71,10 @@ def decide(options: EngineOptions, config: LlamaConfig, model_class: type[Llama]
         jax.config.update("jax_default_matmul_precision", "float32")
     cache_dtype = choose_kv_dtype(options.kv_cache_dtype, dtype)
     known = known_devices(options, config, device.device_kind, mesh_shape(mesh), str(dtype))
+    deployment, allowed = served_on(options, config, mesh, dtype), allowed_bytes(options, mesh)
+    check_weights(deployment, options, allowed)
     sizes, max_model_len = choose_mesh_sizes(options, config, mesh, dtype, known)
+    check_memory(deployment, options, sizes, allowed)
     check_backend(
         options.attention_backend, mesh, model_class, config.head_dim, sizes.page_size,
         dtype, cache_dtype,

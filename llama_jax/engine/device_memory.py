@@ -1,14 +1,19 @@
 """The memory of the devices: what weights and arrays take, and what is left for the KV cache."""
 
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llama_jax.config import LlamaConfig
+from llama_jax.costs.deployment import Layout
+from llama_jax.costs.gpus import CPU
 from llama_jax.costs.tick_time import TickModel
 from llama_jax.engine.interface import MemoryStats
+from llama_jax.engine.memory_check import Served, cpu_memory
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.sizing import (
     CPU_CACHE_BYTES,
@@ -57,6 +62,30 @@ def choose_mesh_sizes(
     platform = devices[0].platform
     page = page_bytes(config, mesh, choose_page_size(options, platform), cache_dtype)
     return choose_sizes(options, config, mesh_shape(mesh)[0], page, cache, platform, known)
+
+
+def served_on(options: EngineOptions, config: LlamaConfig, mesh: Mesh, dtype: jnp.dtype) -> Served:
+    """What an engine serves on a mesh, for `memory_check`, which reads no rates of its devices."""
+    device = mesh.devices.flat[0]
+    kind = replace(CPU, name=device.device_kind, platform=device.platform)
+    layout = Layout(*mesh_shape(mesh))
+    return Served(config, kind, layout, options.kv_cache_dtype, options.fp8_activations, str(dtype))
+
+
+def allowed_bytes(options: EngineOptions, mesh: Mesh) -> int:
+    """Returns the bytes that an engine may take on each device, before it has taken any.
+
+    Where neither the devices nor the options tell, nothing is too much.
+
+    Raises:
+      SizingError: see `free_bytes`.
+    """
+    devices = mesh.devices.flatten().tolist()
+    if devices[0].platform == "cpu":
+        return cpu_memory(len(devices))
+    if options.kv_cache_memory is not None and not memory_stats(devices):
+        return sys.maxsize
+    return min(free_bytes(devices))
 
 
 def weight_bytes(config: LlamaConfig, mesh: Mesh, dtype: jnp.dtype) -> int:

@@ -143,11 +143,17 @@ def choose_sizes(
         num_seqs = _default_sequences(platform, affordable * page_size, longest)
     useful_pages = num_seqs * -(-longest // page_size)
     num_pages = min(affordable, useful_pages)
-    if num_pages * page_size < (longest if options.max_model_len else 2):
+    needed = longest if options.max_model_len else 2
+    if num_pages * page_size < needed:
+        remedy = (
+            f"raise kv_cache_memory to {-(-longest // page_size) * page_bytes} or lower "
+            "max_model_len"
+        )
+        if needed * page_bytes <= cache_bytes * page_size:  # it would hold them in smaller pages
+            remedy = f"lower page_size, now {page_size}"
         raise SizingError(
             f"The KV cache has {cache_bytes} bytes on each device, which hold "
-            f"{num_pages * page_size} tokens, but max_model_len is {longest}: raise "
-            f"kv_cache_memory to {-(-longest // page_size) * page_bytes} or lower max_model_len."
+            f"{num_pages * page_size} tokens, but max_model_len is {longest}: {remedy}."
         )
     longest = min(longest, num_pages * page_size)
     max_chunk = options.max_chunk or (CPU_CHUNK if platform == "cpu" else GPU_CHUNK)

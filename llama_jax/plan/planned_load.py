@@ -5,6 +5,7 @@ import math
 
 from llama_jax.plan.simulation.traces import read_trace
 from llama_jax.plan.targets import Workload
+from sharding.errors import UserError
 
 DEFAULT_LOAD = Workload(prompt_tokens=1024, output_tokens=256, rate=8.0)
 LEAST_RATE, MOST_RATE = 1e-9, 1e9  # requests/s; beyond, arithmetic overflows
@@ -18,6 +19,7 @@ def planned_load(arguments: argparse.Namespace) -> Workload:
 
     Raises:
       TraceError: the trace cannot be read.
+      UserError: a target would be dropped without a word, since the flags contradict each other.
     """
     load = DEFAULT_LOAD
     if arguments.trace is not None:
@@ -27,6 +29,12 @@ def planned_load(arguments: argparse.Namespace) -> Workload:
         load = Workload(prompt, load.output_tokens, load.rate)
     if arguments.output_lengths is not None:
         load = Workload(load.prompt_tokens, math.ceil(arguments.output_lengths.mean), load.rate)
+    simulated = arguments.trace is not None or arguments.output_lengths is not None
+    if simulated and arguments.output_tokens == 1 < load.output_tokens and arguments.tpot:
+        raise UserError(
+            "--output-tokens 1 plans for answers without a second token, which no --tpot limits, "
+            "but longer ones are to be simulated: leave --output-tokens out, or add --tpot none."
+        )
     return Workload(
         arguments.prompt_tokens or load.prompt_tokens,
         arguments.output_tokens or load.output_tokens,

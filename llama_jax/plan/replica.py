@@ -11,8 +11,8 @@ from llama_jax.costs.work import Work
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.sizing import (
     CPU_CACHE_BYTES,
-    GPU_PAGE,
     GPU_TEMPORARIES,
+    choose_page_size,
     choose_results_late,
     choose_sizes,
     gpu_cache_bytes,
@@ -25,7 +25,6 @@ from llama_jax.ring.sizes import TILE, RingSizes
 LEVELS = ("low", "expected", "high")  # of the time of a tick
 MAX_LIVE = 4096  # sequences that decode at once in a replica
 LARGEST_CHUNK = 2048
-PAGE_SIZE = GPU_PAGE
 
 
 @dataclass(frozen=True)
@@ -102,15 +101,20 @@ class Replica:
         if self._platform == "cpu" and cache:
             layout = self.deployment.layout
             cache = min(cache, CPU_CACHE_BYTES // (layout.num_stages * layout.num_ranks))
-        tokens = cache // page_bytes(self.deployment, PAGE_SIZE) * PAGE_SIZE
+        tokens = cache // page_bytes(self.deployment, self.page_size) * self.page_size
         token = kv_bytes_per_token(self.deployment)
         return Memory(weights, GPU_TEMPORARIES, cache, token, tokens, allowed, total)
+
+    @property
+    def page_size(self) -> int:
+        """The tokens of a page of the KV cache, as the engine chooses them."""
+        return choose_page_size(EngineOptions(path=""), self._platform)
 
     @property
     def request(self) -> int:
         """The tokens that the pages of one request hold."""
         tokens = self.workload.prompt_tokens + self.workload.output_tokens
-        return -(-tokens // PAGE_SIZE) * PAGE_SIZE
+        return -(-tokens // self.page_size) * self.page_size
 
     @cached_property
     def sizes(self) -> RingSizes:
@@ -144,7 +148,7 @@ class Replica:
     @property
     def max_live(self) -> int:
         """The sequences that the cache holds."""
-        return min(MAX_LIVE, int(self.memory.tokens // (self.context + PAGE_SIZE)))
+        return min(MAX_LIVE, int(self.memory.tokens // (self.context + self.page_size)))
 
     def tick(self, live: int, chunk: int) -> Band:
         """Seconds of a tick in which packets have this many live rows and a chunk."""

@@ -25,7 +25,6 @@ from llama_jax.plan.candidate import Candidate
 from llama_jax.plan.model import local_path
 from llama_jax.plan.numbers import amount
 from llama_jax.plan.plan import Plan
-from llama_jax.plan.replica import PAGE_SIZE
 from sharding.errors import UserError
 
 IMAGE = "llama-jax:latest"
@@ -189,7 +188,7 @@ def _cache_beside_ring(best: Candidate, longest: int) -> int:
         max_num_seqs=best.max_num_seqs,
         max_chunk=best.max_chunk,
     )
-    page = page_bytes(deployment, PAGE_SIZE)
+    page = page_bytes(deployment, best.replica.page_size)
     stages, platform = deployment.layout.num_stages, deployment.gpu.platform
     sizes, _ = choose_sizes(options, deployment.config, stages, page, memory.cache, platform)
     left = memory.cache + memory.temporaries - ring_bytes(deployment, sizes)

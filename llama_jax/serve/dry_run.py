@@ -4,24 +4,26 @@ Loads no JAX: the memory is counted by the arithmetic of `llama_jax.costs`.
 """
 
 import argparse
+import contextlib
+import math
 import os
 import re
 import socket
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from llama_jax.checkpoint import open_checkpoint
 from llama_jax.config.huggingface import read_checkpoint_config
 from llama_jax.config.llama_config import LlamaConfig
-from llama_jax.costs.deployment import Deployment, Layout
+from llama_jax.costs.deployment import Layout
 from llama_jax.costs.gpus import CPU, GPUS, Gpu, find_gpu, gpu_of_device
-from llama_jax.costs.memory import page_bytes, ring_bytes, weight_bytes
+from llama_jax.costs.memory import page_bytes
 from llama_jax.engine.latency_targets import choose_chunks, known_devices
+from llama_jax.engine.memory_check import Served, check_memory, check_weights, cpu_memory
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.sizing import (
     CPU_CACHE_BYTES,
     GPU_MEMORY_SHARE,
-    GPU_TEMPORARIES,
     SizingError,
     check_options,
     check_platform,
@@ -40,17 +42,6 @@ from sharding.mesh_name import parse_mesh
 _DRIVER = Path("/proc/driver/nvidia/gpus")
 _WITHOUT_WEIGHTS = re.compile(r".*\.(json|jinja|txt|md|model)|\..*")
 _FP8_CAPABILITY = "9.0"  # of every GPU in the table that multiplies in fp8, or more
-
-
-@dataclass(frozen=True)
-class _Served(Deployment):
-    """A deployment whose activations have the dtype that the server gives them."""
-
-    served_dtype: str = "bfloat16"
-
-    @property
-    def dtype(self) -> str:
-        return self.served_dtype
 
 
 def dry_run(arguments: argparse.Namespace) -> list[str]:
@@ -98,19 +89,12 @@ def describe(name: str, options: EngineOptions, config: LlamaConfig, gpu: Gpu) -
     dtype = options.dtype
     if dtype == "auto":
         dtype = "float32" if platform == "cpu" or config.dtype == "float32" else "bfloat16"
-    deployment = _Served(
+    deployment = Served(
         config, gpu, Layout(*mesh), options.kv_cache_dtype, options.fp8_activations, dtype
     )
-    weights = sum(weight_bytes(deployment).values())
-    page = page_bytes(deployment, choose_page_size(options, platform))
     share = _memory_share(options) if platform != "cpu" else 1.0
     allowed = int(gpu.memory_bytes * share)
-    reserve = GPU_TEMPORARIES if platform != "cpu" and options.kv_cache_memory is None else 0
-    if weights + reserve >= allowed:
-        raise SizingError(
-            f"Each {gpu.name} would hold {bytes_text(weights)} of weights, and may hold "
-            f"{bytes_text(allowed)} in all: use a mesh with more devices, or weights in fewer bits."
-        )
+    weights = check_weights(deployment, options, allowed)
     if options.kv_cache_memory is not None:
         cache = options.kv_cache_memory
     elif platform == "cpu":
@@ -120,21 +104,9 @@ def describe(name: str, options: EngineOptions, config: LlamaConfig, gpu: Gpu) -
     known = known_devices(
         options, config, gpu.device_kinds[0] if gpu.device_kinds else "", mesh, dtype
     )
+    page = page_bytes(deployment, choose_page_size(options, platform))
     sizes, longest = choose_sizes(options, config, mesh[0], page, cache, platform, known)
-    ring, pool = ring_bytes(deployment, sizes), sizes.num_pages * page
-    total = weights + pool + ring
-    if total > allowed:
-        left = allowed - weights - ring
-        remedy = "use a mesh with more devices, or weights in fewer bits"
-        if left > 0 and (ring <= GPU_TEMPORARIES or options.kv_cache_memory is not None):
-            remedy = f"set kv_cache_memory to less than {bytes_text(left)}"
-        elif ring > GPU_TEMPORARIES:
-            remedy = f"lower {_largest_option(deployment, sizes)}"
-        raise SizingError(
-            f"Each {gpu.name} would hold {bytes_text(total)}, of which weights are "
-            f"{bytes_text(weights)}, KV cache {bytes_text(pool)}, and ring and temporaries "
-            f"{bytes_text(ring)}, and may hold {bytes_text(allowed)}: {remedy}."
-        )
+    needed = check_memory(deployment, options, sizes, allowed)
     targets = {"TPOT": options.tpot_slo, "TTFT": options.ttft_slo}
     shown = [f"{key} {1000 * value:g} ms" for key, value in targets.items() if value is not None]
     limit = f" of {bytes_text(allowed)} ({share:.0%})" if platform != "cpu" else ""
@@ -152,20 +124,11 @@ def describe(name: str, options: EngineOptions, config: LlamaConfig, gpu: Gpu) -
         f"KV cache: {sizes.num_pages * sizes.page_size:,} tokens in {deployment.kv_dtype}, "
         f"{count_text(sizes.num_pages, 'page')} of {sizes.page_size}",
         f"programs: {_programs(sizes)}",
-        f"each device: weights {bytes_text(weights)} + KV cache "
-        f"{bytes_text(pool)} + ring and temporaries, about {bytes_text(ring)} = "
-        f"{bytes_text(total)}{limit}",
+        f"each device: weights {bytes_text(needed.weights)} + KV cache "
+        f"{bytes_text(needed.cache)} + ring and temporaries, about {bytes_text(needed.ring)} = "
+        f"{bytes_text(sum(needed))}{limit}",
         f"latency targets: {', '.join(shown) or 'none'}{fewer}",
     ]
-
-
-def _largest_option(deployment: Deployment, sizes: RingSizes) -> str:
-    """The option that makes the ring large, and its value."""
-    without = {
-        f"max_chunk, now {sizes.max_chunk:,}": replace(sizes, chunk_buckets=(0, sizes.tile)),
-        f"max_num_seqs, now {sizes.num_slots:,}": replace(sizes, num_slots=1, row_buckets=(1,)),
-    }
-    return min(without, key=lambda option: ring_bytes(deployment, without[option]))
 
 
 def _programs(sizes: RingSizes) -> str:
@@ -178,8 +141,16 @@ def _memory_share(options: EngineOptions) -> float:
     if options.gpu_memory_utilization is not None:
         return options.gpu_memory_utilization
     names = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
-    given = next((os.environ[name] for name in names if name in os.environ), None)
-    return GPU_MEMORY_SHARE if given is None else float(given)
+    name = next((name for name in names if name in os.environ), None)
+    if name is None:
+        return GPU_MEMORY_SHARE
+    with contextlib.suppress(ValueError):
+        if 0 < (share := float(os.environ[name])) < math.inf:
+            return share
+    raise SizingError(
+        f"The environment variable {name} is {os.environ[name]!r}, which is no share of a GPU's "
+        f"memory: set it to a number such as {GPU_MEMORY_SHARE}, or unset it."
+    )
 
 
 def _gpu(name: str | None, mesh: tuple[int, int]) -> Gpu:
@@ -206,8 +177,7 @@ def _gpu(name: str | None, mesh: tuple[int, int]) -> Gpu:
 
 def _own_cpu(mesh: tuple[int, int]) -> Gpu:
     """A CPU device of this machine, whose devices share its memory."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return replace(CPU, memory_bytes=memory // (mesh[0] * mesh[1]))
+    return replace(CPU, memory_bytes=cpu_memory(mesh[0] * mesh[1]))
 
 
 def _model_line(file: Path) -> str:

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 
 from llama_jax.config import DynamicScaling, LinearScaling, LlamaConfig
 from llama_jax.engine import core
-from llama_jax.engine.device_memory import bytes_by_device, choose_mesh_sizes, free_bytes
+from llama_jax.engine.decisions import decide
+from llama_jax.engine.device_memory import (
+    allowed_bytes,
+    bytes_by_device,
+    choose_mesh_sizes,
+    free_bytes,
+)
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.sizing import (
     CPU_CACHE_BYTES,
@@ -24,6 +30,7 @@ from llama_jax.engine.sizing import (
     choose_sizes,
     gpu_cache_bytes,
 )
+from llama_jax.model import Llama
 from llama_jax.model.kv_storage import choose_kv_dtype
 from llama_jax.ring.kv_cache import cache_shapes, init_cache
 from sharding.mesh import make_mesh
@@ -238,6 +245,9 @@ def test_how_late_results_are_read(platform, option, ticks):
         ({"max_model_len": 513}, "max_model_len"),
         ({"kv_cache_memory": 49151, "max_model_len": 64}, "kv_cache_memory to 49152 "),
         ({"kv_cache_memory": 100}, "kv_cache_memory to 393216 "),
+        # In pages of one token they would hold as many as are asked for.
+        ({"page_size": 10**9}, "lower page_size, now 1000000000"),
+        ({"kv_cache_memory": 49152, "max_model_len": 64, "page_size": 60}, "lower page_size"),
     ],
 )
 def test_options_that_do_not_work(options, named):
@@ -257,6 +267,44 @@ def test_options_at_their_limits():
 def test_the_memory_that_the_error_asks_for_is_enough():
     sizes, longest = choose(kv_cache_memory=49152, max_model_len=64)
     assert (sizes.num_pages, longest) == (4, 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"max_chunk": 2 * 10**9}, "lower max_chunk, now 2,000,000,0"),
+        ({"max_num_seqs": 2 * 10**9}, "lower max_num_seqs, now 2,000,000,000"),
+        (
+            {"kv_cache_memory": 10**15, "max_num_seqs": 4 * 10**6},
+            "set kv_cache_memory to less than",
+        ),
+    ],
+)
+@pytest.mark.parametrize("mesh", ["1x1", "4x2"])
+def test_a_start_that_needs_more_than_the_memory_is_refused(mesh, options, remedy):
+    with pytest.raises(SizingError, match=f": {remedy}"):
+        decide(EngineOptions(path="", mesh=mesh, **options), CONFIG, Llama)
+
+
+def test_weights_larger_than_the_memory_are_refused_before_they_are_loaded(monkeypatch):
+    sizes = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 1 << 28}
+    monkeypatch.setattr("os.sysconf", sizes.__getitem__)
+    large = dataclasses.replace(CONFIG, vocab_size=2_000_000)
+    decide(EngineOptions(path="", kv_cache_memory=1 << 20), CONFIG, Llama)
+    with pytest.raises(SizingError, match="of weights, and may hold 268 MB in all"):
+        decide(EngineOptions(path="", kv_cache_memory=1 << 20), large, Llama)
+
+
+def test_what_an_engine_may_take_of_gpus():
+    def allowed(*gpus, **options) -> int:
+        mesh = SimpleNamespace(devices=np.array([gpus]))
+        return allowed_bytes(EngineOptions(path="", **options), mesh)
+
+    assert allowed(FakeGPU(40, 15), FakeGPU(30, 1)) == 25
+    assert allowed(FakeGPU(40, 15), kv_cache_memory=7) == 25
+    assert allowed(SilentGPU(), kv_cache_memory=7) > 1 << 60
+    with pytest.raises(SizingError):
+        allowed(SilentGPU())
 
 
 def test_every_stage_needs_a_layer():

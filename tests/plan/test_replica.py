@@ -85,7 +85,7 @@ def test_the_chunk_of_a_rate_that_is_too_high_is_that_of_the_highest_rate():
 @pytest.mark.parametrize(("gpus", "layout"), [(1, Layout(1, 1)), (2, Layout(2, 1))])
 def test_a_cpu_says_whether_its_memory_or_its_cache_is_too_small(gpus, layout):
     """16 layers with 8 heads of 64 numbers in float32, and 1 GiB of cache for all devices."""
-    config, tokens = LlamaConfig.llama3_2_1b(), 30016  # pages of 64
+    config, tokens = LlamaConfig.llama3_2_1b(), 30_000  # pages of 16
     asked = replace(
         QUESTION, config=config, gpu=find_gpu("cpu"), gpus=gpus,
         workload=Workload(tokens - 256, 256, 1e-6),
@@ -99,6 +99,15 @@ def test_a_cpu_says_whether_its_memory_or_its_cache_is_too_small(gpus, layout):
         assert missed[:4] == ("KV cache", each, 2**30 / 2, "bytes")
         assert "--kv-cache-memory" in missed_text(missed)
         assert make_plan(replace(asked, gpus=2)).best.layout.replicas == 1  # the nearest
+
+
+@pytest.mark.parametrize(("name", "page"), [("cpu", 16), ("h100-sxm", 64)])
+def test_pages_have_the_size_that_the_engine_chooses(name, page):
+    small = replace(QUESTION, config=LlamaConfig.llama3_2_1b(), gpu=find_gpu(name))
+    replica = replace(small, workload=Workload(page, 1, 1.0)).candidate(Layout(1, 1)).replica
+    assert replica.request == 2 * page
+    whole = replica.memory.cache // (2 * 16 * 8 * 64 * page * (4 if name == "cpu" else 2))
+    assert replica.memory.tokens == whole * page
 
 
 def test_a_request_that_a_part_of_a_page_is_missing_for_misses_the_memory():

@@ -122,7 +122,8 @@ def test_the_option_that_asks_for_too_much_is_named(flags, remedy, path_70b, cap
     [
         (64e9, "--max-chunk 2000000000", "lower max_chunk, now 2,000,000,000"),
         (32e6, "", "set kv_cache_memory to less than"),
-        (16e6, "", "use a mesh with more devices"),  # the weights alone are 15.6 MB
+        (16e6, "", "use a machine with more memory"),  # the weights alone are 15.6 MB
+        (64e9, "--page-size 1000000000", "lower page_size, now 1000000000"),
         (64e9, "--dry-run-gpu cpu --max-num-seqs 2000000000", "lower max_num_seqs"),
     ],
 )
@@ -131,6 +132,18 @@ def test_cpu_devices_share_the_memory_of_the_machine(memory, flags, remedy, caps
     monkeypatch.setattr("os.sysconf", sizes.__getitem__)
     code, out, err = run(capsys, str(DEMO_CHECKPOINT), *flags.split())
     assert (code, out) == (2, "") and err.rpartition(": ")[2].startswith(remedy)
+
+
+@pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+def test_the_environment_says_how_much_of_a_gpu_may_be_taken(name, path_70b, capsys, monkeypatch):
+    argv = [path_70b, "--mesh", "4x2", "--dry-run-gpu", "h100-sxm"]
+    monkeypatch.setenv(name, "0.5")
+    assert "(50%)" in run(capsys, *argv)[1]
+    for bad in ("half", "", "nan", "0", "-1", "inf"):
+        monkeypatch.setenv(name, bad)
+        code, out, err = run(capsys, *argv)
+        assert (code, out) == (2, "") and name in err and err.count("\n") == 1
+        assert run(capsys, *argv, "--gpu-memory-utilization=0.9")[0] == 0
 
 
 def test_a_checkpoint_without_its_tokenizer_is_refused(tmp_path, capsys):

@@ -212,6 +212,21 @@ def test_lengths_decide_what_is_planned_for():
     assert mean == 256
 
 
+def test_a_target_that_only_simulated_answers_have_is_not_dropped(tmp_path):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,10,1\n1,10,2\n")
+
+    def asked(*flags: str) -> Workload:
+        return planned_load(make_parser().parse_args(["--output-tokens", "1", *flags]))
+
+    for simulated in (["--output-lengths", "10-31"], ["--trace", str(trace)]):
+        with pytest.raises(UserError, match="--tpot"):
+            asked(*simulated)
+        assert not asked(*simulated, "--tpot", "none").has_tpot
+    assert not asked("--output-lengths", "1").has_tpot
+    assert not asked().has_tpot
+
+
 @pytest.mark.parametrize("flag", [["--seed=-1"], ["--prefix-tokens=5000"]])
 def test_numbers_that_make_no_sense(capsys, flag):
     try:
