@@ -61,7 +61,7 @@ def digest(result: Result, plot: Plot) -> str:
 
 def draw(result: Result, plot: Plot) -> "Picture":
     """One plot as a matplotlib figure."""
-    shown = [row for row in result.rows if row.get(plot.x) is not None]
+    shown = [row for row in result.rows if place(row, plot) is not None]
     values = [row.get(column) for row in shown for column in plot.y]
     factor, unit = fitting_unit(values, result.units.get(plot.y[0], ""))
     lines = series(result, plot, factor)
@@ -72,7 +72,7 @@ def draw(result: Result, plot: Plot) -> "Picture":
     xs = xs if numbers else list(map(text, xs))
     y = plot.y[0] if len(plot.y) == 1 else ""
     labels = {
-        "xlabel": with_unit(plot.x, result.units.get(plot.x, "")),
+        "xlabel": with_unit(", ".join(plot.places), result.units.get(plot.places[0], "")),
         "ylabel": with_unit(y, unit) if y else unit,
     }
     if plot.kind == "bar":
@@ -89,7 +89,7 @@ def series(result: Result, plot: Plot, factor: float) -> Series:
     lines: Series = {}
     for row in result.rows:
         for column in plot.y:
-            value, x = row.get(column), row.get(plot.x)
+            value, x = row.get(column), place(row, plot)
             if is_number(value) and x is not None:
                 name = label(row, column, plot)
                 points = lines.setdefault(name, {})
@@ -104,6 +104,15 @@ def series(result: Result, plot: Plot, factor: float) -> Series:
             f"{MAX_SERIES}"
         )
     return lines
+
+
+def place(row: Row, plot: Plot) -> Scalar:
+    """Where a row is on the horizontal axis; None if it has no such column."""
+    values = [row.get(column) for column in plot.places]
+    if len(values) == 1 or None in values:
+        return values[0] if len(values) == 1 else None
+    named = zip(plot.places, values, strict=True)
+    return ", ".join(f"{name} {text(v)}" if is_number(v) else text(v) for name, v in named)
 
 
 def label(row: Row, column: str, plot: Plot) -> str:

@@ -10,7 +10,7 @@ from pytest import approx
 from bench.load.client import Server, ServerError, find_model, send_all
 from bench.load.figures import Goals, error_rows, latency_rows, total_row
 from bench.load.workload import LoadRequest, Workload
-from bench.serve_load import run_tests
+from bench.serve_load import run_test
 from llama_jax.plan.simulation.lengths import Lengths
 from tests.support.scripted_server import (
     END,
@@ -220,14 +220,14 @@ WORKLOAD = Workload(rate=5.0, num_requests=3, prompt=Lengths.parse("8"), answer=
 
 def test_requests_before_the_test_do_not_count_and_have_other_prompts():
     transport = ScriptedServer(lambda *_: answer(0.1))
-    [samples] = run_virtually(run_tests(SERVER, [WORKLOAD], 2, transport))
+    samples = run_virtually(run_test(SERVER, WORKLOAD.warm_up(2), WORKLOAD.to_send(), transport))
     assert len(samples) == 3 and len({body["prompt"] for body in transport.bodies}) == 5
 
 
 def test_a_server_that_answers_nothing_is_not_tested():
     transport = ScriptedServer(lambda *_: [b"{}"], 404)
     with pytest.raises(ServerError, match="404"):
-        run_virtually(run_tests(SERVER, [WORKLOAD], 2, transport))
+        run_virtually(run_test(SERVER, WORKLOAD.warm_up(2), WORKLOAD.to_send(), transport))
     assert len(transport.requests) == 2
 
 
