@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from llama_jax.pictures.style import Picture
 
 MAX_SERIES = 5  # more cannot be told apart
-WIDTH, HEIGHT = 7.0, 3.6  # inches; bars take the height they need
+WIDTH, HEIGHT = 7.0, 3.6  # inches; bars take the height that they need, and room for long names
+BARS_WIDTH, LETTER = 4.5, 0.07  # inches: what names leave to bars at least, and of a letter
 Series = dict[str, dict[Scalar, float]]  # label: {x: y}
 
 
@@ -179,12 +180,15 @@ def bars(
     from llama_jax.pictures.style import drawing
 
     height = 0.8 / len(columns)
-    with drawing(WIDTH, 1.1 + 0.3 * len(xs) * max(1, 0.6 * len(columns)), None) as picture:
+    names = list(map(str, xs))
+    width = max(WIDTH, BARS_WIDTH + LETTER * max(map(len, names)))
+    with drawing(width, 1.1 + 0.3 * len(xs) * max(1, 0.6 * len(columns)), None) as picture:
         axes = picture.add_subplot()
-        for number, (name, values) in enumerate(columns.items()):
+        for number, (label, values) in enumerate(columns.items()):
             places = [place + (number + 0.5) * height - 0.4 for place in range(len(xs))]
-            axes.barh(places, values, height * 0.9, color=LINES[number], label=name)
-        axes.set_yticks(range(len(xs)), list(map(str, xs)))
-        axes.invert_yaxis()  # the first on top
-        finish(picture, plot, ylabel, xlabel if is_number(xs[0]) else "", grid="x")
+            axes.barh(places, values, height * 0.9, color=LINES[number], label=label)
+        axes.set_yticks(range(len(xs)), names)
+        axes.set_ylim(len(xs) - 0.5, -0.5)  # the first on top
+        explained = is_number(xs[0]) or len(plot.places) > 1
+        finish(picture, plot, ylabel, xlabel if explained else "", grid="x")
     return picture

@@ -134,6 +134,20 @@ def test_a_chat_starts_with_its_first_token_not_with_the_role(content):
     assert transport.requests[0][1].url.path == "/v1/chat/completions"
 
 
+def test_a_server_of_others():
+    """What `transformers serve` of Hugging Face 5.24 sent: the end, with its usage, holds a choice,
+    and no other event has a finish_reason."""
+    steps = [
+        0.1, b'data: {"id":"2258","choices":[{"index":0,"text":"I"}]}\n\n',
+        0.1, b'data: {"id":"2258","choices":[{"index":0,"text":" am"}],"created":1795834906}\n\n',
+        0.1, b'data: {"choices":[{"finish_reason":"length","index":0,"text":""}],"usage":'
+        b'{"completion_tokens":2,"prompt_tokens":3,"total_tokens":5}}\n\n',
+    ]  # fmt: skip
+    [sample], _ = measure(lambda *_: steps, every(1.0, 1))
+    assert sample.error is None and (sample.prompt_tokens, sample.output_tokens) == (3, 2)
+    assert sample.ttft == approx(0.1) and sample.tpot == approx(0.1)
+
+
 def test_what_is_sent():
     server = Server(
         url="http://test/v1", endpoint="completions", model="tiny", api_key="secret",

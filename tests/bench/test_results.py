@@ -22,6 +22,7 @@ from llama_jax.costs.calibration import Calibration, MeasuredTick
 from llama_jax.costs.deployment import Deployment, Layout
 from llama_jax.costs.gpus import find_gpu
 from llama_jax.costs.tick_time import TickModel
+from llama_jax.pictures.style import inches
 
 RESULT = Result(
     name="step",
@@ -241,6 +242,13 @@ def test_several_columns_may_name_a_bar():
     ]  # fmt: skip
     assert [bar.get_width() for bar in axes.patches] == [1.5, 8.5, 1.5, 8.5]
     assert Result.from_json(json.dumps(vars(result), default=vars)).plots == (plot,)
+
+
+def test_long_names_leave_room_for_their_bars():
+    rows = [{"setting": "a long name " * 6, "time": 1.0}, {"setting": "a short one", "time": 2.0}]
+    result = replace(RESULT, rows=rows)
+    axes = draw(result, Plot("Two", "setting", ("time",), kind="bar")).axes[0]
+    assert inches(axes)[0] > 3
 
 
 def test_the_command_of_a_result_can_be_pasted():
