@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from bench.commands import MEASUREMENTS, READERS
+from bench.partial import partial_path
 from bench.plots import write_plots
 from bench.result import BadResult, Result
 from bench.table import show
@@ -81,8 +82,16 @@ def read(module: ModuleType, args: argparse.Namespace) -> int:
 def measure(module: ModuleType, args: argparse.Namespace) -> int:
     """Runs a measurement, shows and writes its result, and returns the exit status."""
     check_writable(args.output)
-    result: Result = module.run(args)
+    partial = partial_path(args.output)
+    partial.unlink(missing_ok=True)  # of an earlier run
+    try:
+        result: Result = module.run(args)
+    except BaseException:
+        if partial.exists():
+            print(f"what was measured until then: {partial}")
+        raise
     result.write(args.output)
+    partial.unlink(missing_ok=True)
     show(result)
     print(f"written to {args.output}")
     try:

@@ -57,7 +57,10 @@ def run(args: argparse.Namespace) -> Result:
     targets: list[Target] = []
 
     def result() -> Result:
-        plot = Plot("Attention of a decode tick, a layer", "batch", ("time", "floor"))
+        places = ("kv_cache", "compared with float64")
+        plots = [Plot("Error of attention", places, ("error", "limit"), kind="bar")]
+        if any("batch" in row for row in rows):
+            plots.append(Plot("Attention of a decode tick, a layer", "batch", ("time", "floor")))
         return Result.measured(
             "attention",
             "Attention over the paged KV cache: one rank of Llama-3-70B on 4 x 2.",
@@ -66,7 +69,7 @@ def run(args: argparse.Namespace) -> Result:
             units=UNITS | {"error": "", "limit": "", "count": ""},
             rows=rows,
             targets=targets,
-            plots=[plot] if any("batch" in row for row in rows) else [],
+            plots=plots,
         )
 
     for found, limits in check(config, TOLERANCES, small=args.small or args.toy):

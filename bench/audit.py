@@ -22,7 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.result import Result, Row, Target
+from bench.partial import keep
+from bench.result import Plot, Result, Row, Target
 from llama_jax.config import LlamaConfig, Quantization
 from llama_jax.costs.deployment import Layout
 from llama_jax.costs.gpus import GPUS, Gpu, find_gpu
@@ -85,18 +86,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Compiles every program, and compares what it does with the limits."""
+    """Compiles every program, and compares what it does with the limits.
+
+    Keeps what is known so far in a partial file.
+    """
     from sharding.mesh import parse_mesh
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA says that autotuning needs a GPU
     gpu, layout = find_gpu(args.gpu), Layout(*parse_mesh(args.mesh))
-    rows, sizes = [], []
-    for each in audit(args, gpu, layout):
-        (rows if "rows" in each else sizes).append(each)
-        print(line(each), flush=True)
-    totals = [row["size"] for row in sizes if row["on each device"] == "total"]
-    most = MAX_TOTAL * gpu.memory_bytes
+    found: list[Row] = []
+    for row in audit(args, gpu, layout):
+        found.append(row)
+        print(line(row), flush=True)
+        keep(result(args, gpu, layout, found), args.output)
+    return result(args, gpu, layout, found)
+
+
+def result(args: argparse.Namespace, gpu: Gpu, layout: Layout, found: list[Row]) -> Result:
+    """The result of these rows of `audit`."""
+    rows = [row for row in found if "rows" in row]
+    sizes = [row for row in found if "size" in row]
     misses = Counter(widens(row) for row in rows if row["missed limits"])
+    targets = [
+        Target("programs that miss a limit", misses[False], 0, "max"),
+        Target("the same, 8-bit weights through cuBLAS", misses[True], 0, "max"),
+    ]
+    totals = [float(row["size"] or 0) for row in sizes if row["on each device"] == "total"]
+    if totals:
+        most = MAX_TOTAL * gpu.memory_bytes
+        targets.append(Target("bytes on each device", max(totals), most, "max", "bytes"))
     return Result.measured(
         "audit",
         f"Llama-3-70B on {layout.num_stages} x {layout.num_ranks} of {gpu.name}, compiled without "
@@ -105,10 +123,15 @@ def run(args: argparse.Namespace) -> Result:
         packages=("jax", "jaxlib", "jax-cuda12-plugin"),
         units=UNITS,
         rows=[*rows, *sizes],
-        targets=[
-            Target("programs that miss a limit", misses[False], 0, "max"),
-            Target("the same, 8-bit weights through cuBLAS", misses[True], 0, "max"),
-            Target("bytes on each device", max(totals), most, "max", "bytes"),
+        targets=targets,
+        plots=[
+            Plot(
+                "Bytes that a tick moves, in those of the ideal",
+                ("weights", "rows", "chunk"),
+                ("ratio",),
+                by=("gemm",),
+                kind="bar",
+            )
         ],
     )
 

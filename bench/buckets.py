@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.result import Result, Row, Target
+from bench.result import Plot, Result, Row, Target
 from llama_jax.engine.chunk_choice import ChunkChoice
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.sizing import choose_sizes
@@ -160,6 +160,15 @@ def run(args: argparse.Namespace) -> Result:
         },
         rows=rows,
         targets=_targets(rows),
+        plots=[
+            Plot(
+                "Slots used, by buckets",
+                ("device", "prompts", "rate"),
+                ("slots_used",),
+                by=("buckets",),
+                kind="bar",
+            )
+        ],
     )
 
 

@@ -27,6 +27,7 @@ from bench.load.figures import percentile
 from bench.load.sample import Sample
 from bench.load.workload import Workload
 from bench.new_process import ROOT, in_new_process
+from bench.partial import keep
 from bench.result import Plot, Result, Row, Target
 from llama_jax.costs.calibration import Calibration
 from llama_jax.plan.simulation.lengths import Lengths
@@ -61,8 +62,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Runs each mesh in a process of its own: JAX fixes the number of CPU devices at its start."""
+    """Runs each mesh in a process of its own: JAX fixes the number of CPU devices at its start.
+
+    Keeps the meshes that are done in a partial file.
+    """
     rows: list[Row] = []
+
+    def result() -> Result:
+        plot = Plot("Simulated and served", "figure", ("simulated", "served"), ("mesh",), "bar")
+        return Result.measured(
+            "closed-loop",
+            "The same load simulated from a calibration, and served by the real server",
+            args=vars(args),
+            packages=PACKAGES,
+            units=dict.fromkeys(("simulated", "served"), "s") | {"simulated / served": ""},
+            rows=rows,
+            targets=[
+                Target(
+                    f"{row['mesh']}: {row['figure']}, simulated and served apart",
+                    abs(float(row["simulated / served"] or 0) - 1), WITHIN, "max",
+                )
+                for row in rows if str(row["figure"]).endswith("p50")
+            ],
+            plots=[plot],
+        )  # fmt: skip
+
     for mesh in args.meshes:
         settings = {
             "rate": args.rate,
@@ -72,22 +96,8 @@ def run(args: argparse.Namespace) -> Result:
         }
         file = args.calibrations and str(args.calibrations / f"{mesh}.json")
         rows += in_new_process(one_mesh, mesh, args.rounds, settings, file)
-    return Result.measured(
-        "closed-loop",
-        "The same load simulated from a calibration, and served by the real server",
-        args=vars(args),
-        packages=PACKAGES,
-        units=dict.fromkeys(("simulated", "served"), "s") | {"simulated / served": ""},
-        rows=rows,
-        targets=[
-            Target(
-                f"{row['mesh']}: {row['figure']}, simulated and served apart",
-                abs(float(row["simulated / served"] or 0) - 1), WITHIN, "max",
-            )
-            for row in rows if str(row["figure"]).endswith("p50")
-        ],
-        plots=[Plot("Simulated and served", "figure", ("simulated", "served"), ("mesh",), "bar")],
-    )  # fmt: skip
+        keep(result(), args.output)
+    return result()
 
 
 def workload(settings: dict[str, Any], seed: int) -> Workload:

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 from importlib import import_module
 
+from bench.partial import keep
 from bench.result import Result
 
 PARTS = {"host": "bench.host_time", "scheduler": "bench.scheduler_time", "http": "bench.streaming"}
@@ -23,8 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Measures the parts one after the other."""
-    return combined([import_module(PARTS[part]).run(args) for part in args.parts])
+    """Measures the parts one after the other; keeps those that are done in a partial file."""
+    done: list[Result] = []
+    for part in args.parts:
+        done.append(import_module(PARTS[part]).run(args))
+        keep(combined(done), args.output)
+    return combined(done)
 
 
 def combined(parts: list[Result]) -> Result:

@@ -89,7 +89,6 @@ step() {
   rm -f "$out/$name"*.svg # `python -m bench report` draws them again
   # Status 1 is a missed goal, and also that of a traceback, which leaves no result.
   if ((status <= 1)) && [[ -e $out/$name.json ]]; then
-    rm -f "$out/$name.partial.json"
     report "$name" "$( ((status)) && echo "ran, and missed a goal" || echo "ran")"
   else
     failed=1

@@ -19,7 +19,7 @@ from jax.profiler import ProfileData
 
 from bench.one_device import OneDevice, Work
 from bench.partial import keep
-from bench.result import Result, Row
+from bench.result import Plot, Result, Row
 from bench.roofline import PACKAGES, check_device
 from bench.step import CONTEXT, TOY_CONTEXT, rank_config, toy_config
 from llama_jax.config import LlamaConfig, Quantization
@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> Result:
     rows: list[Row] = []
 
     def result() -> Result:
+        plot = Plot("Kernels, as a share of their tick", ("tick", "kernel"), ("share",), kind="bar")
         return Result.measured(
             "kernels",
             "The kernels of one rank's tick of Llama-3-70B on 4 x 2, without collectives.",
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> Result:
             packages=PACKAGES,
             units={"launches": "", "time": "s", "share": ""},
             rows=rows,
+            plots=[plot] if any("share" in row for row in rows) else [],
         )
 
     for work in TOY_WORKS if args.toy else WORKS:

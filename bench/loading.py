@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.new_process import command, in_new_process, outcome
-from bench.result import Result, Target
+from bench.result import Plot, Result, Target
 
 TARGET = 1.1
 LAYOUTS = ("huggingface", "orbax")
@@ -149,5 +149,13 @@ def run(args: argparse.Namespace) -> Result:
         rows=rows,
         targets=[
             Target("peak / weights", max(row["peak / weights"] for row in rows), TARGET, "max")
+        ],
+        plots=[
+            Plot(
+                "Memory of loading, in bytes of the weights",
+                ("layout", "stored as", "loaded as", "mesh"),
+                tuple(f"{when} / weights" for when in WHEN),
+                kind="bar",
+            )
         ],
     )

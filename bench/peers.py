@@ -18,9 +18,11 @@ The Flax Llama needs an environment of its own, with other versions of jax and t
 import argparse
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+from bench.partial import keep
 from bench.peer_engines import FLAX, LLAMA_JAX, TRANSFORMERS, Moment, Times
 from bench.peer_worker import Worker
 from bench.result import Plot, Result, Row, Target
@@ -72,31 +74,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Measures all engines in turns."""
+    """Measures all engines in turns; keeps what is measured so far in a partial file."""
     rows: list[Row] = []
+
+    def result() -> Result:
+        by = ("mesh", "weights")
+        plot = Plot("transformers' time over ours", "batch", ("ratio",), by, log="x")
+        return Result.measured(
+            "peers",
+            f"seconds of one more token for the whole batch after prompts of {PROMPT}, and to the "
+            f"first token after a prompt of {LONG_PROMPT}; {parameters:,} parameters, least of "
+            f"{args.rounds}",
+            args={**vars(args), "flax": args.flax is not None},
+            packages=("jax", "flax", "torch", "transformers"),
+            units=UNITS,
+            rows=rows,
+            targets=[target(row) for row in rows],
+            plots=[plot] if args.batches else [],
+        )
+
     with tempfile.TemporaryDirectory() as path:
         parameters = write_model(Path(path), **(TOY if args.toy else {}))
         for dtype in args.dtypes:
-            rows += measure(path, dtype, args.batches, args.rounds, args.flax)
-    return Result.measured(
-        "peers",
-        f"seconds of one more token for the whole batch after prompts of {PROMPT}, and to the "
-        f"first token after a prompt of {LONG_PROMPT}; {parameters:,} parameters, least of "
-        f"{args.rounds}",
-        args={**vars(args), "flax": args.flax is not None},
-        packages=("jax", "flax", "torch", "transformers"),
-        units=UNITS,
-        rows=rows,
-        targets=[target(row) for row in rows],
-        plots=[
-            Plot("transformers' time over ours", "batch", ("ratio",), ("mesh", "weights"), log="x")
-        ],
-    )
+            for found in measure(path, dtype, args.batches, args.rounds, args.flax):
+                rows += found
+                keep(result(), args.output)
+    return result()
 
 
-def measure(path: str, dtype: str, batches: list[int], rounds: int, flax: str | None) -> list[Row]:
-    """The rows of one dtype; `flax` is the interpreter for Flax Llama, or None."""
-    rows: list[Row] = []
+def measure(
+    path: str, dtype: str, batches: list[int], rounds: int, flax: str | None
+) -> Iterator[list[Row]]:
+    """The rows of one dtype, case by case; `flax` is the interpreter for Flax Llama, or None."""
     with ExitStack() as stack:
 
         def worker(engine: str, python: str) -> Worker:
@@ -109,11 +118,10 @@ def measure(path: str, dtype: str, batches: list[int], rounds: int, flax: str | 
                 workers[FLAX] = worker(FLAX, flax)
             times = in_turns(workers, rounds, batch, PROMPT, NEW_TOKENS)
             decoding = {name: [t.decode for t in each if t.decode] for name, each in times.items()}
-            rows += compared({"weights": dtype, "batch": batch}, decoding)
+            yield compared({"weights": dtype, "batch": batch}, decoding)
         times = in_turns(every, rounds, 1, LONG_PROMPT, 1, ANSWERS)
         prefill = {name: [t.prefill for t in each] for name, each in times.items()}
-        rows += compared({"weights": dtype, "prompt": LONG_PROMPT}, prefill)
-    return rows
+        yield compared({"weights": dtype, "prompt": LONG_PROMPT}, prefill)
 
 
 def in_turns(

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from llama_jax.pictures.style import Picture
 
 MAX_SERIES = 5  # more cannot be told apart
-WIDTH, HEIGHT = 7.0, 3.6  # inches; bars take the height they need
+WIDTH, HEIGHT = 7.0, 3.6  # inches; bars take the height that they need, and room for long names
+BARS_WIDTH, LETTER = 4.5, 0.07  # inches: what names leave to bars at least, and of a letter
 Series = dict[str, dict[Scalar, float]]  # label: {x: y}
 
 
@@ -61,7 +62,7 @@ def digest(result: Result, plot: Plot) -> str:
 
 def draw(result: Result, plot: Plot) -> "Picture":
     """One plot as a matplotlib figure."""
-    shown = [row for row in result.rows if row.get(plot.x) is not None]
+    shown = [row for row in result.rows if place(row, plot) is not None]
     values = [row.get(column) for row in shown for column in plot.y]
     factor, unit = fitting_unit(values, result.units.get(plot.y[0], ""))
     lines = series(result, plot, factor)
@@ -72,7 +73,7 @@ def draw(result: Result, plot: Plot) -> "Picture":
     xs = xs if numbers else list(map(text, xs))
     y = plot.y[0] if len(plot.y) == 1 else ""
     labels = {
-        "xlabel": with_unit(plot.x, result.units.get(plot.x, "")),
+        "xlabel": with_unit(", ".join(plot.places), result.units.get(plot.places[0], "")),
         "ylabel": with_unit(y, unit) if y else unit,
     }
     if plot.kind == "bar":
@@ -89,7 +90,7 @@ def series(result: Result, plot: Plot, factor: float) -> Series:
     lines: Series = {}
     for row in result.rows:
         for column in plot.y:
-            value, x = row.get(column), row.get(plot.x)
+            value, x = row.get(column), place(row, plot)
             if is_number(value) and x is not None:
                 name = label(row, column, plot)
                 points = lines.setdefault(name, {})
@@ -104,6 +105,15 @@ def series(result: Result, plot: Plot, factor: float) -> Series:
             f"{MAX_SERIES}"
         )
     return lines
+
+
+def place(row: Row, plot: Plot) -> Scalar:
+    """Where a row is on the horizontal axis; None if it has no such column."""
+    values = [row.get(column) for column in plot.places]
+    if len(values) == 1 or None in values:
+        return values[0] if len(values) == 1 else None
+    named = zip(plot.places, values, strict=True)
+    return ", ".join(f"{name} {text(v)}" if is_number(v) else text(v) for name, v in named)
 
 
 def label(row: Row, column: str, plot: Plot) -> str:
@@ -170,12 +180,15 @@ def bars(
     from llama_jax.pictures.style import drawing
 
     height = 0.8 / len(columns)
-    with drawing(WIDTH, 1.1 + 0.3 * len(xs) * max(1, 0.6 * len(columns)), None) as picture:
+    names = list(map(str, xs))
+    width = max(WIDTH, BARS_WIDTH + LETTER * max(map(len, names)))
+    with drawing(width, 1.1 + 0.3 * len(xs) * max(1, 0.6 * len(columns)), None) as picture:
         axes = picture.add_subplot()
-        for number, (name, values) in enumerate(columns.items()):
+        for number, (label, values) in enumerate(columns.items()):
             places = [place + (number + 0.5) * height - 0.4 for place in range(len(xs))]
-            axes.barh(places, values, height * 0.9, color=LINES[number], label=name)
-        axes.set_yticks(range(len(xs)), list(map(str, xs)))
-        axes.invert_yaxis()  # the first on top
-        finish(picture, plot, ylabel, xlabel if is_number(xs[0]) else "", grid="x")
+            axes.barh(places, values, height * 0.9, color=LINES[number], label=label)
+        axes.set_yticks(range(len(xs)), names)
+        axes.set_ylim(len(xs) - 0.5, -0.5)  # the first on top
+        explained = is_number(xs[0]) or len(plot.places) > 1
+        finish(picture, plot, ylabel, xlabel if explained else "", grid="x")
     return picture

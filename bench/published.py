@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from bench.result import Result, Row, Target
+from bench.result import Plot, Result, Row, Target
 from llama_jax.config import LlamaConfig, Quantization
 from llama_jax.costs.closed_loop import closed_loop
 from llama_jax.costs.deployment import Deployment, Layout
@@ -202,6 +202,14 @@ def run(args: argparse.Namespace) -> Result:
         units=units | {"error": "", "roofline_error": ""},
         rows=rows,
         targets=targets,
+        plots=[
+            Plot(
+                "Error of the planner, as a share of what was published",
+                ("setting", "figure"),
+                ("error", "roofline_error"),
+                kind="bar",
+            )
+        ],
     )
 
 

@@ -4,6 +4,7 @@ Without arguments it renders `bench/results` to `bench/results/README.md` and `b
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 from bench.commands import MEASUREMENTS
@@ -85,11 +86,11 @@ def command(result: Result) -> str:
         if name.isupper():
             words.insert(0, f'{name}="{value}"')  # a variable of the environment
         elif isinstance(value, list):
-            words += [option, *map(str, value)]
+            words += [option, *map(shlex.quote, map(str, value))]
         elif isinstance(value, bool):
             words += [option] if value else []
         else:
-            words += [option, str(value)]
+            words += [option, shlex.quote(str(value))]
     return " ".join(words)
 
 

@@ -61,7 +61,8 @@ class Plot:
 
     Attributes:
       title: one line.
-      x: the column of the horizontal axis: numbers for lines, names for bars.
+      x: the column of the horizontal axis: numbers for lines, names for bars. Several columns name
+        a bar together.
       y: the columns of figures to draw, all of one unit.
       by: columns whose values get a line, or a color, each.
       kind: "line" or "bar".
@@ -69,11 +70,16 @@ class Plot:
     """
 
     title: str
-    x: str
+    x: str | tuple[str, ...]
     y: tuple[str, ...]
     by: tuple[str, ...] = ()
     kind: Literal["line", "bar"] = "line"
     log: Literal["", "x", "y", "xy"] = ""
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The columns of `x`."""
+        return (self.x,) if isinstance(self.x, str) else self.x
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,8 @@ class Result:
             for option, value in args.items()
             if option not in _NOT_FLAGS and value is not None
         }
-        flags |= {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+        environment = {name: _without_dumps(os.environ.get(name, "")) for name in _ENVIRONMENT}
+        flags |= {name: value for name, value in environment.items() if value}
         return cls(
             name,
             what,
@@ -179,7 +186,7 @@ class Result:
                 for target in content.pop("targets")
             ]
             plots = [
-                Plot(**{**plot, "y": tuple(plot["y"]), "by": tuple(plot["by"])})
+                Plot(**{k: tuple(v) if isinstance(v, list) else v for k, v in plot.items()})
                 for plot in content.pop("plots")
             ]
             result = cls(**content, targets=tuple(targets), plots=tuple(plots))
@@ -204,6 +211,11 @@ class Result:
             raise BadResult(f"{path} cannot be read: {reason}") from error
 
 
+def _without_dumps(flags: str) -> str:
+    """Flags of XLA without those that say where its files go: they change nothing measured."""
+    return " ".join(flag for flag in flags.split() if not flag.startswith("--xla_dump_"))
+
+
 def _check(result: Result) -> None:
     """Raises ValueError or TypeError unless every field has its type."""
     if not all(isinstance(text, str) for text in (result.name, result.what)):
@@ -224,7 +236,7 @@ def _check(result: Result) -> None:
         if target.bound not in ("min", "max") or not isinstance(target.unit, str):
             raise ValueError("a target")
     for plot in result.plots:
-        columns = (plot.x, *plot.y, *plot.by)
+        columns = (*plot.places, *plot.y, *plot.by)
         if not all(isinstance(column, str) for column in columns):
             raise TypeError("a plot")
         if plot.kind not in ("line", "bar") or plot.log not in ("", "x", "y", "xy"):

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> Result:
     for name, dtype in (("bfloat16", jnp.bfloat16), ("fp8", jnp.float8_e4m3fn)):
         rate = matrix_rate(args.toy, dtype)
         rows.append({"operation": f"{name} product", "matrix_rate": rate})
-    plots = []
+    plots = [Plot("Matrix rate", "operation", ("matrix_rate",), kind="bar")]
     if (rates := datasheet()) is not None:
         plots = [Plot("Share of the data sheet", "operation", ("share_of_datasheet",), kind="bar")]
         for row, peak in zip(rows, (rates[0], rates[1], 2 * rates[1]), strict=True):

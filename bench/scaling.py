@@ -22,6 +22,7 @@ import numpy as np
 from bench import scheduler_time
 from bench.engine import combined
 from bench.one_device import OneDevice, Work, packet, ring_sizes
+from bench.partial import keep
 from bench.result import Plot, Result, Row, Target
 from llama_jax.config import LlamaConfig
 from llama_jax.plan.machine.random_weights import nbytes
@@ -61,21 +62,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Measures each cause alone."""
+    """Measures each cause alone; keeps what is measured so far in a partial file."""
     device = OneDevice(CONFIG, jnp.dtype(jnp.float32))
-    batches: list[Row] = [
-        {"batch": batch, **tick(device, Work(rows=batch, context=CONTEXT), args.seconds)}
-        for batch in args.batches
-    ]
-    contexts: list[Row] = [
-        {"context": context, **tick(device, Work(rows=BATCH, context=context), args.seconds)}
-        for context in args.contexts
-    ]
-    prompts: list[Row] = [
-        {"prompt": tokens, **prefill(device, tokens, args.seconds)} for tokens in args.prompts
-    ]
-    pages = [memory(device, count) for count in args.pages]
-    programs = Result.measured(
+    batches, contexts, prompts, pages = list[Row](), list[Row](), list[Row](), list[Row]()
+    every = (batches, contexts, prompts, pages)
+    for batch in args.batches:
+        times = tick(device, Work(rows=batch, context=CONTEXT), args.seconds)
+        batches.append({"batch": batch, **times})
+        keep(of_programs(args, *every), args.output)
+    for context in args.contexts:
+        times = tick(device, Work(rows=BATCH, context=context), args.seconds)
+        contexts.append({"context": context, **times})
+        keep(of_programs(args, *every), args.output)
+    for tokens in args.prompts:
+        prompts.append({"prompt": tokens, **prefill(device, tokens, args.seconds)})
+        keep(of_programs(args, *every), args.output)
+    pages += [memory(device, count) for count in args.pages]
+    programs = of_programs(args, *every)
+    keep(programs, args.output)
+    return combined([programs, scheduler_time.run(args)])
+
+
+def of_programs(
+    args: argparse.Namespace,
+    batches: list[Row],
+    contexts: list[Row],
+    prompts: list[Row],
+    pages: list[Row],
+) -> Result:
+    """The result without the scheduler."""
+    return Result.measured(
         "scaling",
         f"{CONFIG.num_layers} layers of width {CONFIG.embed_dim} in float32 on one device: decode "
         f"ticks of {CONTEXT} tokens by batch, and of {BATCH} rows by context; prompts in chunks of "
@@ -97,7 +113,6 @@ def run(args: argparse.Namespace) -> Result:
             Plot("Memory of the decode program", "pages", ("KV cache", "temporaries"), log="xy"),
         ],
     )
-    return combined([programs, scheduler_time.run(args)])
 
 
 def tick(device: OneDevice, work: Work, seconds: float) -> Row:

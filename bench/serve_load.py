@@ -8,10 +8,11 @@ is much, the client is the limit. Tokens are counted by the server's usage, not 
     python -m bench serve --url http://127.0.0.1:8000/v1 --rate 2 4 8 --duration 60
         --prompt-tokens lognormal:512,0.6 --answer-tokens 64-256 --ttft 500 --tpot 50
 
-With several rates, each is a test of its own, one after the other. With --trace FILE, the requests
-are those of a trace in one of the formats that the planner simulates (docs/simulation.md), at their
-times. The API key, if the server wants one, is read from OPENAI_API_KEY. The exit status is 1 if
-fewer than --goal of the requests of a test keep their targets.
+With several rates, each is a test of its own, one after the other, with other prompts. With --trace
+FILE, the requests are those of a trace in one of the formats that the planner simulates
+(docs/simulation.md), at their times. The API key, if the server wants one, is read from
+OPENAI_API_KEY. The exit status is 1 if fewer than --goal of the requests of a test keep their
+targets.
 """
 
 import argparse
@@ -30,7 +31,8 @@ from urllib.parse import urlsplit
 from bench.load.client import PATHS, Server, ServerError, find_model, send_all
 from bench.load.figures import UNITS, Goals, error_rows, latency_rows, total_row
 from bench.load.sample import Sample
-from bench.load.workload import Replay, Workload
+from bench.load.workload import LoadRequest, Replay, Workload
+from bench.partial import keep
 from bench.result import Plot, Result, Row, Target
 from llama_jax.plan.simulation.figures import percentile
 from llama_jax.plan.simulation.lengths import LengthError, Lengths
@@ -119,7 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Runs a test for each rate, or replays a trace.
+    """Runs a test for each rate, or replays a trace; keeps what is measured so far.
 
     Raises:
       UserError: the flags make no sense, a trace is broken, or the server cannot be tested.
@@ -128,10 +130,25 @@ def run(args: argparse.Namespace) -> Result:
     server = make_server(args)
     goals = Goals(*(None if ms is None else ms / 1e3 for ms in (args.ttft, args.tpot, args.e2e)))
     raise_file_limit()
-    samples_of = asyncio.run(run_tests(server, [load for _, load in loads], args.warm_up))
-    tests = [(rate, samples) for (rate, _), samples in zip(loads, samples_of, strict=True)]
-    for rate, samples in tests:
+    drawn = [load.to_send() for _, load in loads]
+    tests: list[tuple[float, list[Sample]]] = []
+    for (rate, load), requests in zip(loads, drawn, strict=True):
+        before = load.warm_up(args.warm_up) if args.warm_up else []
+        samples = asyncio.run(run_test(server, before, requests))
+        tests.append((rate, samples))
+        print(line(rate, samples), flush=True)
         warn_if_late(rate, samples)
+        keep(result(args, server, goals, tests), args.output)
+    return result(args, server, goals, tests)
+
+
+def result(
+    args: argparse.Namespace,
+    server: Server,
+    goals: Goals,
+    tests: Sequence[tuple[float, list[Sample]]],
+) -> Result:
+    """The result of these tests, each with its rate."""
     totals = {rate: total_row(samples, goals) for rate, samples in tests}
     rows: list[Row] = [
         {"rate": rate, **row} for rate, samples in tests for row in latency_rows(samples)
@@ -152,33 +169,32 @@ def run(args: argparse.Namespace) -> Result:
             for rate, row in totals.items()
         ],
         plots=[
-            Plot("Latency against load", "rate", ("p99",), by=("latency",)),
+            Plot("Latency against load", "rate", ("p99",), by=("latency",), log="y"),
             Plot("Goodput against load", "rate", ("goodput", "requests_per_second")),
         ],
     )  # fmt: skip
 
 
-async def run_tests(
-    server: Server, loads: Sequence[Workload | Replay], warm_up: int, transport: Any = None
-) -> list[list[Sample]]:
-    """Warms the server up and runs each test.
+def line(rate: float, samples: Sequence[Sample]) -> str:
+    """What has become of a test, for the terminal."""
+    failed = sum(sample.error is not None for sample in samples)
+    return f"{rate:g} requests/s: {len(samples) - failed} answered, {failed} failed"
 
-    Args:
-      server: the server; with an empty model, the first that it lists is taken.
-      loads: one for each test.
-      warm_up: requests before each test.
-      transport: in place of the network, for tests.
+
+async def run_test(
+    server: Server,
+    before: Sequence[LoadRequest],
+    requests: Sequence[LoadRequest],
+    transport: Any = None,
+) -> list[Sample]:
+    """Warms the server up with the requests before a test, and runs the test.
 
     Raises:
-      ServerError: the server cannot be reached, or answers no request.
+      ServerError: the server answers none of the requests before.
     """
-    drawn = [load.to_send() for load in loads]
-    found = []
-    for load, requests in zip(loads, drawn, strict=True):
-        if warm_up:
-            check_answers(await send_all(server, load.warm_up(warm_up), transport))
-        found.append(await send_all(server, requests, transport))
-    return found
+    if before:
+        check_answers(await send_all(server, before, transport))
+    return await send_all(server, requests, transport)
 
 
 def check_answers(samples: list[Sample]) -> None:
@@ -190,7 +206,7 @@ def check_answers(samples: list[Sample]) -> None:
     if all(sample.error is not None for sample in samples):
         raise ServerError(
             f"The requests before the test failed ({samples[0].error}: {samples[0].detail}): check "
-            "--endpoint, --model and --extra-body."
+            "that the server runs, and --endpoint, --model and --extra-body."
         )
 
 
@@ -246,7 +262,7 @@ def make_loads(args: argparse.Namespace) -> list[tuple[float, Workload | Replay]
             raise UserError("--rate names a rate twice: leave one of them out, or run it again.")
         if args.requests is None and args.duration is None:
             args.requests = 100
-        return [(rate, make_workload(args, rate)) for rate in args.rate]
+        return [(rate, make_workload(args, rate, test)) for test, rate in enumerate(args.rate)]
     for name in DRAWN:
         if getattr(args, name) is not None:
             option = f"--{name.replace('_', '-')}"
@@ -258,8 +274,8 @@ def make_loads(args: argparse.Namespace) -> list[tuple[float, Workload | Replay]
     return [(rate, Replay(requests=requests, vocab_size=args.vocab_size, seed=args.seed))]
 
 
-def make_workload(args: argparse.Namespace, rate: float) -> Workload:
-    """The load of one test with requests that are drawn."""
+def make_workload(args: argparse.Namespace, rate: float, test: int) -> Workload:
+    """The load of one test, the first of which is 0, with requests that are drawn."""
     return Workload(
         rate=rate,
         arrivals=args.arrivals,
@@ -271,6 +287,7 @@ def make_workload(args: argparse.Namespace, rate: float) -> Workload:
         prefixes=args.prefixes,
         vocab_size=args.vocab_size,
         seed=args.seed,
+        test=test,
     )
 
 

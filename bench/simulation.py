@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from bench.result import Result, Row, Target
+from bench.result import Plot, Result, Row, Target
 from llama_jax.plan.command_line import make_parser, read_question
 from llama_jax.plan.plan import make_plan
 from llama_jax.plan.simulation.figures import figures
@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> Result:
         },
         rows=rows,
         targets=targets,
+        plots=[Plot("CPU time of planning and of simulating", "run", ("cpu",), kind="bar")],
     )
 
 

@@ -45,9 +45,12 @@ class Workload(Draw):
 
     Attributes:
       vocab_size: as in `with_contents`.
+      test: the number of this test of a series. Tests have the lengths of their seed in common, but
+        no prompt: else the server would find those of the last test in its prefix cache.
     """
 
     vocab_size: int | None = None
+    test: int = 0
 
     def to_send(self) -> list[LoadRequest]:
         """Draws the requests, in the order of their arrival.
@@ -55,7 +58,7 @@ class Workload(Draw):
         Raises:
           LoadError: there would be too many, or too long ones.
         """
-        return with_contents(self.requests(), self.vocab_size, self.seed)
+        return with_contents(self.requests(), self.vocab_size, self.seed, self.test)
 
     def warm_up(self, count: int) -> list[LoadRequest]:
         """Other requests like these, of which the server finds nothing in its cache later."""
@@ -89,14 +92,14 @@ class Replay:
 
 
 def with_contents(
-    requests: Sequence[Request], vocab_size: int | None, seed: int
+    requests: Sequence[Request], vocab_size: int | None, seed: int, test: int = 0
 ) -> list[LoadRequest]:
     """Gives requests prompts that begin alike if and only if their runs do.
 
     Args:
       requests: as the planner simulates them.
       vocab_size: prompts are token ids below it; None for English words, about a token each.
-      seed: of the contents.
+      seed, test: of the contents.
 
     Raises:
       LoadError: all prompts together are too long.
@@ -107,7 +110,7 @@ def with_contents(
             "or shorter ones."
         )
     limit = len(WORDS) if vocab_size is None else vocab_size
-    of_nobody_else = np.random.default_rng([seed, 0])
+    of_nobody_else = np.random.default_rng([seed, test, 0])
 
     def draw(rng: np.random.Generator, size: int) -> list[int]:
         return rng.integers(0, limit, size).tolist()
@@ -115,7 +118,7 @@ def with_contents(
     def prompt(request: Request) -> str | list[int]:
         tokens: list[int] = []
         for run in request.runs:  # a shorter run of a text is its beginning
-            tokens += draw(np.random.default_rng([seed, 1, run.text]), run.tokens)
+            tokens += draw(np.random.default_rng([seed, test, 1, run.text]), run.tokens)
         tokens += draw(of_nobody_else, request.prompt_tokens - len(tokens))
         return tokens if vocab_size is not None else " ".join([WORDS[token] for token in tokens])
 

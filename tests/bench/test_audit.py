@@ -1,11 +1,14 @@
-"""The limits of the audit."""
+"""The limits of the audit, and what the documentation says of the committed one."""
 
 import pytest
 
 from bench.audit import UNITS, add_arguments, layers, line, missed_limits, widens
+from bench.report import RESULTS
+from bench.result import Result
 from llama_jax.config import LlamaConfig
 from llama_jax.costs.deployment import Layout
 from llama_jax.terminal.arguments import Parser
+from tests.support.paths import ROOT
 
 ROW = {
     "weights": "bfloat16", "gemm": "cublas", "kernels": 450, "host loops": 0, "ratio": 1.0,
@@ -56,6 +59,25 @@ def test_a_line_for_the_terminal():
     assert "42 + 1 + 1" in line(program)
     assert "ratio" in line(program | {"missed limits": "ratio"})
     assert "1.500 GB" in line({"weights": "int8", "on each device": "total", "size": 1_500_000_000})
+
+
+def test_the_documentation_shows_the_committed_audit():
+    """As it is with Triton; int8 and fp8 share their lines, and names are not repeated."""
+    expected, last = [], {}
+    for row in Result.read(RESULTS / "audit_70b_8xh100.json").rows:
+        if row.get("gemm") == "triton":
+            figures = f"{(row['read'] + row['written']) / 1e9:.2f} | {row['ratio']:.3f} | "
+            figures += f"{row['kernels']} | {row['kernels per layer']:g} | "
+            figures += f"{row['temporary bytes'] / 1e9:.3f}"
+            expected.append((row["weights"], row["rows"], row["chunk"], figures))
+    section = (ROOT / "docs/benchmarks.md").read_text().split("| weights | rows | chunk |")[1]
+    shown = []
+    for text in section.split("\n\n")[0].splitlines()[2:]:
+        cells = [cell.strip() for cell in text.strip("|").split("|")]
+        last |= {place: cell for place, cell in enumerate(cells[:3]) if cell}
+        for weights in last[0].split(", "):
+            shown.append((weights, int(last[1]), int(last[2]), " | ".join(cells[3:])))
+    assert sorted(shown) == sorted(expected)
 
 
 def test_the_default_is_every_program():

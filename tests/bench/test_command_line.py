@@ -14,6 +14,7 @@ import pytest
 from bench import __main__ as command_line
 from bench.commands import MEASUREMENTS, READERS
 from bench.new_process import command, in_new_process, outcome
+from bench.partial import keep, partial_path
 from bench.report import RESULTS
 from bench.result import Plot, Result, Target
 from sharding.errors import UserError
@@ -42,6 +43,8 @@ def fake(monkeypatch):
 
     def run(args: argparse.Namespace) -> Result:
         answer = answers.pop()
+        if callable(answer):
+            answer = answer(args)
         if isinstance(answer, BaseException):
             raise answer
         return answer
@@ -154,6 +157,29 @@ def test_a_defect_keeps_its_traceback(fake, tmp_path):
         fake.append(error)
         with pytest.raises(type(error)):
             command_line.main(["peers", "--output", str(tmp_path / "a.json")])
+
+
+def test_a_measurement_that_ends_early_leaves_what_it_kept(fake, tmp_path, capsys):
+    """And one that comes to its end leaves its result alone, whatever was there before."""
+    path = tmp_path / "peers.json"
+
+    def interrupted(args: argparse.Namespace) -> Result:
+        keep(result(), args.output)
+        raise KeyboardInterrupt
+
+    def nothing(args: argparse.Namespace) -> Result:
+        raise UserError("a sentence")
+
+    for measurement, status, left in (
+        (interrupted, 130, {"peers.partial.json"}),
+        (nothing, 2, set()),  # that of an earlier run would pass for its own
+        (interrupted, 130, {"peers.partial.json"}),
+        (lambda args: keep(result(), args.output) or result(), 0, {"peers.json", "peers.svg"}),
+    ):
+        fake.append(measurement)
+        assert command_line.main(["peers", "--output", str(path)]) == status
+        assert {file.name for file in tmp_path.iterdir()} == left
+        assert (str(partial_path(path)) in capsys.readouterr().out) == (status == 130)
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_measuring(fake, tmp_path, capsys):

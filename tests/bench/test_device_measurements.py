@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pytest import approx
 
-from bench import attention_check, attention_program, model
+from bench import attention_check, attention_program, model, products
 from bench.one_device import (
     DTYPE,
     PAGE_SIZE,
@@ -97,6 +97,21 @@ def test_random_weights_vary_and_keep_activations_in_range(name):
     matrix = params.layers[0]["attention.wo"]
     plain = matrix if name is None else matrix.dequantize()
     assert np.std(np.asarray(plain, np.float32)) == approx(0.02, rel=1.0)
+
+
+def test_a_layer_takes_the_sum_of_its_products(monkeypatch):
+    """Unless one of them does not compile."""
+    times = {"time": 2.0, "error": 0.003}
+    monkeypatch.setattr(products, "product_row", lambda *_: times)
+    *found, total = products.layer_rows("bfloat16", 8, True, 1.0, 1.0)
+    assert len(found) == 4 and total == {"format": "bfloat16", "rows": 8, "layer_time": 8.0}
+
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("no\nway")
+
+    monkeypatch.setattr(products, "product_row", fail)
+    found = products.layer_rows("bfloat16", 8, True, 1.0, 1.0)
+    assert len(found) == 4 and {row["error"] for row in found} == {"no"}
 
 
 def test_a_packet_scatters_the_pages_of_a_sequence():

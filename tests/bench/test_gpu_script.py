@@ -169,6 +169,7 @@ def test_the_script_at_toy_size_on_a_bare_machine(bare, tmp_path):
     assert [row["case"] for row in times["model_8b"]] == ["b2", "b3"]
     assert {row["format"] for row in times["products"]} == {"bfloat16", "int8", "fp8"}
     assert {row["format"] for row in times["int4"]} == {"int4"}
+    assert all(result.plots for result in results.values())
     assert len(results["int4"].targets) == 5 and results["int4"].met
     with tarfile.open(out / "machine.tar.gz") as kept:
         assert {Path(name).stem for name in kept.getnames()} >= {*STEPS}

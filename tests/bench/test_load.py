@@ -10,7 +10,7 @@ from pytest import approx
 from bench.load.client import Server, ServerError, find_model, send_all
 from bench.load.figures import Goals, error_rows, latency_rows, total_row
 from bench.load.workload import LoadRequest, Workload
-from bench.serve_load import run_tests
+from bench.serve_load import run_test
 from llama_jax.plan.simulation.lengths import Lengths
 from tests.support.scripted_server import (
     END,
@@ -134,6 +134,20 @@ def test_a_chat_starts_with_its_first_token_not_with_the_role(content):
     assert transport.requests[0][1].url.path == "/v1/chat/completions"
 
 
+def test_a_server_of_others():
+    """What `transformers serve` of Hugging Face 5.24 sent: the end, with its usage, holds a choice,
+    and no other event has a finish_reason."""
+    steps = [
+        0.1, b'data: {"id":"2258","choices":[{"index":0,"text":"I"}]}\n\n',
+        0.1, b'data: {"id":"2258","choices":[{"index":0,"text":" am"}],"created":1795834906}\n\n',
+        0.1, b'data: {"choices":[{"finish_reason":"length","index":0,"text":""}],"usage":'
+        b'{"completion_tokens":2,"prompt_tokens":3,"total_tokens":5}}\n\n',
+    ]  # fmt: skip
+    [sample], _ = measure(lambda *_: steps, every(1.0, 1))
+    assert sample.error is None and (sample.prompt_tokens, sample.output_tokens) == (3, 2)
+    assert sample.ttft == approx(0.1) and sample.tpot == approx(0.1)
+
+
 def test_what_is_sent():
     server = Server(
         url="http://test/v1", endpoint="completions", model="tiny", api_key="secret",
@@ -220,14 +234,14 @@ WORKLOAD = Workload(rate=5.0, num_requests=3, prompt=Lengths.parse("8"), answer=
 
 def test_requests_before_the_test_do_not_count_and_have_other_prompts():
     transport = ScriptedServer(lambda *_: answer(0.1))
-    [samples] = run_virtually(run_tests(SERVER, [WORKLOAD], 2, transport))
+    samples = run_virtually(run_test(SERVER, WORKLOAD.warm_up(2), WORKLOAD.to_send(), transport))
     assert len(samples) == 3 and len({body["prompt"] for body in transport.bodies}) == 5
 
 
 def test_a_server_that_answers_nothing_is_not_tested():
     transport = ScriptedServer(lambda *_: [b"{}"], 404)
     with pytest.raises(ServerError, match="404"):
-        run_virtually(run_tests(SERVER, [WORKLOAD], 2, transport))
+        run_virtually(run_test(SERVER, WORKLOAD.warm_up(2), WORKLOAD.to_send(), transport))
     assert len(transport.requests) == 2
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import contexts, peers
+from bench import contexts, peers, scheduler_time
 from bench.__main__ import main
 from bench.peer_engines import Moment, Times
 from bench.result import Result
@@ -24,7 +24,8 @@ def columns(result: Result) -> list[tuple[str, ...]]:
     return list(dict.fromkeys(tuple(row) for row in result.rows))
 
 
-def test_scheduler(tmp_path):
+def test_scheduler(tmp_path, monkeypatch):
+    monkeypatch.setattr(scheduler_time, "SEQUENCES", (64, 128))
     found = measured(tmp_path, "engine", "--parts", "scheduler", "--ticks", "4")
     assert columns(found) == [("decoding", "per tick", "per row"), ("waiting", "per tick")]
     assert len(found.targets) == len(found.plots) == 2 and found.flags["ticks"] == 4

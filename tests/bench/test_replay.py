@@ -10,7 +10,7 @@ from bench.serve_load import make_loads, run
 from llama_jax.plan.simulation.load import Request, Run
 from llama_jax.plan.simulation.traces import TraceError
 from sharding.errors import UserError
-from tests.bench.test_serve_load import parse, rows_with
+from tests.bench.test_serve_load import kept, parse, rows_with
 from tests.support.fake_client import FakeServer
 from tests.support.listening import listening
 
@@ -25,6 +25,8 @@ TRACES = {
     "azure": "TIMESTAMP,ContextTokens,GeneratedTokens\n"
     "2023-11-16 18:15:46.00,9,3\n2023-11-16 18:15:46.04,9,3\n2023-11-16 18:15:46.09,8,2\n",
 }
+
+pytestmark = pytest.mark.usefixtures(kept.__name__)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Results: their files, tables, comparison, page and calibration."""
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from bench.calibrate import calibration
 from bench.compare import compare, differences
 from bench.figures import fitting_unit, text
+from bench.partial import keep, partial_path
 from bench.plots import digest, draw, plot_paths, series, svg
-from bench.report import PAGE, PLOTS, RESULTS, page, read_all
+from bench.report import PAGE, PLOTS, RESULTS, command, page, read_all
 from bench.result import BadResult, Plot, Result, Target
 from bench.table import Table, tables
 from llama_jax.config import LlamaConfig, Quantization
@@ -20,6 +22,7 @@ from llama_jax.costs.calibration import Calibration, MeasuredTick
 from llama_jax.costs.deployment import Deployment, Layout
 from llama_jax.costs.gpus import find_gpu
 from llama_jax.costs.tick_time import TickModel
+from llama_jax.pictures.style import inches
 
 RESULT = Result(
     name="step",
@@ -100,6 +103,21 @@ def test_flags_and_versions_name_no_path_and_no_missing_package(tmp_path):
         "directory": "here",
     }
     assert list(found.versions) == ["python"] and found.machine["cpus"] >= 1
+
+
+def test_where_xla_writes_its_dumps_is_no_condition(monkeypatch):
+    """gpu.sh takes a new folder each time, and `compare` would warn of it."""
+    args = {"args": {}, "packages": (), "units": {}, "rows": []}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/here --xla_a=1  --xla_dump_hlo_as_text")
+    assert Result.measured("a", "b", **args).flags["XLA_FLAGS"] == "--xla_a=1"
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/here ")
+    assert "XLA_FLAGS" not in Result.measured("a", "b", **args).flags
+
+
+def test_plots_that_have_no_rows_yet_are_left_out(tmp_path):
+    later = replace(RESULT, plots=(*RESULT.plots, Plot("Later", "tokens", ("time",))))
+    keep(later, tmp_path / "a.json")
+    assert Result.read(partial_path(tmp_path / "a.json")) == RESULT
 
 
 # --- tables --------------------------------------------------------------------------------------
@@ -212,6 +230,33 @@ def test_several_columns_may_distinguish_lines():
     result = replace(RESULT, rows=rows)
     lines = series(result, Plot("Four", "batch", ("time",), by=("a", "b")), 1)
     assert list(lines) == ["x, 1", "x, 2", "y, 1", "y, 2"]
+
+
+def test_several_columns_may_name_a_bar():
+    rows = [{"kind": kind, "rows": n, "time": n + 0.5} for kind in "xy" for n in (1, 8)]
+    plot = Plot("Four", ("kind", "rows"), ("time",), kind="bar")
+    result = replace(RESULT, rows=[*rows, {"kind": "x", "time": 9.0}], plots=(plot,))
+    axes = draw(result, plot).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "x, rows 1", "x, rows 8", "y, rows 1", "y, rows 8"
+    ]  # fmt: skip
+    assert [bar.get_width() for bar in axes.patches] == [1.5, 8.5, 1.5, 8.5]
+    assert Result.from_json(json.dumps(vars(result), default=vars)).plots == (plot,)
+
+
+def test_long_names_leave_room_for_their_bars():
+    rows = [{"setting": "a long name " * 6, "time": 1.0}, {"setting": "a short one", "time": 2.0}]
+    result = replace(RESULT, rows=rows)
+    axes = draw(result, Plot("Two", "setting", ("time",), kind="bar")).axes[0]
+    assert inches(axes)[0] > 3
+
+
+def test_the_command_of_a_result_can_be_pasted():
+    flags = {"extra_body": '{"temperature": 0}', "cases": ["a b", "c"], "toy": True, "fast": False}
+    words = shlex.split(command(replace(RESULT, flags=flags)))
+    assert words[3:] == [
+        "step", "--extra-body", '{"temperature": 0}', "--cases", "a b", "c", "--toy"
+    ]  # fmt: skip
 
 
 def test_the_committed_page_shows_the_committed_results():

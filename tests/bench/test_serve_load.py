@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from bench.serve_load import add_arguments, run
+from bench import serve_load
+from bench.__main__ import main
+from bench.load.client import ServerError
+from bench.partial import keep
+from bench.result import Result
+from bench.serve_load import add_arguments, make_loads, run
 from llama_jax.terminal.arguments import Parser
 from sharding.errors import UserError
 from tests.support.fake_client import FakeServer
@@ -38,6 +43,14 @@ def url():
 @pytest.fixture(autouse=True)
 def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch) -> list[Result]:
+    """What is kept while a test runs; not in a file."""
+    kept: list[Result] = []
+    monkeypatch.setattr(serve_load, "keep", lambda result, output: kept.append(result))
+    return kept
 
 
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])
@@ -90,6 +103,36 @@ def test_a_wrong_key_is_refused(url, monkeypatch):
 def test_flags_that_make_no_sense_are_refused(flags):
     with pytest.raises(UserError):
         run(parse(*flags))
+
+
+def test_each_rate_sends_other_prompts():
+    """Else the second rate would measure the server's prefix cache."""
+    (_, first), (_, second) = make_loads(parse("--rate", "2", "4"))
+    prompts = [{request.prompt for request in load.to_send()} for load in (first, second)]
+    assert len(prompts[0]) == len(prompts[1]) == 100 and not prompts[0] & prompts[1]
+
+
+def test_a_server_that_dies_between_rates_leaves_what_was_measured(
+    url, kept, tmp_path, capsys, monkeypatch
+):
+    measured = serve_load.run_test
+
+    async def run_test(*args):
+        if kept:
+            raise ServerError("the server has died")
+        return await measured(*args)
+
+    monkeypatch.setattr(serve_load, "run_test", run_test)
+    monkeypatch.setattr(serve_load, "keep", lambda *each: (keep(*each), kept.append(each[0])))
+    file = tmp_path / "serve.json"
+    assert main(["serve", "--url", url, *QUICK, "--rate", "100", "200", "--output", str(file)]) == 2
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1] == "python -m bench: the server has died"
+    assert "100 requests/s: 20 answered, 0 failed" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["serve.partial.json"]
+    found = Result.read(tmp_path / "serve.partial.json")
+    assert found == kept[0] and {row["rate"] for row in found.rows} == {100}
+    assert len(found.targets) == 1 and str(tmp_path / "serve.partial.json") in out
 
 
 def test_a_rate_is_tested_once():

@@ -95,6 +95,15 @@ def test_prompts_are_long_as_asked_and_different():
     assert {request.max_tokens for request in LOAD.to_send()} == {3}
 
 
+@pytest.mark.parametrize("prefix_tokens", [0, 40])
+def test_tests_of_a_series_have_lengths_in_common_but_no_prompt(prefix_tokens):
+    """Else a server would find the prompts of the last test in its prefix cache."""
+    load = replace(LOAD, prefix_tokens=prefix_tokens, prefixes=3)
+    first, second = words(load), words(replace(load, rate=9.0, test=1))
+    assert [*map(len, first)] == [*map(len, second)]
+    assert not {tuple(prompt[:5]) for prompt in first} & {tuple(prompt[:5]) for prompt in second}
+
+
 def test_prefixes_are_shared():
     prompts = words(replace(LOAD, prefix_tokens=40, prefixes=3))
     assert {len(prompt) for prompt in prompts} == {45, 46, 47, 48, 49}

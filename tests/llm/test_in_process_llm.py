@@ -102,7 +102,8 @@ def answers(llm: LLM) -> list[list[int]]:
 # The same answers
 
 
-@pytest.mark.parametrize("mesh", [pytest.param("1x1", marks=pytest.mark.slow), "2x2"])
+@pytest.mark.slow  # tests/model/test_bring_your_own.py compares such tokens with one device's
+@pytest.mark.parametrize("mesh", ["1x1", "2x2"])
 def test_the_tokens_are_those_of_an_engine_process(checkpoint: Path, mesh: str) -> None:
     with LLM(checkpoint, mesh, **SMALL) as llm:
         expected = answers(llm)
@@ -113,18 +114,6 @@ def test_the_tokens_are_those_of_an_engine_process(checkpoint: Path, mesh: str) 
         assert llm.engine.loop.executor.mesh.shape == {
             "stage": int(mesh[0]), "model": int(mesh[2])
         }  # fmt: skip
-
-
-def test_the_settings_of_the_process_are_unchanged(checkpoint: Path) -> None:
-    def state() -> list[object]:
-        signals = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-        settings = [getattr(jax.config, name) for name in SETTINGS]
-        return [*signals, *settings, sys.stdout, sys.excepthook, threading.excepthook]
-
-    before = state()
-    with LLM(checkpoint, in_process=True, **SMALL) as llm:
-        assert llm.generate("A", LETTERS).token_ids
-        assert state() == before
 
 
 @pytest.mark.slow
@@ -168,6 +157,7 @@ assert beside == alone and calls > 5, calls
 
 
 def test_a_mesh_with_more_devices_than_jax_has(checkpoint: Path) -> None:
+    assert len(jax.devices()) == 8  # from now on, no engine can ask for more
     with pytest.raises(EngineStartError, match="16 devices") as caught:
         LLM(checkpoint, "2x8", in_process=True, **SMALL)
     assert "\n" not in str(caught.value)
@@ -201,8 +191,16 @@ def test_an_engine_in_its_own_process_is_out_of_reach(start: Starter) -> None:
 # Ends
 
 
-def test_closing_frees_the_memory(checkpoint: Path) -> None:
+def settings() -> list[object]:
+    """What an engine in this process must leave alone."""
+    signals = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    of_jax = [getattr(jax.config, name) for name in SETTINGS]
+    return [*signals, *of_jax, sys.stdout, sys.excepthook, threading.excepthook]
+
+
+def test_closing_frees_the_memory_and_the_settings_are_unchanged(checkpoint: Path) -> None:
     gc.collect()
+    at_first = settings()
     before = {id(array) for array in jax.live_arrays()}
 
     def new() -> int:
@@ -211,6 +209,8 @@ def test_closing_frees_the_memory(checkpoint: Path) -> None:
     llm = LLM(checkpoint, in_process=True, **SMALL)
     held = new()
     assert held > 20
+    assert llm.generate("A", LETTERS).token_ids
+    assert settings() == at_first
     gc.disable()  # closing must not depend on garbage collection
     try:
         llm.restart()

@@ -53,13 +53,14 @@ def test_they_train_while_the_weights_stay(path):
     before = model(TOKENS)
     graph, added, weights = nnx.split(model, lambda path, _: path[-1] in ("narrow", "wide"), ...)
 
+    @jax.jit
     def loss(added):
         logits = nnx.merge(graph, added, weights)(TOKENS[:, :-1])
         return -jnp.take_along_axis(
             jax.nn.log_softmax(logits), jnp.array(TOKENS)[:, 1:, None], axis=-1
         ).mean()
 
-    slopes = jax.grad(loss)(added)
+    slopes = jax.jit(jax.grad(loss))(added)
     trained = jax.tree.map(lambda value, slope: value - 0.1 * slope, added, slopes)
     assert loss(trained) < loss(added)
     assert abs(nnx.merge(graph, trained, weights)(TOKENS) - before).max() > 1e-3

@@ -154,7 +154,7 @@ def test_the_engines_weights_are_shared(tmp_path, monkeypatch):
     path, tokens = make_tokenizer(save_model(theirs, tmp_path)), tokens_of(1, 20)
     greedy = SamplingParams(temperature=0, max_tokens=8)
     sizes = {"max_num_seqs": 2, "max_chunk": 64, "kv_cache_memory": 1 << 22}
-    with LLM(path, "2x2", in_process=True, **sizes) as llm:
+    with LLM(path, in_process=True, **sizes) as llm:
         answer = llm.generate([5, 6, 7], greedy).token_ids
         model = llm.model
         assert model.params is llm.engine.loop.executor.params
