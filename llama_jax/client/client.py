@@ -5,15 +5,12 @@ a finish reason or an exception, whatever happens to the engine. Imports no JAX.
 """
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TypeVar
 
-import msgspec
-import zmq
-
 from llama_jax.client.engine_process import ENGINE_COMMAND, process_host
+from llama_jax.client.engine_socket import EngineSocket
 from llama_jax.client.host import StartHost
 from llama_jax.client.output_stream import OpenStreams
 from llama_jax.client.private_directory import PrivateDirectory
@@ -86,22 +83,15 @@ class EngineClient:
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[EngineInfo] = self._loop.create_future()
         self._streams = OpenStreams(0)  # none before the engine is ready
-        self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(FromEngine).decode
         self._last_report = time.monotonic()
 
         directory = PrivateDirectory()
-        # `zmq.asyncio` would take longer for a message than its outputs take.
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.PAIR)
-        self._socket.set_hwm(0)  # the requests in flight bound the queue
-        self._socket.bind(f"ipc://{directory.socket}")
+        self._socket = EngineSocket(directory.socket, self._handle, self._end_confused)
         try:
             self.host = start_host(directory, options)
         except EngineStartError:
-            self._context.destroy(linger=0)
+            self._socket.close()
             raise
-        self._loop.add_reader(self._socket.fileno(), self._receive)
         self._end = asyncio.create_task(self._wait_for_end())
 
     @classmethod
@@ -280,8 +270,7 @@ class EngineClient:
             await self.host.exited.wait()
         self._end.cancel()  # every waiting task has its error
         await asyncio.gather(self._end, return_exceptions=True)
-        self._loop.remove_reader(self._socket.fileno())
-        self._context.destroy(linger=0)
+        self._socket.close()
         self.host.clean_up()
 
     @property
@@ -298,45 +287,18 @@ class EngineClient:
         """Sends a message without waiting. If the engine has ended the message is lost, and
         `_wait_for_end` ends every stream."""
         if self._running and self._last_words is None:
-            with contextlib.suppress(zmq.Again):  # it has just ended
-                self._socket.send(self._encode(message), zmq.NOBLOCK)
-            # The file descriptor tells of news once, and a send may have taken note of them.
-            if self._events & zmq.POLLIN:
-                self._loop.call_soon(self._receive)
-
-    @property
-    def _events(self) -> int:
-        """What the socket is ready for. Asking takes note of all news from its peer."""
-        events = self._socket.get(zmq.EVENTS)
-        assert isinstance(events, int)
-        return events
-
-    def _receive(self) -> None:
-        """Handles the messages that have arrived.
-
-        Called when the socket's file descriptor says that there may be some. It says so once, so
-        all of them are read; that takes less time than an engine needs to send as many.
-        """
-        with contextlib.suppress(zmq.Again):
-            while not self._socket.closed:
-                message = self._socket.recv(zmq.NOBLOCK)
-                try:
-                    self._handle(self._decode(message))
-                except Exception as error:
-                    self._fail(f"A message from the engine could not be handled: {error!r}.")
-                    self.host.kill()
+            self._socket.send(message)
 
     async def _wait_for_end(self) -> None:
         """Task: waits until the engine has exited, then ends every stream.
 
-        The news of the exit may overtake the last messages, which say why the engine died. A PAIR
-        socket is readable or writable until its peer has disconnected and every message from it has
-        been read; before the first message, the connection itself may still be on its way.
+        The news of the exit may overtake the last messages, which say why the engine died. Before
+        the first message, the connection itself may still be on its way.
         """
         await self.host.exited.wait()
         deadline = time.monotonic() + LAST_WORDS_SECONDS
-        while (self._events or not self._heard) and time.monotonic() < deadline:
-            self._receive()
+        while (self._socket.open or not self._heard) and time.monotonic() < deadline:
+            self._socket.receive()
             await asyncio.sleep(0.005)
         self._fail(self.host.describe_end(self._last_words))
 
@@ -361,6 +323,10 @@ class EngineClient:
             assert isinstance(message, Fatal)
             self._last_words = message.message
             self._loop.call_later(FATAL_SECONDS, self.host.kill)
+
+    def _end_confused(self, error: Exception) -> None:
+        self._fail(f"A message from the engine could not be handled: {error!r}.")
+        self.host.kill()
 
     def _tell(self, progress: Progress) -> None:
         if self._on_progress is not None:

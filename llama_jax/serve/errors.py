@@ -124,6 +124,16 @@ def queue_tokens_full(queued: int, tokens: int, retry_after: int) -> ApiError:
     )
 
 
+def too_many_waiting(taken: int) -> ApiError:
+    """429: as many requests as may wait for a route that does not generate."""
+    return ApiError(
+        429,
+        f"{taken} requests are being tokenized or waiting for it, the maximum; try again in 1 s.",
+        code="queue_full",
+        headers={"Retry-After": "1"},
+    )
+
+
 def timed_out() -> ApiError:
     """504: the request has not finished in the time that it was given.
 

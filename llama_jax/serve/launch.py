@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ from llama_jax.terminal.output import protect_output
 from llama_jax.terminal.progress import TerminalDisplay
 from llama_jax.text.tokenizer import Tokenizer
 from sharding.errors import UserError
+
+# Tokenizing and what else takes long. Each thread that runs Python takes the interpreter's lock for
+# 5 ms at a time: with asyncio's own number, 32, streams would stand still for seconds. Two, so that
+# short prompts need not wait for a long one.
+THREADS = 2
 
 
 def main(argv: list[str] | None = None, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
@@ -111,6 +117,7 @@ async def _serve(
       EngineDead: the engine died; every request has been answered with an error.
     """
     started = time.perf_counter()
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "work"))
     stop = StopSignals()
     site = stack.enter_context(contextlib.closing(Site(setup)))
     server = HttpServer(

@@ -290,6 +290,7 @@ def _first_lost(chat: Sequence[Turn], rendered: str) -> int | None:
     haystack = _squeezed(rendered)
     read = 0  # how far the texts have been found
     systems: Counter[str] = Counter()
+    systems_read: int | None = 0  # the same for system messages, while they are in order
     for index, turn in enumerate(chat):
         text = turn.text
         if turn.role == "assistant":  # templates of reasoning models leave out earlier reasoning
@@ -297,13 +298,24 @@ def _first_lost(chat: Sequence[Turn], rendered: str) -> int | None:
         needles = (_squeezed(text), _squeezed(json.dumps(text, ensure_ascii=False)[1:-1]))
         if turn.role == "system":
             systems[text] += 1
-            if max(map(haystack.count, needles)) < systems[text]:
+            if systems_read is not None:
+                systems_read = _end_of_first(needles, haystack, systems_read)
+            # Counting looks through everything for each message.
+            if systems_read is None and max(map(haystack.count, needles)) < systems[text]:
                 return index
             continue
-        found = [at + len(needle) for needle in needles if (at := haystack.find(needle, read)) >= 0]
-        if not found:
+        end = _end_of_first(needles, haystack, read)
+        if end is None:
             return index
-        read = found[0]
+        read = end
+    return None
+
+
+def _end_of_first(needles: Iterable[str], haystack: str, start: int) -> int | None:
+    """Returns where the first of these texts ends that is found from here on; None if none is."""
+    for needle in needles:
+        if (at := haystack.find(needle, start)) >= 0:
+            return at + len(needle)
     return None
 
 

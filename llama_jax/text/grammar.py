@@ -35,6 +35,7 @@ _ESCAPE_OR_CLASS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
 DATA = frozenset(["const", "default", "enum", "examples"])  # not schemas
 # Objects of schemas, whose names may be those of keywords.
 NAMED_SCHEMAS = frozenset(["properties", "patternProperties", "$defs", "definitions"])
+_BOUNDS = frozenset(["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"])
 _MAX_LEXER_STATES = 20_000  # of up to 2 kB each
 _MAX_REASON = 300  # characters
 
@@ -90,6 +91,8 @@ def translated_schema(schema: Any) -> Any:
             found[name] = value if name in DATA else translated_schema(value)
         if name in ("const", "enum"):
             _check_integers(value, name)
+        if name in _BOUNDS and isinstance(value, int | float):
+            _check_bound(value, name)
     return found
 
 
@@ -98,11 +101,28 @@ def _check_integers(value: Any, keyword: str) -> None:
     if isinstance(value, list | dict):
         for item in value.values() if isinstance(value, dict) else value:
             _check_integers(item, keyword)
-    elif isinstance(value, int) and (value.bit_length() > 1023 or float(value) != value):
+    elif isinstance(value, int) and _is_rounded(value):
         raise GrammarError(
             f"The integer {str(value)[:40]} in {keyword} has more digits than can be followed: "
             "use a string."
         )
+
+
+def _check_bound(value: float, keyword: str) -> None:
+    """Refuses bounds that llguidance would move, as integers above."""
+    if keyword == "maximum" and value >= 2**63 - 1:
+        return  # the largest of its integers, and of those that most schemas mean
+    # Its bounds are inclusive: of integers, it takes the one beside an exclusive bound.
+    if _is_rounded(value) or (keyword.startswith("exclusive") and abs(value) >= 2**53):
+        raise GrammarError(
+            f"The bound {str(value)[:40]} in {keyword} has more digits than can be followed: use "
+            "one below 2**53, or leave it out."
+        )
+
+
+def _is_rounded(number: float) -> bool:
+    """Whether a double cannot hold this number."""
+    return isinstance(number, int) and (number.bit_length() > 1023 or float(number) != number)
 
 
 def _with_ascii_classes(pattern: str) -> str:

@@ -26,7 +26,7 @@ class SlowTokenizer:
     def __init__(self, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
         self.go = threading.Event()
         self.calls = 0
-        for name in ("encode", "encode_chat"):
+        for name in ("encode", "encode_chat", "decode"):
             monkeypatch.setattr(server.tokenizer, name, self._slow(getattr(server.tokenizer, name)))
 
     def _slow(self, encode):
@@ -191,7 +191,9 @@ def test_a_request_that_ends_while_it_waits_for_the_tokenizer_is_not_tokenized(
         if end == "cancel":
             second.task.cancel()
         await asyncio.gather(second.task, return_exceptions=True)
-        assert second.sent[0]["status"] == 504 if end == "timeout" else not second.data
+        statuses = [message["status"] for message in second.sent if "status" in message]
+        # Only the end of the server cancels a request.
+        assert statuses == {"timeout": [504], "cancel": [503]}.get(end, [499])
         assert server.served.admission._reserved == 2
         # One that is being tokenized is given up, too.
         first.gone.set()
@@ -243,3 +245,32 @@ def test_a_client_that_has_gone_is_not_tokenized_for(monkeypatch, path, body):
 
     server.run(scenario)
     assert tokenizer.calls == 1
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize"])
+def test_one_request_is_tokenized_at_a_time_and_a_limited_number_waits(monkeypatch, path):
+    server = FakeServer(max_in_flight=8)
+    tokenizer = SlowTokenizer(server, monkeypatch)
+    body = {"/tokenize": {"prompt": "Hi"}, "/detokenize": {"tokens": [72]}}[path]
+
+    async def scenario(client):
+        posts = [asyncio.create_task(client.post(path, json=body)) for _ in range(20)]
+        await until(lambda: sum(post.done() for post in posts) == 12 and tokenizer.calls)
+        refusals = [post.result() for post in posts if post.done()]
+        unread = await client.post(path, content=b"{", headers={"content-type": "application/json"})
+        waiting = [post for post in posts if not post.done()]
+        waiting.pop().cancel()
+        await asyncio.sleep(0.01)
+        waiting.append(asyncio.create_task(client.post(path, json=body)))
+        await asyncio.sleep(0.05)
+        assert tokenizer.calls == 1
+        tokenizer.go.set()
+        answers = [ok(await post).json() for post in waiting]
+        return [*refusals, unread], answers
+
+    refusals, answers = server.run(scenario)
+    for refusal in refusals:
+        assert (refusal.status_code, error_of(refusal)["code"]) == (429, "queue_full")
+        assert refusal.headers["retry-after"] == "1"
+    assert len(answers) == tokenizer.calls == 8
+    ok(server.post(path, body))

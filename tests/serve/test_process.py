@@ -13,12 +13,13 @@ import signal
 import socket
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
 from llama_jax.serve.__main__ import main as entry_point
-from llama_jax.serve.launch import main
+from llama_jax.serve.launch import THREADS, main
 from tests.support.paths import ROOT
 from tests.support.processes import FAKE, children, wait_until
 from tests.support.server_process import FAKE_SERVER, ServerProcess, is_running, kill
@@ -154,6 +155,23 @@ def test_a_server_ends_though_nobody_reads_its_log(checkpoints):
         process.communicate()
         os.close(reading)
         os.close(writing)
+
+
+def test_a_burst_is_tokenized_in_few_threads(checkpoints):
+    """Each of them would take the interpreter's lock from the streams of all others."""
+    body = {"prompt": "word " * 20_000, "max_tokens": 1}
+    with start(checkpoints).wait_ready() as server, ThreadPoolExecutor(30) as clients:
+
+        def complete(_: int) -> int:
+            return httpx.post(server.url + "/v1/completions", json=body, timeout=60).status_code
+
+        def threads() -> int:
+            return len(os.listdir(f"/proc/{server.process.pid}/task"))
+
+        assert complete(0) == 200  # with the threads of the tokenizers library
+        before = threads()
+        assert {*clients.map(complete, range(30))} == {200}
+        assert threads() < before + THREADS
 
 
 def test_a_second_signal_ends_it_at_once(checkpoints):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from llama_jax.text import chat_template
 from llama_jax.text.tokenizer import Tokenizer, TokenizerError
 from tests.support.tokenizer_kinds import CHATML, MISTRAL, PARTS, REASONING, write_tokenizer
 
@@ -137,3 +138,33 @@ def test_a_template_may_change_the_order_of_system_messages(tmp_path):
     subject = tokenizer(tmp_path, once)
     with pytest.raises(TokenizerError, match=r"messages\[1\]"):
         subject.encode_chat(chat(("system", "S"), ("system", "S"), ("user", "A")))
+
+
+class Counted(str):
+    """A text that counts how often it is looked through from its beginning to its end."""
+
+    times = 0
+
+    def count(self, *args) -> int:
+        Counted.times += 1
+        return super().count(*args)
+
+
+@pytest.mark.parametrize(
+    ("template", "looks"),
+    [
+        (CHATML, 0),
+        # System messages in the opposite order.
+        ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", 2 * 199),
+    ],
+)
+def test_many_system_messages_are_looked_for_in_their_order_first(
+    tmp_path, monkeypatch, template, looks
+):
+    """Counting each of them would take quadratic time, minutes for a body of two megabytes."""
+    subject = tokenizer(tmp_path, template)
+    monkeypatch.setattr(Counted, "times", 0)
+    squeezed = chat_template._squeezed
+    monkeypatch.setattr(chat_template, "_squeezed", lambda text: Counted(squeezed(text)))
+    subject.encode_chat(chat(*(("system", f"({number})") for number in range(200))))
+    assert Counted.times == looks

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from jsonschema import Draft202012Validator
 from llguidance import LLMatcher
 
 from llama_jax.text import grammar
@@ -102,6 +103,46 @@ def test_an_integer_that_a_double_holds_is_followed(value):
     text = json.dumps(value)
     wanted = grammar.json_schema_grammar({"enum": [value]})
     assert matches(text, wanted) and not matches(text + "1", wanted)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "bound"),
+    [
+        ("minimum", 2**53 + 1),
+        ("minimum", -(2**53) - 1),
+        pytest.param("minimum", 10**400, id="huge"),
+        ("maximum", 12345678901234567),
+        ("multipleOf", 2**53 + 1),
+        ("exclusiveMinimum", 2**53),
+        ("exclusiveMaximum", 2.0**60),
+        ("exclusiveMaximum", -(2**53)),
+    ],
+)
+def test_a_bound_that_would_be_moved_is_refused(keyword, bound):
+    schema = {"properties": {"id": {"type": "integer", keyword: bound}}}
+    with pytest.raises(GrammarError, match=f"in {keyword} has more digits than can be followed"):
+        grammar.json_schema_grammar(schema)
+    grammar.json_schema_grammar({"properties": {keyword: {"default": bound}}})  # a name
+
+
+@pytest.mark.parametrize("keyword", ["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"])
+@pytest.mark.parametrize("bound", [0, 7, -(2**53) + 1, 2**53 - 1, 2**53, -(2**53), 10**17])
+def test_a_bound_that_is_not_refused_is_followed(keyword, bound):
+    schema = {"type": "integer", keyword: bound}
+    try:
+        wanted = grammar.json_schema_grammar(schema)
+    except GrammarError:
+        assert keyword.startswith("exclusive") and abs(bound) >= 2**53
+        return
+    for value in range(bound - 3, bound + 4):
+        valid = Draft202012Validator(schema).is_valid(value)
+        assert matches(str(value), wanted) == valid, value
+
+
+@pytest.mark.parametrize("bits", [63, 64])
+def test_the_largest_integers_of_other_languages_are_a_maximum(bits):
+    wanted = grammar.json_schema_grammar({"type": "integer", "maximum": 2**bits - 1})
+    assert matches(str(2**63 - 1), wanted) and not matches(str(2**64), wanted)
 
 
 def test_white_space_in_json_ends():

@@ -15,6 +15,7 @@ from llama_jax.serve.protocol.generation import GenerationRequest
 from llama_jax.serve.protocol.messages import Message
 from llama_jax.serve.protocol.request_body import read
 from llama_jax.serve.protocol.tokenize import DetokenizeRequest, TokenizeRequest
+from llama_jax.serve.routes.turns import Turns
 from llama_jax.serve.served_model import ServedModel
 from llama_jax.serve.transport.interrupt import while_connected
 from llama_jax.serve.transport.json_response import JsonResponse
@@ -28,47 +29,15 @@ from llama_jax.text.tokenizer import Tokenizer, TokenizerError
 def tokenization_routes(served: ServedModel) -> list[Route]:
     """POST /tokenize, POST /detokenize and GET (and HEAD) /tokenizer_info."""
 
+    turns = Turns(served.engine.max_in_flight)
+
     async def tokenize(request: Request) -> Response:
-        body = await read(TokenizeRequest, request)
-        served.check_name(body.model)
-        if body.messages is not None:
-            ids = await encode_messages(
-                served,
-                body.messages,
-                chat_options(body),
-                body.add_special_tokens is True,
-                tools=[tool.definition for tool in body.tools or ()],
-            )
-        else:
-            ids = await encode_prompt(
-                served, body.prompt or "", body.add_special_tokens is not False
-            )
-        strings = None
-        if body.return_token_strs:
-            strings = await served.in_thread(_decode_each, served.tokenizer, ids)
-        return JsonResponse(
-            {
-                "count": len(ids),
-                "max_model_len": served.engine.info.max_model_len,
-                "tokens": ids,
-                "token_strs": strings,
-            }
-        )
+        async with turns.turn():
+            return JsonResponse(await _tokenized(served, request))
 
     async def detokenize(request: Request) -> Response:
-        body = await read(DetokenizeRequest, request)
-        served.check_name(body.model)
-        vocab_size = served.engine.info.vocab_size
-        for token in (min(body.tokens, default=0), max(body.tokens, default=0)):
-            if not 0 <= token < vocab_size:
-                raise ApiError(
-                    400,
-                    f"Token id {token} is not in the vocabulary (0 to {vocab_size - 1}).",
-                    param="tokens",
-                    code="invalid_value",
-                )
-        text = await served.in_thread(served.tokenizer.decode, body.tokens, False)
-        return JsonResponse({"prompt": text})
+        async with turns.turn():
+            return JsonResponse({"prompt": await _text(served, request)})
 
     async def tokenizer_info(request: Request) -> Response:
         info, limit = served.tokenizer.info, served.engine.info.max_model_len
@@ -81,6 +50,47 @@ def tokenization_routes(served: ServedModel) -> list[Route]:
         Route("/detokenize", while_connected(detokenize), methods=["POST"]),
         Route("/tokenizer_info", tokenizer_info),
     ]
+
+
+async def _tokenized(served: ServedModel, request: Request) -> dict[str, Any]:
+    """The answer to POST /tokenize."""
+    body = await read(TokenizeRequest, request)
+    served.check_name(body.model)
+    if body.messages is not None:
+        ids = await encode_messages(
+            served,
+            body.messages,
+            chat_options(body),
+            body.add_special_tokens is True,
+            tools=[tool.definition for tool in body.tools or ()],
+        )
+    else:
+        ids = await encode_prompt(served, body.prompt or "", body.add_special_tokens is not False)
+    strings = None
+    if body.return_token_strs:
+        strings = await served.in_thread(_decode_each, served.tokenizer, ids)
+    return {
+        "count": len(ids),
+        "max_model_len": served.engine.info.max_model_len,
+        "tokens": ids,
+        "token_strs": strings,
+    }
+
+
+async def _text(served: ServedModel, request: Request) -> str:
+    """The text of the token ids of POST /detokenize."""
+    body = await read(DetokenizeRequest, request)
+    served.check_name(body.model)
+    vocab_size = served.engine.info.vocab_size
+    for token in (min(body.tokens, default=0), max(body.tokens, default=0)):
+        if not 0 <= token < vocab_size:
+            raise ApiError(
+                400,
+                f"Token id {token} is not in the vocabulary (0 to {vocab_size - 1}).",
+                param="tokens",
+                code="invalid_value",
+            )
+    return await served.in_thread(served.tokenizer.decode, body.tokens, False)
 
 
 async def encode_prompt(

@@ -3,6 +3,7 @@
 Plain ASGI, as `door`.
 """
 
+import asyncio
 import re
 import uuid
 from collections.abc import Callable, Iterable
@@ -10,7 +11,13 @@ from collections.abc import Callable, Iterable
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llama_jax.serve.monitoring.request_record import RequestListener, RequestRecord, set_current
+from llama_jax.serve.errors import shutting_down
+from llama_jax.serve.monitoring.request_record import (
+    RequestListener,
+    RequestRecord,
+    note_error,
+    set_current,
+)
 
 REQUEST_ID_HEADER = "X-Request-Id"
 # Safe to write into any log. Others are replaced, not refused: the header is a convenience.
@@ -19,6 +26,8 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 class Front:
     """Gives every request an id, and every answer the header X-Request-Id.
+
+    A request that is cancelled is told that the server is shutting down: nothing else cancels one.
 
     Attributes:
       listeners: called with the record of each request when its answer has ended.
@@ -47,9 +56,12 @@ class Front:
         set_current(record)
         self._strip_root(scope)
         name, value = REQUEST_ID_HEADER.lower().encode(), record.id.encode()
+        started = False
 
         async def send_with_id(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 record.status = message["status"]
                 headers = [pair for pair in message["headers"] if pair[0].lower() != name]
                 message = {**message, "headers": [*headers, (name, value)]}
@@ -57,6 +69,13 @@ class Front:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:
+            # It has outlasted `CLOSING_SECONDS` in a wait for its body, a thread or its client.
+            if started:
+                raise
+            error = shutting_down()
+            note_error(error.code)
+            await error.response()(scope, receive, send_with_id)
         finally:
             record.end()
             record.handler = self.handler_of(scope)
