@@ -10,9 +10,17 @@ import contextlib
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    CancelledError,
+    Future,
+    ThreadPoolExecutor,
+    wait,
+)
 from functools import partial
+from itertools import islice
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +45,9 @@ from sharding.mesh import mesh_shape
 
 LOAD_DTYPES = ("auto", "float32", "bfloat16")
 MAX_THREADS = 16  # each holds one shard beyond what is on the devices already
+AHEAD = 2  # unfinished reads for each thread: one that runs, and one that is next
+
+Read = Callable[[], jax.Array]
 
 
 def choose_dtype(dtype: str, config: LlamaConfig, platform: str) -> np.dtype:
@@ -76,18 +87,16 @@ def load_params(
     places, structure = jax.tree.flatten(placements(reader.config, *mesh_shape(mesh)))
     shapes = jax.tree.leaves(stored_shapes(reader.config, mesh, dtype))
     arrays = []
-    with _threads() as submit:
-        reading = []
-        for place, shape in zip(places, shapes, strict=True):
-            indices = shape.sharding.devices_indices_map(shape.shape)
-            reading.append(
-                [
-                    submit(partial(_load, reader, place, indices[device], dtype, device))
-                    for device in mesh.local_devices
-                ]
-            )
-        for shape, shards in zip(shapes, reading, strict=True):
-            loaded = [shard.result() for shard in shards]
+    reads = (
+        partial(_load, reader, place, indices[device], dtype, device)
+        for place, shape in zip(places, shapes, strict=True)
+        for indices in [shape.sharding.devices_indices_map(shape.shape)]
+        for device in mesh.local_devices
+    )
+    with _threads() as run:
+        shards = run(reads)
+        for shape in shapes:
+            loaded = list(islice(shards, len(mesh.local_devices)))
             arrays.append(
                 jax.make_array_from_single_device_arrays(shape.shape, shape.sharding, loaded)
             )
@@ -115,9 +124,9 @@ def load_whole(reader: CheckpointReader, dtype: np.dtype) -> Params:
         with jax.default_device(default):
             return load_array(reader, place, dtype)
 
-    with _threads() as submit:
-        reading = [submit(partial(whole, place)) for place in places]
-        params = jax.tree.unflatten(structure, [array.result() for array in reading])
+    with _threads() as run:
+        arrays = list(run(partial(whole, place) for place in places))
+        params = jax.tree.unflatten(structure, arrays)
     (device,) = params.embedding.devices()
     return to_device_layout(params, device.platform, dtype, reader.config.quantization)
 
@@ -137,21 +146,36 @@ def load_array(reader: CheckpointReader, place: Placement, dtype: np.dtype) -> j
 
 
 @contextlib.contextmanager
-def _threads() -> Iterator[Callable[[Callable[[], jax.Array]], Future[jax.Array]]]:
-    """Yields a function that starts a read on one of several threads.
+def _threads() -> Iterator[Callable[[Iterable[Read]], Iterator[jax.Array]]]:
+    """Yields a function that reads on several threads, and yields what they read, in order.
 
-    If the block raises, or Ctrl-C is pressed, reads that have not begun are canceled.
+    If the block raises, or Ctrl-C is pressed, reads that have not begun are canceled. If the
+    interpreter ends while a thread of its own loads, it still runs all reads that the pool has been
+    given, but takes no more. So the pool is given few at a time.
     """
     with held_interrupts() as interrupted:
-        pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
+        threads = min(MAX_THREADS, os.cpu_count() or 1)
+        pool = ThreadPoolExecutor(threads)
 
-        def unless_interrupted(read: Callable[[], jax.Array]) -> jax.Array:
+        def unless_interrupted(read: Read) -> jax.Array:
             if interrupted():
                 raise CancelledError
             return read()
 
+        def run(reads: Iterable[Read]) -> Iterator[jax.Array]:
+            begun: deque[Future[jax.Array]] = deque()
+            for read in reads:
+                unfinished = [future for future in begun if not future.done()]
+                if len(unfinished) == AHEAD * threads:
+                    wait(unfinished, return_when=FIRST_COMPLETED)
+                begun.append(pool.submit(unless_interrupted, read))
+                while begun and begun[0].done():
+                    yield begun.popleft().result()
+            for future in begun:
+                yield future.result()
+
         try:
-            yield lambda read: pool.submit(unless_interrupted, read)
+            yield run
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -140,6 +141,34 @@ def test_ctrl_c_cancels_reading(path):
     with pytest.raises(KeyboardInterrupt):
         load_params(spy, make_mesh("4x2"), FLOAT32)
     assert spy.asked.total() <= 2 * THREADS
+
+
+def test_a_load_in_a_thread_does_not_outlive_the_interpreter(path):
+    """Each read takes long, so a program that ends after the first leaves most of them undone."""
+    program = f"""
+        import threading, time
+        import numpy as np
+        from llama_jax.checkpoint import load, open_checkpoint
+        from sharding.mesh import make_mesh
+
+        begun, read, shard = threading.Event(), [], load._load
+        def slow(*args):
+            begun.set()
+            time.sleep(0.05)
+            read.append(shard(*args))
+            print(len(read), flush=True)
+            return read[-1]
+        load._load, load.os.cpu_count = slow, lambda: 1
+        args = open_checkpoint({str(path)!r}), make_mesh("1x1"), np.dtype("float32")
+        threading.Thread(target=load.load_params, args=args, daemon=True).start()
+        begun.wait()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True, text=True, cwd=ROOT, timeout=TIMEOUT,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert 1 <= len(done.stdout.split()) <= 2 * load.AHEAD
 
 
 @pytest.mark.slow
