@@ -142,6 +142,8 @@ def _parse(path: Path, data: mmap.mmap) -> GgufHeader:
         )
     num_tensors, num_keys = cursor.scalar("Q"), cursor.scalar("Q")
     metadata = {cursor.string(): cursor.value() for _ in range(num_keys)}
+    if len(metadata) != num_keys:
+        raise GgufError(f"{path} has two values for one key of its metadata: copy it again.")
     described = [cursor.tensor() for _ in range(num_tensors)]
     alignment = metadata.get("general.alignment", _ALIGNMENT)
     if type(alignment) is not int or alignment < 1:

@@ -75,6 +75,15 @@ def test_a_file_with_wrong_bytes_is_refused_or_opened(file, tmp_path_factory, da
         assert "\n" not in str(error)
 
 
+def test_a_key_with_two_values_is_refused(tmp_path):
+    """llama.cpp refuses it, too; the last one would silently count."""
+    path = write_gguf(tmp_path / "model.gguf", tiny_model(), metadata={"llama.rope.freq_bass": 5.0})
+    open_checkpoint(path).close()
+    path.write_bytes(path.read_bytes().replace(b"llama.rope.freq_bass", b"llama.rope.freq_base"))
+    with pytest.raises(GgufError, match="two values for one key"):
+        open_checkpoint(path)
+
+
 @pytest.mark.parametrize(
     ("moved", "named"),
     [
