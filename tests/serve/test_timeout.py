@@ -68,10 +68,17 @@ def test_a_stream_that_has_begun_ends_with_an_error_event():
 
 def test_a_list_that_waits_for_places_times_out_in_the_line():
     server = FakeServer(max_in_flight=2, max_num_seqs=1)
-    server.engine.hold.clear()
     admission = server.served.admission
-    response = server.post(COMPLETIONS, {"prompt": ["Hi"] * 9, "timeout": 0.02})
-    assert response.status_code == 504
+
+    async def scenario(client):
+        server.engine.hold.clear()
+        request = {"prompt": ["Hi"] * 9, "timeout": 10}
+        post = asyncio.create_task(client.post(COMPLETIONS, json=request))
+        await until(lambda: admission._line._turns)
+        advance(10)
+        return await post
+
+    assert server.run(scenario).status_code == 504
     assert len(server.engine.requests) == 1
     assert (server.engine.running, admission.queue_tokens, admission._reserved) == (0, 0, 0)
     assert not admission._line._turns and admission._line._held == 0
@@ -82,10 +89,14 @@ def test_other_requests_go_on():
 
     async def scenario(client):
         server.engine.hold.clear()
-        patient = asyncio.create_task(client.post(CHAT, json={"messages": user("Hi")}))
-        hasty = await client.post(CHAT, json={"messages": user("Hi"), "timeout": 0.01})
+        request = {"messages": user("Hi")}
+        patient = asyncio.create_task(client.post(CHAT, json=request))
+        hasty = asyncio.create_task(client.post(CHAT, json={**request, "timeout": 10}))
+        await until(lambda: server.engine.running == 2)
+        advance(10)
+        refused = await hasty
         server.engine.hold.set()
-        return hasty, ok(await patient)
+        return refused, ok(await patient)
 
     hasty, patient = server.run(scenario)
     assert hasty.status_code == 504

@@ -1,6 +1,7 @@
 """The real clients of the server, which have an environment of their own (`make test-all`)."""
 
 import os
+import signal
 import subprocess
 import tempfile
 
@@ -13,8 +14,9 @@ SCRIPTS = ROOT / "tests" / "clients"
 def run_client(script: str, *arguments: str, timeout: float = 300) -> str:
     """Runs a script of tests/clients in that environment, and returns what it prints.
 
-    The script asserts; this fails with its traceback if it does not exit with code 0. It runs in
-    tests/clients, cannot reach the Hugging Face Hub, and leaves no cache behind.
+    The script asserts; this fails with its traceback if it does not exit with code 0, and with
+    what its threads do if it does not end. It runs in tests/clients, cannot reach the Hugging Face
+    Hub, and leaves no cache behind.
 
     Args:
       script: the name of the file, such as "drive_lm_eval.py".
@@ -22,8 +24,9 @@ def run_client(script: str, *arguments: str, timeout: float = 300) -> str:
       timeout: the seconds after which the script is killed.
     """
     assert PYTHON.exists(), "run `make test-all`, which installs the clients"
-    with tempfile.TemporaryDirectory() as cache:
-        done = subprocess.run(
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        subprocess.Popen(
             [PYTHON, script, *arguments],
             cwd=SCRIPTS,
             env={
@@ -32,11 +35,20 @@ def run_client(script: str, *arguments: str, timeout: float = 300) -> str:
                 "HF_HUB_OFFLINE": "1",
                 "OMP_NUM_THREADS": "1",
                 "OPENAI_API_KEY": "none",
+                "PYTHONFAULTHANDLER": "1",  # prints the stacks of all threads on SIGABRT
             },
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=timeout,
-            check=False,
-        )
-    assert done.returncode == 0, f"{script} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    return done.stdout
+        ) as client,
+    ):
+        try:
+            stdout, stderr = client.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            client.send_signal(signal.SIGABRT)
+            stdout, stderr = client.communicate()
+        except BaseException:  # an interrupt: without this, the end of `with` waits for the client
+            client.kill()
+            raise
+    assert client.returncode == 0, f"{script} failed:\n{stdout[-3000:]}\n{stderr[-6000:]}"
+    return stdout
