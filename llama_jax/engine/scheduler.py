@@ -115,7 +115,8 @@ class Scheduler:
           stop_ids: tokens that end the request.
           salt: only requests with the same salt share pages.
           constraint: which tokens it may choose, if not all.
-          arrived_at: when it arrived, by the clock of the tick loop, for its `queue_seconds`.
+          arrived_at: when it arrived, by the clock of the tick loop: for its `queue_seconds`, and
+            for the target for first tokens.
         """
         assert request_id not in self._sequences, "the request id is in use"
         assert 0 < len(prompt) < max_model_len, "the prompt must leave room for one token"
