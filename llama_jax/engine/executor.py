@@ -23,7 +23,8 @@ from llama_jax.ring.kv_cache import allocate
 from llama_jax.ring.packet import encode_packet
 from llama_jax.ring.scoring import TileScores
 from llama_jax.ring.sizes import Bucket, RingSizes
-from llama_jax.ring.steps import State, init_state
+from llama_jax.ring.steps import init_state
+from llama_jax.ring.tick import State
 from llama_jax.weights.placement import Params
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"

@@ -79,7 +79,7 @@ def compile_sampling(program: str, mesh: str, vocab_size: int = CONFIG.vocab_siz
         (rows, vocab), jnp.float32, sharding=NamedSharding(device_mesh, steps.LOGITS_SPEC)
     )
     chosen = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    output = steps.StepOutput(logits, tokens=chosen, slots=chosen)
+    output = tick.StepOutput(logits, tokens=chosen, slots=chosen)
     tokens = jax.ShapeDtypeStruct((SIZES.num_slots,), jnp.int32)
     controls = jax.ShapeDtypeStruct((rows, CONTROL_WIDTH), jnp.int32)
     if program == "filter":
