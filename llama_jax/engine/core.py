@@ -38,8 +38,8 @@ from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.engine.warm_up import WarmUp, wait
 from llama_jax.model import Llama
 from llama_jax.ring.kernel_check import working_backend
+from llama_jax.ring.model_class import check_model_class
 from llama_jax.ring.sizes import RingSizes
-from llama_jax.ring.steps import check_model_class
 from sharding.mesh_name import parse_mesh
 
 

@@ -26,11 +26,12 @@ from llama_jax.model.rope import check_length
 from llama_jax.ring.attention_backend import AUTO, AttentionBackend
 from llama_jax.ring.kernel_check import working_backend
 from llama_jax.ring.kv_cache import KVCache, dequantized
+from llama_jax.ring.model_class import check_model_class
 from llama_jax.ring.observation import WEIGHTS, LayerActivation, observed_step, replicas_by_axis
 from llama_jax.ring.packet import encode_packet
 from llama_jax.ring.sizes import TILE, Bucket, RingSizes
 from llama_jax.ring.stage import Program
-from llama_jax.ring.steps import LOGITS_SPEC, check_model_class, init_state, state_shapes
+from llama_jax.ring.steps import LOGITS_SPEC, init_state, state_shapes
 from llama_jax.ring.tick import State, local_logits
 from llama_jax.weights.axes import kv_replicas
 from llama_jax.weights.placement import Params, param_specs
