@@ -9,7 +9,7 @@ Arguments and results are tuples and dicts of arrays, not NNX objects: traversin
 every call takes more host time than the rest of the call.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,16 +21,15 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
-from llama_jax.quantization import GROUPED
 from llama_jax.ring import kv_cache
-from llama_jax.ring.attention_backend import AUTO, PLAIN, AttentionBackend, choose_backend
+from llama_jax.ring.attention_backend import AUTO, AttentionBackend, choose_backend
+from llama_jax.ring.gpu_options import graph_options, product_options
 from llama_jax.ring.packet import mark_empty, segment_width
 from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.stage import Program, token_multiple
 from llama_jax.ring.tick import State, StepOutput, masked_tick, tick
 from llama_jax.weights.placement import Params, param_specs
 from sharding.axes import AXES, STAGE
-from sharding.compiler_options import CONCURRENT, GROUPED_SCALES, UNSPLIT
 from sharding.mesh import mesh_shape
 from sharding.program import MeshProgram
 from sharding.ring import RingState
@@ -162,29 +161,3 @@ def _jit_step(
     function = partial(function, program)
     options = {**product_options(program.config, program.bucket), **graph_options(program)}
     return MeshProgram(function, mesh, in_specs, out_specs, name=name, donate=(1,), options=options)
-
-
-def product_options(config: LlamaConfig, bucket: Bucket) -> Mapping[str, Any]:
-    """The compiler's options for a program that multiplies by the matrices of a model's layers.
-
-    On an H200, being free to split products speeds up those with matrices in 8 bits by 25 to 38 %.
-    In runs that also differed in the size of a page, ticks of one row took 2 to 5 % less time with
-    splits, and the others 1 to 4 % more.
-    """
-    if config.quantization is not None:
-        return GROUPED_SCALES if config.quantization.format in GROUPED else {}
-    return {} if bucket == Bucket(1, 0) else UNSPLIT
-
-
-def graph_options(program: Program) -> Mapping[str, Any]:
-    """The compiler's options for the CUDA graph of a tick.
-
-    Where the attention kernel runs, kernels of a decode tick that do not need each other run at the
-    same time. Not so if XLA might convert a quantized matrix apart from its product, as it may for
-    more than one row: it would convert those of all layers at once, into 17 GB instead of 0.5 for a
-    rank of Llama-3-70B.
-    """
-    converts = program.config.quantization is not None and program.bucket.rows > 1
-    if program.attention.name == PLAIN or program.bucket.chunk or converts:
-        return {}
-    return CONCURRENT
