@@ -19,13 +19,13 @@ from jax.sharding import Mesh
 from llama_jax.config import LlamaConfig
 from llama_jax.engine.programs import GREEDY, Arrays, Choice, Programs, TickResult
 from llama_jax.engine.tick_times import TickTimes
-from llama_jax.ring.kv_cache import allocate
 from llama_jax.ring.packet import encode_packet
 from llama_jax.ring.scoring import TileScores
 from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.steps import init_state
 from llama_jax.ring.tick import State
 from llama_jax.weights.placement import Params
+from sharding.memory import allocate
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 TIMED_RUNS = 8  # of each program; more than a model counts for

@@ -30,6 +30,7 @@ from llama_jax.ring.stage import Program, token_multiple
 from llama_jax.ring.tick import State, StepOutput, masked_tick, tick
 from llama_jax.weights.placement import Params, param_specs
 from sharding.axes import AXES, STAGE
+from sharding.memory import allocate
 from sharding.mesh import mesh_shape
 from sharding.program import MeshProgram
 from sharding.ring import RingState
@@ -138,11 +139,11 @@ def init_state(shapes: State, sizes: RingSizes, fill: float = 0.0) -> State:
     metadata = np.zeros(shapes.ring.metadata.shape, np.int32)
     mark_empty(sizes, metadata)
     ring = RingState(
-        tick=kv_cache.allocate(shapes.ring.tick),
+        tick=allocate(shapes.ring.tick),
         metadata=jax.device_put(metadata, shapes.ring.metadata.sharding),
-        activations=jax.tree.map(kv_cache.allocate, shapes.ring.activations),
+        activations=jax.tree.map(allocate, shapes.ring.activations),
     )
-    tokens = kv_cache.allocate(shapes.tokens)
+    tokens = allocate(shapes.tokens)
     return State(ring, tokens, kv_cache.init_cache(shapes.cache, fill))
 
 
