@@ -16,11 +16,12 @@ from llama_jax.checkpoint import open_checkpoint
 from llama_jax.checkpoint.load import load_params
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.compilation_cache import compilation_cache
+from llama_jax.engine.compile_counter import CompileCounter
 from llama_jax.engine.compiling import CompilingRequests
 from llama_jax.engine.constraint import Constraint
 from llama_jax.engine.decisions import decide
 from llama_jax.engine.device_memory import memory_stats
-from llama_jax.engine.executor import CompileCounter, Executor
+from llama_jax.engine.executor import Executor
 from llama_jax.engine.facts import engine_info
 from llama_jax.engine.grammars import Grammars, Matcher
 from llama_jax.engine.interface import LatencyStats, Output, Progress, Stats

@@ -5,11 +5,8 @@ one result, that of the packet that entered P - 1 ticks earlier. The host keeps 
 parameters of a packet, and passes them in the tick in which the packet leaves.
 """
 
-import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import jax
@@ -27,7 +24,6 @@ from llama_jax.ring.tick import State
 from llama_jax.weights.placement import Params
 from sharding.memory import allocate
 
-COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 TIMED_RUNS = 8  # of each program; more than a model counts for
 
 
@@ -157,26 +153,3 @@ def _send_to_host(arrays: Any) -> None:
     """Begins to copy arrays to the host."""
     for array in jax.tree.leaves(arrays):
         array.copy_to_host_async()
-
-
-class CompileCounter:
-    """Counts the compilations of the thread that creates it; other threads may be the user's.
-
-    Attributes:
-      count: since this object was created.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        listener = partial(_count, weakref.ref(self), threading.get_ident())
-        jax.monitoring.register_event_duration_secs_listener(listener)
-        unregister = jax.monitoring.unregister_event_duration_listener
-        weakref.finalize(self, unregister, listener).atexit = False
-
-
-def _count(
-    counter: weakref.ref[CompileCounter], thread: int, event: str, seconds: float, **_: object
-) -> None:
-    this = counter()
-    if this is not None and event == COMPILE_EVENT and threading.get_ident() == thread:
-        this.count += 1
