@@ -174,8 +174,8 @@ def test_packets_visit_the_stages_in_order_with_what_they_entered_with(mesh):
             check_vma=False,
         )
     )
-    segment = jnp.full((num_stages, 3, 2), -1)  # of which a tick uses the first row
-    state = RingState(jnp.int32(0), jnp.full((num_stages, 2), -1), (segment, segment))
+    part = jnp.full((num_stages, 3, 2), -1)  # of which a tick uses the first row
+    state = RingState(jnp.int32(0), jnp.full((num_stages, 2), -1), (part, part))
     cache = (jnp.int32(0), jnp.zeros((num_stages, num_ticks, 3), jnp.int32))
     for t in range(num_ticks):
         entering = jnp.array([100 + t, 100 + t])
