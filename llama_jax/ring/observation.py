@@ -22,7 +22,7 @@ from llama_jax.model.attention import ScoreMod, Tap, paged_weights
 from llama_jax.model.tap import captured_by_name, each_by_name
 from llama_jax.ring.gpu_options import product_options
 from llama_jax.ring.kv_cache import KVCache
-from llama_jax.ring.stage import PagedAttend, Program, Reduce, make_layer, run_layers
+from llama_jax.ring.stage import MeshReduce, PagedAttend, Program, make_layer, run_layers
 from llama_jax.ring.steps import LOGITS_SPEC, state_specs
 from llama_jax.ring.tick import State, advance_ring, final_norm, local_logits
 from llama_jax.weights.placement import (
@@ -114,7 +114,7 @@ def _observed_tick(
             x: jax.Array,
             positions: jax.Array,
             attend: PagedAttend,
-            reduce: Reduce,
+            reduce: MeshReduce,
         ) -> jax.Array:
             with jax.named_scope(f"layer_{position}"):
                 x, captured = nnx.capture(layer, nnx.Intermediate)(x, positions, attend, reduce)
