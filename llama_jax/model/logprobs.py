@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from llama_jax.config.sampling_params import MAX_LOGPROBS
 from sharding.axes import AXES
 from sharding.collectives import all_gather, pmax, psum, rank
-
-MAX_LOGPROBS = 20  # alternatives per token
 
 
 class Logprobs(NamedTuple):
