@@ -13,6 +13,7 @@ from bisect import bisect_left
 
 import numpy as np
 
+from llama_jax.config.no_token import NO_AGREEMENT, NO_TOKEN
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.chunk_choice import ChunkChoice
 from llama_jax.engine.constraint import Constraint
@@ -277,7 +278,7 @@ class Scheduler:
         Args:
           packet: a packet that `schedule` returned P - 1 or more ticks ago.
           tokens: one token for each segment of the program that ran when the packet left the ring;
-            -1 if the logits were NaN, -2 if the ranks have chosen different ones.
+            `NO_TOKEN` or `NO_AGREEMENT` where there is none.
           bucket_rows: decode rows of that program; the tokens of the tiles come after them.
           logprobs: of each token, and of the most likely tokens, if a segment asks for them.
 
@@ -312,7 +313,7 @@ class Scheduler:
         has returned anything."""
         token = sequence.tokens.pop()
         error = NOT_A_TOKEN.format(token=token, vocab_size=self._vocab_size)
-        error = {-1: NOT_A_NUMBER, -2: NOT_THE_SAME}.get(token, error)
+        error = {NO_TOKEN: NOT_A_NUMBER, NO_AGREEMENT: NOT_THE_SAME}.get(token, error)
         self._finish(sequence)
         self.pool.withdraw(sequence.page_keys)  # nobody else shall read what led to this
         return Output(

@@ -48,7 +48,8 @@ class StepOutput(NamedTuple):
     Attributes:
       logits: `[segments, V']` float32, at the last token of each segment, split over all ranks;
         -inf beyond the vocabulary. The host does not read them.
-      tokens: `[segments]` int32, the greedy choices; `NO_TOKEN` where a logit is NaN.
+      tokens: `[segments]` int32, the greedy choices; `NO_TOKEN` where a logit is NaN;
+        `NO_AGREEMENT` where the user's own sampler chose different ones on the ranks.
       slots: `[segments]` int32, the slot of each token; `num_slots` for none.
     """
 
