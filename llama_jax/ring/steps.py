@@ -36,7 +36,8 @@ from sharding.program import MeshProgram
 from sharding.ring import RingState
 
 LOGITS_SPEC = P(None, AXES)  # [segments, V']
-
+MASKS_SPEC = P(None, AXES)  # [segments, ranks * W]
+OUTPUT_SPEC = StepOutput(LOGITS_SPEC, P(), P())
 
 # (params, state, packed packet) -> (state, output)
 Step = Callable[[Params, State, Any], tuple[State, StepOutput]]
@@ -69,8 +70,8 @@ def masked_decode_step(
     """The jitted `ring.tick.masked_tick` with no chunk in flight. Donates the state."""
     attention = choose_backend(attention_backend, mesh)
     program = Program(config, sizes, Bucket(rows, 0), model_class, attention)
-    masks = logits = (LOGITS_SPEC,)
-    return _jit_step(mesh, program, "masked_decode_step", masked_tick, masks, logits)
+    masks, raw = (MASKS_SPEC,), (LOGITS_SPEC,)
+    return _jit_step(mesh, program, "masked_decode_step", masked_tick, masks, raw)
 
 
 def prefill_step(
@@ -158,7 +159,7 @@ def _jit_step(
     """Jits `tick`, or one with more arguments and results, whose specs follow those of `tick`."""
     specs = state_specs()
     in_specs = (param_specs(program.config, *mesh_shape(mesh)), specs, P(), *more_in)
-    out_specs = (specs, StepOutput(LOGITS_SPEC, P(), P()), *more_out)
+    out_specs = (specs, OUTPUT_SPEC, *more_out)
     function = partial(function, program)
     options = {**product_options(program.config, program.bucket), **graph_options(program)}
     return MeshProgram(function, mesh, in_specs, out_specs, name=name, donate=(1,), options=options)
