@@ -134,8 +134,8 @@ def _observed_tick(
         program, params, state, packed, run_stage, all_positions
     )
     normed = final_norm(program.config, params, finished)
-    scores = local_logits(program.config, params, finished)
-    return State(ring, state.tokens, cache), Observation(scores, normed, entered, layers)
+    logits = local_logits(program.config, params, finished)
+    return State(ring, state.tokens, cache), Observation(logits, normed, entered, layers)
 
 
 class _TappedPagedAttend(PagedAttend):

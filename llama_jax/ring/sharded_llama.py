@@ -160,8 +160,8 @@ class ShardedLlama:
         """
         _check_outside_jit(x)
         rows = jnp.asarray(x).reshape(-1, x.shape[-1])
-        scores = np.asarray(_unembed(self.config, self.mesh)(self.params, np.asarray(rows)))
-        return jnp.asarray(scores[:, : self.config.vocab_size]).reshape(*x.shape[:-1], -1)
+        logits = np.asarray(_unembed(self.config, self.mesh)(self.params, np.asarray(rows)))
+        return jnp.asarray(logits[:, : self.config.vocab_size]).reshape(*x.shape[:-1], -1)
 
     def observe(
         self, tokens: jax.Array, names: Sequence[str]

@@ -206,11 +206,11 @@ def local_logits(config: LlamaConfig, params: Params, x: jax.Array) -> jax.Array
         # Twice: for one row, cuBLAS has no product of bfloat16 with a float32 result. XLA converted
         # the head to float32 in every tick: 0.53 GB for Llama-3-70B on 8 GPUs.
         normed = jnp.concatenate([normed, normed])
-    scores = head_logits(normed, head)[:count]
+    logits = head_logits(normed, head)[:count]
     if head.shape[0] * jax.lax.axis_size(AXES) == config.vocab_size:
-        return scores
+        return logits
     token = rank(AXES) * head.shape[0] + jnp.arange(head.shape[0])
-    return jnp.where(token < config.vocab_size, scores, -jnp.inf)
+    return jnp.where(token < config.vocab_size, logits, -jnp.inf)
 
 
 def final_norm(config: LlamaConfig, params: Params, x: jax.Array) -> jax.Array:
