@@ -115,8 +115,8 @@ class Engine:
         )
         late = choose_results_late(options, decided.platform)
         self.loop = TickLoop(scheduler, executor, late)
-        # Not a method of this object: without a cycle, memory is freed at once.
-        self.loop.ready = partial(getattr, self.warm_up, "ready")
+        warm_up = self.warm_up  # not this object: without a cycle, memory is freed at once
+        self.loop.ready = lambda: warm_up.ready
         self._stop_ids = frozenset(stop_ids)
         self._seeds = seed_source(options.seed)
         self._grammars = Grammars(options.path, vocab_size, stop_ids)
