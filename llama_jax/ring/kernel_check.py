@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
 from llama_jax.model.attention import no_score_mod, paged_attention
-from llama_jax.model.kv_storage import encode, has_scales, quantize
+from llama_jax.model.kv_storage import encode, has_scales, split_scale
 from llama_jax.ring.attention_backend import (
     AUTO,
     GPU_BLOCKS,
@@ -180,7 +180,7 @@ def attention_error(
     pages = jax.random.normal(keys[0], shape).at[:, :, -1].set(jnp.nan)
     scales: Any = (None, None)
     if has_scales(kv_dtype):
-        pages, scales = quantize(pages, kv_dtype)
+        pages, scales = split_scale(pages, kv_dtype)
     pages = encode(pages, kv_dtype)
     capacity = sizes.pages_per_sequence * sizes.page_size
     most = min(capacity, MAX_KEYS)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import LlamaConfig
-from llama_jax.model.kv_storage import decode, encode, has_scales, quantize, stored_dtype
+from llama_jax.model.kv_storage import decode, encode, has_scales, split_scale, stored_dtype
 from llama_jax.weights.axes import kv_replicas
 from sharding.axes import MODEL, STAGE
 from sharding.memory import allocate, shard_bytes
@@ -124,5 +124,5 @@ def write_scaled(
     """Writes keys or values and, to pages in 8 bits, their scales."""
     if scale is None:
         return write(pages, new, page, offset), None
-    new, new_scale = quantize(new, pages.dtype)
+    new, new_scale = split_scale(new, pages.dtype)
     return write(pages, new, page, offset), write(scale, new_scale, page, offset)
