@@ -62,8 +62,6 @@ class Scheduler:
       waiting, prefilling, microbatches: those of the roster.
       num_special: unfinished requests that do not just take the likeliest of all tokens.
       request_preemptions, requests_by_preemptions: as in `Stats`.
-      now: the time by the clock of `arrived_at`, kept current by whoever calls `schedule`; it
-        matters only to a target for first tokens.
     """
 
     def __init__(
@@ -81,7 +79,6 @@ class Scheduler:
         self.prefill = Prefill(sizes, self.roster, chunks)
         self.waiting, self.prefilling = self.roster.waiting, self.roster.prefilling
         self.microbatches = self.roster.microbatches
-        self.now = 0.0
         self.num_special = 0
         self.request_preemptions = 0
         self.requests_by_preemptions = [0] * (len(PREEMPTIONS) + 1)
@@ -210,17 +207,21 @@ class Scheduler:
 
     # --- one tick ----------------------------------------------------------------------------
 
-    def schedule(self) -> Packet:
-        """Returns the packet that enters now; it is empty if there is nothing to do."""
+    def schedule(self, now: float = 0.0) -> Packet:
+        """Returns the packet that enters now; it is empty if there is nothing to do.
+
+        Args:
+          now: the time by the clock of `arrived_at`; only a target for first tokens needs it.
+        """
         microbatch = self.microbatches[self._turn]
         self._turn = (self._turn + 1) % len(self.microbatches)
-        self.prefill.begin_tick(self.now)
+        self.prefill.begin_tick(now)
         # Most rows have room in their last page, and are not the last of their sequence.
         due = [s for s in microbatch if s.next_position >= s.due]
         if due or self.prefilling:
             self._make_room(due)
         packet = Packet(*microbatch.columns(), microbatch.advance(), microbatch.keys)
-        self.prefill.fill(packet, microbatch, self.now)
+        self.prefill.fill(packet, microbatch, now)
         # A sequence's slot and pages are free once its last packet has entered, though the result
         # is not known yet. Not earlier: this packet must not overwrite pages that it reads.
         if due or packet.tiles:

@@ -315,10 +315,10 @@ def test_results_are_matched_through_the_record_of_their_packet(process, model, 
     """Rule 6, and two ways to break it: a sequence enters again before its results arrive."""
     scheduler, schedule = loop.scheduler, loop.scheduler.schedule
 
-    def schedule_after_preempting():
+    def schedule_after_preempting(now):
         if loop.ticks in (20, 40):
             scheduler.roster.preempt(max(scheduler.roster.live, key=lambda s: s.arrival))
-        return schedule()
+        return schedule(now)
 
     scheduler.schedule = schedule_after_preempting
     scheduler.process = MethodType(process, scheduler)
@@ -342,7 +342,7 @@ def test_no_packet_passes_the_limit_and_no_token_a_stop(model, compiled, results
 
     loop = restart(compiled, results_late)
     packets, schedule = [], loop.scheduler.schedule
-    loop.scheduler.schedule = lambda: packets.append(schedule()) or packets[-1]
+    loop.scheduler.schedule = lambda now: packets.append(schedule(now)) or packets[-1]
     run = drive(loop, requests_for(prompts, 9), stop_ids=frozenset({stop}), keep_logits=False)
     for number, prompt in enumerate(prompts):
         full = tokens[number]
