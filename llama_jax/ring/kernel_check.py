@@ -34,6 +34,7 @@ from llama_jax.weights.placement import param_shapes
 from sharding.errors import UserError
 from sharding.mesh import mesh_shape
 from sharding.settings import default_settings
+from sharding.stages import round_up
 
 # Of the typical number of a row. Rounding to bfloat16 moves no number by more than 3 %.
 MAX_ERROR = 0.1
@@ -231,7 +232,7 @@ def _numbers_of_tokens(mesh: Mesh, sizes: RingSizes) -> list[int]:
 
     def padded(bucket: Bucket) -> int:
         multiple = token_multiple(mesh.devices.flat[0].platform, bucket)
-        return -(-(bucket.rows + bucket.chunk) // multiple) * multiple
+        return round_up(bucket.rows + bucket.chunk, multiple)
 
     return sorted({padded(b) for b in (Bucket(sizes.row_buckets[0], 0), *sizes.largest())} - {0})
 

@@ -38,7 +38,7 @@ from llama_jax.weights.placement import Params, param_specs
 from sharding.axes import STAGE
 from sharding.mesh import make_mesh, mesh_shape
 from sharding.program import MeshProgram
-from sharding.stages import split_layers
+from sharding.stages import round_up, split_layers
 
 PAGE_SIZE = 16
 TILES_PER_CHUNK = 2
@@ -342,7 +342,7 @@ class _Collected:
 
 def _sizes(batch: int, num_tokens: int) -> tuple[RingSizes, Bucket]:
     """Sizes for a batch of prompts, rounded so that few programs are compiled."""
-    tile = min(TILE, -(-num_tokens // PAGE_SIZE) * PAGE_SIZE)
+    tile = min(TILE, round_up(num_tokens, PAGE_SIZE))
     tiles_each = -(-num_tokens // tile)
     chunk = tile * min(TILES_PER_CHUNK, batch * tiles_each)
     pages_each = tiles_each * tile // PAGE_SIZE
