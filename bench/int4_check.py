@@ -18,8 +18,8 @@ from bench.one_device import DTYPE
 from bench.result import Row, Target
 from llama_jax.plan.machine.random_weights import random_array
 from llama_jax.quantization import Int4
+from llama_jax.ring.gpu_options import product_options
 from llama_jax.ring.sizes import Bucket
-from llama_jax.ring.steps import product_options
 from sharding.mesh import make_mesh
 from sharding.program import MeshProgram
 

@@ -2,8 +2,9 @@
 
 Dimension letters in all shapes: B batch, T query length, S key length, N tokens of several
 sequences in one axis, D embed, H heads, K KV heads, G = H / K, h head dim, F MLP width,
-V vocabulary, L layers; V' is V with padding. In prose: P stages, M microbatches, R rows, C chunk
-tokens.
+V vocabulary, L layers, n rows of logits; V' and N' are V and N with padding, K' is K with copies
+for ranks that have no head of their own. In prose and in the ring: P stages, M microbatches,
+R rows, C chunk tokens.
 
 Names are imported on first use, so that the HTTP process, which needs only the tokenizer and the
 engine's messages, never loads JAX.

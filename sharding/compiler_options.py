@@ -22,21 +22,6 @@ GPU_OPTIONS: dict[str, Any] = {
     # merge them, XLA would join their matrices, and write out those in groups. Unmeasured.
     "xla_gpu_dot_merger_threshold_mb": 0,
 }
-# Kernels of a CUDA graph that do not need each other, such as those that write keys and values to
-# the cache, run at the same time. On an H200, a layer of Llama-3-70B on one of two ranks takes
-# 4.2 µs less so with 8 rows, of 257, and 3.6 µs less with 32. Unmeasured on several GPUs, whose
-# collectives stay outside of graphs.
-CONCURRENT: dict[str, Any] = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
-# Triton's products are not split over their inputs. A split one writes float32 partial results to
-# memory, and another kernel adds them up; the autotuner times only the first. On an H200 a rank's
-# tick of Llama-3-70B with 32 rows takes 5.8 ms so, and 6.0 if it is free to split.
-UNSPLIT: dict[str, Any] = {"xla_gpu_experimental_force_split_k": 1}
-# For matrices whose columns form groups that share a scale: scales become part of the product. On
-# an H200 the products of a layer of Llama-3-70B in int4, for one row, take 247 µs so. If they may
-# be split, it is 825, since whole matrices are then written out dequantized.
-GROUPED_SCALES: dict[str, Any] = UNSPLIT | {
-    "xla_gpu_experimental_enable_subchannel_dequantisation_fusion": True
-}
 
 
 def compiler_options(mesh: Mesh, more: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:

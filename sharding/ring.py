@@ -32,9 +32,8 @@ class RingState(NamedTuple):
     Attributes:
       tick: `[]` int32, the number of ticks so far modulo P; replicated.
       metadata: pytree of `[P, ...]`, one row per packet in flight; replicated.
-      activations: the packet at each stage, as segments `[P, capacity, D]`, split over `stage`:
-        inside `shard_map` a device sees `[1, capacity, D]`. A tick uses the first rows of each
-        segment.
+      activations: the packet at each stage, in parts `[P, capacity, D]`, split over `stage`: inside
+        `shard_map` a device sees `[1, capacity, D]`. A tick uses the first rows of each part.
     """
 
     tick: Any
@@ -60,7 +59,7 @@ def ring_tick(
     Args:
       state: the ring before the tick.
       entering: metadata of the packet that enters stage 0 now, without the leading `[P]`.
-      sizes: rows of each segment of activations in this tick, at most its capacity.
+      sizes: rows of each part of the activations in this tick, at most its capacity.
       cache: pytree that `run_stage` reads and replaces, such as keys and values. It must not pass
         through a branch (`lax.cond`), which would copy it.
       enter: metadata of the entering packet -> its first activations `[sum(sizes), D]`. Runs on
@@ -86,8 +85,8 @@ def ring_tick(
         )
         here = row(metadata, (state.tick - stage) % num_stages)
         leaving = row(metadata, (state.tick - (num_stages - 1)) % num_stages)
-        segments = [a[0, :size] for a, size in zip(state.activations, sizes, strict=True)]
-        x = jnp.where(stage == 0, enter(entering), jnp.concatenate(segments))
+        parts = [a[0, :size] for a, size in zip(state.activations, sizes, strict=True)]
+        x = jnp.where(stage == 0, enter(entering), jnp.concatenate(parts))
 
     x, cache = run_stage(x, here, cache)
 
@@ -95,8 +94,8 @@ def ring_tick(
         x = shift(x, STAGE)
         sent = jnp.split(x, [sum(sizes[:i]) for i in range(1, len(sizes))])
         activations = tuple(
-            lax.dynamic_update_slice(a, segment[None], (0, 0, 0))
-            for a, segment in zip(state.activations, sent, strict=True)
+            lax.dynamic_update_slice(a, part[None], (0, 0, 0))
+            for a, part in zip(state.activations, sent, strict=True)
         )
     with jax.named_scope("stage_leave"):
         # The packet that left the last stage has just arrived at stage 0. It is read there, and not

@@ -1,4 +1,4 @@
-"""The layers of each pipeline stage. Imports no JAX."""
+"""How layers are divided among stages, and sizes among devices. Imports no JAX."""
 
 
 def positions_per_stage(num_layers: int, num_stages: int) -> int:

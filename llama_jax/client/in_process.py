@@ -25,7 +25,7 @@ import zmq
 from llama_jax.client.host import StartHost
 from llama_jax.client.private_directory import PrivateDirectory
 from llama_jax.engine.interface import Progress
-from llama_jax.engine.message_loop import BuildEngine, MessageLoop, run_engine
+from llama_jax.engine.message_loop import BuildEngine, MessageLoop, connection, run_engine
 from llama_jax.engine.options import EngineOptions
 
 if TYPE_CHECKING:
@@ -134,10 +134,15 @@ class InProcessEngine:
 
     def _main(self, options: bytes) -> None:
         """Thread: an engine from its start to its end."""
-        context = zmq.Context()
-        socket = context.socket(zmq.PAIR)
-        socket.set_hwm(0)
-        socket.connect(f"ipc://{self._directory.socket}")
+        try:
+            with connection(self._directory.socket) as socket:
+                self._run(socket, options)
+        finally:
+            self._ended = True
+            with contextlib.suppress(RuntimeError):  # the event loop is closed, so no task waits
+                self._loop.call_soon_threadsafe(self.exited.set)
+
+    def _run(self, socket: zmq.Socket[bytes], options: bytes) -> None:
         try:
             self._error = run_engine(
                 socket, options, self._make_engine, self._note_ready, self._check_wanted
@@ -148,11 +153,6 @@ class InProcessEngine:
             self._engine = None
             if self._error is not None:
                 _errors.append(self._error)
-            socket.close(linger=2000)
-            context.term()
-            self._ended = True
-            with contextlib.suppress(RuntimeError):  # the event loop is closed, so no task waits
-                self._loop.call_soon_threadsafe(self.exited.set)
 
     def _make_engine(
         self, options: EngineOptions, progress: Callable[[Progress], None]

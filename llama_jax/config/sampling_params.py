@@ -9,7 +9,7 @@ from llama_jax.config.errors import SamplingError
 MAX_TOP_K = 2**31 - 1  # an int32 on the device
 MAX_LOGIT_BIAS = 300  # entries, as in the OpenAI API
 MAX_STOP_TOKEN_IDS = 256  # with `min_tokens`, which bans each of them
-MAX_LOGPROBS = 20
+MAX_LOGPROBS = 20  # alternatives per token: the device computes as many for every packet that asks
 MAX_ALLOWED_TOKEN_IDS = 4096
 MAX_BAD_WORDS = 1024
 MAX_BAD_WORD_TOKENS = 4096  # of all bad words together

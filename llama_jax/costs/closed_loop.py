@@ -7,6 +7,7 @@ from llama_jax.costs.latency import Latency, prefill_ticks
 from llama_jax.costs.tick_time import TickModel
 from llama_jax.costs.work import Work
 from llama_jax.ring.sizes import TILE
+from sharding.stages import round_up
 
 
 def closed_loop(model: TickModel, users: int, prompt: int, output: int, chunk: int) -> Latency:
@@ -68,7 +69,7 @@ class _ClosedLoop:
     ) -> None:
         self.users, self.in_step = users, in_step
         self.stages = model.deployment.layout.num_stages
-        padded = -(-prompt // TILE) * TILE
+        padded = round_up(prompt, TILE)
         self.chunks = -(-prompt // chunk)
         self.together = max(1, chunk // padded)  # prompts that a chunk has room for
         self.most = self.together / self.chunks  # prompts that can enter in a tick

@@ -10,6 +10,7 @@ from llama_jax.costs.figure import Band
 from llama_jax.costs.tick_time import TickModel
 from llama_jax.costs.work import Work
 from llama_jax.ring.sizes import TILE
+from sharding.stages import round_up
 
 
 class Latency(NamedTuple):
@@ -45,7 +46,7 @@ def time_to_first_token(
     """
     ticks = prefill_ticks(model.deployment.layout.num_stages, prompt, chunk)
     last = -(-prompt // chunk) - 1
-    size = min(chunk, -(-prompt // TILE) * TILE)
+    size = min(chunk, round_up(prompt, TILE))
     total = Band.exactly(0.0)
     for tick in range(ticks):
         work = Work.of(rows, context, size, min(tick, last) * chunk)

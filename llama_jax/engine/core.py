@@ -16,11 +16,12 @@ from llama_jax.checkpoint import open_checkpoint
 from llama_jax.checkpoint.load import load_params
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.compilation_cache import compilation_cache
+from llama_jax.engine.compile_counter import CompileCounter
 from llama_jax.engine.compiling import CompilingRequests
 from llama_jax.engine.constraint import Constraint
 from llama_jax.engine.decisions import decide
 from llama_jax.engine.device_memory import memory_stats
-from llama_jax.engine.executor import CompileCounter, Executor
+from llama_jax.engine.executor import Executor
 from llama_jax.engine.facts import engine_info
 from llama_jax.engine.grammars import Grammars, Matcher
 from llama_jax.engine.interface import LatencyStats, Output, Progress, Stats
@@ -38,8 +39,8 @@ from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.engine.warm_up import WarmUp, wait
 from llama_jax.model import Llama
 from llama_jax.ring.kernel_check import working_backend
+from llama_jax.ring.model_class import check_model_class
 from llama_jax.ring.sizes import RingSizes
-from llama_jax.ring.steps import check_model_class
 from sharding.mesh_name import parse_mesh
 
 
@@ -114,8 +115,8 @@ class Engine:
         )
         late = choose_results_late(options, decided.platform)
         self.loop = TickLoop(scheduler, executor, late)
-        # Not a method of this object: without a cycle, memory is freed at once.
-        self.loop.ready = partial(getattr, self.warm_up, "ready")
+        warm_up = self.warm_up  # not this object: without a cycle, memory is freed at once
+        self.loop.ready = lambda: warm_up.ready
         self._stop_ids = frozenset(stop_ids)
         self._seeds = seed_source(options.seed)
         self._grammars = Grammars(options.path, vocab_size, stop_ids)

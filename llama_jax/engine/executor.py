@@ -5,11 +5,8 @@ one result, that of the packet that entered P - 1 ticks earlier. The host keeps 
 parameters of a packet, and passes them in the tick in which the packet leaves.
 """
 
-import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,14 +16,14 @@ from jax.sharding import Mesh
 from llama_jax.config import LlamaConfig
 from llama_jax.engine.programs import GREEDY, Arrays, Choice, Programs, TickResult
 from llama_jax.engine.tick_times import TickTimes
-from llama_jax.ring.kv_cache import allocate
 from llama_jax.ring.packet import encode_packet
 from llama_jax.ring.scoring import TileScores
 from llama_jax.ring.sizes import Bucket, RingSizes
-from llama_jax.ring.steps import State, init_state
+from llama_jax.ring.steps import init_state
+from llama_jax.ring.tick import State
 from llama_jax.weights.placement import Params
+from sharding.memory import allocate
 
-COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 TIMED_RUNS = 8  # of each program; more than a model counts for
 
 
@@ -156,26 +153,3 @@ def _send_to_host(arrays: Any) -> None:
     """Begins to copy arrays to the host."""
     for array in jax.tree.leaves(arrays):
         array.copy_to_host_async()
-
-
-class CompileCounter:
-    """Counts the compilations of the thread that creates it; other threads may be the user's.
-
-    Attributes:
-      count: since this object was created.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        listener = partial(_count, weakref.ref(self), threading.get_ident())
-        jax.monitoring.register_event_duration_secs_listener(listener)
-        unregister = jax.monitoring.unregister_event_duration_listener
-        weakref.finalize(self, unregister, listener).atexit = False
-
-
-def _count(
-    counter: weakref.ref[CompileCounter], thread: int, event: str, seconds: float, **_: object
-) -> None:
-    this = counter()
-    if this is not None and event == COMPILE_EVENT and threading.get_ident() == thread:
-        this.count += 1

@@ -6,7 +6,9 @@ first message is sent before JAX is imported, so that the client hears of the st
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -35,9 +37,25 @@ if TYPE_CHECKING:
 HEARTBEAT_SECONDS = 1.0
 REPORT_SECONDS = 0.25
 IDLE_SECONDS = 0.1  # a signal does not interrupt a wait for messages
+LINGER_MILLISECONDS = 2000
 
 # Builds an engine. An exception that `progress` raises ends the build.
 BuildEngine = Callable[[EngineOptions, Callable[[Progress], None]], "Engine"]
+
+
+@contextmanager
+def connection(path: str | Path) -> Iterator[zmq.Socket[bytes]]:
+    """An engine's connection to its client, which listens at this path. Its last messages have two
+    seconds to arrive."""
+    context = zmq.Context()
+    socket = context.socket(zmq.PAIR)
+    socket.set_hwm(0)  # bounded by the requests in flight; a slow client must not block a tick
+    socket.connect(f"ipc://{path}")
+    try:
+        yield socket
+    finally:
+        socket.close(linger=LINGER_MILLISECONDS)
+        context.term()
 
 
 def run_engine(
@@ -50,7 +68,7 @@ def run_engine(
     """Builds an engine and runs it until the client shuts it down.
 
     Args:
-      socket: the connection to the client.
+      socket: a `connection` to the client.
       options: `EngineOptions` as JSON.
       build: builds the engine.
       on_ready: called with the engine's loop before the client hears that it is ready.

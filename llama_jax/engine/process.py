@@ -18,10 +18,8 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-import zmq
-
 from llama_jax.engine.interface import Progress
-from llama_jax.engine.message_loop import BuildEngine, MessageLoop, run_engine
+from llama_jax.engine.message_loop import BuildEngine, MessageLoop, connection, run_engine
 from llama_jax.engine.options import EngineOptions
 from llama_jax.terminal.output import protect_output
 from sharding.errors import UserError
@@ -29,7 +27,6 @@ from sharding.errors import UserError
 if TYPE_CHECKING:
     from llama_jax.engine.core import Engine
 
-LINGER_MILLISECONDS = 2000
 PR_SET_PDEATHSIG = 1
 
 
@@ -48,22 +45,17 @@ def main(argv: Sequence[str] | None = None, build: BuildEngine | None = None) ->
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # prints the stacks of all threads
 
-    context = zmq.Context()
-    socket = context.socket(zmq.PAIR)
-    socket.set_hwm(0)  # bounded by the requests in flight; a slow parent must not block a tick
-    socket.connect(f"ipc://{arguments.socket}")
-
     def check_parent() -> None:  # for kernels that do not report a parent's death
         if os.getppid() != arguments.parent:
             os._exit(1)
 
     options = arguments.options.encode()
-    error = run_engine(socket, options, build or _build_engine, _drain_on_signals, check_parent)
-    expected = isinstance(error, UserError)
-    if error is not None and not expected:
-        traceback.print_exception(error)
-    socket.close(linger=LINGER_MILLISECONDS)
-    context.term()
+    build = build or _build_engine
+    with connection(arguments.socket) as socket:
+        error = run_engine(socket, options, build, _drain_on_signals, check_parent)
+        expected = isinstance(error, UserError)
+        if error is not None and not expected:
+            traceback.print_exception(error)
     sys.stdout.flush()
     sys.stderr.flush()
     # No interpreter teardown: the threads of a device runtime may hang in it.

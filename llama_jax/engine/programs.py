@@ -37,13 +37,13 @@ from llama_jax.ring.scoring import TileScores, score_inputs, score_step
 from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.steps import (
     MaskedStep,
-    State,
     Step,
     decode_step,
     masked_decode_step,
     prefill_step,
     state_shapes,
 )
+from llama_jax.ring.tick import State
 from llama_jax.weights.placement import Params, param_shapes
 
 

@@ -13,6 +13,7 @@ from bisect import bisect_left
 
 import numpy as np
 
+from llama_jax.config.no_token import NO_AGREEMENT, NO_TOKEN
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.chunk_choice import ChunkChoice
 from llama_jax.engine.constraint import Constraint
@@ -61,8 +62,6 @@ class Scheduler:
       waiting, prefilling, microbatches: those of the roster.
       num_special: unfinished requests that do not just take the likeliest of all tokens.
       request_preemptions, requests_by_preemptions: as in `Stats`.
-      now: the time by the clock of `arrived_at`, kept current by whoever calls `schedule`; it
-        matters only to a target for first tokens.
     """
 
     def __init__(
@@ -80,7 +79,6 @@ class Scheduler:
         self.prefill = Prefill(sizes, self.roster, chunks)
         self.waiting, self.prefilling = self.roster.waiting, self.roster.prefilling
         self.microbatches = self.roster.microbatches
-        self.now = 0.0
         self.num_special = 0
         self.request_preemptions = 0
         self.requests_by_preemptions = [0] * (len(PREEMPTIONS) + 1)
@@ -115,7 +113,8 @@ class Scheduler:
           stop_ids: tokens that end the request.
           salt: only requests with the same salt share pages.
           constraint: which tokens it may choose, if not all.
-          arrived_at: when it arrived, by the clock of the tick loop, for its `queue_seconds`.
+          arrived_at: when it arrived, by the clock of the tick loop: for its `queue_seconds`, and
+            for the target for first tokens.
         """
         assert request_id not in self._sequences, "the request id is in use"
         assert 0 < len(prompt) < max_model_len, "the prompt must leave room for one token"
@@ -208,17 +207,21 @@ class Scheduler:
 
     # --- one tick ----------------------------------------------------------------------------
 
-    def schedule(self) -> Packet:
-        """Returns the packet that enters now; it is empty if there is nothing to do."""
+    def schedule(self, now: float = 0.0) -> Packet:
+        """Returns the packet that enters now; it is empty if there is nothing to do.
+
+        Args:
+          now: the time by the clock of `arrived_at`; only a target for first tokens needs it.
+        """
         microbatch = self.microbatches[self._turn]
         self._turn = (self._turn + 1) % len(self.microbatches)
-        self.prefill.begin_tick(self.now)
+        self.prefill.begin_tick(now)
         # Most rows have room in their last page, and are not the last of their sequence.
         due = [s for s in microbatch if s.next_position >= s.due]
         if due or self.prefilling:
             self._make_room(due)
         packet = Packet(*microbatch.columns(), microbatch.advance(), microbatch.keys)
-        self.prefill.fill(packet, microbatch, self.now)
+        self.prefill.fill(packet, microbatch, now)
         # A sequence's slot and pages are free once its last packet has entered, though the result
         # is not known yet. Not earlier: this packet must not overwrite pages that it reads.
         if due or packet.tiles:
@@ -276,7 +279,7 @@ class Scheduler:
         Args:
           packet: a packet that `schedule` returned P - 1 or more ticks ago.
           tokens: one token for each segment of the program that ran when the packet left the ring;
-            -1 if the logits were NaN, -2 if the ranks have chosen different ones.
+            `NO_TOKEN` or `NO_AGREEMENT` where there is none.
           bucket_rows: decode rows of that program; the tokens of the tiles come after them.
           logprobs: of each token, and of the most likely tokens, if a segment asks for them.
 
@@ -311,7 +314,7 @@ class Scheduler:
         has returned anything."""
         token = sequence.tokens.pop()
         error = NOT_A_TOKEN.format(token=token, vocab_size=self._vocab_size)
-        error = {-1: NOT_A_NUMBER, -2: NOT_THE_SAME}.get(token, error)
+        error = {NO_TOKEN: NOT_A_NUMBER, NO_AGREEMENT: NOT_THE_SAME}.get(token, error)
         self._finish(sequence)
         self.pool.withdraw(sequence.page_keys)  # nobody else shall read what led to this
         return Output(

@@ -38,7 +38,7 @@ class Sequence:
       prompt_sent: prompt tokens that have been sent to the device, or found in the cache, at least
         once.
       constraint: which tokens it may choose, if not all.
-      arrived_at: when it arrived, by the clock of the tick loop; only measurements read it.
+      arrived_at: when it arrived, by the clock of the tick loop.
       queue_seconds: how long it waited before its prompt was first computed, once it is.
       look_at: the number of tokens from which on the scheduler looks at more than the next token.
       finished: whether no further output will come.

@@ -133,8 +133,7 @@ class TickLoop:
                 outputs += self._read(*self._unread.popleft())
             if self._timer and not (self._unread or self._carries_on):
                 self._timer.begin(start)
-            self.scheduler.now = start
-            entering = self.scheduler.schedule()
+            entering = self.scheduler.schedule(start)
             for tile in entering.tiles:
                 if tile.sequence.queue_seconds is None:
                     tile.sequence.queue_seconds = max(0.0, start - tile.sequence.arrived_at)

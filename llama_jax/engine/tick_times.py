@@ -77,7 +77,13 @@ class TickTimes:
           context: keys that the rows attend to, divided by the rows of the bucket.
           prefix: tokens before the chunk.
         """
-        return self._model(bucket, _rounded(context), _rounded(prefix))
+        key = _rounded(context), _rounded(prefix)
+        known = self._modeled[key]
+        seconds = known.get(bucket)
+        if seconds is None:
+            work = Work.of(bucket.rows, key[0], bucket.chunk, key[1], self._sizes.tile)
+            seconds = known[bucket] = self.model(work)
+        return seconds
 
     def seconds(self, bucket: Bucket, context: float = 0, prefix: int = 0) -> float:
         """Seconds of a tick, corrected; a program with more room is never faster.
@@ -98,7 +104,7 @@ class TickTimes:
 
     def observe(self, bucket: Bucket, context: float, prefix: int, seconds: float) -> None:
         """Takes the seconds of one tick."""
-        ratio = seconds / self._model(bucket, _rounded(context), _rounded(prefix))
+        ratio = seconds / self.modeled(bucket, context, prefix)
         own = self._own.get(bucket)
         if own is None:
             own = self._own[bucket] = Window(WINDOW)
@@ -134,14 +140,6 @@ class TickTimes:
             self._ratios = ratios
             self._corrected.clear()
 
-    def _model(self, bucket: Bucket, context: int, prefix: int) -> float:
-        known = self._modeled[context, prefix]
-        seconds = known.get(bucket)
-        if seconds is None:
-            work = Work.of(bucket.rows, context, bucket.chunk, prefix, self._sizes.tile)
-            seconds = known[bucket] = self.model(work)
-        return seconds
-
     def _correct(self, rows: int, context: int, prefix: int) -> dict[int, float]:
         """The longest of the programs with at most these rows and chunk, by the chunk."""
         seconds, found = 0.0, {}
@@ -149,7 +147,7 @@ class TickTimes:
         for bucket in self._buckets:  # in the order of chunks, and of rows
             if bucket.rows > rows:
                 continue
-            known = modeled.get(bucket) or self._model(bucket, context, prefix)
+            known = modeled.get(bucket) or self.modeled(bucket, context, prefix)
             own = self._ratios.get(bucket, 1.0) * known
             if own > seconds:
                 seconds = own

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from llama_jax.engine.compilation_cache import compilation_cache
-from llama_jax.engine.executor import CompileCounter
+from llama_jax.engine.compile_counter import CompileCounter
 from llama_jax.engine.programs import Choice, Programs
 from llama_jax.ring.sizes import Bucket
 from sharding.program import MeshProgram

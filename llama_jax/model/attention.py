@@ -122,8 +122,8 @@ def paged_attention(
     Iterates over blocks of keys with an online softmax (https://arxiv.org/abs/2205.14135), so that
     the memory for scores does not grow with the context. Sequences of similar length share the
     iterations, only as many as the longest of them needs: the cost follows the actual lengths.
-    Neither the other sequences of a group nor blocks beyond the length of a row change its result,
-    not even by rounding.
+    Neither the others that share them nor blocks beyond the length of a row change its result, not
+    even by rounding.
 
     Args:
       q: `[B, T, H, h]`; B sequences with T queries each.
@@ -145,21 +145,21 @@ def paged_attention(
     """
     batch, num_queries, num_heads, head_dim = q.shape
     num_kv_heads, _, page_size, _ = k_pages.shape
-    group_size = max(1, query_block // num_queries)
-    if batch > group_size:
+    sub_batch = max(1, query_block // num_queries)  # sequences that share an iteration
+    if batch > sub_batch:
 
         def attend(
             q: jax.Array, page_table: jax.Array, positions: jax.Array, lengths: jax.Array
         ) -> jax.Array:
-            # In float32, since XLA:CPU would convert the outputs of all groups to it and back in
-            # order to add those of one.
+            # In float32, since XLA:CPU would convert the outputs of all sub-batches to it and back
+            # in order to add those of one.
             return paged_attention(
                 q, k_pages, v_pages, page_table, positions, lengths,
                 score_mod, first_head, k_scale, v_scale,
                 key_block=key_block, query_block=query_block,
             ).astype(jnp.float32)  # fmt: skip
 
-        out = _in_groups(attend, group_size, q, page_table, positions, lengths)
+        out = _by_length(attend, sub_batch, q, page_table, positions, lengths)
         return out.astype(q.dtype)
     pages_per_block = max(1, key_block // page_size)
     block = pages_per_block * page_size
@@ -222,30 +222,30 @@ def paged_attention(
         return out.transpose(1, 2, 0, 3, 4).reshape(q.shape).astype(q.dtype)
 
 
-def _in_groups(
+def _by_length(
     attend: Callable[..., jax.Array],
-    group_size: int,
+    sub_batch: int,
     q: jax.Array,
     page_table: jax.Array,
     positions: jax.Array,
     lengths: jax.Array,
 ) -> jax.Array:
-    """Calls `attend(q, page_table, positions, lengths)` for groups of rows of similar length.
+    """Calls `attend(q, page_table, positions, lengths)` for sub-batches of rows of similar length.
 
     Args:
-      group_size: rows of a group.
+      sub_batch: rows of each.
       q, page_table, positions, lengths: as for `paged_attention`.
     """
     batch = q.shape[0]
-    # Rows of length 0 fill the last group.
-    padding = -batch % group_size
+    # Rows of length 0 fill the last sub-batch.
+    padding = -batch % sub_batch
     order = jnp.argsort(jnp.pad(lengths, (0, padding)), descending=True)
 
-    def grouped(x: jax.Array) -> jax.Array:
+    def split(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, ((0, padding), *[(0, 0)] * (x.ndim - 1)))
-        return x[order].reshape(-1, group_size, *x.shape[1:])
+        return x[order].reshape(-1, sub_batch, *x.shape[1:])
 
-    rows = jax.tree.map(grouped, (q, page_table, positions, lengths))
+    rows = jax.tree.map(split, (q, page_table, positions, lengths))
     out = jax.lax.map(lambda rows: attend(*rows), rows)
     return out.reshape(-1, *q.shape[1:])[jnp.argsort(order)[:batch]]
 

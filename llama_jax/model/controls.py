@@ -10,7 +10,8 @@ from jax import lax
 
 from llama_jax.config.sampling_params import SamplingParams
 
-# int32 words per row: seed (2), token index, top_k, temperature, top_p, min_p, typical_p
+# Columns of a row, int32 words: the seed takes the first two.
+TOKEN_INDEX, TOP_K, TEMPERATURE, TOP_P, MIN_P, TYPICAL_P = range(2, 8)
 CONTROL_WIDTH = 8
 # The smallest that is not flushed to zero, for top_p and typical_p: 0 keeps every token.
 _SMALLEST = float(np.finfo(np.float32).tiny)
@@ -43,12 +44,12 @@ def encode_controls(n: int, rows: Sequence[tuple[int, int, int, SamplingParams]]
     """
     packed = np.zeros((n, CONTROL_WIDTH), np.int32)
     floats = packed.view(np.float32)
-    floats[:, 5] = 1
+    floats[:, TOP_P] = 1
     for row, seed, index, params in rows:
         words = np.array([seed % 2**64], np.uint64).view(np.int32)
-        packed[row, :4] = (*words, index, params.top_k)
+        packed[row, :TEMPERATURE] = (*words, index, params.top_k)
         typical_p = max(params.typical_p, _SMALLEST) if params.typical_p < 1 else 0
-        floats[row, 4:] = (
+        floats[row, TEMPERATURE:] = (
             params.temperature,
             max(params.top_p, _SMALLEST),
             params.min_p,
@@ -59,10 +60,11 @@ def encode_controls(n: int, rows: Sequence[tuple[int, int, int, SamplingParams]]
 
 def decode_controls(packed: jax.Array) -> Controls:
     """Reads `[n, CONTROL_WIDTH]` int32 on the device."""
-    floats = lax.bitcast_convert_type(packed[:, 4:], jnp.float32)
-    key = lax.bitcast_convert_type(packed[:, :2], jnp.uint32)
+    floats = lax.bitcast_convert_type(packed[:, TEMPERATURE:], jnp.float32)
+    key = lax.bitcast_convert_type(packed[:, :TOKEN_INDEX], jnp.uint32)
     temperature, top_p, min_p, typical_p = floats.T
-    return Controls(key, packed[:, 2], temperature, packed[:, 3], top_p, min_p, typical_p)
+    index, top_k = packed[:, TOKEN_INDEX], packed[:, TOP_K]
+    return Controls(key, index, temperature, top_k, top_p, min_p, typical_p)
 
 
 def any_filter(packed: np.ndarray) -> bool:
@@ -70,5 +72,6 @@ def any_filter(packed: np.ndarray) -> bool:
 
     These need a search over the vocabulary. Temperature and min-p do not.
     """
-    top_p, typical_p = packed.view(np.float32)[:, [5, 7]].T
-    return bool(((packed[:, 3] > 0) | (top_p < 1) | (typical_p > 0)).any())
+    floats = packed.view(np.float32)
+    filtered = (packed[:, TOP_K] > 0) | (floats[:, TOP_P] < 1) | (floats[:, TYPICAL_P] > 0)
+    return bool(filtered.any())

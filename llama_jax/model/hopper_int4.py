@@ -155,14 +155,14 @@ def hopper_int4(
     """Multiplies rows by the transpose of `values · scale + zero`.
 
     Args:
-      x: `[M, in]` bfloat16.
+      x: `[N, in]` bfloat16.
       values: `[out, in]` int4.
       scale, zero: `[out, in / group]` bfloat16.
       tiles: None for `choose_tiles`.
       interpret: for tests, the parameters of Mosaic's interpret mode.
 
     Returns:
-      `[M, out]` bfloat16.
+      `[N, out]` bfloat16.
     """
     num_rows, inputs = x.shape
     outputs = values.shape[0]

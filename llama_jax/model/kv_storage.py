@@ -51,8 +51,8 @@ def stored_dtype(dtype: jnp.dtype, platform: str) -> jnp.dtype:
     return _BITS.get(dtype, dtype) if platform == "cpu" else dtype
 
 
-def quantize(x: jax.Array, stored: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """Scales keys or values to the range of 8 bits, without rounding them to it.
+def split_scale(x: jax.Array, stored: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Splits keys or values into a scale and numbers in the range of 8 bits, which `encode` rounds.
 
     Args:
       x: `[..., h]`.

@@ -1,19 +1,18 @@
 """Log-probabilities on the device, over a vocabulary that is split over all ranks."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from llama_jax.config.sampling_params import MAX_LOGPROBS
 from sharding.axes import AXES
 from sharding.collectives import all_gather, pmax, psum, rank
 
-MAX_LOGPROBS = 20  # alternatives per token
-
 
 class Logprobs(NamedTuple):
-    """Log-probabilities of n rows, before any adjustment, temperature or filter.
+    """Log-probabilities of n rows, before any adjustment, temperature or filter; or their specs.
 
     Attributes:
       chosen: `[n]` float32, of the chosen token.
@@ -22,9 +21,9 @@ class Logprobs(NamedTuple):
       top: `[n, MAX_LOGPROBS]` float32, theirs; -inf past the end of the vocabulary.
     """
 
-    chosen: jax.Array
-    tokens: jax.Array
-    top: jax.Array
+    chosen: Any
+    tokens: Any
+    top: Any
 
 
 def log_probabilities(logits: jax.Array, chosen: jax.Array) -> Logprobs:

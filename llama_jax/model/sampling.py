@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from llama_jax.config.no_token import NO_AGREEMENT, NO_TOKEN
 from llama_jax.model.controls import Controls, decode_controls
 from llama_jax.model.cpu_product import on_cpu
 from llama_jax.model.filters import keep_likely
@@ -25,8 +26,6 @@ from sharding.axes import AXES
 from sharding.collectives import all_gather, pmax, psum, rank
 from sharding.errors import UserError
 
-NO_TOKEN = -1  # the choice where a logit is NaN
-NO_AGREEMENT = -2  # the choice where the user's own sampler chose different tokens on the ranks
 # Tokens that are compared, or whose mass is summed, before one of them is chosen; fewer on CPUs if
 # then the blocks need no padding, for which XLA:CPU copies all logits.
 BLOCK = 256

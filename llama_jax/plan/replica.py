@@ -21,6 +21,7 @@ from llama_jax.plan.bisection import largest
 from llama_jax.plan.steady_state import SteadyState, overloaded, steady_state
 from llama_jax.plan.targets import Targets, Workload
 from llama_jax.ring.sizes import TILE, RingSizes
+from sharding.stages import round_up
 
 LEVELS = ("low", "expected", "high")  # of the time of a tick
 MAX_LIVE = 4096  # sequences that decode at once in a replica
@@ -114,7 +115,7 @@ class Replica:
     def request(self) -> int:
         """The tokens that the pages of one request hold."""
         tokens = self.workload.prompt_tokens + self.workload.output_tokens
-        return -(-tokens // self.page_size) * self.page_size
+        return round_up(tokens, self.page_size)
 
     @cached_property
     def sizes(self) -> RingSizes:
@@ -132,7 +133,7 @@ class Replica:
     @property
     def chunks(self) -> tuple[int, ...]:
         """The chunks to choose from, in tokens: larger ones than a prompt hold several prompts."""
-        prompt = -(-self.workload.prompt_tokens // TILE) * TILE
+        prompt = round_up(self.workload.prompt_tokens, TILE)
         if self.max_chunk is not None:
             buckets = self.sizes.chunk_buckets[1:]
             return tuple(size for size in buckets if size >= prompt) or buckets[-1:]
@@ -160,7 +161,7 @@ class Replica:
     def work(self, live: int, chunk: int) -> Work:
         """The work of such a tick, in the middle of an answer and of a prompt."""
         rows = next(rows for rows in self.sizes.row_buckets if rows >= live)
-        own = min(chunk, -(-self.workload.prompt_tokens // TILE) * TILE)
+        own = min(chunk, round_up(self.workload.prompt_tokens, TILE))
         before = max(0, self.workload.prompt_tokens - own) // 2
         work = Work.of(rows, self.context, own, before if chunk else 0)
         prompts = chunk / own if own else 0

@@ -26,6 +26,7 @@ from llama_jax.plan.model import local_path
 from llama_jax.plan.numbers import amount
 from llama_jax.plan.plan import Plan
 from sharding.errors import UserError
+from sharding.stages import round_up
 
 IMAGE = "llama-jax:latest"
 MODELS = "/models"  # where a checkpoint is expected
@@ -155,7 +156,7 @@ def _flags(plan: Plan, best: Candidate) -> list[str]:
     question = plan.question
     lengths, targets = question.workload, question.targets
     needed = lengths.prompt_tokens + lengths.output_tokens
-    longest = min(-(-needed // SEQUENCE_STEP) * SEQUENCE_STEP, question.config.max_context)
+    longest = min(round_up(needed, SEQUENCE_STEP), question.config.max_context)
     longest = min(longest, best.memory.tokens)
     found = {
         "--mesh": best.layout.mesh,

@@ -22,6 +22,7 @@ from statistics import NormalDist
 from llama_jax.engine.sizing import GPU_RESULTS_LATE
 from llama_jax.plan.targets import Workload
 from llama_jax.ring.sizes import TILE
+from sharding.stages import round_up
 
 Ticks = Callable[[int, int], float]  # live rows in a packet, chunk tokens → seconds of the tick
 
@@ -93,7 +94,7 @@ def steady_state(
       The state; an `overloaded` one if more arrives than it can do.
     """
     chunks = -(-load.prompt_tokens // chunk)
-    share_of_chunk = -(-load.prompt_tokens // TILE) * TILE / chunk  # prompts share chunks
+    share_of_chunk = round_up(load.prompt_tokens, TILE) / chunk  # prompts share chunks
     rows = 0
     while True:
         decode, with_chunk = ticks(max(1, rows), 0), ticks(max(1, rows), chunk)

@@ -6,7 +6,7 @@ its scores (`Attention.score_mod`), and every shape that the kernel does not kno
 
 import logging
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -49,7 +49,7 @@ class AttentionBackend(NamedTuple):
 
     def attend(self, plain: AttendToPages, bucket: Bucket) -> AttendToPages:
         """Returns the kernel where it can run, and elsewhere `plain`; both are called alike."""
-        return lambda *args: self._attend(plain, bucket, *args)
+        return partial(self._attend, plain, bucket)
 
     def _attend(
         self,
@@ -62,25 +62,26 @@ class AttentionBackend(NamedTuple):
         positions: jax.Array,
         lengths: jax.Array,
         score_mod: ScoreMod,
-        *rest: jax.Array | int | None,
+        first_head: jax.Array | int = 0,
+        k_scale: jax.Array | None = None,
+        v_scale: jax.Array | None = None,
     ) -> jax.Array:
-        pages = (q, k_pages, v_pages, page_table, positions, lengths)
+        arrays = (q, k_pages, v_pages, page_table, positions, lengths)
         if self.name != PLAIN:
             # Imported here, since importing Pallas takes 2 s.
             from llama_jax.model.hopper_attention import hopper_attention, unsupported
 
             reason = _changes_scores(score_mod) or unsupported(q, k_pages, v_pages)
             if reason is None:
-                scales = rest[1:]  # after the first head, which only `score_mod` needs
                 # The time of a tick with a chunk is that of its products: it can spare the GPU's
                 # full width for a few rows, but not a kernel more in every layer.
                 few = {"max_filling_splits": FEW_SPLITS} if bucket.chunk else {}
-                return hopper_attention(*pages, *scales, num_cores=self.num_cores, **few)
+                return hopper_attention(*arrays, k_scale, v_scale, num_cores=self.num_cores, **few)
             if self.name == HOPPER:
                 raise _cannot_run(reason)
             _say_once(reason)
         blocks = {"key_block": self.key_block, "query_block": self.query_block}
-        return plain(*pages, score_mod, *rest, **blocks)
+        return plain(*arrays, score_mod, first_head, k_scale, v_scale, **blocks)
 
 
 def choose_backend(name: str | AttentionBackend, mesh: Mesh) -> AttentionBackend:

@@ -33,14 +33,13 @@ from llama_jax.model.logprobs import Logprobs, log_probabilities
 from llama_jax.model.sampling import Sampler, chosen_by, draw
 from llama_jax.model.token_masks import apply_masks
 from llama_jax.ring.sizes import RingSizes
-from llama_jax.ring.steps import LOGITS_SPEC
+from llama_jax.ring.steps import LOGITS_SPEC, MASKS_SPEC, OUTPUT_SPEC
 from llama_jax.ring.tick import StepOutput
 from sharding.axes import AXES
 from sharding.program import MeshProgram
 from sharding.stages import round_up
 
 HISTORY_SPEC = P(None, AXES)  # [slots, V']
-_OUTPUT_SPEC = StepOutput(LOGITS_SPEC, P(), P())
 
 # (tokens of State, output of the step, packed controls) -> (tokens of State, tokens [segments])
 SampleStep = Callable[[jax.Array, StepOutput, Any], tuple[jax.Array, jax.Array]]
@@ -70,7 +69,7 @@ def sample_step(mesh: Mesh, model_class: type[Llama] = Llama) -> SampleStep:
         chosen = choose(output.logits, output.tokens, controls)
         return tokens.at[output.slots].set(chosen, mode="drop"), chosen
 
-    in_specs = (P(), _OUTPUT_SPEC, P())
+    in_specs = (P(), OUTPUT_SPEC, P())
     return MeshProgram(replace_tokens, mesh, in_specs, (P(), P()), name="sample_step", donate=(0,))
 
 
@@ -85,7 +84,7 @@ def filter_step(mesh: Mesh, model_class: type[Llama] = Llama) -> FilterStep | No
     def replace_logits(output: StepOutput, controls: jax.Array) -> StepOutput:
         return output._replace(logits=keep_likely(output.logits, controls))
 
-    return MeshProgram(replace_logits, mesh, (_OUTPUT_SPEC, P()), _OUTPUT_SPEC, name="filter_step")
+    return MeshProgram(replace_logits, mesh, (OUTPUT_SPEC, P()), OUTPUT_SPEC, name="filter_step")
 
 
 def _samples_its_own_way(sampler: Sampler) -> bool:
@@ -108,8 +107,8 @@ def adjust_step(mesh: Mesh, model_class: type[Llama] = Llama) -> AdjustStep:
         tokens = tokens.at[output.slots].set(best, mode="drop")
         return tokens, StepOutput(logits, best, output.slots)
 
-    in_specs = (P(), HISTORY_SPEC, _OUTPUT_SPEC, P())
-    out_specs = (P(), _OUTPUT_SPEC)
+    in_specs = (P(), HISTORY_SPEC, OUTPUT_SPEC, P())
+    out_specs = (P(), OUTPUT_SPEC)
     return MeshProgram(replace_output, mesh, in_specs, out_specs, name="adjust_step", donate=(0,))
 
 
@@ -139,8 +138,8 @@ def mask_step(mesh: Mesh, model_class: type[Llama] = Llama) -> MaskStep:
             output.slots,
         )
 
-    in_specs = (P(), _OUTPUT_SPEC, P(), P(None, AXES))
-    out_specs = (P(), _OUTPUT_SPEC)
+    in_specs = (P(), OUTPUT_SPEC, P(), MASKS_SPEC)
+    out_specs = (P(), OUTPUT_SPEC)
     return MeshProgram(replace_output, mesh, in_specs, out_specs, name="mask_step", donate=(0,))
 
 
@@ -154,9 +153,8 @@ def history_step(mesh: Mesh) -> HistoryStep:
 
 def logprobs_step(mesh: Mesh) -> LogprobsStep:
     """The jitted program that computes the log-probabilities of a packet."""
-    specs: Any = Logprobs(*[P()] * 3)  # type: ignore[arg-type]
-    in_specs = (LOGITS_SPEC, P())
-    return MeshProgram(log_probabilities, mesh, in_specs, specs, name="logprobs_step")
+    in_specs, out_specs = (LOGITS_SPEC, P()), Logprobs(P(), P(), P())
+    return MeshProgram(log_probabilities, mesh, in_specs, out_specs, name="logprobs_step")
 
 
 def history_shape(config: LlamaConfig, mesh: Mesh, sizes: RingSizes) -> jax.ShapeDtypeStruct:

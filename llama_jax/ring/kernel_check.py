@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
 from llama_jax.model.attention import no_score_mod, paged_attention
-from llama_jax.model.kv_storage import encode, has_scales, quantize
+from llama_jax.model.kv_storage import encode, has_scales, split_scale
 from llama_jax.ring.attention_backend import (
     AUTO,
     GPU_BLOCKS,
@@ -34,6 +34,7 @@ from llama_jax.weights.placement import param_shapes
 from sharding.errors import UserError
 from sharding.mesh import mesh_shape
 from sharding.settings import default_settings
+from sharding.stages import round_up
 
 # Of the typical number of a row. Rounding to bfloat16 moves no number by more than 3 %.
 MAX_ERROR = 0.1
@@ -180,7 +181,7 @@ def attention_error(
     pages = jax.random.normal(keys[0], shape).at[:, :, -1].set(jnp.nan)
     scales: Any = (None, None)
     if has_scales(kv_dtype):
-        pages, scales = quantize(pages, kv_dtype)
+        pages, scales = split_scale(pages, kv_dtype)
     pages = encode(pages, kv_dtype)
     capacity = sizes.pages_per_sequence * sizes.page_size
     most = min(capacity, MAX_KEYS)
@@ -231,7 +232,7 @@ def _numbers_of_tokens(mesh: Mesh, sizes: RingSizes) -> list[int]:
 
     def padded(bucket: Bucket) -> int:
         multiple = token_multiple(mesh.devices.flat[0].platform, bucket)
-        return -(-(bucket.rows + bucket.chunk) // multiple) * multiple
+        return round_up(bucket.rows + bucket.chunk, multiple)
 
     return sorted({padded(b) for b in (Bucket(sizes.row_buckets[0], 0), *sizes.largest())} - {0})
 

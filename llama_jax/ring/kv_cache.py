@@ -4,21 +4,20 @@ Pages as in vLLM (https://arxiv.org/abs/2309.06180). How they store numbers is i
 `llama_jax.model.kv_storage`.
 """
 
-from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import LlamaConfig
-from llama_jax.model.kv_storage import decode, encode, has_scales, quantize, stored_dtype
+from llama_jax.model.kv_storage import decode, encode, has_scales, split_scale, stored_dtype
 from llama_jax.weights.axes import kv_replicas
 from sharding.axes import MODEL, STAGE
-from sharding.memory import shard_bytes
+from sharding.memory import allocate, shard_bytes
 from sharding.mesh import mesh_shape
 from sharding.settings import default_settings
 from sharding.stages import positions_per_stage
@@ -100,18 +99,6 @@ def dequantized(cache: KVCache, dtype: jnp.dtype) -> tuple[list[np.ndarray], lis
     return read(cache.keys, cache.key_scales), read(cache.values, cache.value_scales)
 
 
-@default_settings()
-def allocate(array: jax.ShapeDtypeStruct, fill: Any = 0) -> jax.Array:
-    """Allocates an array on its devices, filled with one number."""
-    return _full(array.shape, array.dtype, array.sharding)(fill)
-
-
-@cache
-def _full(shape: tuple[int, ...], dtype: jnp.dtype, sharding: Sharding) -> Callable[..., jax.Array]:
-    """A program that fills an array; one for all layers, whose pages are alike."""
-    return jax.jit(lambda fill: jnp.full(shape, fill, dtype), out_shardings=sharding)
-
-
 def write(
     pages: jax.Array,  # [K, num_pages, page_size, ...]
     new: jax.Array,  # [N, K, ...]
@@ -137,5 +124,5 @@ def write_scaled(
     """Writes keys or values and, to pages in 8 bits, their scales."""
     if scale is None:
         return write(pages, new, page, offset), None
-    new, new_scale = quantize(new, pages.dtype)
+    new, new_scale = split_scale(new, pages.dtype)
     return write(pages, new, page, offset), write(scale, new_scale, page, offset)

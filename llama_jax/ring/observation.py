@@ -20,9 +20,10 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.model import DecoderLayer
 from llama_jax.model.attention import ScoreMod, Tap, paged_weights
 from llama_jax.model.tap import captured_by_name, each_by_name
+from llama_jax.ring.gpu_options import product_options
 from llama_jax.ring.kv_cache import KVCache
-from llama_jax.ring.stage import PagedAttend, Program, Reduce, make_layer, run_layers
-from llama_jax.ring.steps import LOGITS_SPEC, product_options, state_specs
+from llama_jax.ring.stage import MeshReduce, PagedAttend, Program, make_layer, run_layers
+from llama_jax.ring.steps import LOGITS_SPEC, state_specs
 from llama_jax.ring.tick import State, advance_ring, final_norm, local_logits
 from llama_jax.weights.placement import (
     Params,
@@ -113,7 +114,7 @@ def _observed_tick(
             x: jax.Array,
             positions: jax.Array,
             attend: PagedAttend,
-            reduce: Reduce,
+            reduce: MeshReduce,
         ) -> jax.Array:
             with jax.named_scope(f"layer_{position}"):
                 x, captured = nnx.capture(layer, nnx.Intermediate)(x, positions, attend, reduce)
@@ -133,8 +134,8 @@ def _observed_tick(
         program, params, state, packed, run_stage, all_positions
     )
     normed = final_norm(program.config, params, finished)
-    scores = local_logits(program.config, params, finished)
-    return State(ring, state.tokens, cache), Observation(scores, normed, entered, layers)
+    logits = local_logits(program.config, params, finished)
+    return State(ring, state.tokens, cache), Observation(logits, normed, entered, layers)
 
 
 class _TappedPagedAttend(PagedAttend):

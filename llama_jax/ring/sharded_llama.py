@@ -26,18 +26,19 @@ from llama_jax.model.rope import check_length
 from llama_jax.ring.attention_backend import AUTO, AttentionBackend
 from llama_jax.ring.kernel_check import working_backend
 from llama_jax.ring.kv_cache import KVCache, dequantized
+from llama_jax.ring.model_class import check_model_class
 from llama_jax.ring.observation import WEIGHTS, LayerActivation, observed_step, replicas_by_axis
 from llama_jax.ring.packet import encode_packet
 from llama_jax.ring.sizes import TILE, Bucket, RingSizes
 from llama_jax.ring.stage import Program
-from llama_jax.ring.steps import LOGITS_SPEC, check_model_class, init_state, state_shapes
+from llama_jax.ring.steps import LOGITS_SPEC, init_state, state_shapes
 from llama_jax.ring.tick import State, local_logits
 from llama_jax.weights.axes import kv_replicas
 from llama_jax.weights.placement import Params, param_specs
 from sharding.axes import STAGE
 from sharding.mesh import make_mesh, mesh_shape
 from sharding.program import MeshProgram
-from sharding.stages import split_layers
+from sharding.stages import round_up, split_layers
 
 PAGE_SIZE = 16
 TILES_PER_CHUNK = 2
@@ -159,8 +160,8 @@ class ShardedLlama:
         """
         _check_outside_jit(x)
         rows = jnp.asarray(x).reshape(-1, x.shape[-1])
-        scores = np.asarray(_unembed(self.config, self.mesh)(self.params, np.asarray(rows)))
-        return jnp.asarray(scores[:, : self.config.vocab_size]).reshape(*x.shape[:-1], -1)
+        logits = np.asarray(_unembed(self.config, self.mesh)(self.params, np.asarray(rows)))
+        return jnp.asarray(logits[:, : self.config.vocab_size]).reshape(*x.shape[:-1], -1)
 
     def observe(
         self, tokens: jax.Array, names: Sequence[str]
@@ -341,7 +342,7 @@ class _Collected:
 
 def _sizes(batch: int, num_tokens: int) -> tuple[RingSizes, Bucket]:
     """Sizes for a batch of prompts, rounded so that few programs are compiled."""
-    tile = min(TILE, -(-num_tokens // PAGE_SIZE) * PAGE_SIZE)
+    tile = min(TILE, round_up(num_tokens, PAGE_SIZE))
     tiles_each = -(-num_tokens // tile)
     chunk = tile * min(TILES_PER_CHUNK, batch * tiles_each)
     pages_each = tiles_each * tile // PAGE_SIZE

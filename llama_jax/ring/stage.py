@@ -145,7 +145,7 @@ class PagedAttend:
         return jnp.concatenate(out)
 
 
-class Reduce:
+class MeshReduce:
     """The `reduce` of a layer on a mesh: sums over `model`.
 
     Attributes:
@@ -162,7 +162,7 @@ class Reduce:
 
 
 # (position in the stage, layer, x, positions of the tokens, attend, reduce) -> activations
-CallLayer = Callable[[int, DecoderLayer, jax.Array, jax.Array, PagedAttend, Reduce], jax.Array]
+CallLayer = Callable[[int, DecoderLayer, jax.Array, jax.Array, PagedAttend, MeshReduce], jax.Array]
 
 
 def call_layer(
@@ -171,9 +171,9 @@ def call_layer(
     x: jax.Array,
     positions: jax.Array,
     attend: PagedAttend,
-    reduce: Reduce,
+    reduce: MeshReduce,
 ) -> jax.Array:
-    """Calls a layer on x `[N, D]`."""
+    """Calls a layer on x `[N', D]`, where N' counts the padding."""
     with jax.named_scope(f"layer_{position}"):
         return layer(x, positions, attend, reduce)
 
@@ -213,7 +213,7 @@ def run_layers(
     for position, weights in enumerate(layers):
         attend = attend_class(program, segments, *(a[position][0] for a in cache if a))
         layer = make_layer(program, jax.tree.map(lambda array: array[0], weights))
-        reduce = Reduce()
+        reduce = MeshReduce()
         before, x = x, call(position, layer, x, positions, attend, reduce)
         held = [here[position] is not None for here in stages]
         if not all(held):  # a layer of the user's need not be the identity where its weights are 0

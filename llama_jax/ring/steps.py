@@ -9,38 +9,35 @@ Arguments and results are tuples and dicts of arrays, not NNX objects: traversin
 every call takes more host time than the rest of the call.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import LlamaConfig
-from llama_jax.model import Llama, RMSNorm, Sampler
-from llama_jax.model.llama import check_attributes
-from llama_jax.quantization import GROUPED
+from llama_jax.model import Llama
 from llama_jax.ring import kv_cache
-from llama_jax.ring.attention_backend import AUTO, PLAIN, AttentionBackend, choose_backend
+from llama_jax.ring.attention_backend import AUTO, AttentionBackend, choose_backend
+from llama_jax.ring.gpu_options import graph_options, product_options
 from llama_jax.ring.packet import mark_empty, segment_width
 from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.stage import Program, token_multiple
 from llama_jax.ring.tick import State, StepOutput, masked_tick, tick
 from llama_jax.weights.placement import Params, param_specs
-from llama_jax.weights.table import LAYER_PARAMETERS
 from sharding.axes import AXES, STAGE
-from sharding.compiler_options import CONCURRENT, GROUPED_SCALES, UNSPLIT
-from sharding.errors import UserError
+from sharding.memory import allocate
 from sharding.mesh import mesh_shape
 from sharding.program import MeshProgram
 from sharding.ring import RingState
 
 LOGITS_SPEC = P(None, AXES)  # [segments, V']
-
+MASKS_SPEC = P(None, AXES)  # [segments, ranks * W]
+OUTPUT_SPEC = StepOutput(LOGITS_SPEC, P(), P())
 
 # (params, state, packed packet) -> (state, output)
 Step = Callable[[Params, State, Any], tuple[State, StepOutput]]
@@ -73,8 +70,8 @@ def masked_decode_step(
     """The jitted `ring.tick.masked_tick` with no chunk in flight. Donates the state."""
     attention = choose_backend(attention_backend, mesh)
     program = Program(config, sizes, Bucket(rows, 0), model_class, attention)
-    masks = logits = (LOGITS_SPEC,)
-    return _jit_step(mesh, program, "masked_decode_step", masked_tick, masks, logits)
+    masks, raw = (MASKS_SPEC,), (LOGITS_SPEC,)
+    return _jit_step(mesh, program, "masked_decode_step", masked_tick, masks, raw)
 
 
 def prefill_step(
@@ -143,11 +140,11 @@ def init_state(shapes: State, sizes: RingSizes, fill: float = 0.0) -> State:
     metadata = np.zeros(shapes.ring.metadata.shape, np.int32)
     mark_empty(sizes, metadata)
     ring = RingState(
-        tick=kv_cache.allocate(shapes.ring.tick),
+        tick=allocate(shapes.ring.tick),
         metadata=jax.device_put(metadata, shapes.ring.metadata.sharding),
-        activations=jax.tree.map(kv_cache.allocate, shapes.ring.activations),
+        activations=jax.tree.map(allocate, shapes.ring.activations),
     )
-    tokens = kv_cache.allocate(shapes.tokens)
+    tokens = allocate(shapes.tokens)
     return State(ring, tokens, kv_cache.init_cache(shapes.cache, fill))
 
 
@@ -162,97 +159,7 @@ def _jit_step(
     """Jits `tick`, or one with more arguments and results, whose specs follow those of `tick`."""
     specs = state_specs()
     in_specs = (param_specs(program.config, *mesh_shape(mesh)), specs, P(), *more_in)
-    out_specs = (specs, StepOutput(LOGITS_SPEC, P(), P()), *more_out)
+    out_specs = (specs, OUTPUT_SPEC, *more_out)
     function = partial(function, program)
     options = {**product_options(program.config, program.bucket), **graph_options(program)}
     return MeshProgram(function, mesh, in_specs, out_specs, name=name, donate=(1,), options=options)
-
-
-def product_options(config: LlamaConfig, bucket: Bucket) -> Mapping[str, Any]:
-    """The compiler's options for a program that multiplies by the matrices of a model's layers.
-
-    On an H200, being free to split products speeds up those with matrices in 8 bits by 25 to 38 %.
-    In runs that also differed in the size of a page, ticks of one row took 2 to 5 % less time with
-    splits, and the others 1 to 4 % more.
-    """
-    if config.quantization is not None:
-        return GROUPED_SCALES if config.quantization.format in GROUPED else {}
-    return {} if bucket == Bucket(1, 0) else UNSPLIT
-
-
-def graph_options(program: Program) -> Mapping[str, Any]:
-    """The compiler's options for the CUDA graph of a tick.
-
-    Where the attention kernel runs, kernels of a decode tick that do not need each other run at the
-    same time. Not so if XLA might convert a quantized matrix apart from its product, as it may for
-    more than one row: it would convert those of all layers at once, into 17 GB instead of 0.5 for a
-    rank of Llama-3-70B.
-    """
-    converts = program.config.quantization is not None and program.bucket.rows > 1
-    if program.attention.name == PLAIN or program.bucket.chunk or converts:
-        return {}
-    return CONCURRENT
-
-
-def check_model_class(model_class: type[Llama], config: LlamaConfig) -> None:
-    """Checks that the ring can run a subclass of `Llama` as a model of this architecture.
-
-    The ring uses its layers and its sampler, and would silently ignore other changes.
-
-    Raises:
-      UserError: it is no such subclass, it overrides a method that the ring does not call, its
-        sampler is none, its layers have parameters that no checkpoint has or arrays as plain
-        attributes, or its constructor makes some layers, or the final norm, otherwise than the ring
-        does.
-    """
-    if not (isinstance(model_class, type) and issubclass(model_class, Llama)):
-        got = getattr(model_class, "__name__", f"an instance of {type(model_class).__name__}")
-        raise UserError(f"model_class must be Llama or a subclass of it, got {got}.")
-    for name in ("__call__", "unembed"):
-        if getattr(model_class, name) is not getattr(Llama, name):
-            raise UserError(
-                f"{model_class.__name__} overrides {name}, which a model on a mesh does not call: "
-                "change the layers (layer_class) or the sampler instead."
-            )
-    if not isinstance(model_class.sampler, Sampler):
-        got = getattr(model_class.sampler, "__name__", type(model_class.sampler).__name__)
-        raise UserError(
-            f"{model_class.__name__}.sampler must be an instance of a Sampler, got {got}: write "
-            "sampler = MySampler(), with parentheses."
-        )
-    layer = nnx.eval_shape(lambda: model_class.layer_class(config, rngs=nnx.Rngs(0)))
-    check_attributes(layer)
-    for path, _ in nnx.to_flat_state(nnx.state(layer, nnx.Not(nnx.RngState))):
-        name = ".".join(map(str, path))
-        if name not in LAYER_PARAMETERS:
-            raise UserError(
-                f"The layers of {model_class.__name__} have a parameter {name}, for which a model "
-                "on a mesh has no place: use Llama on one device, or merge it into the weights."
-            )
-    if model_class.__init__ is not Llama.__init__:
-        _check_constructor(model_class, config, layer)
-
-
-def _check_constructor(model_class: type[Llama], config: LlamaConfig, layer: nnx.Module) -> None:
-    """Checks that a model's own constructor makes what the ring makes without calling it.
-
-    Raises:
-      UserError: a layer is not like `layer`, or the final norm is no `RMSNorm`.
-    """
-    model, norm = nnx.eval_shape(
-        lambda: (
-            model_class(config, rngs=nnx.Rngs(0)),
-            RMSNorm(config.embed_dim, config.norm_eps),
-        )
-    )
-    pairs: dict[str, tuple[nnx.Module, nnx.Module]] = {
-        f"layers.{number}": (each, layer) for number, each in enumerate(model.layers)
-    }
-    pairs["final_norm"] = (model.final_norm, norm)
-    for name, (found, expected) in pairs.items():
-        if nnx.graphdef(found) != nnx.graphdef(expected):
-            raise UserError(
-                f"The constructor of {model_class.__name__} changes {name}, but a model on a mesh "
-                "makes all layers by layer_class and has a plain final norm: use Llama on one "
-                "device, or a layer_class that computes the same in every layer."
-            )

@@ -48,7 +48,8 @@ class StepOutput(NamedTuple):
     Attributes:
       logits: `[segments, V']` float32, at the last token of each segment, split over all ranks;
         -inf beyond the vocabulary. The host does not read them.
-      tokens: `[segments]` int32, the greedy choices; `NO_TOKEN` where a logit is NaN.
+      tokens: `[segments]` int32, the greedy choices; `NO_TOKEN` where a logit is NaN;
+        `NO_AGREEMENT` where the user's own sampler chose different ones on the ranks.
       slots: `[segments]` int32, the slot of each token; `num_slots` for none.
     """
 
@@ -205,11 +206,11 @@ def local_logits(config: LlamaConfig, params: Params, x: jax.Array) -> jax.Array
         # Twice: for one row, cuBLAS has no product of bfloat16 with a float32 result. XLA converted
         # the head to float32 in every tick: 0.53 GB for Llama-3-70B on 8 GPUs.
         normed = jnp.concatenate([normed, normed])
-    scores = head_logits(normed, head)[:count]
+    logits = head_logits(normed, head)[:count]
     if head.shape[0] * jax.lax.axis_size(AXES) == config.vocab_size:
-        return scores
+        return logits
     token = rank(AXES) * head.shape[0] + jnp.arange(head.shape[0])
-    return jnp.where(token < config.vocab_size, scores, -jnp.inf)
+    return jnp.where(token < config.vocab_size, logits, -jnp.inf)
 
 
 def final_norm(config: LlamaConfig, params: Params, x: jax.Array) -> jax.Array:

@@ -31,8 +31,7 @@ def device_shapes(
     """
 
     def convert(matrix: Any) -> Any:
-        convert = _for_gpu(dtype, _can_sort(matrix, quantization))
-        made = jax.eval_shape(convert, matrix)
+        made = jax.eval_shape(_for_gpu(dtype, _can_sort(matrix, quantization)), matrix)
         return jax.tree.map(lambda new, old: new.update(sharding=old.sharding), made, matrix)
 
     return _convert(shapes, platform, convert)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.config import LlamaConfig
 from llama_jax.weights.axes import MESH_AXES, kv_replicas
 from llama_jax.weights.device_layout import device_shapes
-from llama_jax.weights.split import ShardingError, check_split
+from llama_jax.weights.split import check_split
 from llama_jax.weights.table import (
     EMBEDDING,
     FINAL_NORM,
@@ -29,18 +29,6 @@ from llama_jax.weights.unfused import Unfused
 from sharding.mesh import mesh_shape
 from sharding.partition import partition_spec
 from sharding.stages import round_up, split_layers
-
-__all__ = [
-    "Params",
-    "Placement",
-    "ShardingError",
-    "Source",
-    "param_shapes",
-    "param_specs",
-    "placements",
-    "stored_shapes",
-    "unsharded_placements",
-]
 
 
 class Params(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 from llama_jax.checkpoint import CheckpointError, open_checkpoint
 from llama_jax.checkpoint.load import load_params
 from llama_jax.model import Llama
-from llama_jax.weights.placement import ShardingError
+from llama_jax.weights.split import ShardingError
 from sharding.mesh import make_mesh
 from tests.support.conversions import convert_to
 from tests.support.tiny_checkpoint import bits, write_checkpoint

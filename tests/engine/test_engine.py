@@ -17,7 +17,7 @@ from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.core import Engine, seed_source
 from llama_jax.engine.options import EngineOptions, OptionError
 from llama_jax.engine.sizing import SizingError
-from llama_jax.weights.placement import ShardingError
+from llama_jax.weights.split import ShardingError
 from sharding.errors import UserError
 from sharding.mesh import MeshError
 from tests.support.hlo import count_ops

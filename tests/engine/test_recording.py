@@ -43,8 +43,8 @@ def spy(loop: TickLoop) -> list[PacketRecord]:
     entered: list[PacketRecord] = []
     original = loop.scheduler.schedule
 
-    def schedule() -> Packet:
-        packet = original()
+    def schedule(now: float) -> Packet:
+        packet = original(now)
         entered.append(plain(packet))
         return packet
 

@@ -114,8 +114,8 @@ def test_the_program_fits_the_largest_packet_in_any_stage(stages):
     packets = []
     original = loop.scheduler.schedule
 
-    def schedule():
-        packets.append(original())
+    def schedule(now):
+        packets.append(original(now))
         return packets[-1]
 
     loop.scheduler.schedule = schedule  # type: ignore[method-assign]
@@ -139,8 +139,8 @@ def test_counters_count_what_was_dispatched(stages):
     packets = []
     original = loop.scheduler.schedule
 
-    def schedule():
-        packets.append(original())
+    def schedule(now):
+        packets.append(original(now))
         return packets[-1]
 
     loop.scheduler.schedule = schedule  # type: ignore[method-assign]
@@ -200,9 +200,9 @@ def test_time_is_split_into_host_work_calls_and_waits(late, monkeypatch):
     loop = make_loop(2, late)
     schedule, run_tick = loop.scheduler.schedule, loop.executor.run
 
-    def slow_schedule():
+    def slow_schedule(now):
         clock.now += 1.0
-        return schedule()
+        return schedule(now)
 
     def slow_run(bucket, packed, controls):
         clock.now += 10.0
@@ -232,8 +232,8 @@ def test_an_output_says_how_long_its_request_waited(monkeypatch):
     loop, entered = make_loop(1, 0), {}
     schedule = loop.scheduler.schedule
 
-    def noted_schedule():
-        packet = schedule()
+    def noted_schedule(now):
+        packet = schedule(now)
         for tile in packet.tiles:
             entered.setdefault(tile.sequence.request_id, clock.now)
         return packet

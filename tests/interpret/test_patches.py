@@ -10,7 +10,7 @@ import torch
 from flax import nnx
 
 from llama_jax import Llama
-from llama_jax.engine.executor import CompileCounter
+from llama_jax.engine.compile_counter import CompileCounter
 from llama_jax.interpret import (
     Add,
     Patch,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llama_jax import Llama
-from llama_jax.engine.executor import CompileCounter
+from llama_jax.engine.compile_counter import CompileCounter
 from llama_jax.interpret import (
     Add,
     Replace,

@@ -15,7 +15,7 @@ from llama_jax.model.kv_storage import (
     choose_kv_dtype,
     encode,
     has_scales,
-    quantize,
+    split_scale,
     stored_dtype,
 )
 from llama_jax.ring.kv_cache import write_scaled
@@ -135,7 +135,7 @@ def test_rounding_to_8_bits(stored, magnitude):
     x = np.random.default_rng(5).uniform(-1, 1, (50, 7, H)).astype(np.float32)
     x[:, :, 0] = 1  # the largest is exact
     x *= np.float32(magnitude)
-    numbers, scale = quantize(jnp.asarray(x), jnp.dtype(stored))
+    numbers, scale = split_scale(jnp.asarray(x), jnp.dtype(stored))
     found = in_float64(encode(numbers, jnp.dtype(stored)), scale)
     step = np.asarray(scale, np.float64)[..., None]
     half = step / 2 if stored == "int8" else np.maximum(np.abs(x) * 2.0**-4, step * 2.0**-10)
@@ -163,7 +163,7 @@ def test_a_nan_in_a_chunk_makes_the_scale_nan(place):
     """XLA:CPU vectorizes the maximum over real heads of many tokens, and then ignores it."""
     x = np.random.default_rng(0).normal(size=(64, 2, 128)).astype(np.float32)
     x[5, 1, place] = np.nan
-    _, scale = jax.jit(quantize, static_argnums=1)(x, jnp.dtype(jnp.int8))
+    _, scale = jax.jit(split_scale, static_argnums=1)(x, jnp.dtype(jnp.int8))
     np.testing.assert_array_equal(np.argwhere(np.isnan(scale)), [[5, 1]])
 
 

@@ -6,8 +6,8 @@ import pytest
 import scipy.special
 from jax.sharding import PartitionSpec as P
 
-from llama_jax.config import sampling_params
-from llama_jax.model.logprobs import MAX_LOGPROBS, Logprobs, scores
+from llama_jax.config.sampling_params import MAX_LOGPROBS
+from llama_jax.model.logprobs import Logprobs, scores
 from sharding.axes import AXES
 from sharding.mesh import make_mesh
 from sharding.stages import round_up
@@ -52,7 +52,3 @@ def test_log_probabilities(mesh, vocab_size):
     assert (found.top[:, kept:] == -np.inf).all()
     own = logits[np.arange(6), chosen]
     assert ranks.tolist() == (1 + np.sum(logits > own[:, None], axis=1)).tolist()
-
-
-def test_a_request_may_ask_for_as_many_as_there_are():
-    assert sampling_params.MAX_LOGPROBS == MAX_LOGPROBS

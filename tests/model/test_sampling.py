@@ -11,10 +11,10 @@ import torch
 import transformers
 from jax.sharding import PartitionSpec as P
 
+from llama_jax.config.no_token import NO_TOKEN
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.model import sampling
 from llama_jax.model.controls import encode_controls
-from llama_jax.model.sampling import NO_TOKEN
 from sharding.axes import AXES
 from sharding.mesh import make_mesh
 from sharding.stages import round_up

@@ -15,7 +15,8 @@ from llama_jax.config import LlamaConfig, Quantization
 from llama_jax.engine.device_memory import bytes_by_device, weight_bytes
 from llama_jax.model import Llama
 from llama_jax.quantization import QUANTIZERS, Int4
-from llama_jax.weights.placement import ShardingError, param_shapes, param_specs, placements
+from llama_jax.weights.placement import param_shapes, param_specs, placements
+from llama_jax.weights.split import ShardingError
 from sharding.mesh import make_mesh
 from tests.support.quantized_checkpoint import save_quantized
 from tests.support.reference import (

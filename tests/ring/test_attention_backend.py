@@ -141,9 +141,9 @@ def ran(monkeypatch):
 
 def test_what_runs(ran, caplog):
     on_hopper, biased = choose_backend(AUTO, H100), Biased.layer_class.attention_class.score_mod
-    assert ran(on_hopper) == (HOPPER, 5, 132)
-    assert ran(on_hopper, Attention.score_mod) == (HOPPER, 5, 132)
-    assert ran(on_hopper, chunk=64) == (HOPPER, 5, 132, FEW_SPLITS)
+    assert ran(on_hopper) == (HOPPER, 7, 132)
+    assert ran(on_hopper, Attention.score_mod) == (HOPPER, 7, 132)
+    assert ran(on_hopper, chunk=64) == (HOPPER, 7, 132, FEW_SPLITS)
     assert not caplog.records
     for _ in range(2):  # each reason is logged once, not in every layer of every program
         assert ran(on_hopper, lambda scores, *_: scores) == (PLAIN, *GPU_BLOCKS)

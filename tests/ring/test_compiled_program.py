@@ -16,14 +16,13 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.config import Quantization
 from llama_jax.model import Llama, sampling
 from llama_jax.model.controls import CONTROL_WIDTH
-from llama_jax.ring import choosing, kv_cache, stage, steps, tick
+from llama_jax.ring import choosing, gpu_options, kv_cache, stage, steps, tick
 from llama_jax.ring.attention_backend import AUTO, HOPPER, PLAIN, AttentionBackend
 from llama_jax.ring.packet import LENGTH
 from llama_jax.ring.sizes import Bucket
 from llama_jax.weights.placement import placements
 from sharding.axes import AXES
 from sharding.collectives import pmax, psum
-from sharding.compiler_options import CONCURRENT
 from sharding.mesh import make_mesh
 from sharding.mesh_name import parse_mesh
 from sharding.ring import ring_tick
@@ -68,7 +67,8 @@ def test_kernels_run_at_the_same_time_only_where_that_is_measured_and_small(
     quantization = Quantization(format=weights) if weights else None
     config = replace(CONFIG, quantization=quantization)
     program = stage.Program(config, SIZES, bucket, Llama, AttentionBackend(backend))
-    assert steps.graph_options(program) == (CONCURRENT if concurrent else {})
+    expected = gpu_options.CONCURRENT if concurrent else {}
+    assert gpu_options.graph_options(program) == expected
 
 
 def compile_sampling(program: str, mesh: str, vocab_size: int = CONFIG.vocab_size):
@@ -79,7 +79,7 @@ def compile_sampling(program: str, mesh: str, vocab_size: int = CONFIG.vocab_siz
         (rows, vocab), jnp.float32, sharding=NamedSharding(device_mesh, steps.LOGITS_SPEC)
     )
     chosen = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    output = steps.StepOutput(logits, tokens=chosen, slots=chosen)
+    output = tick.StepOutput(logits, tokens=chosen, slots=chosen)
     tokens = jax.ShapeDtypeStruct((SIZES.num_slots,), jnp.int32)
     controls = jax.ShapeDtypeStruct((rows, CONTROL_WIDTH), jnp.int32)
     if program == "filter":

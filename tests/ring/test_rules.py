@@ -174,8 +174,8 @@ def test_packets_visit_the_stages_in_order_with_what_they_entered_with(mesh):
             check_vma=False,
         )
     )
-    segment = jnp.full((num_stages, 3, 2), -1)  # of which a tick uses the first row
-    state = RingState(jnp.int32(0), jnp.full((num_stages, 2), -1), (segment, segment))
+    part = jnp.full((num_stages, 3, 2), -1)  # of which a tick uses the first row
+    state = RingState(jnp.int32(0), jnp.full((num_stages, 2), -1), (part, part))
     cache = (jnp.int32(0), jnp.zeros((num_stages, num_ticks, 3), jnp.int32))
     for t in range(num_ticks):
         entering = jnp.array([100 + t, 100 + t])
@@ -315,10 +315,10 @@ def test_results_are_matched_through_the_record_of_their_packet(process, model, 
     """Rule 6, and two ways to break it: a sequence enters again before its results arrive."""
     scheduler, schedule = loop.scheduler, loop.scheduler.schedule
 
-    def schedule_after_preempting():
+    def schedule_after_preempting(now):
         if loop.ticks in (20, 40):
             scheduler.roster.preempt(max(scheduler.roster.live, key=lambda s: s.arrival))
-        return schedule()
+        return schedule(now)
 
     scheduler.schedule = schedule_after_preempting
     scheduler.process = MethodType(process, scheduler)
@@ -342,7 +342,7 @@ def test_no_packet_passes_the_limit_and_no_token_a_stop(model, compiled, results
 
     loop = restart(compiled, results_late)
     packets, schedule = [], loop.scheduler.schedule
-    loop.scheduler.schedule = lambda: packets.append(schedule()) or packets[-1]
+    loop.scheduler.schedule = lambda now: packets.append(schedule(now)) or packets[-1]
     run = drive(loop, requests_for(prompts, 9), stop_ids=frozenset({stop}), keep_logits=False)
     for number, prompt in enumerate(prompts):
         full = tokens[number]

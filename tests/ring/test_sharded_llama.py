@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llama_jax import LLM, Llama, SamplingParams, ShardedLlama
-from llama_jax.engine.executor import CompileCounter
+from llama_jax.engine.compile_counter import CompileCounter
 from llama_jax.interpret import capture, kv_cache
 from sharding.errors import UserError
 from sharding.mesh import make_mesh

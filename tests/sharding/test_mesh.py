@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.checkpoint import open_checkpoint
 from llama_jax.checkpoint.load import load_params
 from llama_jax.config import LlamaConfig
-from llama_jax.weights.placement import ShardingError, param_specs, placements
+from llama_jax.weights.placement import param_specs, placements
+from llama_jax.weights.split import ShardingError
 from sharding.axes import AXES
 from sharding.mesh import make_mesh, mesh_shape
 from sharding.mesh_name import MeshError, parse_mesh

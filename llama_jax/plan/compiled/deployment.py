@@ -20,7 +20,8 @@ from llama_jax.plan.compiled.tick_figures import TickFigures, read_tick
 from llama_jax.ring.choosing import filter_step, sample_step
 from llama_jax.ring.kv_cache import page_bytes
 from llama_jax.ring.sizes import Bucket
-from llama_jax.ring.steps import LOGITS_SPEC, StepOutput
+from llama_jax.ring.steps import LOGITS_SPEC
+from llama_jax.ring.tick import StepOutput
 from sharding.memory import shard_bytes
 from sharding.stages import round_up
 

@@ -20,16 +20,11 @@ from llama_jax.plan.compiled.ideal_traffic import ideal_traffic
 from llama_jax.plan.compiled.thunks import find_dump, read_thunks
 from llama_jax.plan.compiled.tick_figures import Sizes, copies, kernels_per_layer, large_arrays
 from llama_jax.plan.compiled.traffic import NOTHING_PAGED, PagedReads, counted_loops, kernels
+from llama_jax.ring.gpu_options import CONCURRENT, GROUPED_SCALES
 from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.steps import state_shapes
 from llama_jax.weights.placement import param_shapes
-from sharding.compiler_options import (
-    CONCURRENT,
-    GPU_OPTIONS,
-    GROUPED_SCALES,
-    compiler_options,
-    is_known,
-)
+from sharding.compiler_options import GPU_OPTIONS, compiler_options, is_known
 from sharding.memory import shard_bytes
 from sharding.mesh import make_mesh
 from tests.support.hlo import count_ops
