@@ -23,8 +23,9 @@ NODE_MODULES = tests/clients/node/node_modules/installed
 
 .PHONY: FORCE serve lint test test-all notebooks plan-compile audit bench demo clean
 
+# `exec`, since some shells pass no signal on: SIGTERM would end `make` and leave the server.
 serve: .venv/installed  ## serve the demo checkpoint on 8 virtual CPU devices
-	.venv/bin/python -m llama_jax.serve $(if $(MODEL),"$(MODEL)") --mesh "$(MESH)" --port "$(PORT)"
+	exec .venv/bin/python -m llama_jax.serve $(if $(MODEL),"$(MODEL)") --mesh "$(MESH)" --port "$(PORT)"
 
 lint: .venv/installed-test  ## style, formatting, types, and declared dependencies
 	.venv/bin/python -m ruff check

@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> Result:
             "The same load simulated from a calibration, and served by the real server",
             args=vars(args),
             packages=PACKAGES,
-            units=dict.fromkeys(("simulated", "served"), "s") | {"simulated / served": ""},
+            units=dict.fromkeys(("simulated", "served", "measured"), "s")
+            | {"simulated / served": ""},
             rows=rows,
             targets=[
                 Target(
@@ -206,7 +207,7 @@ def compare(
         ("host, each request", calibration.host_seconds_per_request),
         ("front, each request", calibration.front_seconds),
     ):
-        rows.append({"figure": name, "simulated": seconds})
+        rows.append({"figure": name, "measured": seconds})
     return rows
 
 

@@ -43,7 +43,7 @@ def commands(clone: Path, *arguments: str, target: str = "serve") -> list[list[s
 def test_an_installed_environment_is_used(clone: Path) -> None:
     for arguments in ((), (f"PYTHON={sys.executable}",), ("PYTHON=.venv/bin/python",)):
         [serve] = commands(clone, *arguments)
-        assert serve[:3] == [".venv/bin/python", "-m", "llama_jax.serve"]
+        assert serve[:4] == ["exec", ".venv/bin/python", "-m", "llama_jax.serve"]
 
 
 def test_an_environment_of_another_interpreter_is_made_anew(clone: Path, tmp_path: Path) -> None:
@@ -62,14 +62,14 @@ def test_an_installation_is_announced(clone: Path) -> None:
     assert said[0] == "echo"
     assert venv[1:] == ["-m", "venv", ".venv"]
     assert "--quiet" not in install
-    assert serve[1:3] == ["-m", "llama_jax.serve"]
+    assert serve[2:4] == ["-m", "llama_jax.serve"]
 
 
 def test_a_checkpoint_may_have_a_space_in_its_path(clone: Path) -> None:
     [serve] = commands(clone, "MODEL=/models/my model", "MESH=2x1", "PORT=0")
-    assert serve[3:] == ["/models/my model", "--mesh", "2x1", "--port", "0"]
+    assert serve[4:] == ["/models/my model", "--mesh", "2x1", "--port", "0"]
     [serve] = commands(clone)
-    assert serve[3:] == ["--mesh", "4x2", "--port", "8000"]
+    assert serve[4:] == ["--mesh", "4x2", "--port", "8000"]
 
 
 def test_the_clients_have_an_environment_of_their_own(clone: Path) -> None:
