@@ -85,7 +85,7 @@ class PageTables:
         self.publish(sequence)
         self.pool.give_back(sequence.pages)
         sequence.pages, sequence.num_published = [], 0
-        sequence.room = sequence.due = 0
+        sequence.room = 0
 
     def _shares(self, sequence: Sequence) -> bool:
         return self._prefix_caching or bool(sequence.salt)

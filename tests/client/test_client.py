@@ -323,6 +323,20 @@ def test_a_request_that_the_engine_cannot_answer_ends_with_an_error(run: Run) ->
     run(body)
 
 
+def test_a_request_that_waits_for_a_place_ends_with_the_engine() -> None:
+    async def body(client: EngineClient) -> None:
+        running = [asyncio.create_task(collect(client, [1], ignore_eos=True)) for _ in range(2)]
+        await until(lambda: client.stats.num_running == 2)
+        late = anext(client.generate([5], FOREVER, wait=True))
+        waiting = asyncio.create_task(late)
+        await asyncio.sleep(0)
+        client.kill()
+        for end in await asyncio.gather(*running, waiting, return_exceptions=True):
+            assert isinstance(end, EngineDead)
+
+    run_with_engine(body, max_num_seqs=1, max_queue=1)
+
+
 def test_the_queue_is_bounded() -> None:
     async def body(client: EngineClient) -> None:
         waiting = [asyncio.create_task(collect(client, [1], ignore_eos=True)) for _ in range(5)]

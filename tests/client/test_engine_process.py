@@ -246,8 +246,12 @@ def test_the_engine_ignores_ctrl_c() -> None:
     run_with_engine(body)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_finishes_requests_in_flight_and_refuses_new_ones(number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "another"), [(signal.SIGTERM, signal.SIGHUP), (signal.SIGHUP, signal.SIGTERM)]
+)
+def test_a_signal_finishes_requests_in_flight_and_refuses_new_ones(
+    number: signal.Signals, another: signal.Signals
+) -> None:
     async def body(client: EngineClient) -> None:
         stream = client.generate([1], FOREVER)
         received = [(await anext(stream)).token]
@@ -259,7 +263,7 @@ def test_a_signal_finishes_requests_in_flight_and_refuses_new_ones(number: signa
         assert not client.alive
         with pytest.raises(EngineClosed):
             client.check([5], FOREVER)
-        os.kill(client.pid, signal.SIGHUP)  # never counts as a second signal
+        os.kill(client.pid, another)  # only a second SIGTERM cuts them
         received += [(await anext(stream)).token for _ in range(500)]
         assert received == [(2 + i) % VOCAB_SIZE for i in range(501)]
         await stream.aclose()  # the last request in flight
@@ -280,6 +284,30 @@ def test_a_second_sigterm_cuts_requests_which_is_no_crash() -> None:
             async for _ in stream:
                 pass
 
+    run_with_engine(body)
+
+
+def test_a_crash_is_a_crash_though_the_engine_drains() -> None:
+    async def body(client: EngineClient) -> None:
+        stream = client.generate([1], FOREVER)
+        await anext(stream)
+        os.kill(client.pid, signal.SIGTERM)
+        await until(lambda: client.draining)
+        with pytest.raises(EngineDead, match="a device is lost") as caught:
+            async for _ in stream:
+                pass
+        assert not isinstance(caught.value, EngineClosed)
+
+    run_with_engine(body, "fake:crash:200")
+
+
+def test_an_engine_under_nohup_ignores_a_hangup() -> None:
+    async def body(client: EngineClient) -> None:
+        os.kill(client.pid, signal.SIGHUP)
+        assert tokens(await collect(client, [5], max_tokens=20))[-1] == 25
+        assert client.alive
+
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the engine inherits it
     run_with_engine(body)
 
 

@@ -31,17 +31,17 @@ class DyingEngine:
 
     def start(self) -> None:
         self._socket.connect(self._address)
-        self._send(Starting(Progress("starting", 0, 1)))
+        self.say(Starting(Progress("starting", 0, 1)))
 
     def say_last_words(self) -> None:
-        self._send(Fatal(LAST_WORDS))
+        self.say(Fatal(LAST_WORDS))
         self.disconnect()
 
     def disconnect(self) -> None:
         self._socket.close(linger=2000)
         self._context.term()
 
-    def _send(self, message: FromEngine) -> None:
+    def say(self, message: FromEngine) -> None:
         self._socket.send(msgspec.msgpack.encode(message))
 
     def kill(self) -> None:
@@ -118,6 +118,23 @@ def test_the_exit_becomes_known_before_the_engines_connection() -> None:
         asyncio.get_running_loop().call_later(LATER, engine.start)
 
     assert end_of(die, DyingEngine.say_last_words) == LAST_WORDS
+
+
+def test_an_engine_that_does_not_exit_after_its_last_words_is_killed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As one that waits for the threads of a device."""
+    monkeypatch.setattr("llama_jax.client.client.FATAL_SECONDS", LATER)
+
+    def linger(engine: DyingEngine) -> None:
+        def kill() -> None:
+            engine.disconnect()
+            engine.exited.set()
+
+        monkeypatch.setattr(engine, "kill", kill)
+        engine.say(Fatal(LAST_WORDS))
+
+    assert end_of(DyingEngine.start, linger) == LAST_WORDS
 
 
 @pytest.mark.parametrize("connected", [True, False])

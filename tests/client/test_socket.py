@@ -12,6 +12,7 @@ import zmq
 from llama_jax.client.client import EngineClient
 from llama_jax.client.private_directory import PrivateDirectory
 from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.errors import EngineDead
 from llama_jax.engine.interface import Output
 from llama_jax.engine.messages import FromEngine, Outputs, Ready
 from llama_jax.engine.options import EngineOptions
@@ -35,8 +36,11 @@ class SilentEngine:
     def send(self, *messages: FromEngine) -> None:
         """Sends messages, and returns when they have arrived; the event loop has had no turn."""
         for message in messages:
-            self._socket.send(msgspec.msgpack.encode(message))
+            self.send_frame(msgspec.msgpack.encode(message))
         time.sleep(ARRIVED)
+
+    def send_frame(self, frame: bytes) -> None:
+        self._socket.send(frame)
 
     def kill(self) -> None:
         if not self._socket.closed:
@@ -104,3 +108,12 @@ def test_a_send_does_not_hide_a_message():
             request.throw(asyncio.CancelledError())
 
     assert tokens_of(script) == [0]
+
+
+def test_a_message_that_cannot_be_read_ends_the_engine_and_its_requests():
+    async def script(client: EngineClient, engine: SilentEngine) -> None:
+        engine.send_frame(b"\xc1")  # no msgpack
+        await asyncio.wait_for(engine.exited.wait(), 10)
+
+    with pytest.raises(EngineDead, match="could not be handled"):
+        tokens_of(script)

@@ -1,8 +1,10 @@
 """The size of the chunk that enters: by the time of a tick, by who waits, and by the targets."""
 
+import itertools
+import statistics
 from dataclasses import replace
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llama_jax.engine.chunk_choice import AS_LONG, MARGIN, ChunkChoice, Load
@@ -74,21 +76,71 @@ def test_no_other_chunk_makes_them_wait_less(cost, load):
     assert waiting(best) == min(map(waiting, SIZES.chunk_buckets[1:]))
 
 
+class Watched(ChunkChoice):
+    """Compares what the scheduler says of its sequences with the sequences themselves.
+
+    Attributes:
+      scheduler: whose choice this is.
+    """
+
+    scheduler: Scheduler
+
+    def choose(self, load: Load) -> int:
+        scheduler, sent = self.scheduler, {s: s.next_position for s in self.scheduler.prefilling}
+        live = min(scheduler.sizes.num_slots, scheduler.prefill.most_running)
+        room = max(0, live - scheduler.num_running)
+        prompts = [*sent, *scheduler.waiting[:room]]
+        left = list(itertools.accumulate(len(s.tokens) - sent.get(s, 0) for s in prompts))
+        rows = [len(microbatch) for microbatch in scheduler.microbatches]
+        assert load == Load(
+            num_stages=len(rows),
+            prompts=len(prompts),
+            tokens=left[-1],
+            streams=sum(rows),
+            rows=max(rows),
+            keys=max(sum(s.next_position for s in batch) for batch in scheduler.microbatches),
+            prefix=next(iter(sent.values()), 0),
+            waits=[
+                (until, scheduler.now - s.arrived_at)
+                for s, until in zip(prompts, left, strict=True)
+                if len(s.tokens) == s.num_prompt
+            ],
+        )
+        return super().choose(load)
+
+    def most_rows(self, num_stages: int, context: float) -> int:
+        scheduler = self.scheduler
+        prompts = [*scheduler.prefilling, scheduler.waiting[0]]
+        keys = [s.next_position for s in itertools.chain(*scheduler.microbatches)]
+        assert context == statistics.mean([len(s.tokens) for s in prompts] + keys)
+        return super().most_rows(num_stages, context)
+
+    def is_late(self, num_stages: int, tokens: int, waited: float) -> bool:
+        first = self.scheduler.waiting[0]
+        assert len(first.tokens) == first.num_prompt == tokens, "it has had its first token"
+        assert waited == self.scheduler.now - first.arrived_at
+        return super().is_late(num_stages, tokens, waited)
+
+
 @given(
     st.lists(
-        st.tuples(st.integers(1, 60), st.integers(1, 6), st.integers(0, 30)),
+        st.tuples(st.integers(1, 60), st.integers(1, 16), st.integers(0, 30)),
         min_size=1,
         max_size=12,
     ),
     st.builds(TickCost, st.integers(0, 20), st.integers(0, 20), st.just(1.0)),
     st.integers(1, 4),
-    st.fixed_dictionaries({"tpot": TARGETS, "ttft": TARGETS}),
+    st.fixed_dictionaries({"tpot": st.none() | st.floats(1, 60), "ttft": TARGETS}),
 )
+# The second begins beside the first lest it be late. When it has lost its pages, it may wait.
+@example([(30, 16, 0)] * 2, TickCost(1, 1), 1, {"tpot": 10.0, "ttft": 1.0})
 def test_every_request_gets_its_tokens_whatever_the_cost(requests, cost, stages, targets):
-    sizes = make_sizes(num_pages=40, max_rows=2, stages=stages, tile=4, max_len=80)
+    sizes = make_sizes(num_pages=20, max_rows=2, stages=stages, tile=4, max_len=80)
     sizes = replace(sizes, chunk_buckets=(0, 4, 8, 16))
     trial = Trial(sizes, stages, late=[1, 0])
-    trial.scheduler = Scheduler(sizes, stages, chunks=choice(cost, sizes, **targets))
+    times = TickTimes(lambda work: cost.seconds(work) + work.row_keys / 8, sizes)
+    chunks = Watched(sizes, times, **targets)
+    trial.scheduler = chunks.scheduler = Scheduler(sizes, stages, chunks=chunks)
     trial.check_consecutive = lambda *_: None  # a smaller chunk leaves room for a short prompt
     arriving = sorted(enumerate(requests), key=lambda item: item[1][2])
     expected = {}
@@ -220,3 +272,23 @@ def test_as_many_rows_run_as_keep_the_target(cost, stages, tpot, context):
     kept = [rows for rows in range(1, 9) if keeps(rows)]
     assert found == (max(kept) if kept else 8)
     assert ChunkChoice(sizes, times, None, 1.0).most_rows(stages, context) == 8
+
+
+@given(
+    st.builds(TickCost, st.integers(0, 300), st.integers(0, 300), st.just(1.0)),
+    st.integers(1, 8),
+    st.integers(1, 2000),
+    st.floats(0, 5000),
+)
+def test_a_prompt_is_late_that_would_miss_its_target_one_tick_later(cost, stages, tokens, waited):
+    """With the largest chunks beside the most rows, counted tick by tick."""
+    seconds = choice(cost).times.seconds(Bucket(8, 256))
+    sent, ticks = 0, 1
+    while sent < tokens:
+        sent, ticks = sent + 256, ticks + 1
+    ticks += stages - 1  # until it has passed the stages
+    needed = (waited + ticks * seconds) / MARGIN
+    for share in (0.999, 1.001):
+        chooser = choice(cost, ttft=share * needed)
+        assert chooser.is_late(stages, tokens, waited) == (share < 1)
+    assert not choice(cost, tpot=1.0).is_late(stages, tokens, waited)

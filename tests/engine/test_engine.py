@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import threading
+import time
 from collections import Counter
 from types import SimpleNamespace
 
@@ -213,6 +214,28 @@ def test_an_aborted_request_yields_nothing_more_and_frees_its_pages(idle):
     idle.abort(1)
     assert {output for output in run(idle)} == {2}
     assert idle.stats().pages_free == idle.info.num_pages
+
+
+def test_only_requests_with_the_same_salt_find_what_was_computed(idle):
+    cached = []
+    for salt in ("one", "two", "one"):
+        idle.add(1, list(range(20, 50)), SamplingParams(max_tokens=2, cache_salt=salt))
+        cached.append(run(idle)[1][0].cached_tokens)
+    assert cached == [0, 0, 24]  # whole pages of 8
+
+
+def test_the_time_in_the_queue_is_counted_from_the_arrival(idle):
+    before = time.perf_counter()
+    idle.add(1, [5], SamplingParams(max_tokens=2))
+    outputs = run(idle)[1]
+    assert all(0 <= o.queue_seconds <= time.perf_counter() - before for o in outputs)
+
+
+def test_a_request_that_is_aborted_while_it_waits_for_its_grammar_never_runs(idle):
+    idle.add(1, [5], SamplingParams(max_tokens=2, grammar="start: /a+/"))
+    assert idle.stats().num_waiting == 1
+    idle.abort(1)
+    assert idle.stats().num_waiting == 0 and not idle.has_work
 
 
 def test_stop_tokens_end_an_answer(idle, greedy_token):

@@ -47,6 +47,20 @@ def test_the_next_turn_of_a_chat_finds_the_answer_before_it(late):
     assert sent_positions(trial, 1)[0] == (first.max_length - unknown) // 4 * 4
 
 
+def test_an_answer_is_found_while_it_grows():
+    sizes = make_sizes(num_pages=20, page_size=4, max_rows=2, stages=1, tile=4, tiles=3)
+    trial = Trial(sizes, 1)
+    trial.add(0, Request(numbered(6), 25))
+    while len(trial.tokens[0]) < 12:
+        trial.step()
+    fork = Request([*numbered(6), *trial.tokens[0][:11], 3], 2)
+    trial.add(1, fork)
+    trial.step()
+    assert sent_positions(trial, 1) == [16, 17] and len(trial.live) == 2
+    trial.drain()
+    assert trial.tokens[1] == fork.answer[0]
+
+
 def test_shared_pages_need_not_be_free():
     trial = Trial(make_sizes(num_pages=6, page_size=4, max_rows=2, stages=2, tile=4, tiles=4), 2)
     trial.add(0, Request(numbered(14), 2))

@@ -11,9 +11,10 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from llama_jax.engine.pages import PagePool
+from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.sequence import Sequence
 from llama_jax.ring.sizes import RingSizes
-from tests.support.mock_executor import POISON, generate
+from tests.support.mock_executor import POISON, VOCAB_SIZE, generate
 from tests.support.scheduler_trial import Request, Trial, make_sizes, numbered
 
 
@@ -249,6 +250,7 @@ def test_a_preempted_request_is_served_before_younger_ones():
         trial.step()
     trial.add(2, Request(numbered(1), 1))
     assert [s.request_id for s in trial.scheduler.waiting] == [1, 2]
+    assert trial.scheduler.num_queued_tokens == 3 + len(trial.tokens[1]) + 1
     trial.drain()
     ends = {request_id: tick for request_id, (_, tick) in trial.ended.items()}
     assert ends[0] <= ends[1]
@@ -352,6 +354,17 @@ def test_nan_logits_end_only_that_request():
     trial.drain()
     assert trial.ended[0][0] == "error" and trial.tokens[0] == []
     assert trial.tokens[1] == generate(numbered(3), 8)[0] and trial.ended[1][0] == "length"
+
+
+@pytest.mark.parametrize("token", [-2, -1, VOCAB_SIZE])
+def test_what_is_no_token_ends_a_request_at_any_place(token):
+    trial = Trial(make_sizes(num_pages=20, stages=1), 1)
+    trial.scheduler = scheduler = Scheduler(trial.sizes, 1, vocab_size=VOCAB_SIZE)
+    trial.add(0, Request(numbered(4), 9))
+    while len(trial.tokens[0]) < 2:
+        trial.step()
+    [output] = scheduler.process(scheduler.schedule(), [token], trial.sizes.max_rows)
+    assert (output.token, output.finish_reason) == (None, "error") and not scheduler.has_work
 
 
 @pytest.mark.parametrize("abort_at", range(30))

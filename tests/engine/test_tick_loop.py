@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import Counter, defaultdict, deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.chunk_choice import ChunkChoice
 from llama_jax.engine.interface import PACKET_TOKENS, StageStats
+from llama_jax.engine.prefill import Prefill
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.engine.tick_times import TickTimes
@@ -75,6 +77,7 @@ def test_every_result_goes_to_its_request(stages, late):
     requests = list(make_requests(25, seed=stages))
     tokens = run(loop, requests)
     assert loop.scheduler.num_running == 0 and loop.scheduler.pool.num_free == 60
+    assert loop.scheduler.num_special == 0
     for request_id, _, prompt, params, seed in requests:
         length = len(prompt) + params.max_tokens
         expected, _ = generate(prompt, length, seed=None if params.greedy else seed)
@@ -331,6 +334,29 @@ def test_the_reason_of_waiting():
     for _ in range(20):
         scheduler.schedule()
     assert scheduler.prefill.wait_reason() is None
+
+
+def test_the_reasons_of_waiting_for_more_than_prefill():
+    def wait_for(num_pages: int, lengths: list[int]) -> Prefill:
+        scheduler = Scheduler(replace(make_sizes(1), num_pages=num_pages), 1)
+        for number, length in enumerate(lengths):
+            scheduler.add(
+                number,
+                [20 + number] * length,
+                SamplingParams(max_tokens=30),
+                max_model_len=64,
+                seed=0,
+                stop_ids=frozenset(),
+            )
+            for _ in range(3):  # until its prompt is sent
+                scheduler.schedule()
+        return scheduler.prefill
+
+    assert wait_for(60, [2] * 5).wait_reason() == "slot"
+    prefill = wait_for(20, [30] * 3)  # eight pages each, and more for the answers
+    assert prefill.wait_reason() == "pages"
+    prefill.most_running = 2
+    assert prefill.wait_reason() == "target"
 
 
 def test_the_ticks_of_a_loop_are_timed_and_its_idle_time_is_not():

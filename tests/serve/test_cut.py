@@ -6,9 +6,11 @@ import json
 import pytest
 
 from llama_jax.serve.transport import http_server
+from llama_jax.serve.transport.front import Front
 from llama_jax.serve.transport.http_server import HttpServer, listen
 from tests.serve.test_arrivals import NOTHING, SlowTokenizer, held
 from tests.serve.test_disconnect import until
+from tests.support.asgi_connection import SCOPE
 from tests.support.fake_client import FakeServer, user
 
 CHAT = {"messages": user("Hi")}
@@ -53,3 +55,25 @@ def test_they_are_told_that_it_is_shutting_down(monkeypatch, caplog, sent, token
     assert json.loads(body)["error"]["code"] == "shutting_down"
     assert held(server) == NOTHING
     assert "Traceback" not in caplog.text
+
+
+def test_an_answer_that_has_begun_gets_no_second_one():
+    async def scenario() -> list[str]:
+        sent, begun = [], asyncio.Event()
+
+        async def app(scope, receive, send):
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            begun.set()
+            await asyncio.Event().wait()
+
+        async def send(message):
+            sent.append(message["type"])
+
+        answering = asyncio.create_task(Front(app)(SCOPE, None, send))
+        await begun.wait()
+        answering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await answering
+        return sent
+
+    assert asyncio.run(scenario()) == ["http.response.start"]

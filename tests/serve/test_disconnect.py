@@ -175,3 +175,16 @@ def test_a_caller_that_is_cancelled_does_not_lose_what_its_work_has_returned():
 
 def test_work_that_is_done_is_returned():
     assert asyncio.run(unless(asyncio.sleep(30), asyncio.sleep(0, "done"))) == "done"
+
+
+def test_work_that_fails_raises_its_own_error_and_leaves_nobody_waiting():
+    async def late() -> None:
+        raise TimeoutError("its own")
+
+    async def scenario() -> None:
+        with pytest.raises(TimeoutError, match="its own"):
+            await unless(asyncio.sleep(30), late())
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(scenario())

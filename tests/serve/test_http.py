@@ -206,6 +206,17 @@ def test_a_body_may_come_in_chunks(address):
     assert response.text == "Hello!"
 
 
+def test_the_chunks_of_each_body_are_counted_alone(address, monkeypatch):
+    """As many as are allowed, one of them longer than what is parsed at once, and twice."""
+    monkeypatch.setattr("llama_jax.serve.transport.http_protocol.MAX_CHUNKS", 2)
+    head = chat(b"", "Transfer-Encoding: chunked").replace(b"Content-Length: 0\r\n", b"")
+    long = json.dumps({"messages": user("Hi"), "user": "x" * 40_000}).encode()
+    chunks = [b"%x\r\n%b\r\n" % (len(part), part) for part in (long[:9], long[9:])]
+    request = b"".join([head, *chunks, b"0\r\n\r\n"])
+    received = answer_to(address, [request * 2 + HEALTH + CLOSE])
+    assert received.count(b" 200 OK") == 3
+
+
 @pytest.mark.parametrize("target", ["http://x/health", "HTTP://x:8000/health?a=http://y/"])
 def test_a_target_may_be_a_whole_url(address, target):
     request = f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()

@@ -1,5 +1,6 @@
 """HTTPS with certificates that OpenSSL's command makes."""
 
+import contextlib
 import json
 import socket
 import ssl
@@ -72,6 +73,22 @@ def test_a_client_that_does_not_read_over_tls_is_disconnected(files):
             request = f"{head}Content-Type: application/json\r\n\r\n{body}"
             connection.sendall(request.encode())
             wait_until(lambda: server.engine.aborted == 1)
+
+
+def test_an_idle_client_over_tls_does_not_keep_the_server(files, monkeypatch, caplog):
+    """It says no farewell: it does not even read that of the server."""
+    monkeypatch.setattr("llama_jax.serve.transport.http_protocol.FAREWELL_SECONDS", 0.01)
+    monkeypatch.setattr("llama_jax.serve.transport.http_server.CLOSING_SECONDS", 3)
+    tls = TlsFiles(certificate=files / "server.pem", key=files / "server.key").context()
+    trust = ssl.create_default_context(cafile=str(files / "server.pem"))
+    with contextlib.ExitStack() as stack:
+        address = stack.enter_context(listening(FakeServer(), tls=tls))
+        plain = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])))
+        with trust.wrap_socket(plain, server_hostname="localhost") as connection:
+            connection.sendall(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+            stack.close()
+    assert "timeout graceful shutdown exceeded" not in caplog.text
 
 
 def test_client_certificates_can_be_demanded(files):

@@ -88,6 +88,7 @@ class Trial:
             seed=0,
             stop_ids=request.stop_ids,
             salt=request.salt,
+            arrived_at=self.tick,
         )
         self.tokens[request_id] = []
         self.ranks.append((request.priority, len(self.ranks)))
@@ -104,6 +105,7 @@ class Trial:
         microbatch = scheduler.microbatches[self.tick % self.stages]
         free_before, half_sent = scheduler.pool.num_free, self.half_sent
         share = self.share()
+        scheduler.now = self.tick
         packet = scheduler.schedule()
         room = share - self.joined(packet, microbatch)
         assert room >= 0 or not any(t.ends for t in packet.tiles), "a microbatch above its share"
@@ -196,6 +198,8 @@ class Trial:
             assert not s.finished
         for group in (scheduler.waiting, scheduler.prefilling, *scheduler.microbatches):
             assert group == sorted(group, key=self.rank), "the order of importance"
+        for microbatch in scheduler.microbatches:
+            assert microbatch.keys == sum(s.next_position for s in microbatch)
         assert len(scheduler.prefilling) <= 2
 
     def check_packet(self, packet: Packet) -> None:
@@ -203,6 +207,7 @@ class Trial:
         assert len(packet.rows) <= sizes.max_rows
         assert len(packet.tiles) * sizes.tile <= sizes.max_chunk
         assert all(0 < s.length <= sizes.tile for s in packet.tiles)
+        assert packet.row_keys == sum(row.position + 1 for row in packet.rows)
         written: dict[int, int] = {}  # page -> the request that this packet writes it for
         for segment in chain(packet.rows, packet.tiles):
             s = segment.sequence

@@ -63,8 +63,7 @@ class Front:
             if message["type"] == "http.response.start":
                 started = True
                 record.status = message["status"]
-                headers = [pair for pair in message["headers"] if pair[0].lower() != name]
-                message = {**message, "headers": [*headers, (name, value)]}
+                message = {**message, "headers": [*message["headers"], (name, value)]}
             await send(message)
 
         try:

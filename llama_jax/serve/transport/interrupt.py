@@ -35,14 +35,11 @@ async def unless(event: Coroutine[Any, Any, object], work: Coroutine[Any, Any, T
         async with asyncio.timeout(None) as scope:
 
             def interrupt(waiting: asyncio.Task[object]) -> None:
-                with contextlib.suppress(RuntimeError):  # the work has just ended
+                with contextlib.suppress(RuntimeError):  # the work has ended
                     scope.reschedule(-math.inf)
 
             waiting.add_done_callback(interrupt)
-            try:
-                return await work
-            finally:
-                waiting.remove_done_callback(interrupt)
+            return await work
     except TimeoutError:
         if scope.expired():
             raise Interrupted from None
