@@ -119,6 +119,17 @@ def test_all_wrong_tensors_are_named_at_once(copy):
         assert token in message
 
 
+@pytest.mark.parametrize("name", ["module.{}", "base_model.model.{}", "{}.default"])
+def test_the_other_names_of_all_tensors_are_shown(copy, name):
+    def change(weights):
+        for original in [*weights]:
+            weights[name.format(original)] = weights.pop(original)
+
+    change_weights(copy, change)
+    message = refusal(open_checkpoint, copy)
+    assert name.replace("{}", "") in message and "missing" in message
+
+
 def test_many_missing_tensors_are_counted(copy):
     change_json(copy / "config.json", num_hidden_layers=9)
     message = refusal(open_checkpoint, copy)
