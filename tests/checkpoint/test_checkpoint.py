@@ -195,6 +195,13 @@ def test_impossible_headers(copy, entries):
     assert str(file) in refusal(open_checkpoint, copy)
 
 
+def test_a_file_that_cannot_be_mapped(copy):
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors").symlink_to("/dev/null")
+    message = refusal(open_checkpoint, copy)
+    assert "model.safetensors" in message and "None" not in message
+
+
 def test_an_index_of_missing_files(sharded_copy):
     gone = sorted(sharded_copy.glob("*.safetensors"))[:2]
     for file in gone:
