@@ -31,6 +31,7 @@ _SMALL_FILES = {
         "special_tokens_map.json",
         "added_tokens.json",
         "chat_template*",
+        "additional_chat_templates/*.jinja",
         "LICENSE*",
         "NOTICE*",
         "USE_POLICY*",

@@ -13,7 +13,13 @@ from llama_jax.config import LlamaConfig
 
 LICENSE = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 _CONFIG = ("config.json", "generation_config.json", "hf_quant_config.json")
-TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",  # all but the default of a tokenizer with several
+)
 # The scales of the KV cache, by the name of the tensor that a tool stored them in.
 KV_CACHE_SCALES = "kv_cache_scales.json"
 _DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -71,7 +77,9 @@ def find_files(directory: Path, patterns: Iterable[str]) -> tuple[Path, ...]:
 def copy_files(source: Path, destination: Path, patterns: Iterable[str]) -> None:
     """Copies the files of a directory that match any of the patterns."""
     for file in find_files(source, patterns):
-        shutil.copyfile(file, destination / file.name)
+        copy = destination / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def write_config(directory: Path, content: dict[str, Any]) -> None:

@@ -32,7 +32,15 @@ from llama_jax.weights.table import EMBEDDING, LM_HEAD
 
 _ROTARY = "rotary_emb."  # buffers of old versions of transformers; they follow from the config
 _BIAS = ".bias"
-_QUANTIZED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax", ".SCB")
+_QUANTIZED = (
+    ".qweight",
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".absmax",
+    ".SCB",
+    "._data",
+)
 _BLOCK_BYTES = 1 << 26  # compared at a time
 
 
@@ -131,7 +139,7 @@ class HuggingFaceReader:
             if unannounced:
                 raise CheckpointError(
                     f"{self.path} holds {unannounced}, so it is quantized, but its config.json has "
-                    "no quantization_config: get the matching config.json."
+                    "no quantization_config: get the matching config.json, or the original model."
                 )
         layout = quantization and layout_of(quantization.layers)
         if quantization is None or layout is None:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llama_jax.checkpoint.orbax import WEIGHTS
 from llama_jax.checkpoint.reader import CheckpointError, refuse
 
 MANIFEST = "llama_jax.json"
@@ -148,7 +149,7 @@ def check_files(path: Path, manifest: Manifest) -> None:
         except (OSError, ValueError):  # the second for a name with a null byte
             problems.append(f"{name} is missing")
             continue
-        of_weights = "/" in name or name.endswith(".safetensors")
+        of_weights = name.startswith(f"{WEIGHTS}/") or name.endswith(".safetensors")
         if of_weights and size != record.bytes:
             problems.append(f"{name} has {size:,} bytes instead of {record.bytes:,}")
     refuse(f"{path} is incomplete, copy or convert it again", problems)

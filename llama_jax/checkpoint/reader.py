@@ -82,7 +82,8 @@ def check_tensors(path: Path, tensors: Mapping[str, TensorInfo], config: LlamaCo
       CheckpointError: tensors are missing, unexpected, or of a wrong shape or dtype.
     """
     wanted = checkpoint_tensors(config)
-    problems = [f"{name} is missing" for name in wanted if name not in tensors]
+    missing = [f"{name} is missing" for name in wanted if name not in tensors]
+    problems = []
     for name, info in tensors.items():
         tensor = wanted.get(name)
         if tensor is None:
@@ -93,6 +94,8 @@ def check_tensors(path: Path, tensors: Mapping[str, TensorInfo], config: LlamaCo
             problems.append(f"{name} has shape {list(info.shape)} instead of {list(tensor.shape)}")
         elif info.dtype not in dtypes:
             problems.append(f"{name} is stored as {info.dtype} instead of {', '.join(dtypes)}")
+    # Under other names, all are missing: what is there instead must be among the first.
+    problems = [*missing[:2], *problems, *missing[2:]]
     refuse(f"{path} does not hold the weights that its config.json describes", problems)
 
 

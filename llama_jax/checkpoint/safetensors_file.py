@@ -55,7 +55,8 @@ class SafetensorsFile:
                 slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
                 described = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
+            # An error of the library itself has only a text.
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from None
         except SafetensorError as error:
             raise CheckpointError(
                 f"{path} is truncated or corrupt ({list_text([str(error)])}): copy it again."

@@ -34,6 +34,7 @@ _YARN = {
     "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
     "mscale", "mscale_all_dim", "truncate",
 }  # fmt: skip
+_ZERO_IS_UNSET = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _USED = {"linear": {"factor"}, "dynamic": {"factor"}, "llama3": _LLAMA3, "yarn": _YARN}
 # Some tools write the original length for every type; YaRN's authors also write whether the model
 # was fine-tuned with the scaling.
@@ -144,7 +145,7 @@ def _yarn(rope: Object, config: Object) -> YarnScaling:
     original = _original_length(rope, config)
     longest = get_positive_int(config, "max_position_embeddings")
     factor = get_positive_float(rope, "factor", longest / original)
-    unset = {key for key in _YARN - {"factor", "truncate"} if rope.get(key) == 0}
+    unset = {key for key in _ZERO_IS_UNSET if rope.get(key) == 0}
     rope = {key: value for key, value in rope.items() if key not in unset}  # as in transformers
     if "attention_factor" in rope:
         attention_factor = get_positive_float(rope, "attention_factor")

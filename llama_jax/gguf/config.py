@@ -153,6 +153,9 @@ def _settings(header: GgufHeader) -> dict[str, Any]:
 def _rope_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Removes the keys that scale RoPE from the settings, and returns them."""
     prefix = "rope.scaling."
+    oldest = settings.pop("rope.scale_linear", None)
+    if oldest is not None:
+        settings.setdefault(f"{prefix}factor", oldest)
     keys = [key for key in settings if key.startswith(prefix)]
     return {key.removeprefix(prefix): settings.pop(key) for key in keys}
 

@@ -30,18 +30,24 @@ def rope_scaling(
 
     Args:
       header: for messages.
-      settings: the keys under "llama.rope.scaling.".
+      settings: the keys under "llama.rope.scaling.", or the older one "llama.rope.scale_linear" as
+        "factor".
       theta: the base of the wavelengths.
       factors: the tensor of factors, if there is one.
 
     Raises:
       GgufError: the factors are not those of a scaling of type "llama3".
     """
+    # As in llama.cpp, a factor without a type is a linear one, and 0 stands for 1.
+    kind = settings.get("type", "none" if settings.get("factor", 0) in (0, 1) else "linear")
+    if kind == "none":
+        multiplier = settings.get("attn_factor", 1)  # llama.cpp does not use the others
+        settings = {} if multiplier == 1 else {"type": "default", "attn_factor": multiplier}
+    else:
+        settings = settings | {"type": kind}
     if factors is None:
-        if settings.get("type", "none") == "none":
-            return None
-        return {_NAMES.get(key, key): value for key, value in settings.items()}
-    if settings.get("type", "none") != "none" or factors.type != "F32" or len(factors.shape) != 1:
+        return {_NAMES.get(key, key): value for key, value in settings.items()} or None
+    if settings or factors.type != "F32" or len(factors.shape) != 1:
         raise GgufError(f"{header.path} scales RoPE in a way that is not supported.")
     values = np.fromfile(factors.path, "<f4", factors.shape[0], offset=factors.offset)
     if (values == 1).all():

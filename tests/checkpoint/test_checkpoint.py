@@ -119,6 +119,17 @@ def test_all_wrong_tensors_are_named_at_once(copy):
         assert token in message
 
 
+@pytest.mark.parametrize("name", ["module.{}", "base_model.model.{}", "{}.default"])
+def test_the_other_names_of_all_tensors_are_shown(copy, name):
+    def change(weights):
+        for original in [*weights]:
+            weights[name.format(original)] = weights.pop(original)
+
+    change_weights(copy, change)
+    message = refusal(open_checkpoint, copy)
+    assert name.replace("{}", "") in message and "missing" in message
+
+
 def test_many_missing_tensors_are_counted(copy):
     change_json(copy / "config.json", num_hidden_layers=9)
     message = refusal(open_checkpoint, copy)
@@ -182,6 +193,13 @@ def test_impossible_headers(copy, entries):
     file = copy / "model.safetensors"
     file.write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
     assert str(file) in refusal(open_checkpoint, copy)
+
+
+def test_a_file_that_cannot_be_mapped(copy):
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors").symlink_to("/dev/null")
+    message = refusal(open_checkpoint, copy)
+    assert "model.safetensors" in message and "None" not in message
 
 
 def test_an_index_of_missing_files(sharded_copy):

@@ -35,7 +35,7 @@ from tests.support.foreign_writer import (
 )
 from tests.support.tiny_checkpoint import bits, place_tensors, read
 
-ACTIVATIONS = (".input_scale", ".k_scale", ".v_scale")
+ACTIVATIONS = (".activation_scale", ".input_scale", ".k_scale", ".v_scale")
 
 # Name → quantization_config, writer of a matrix, and the format that it is translated to.
 CASES = {

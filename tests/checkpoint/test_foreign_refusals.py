@@ -234,6 +234,19 @@ def test_a_config_without_quantization_config(checkpoints, tmp_path, name):
     assert "quantization_config" in refusal(open_checkpoint, tmp_path)
 
 
+def test_a_model_that_quanto_saved(plain, tmp_path):
+    """Its config.json is that of the original model."""
+    shutil.copytree(plain, tmp_path, dirs_exist_ok=True)
+
+    def change(tensors):
+        tensors[f"{GATE}.weight._scale"] = torch.ones(48, 1)
+        tensors[f"{GATE}.weight._data"] = tensors.pop(f"{GATE}.weight").char()
+
+    writer.change_tensors(tmp_path, change)
+    message = refusal(open_checkpoint, tmp_path)
+    assert f"{GATE}.weight._data" in message and "quantized" in message
+
+
 def test_a_config_of_another_layout(checkpoints, tmp_path):
     """The tensors of GPTQ and AWQ have the same names but other shapes."""
     shutil.copytree(checkpoints["gptq"], tmp_path, dirs_exist_ok=True)

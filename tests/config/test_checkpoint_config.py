@@ -43,6 +43,15 @@ def test_unsupported_defaults_do_not_prevent_reading(tmp_path):
         declared.generation_defaults()
 
 
+def test_an_adapter_beside_the_model_is_not_passed_over_in_silence(tmp_path):
+    """transformers adds it to the model."""
+    write_checkpoint(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    declared = read_checkpoint_config(tmp_path)
+    with pytest.raises(ConfigError, match="adapter_config"):
+        declared.report_unknown(strict=True)
+
+
 def test_the_tool_that_quantized_is_known(tmp_path):
     write_checkpoint(tmp_path)
     file = tmp_path / "config.json"

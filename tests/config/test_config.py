@@ -258,6 +258,7 @@ def test_the_tokenizer_may_name_one_more_eos_token(tmp_path, vocab_size, file, i
         ({"rope_scaling": {"type": "dynamic", "factor": 8.0, "alpha": 1000}}, "alpha"),
         ({"rope_scaling": YARN | {"beta_fast": 1, "beta_slow": 32}}, "beta_slow"),
         ({"rope_scaling": YARN | {"attention_factor": -1.0}}, "attention_factor"),
+        ({"rope_scaling": YARN | {"attention_factor": 0.0}}, "attention_factor"),
         ({"rope_scaling": YARN | {"attn_factor": 2.0}}, "attn_factor"),
         ({"rope_scaling": YARN | {"truncate": 1}}, "truncate"),
         ({"rope_scaling": YARN, "rope_theta": 1.0}, "rope_theta"),

@@ -28,6 +28,7 @@ from tests.support.tiny_checkpoint import bits, read, write_checkpoint
 from tests.support.tiny_tokenizer import make_tokenizer
 
 INDEX = "model.safetensors.index.json"
+TEMPLATE = "additional_chat_templates/tool_use.jinja"
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
@@ -112,6 +113,8 @@ def repository(tmp_path_factory):
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text("something else")
     (path / "LICENSE").write_text("the license")
+    (path / TEMPLATE).parent.mkdir()
+    (path / TEMPLATE).write_text("{{ tools }}")
     return path
 
 
@@ -189,6 +192,7 @@ def test_a_model_is_downloaded_and_converted(hub, repository, tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
         "LICENSE",
+        TEMPLATE,
     }
     reader = open_checkpoint(tmp_path / "new")
     originals = {name: bits(tensor) for name, tensor in load_weights(repository).items()}

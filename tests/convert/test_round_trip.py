@@ -149,20 +149,23 @@ def test_only_files_of_a_checkpoint_are_copied(tmp_path):
         "tokenizer_config.json": '{"é": "ü"}',
         "special_tokens_map.json": "{}",
         "chat_template.jinja": "{{ bos }}",
+        "additional_chat_templates/tool_use.jinja": "{{ tools }}",
         "LICENSE.txt": "terms",
         "NOTICE": "notice",
         "USE_POLICY.md": "policy",
         "pytorch_model.bin": "not wanted",
         "training_args.json": "not wanted",
     }
+    for folder in ("tokenizer_old", "additional_chat_templates"):
+        (tmp_path / "hf" / folder).mkdir()
     for name, text in texts.items():
         (tmp_path / "hf" / name).write_text(text)
-    (tmp_path / "hf" / "tokenizer_old").mkdir()
     convert_to(tmp_path / "orbax", tmp_path / "hf")
     convert_to(tmp_path / "back", tmp_path / "orbax", layout="huggingface")
     wanted = {name for name, text in texts.items() if text != "not wanted"}
     for path in (tmp_path / "orbax", tmp_path / "back"):
-        assert {file.name for file in path.iterdir() if file.is_file()} == wanted | {
+        small = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+        assert {name for name in small if not name.startswith("weights/")} == wanted | {
             "config.json",
             "generation_config.json",
             "llama_jax.json",
@@ -170,6 +173,9 @@ def test_only_files_of_a_checkpoint_are_copied(tmp_path):
         }
         for name in wanted | {"generation_config.json"}:
             assert (path / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+        for name in wanted:  # they may be edited
+            (path / name).write_text(texts[name] + " ")
+        open_checkpoint(path)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from llama_jax.checkpoint import open_checkpoint
 from llama_jax.config import LlamaConfig
 from llama_jax.config.huggingface import read_checkpoint_config
-from llama_jax.config.rope_scaling import Llama3Scaling
+from llama_jax.config.rope_scaling import LinearScaling, Llama3Scaling
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.gguf import GgufError
 from llama_jax.gguf.config import config_json
@@ -119,6 +119,38 @@ def test_linear_and_yarn_scaling_keep_their_parameters(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"llama.rope.scaling.factor": 4.0},
+        {"llama.rope.scale_linear": 4.0},
+        {"llama.rope.scale_linear": 2.0, "llama.rope.scaling.factor": 4.0},
+        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+    ],
+)
+def test_a_factor_is_linear_unless_a_type_says_otherwise(tmp_path, scaling):
+    """`LLM_KV_ROPE_SCALING_TYPE` in llama.cpp."""
+    found = config_of(header_of(tmp_path, **scaling))
+    assert found.rope_scaling == LinearScaling(factor=4.0)
+    with pytest.raises(GgufError, match="RoPE"):
+        config_of(header_of(tmp_path, rope_factors(LlamaConfig.llama3_1_8b()), **scaling))
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"llama.rope.scaling.factor": 1.0},
+        {"llama.rope.scale_linear": 0.0},
+        {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0},
+        {"llama.rope.scaling.attn_factor": 1.0, "llama.rope.scaling.original_context_length": 8192},
+    ],
+)
+def test_what_scales_nothing(tmp_path, scaling):
+    wanted = LlamaConfig.llama3_1_8b()
+    for factors, found in ((None, None), (rope_factors(wanted), wanted.rope_scaling)):
+        assert config_of(header_of(tmp_path, factors, **scaling)).rope_scaling == found
+
+
 def test_ends_of_turns_are_recognized_by_their_ids_and_texts(tmp_path):
     tokens = ["a", "<|end_of_text|>", "<|eot_id|>", "<end>", "<|eom_id|>", "b"]
     header = header_of(
@@ -164,6 +196,7 @@ def test_dense_layers_of_one_size_may_be_listed_per_layer(tmp_path):
         ("llama.attention.value_length", 64, "attention.value_length"),
         ("llama.attention.head_count_kv", [8, 4], "head_count_kv"),
         ("llama.rope.scaling.type", "longrope", "longrope"),
+        ("llama.rope.scaling.attn_factor", 2.0, "attn_factor"),
         ("llama.block_count", "many", "num_hidden_layers"),
         ("llama.rope.freq_base", float("nan"), "freq_base"),
         ("llama.rope.freq_base", float("inf"), "freq_base"),

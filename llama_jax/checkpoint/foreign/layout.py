@@ -8,6 +8,7 @@ import numpy as np
 # Tools also store how they quantize activations and the KV cache; neither is quantized here.
 OF_ACTIVATIONS = (
     ".act_scale",
+    ".activation_scale",
     ".input_global_scale",
     ".input_scale",
     ".input_scale_ub",
