@@ -76,11 +76,14 @@ class Roster:
         self.waiting.remove(sequence)
         sequence.slot = self.free_slots.pop()
         sequence.next_position = self.pages.begin(sequence, found)
-        sequence.prompt_sent = max(sequence.prompt_sent, sequence.next_position)
         sequence.prefill_until = len(sequence.tokens)
-        if not sequence.epoch:  # otherwise it was preempted, and finds what it computed itself
+        # What a preempted sequence has computed itself does not count.
+        new = min(sequence.next_position, sequence.num_prompt) - sequence.prompt_sent
+        if new > 0:
+            sequence.prompt_sent += new
+            self.num_cached_tokens += new
+        if not sequence.epoch:
             sequence.num_cached = sequence.next_position
-            self.num_cached_tokens += sequence.num_cached
         insort(self.prefilling, sequence, key=_rank)
 
     def join(self, sequence: Sequence, microbatch: list[Sequence]) -> None:

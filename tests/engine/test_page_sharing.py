@@ -115,6 +115,24 @@ def test_a_preempted_request_finds_its_own_pages():
     assert trial.tokens[1] == generate(numbered(8, 9), 13)[0]
 
 
+def test_every_prompt_token_counts_once_though_others_go_on_after_a_preemption():
+    """The last prompt is preempted, and then finds more of itself than it had computed."""
+    sizes = make_sizes(num_pages=10, page_size=4, max_rows=4, stages=1, tile=4, tiles=1)
+    trial = Trial(sizes, 1)
+    for request_id, request in enumerate(
+        [Request(numbered(4, 9), 12), Request(numbered(4, 10), 12), Request(numbered(21), 3)]
+    ):
+        trial.add(request_id, request)
+    for _ in range(10):
+        trial.step()
+    assert trial.scheduler.num_preemptions == 1
+    trial.add(3, Request(numbered(21), 3, priority=-1))
+    trial.drain()
+    scheduler = trial.scheduler
+    assert 0 < scheduler.num_cached_tokens
+    assert scheduler.num_prompt_tokens + scheduler.num_cached_tokens == 4 + 4 + 21 + 21
+
+
 def test_nothing_is_shared_with_a_request_whose_logits_are_nan():
     trial = Trial(make_sizes(num_pages=20), 2)
     for request_id in range(2):

@@ -171,6 +171,35 @@ def test_a_client_that_leaves_with_requests_in_the_pipe_is_noticed(server, addre
     assert len(server.engine.requests) == 1
 
 
+@pytest.mark.parametrize("close", [(), ("Connection: close",)])
+def test_a_client_that_leaves_after_a_late_request_is_noticed(server, address, probes, close):
+    """The late one arrives while nothing is read but the end of the connection."""
+    server.engine.hold.clear()
+    with connect(address) as connection:
+        connection.sendall(chat(BODY, *close))
+        wait_until(lambda: server.engine.running == 1)
+        connection.sendall(chat())
+    wait_until(lambda: server.engine.running == 0)
+    assert (len(server.engine.requests), server.engine.aborted) == (1, 1)
+
+
+@pytest.mark.parametrize("rest", [b"\r\n", HEALTH + CLOSE])
+def test_what_follows_the_last_request_changes_nothing(server, address, probes, rest):
+    """Some old clients send an empty line after a body."""
+    interim = b"HTTP/1.1 100 Continue\r\n\r\n"
+    server.engine.hold.clear()
+    with connect(address) as connection:
+        connection.sendall(chat(BODY, "Connection: close"))
+        wait_until(lambda: server.engine.running == 1)
+        connection.sendall(rest)
+        connection.shutdown(socket.SHUT_WR)
+        received = connection.recv(len(interim))  # so the server has read everything
+        server.engine.hold.set()
+        received += read_all(connection)
+    response = Response(received.replace(interim, b""))
+    assert (response.status_code, response.text, response.rest) == (200, "Hello!", b"")
+
+
 def test_an_early_refusal_leaves_the_connection_usable(server, address):
     """The rest of the body is skipped, and is not taken for the next request."""
     too_large = b"x" * 3_000_000

@@ -68,7 +68,8 @@ class HttpProtocol(WriteDeadline, H11Protocol):
             data = data.lstrip(b"\r\n")
         # In slices, because h11 limits only headers whose end has not come.
         for start in range(0, len(data), SLICE_BYTES):
-            if not self.transport.is_closing():
+            # What follows the last request of a connection is left alone (RFC 9112, section 9.6).
+            if not self.transport.is_closing() and self.conn.their_state is not h11.MUST_CLOSE:
                 super().data_received(data[start : start + SLICE_BYTES])
 
     def handle_events(self) -> None:
@@ -77,6 +78,10 @@ class HttpProtocol(WriteDeadline, H11Protocol):
         super().handle_events()
         if self.cycle is not None and self.cycle is not before:  # a request, which runs later
             self.scope["extensions"] = {EXTENSION: {WRITE: self._chunk_writer(self.cycle)}}
+        if self.flow.read_paused and not self.cycle.more_body:
+            # By the next request in the pipe. The end of the connection would not be noticed.
+            if len(self.conn.trailing_data[0]) <= MAX_HEADER_BYTES:
+                self.flow.resume_reading()
         self._limit_wait()
 
     def _chunk_writer(self, cycle: RequestResponseCycle) -> WriteChunk:
