@@ -81,7 +81,7 @@ def _parser() -> Parser:
         "--config",
         type=Path,
         metavar="FILE",
-        help="a YAML file whose keys are names of flags; the command line comes before it",
+        help="a YAML file whose keys are names of flags; the command line takes precedence",
     )
     parser.add_argument(
         "--dry-run",

@@ -55,7 +55,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         type=values.json_object,
         default={},
         metavar="JSON",
-        help="sampling parameters that come before those, such as '{\"temperature\": 0.5}'",
+        help="sampling parameters that override those, such as '{\"temperature\": 0.5}'",
     )
     model.add_argument(
         "--quantization",
@@ -123,9 +123,7 @@ def _add_option(engine: argparse._ArgumentGroup, option: Option) -> None:
     if option.type is bool:
         engine.add_argument(flag, action="store_true", dest=option.name, help=option.help)
         return
-    example = {"BYTES": ", such as 2GB", "SHARE": ", such as 0.9", "TIME": ", such as 50ms"}.get(
-        option.unit, ""
-    )
+    example = _EXAMPLES.get(option.unit, "")
     engine.add_argument(
         flag,
         *option.flags,
