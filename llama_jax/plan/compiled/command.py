@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from llama_jax.costs.deployment import Layout
 from llama_jax.engine.options import EngineOptions
 from llama_jax.plan.compiled.described_gpus import find_description
-from llama_jax.plan.layouts import check_layout
+from llama_jax.plan.layouts import check_layout, mesh_argument
 
 if TYPE_CHECKING:
     from llama_jax.plan.plan import Plan, Question
@@ -86,9 +86,4 @@ def server_options(question: "Question", layout: Layout) -> EngineOptions:
 
 
 def _layout(text: str) -> Layout:
-    stages, _, ranks = text.lower().partition("x")
-    if not (stages.isdecimal() and ranks.isdecimal() and int(stages) and int(ranks)):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a layout: give stages x ranks, such as 4x2"
-        )
-    return Layout(int(stages), int(ranks))
+    return Layout(*mesh_argument(text))
