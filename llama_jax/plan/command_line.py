@@ -8,7 +8,7 @@ from llama_jax.costs.calibration import Calibration
 from llama_jax.costs.deployment import Layout
 from llama_jax.costs.gpus import GPUS, find_gpu
 from llama_jax.plan.layouts import check_layout, mesh_argument
-from llama_jax.plan.model import MODELS, WEIGHTS, find_model, with_weights
+from llama_jax.plan.model import MODELS, WEIGHTS, find_model, local_path, with_weights
 from llama_jax.plan.modes import add_modes
 from llama_jax.plan.plan import Question
 from llama_jax.plan.planned_load import DEFAULT_LOAD, LEAST_RATE, MOST_RATE, planned_load
@@ -129,7 +129,8 @@ def read_question(arguments: argparse.Namespace) -> Question:
       UserError: an unknown model or GPU, an impossible layout, or arguments that contradict each
         other.
     """
-    config = with_weights(find_model(arguments.model), arguments.weights)
+    stored = find_model(arguments.model)
+    config = with_weights(stored, arguments.weights)
     layout, gpus = _layout_and_gpus(arguments)
     workload = planned_load(arguments)
     tpot = arguments.tpot if workload.has_tpot else None
@@ -166,6 +167,7 @@ def read_question(arguments: argparse.Namespace) -> Question:
         arguments.calibration and Calibration.read(arguments.calibration),
         arguments.fp8_activations,
         arguments.calibration,
+        stored if local_path(arguments.model).exists() else None,
     )
 
 
