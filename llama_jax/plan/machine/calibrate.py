@@ -42,7 +42,7 @@ from llama_jax.plan.machine.host import available_memory
 from llama_jax.plan.machine.host_time import host_time
 from llama_jax.plan.machine.measurement import measure
 from llama_jax.plan.machine.random_weights import nbytes, random_params
-from llama_jax.plan.model import find_model, local_path, with_weights
+from llama_jax.plan.model import checkpoint_path, find_model, with_weights
 from llama_jax.ring.kernel_check import working_backend
 from llama_jax.ring.sizes import RingSizes
 from llama_jax.terminal.units import bytes_text
@@ -131,8 +131,7 @@ class Calibrator:
         choose: Callable[[RingSizes], Sequence[Batch]] = default_batches,
     ) -> None:
         self._options = options
-        path = local_path(options.path)
-        self._stored = path.exists() and path.name != "config.json"
+        self._stored = checkpoint_path(options.path) is not None
         self.loop = stored_loop(options) if self._stored else random_loop(options, weights)
         sizes = self.loop.sizes
         self.seconds: dict[Batch, list[float]] = {batch: [] for batch in choose(sizes)}
