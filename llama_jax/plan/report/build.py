@@ -147,7 +147,8 @@ def _no_simulation() -> Section:
 
 def _memory_claim(plan: Plan) -> Claim:
     memory, share = plan.best.memory, plan.question.targets.memory_share
-    needed = memory.needed(plan.best.kv_needed if plan.best.fits else 0) / memory.total
+    best = plan.best
+    needed = memory.needed(best.kv_needed if best.fits else best.replica.request) / memory.total
     figure = Figure(
         Band.exactly(min(needed, 99.0)), "", Evidence.ARITHMETIC,
         "weights, temporaries, and the cache that this load fills",
