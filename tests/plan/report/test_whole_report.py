@@ -18,6 +18,7 @@ from llama_jax.plan.report.html import html
 from llama_jax.plan.report.json_text import json_text
 from llama_jax.plan.report.reference import reference_report
 from llama_jax.plan.report.sections.alternatives import frontier_section
+from llama_jax.plan.report.sections.risks import risk_section
 from llama_jax.plan.report.sections.timeline import timeline_section
 from llama_jax.terminal.units import count_text
 from tests.support.browser import chromium, opened
@@ -185,6 +186,14 @@ def test_the_memory_of_a_plan_that_does_not_fit_is_that_of_one_request():
     (found,) = [row[1] for row in table.rows if "memory" in row[0]]
     assert missed.target == "memory"
     assert found.value.expected * plan.best.memory.total == pytest.approx(missed.value)
+
+
+def test_a_plan_that_falls_behind_fills_its_cache():
+    plan = make_plan(read_question(make_parser().parse_args([*SMALL, "--rate", "2000"])))
+    (table,) = target_section(plan, None).tables
+    (found,) = [row[1] for row in table.rows if "memory" in row[0]]
+    assert plan.best.state().overload and 0.84 < found.value.expected <= 0.85
+    assert any("needs 100%" in row[1] for row in risk_section(plan).tables[0].rows)
 
 
 @pytest.mark.slow
