@@ -73,10 +73,11 @@ def run(arguments: argparse.Namespace, plan: "Plan") -> int:
 def server_options(question: "Question", layout: Layout) -> EngineOptions:
     """The options of the server that a plan prints for a layout, as far as programs depend on them.
 
-    Its sequences may be as long as the model's context, so that the KV cache takes the room that
-    there is.
+    As many replicas as the GPUs hold share the rate. Its sequences may be as long as the model's
+    context, so that the KV cache takes the room that there is.
     """
-    candidate = question.candidate(layout)
+    alone = layout._replace(replicas=1)
+    candidate = question.candidate(alone._replace(replicas=max(1, question.gpus // alone.gpus)))
     return EngineOptions(
         path=question.model,
         max_num_seqs=candidate.max_num_seqs,
