@@ -132,6 +132,8 @@ class Calibrator:
     ) -> None:
         self._options = options
         self._stored = checkpoint_path(options.path) is not None
+        if self._stored:
+            check_weights(options.path, weights)
         self.loop = stored_loop(options) if self._stored else random_loop(options, weights)
         sizes = self.loop.sizes
         self.seconds: dict[Batch, list[float]] = {batch: [] for batch in choose(sizes)}
@@ -181,6 +183,20 @@ class Calibrator:
             collectives=tuple(MeasuredCollective(**entry) for entry in seen.collectives),
             versions=seen.versions,
             source=f"python -m llama_jax.plan --calibrate; {weights}; {os.cpu_count()} CPU cores",
+        )
+
+
+def check_weights(path: str, weights: str | None) -> None:
+    """Checks that a checkpoint stores the weights that are to be timed.
+
+    Raises:
+      UserError: it stores others.
+    """
+    config = find_model(path)
+    if with_weights(config, weights) != config:
+        raise UserError(
+            f"{path} does not store its matrices in {weights}: leave --weights out, or give its "
+            "config.json, for random weights."
         )
 
 
