@@ -26,7 +26,6 @@ A figure that was not measured is null, and a list without measurements is empty
 """
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -39,6 +38,7 @@ from llama_jax.costs.work import Work
 from sharding.errors import UserError
 
 FORMAT = "llama_jax calibration 1"
+_EXTREME = 1e18  # no figure is larger, and but for 0 none is smaller than its inverse
 COLLECTIVES = ("all_reduce", "ppermute")
 # The fields of `LlamaConfig` on which the time of a tick depends.
 MODEL_SIZES = (
@@ -282,9 +282,9 @@ def _entry(kind: Any, values: Any, where: str) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a finite number, not negative."""
+    """Whether it is a number, not negative, that arithmetic does not overflow with."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and 0 <= value <= sys.float_info.max  # JSON has larger integers
+    return number and (value == 0 or 1 / _EXTREME <= value <= _EXTREME)
 
 
 def _is_rate(value: Any) -> bool:

@@ -7,8 +7,8 @@ from llama_jax.config import LlamaConfig
 from llama_jax.costs.gpus import Gpu
 
 # Bytes of one number; in 8 bits the scales come on top.
-KV_BYTES = {"bf16": 2, "fp8": 1, "int8": 1, "fp16": 2, "fp32": 4}
-_KV_AUTO = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+KV_BYTES = {"bf16": 2, "fp8": 1, "int8": 1, "fp32": 4}
+_KV_AUTO = {"bfloat16": "bf16", "float32": "fp32"}
 
 
 class Layout(NamedTuple):
@@ -65,8 +65,12 @@ class Deployment:
 
     @property
     def dtype(self) -> str:
-        """The dtype of activations, norms, embedding and head: float32 on CPUs."""
-        return "float32" if self.gpu.platform == "cpu" else self.config.dtype
+        """The dtype of activations, norms, embedding and head, as an engine chooses it.
+
+        It is float32 on CPUs, and bfloat16 for a checkpoint in float16.
+        """
+        wide = self.gpu.platform == "cpu" or self.config.dtype == "float32"
+        return "float32" if wide else "bfloat16"
 
     @property
     def kv_dtype(self) -> str:

@@ -135,8 +135,13 @@ class Candidate:
 
     @property
     def kv_needed(self) -> float:
-        """Tokens in the cache of each replica when as many sequences live as ever."""
+        """Tokens in the cache of each replica when as many sequences live as ever.
+
+        If it falls behind, the cache is full.
+        """
         lengths, state = self.replica.workload, self.state()
+        if state.overload:
+            return self.memory.tokens
         return state.most_live * self.replica.context + lengths.prompt_tokens
 
     @cached_property

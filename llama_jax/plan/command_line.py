@@ -2,17 +2,17 @@
 
 import argparse
 import math
-import re
 from pathlib import Path
 
 from llama_jax.costs.calibration import Calibration
 from llama_jax.costs.deployment import Layout
 from llama_jax.costs.gpus import GPUS, find_gpu
-from llama_jax.plan.layouts import check_layout
-from llama_jax.plan.model import MODELS, WEIGHTS, find_model, with_weights
+from llama_jax.plan.layouts import check_layout, mesh_argument
+from llama_jax.plan.model import MODELS, WEIGHTS, find_model, local_path, with_weights
 from llama_jax.plan.modes import add_modes
 from llama_jax.plan.plan import Question
 from llama_jax.plan.planned_load import DEFAULT_LOAD, LEAST_RATE, MOST_RATE, planned_load
+from llama_jax.plan.reasons import OUT_OF_SCOPE
 from llama_jax.plan.targets import Targets
 from llama_jax.terminal.arguments import Parser, duration
 from sharding.errors import UserError
@@ -25,8 +25,9 @@ models: {", ".join(MODELS)}, or a checkpoint
 GPUs: {", ".join(GPUS)}
 
 Every figure is a band (low, expected, high) and says how it is known. Without any argument, the
-reference deployment is planned, row by row. Not planned: disaggregated prefill, mixtures of
-experts, power.
+reference deployment is planned, row by row.
+
+{OUT_OF_SCOPE}
 
 exit codes:
   0    a layout meets every target as expected
@@ -54,7 +55,7 @@ def make_parser() -> Parser:
     )
     add("--gpu", default="h100-sxm", metavar="NAME", help="one of those below (%(default)s)")
     add("--gpus", type=_count, metavar="N", help=f"number of GPUs ({GPUS_ASSUMED})")
-    add("--layout", type=_layout, metavar="PxR", help="plan only stages x ranks, such as 4x2")
+    add("--layout", type=mesh_argument, metavar="PxR", help="plan only stages x ranks, such as 4x2")
     add("--replicas", type=_count, metavar="N", help="copies of the model, each in --layout")
     add("--weights", choices=WEIGHTS, help="format of the layers' matrices (the checkpoint's)")
     add(
@@ -128,7 +129,8 @@ def read_question(arguments: argparse.Namespace) -> Question:
       UserError: an unknown model or GPU, an impossible layout, or arguments that contradict each
         other.
     """
-    config = with_weights(find_model(arguments.model), arguments.weights)
+    stored = find_model(arguments.model)
+    config = with_weights(stored, arguments.weights)
     layout, gpus = _layout_and_gpus(arguments)
     workload = planned_load(arguments)
     tpot = arguments.tpot if workload.has_tpot else None
@@ -165,6 +167,7 @@ def read_question(arguments: argparse.Namespace) -> Question:
         arguments.calibration and Calibration.read(arguments.calibration),
         arguments.fp8_activations,
         arguments.calibration,
+        stored if local_path(arguments.model).exists() else None,
     )
 
 
@@ -198,15 +201,6 @@ def _layout_and_gpus(arguments: argparse.Namespace) -> tuple[Layout | None, int]
 
 def _limit(text: str) -> float | None:
     return None if text.strip().lower() == "none" else duration(text)
-
-
-def _layout(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"\s*([1-9]\d{0,5})\s*[x×X]\s*([1-9]\d{0,5})\s*", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a layout: give stages x ranks, such as 4x2"
-        )
-    return int(match[1]), int(match[2])
 
 
 def _count(text: str) -> int:

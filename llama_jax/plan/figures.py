@@ -5,6 +5,7 @@ from llama_jax.costs.tick_time import TickModel
 from llama_jax.costs.work import Work
 from llama_jax.plan.candidate import Candidate
 from llama_jax.plan.price import cost_per_million, least_cost
+from sharding.stages import positions_per_stage
 
 WEIGHTS = "the table of the weights, split as the engine splits it"
 QUEUE = "Little's law, and prompts as an M/D/1 queue, over the times of the ticks"
@@ -43,8 +44,8 @@ def _memory(candidate: Candidate) -> dict[str, Figure]:
         if size
     }
     layout, config = candidate.layout, candidate.deployment.config
-    positions = layout.num_stages * -(-config.num_layers // layout.num_stages)
-    found |= {
+    positions = layout.num_stages * positions_per_stage(config.num_layers, layout.num_stages)
+    return found | {
         "weights": _exactly(weights, "bytes", WEIGHTS),
         "temporaries": Figure(
             Band.exactly(memory.temporaries), "bytes", Evidence.ASSUMED, "the engine's reserve"
@@ -59,7 +60,6 @@ def _memory(candidate: Candidate) -> dict[str, Figure]:
             config.num_layers / positions, "", "stages with fewer layers compute padding"
         ),
     }
-    return found
 
 
 def tick_work(candidate: Candidate, chunk: int) -> Work:

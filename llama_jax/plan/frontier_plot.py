@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 SIZE = (7.0, 4.2)  # inches
 
 
-def draw_frontier(points: list[Point], title: str, save: Path | None = None) -> "Picture":
+def draw_frontier(points: list[Point], title: str, save: Path) -> None:
     """Draws tokens/s for each user against tokens/s of each GPU: a line for each layout.
 
     Args:
       points: of all layouts.
       title: of the picture.
-      save: a file to write, .svg or .png; the same points give the same SVG. None for no file.
+      save: a file to write, .svg or .png; the same points give the same SVG.
 
     Raises:
       UserError: matplotlib is missing, the file's extension is unknown, or it cannot be written.
@@ -27,7 +27,7 @@ def draw_frontier(points: list[Point], title: str, save: Path | None = None) -> 
         import matplotlib
     except ModuleNotFoundError:
         raise UserError("The frontier needs matplotlib: pip install matplotlib.") from None
-    if save is not None and save.suffix.lower() not in (".svg", ".png"):
+    if save.suffix.lower() not in (".svg", ".png"):
         raise UserError(f"{save} must end in .svg or .png.")
     from llama_jax.pictures.style import GRAY, PALETTE, drawing, wrapped
 
@@ -52,9 +52,7 @@ def draw_frontier(points: list[Point], title: str, save: Path | None = None) -> 
         picture.suptitle(wrapped(title, SIZE[0]))
         if layouts:  # those that hold the model
             picture.legend(loc="outside right center")
-    if save is not None:
-        _save(picture, save)
-    return picture
+    _save(picture, save)
 
 
 def _save(picture: "Picture", path: Path) -> None:

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from llama_jax.costs.collectives import Collective
+from llama_jax.costs.deployment import Layout
 from llama_jax.costs.figure import Figure
 from llama_jax.plan.candidate import Candidate
 from llama_jax.plan.figures import PARTS, PER_TOKEN, figures, tick_work
@@ -62,9 +63,7 @@ def question_json(question: Question) -> dict[str, Any]:
     workload, targets = question.workload, question.targets
     return {
         "model": question.model,
-        "weights": question.config.quantization.format
-        if question.config.quantization
-        else question.config.dtype,
+        "weights": question.deployment(Layout(1, 1)).weights,
         "kv_cache_dtype": question.kv_cache_dtype,
         "gpu": question.gpu.name,
         "gpus": question.gpus,

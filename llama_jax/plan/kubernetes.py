@@ -1,5 +1,6 @@
 """A manifest for Kubernetes with the server that a plan proves."""
 
+import os
 from typing import Any
 
 from llama_jax.plan.plan import Plan
@@ -35,7 +36,7 @@ def manifest(found: Serving, plan: Plan, image: str = IMAGE) -> list[dict[str, A
         "name": "server",
         "image": image,
         "command": ["python", "-m", "llama_jax.serve"],
-        "args": [pod_path(found, plan), *_pod_arguments(found), *POD_NETWORK],
+        "args": [pod_path(found), *_pod_arguments(found), *POD_NETWORK],
         "ports": [{"name": "http", "containerPort": PORT}],
         "env": [
             {
@@ -102,16 +103,16 @@ def manifest(found: Serving, plan: Plan, image: str = IMAGE) -> list[dict[str, A
     ]
 
 
-def pod_path(found: Serving, plan: Plan) -> str:
+def pod_path(found: Serving) -> str:
     """The checkpoint's path in a pod, where only the claim is mounted."""
     if found.path.startswith(f"{MODELS}/"):
         return found.path
-    return f"{MODELS}/{deployed_name(plan.question.model)}"
+    return f"{MODELS}/{deployed_name(os.path.abspath(found.path))}"
 
 
-def checkpoint_note(found: Serving, plan: Plan) -> str:
+def checkpoint_note(found: Serving) -> str:
     """Where the claim must hold the checkpoint, in a sentence."""
-    inside = pod_path(found, plan).removeprefix(f"{MODELS}/")
+    inside = pod_path(found).removeprefix(f"{MODELS}/")
     return f"The claim {CLAIM!r} must hold the checkpoint in its folder {inside!r}."
 
 

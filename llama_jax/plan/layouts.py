@@ -1,11 +1,13 @@
 """The ways to lay a model on GPUs. Imports no JAX."""
 
+import argparse
 from collections.abc import Iterator
 
 from llama_jax.config import LlamaConfig
 from llama_jax.costs.deployment import Layout
 from llama_jax.weights.split import ShardingError, check_split
 from sharding.errors import UserError
+from sharding.mesh_name import MeshError, parse_mesh
 
 MAX_GPUS = 4096  # of a plan
 HOST_GPUS = 8  # of a mesh: the engine runs on one host, and replicas on one or many
@@ -13,6 +15,18 @@ HOST_GPUS = 8  # of a mesh: the engine runs on one host, and replicas on one or 
 
 class LayoutError(UserError):
     """A layout that the model, the host or the number of GPUs does not allow."""
+
+
+def mesh_argument(text: str) -> tuple[int, int]:
+    """The stages and ranks of a layout on the command line, such as "4x2".
+
+    Raises:
+      ArgumentTypeError: it has another form.
+    """
+    try:
+        return parse_mesh(text)
+    except MeshError as error:
+        raise argparse.ArgumentTypeError(str(error).rstrip(".")) from error
 
 
 def check_layout(config: LlamaConfig, layout: Layout) -> None:

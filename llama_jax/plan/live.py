@@ -11,11 +11,11 @@ from llama_jax.plan.candidate import Candidate
 from llama_jax.plan.model import named_model
 from llama_jax.plan.plan import Plan, Question, make_plan
 from llama_jax.plan.planned_load import is_load_given, planned_load
+from llama_jax.plan.reasons import OUT_OF_SCOPE
 from llama_jax.plan.report.document import Cell, Report, Section, Table
 from llama_jax.plan.report.json_text import json_text
 from llama_jax.plan.report.outlook import STEADY, Outlook
 from llama_jax.plan.report.quantities import number_text, program_text
-from llama_jax.plan.report.sections.promises import OUT_OF_SCOPE
 from llama_jax.plan.report.text import show
 from llama_jax.plan.server_metrics import ComparisonError, Latency, Seen, metrics_url, observe
 from llama_jax.plan.targets import Workload

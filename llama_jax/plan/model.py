@@ -61,6 +61,12 @@ def local_path(name: str) -> Path:
     return Path(os.path.expanduser(name))
 
 
+def checkpoint_path(name: str) -> Path | None:
+    """The checkpoint that a name is the path of; None for another name, and a config.json alone."""
+    path = local_path(name)
+    return path if path.exists() and path.name != "config.json" else None
+
+
 def named_model(name: str) -> LlamaConfig | None:
     """The architecture of a model by one of its usual names; None if it is another name."""
     model = _spellings().get(_plain(name))

@@ -32,6 +32,7 @@ class Question:
       calibration: what was measured on the machine, for one layout; None for nothing.
       calibration_file: that it was read from.
       fp8_activations: as of a `Deployment`.
+      stored: the config of the checkpoint at the path `model`; None if that is a name.
     """
 
     model: str
@@ -46,6 +47,7 @@ class Question:
     calibration: Calibration | None = None
     fp8_activations: bool = False
     calibration_file: Path | None = None
+    stored: LlamaConfig | None = None
 
     def deployment(self, layout: Layout) -> Deployment:
         """The model on these GPUs in a layout."""

@@ -30,7 +30,7 @@ _GROWN = {
     "memory": "the memory, at a cache of",
 }
 ONE_HOST = f"A replica runs on one host, of at most {HOST_GPUS} GPUs."
-OUT_OF_SCOPE = "Not planned: disaggregated prefill, mixtures of experts, power."
+OUT_OF_SCOPE = "Not planned: disaggregated prefill, mixtures of experts (MoE), power."
 
 
 def verdict(plan: Plan) -> str:
@@ -230,6 +230,5 @@ def _formats(gpu: Gpu) -> tuple[str, ...]:
 
 
 def layout_name(layout: Layout) -> str:
-    """A layout in a narrow column: "4x2", "2 x 4x1"."""
-    mesh = f"{layout.num_stages}x{layout.num_ranks}"
-    return mesh if layout.replicas == 1 else f"{layout.replicas} * {mesh}"
+    """A layout in a narrow column: "4x2", "2 * 4x1"."""
+    return layout.mesh if layout.replicas == 1 else f"{layout.replicas} * {layout.mesh}"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from llama_jax.costs.deployment import Layout
 from llama_jax.plan.candidate import ALONE
-from llama_jax.plan.layouts import LayoutError, meshes
+from llama_jax.plan.layouts import LayoutError, check_layout, meshes
 from llama_jax.plan.plan import Plan, Question, make_plan
 
 
@@ -31,7 +31,7 @@ def recommend(question: Question) -> Recommendation:
     """Finds the fewest GPUs on which a layout holds every target at the rate.
 
     Raises:
-      LayoutError: the model cannot be laid out at all.
+      LayoutError: the model cannot be laid out at all, or only on more GPUs than a plan has.
     """
     only = question.layout
     found = [only._replace(replicas=1)] if only else list(meshes(question.config))
@@ -44,6 +44,7 @@ def recommend(question: Question) -> Recommendation:
         return Recommendation(
             make_plan(_on(alone, nearest, only)), question.workload.rate, None, None
         )
+    check_layout(question.config, expected)
     surely = _fewest(question, found, "high")
     plan = make_plan(_on(question, expected, only))
     return Recommendation(plan, question.workload.rate, expected.gpus, surely and surely.gpus)

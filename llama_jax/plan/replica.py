@@ -228,8 +228,6 @@ class Replica:
         """The highest rate at which the targets hold, in requests/s; 0 for none."""
         return largest(lambda rate: self.holds(rate, level), 1.0)
 
-    def max_load(self, level: str = "expected") -> float:
+    def max_load(self) -> float:
         """The highest rate that it can do at all, however long the requests take."""
-        return largest(
-            lambda rate: any(not self.state(rate, c, level).overload for c in self.chunks), 1.0
-        )
+        return largest(lambda rate: any(not self.state(rate, c).overload for c in self.chunks), 1.0)

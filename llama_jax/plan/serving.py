@@ -10,6 +10,7 @@ Both are checked by the server's own parser and by the sizes that its engine wou
 import argparse
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -24,7 +25,7 @@ from llama_jax.engine.sizing import choose_sizes
 from llama_jax.plan.candidate import Candidate
 from llama_jax.plan.model import local_path
 from llama_jax.plan.numbers import amount
-from llama_jax.plan.plan import Plan
+from llama_jax.plan.plan import Plan, Question
 from sharding.errors import UserError
 from sharding.stages import round_up
 
@@ -94,7 +95,7 @@ def run(arguments: argparse.Namespace, plan: Plan) -> int:
             content["kubernetes"] = manifest(found, plan, arguments.image)
         print(json.dumps(content, indent=1, ensure_ascii=False))
     elif arguments.kubernetes:
-        for note in (*found.notes, checkpoint_note(found, plan)):
+        for note in (*found.notes, checkpoint_note(found)):
             print(f"# {note}")
         print(yaml.safe_dump_all(manifest(found, plan, arguments.image), sort_keys=False), end="")
     else:
@@ -123,7 +124,7 @@ def serving(plan: Plan) -> Serving:
             f"There is no server to start: {question.gpus} x {question.gpu.name} do not hold "
             f"{question.model} in any layout."
         )
-    path = _path(plan)
+    path = _path(question)
     flags = _flags(plan, best)
     parsed = parse_arguments([path, *flags])
     lines = describe(
@@ -135,11 +136,12 @@ def serving(plan: Plan) -> Serving:
     notes = [_room(best)] if best.holds else []
     if (replicas := best.layout.replicas) > 1:
         notes.append(f"Start {replicas} of these servers, behind a load balancer.")
-    if not local_path(question.model).exists():
+    if question.stored is None:
         notes.append(f"The checkpoint is expected at {path}.")
-    if question.config.quantization is not None and not local_path(question.model).exists():
-        form = question.config.quantization.format
-        notes.append(f"Quantize it first: python -m convert quantize SRC {path} --quantize {form}")
+    if form := _new_format(question):
+        source = "SRC" if question.stored is None else shlex.quote(_stored_path(question))
+        target = f"{shlex.quote(path)} --quantize {form}"
+        notes.append(f"Quantize it first: python -m convert quantize {source} {target}")
     return Serving(
         path,
         tuple(flags),
@@ -164,6 +166,8 @@ def _flags(plan: Plan, best: Candidate) -> list[str]:
         "--max-num-seqs": best.max_num_seqs,
         "--max-chunk": best.max_chunk,
     }
+    if _is_narrowed(question):
+        found["--dtype"] = "bfloat16"
     if question.kv_cache_dtype != "auto":
         found["--kv-cache-dtype"] = question.kv_cache_dtype
     if question.gpu.platform == "gpu" and targets.memory_share is not None:
@@ -177,6 +181,12 @@ def _flags(plan: Plan, best: Candidate) -> list[str]:
         found["--calibration"] = file
     flags = [f"{flag}={value}" for flag, value in found.items()]
     return [*flags, "--fp8-activations"] if question.fp8_activations else flags
+
+
+def _is_narrowed(question: Question) -> bool:
+    """Whether a GPU is planned to hold in bfloat16 what the checkpoint stores in float32."""
+    stored = None if question.stored is None else question.stored.dtype
+    return question.gpu.platform != "cpu" and stored == "float32" != question.config.dtype
 
 
 def _cache_beside_ring(best: Candidate, longest: int) -> int:
@@ -217,15 +227,28 @@ def _calibration(plan: Plan, best: Candidate) -> Path | None:
     return plan.question.calibration_file
 
 
-def _path(plan: Plan) -> str:
-    """The checkpoint's path, or where one of this name is expected."""
-    question = plan.question
+def _path(question: Question) -> str:
+    """The path of the checkpoint as planned, or where one of this name is expected."""
+    if question.stored is None:
+        path = f"{MODELS}/{deployed_name(question.model)}"
+    else:
+        path = _stored_path(question)
+    form = _new_format(question)
+    return f"{os.path.abspath(path).removesuffix('.gguf')}-{form}" if form else path
+
+
+def _stored_path(question: Question) -> str:
+    """The path of the checkpoint that is given by its path."""
     given = local_path(question.model)
-    if given.exists():
-        return str(given.parent if given.name == "config.json" else given)
-    quantization = question.config.quantization
-    form = "" if quantization is None else f"-{quantization.format}"
-    return f"{MODELS}/{deployed_name(question.model)}{form}"
+    return str(given.parent if given.name == "config.json" else given)
+
+
+def _new_format(question: Question) -> str:
+    """The format that the matrices must be converted to before they are served; "" for none."""
+    planned, stored = question.config.quantization, question.stored
+    if planned is None or (stored is not None and stored.quantization is not None):
+        return ""
+    return planned.format
 
 
 def deployed_name(model: str) -> str:

@@ -102,7 +102,7 @@ def _targets(plan: Plan) -> str:
     if bounds:
         texts.append(f"{100 * targets.inside:g}% of the requests inside {' and '.join(bounds)}")
     if targets.memory_share is not None:
-        texts.append(f"{targets.memory_share:.0%} of the memory")
+        texts.append(f"{100 * targets.memory_share:g}% of the memory")
     return ", ".join(texts)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from llama_jax.checkpoint import open_checkpoint
 from llama_jax.config.huggingface import read_checkpoint_config
 from llama_jax.config.llama_config import LlamaConfig
-from llama_jax.costs.deployment import Layout
+from llama_jax.costs.deployment import Deployment, Layout
 from llama_jax.costs.gpus import CPU, GPUS, Gpu, find_gpu, gpu_of_device
 from llama_jax.costs.memory import page_bytes
 from llama_jax.engine.latency_targets import choose_chunks, known_devices
@@ -88,7 +88,7 @@ def describe(name: str, options: EngineOptions, config: LlamaConfig, gpu: Gpu) -
     check_platform(options, platform, _FP8_CAPABILITY if "fp8" in gpu.flops else "")
     dtype = options.dtype
     if dtype == "auto":
-        dtype = "float32" if platform == "cpu" or config.dtype == "float32" else "bfloat16"
+        dtype = Deployment(config, gpu, Layout(*mesh)).dtype
     deployment = Served(
         config, gpu, Layout(*mesh), options.kv_cache_dtype, options.fp8_activations, dtype
     )
@@ -109,7 +109,7 @@ def describe(name: str, options: EngineOptions, config: LlamaConfig, gpu: Gpu) -
     needed = check_memory(deployment, options, sizes, allowed)
     targets = {"TPOT": options.tpot_slo, "TTFT": options.ttft_slo}
     shown = [f"{key} {1000 * value:g} ms" for key, value in targets.items() if value is not None]
-    limit = f" of {bytes_text(allowed)} ({share:.0%})" if platform != "cpu" else ""
+    limit = f" of {bytes_text(allowed)} ({100 * share:g}%)" if platform != "cpu" else ""
     chunks = choose_chunks(options, sizes, mesh[0], platform, known)
     running = mesh[0] * chunks.most_rows(mesh[0], longest / 2) if known else sizes.num_slots
     fewer = ""

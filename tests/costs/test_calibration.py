@@ -96,6 +96,8 @@ def test_a_file_from_before_fp8_products_was_measured_without(tmp_path):
         (("ticks", 1, "rows"), 0),
         (("ticks", 0, "seconds"), float("nan")),
         (("ticks", 0, "seconds"), 0),
+        (("ticks", 0, "seconds"), 1e308),
+        (("ticks", 0, "seconds"), 1e-300),
         (("ticks", 0, "surprise"), 1),
         (("collectives", 0, "kind"), "gossip"),
         (("collectives", 0, "bytes"), 0),

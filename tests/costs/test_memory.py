@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_jax.checkpoint.load import choose_dtype
 from llama_jax.config import LlamaConfig, Quantization
 from llama_jax.costs.deployment import Deployment, Layout
 from llama_jax.costs.gpus import CPU, find_gpu
@@ -180,3 +181,15 @@ def test_the_ring_itself_takes_what_the_project_allocates(mesh):
     state = state_shapes(TINY, make_mesh(deployment.layout.mesh), sizes, jnp.dtype(jnp.bfloat16))
     expected = sum(map(shard_bytes, jax.tree.leaves((state.ring, state.tokens))))
     assert state_bytes(deployment, sizes) == expected
+
+
+@pytest.mark.parametrize("gpu", [CPU, H100], ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+def test_activations_have_the_dtype_of_the_engine(stored, gpu):
+    config = replace(TINY, dtype=stored)
+    planned, dtype = (
+        Deployment(config, gpu, Layout(1, 1), "auto"),
+        choose_dtype("auto", config, gpu.platform),
+    )
+    assert planned.dtype == planned.weights == str(dtype)
+    assert planned.kv_dtype == {"float32": "fp32", "bfloat16": "bf16"}[str(dtype)]

@@ -166,6 +166,7 @@ def test_the_fewest_gpus_are_found(capsys):
         ["--layout", "4x4"],
         ["--replicas", "2"],
         ["--recommend", "--gpus", "8"],
+        ["--recommend", "--rate", "1e6", "--layout", "1x8"],
         ["--recommend", "--validate"],
         ["--recommend", "--calibrate", "file.json"],
         ["--recommend", "--compare", "http://localhost:1"],

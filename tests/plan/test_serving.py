@@ -9,6 +9,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from convert.arguments import parse_arguments as convert
 from llama_jax.config import LlamaConfig
 from llama_jax.costs.calibration import Calibration, MeasuredTick, model_sizes
 from llama_jax.costs.deployment import Deployment, Layout
@@ -137,6 +138,37 @@ def test_a_pod_finds_a_local_checkpoint_in_the_claim(capsys, tmp_path):
     [container] = deployment["spec"]["template"]["spec"]["containers"]
     [mount] = [m for m in container["volumeMounts"] if m["name"] == "models"]
     assert container["args"][0] == f"{mount['mountPath']}/my-model"
+
+
+def checkpoint(folder: Path, **content: object) -> Path:
+    """The config.json of a checkpoint of Llama-3-8B, without weights."""
+    folder.mkdir()
+    config = LlamaConfig.llama3_8b().to_dict() | content
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_checkpoint_is_quantized_before_it_is_served(capsys, tmp_path):
+    plain = checkpoint(tmp_path / "plain")
+    question = f"--model {plain} --gpus 1 --rate 1 --weights int8"
+    assert command_of(capsys, question)[0] == f"{plain}-int8"
+    notes = ask(capsys, *question.split(), "--server-command")[1]
+    asked = convert(shlex.split(notes.partition("python -m convert ")[2]))
+    assert (asked.source, asked.destination) == (str(plain), Path(f"{plain}-int8"))
+    assert asked.quantize == "int8"
+    stored = {"quant_method": "llama_jax", "format": "int8"}
+    quantized = checkpoint(tmp_path / "quantized", quantization_config=stored)
+    question = f"--model {quantized} --gpus 1 --rate 1 --weights int8"
+    assert command_of(capsys, question)[0] == str(quantized)
+    assert "python -m convert" not in ask(capsys, *question.split(), "--server-command")[1]
+
+
+def test_a_checkpoint_in_float32_is_served_in_the_dtype_of_the_plan(capsys, tmp_path):
+    model = checkpoint(tmp_path / "model", torch_dtype="float32")
+    question = f"--model {model} --gpus 1 --rate 1 --weights"
+    for weights, dtype in (("bf16", "bfloat16"), ("int4", "bfloat16")):
+        assert parse_arguments(command_of(capsys, f"{question} {weights}")).dtype == dtype
+    assert parse_arguments(command_of(capsys, question.removesuffix(" --weights"))).dtype == "auto"
 
 
 def test_each_replica_is_a_pod(capsys):

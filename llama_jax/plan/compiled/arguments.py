@@ -1,13 +1,10 @@
 """The arguments of a compiled tick: how many bytes of weights, of KV cache and of state."""
 
-import re
 from typing import NamedTuple
 
-from llama_jax.plan.compiled.hlo import array_bytes, entry_computation
+from llama_jax.plan.compiled.hlo import WEIGHTS, array_bytes, computations, entry_name
 
-_NAME = re.compile(r'op_name="([^"]*)"')
-# Arguments of `ring.tick.tick`, as XLA names them in the metadata of the parameters.
-WEIGHTS, CACHE = "params", "state.cache"
+_CACHE = "state.cache"  # as `WEIGHTS`
 
 
 class ArgumentBytes(NamedTuple):
@@ -27,14 +24,13 @@ class ArgumentBytes(NamedTuple):
 def argument_bytes(text: str) -> ArgumentBytes:
     """Adds up the parameters of optimized HLO."""
     weights = kv_cache = state = 0
-    for instruction in entry_computation(text).values():
+    for instruction in computations(text)[entry_name(text)].values():
         if instruction.opcode != "parameter":
             continue
-        name = _NAME.search(instruction.text)
         size = sum(array_bytes(instruction.shape))
-        if name is not None and name[1].startswith(WEIGHTS):
+        if instruction.op_name.startswith(WEIGHTS):
             weights += size
-        elif name is not None and name[1].startswith(CACHE):
+        elif instruction.op_name.startswith(_CACHE):
             kv_cache += size
         else:
             state += size

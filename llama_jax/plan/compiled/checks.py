@@ -6,6 +6,7 @@ from llama_jax.costs import memory as arithmetic
 from llama_jax.plan.compiled.collectives import Collective
 from llama_jax.plan.compiled.deployment import CompiledDeployment
 from llama_jax.plan.compiled.tick_figures import TickFigures
+from llama_jax.plan.report.quantities import program_text
 
 BYTES_SHARE = 0.001  # by how much the arithmetic may miss weights and cache
 PAYLOAD_SHARE = 0.01  # by how much the collectives may carry more than they must
@@ -74,7 +75,7 @@ def missed(compiled: CompiledDeployment) -> list[str]:
 
 def missed_by_tick(tick: TickFigures) -> list[str]:
     """What does not hold of one program, a sentence each."""
-    name = f"{tick.bucket.rows} rows and a chunk of {tick.bucket.chunk}"
+    name = program_text(*tick.bucket)
     found = [f"With {name}, {text}." for text in wrong_collectives(tick)]
     if tick.copies:
         found.append(

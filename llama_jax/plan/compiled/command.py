@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from llama_jax.costs.deployment import Layout
 from llama_jax.engine.options import EngineOptions
 from llama_jax.plan.compiled.described_gpus import find_description
-from llama_jax.plan.layouts import check_layout
+from llama_jax.plan.layouts import check_layout, mesh_argument
 
 if TYPE_CHECKING:
     from llama_jax.plan.plan import Plan, Question
@@ -73,10 +73,11 @@ def run(arguments: argparse.Namespace, plan: "Plan") -> int:
 def server_options(question: "Question", layout: Layout) -> EngineOptions:
     """The options of the server that a plan prints for a layout, as far as programs depend on them.
 
-    Its sequences may be as long as the model's context, so that the KV cache takes the room that
-    there is.
+    As many replicas as the GPUs hold share the rate. Its sequences may be as long as the model's
+    context, so that the KV cache takes the room that there is.
     """
-    candidate = question.candidate(layout)
+    alone = layout._replace(replicas=1)
+    candidate = question.candidate(alone._replace(replicas=max(1, question.gpus // alone.gpus)))
     return EngineOptions(
         path=question.model,
         max_num_seqs=candidate.max_num_seqs,
@@ -86,9 +87,4 @@ def server_options(question: "Question", layout: Layout) -> EngineOptions:
 
 
 def _layout(text: str) -> Layout:
-    stages, _, ranks = text.lower().partition("x")
-    if not (stages.isdecimal() and ranks.isdecimal() and int(stages) and int(ranks)):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a layout: give stages x ranks, such as 4x2"
-        )
-    return Layout(int(stages), int(ranks))
+    return Layout(*mesh_argument(text))

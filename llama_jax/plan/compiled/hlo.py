@@ -13,6 +13,7 @@ _ENTRY = re.compile(r"^ENTRY %?([\w.-]+)", re.MULTILINE)
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 _NAME = re.compile(r"%([\w.-]+)")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 # Opcodes that write no buffer of their own. The instructions of a loop, a branch or an asynchronous
 # operation are in the computations that it calls, which are analyzed as well.
@@ -20,6 +21,8 @@ NO_NEW_BUFFER = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "optimization-barrier",
     "while", "conditional", "call", "async-start", "async-update",
 }  # fmt: skip
+# The weights among the arguments of `ring.tick.tick`, as XLA names them in `op_name`.
+WEIGHTS = "params"
 COLLECTIVES = {
     "all-reduce", "all-gather", "collective-permute", "reduce-scatter", "all-to-all",
 }  # fmt: skip
@@ -46,6 +49,12 @@ class Instruction:
     calls: str | None
     root: bool
 
+    @property
+    def op_name(self) -> str:
+        """Where it comes from, such as "jit(decode_step)/.../layer_0/qkv/dot_general"; or ""."""
+        found = _OP_NAME.search(self.text)
+        return found[1] if found else ""
+
 
 @lru_cache(maxsize=2)  # the programs of a large model are megabytes of text
 def computations(text: str) -> dict[str, dict[str, Instruction]]:
@@ -69,11 +78,11 @@ def computations(text: str) -> dict[str, dict[str, Instruction]]:
     return found
 
 
-def entry_computation(text: str) -> dict[str, Instruction]:
-    """The instructions of the entry computation, by name."""
+def entry_name(text: str) -> str:
+    """The name of the entry computation."""
     entry = _ENTRY.search(text)
     assert entry is not None, "The text holds no entry computation."
-    return computations(text)[entry[1]]
+    return entry[1]
 
 
 def array_bytes(shape: str) -> list[int]:

@@ -9,6 +9,7 @@ from llama_jax.plan.compiled.checks import differences, missed
 from llama_jax.plan.compiled.collectives import Collective
 from llama_jax.plan.compiled.deployment import CompiledDeployment
 from llama_jax.plan.compiled.tick_figures import TickFigures
+from llama_jax.plan.report.quantities import program_text
 
 LARGEST = 3  # temporaries to show
 
@@ -32,7 +33,9 @@ def show(compiled: CompiledDeployment, console: Console) -> None:
             f"{buffer.shape} of {buffer.name} ({buffer.size / 1e6:.1f} MB)"
             for buffer in tick.temporaries[:LARGEST]
         )
-        console.print(f"Largest temporaries of {_name(tick)}: {arrays}", markup=False)
+        console.print(
+            f"Largest temporaries of {program_text(*tick.bucket)}: {arrays}", markup=False
+        )
     console.print(
         "Without a GPU, XLA cannot measure which tiles and splits of a product are fastest. On "
         "one, kernels and bytes of products may differ; collectives and arguments do not."
@@ -66,7 +69,7 @@ def _ticks(ticks: list[TickFigures]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("in a tick")
     for tick in ticks:
-        table.add_column(_name(tick), justify="right")
+        table.add_column(program_text(*tick.bucket), justify="right")
 
     def add(name: str, values: list[str]) -> None:
         table.add_row(name, *values)
@@ -88,8 +91,3 @@ def _collective(collectives: list[Collective], key: tuple[str, int]) -> str:
         if each[:2] == key:
             return f"{each.calls}, {each.payload / 1e6:.3g}"
     return "0"
-
-
-def _name(tick: TickFigures) -> str:
-    rows, chunk = tick.bucket
-    return f"{rows} rows" + (f" + {chunk} prompt tokens" if chunk else "")

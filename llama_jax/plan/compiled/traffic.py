@@ -15,16 +15,15 @@ from typing import NamedTuple
 from llama_jax.plan.compiled.hlo import (
     IN_PLACE,
     NO_NEW_BUFFER,
+    WEIGHTS,
     Instruction,
     array_bytes,
     computations,
+    entry_name,
 )
 
 _SLICES = {"gather", "dynamic-slice", "slice"}
 _IGNORED = NO_NEW_BUFFER | {"partition-id", "replica-id", "after-all"}
-_OP_NAME = re.compile(r'op_name="([^"]*)"')
-# Arguments of `ring.tick.tick`, as XLA names them in the metadata of the parameters.
-_WEIGHTS = "params"
 
 
 class PagedReads(NamedTuple):
@@ -40,16 +39,13 @@ class PagedReads(NamedTuple):
     table: int
 
 
-NOTHING_PAGED = PagedReads({}, 0)
-
-
 class Kernel(NamedTuple):
     """What one instruction moves.
 
     Attributes:
       name: of the instruction.
       opcode: its kind.
-      op_name: where it comes from, such as "jit(decode_step)/.../layer_0/qkv/dot_general".
+      op_name: of the instruction.
       read, written: bytes, in all its runs.
       runs: how often it runs in one run of the program.
       largest: bytes of the largest array that it writes and that is not updated in place.
@@ -75,10 +71,7 @@ def kernels(text: str, paged: PagedReads, trips: int) -> list[Kernel]:
       paged: what custom calls read of the cache.
       trips: of a loop whose number of iterations the compiler does not know.
     """
-    bodies = computations(text)
-    entry = re.search(r"^ENTRY %?([\w.-]+)", text, re.MULTILINE)
-    assert entry is not None, "The text holds no entry computation."
-    return list(_kernels(entry[1], bodies, paged, trips, 1))
+    return list(_kernels(entry_name(text), computations(text), paged, trips, 1))
 
 
 def _kernels(
@@ -107,11 +100,10 @@ def _kernels(
             if operand in body
         )
         outputs = _outputs(instruction, body, fused, paged)
-        op_name = _OP_NAME.search(instruction.text)
         yield Kernel(
             name=instruction_name,
             opcode=instruction.opcode,
-            op_name=op_name[1] if op_name else "",
+            op_name=instruction.op_name,
             read=read * runs,
             written=sum(size for size, _ in outputs) * runs,
             runs=runs,
@@ -129,8 +121,7 @@ def counted_loops(text: str) -> int:
 def _from_weights(instruction: Instruction, known: Mapping[str, bool | None]) -> bool | None:
     """Whether an instruction's inputs derive from weights and constants; None if from constants."""
     if instruction.opcode == "parameter":
-        op_name = _OP_NAME.search(instruction.text)
-        return op_name is not None and op_name[1].startswith(_WEIGHTS)
+        return instruction.op_name.startswith(WEIGHTS)
     if instruction.opcode in ("partition-id", "replica-id"):
         return False
     inputs = {known.get(operand, False) for operand in instruction.operands} - {None}

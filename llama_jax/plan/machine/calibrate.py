@@ -42,7 +42,7 @@ from llama_jax.plan.machine.host import available_memory
 from llama_jax.plan.machine.host_time import host_time
 from llama_jax.plan.machine.measurement import measure
 from llama_jax.plan.machine.random_weights import nbytes, random_params
-from llama_jax.plan.model import find_model, local_path, with_weights
+from llama_jax.plan.model import checkpoint_path, find_model, with_weights
 from llama_jax.ring.kernel_check import working_backend
 from llama_jax.ring.sizes import RingSizes
 from llama_jax.terminal.units import bytes_text
@@ -131,8 +131,9 @@ class Calibrator:
         choose: Callable[[RingSizes], Sequence[Batch]] = default_batches,
     ) -> None:
         self._options = options
-        path = local_path(options.path)
-        self._stored = path.exists() and path.name != "config.json"
+        self._stored = checkpoint_path(options.path) is not None
+        if self._stored:
+            check_weights(options.path, weights)
         self.loop = stored_loop(options) if self._stored else random_loop(options, weights)
         sizes = self.loop.sizes
         self.seconds: dict[Batch, list[float]] = {batch: [] for batch in choose(sizes)}
@@ -182,6 +183,20 @@ class Calibrator:
             collectives=tuple(MeasuredCollective(**entry) for entry in seen.collectives),
             versions=seen.versions,
             source=f"python -m llama_jax.plan --calibrate; {weights}; {os.cpu_count()} CPU cores",
+        )
+
+
+def check_weights(path: str, weights: str | None) -> None:
+    """Checks that a checkpoint stores the weights that are to be timed.
+
+    Raises:
+      UserError: it stores others.
+    """
+    config = find_model(path)
+    if with_weights(config, weights) != config:
+        raise UserError(
+            f"{path} does not store its matrices in {weights}: leave --weights out, or give its "
+            "config.json, for random weights."
         )
 
 

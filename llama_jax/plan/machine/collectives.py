@@ -36,12 +36,6 @@ class CollectiveTime(NamedTuple):
     bytes: int
     seconds: float
 
-    @property
-    def bandwidth(self) -> float:
-        """Bytes/s that each rank sends: a ring all-reduce sends 2 (n - 1) / n times its array."""
-        share = 2 * (self.ranks - 1) / self.ranks if self.kind == ALL_REDUCE else 1.0
-        return share * self.bytes / self.seconds
-
 
 def time_collective(
     mesh: Mesh, kind: str, size: int, chain: tuple[int, int], seconds: float

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from llama_jax.costs.gpus import CPU, find_gpu
 from llama_jax.plan.machine.batches import Batch, BatchError
 from llama_jax.plan.machine.expectation import Expectation
-from llama_jax.plan.model import local_path
+from llama_jax.plan.machine.host import weight_files
+from llama_jax.plan.model import checkpoint_path
 from llama_jax.terminal.arguments import duration
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def expectation(arguments: argparse.Namespace) -> Expectation:
     """
     mesh = arguments.layout or _best_mesh(arguments)
     gpus = arguments.gpus or math.prod(mesh)  # other replicas may be on other hosts
-    size = _checkpoint_bytes(arguments.model)
+    path = checkpoint_path(arguments.model)
+    size = 0 if path is None else sum(weight_files(path).values())
     if arguments.gpu == AUTO:
         return Expectation(mesh, checkpoint_bytes=size, load_seconds=arguments.load_within)
     gpu = find_gpu(arguments.gpu)
@@ -88,8 +90,7 @@ def _validate(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """The exit code, and what there is to print with `--json`; without it, shows a table."""
     from llama_jax.plan.machine.validate import show, validate
 
-    path = local_path(arguments.model)
-    validation = validate(expectation(arguments), path if path.exists() else None)
+    validation = validate(expectation(arguments), checkpoint_path(arguments.model))
     if not arguments.json:
         show(validation)
     return int(validation.code), validation.to_json()
@@ -104,13 +105,6 @@ def _best_mesh(arguments: argparse.Namespace) -> tuple[int, int]:
 
     layout = make_plan(read_question(arguments)).best.layout
     return layout.num_stages, layout.num_ranks
-
-
-def _checkpoint_bytes(model: str) -> int:
-    path = local_path(model)
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*.safetensors")) if path.exists() else 0
 
 
 def _batch(text: str) -> Batch:

@@ -61,7 +61,7 @@ def jax_checks(
             "JAX sees no GPU: install llama-jax[cuda12] and see that JAX_PLATFORMS does not name "
             "the CPU."
         )
-    checks.append(_check("devices in JAX", found, planned, enough, Exit.JAX, advice))
+    checks.append(Check.of("devices in JAX", found, planned, enough, Exit.JAX, advice))
     flags = environment.get("XLA_FLAGS", "")
     checks.append(Check("XLA_FLAGS", flags or "none", "", Verdict.SEEN, Exit.JAX))
     for name, harm in SPOILING.items():
@@ -101,7 +101,7 @@ def host_checks(memory: int | None, disk: DiskRate | None, expected: Expectation
         )
         fits = memory >= expected.host_bytes
         found = f"{bytes_text(memory)} free"
-        checks = [_check("host memory", found, planned, fits, Exit.HOST_MEMORY, advice)]
+        checks = [Check.of("host memory", found, planned, fits, Exit.HOST_MEMORY, advice)]
     if disk is None:
         return checks
     seconds = disk.bytes_all / disk.rate
@@ -113,7 +113,7 @@ def host_checks(memory: int | None, disk: DiskRate | None, expected: Expectation
         "a longer restart."
     )
     fits = limit is None or seconds <= limit
-    return [*checks, _check("disk", found, planned, fits, Exit.DISK, advice)]
+    return [*checks, Check.of("disk", found, planned, fits, Exit.DISK, advice)]
 
 
 def _rate(what: str, rates: Sequence[float], least: float | None, unit: str, code: Exit) -> Check:
@@ -127,7 +127,7 @@ def _rate(what: str, rates: Sequence[float], least: float | None, unit: str, cod
     )
     found += " at least" if len(rates) > 1 else ""
     fits = least is None or slowest >= least
-    return _check(what, found, planned, fits, code, advice)
+    return Check.of(what, found, planned, fits, code, advice)
 
 
 def _rate_text(rate: float, unit: str) -> str:
@@ -141,7 +141,7 @@ def _spread(what: str, rates: Sequence[float], code: Exit) -> Check:
     slowest = rates.index(min(rates))
     advice = f"Device {slowest} is {spread:.1%} slower than the fastest, and slows the whole ring."
     found, planned = f"{spread:.1%}", f"{MOST_SPREAD:.0%}"
-    return _check(f"{what}, spread", found, planned, spread <= MOST_SPREAD, code, advice)
+    return Check.of(f"{what}, spread", found, planned, spread <= MOST_SPREAD, code, advice)
 
 
 def _collectives(seen: Measurement, mesh: tuple[int, int], gpu: Gpu | None) -> list[Check]:
@@ -164,13 +164,8 @@ def _collectives(seen: Measurement, mesh: tuple[int, int], gpu: Gpu | None) -> l
             f"The {what} takes {found}, and the plan assumes {planned}: see the NVLinks and peer "
             "access above, and NCCL_DEBUG=INFO for the way that the data takes."
         )
-        checks.append(_check(what, found, planned, fits, Exit.COLLECTIVES, advice))
+        checks.append(Check.of(what, found, planned, fits, Exit.COLLECTIVES, advice))
     if mesh != (1, 1) and not checks:
         what = "collectives over {}x{}".format(*mesh)
         checks.append(Check(what, "too few devices", "", Verdict.UNKNOWN, Exit.COLLECTIVES))
     return checks
-
-
-def _check(what: str, found: str, planned: str, fits: bool, code: Exit, advice: str) -> Check:
-    verdict = Verdict.FAILS if not fits else Verdict.HOLDS if planned else Verdict.SEEN
-    return Check(what, found, planned, verdict, code, "" if fits else advice)

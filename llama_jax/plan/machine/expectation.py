@@ -4,8 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Self
 
 from llama_jax.costs.gpus import Gpu, gpu_of_device
+from llama_jax.engine.sizing import CPU_CACHE_BYTES
 from llama_jax.plan.machine.exit_codes import Exit
 
 # Of the data sheet, below which something is wrong: a copy reaches 0.9 on H100 and H200, and a
@@ -16,7 +18,6 @@ MOST_SPREAD = 0.05  # between the GPUs of a ring, which is as fast as its slowes
 SIZE_TOLERANCE = 0.02  # of a GPU's memory: drivers differ in what they reserve
 MOST_USED = 0.02  # of a GPU's memory, by drivers and displays alone
 GPU_HOST_MEMORY = 8 << 30  # bytes that the processes of a server take on a host with GPUs
-CPU_CACHE = 1 << 30  # bytes of the default KV cache of all CPU devices together
 CPU_WEIGHTS = 2  # bytes in memory by bytes of a checkpoint in 16 bits, since a CPU takes 32
 JAX_VERSIONS = ((0, 10), (0, 13))  # from, and before
 
@@ -51,6 +52,12 @@ class Check:
     code: Exit
     advice: str = ""
 
+    @classmethod
+    def of(cls, what: str, found: str, planned: str, fits: bool, code: Exit, advice: str) -> Self:
+        """One that fails unless it fits, and is only seen where nothing was planned."""
+        verdict = Verdict.FAILS if not fits else Verdict.HOLDS if planned else Verdict.SEEN
+        return cls(what, found, planned, verdict, code, "" if fits else advice)
+
 
 @dataclass(frozen=True)
 class Expectation:
@@ -81,7 +88,7 @@ class Expectation:
         """The bytes that the host must have free."""
         if self.gpus:
             return GPU_HOST_MEMORY
-        return CPU_WEIGHTS * self.checkpoint_bytes + CPU_CACHE
+        return CPU_WEIGHTS * self.checkpoint_bytes + CPU_CACHE_BYTES
 
     def on(self, kinds: Sequence[str]) -> "Expectation":
         """The same on a host with these GPUs, if it was planned for whatever there is.
@@ -96,11 +103,6 @@ class Expectation:
     def mesh_text(self) -> str:
         """The mesh as "4x2"."""
         return "{}x{}".format(*self.mesh)
-
-
-def is_model(gpu: Gpu, driver_name: str) -> bool:
-    """Whether NVIDIA's driver, and JAX with it, would call a GPU by this name."""
-    return gpu_of_device(driver_name) == gpu
 
 
 def exit_code(checks: list[Check]) -> Exit:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
+from llama_jax.costs.gpus import gpu_of_device
 from llama_jax.plan.machine.exit_codes import Exit
 from llama_jax.plan.machine.expectation import (
     MOST_USED,
@@ -10,7 +11,6 @@ from llama_jax.plan.machine.expectation import (
     Check,
     Expectation,
     Verdict,
-    is_model,
 )
 from llama_jax.plan.machine.nvml import GpuReading, Reading
 from llama_jax.terminal.units import bytes_text
@@ -100,7 +100,7 @@ def _count(reading: Reading, gpus: Sequence[GpuReading], expected: Expectation) 
         "show them in CUDA_VISIBLE_DEVICES." if hidden else "plan a smaller mesh, or add GPUs."
     )
     planned = str(expected.gpus) if expected.gpus else ""
-    return _verdict("GPUs", found, planned, fits, Exit.GPU_COUNT, advice)
+    return Check.of("GPUs", found, planned, fits, Exit.GPU_COUNT, advice)
 
 
 _Row = tuple[str, str, Verdict, str]  # found, planned, verdict, advice
@@ -142,7 +142,7 @@ def _model(gpu: GpuReading, expected: Expectation) -> _Row:
         return "not reported", planned, Verdict.UNKNOWN, ""
     if expected.gpu is None:
         return gpu.name, "", Verdict.SEEN, ""
-    if is_model(expected.gpu, gpu.name):
+    if gpu_of_device(gpu.name) == expected.gpu:
         return gpu.name, planned, Verdict.HOLDS, ""
     advice = f"GPU {gpu.index} is another than planned: plan anew with --gpu for {gpu.name}."
     return gpu.name, planned, Verdict.FAILS, advice
@@ -242,8 +242,3 @@ def _links(reading: Reading, gpus: Sequence[GpuReading], expected: Expectation) 
     verdict = Verdict.HOLDS if not cut else Verdict.FAILS if nvlink else Verdict.NOTE
     text = advice if cut else ""
     return [*checks, Check("peer access", found, planned, verdict, Exit.GPU_LINKS, text)]
-
-
-def _verdict(what: str, found: str, planned: str, fits: bool, code: Exit, advice: str) -> Check:
-    verdict = Verdict.FAILS if not fits else Verdict.HOLDS if planned else Verdict.SEEN
-    return Check(what, found, planned, verdict, code, "" if fits else advice)

@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -57,8 +56,7 @@ def read_rate(checkpoint: Path, most: int = MOST_BYTES) -> DiskRate | None:
     Returns:
       None if there is nothing to read.
     """
-    files = [checkpoint] if checkpoint.is_file() else _weight_files(checkpoint)
-    sizes = {file: file.stat().st_size for file in files}
+    sizes = weight_files(checkpoint)
     blocks = [(file, at) for file, size in sizes.items() for at in range(0, size, BLOCK)]
     if not blocks:
         return None
@@ -71,10 +69,11 @@ def read_rate(checkpoint: Path, most: int = MOST_BYTES) -> DiskRate | None:
     return DiskRate(max(time.perf_counter() - start, 1e-9), read, sum(sizes.values()))
 
 
-def _weight_files(directory: Path) -> Iterable[Path]:
-    """The files of weights, and all others if there is none of a known kind (Orbax)."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return [path for path in files if path.suffix in WEIGHTS] or files
+def weight_files(checkpoint: Path) -> dict[Path, int]:
+    """The files of weights and their bytes; all files if none is of a known kind (Orbax)."""
+    paths = [checkpoint] if checkpoint.is_file() else sorted(checkpoint.rglob("*"))
+    files = {path: path.stat().st_size for path in paths if path.is_file()}
+    return {path: size for path, size in files.items() if path.suffix in WEIGHTS} or files
 
 
 def _forget(file: Path) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from llama_jax.costs.figure import Band, Evidence, Figure
+from llama_jax.plan.candidate import Candidate
 from llama_jax.plan.json_text import question_json
 from llama_jax.plan.plan import Plan, make_plan
 from llama_jax.plan.reasons import verdict
@@ -122,7 +123,7 @@ def detail_sections(
         balance_section(plan),
         utilization_section(seen, PROMISED),
         headroom_section(plan),
-        simulation_section(outcome) if outcome else _no_simulation(),
+        simulation_section(outcome) if outcome else _no_simulation(best),
         *extra,
         frontier_section(every),
         timeline_section(best),
@@ -140,16 +141,19 @@ def balance_section(plan: Plan) -> Section:
     return Section("balance", "Balance", (text,), (Table("balance", ("of", "difference"), rows),))
 
 
-def _no_simulation() -> Section:
+def _no_simulation(best: Candidate) -> Section:
     text = "The layout does not keep up with the rate, so that there is no steady state to show."
+    if not best.fits:
+        text = "The layout does not hold the model and a request, so that no server could start."
     return Section("simulation", "Simulated requests", (text,))
 
 
 def _memory_claim(plan: Plan) -> Claim:
     memory, share = plan.best.memory, plan.question.targets.memory_share
-    needed = memory.needed(plan.best.kv_needed if plan.best.fits else 0) / memory.total
+    best = plan.best
+    needed = memory.needed(best.kv_needed if best.fits else best.replica.request) / memory.total
     figure = Figure(
-        Band.exactly(min(needed, 99.0)), "", Evidence.ARITHMETIC,
+        Band.exactly(needed), "", Evidence.ARITHMETIC,
         "weights, temporaries, and the cache that this load fills",
     )  # fmt: skip
     return Claim("memory of each GPU in use", figure, Limit(share) if share else None)

@@ -7,8 +7,7 @@ from llama_jax.terminal.units import count_text
 
 _BYTES = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
 _SECONDS = (("h", 3600.0), ("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
-_MANY = (("bytes", _BYTES), ("bytes/s", tuple((f"{n}/s", f) for n, f in _BYTES)), ("s", _SECONDS))
-_SCALES = dict(_MANY)
+_SCALES = {"bytes": _BYTES, "s": _SECONDS}
 _THINGS = ("faults", "hours", "outages", "replicas", "requests", "sequences", "tokens")
 _SINGULAR = {name: name.removesuffix("s") for name in _THINGS}
 

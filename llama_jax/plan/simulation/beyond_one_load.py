@@ -7,7 +7,7 @@ from dataclasses import replace
 from llama_jax.costs.figure import Band, Evidence, Figure
 from llama_jax.plan.layouts import MAX_GPUS
 from llama_jax.plan.report.document import Cell, Section, Table
-from llama_jax.plan.simulation.daily import DAY, Point, Policy, Scaling, replicas, scale
+from llama_jax.plan.simulation.daily import Point, Policy, Scaling, replicas, scale
 from llama_jax.plan.simulation.failure import Failure, failure
 from llama_jax.plan.simulation.figures import Figures, figures
 from llama_jax.plan.simulation.highest_rate import SEEDS, HighestRate, highest_rate
@@ -18,6 +18,7 @@ from llama_jax.plan.simulation.scenario import Scenario
 from llama_jax.plan.simulation.simulated import Simulated
 from llama_jax.plan.simulation.simulation import Outage
 from llama_jax.plan.targets import Targets
+from llama_jax.terminal.units import count_text
 from sharding.errors import UserError
 
 SOURCE = "the engine's scheduler on a logical clock"
@@ -40,7 +41,7 @@ def exactly(value: float, unit: str) -> Figure:
 
 def find_highest(asked: Scenario, targets: Targets) -> HighestRate:
     """The highest rate of all replicas within the targets."""
-    draw = _at(asked, asked.draw.rate / asked.replicas if asked.draw else 1.0)
+    draw = _at(asked, asked.plan.question.workload.rate / asked.replicas)
     return highest_rate(asked.server(), draw, targets, asked.replicas)
 
 
@@ -64,7 +65,7 @@ def highest_section(rate: HighestRate, targets: Targets) -> Section:
     )
     text = (
         f"By bisection with {rate.requests} requests a try, the same random numbers at every rate: "
-        f"{targets.inside:.0%} inside {targets_text(targets)}."
+        f"{100 * targets.inside:g}% inside {targets_text(targets)}."
     )
     return Section("highest_rate", "Highest rate", (text,), (Table("rate", ("", "found"), rows),))
 
@@ -94,12 +95,12 @@ def _failure_section(found: Failure, run: Figures, replicas: int) -> Section:
     ]
     if run.ttft is not None:
         rows.insert(3, ("TTFT p99 in this run", exactly(run.ttft.p99, "s")))
-    outage = found.outage
+    outage, others = found.outage, count_text(replicas - 1, "other replica")
     text = (
         f"A GPU is lost at {outage.at:.0f} s, and with it the engine process and every request in "
         f"it; the engine answers again after {outage.seconds:g} s. "
         + ("Clients send again what was lost or refused. " if outage.retry else "")
-        + (f"The other {replicas - 1} replicas take its requests." if replicas > 1 else "")
+        + (f"Its requests go to {others}." if replicas > 1 else "")
     )
     table = Table("failure", ("", "found"), tuple(rows))
     return Section("failure", "Loss of a GPU", (text.strip(),), (table,))
@@ -146,7 +147,7 @@ def _daily_section(found: Scaling, by_hour: list[Hour], targets: Targets) -> Sec
     )
     text = (
         f"Policy: {found.policy}.",
-        f"The curve covers {covered:.3g} hours of {DAY / HOUR:g}.",
+        f"The curve covers {covered:.3g} hours.",
         "Each hour is simulated at its busiest moment: one replica with the most that it gets "
         f"then, rounded up to two digits, for up to {TRIED:,} requests. 'needed' counts replicas "
         "at their highest rate, without the policy's reserve; 'ready' are the fewest that answer.",

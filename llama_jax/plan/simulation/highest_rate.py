@@ -37,10 +37,8 @@ class HighestRate:
         return (max(self.rates) - min(self.rates)) / self.middle if self.middle else 0.0
 
 
-def highest_rate(
-    server: Server, draw: Draw, targets: Targets, replicas: int = 1, seeds: int = SEEDS
-) -> HighestRate:
-    """Finds the rate by bisection, once with each seed.
+def highest_rate(server: Server, draw: Draw, targets: Targets, replicas: int = 1) -> HighestRate:
+    """Finds the rate by bisection, once with each of `SEEDS` seeds, from that of `draw` on.
 
     Every try with a seed has the same lengths and the same gaps, only shorter ones (common random
     numbers). A replica's requests arrive at random like all of them: it is tried alone.
@@ -50,12 +48,11 @@ def highest_rate(
       draw: the load; its `num_requests` come to one replica in each try, whatever its rate.
       targets: the latencies, and the share of the requests that must be inside them.
       replicas: among which the rate is divided.
-      seeds: how many, from that of `draw` on.
     """
     assert draw.num_requests is not None
     rates = [
         replicas * _one(server, replace(draw, seed=draw.seed + seed), targets)
-        for seed in range(seeds)
+        for seed in range(SEEDS)
     ]
     return HighestRate(tuple(rates), draw.num_requests)
 

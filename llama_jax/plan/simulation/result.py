@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from llama_jax.costs.figure import Band, Evidence, Figure
 from llama_jax.plan.plan import Plan
 from llama_jax.plan.reasons import OUT_OF_SCOPE
+from llama_jax.plan.replica import LEVELS
 from llama_jax.plan.report.document import Cell, Report, Section, Table
 from llama_jax.plan.report.quantities import program_text
 from llama_jax.plan.simulation.beyond_one_load import (
@@ -21,7 +22,6 @@ from llama_jax.plan.simulation.daily import read_curve
 from llama_jax.plan.simulation.figures import DEFINITIONS, Figures, Spread, figures
 from llama_jax.plan.simulation.replicas import simulate
 from llama_jax.plan.simulation.scenario import Scenario, scenario
-from llama_jax.plan.simulation.server import LEVELS
 from llama_jax.plan.simulation.simulated import Simulated
 from llama_jax.plan.targets import Targets
 from sharding.errors import UserError
@@ -99,7 +99,7 @@ def _verdict(found: dict[str, Figures], targets: Targets) -> str:
     return (
         f"{shares['expected']} of the requests are {kept} "
         f"({shares['low']} with the shortest ticks, {shares['high']} with the longest); "
-        f"{targets.inside:.1%} are asked for."
+        f"{100 * targets.inside:g}% are asked for."
     )
 
 

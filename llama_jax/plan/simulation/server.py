@@ -15,9 +15,8 @@ from llama_jax.engine.sizing import (
     choose_results_late,
     choose_sizes,
 )
+from llama_jax.plan.replica import LEVELS
 from llama_jax.ring.sizes import RingSizes
-
-LEVELS = ("low", "expected", "high")  # of the time of a tick
 
 # Of the engine's own work in a tick with 64 decode rows: `python -m bench engine`.
 HOST_SECONDS = 0.0005

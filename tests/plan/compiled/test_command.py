@@ -1,6 +1,7 @@
 """`--compile` on the command line, as far as it goes without a compiler for GPUs."""
 
 import argparse
+from dataclasses import replace
 
 import pytest
 
@@ -39,6 +40,16 @@ def test_the_programs_are_those_of_the_server_that_is_printed(rate):
     flags = dict(flag.split("=") for flag in serving(make_plan(question)).arguments)
     assert options.max_num_seqs == int(flags["--max-num-seqs"])
     assert options.max_chunk == int(flags["--max-chunk"])
+
+
+def test_the_programs_of_a_replica_are_those_of_its_share_of_the_rate():
+    question = read_question(make_parser().parse_args(["--gpus", "16", "--rate", "24"]))
+    only = replace(question, layout=Layout(4, 2, 2))
+    flags = dict(flag.split("=") for flag in serving(make_plan(only)).arguments)
+    for layout in (Layout(4, 2), Layout(4, 2, 2)):
+        options = command.server_options(question, layout)
+        assert options.max_num_seqs == int(flags["--max-num-seqs"])
+        assert options.max_chunk == int(flags["--max-chunk"])
 
 
 def test_a_missing_compiler_is_an_error_of_one_sentence(monkeypatch, capsys):

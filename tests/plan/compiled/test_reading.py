@@ -19,7 +19,7 @@ from llama_jax.engine.programs import Programs
 from llama_jax.plan.compiled.ideal_traffic import ideal_traffic
 from llama_jax.plan.compiled.thunks import find_dump, read_thunks
 from llama_jax.plan.compiled.tick_figures import Sizes, copies, kernels_per_layer, large_arrays
-from llama_jax.plan.compiled.traffic import NOTHING_PAGED, PagedReads, counted_loops, kernels
+from llama_jax.plan.compiled.traffic import PagedReads, counted_loops, kernels
 from llama_jax.ring.gpu_options import CONCURRENT, GROUPED_SCALES
 from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.steps import state_shapes
@@ -44,6 +44,7 @@ CONFIG = LlamaConfig(
     max_position_embeddings=64,
 )
 ROWS = Bucket(64, 0)
+NOTHING_PAGED = PagedReads({}, 0)
 X, HEADS = 64 * 256 * 2, 64 * 128 * 2  # bytes of activations [64, 256] and [64, 128]
 
 # A Pallas kernel reads pages of a cache [16, 1024, 128]; before it, the cache is copied.

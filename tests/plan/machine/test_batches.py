@@ -96,5 +96,4 @@ def test_collectives_are_timed_over_their_axis():
     reduce = time_collective(mesh, ALL_REDUCE, 4096, (1, 3), 0.0)
     hop = time_collective(mesh, PPERMUTE, 4096, (1, 3), 0.0)
     assert (reduce.ranks, hop.ranks) == (2, 4) and reduce.seconds > 0 and hop.seconds > 0
-    assert reduce.bandwidth == pytest.approx(4096 / reduce.seconds)
     assert time_collective(make_mesh("4x1"), ALL_REDUCE, 4096, (1, 3), 0.0) is None

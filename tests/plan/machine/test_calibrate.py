@@ -74,3 +74,10 @@ def test_fp8_products_are_refused_on_devices_without_them(tmp_path, capsys):
     flags = ["--model", str(tmp_path / "model" / "config.json"), "--weights", "fp8"]
     assert main(["--calibrate", str(file), *flags, "--fp8-activations"]) == WRONG
     assert not file.exists() and "fp8_activations" in capsys.readouterr().err
+
+
+def test_weights_that_a_checkpoint_does_not_store_are_refused(tmp_path, capsys):
+    write_checkpoint(tmp_path / "model")
+    flags = ["--model", str(tmp_path / "model"), "--weights", "int8"]
+    assert main(["--calibrate", str(tmp_path / "file"), *flags]) == WRONG
+    assert not (tmp_path / "file").exists() and "int8" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The command line of `--validate`: what it takes the plan to assume."""
 
 import json
+import shutil
 from dataclasses import dataclass
 
 import pytest
@@ -36,6 +37,17 @@ def test_a_cpu_and_whatever_there_is():
         assert found.gpus == 0 and found.mesh == (4, 2)
         assert found.checkpoint_bytes == (DEMO_CHECKPOINT / "model.safetensors").stat().st_size
     assert expected("--gpu", "auto").mesh == (1, 1)
+
+
+def test_the_checkpoint_is_all_that_is_loaded(tmp_path):
+    """A config.json is planned for without weights, and Orbax has files of no known kind."""
+    where = ["--gpu", "cpu", "--layout", "1x1", "--model"]
+    assert expected(*where, str(DEMO_CHECKPOINT / "config.json")).checkpoint_bytes == 0
+    shutil.copy(DEMO_CHECKPOINT / "config.json", tmp_path)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "0").write_bytes(bytes(1000))
+    config = (tmp_path / "config.json").stat().st_size
+    assert expected(*where, str(tmp_path)).checkpoint_bytes == 1000 + config
 
 
 @dataclass

@@ -12,12 +12,15 @@ from llama_jax.plan.frontier import points
 from llama_jax.plan.json_text import plan_json
 from llama_jax.plan.plan import make_plan
 from llama_jax.plan.report import drawing
-from llama_jax.plan.report.build import plan_report
+from llama_jax.plan.report.build import plan_report, target_section
 from llama_jax.plan.report.document import Section
 from llama_jax.plan.report.html import html
 from llama_jax.plan.report.json_text import json_text
 from llama_jax.plan.report.reference import reference_report
 from llama_jax.plan.report.sections.alternatives import frontier_section
+from llama_jax.plan.report.sections.risks import risk_section
+from llama_jax.plan.report.sections.timeline import timeline_section
+from llama_jax.terminal.units import count_text
 from tests.support.browser import chromium, opened
 
 SECTIONS = {
@@ -164,6 +167,33 @@ def test_the_report_says_what_the_plan_says(monkeypatch):
     assert same(targets["time to first token"], "TTFT")
     assert same(targets["time per output token"], "TPOT")
     assert same(table("memory", "kv")[0][1], "KV capacity of a replica")
+
+
+@pytest.mark.parametrize("prompt", [100, 5000])
+def test_the_ring_runs_with_a_chunk_until_the_last_has_passed(prompt):
+    question = [*SMALL, "--layout", "2x1", "--max-chunk", "128", "--prompt-tokens", str(prompt)]
+    plan = make_plan(read_question(make_parser().parse_args(question)))
+    chunks = -(-prompt // 128)
+    (text,) = timeline_section(plan.best).text
+    assert f"{count_text(chunks, 'chunk')} from tick 5" in text
+    assert f"ticks 5 to {5 + chunks - 1 + 1}," in text  # in the second stage one tick later
+
+
+def test_the_memory_of_a_plan_that_does_not_fit_is_that_of_one_request():
+    plan = make_plan(read_question(make_parser().parse_args(["--gpus", "4", "--gpu", "a100-40"])))
+    (missed,) = plan.best.missed
+    (table,) = target_section(plan, None).tables
+    (found,) = [row[1] for row in table.rows if "memory" in row[0]]
+    assert missed.target == "memory"
+    assert found.value.expected * plan.best.memory.total == pytest.approx(missed.value)
+
+
+def test_a_plan_that_falls_behind_fills_its_cache():
+    plan = make_plan(read_question(make_parser().parse_args([*SMALL, "--rate", "2000"])))
+    (table,) = target_section(plan, None).tables
+    (found,) = [row[1] for row in table.rows if "memory" in row[0]]
+    assert plan.best.state().overload and 0.84 < found.value.expected <= 0.85
+    assert any("needs 100%" in row[1] for row in risk_section(plan).tables[0].rows)
 
 
 @pytest.mark.slow

@@ -11,12 +11,12 @@ from llama_jax.plan.__main__ import main
 from llama_jax.plan.command_line import make_parser, read_question
 from llama_jax.plan.plan import make_plan
 from llama_jax.plan.planned_load import DEFAULT_LOAD, planned_load
-from llama_jax.plan.simulation.beyond_one_load import daily
+from llama_jax.plan.simulation.beyond_one_load import daily, highest_section
 from llama_jax.plan.simulation.daily import CurveError, Point, Policy, rate_at, read_curve, scale
 from llama_jax.plan.simulation.highest_rate import HighestRate
 from llama_jax.plan.simulation.lengths import Lengths
 from llama_jax.plan.simulation.scenario import scenario
-from llama_jax.plan.targets import Workload
+from llama_jax.plan.targets import Targets, Workload
 from sharding.errors import UserError
 from tests.support.paths import ROOT
 
@@ -234,3 +234,8 @@ def test_numbers_that_make_no_sense(capsys, flag):
     except SystemExit as stop:
         code = stop.code
     assert code == 2
+
+
+def test_a_share_is_named_as_it_was_asked_for():
+    section = highest_section(HighestRate((5.0, 5.0, 5.0), 100), Targets(0.5, 0.05, inside=0.995))
+    assert " 99.5%" in section.text[0]

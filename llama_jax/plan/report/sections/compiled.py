@@ -6,6 +6,7 @@ from llama_jax.costs.deployment import Layout
 from llama_jax.costs.figure import Band, Evidence, Figure
 from llama_jax.plan.plan import Plan
 from llama_jax.plan.report.document import Cell, Section, Table
+from llama_jax.plan.report.quantities import program_text
 from llama_jax.plan.report.sections.memory import counted
 
 ARITHMETIC = "shapes (llama_jax/costs/memory.py)"
@@ -35,7 +36,7 @@ def compiled_section(plan: Plan, layout: Layout) -> Section:
     ]  # fmt: skip
     ticks: list[tuple[Cell, ...]] = [
         (
-            f"{tick.bucket.rows} rows + {tick.bucket.chunk}",
+            program_text(*tick.bucket),
             _compiled(tick.kernels, "kernels"),
             f"{len(tick.copies)}",
             ", ".join(f"{c.calls} {c.kind} over {c.group}" for c in tick.collectives) or "none",

@@ -7,7 +7,7 @@ from llama_jax.plan.candidate import Candidate
 from llama_jax.plan.figures import figures
 from llama_jax.plan.report.document import Plot, Section, Table
 from llama_jax.plan.report.drawing import draw, stacked
-from llama_jax.terminal.units import layers_text
+from llama_jax.terminal.units import count_text, layers_text
 from sharding.stages import split_layers
 
 TABLE = "the table of weights (llama_jax/weights/table.py)"
@@ -32,8 +32,9 @@ def stage_section(deployment: Deployment) -> Section:
             )
         )
     text = [
-        f"Each of the {layout.num_stages} stages holds its layers on {layout.num_ranks} GPUs. "
-        "Embedding and LM head are split over the vocabulary on all GPUs of the mesh."
+        f"{count_text(layout.num_stages, 'stage')}, each with its layers on "
+        f"{count_text(layout.num_ranks, 'GPU')}. Embedding and LM head are split over the "
+        "vocabulary on all GPUs of the mesh."
     ]
     if layout.replicas > 1:
         text.append(f"The {layout.replicas} replicas are alike; the table shows the first.")

@@ -1,5 +1,6 @@
 """What the project promises beside figures, and what no plan covers. Imports no JAX."""
 
+from llama_jax.plan.reasons import OUT_OF_SCOPE
 from llama_jax.plan.report.document import Section, Table
 
 _PROMISES = (
@@ -39,11 +40,6 @@ _PROMISES = (
         "Keys, TLS, logs, metrics, traces, configuration files.",
         "docs/operations.md",
     ),
-)
-
-OUT_OF_SCOPE = (
-    "Out of scope: disaggregated prefill, mixtures of experts (MoE), and power. No figure here "
-    "covers them."
 )
 
 

@@ -41,7 +41,8 @@ def tick_section(candidate: Candidate) -> Section:
         (PARTS.get(name, name), *(found[name] for found in parts)) for name in parts[0]
     ]
     num_stages = model.deployment.layout.num_stages
-    for name, factor in (("whole tick", 1), (f"per token: {num_stages} ticks", num_stages)):
+    of_token = count_text(num_stages, "tick")
+    for name, factor in (("whole tick", 1), (f"per token: {of_token}", num_stages)):
         sums = (model.seconds(work) * factor for work in works.values())
         table.append(
             (name, *(Figure(band, "s", Evidence.ARITHMETIC, "sum of the parts") for band in sums))
@@ -52,7 +53,7 @@ def tick_section(candidate: Candidate) -> Section:
         (
             f"A packet has {count_text(live, 'live row')} with a context of {context:,} tokens, in "
             f"a program for {decode.rows}. All stages run in lockstep, so every tick lasts as long "
-            f"as its slowest stage, and each token takes {num_stages} ticks.",
+            f"as its slowest stage, and each token takes {of_token}.",
         ),
         (Table("parts", ("", *works), tuple(table)),),
         (_latency_plot(model),),

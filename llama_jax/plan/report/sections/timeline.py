@@ -3,6 +3,7 @@
 from llama_jax.plan.candidate import Candidate
 from llama_jax.plan.report import drawing
 from llama_jax.plan.report.document import Plot, Section
+from llama_jax.terminal.units import count_text
 
 TICKS = 24
 ARRIVES = 5  # the tick in which the prompt's first chunk enters
@@ -21,7 +22,7 @@ def timeline_section(candidate: Candidate) -> Section:
         entering = tick - ARRIVES
         tiles = [(-1, chunks[entering])] if 0 <= entering < len(chunks) else []
         packets.append((list(range(first, first + rows)), tiles))
-    until = ARRIVES + min(len(chunks), TICKS) + num_stages - 1
+    last = ARRIVES + len(chunks) + num_stages - 2
     plot = Plot(
         "ring",
         "Which packet is in which stage",
@@ -36,10 +37,11 @@ def timeline_section(candidate: Candidate) -> Section:
         "ring",
         "The ring over time",
         (
-            f"{num_stages} packets circulate, each with about {rows} decode rows. A prompt of "
-            f"{prompt:,} tokens enters in {len(chunks)} chunks from tick {ARRIVES} on, one in each "
-            f"tick. While a stage holds one, in ticks {ARRIVES} to {until - 1}, all stages run the "
-            "program with a chunk; no stage waits, and the rows decode on.",
+            f"A ring of {count_text(num_stages, 'packet')}, each with about "
+            f"{count_text(rows, 'decode row')}. A prompt of {prompt:,} tokens enters in "
+            f"{count_text(len(chunks), 'chunk')} from tick {ARRIVES} on, one in each tick. While a "
+            f"stage holds one, in ticks {ARRIVES} to {last}, all stages run the program with a "
+            "chunk; no stage waits, and the rows decode on.",
         ),
         (),
         (plot,),
