@@ -23,7 +23,7 @@ from llama_jax.ring.sizes import Bucket
 from llama_jax.weights.placement import placements
 from sharding.axes import AXES
 from sharding.collectives import pmax, psum
-from sharding.compiler_options import CONCURRENT
+from sharding.compiler_options import CONCURRENT, GROUPED_SCALES, UNSPLIT
 from sharding.mesh import make_mesh
 from sharding.mesh_name import parse_mesh
 from sharding.ring import ring_tick
@@ -69,6 +69,17 @@ def test_kernels_run_at_the_same_time_only_where_that_is_measured_and_small(
     config = replace(CONFIG, quantization=quantization)
     program = stage.Program(config, SIZES, bucket, Llama, AttentionBackend(backend))
     assert steps.graph_options(program) == (CONCURRENT if concurrent else {})
+
+
+def test_products_that_xla_may_split():
+    def options(weights, bucket):
+        quantization = Quantization(format=weights) if weights else None
+        return steps.product_options(replace(CONFIG, quantization=quantization), bucket)
+
+    one, several = Bucket(1, 0), Bucket(1, 64)
+    assert (options(None, one), options(None, several)) == ({}, UNSPLIT)
+    assert (options("fp8", one), options("fp8", several)) == ({}, {})
+    assert (options("int4", one), options("int4", several)) == (GROUPED_SCALES,) * 2
 
 
 def compile_sampling(program: str, mesh: str, vocab_size: int = CONFIG.vocab_size):
