@@ -115,7 +115,9 @@ def test_every_measurement_exists():
     assert len(named) > 20 and named <= {*MEASUREMENTS, *READERS}
 
 
-def test_the_dry_run_prints_what_is_shown(tmp_path):
+def test_the_dry_run_prints_what_is_shown(tmp_path, monkeypatch):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
     [shown] = [
         block for block in blocks((ROOT / "docs/operations.md").read_text()) if "--dry-run" in block
     ]

@@ -17,7 +17,6 @@ from llama_jax.checkpoint.reader import (
     CheckpointError,
     TensorInfo,
     check_tensors,
-    refuse,
     with_stored_dtype,
 )
 from llama_jax.config import LlamaConfig
@@ -160,9 +159,3 @@ def _check_types(path: Path, tensors: dict[str, GgufTensor]) -> None:
             f"{path} stores tensors as {', '.join(sorted(unsupported))}, which is not supported: "
             f"use a file with {', '.join(SUPPORTED)}, such as one of type Q4_K_M."
         )
-    wrong = [
-        f"{name} has {len(tensor.shape)} axes"
-        for name, tensor in tensors.items()
-        if len(tensor.shape) > 2
-    ]
-    refuse(f"{path} does not hold a Llama text model", wrong)

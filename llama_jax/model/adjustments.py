@@ -73,7 +73,7 @@ def adjust(logits: jax.Array, history: jax.Array, packed: jax.Array) -> jax.Arra
         row = jnp.arange(logits.shape[0])[:, None]
         logits = logits.at[row, ids].add(floats[:, 3 + MAX_BIASES :], mode="drop")
         scaled = jnp.where(logits > 0, logits / repetition, logits * repetition)
-        logits = jnp.where((history > 0) & (repetition != 1), scaled, logits)
+        logits = jnp.where(history > 0, scaled, logits)
         count = (history // _GENERATED).astype(jnp.float32)
         return logits - jnp.where(count > 0, frequency * count + presence, 0)
 

@@ -42,11 +42,11 @@ def keep_likely(logits: jax.Array, packed_controls: jax.Array) -> jax.Array:
             # The maximum is subtracted before the division, so that no quotient is +infinity.
             return jnp.where(x >= lowest[:, None], jnp.exp((x - best) / temperature), 0)
 
-        # Top-k. A token outside the candidates may be as likely as the last of the k.
+        # Top-k. Its threshold is that of all tokens if there are k candidates.
         top_k = jnp.where(active, controls.top_k, 0)
         last = jnp.clip(top_k - 1, 0, likely.shape[1] - 1)[:, None]
         lowest = jnp.where(top_k > 0, jnp.take_along_axis(likely, last, axis=1)[:, 0], -jnp.inf)
-        missed = (top_k > 0) & ((lowest <= hidden) | (top_k > likely.shape[1]))
+        missed = top_k > likely.shape[1]
         target = top_k.astype(jnp.float32)
         lowest = _search_if(missed, logits, jnp.ones_like, target, lowest)
 

@@ -132,12 +132,11 @@ class PagedAttend:
             if first == end:  # no rows, or no chunk, in this bucket
                 continue
             segments = self._segments[:num_rows] if width == 1 else self._segments[num_rows:]
-            lengths = segments[:, LENGTH]
             attended = attend(
                 q[first:end].reshape(-1, width, *q.shape[1:]),
                 segments[:, PAGES:],
                 self._locations.position[first:end].reshape(-1, width),
-                jnp.where(lengths > 0, segments[:, POSITION] + lengths, 0),
+                segments[:, POSITION] + segments[:, LENGTH],
             )
             out.append(attended.reshape(-1, *attended.shape[2:]))
         if program.num_padding:

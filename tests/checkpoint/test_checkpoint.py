@@ -101,6 +101,18 @@ def test_the_dtype_is_that_of_the_weights_not_of_the_config(copy):
     assert read(reader, "lm_head.weight").dtype == ml_dtypes.bfloat16
 
 
+def test_the_dtype_is_that_of_most_elements(copy):
+    """Not of most tensors."""
+    large = ("embed_tokens", "lm_head", "mlp")
+    change_weights(
+        copy,
+        lambda w: w.update({n: t.half() for n, t in w.items() if any(x in n for x in large)}),
+    )
+    dtypes = [info.dtype for info in open_checkpoint(copy).tensors.values()]
+    assert dtypes.count("float16") < dtypes.count("float32")
+    assert open_checkpoint(copy).config.dtype == "float16"
+
+
 def test_all_wrong_tensors_are_named_at_once(copy):
     def change(weights):
         del weights["model.layers.1.mlp.up_proj.weight"]
@@ -223,6 +235,13 @@ def test_an_index_that_leaves_the_directory(sharded_copy, name):
 def test_a_file_that_is_not_an_index(sharded_copy, text):
     (sharded_copy / INDEX).write_text(text)
     assert INDEX in refusal(open_checkpoint, sharded_copy)
+
+
+def test_a_shard_that_git_lfs_has_not_fetched(sharded_copy):
+    *_, last = sorted(sharded_copy.glob("*.safetensors"))
+    last.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    message = refusal(open_checkpoint, sharded_copy)
+    assert last.name in message and "git lfs pull" in message
 
 
 def test_an_index_that_contradicts_the_files(sharded_copy):

@@ -233,6 +233,30 @@ def test_modelopt_with_a_separate_quantization_config(tmp_path):
     assert_exact(open_checkpoint(tmp_path), exact)
 
 
+def test_a_quantization_config_counts_before_a_separate_one(tmp_path):
+    config, matrix, _ = CASES["modelopt"]
+    exact = writer.write_foreign(tmp_path, config, matrix)
+    content = {"quantization": {"quant_algo": "NVFP4"}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(content))
+    assert_exact(open_checkpoint(tmp_path), exact)
+
+
+def test_a_g_idx_that_is_not_used(tmp_path):
+    """compressed-tensors fills it with -1."""
+    config, matrix, format = CASES["compressed-tensors int4"]
+    exact = writer.write_foreign(tmp_path, config, matrix)
+
+    def add(tensors):
+        for name, whole in exact.items():
+            unused = torch.full(whole.shape[1:], -1, dtype=torch.int32)
+            tensors[name + "_g_idx"] = unused
+
+    writer.change_tensors(tmp_path, add)
+    reader = open_checkpoint(tmp_path)
+    assert reader.config.quantization.format == format
+    assert_exact(reader, exact)
+
+
 @pytest.mark.parametrize("format", QUANTIZERS)
 def test_our_own_layouts(tmp_path, format):
     """As `convert` writes them: all arrays of a format as they are."""

@@ -95,6 +95,12 @@ def test_other_tools(plain, tmp_path, method):
         (compressed_tensors("int-quantized"), "type"),
         (packed_config(num_bits=6), "num_bits"),
         (packed_config(strategy="tensor"), "strategy"),
+        (
+            compressed_tensors(
+                "int-quantized", type="int", strategy="group", group_size=16, actorder="group"
+            ),
+            "actorder",
+        ),
         # Malformed descriptions.
         (WITHOUT_METHOD, "config.json"),
         ("gptq", "quantization_config"),
@@ -201,6 +207,7 @@ def give(tensor):
         ("gptq", lambda t: t.pop(f"{GATE}.qzeros"), f"{GATE}.qzeros"),
         ("gptq", set_tensor(".g_idx", first(2)), "g_idx"),
         ("gptq", set_tensor(".g_idx", first(-1)), "g_idx"),
+        ("gptq", set_tensor(".g_idx", first(1)), "g_idx"),  # a group of 17 columns
         ("gptq", set_tensor(".bias", give(torch.ones(48))), " bias"),
         ("gptq", set_tensor(".perm", give(torch.ones(48))), f"{GATE}.perm"),
         ("gptq desc_act", lambda t: None, "q_proj.g_idx"),

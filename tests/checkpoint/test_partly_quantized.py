@@ -55,6 +55,12 @@ CASES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Matrices are dequantized a few rows at a time."""
+    monkeypatch.setattr("llama_jax.checkpoint.dequantized._BLOCK", 100)
+
+
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
     """A checkpoint's path, and all of its exact weights by name."""
@@ -96,6 +102,11 @@ def test_every_weight_is_exact(case):
     assert reader.config.quantization.plain
     assert reader.config.dtype == "bfloat16"
     assert_equal(dequantized(reader), exact)
+
+
+def test_a_tool_that_quantized_no_matrix(tmp_path):
+    writer.write_foreign(tmp_path, FBGEMM, writer.fp8, plain=("layers",))
+    assert open_checkpoint(tmp_path).config.quantization is None
 
 
 def test_a_conversion_keeps_every_weight_as_it_is(case, tmp_path):

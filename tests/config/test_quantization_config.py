@@ -151,6 +151,32 @@ def test_the_names_of_old_versions():
     assert parse(old).quantization == Quantization(format="int4", group_size=64)
 
 
+@pytest.mark.parametrize("name", ["group", "dynamic", True])
+def test_the_names_of_act_order(name):
+    assert parse(packed_config(actorder=name)).layers.layout == "packed4_ordered"
+
+
+@pytest.mark.parametrize(
+    ("group_size", "strategy"), [(None, "tensor"), (-1, "channel"), (16, "group")]
+)
+def test_the_strategy_follows_from_the_size_of_groups(group_size, strategy):
+    """As in quant_args.py of compressed-tensors."""
+    given = {"type": "int", "group_size": group_size}
+    expected = parse(compressed_tensors("int-quantized", strategy=strategy, **given))
+    assert parse(compressed_tensors("int-quantized", strategy=None, **given)) == expected
+
+
+def test_a_format_of_the_head_and_of_layers_is_that_of_the_layers():
+    config = copy.deepcopy(FP8)
+    config["config_groups"]["group_0"]["targets"] = ["Linear", "re:.*lm_head"]
+    assert parse(config) == parse(FP8)
+
+
+def test_settings_that_are_off_in_another_way():
+    off = {"adapter": [], "is_marlin_format": None, "rotation": False, "rotation_config": ""}
+    assert parse(GPTQ | off) == parse(GPTQ)
+
+
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: (

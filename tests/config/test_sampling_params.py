@@ -85,6 +85,8 @@ def test_bounds_are_allowed(params):
         ("min_tokens", -1),
         ("logprobs", -1),
         ("logprobs", MAX_LOGPROBS + 1),
+        ("priority", 2**31),
+        ("priority", -(2**31)),
     ],
 )
 def test_values_out_of_range_are_refused(field, value):
@@ -104,3 +106,26 @@ def test_values_that_do_not_go_together_are_refused(field, params):
     with pytest.raises(SamplingError) as caught:
         SamplingParams(**params).check()
     assert caught.value.param == field
+
+
+@pytest.mark.parametrize(
+    ("params", "penalizes", "adjusts", "constrains", "plain"),
+    [
+        ({}, False, False, False, True),
+        ({"temperature": 0.5}, False, False, False, False),
+        ({"presence_penalty": 0.1}, True, True, False, False),
+        ({"frequency_penalty": -0.1}, True, True, False, False),
+        ({"repetition_penalty": 1.1}, True, True, False, False),
+        ({"logit_bias": ((3, 1.0),)}, False, True, False, False),
+        ({"min_tokens": 1}, False, True, False, False),
+        ({"logprobs": 0}, False, False, False, False),
+        ({"allowed_token_ids": (3,)}, False, False, True, False),
+        ({"bad_words": ((3,),)}, False, False, True, False),
+        ({"grammar": "x"}, False, False, True, False),
+        ({"max_tokens": 3, "seed": 1, "top_k": 2, "stop": ("a",)}, False, False, False, True),
+    ],
+)
+def test_what_a_request_asks_of_its_tokens(params, penalizes, adjusts, constrains, plain):
+    given = SamplingParams(**{"temperature": 0, **params})
+    assert (given.penalizes, given.adjusts) == (penalizes, adjusts)
+    assert (given.constrains, given.takes_the_likeliest) == (constrains, plain)

@@ -135,6 +135,7 @@ def test_every_field_of_transformers_classes_is_known():
         {"unk_token_id": 0, "_model_name_or_path": "Llama 3", "tokenizer_class": "LlamaTokenizer"},
         {"auto_map": {"AutoConfig": "configuration_llama.LlamaConfig"}},
         {"torch_dtype": "torch.bfloat16", "dtype": None},
+        {"torch_dtype": "float32", "dtype": "bfloat16"},
         {"unsloth_version": "2025.1.1", "unsloth_fixed": True},
         {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {}},
         {"sliding_window": None, "layer_types": ["full_attention"] * 16},

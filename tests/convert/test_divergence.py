@@ -114,6 +114,7 @@ def test_logits_of_any_size_and_blocks_of_any_order():
     p[:3, [0, 50, 99]] += 1000 * np.eye(3, dtype=np.float32)
     p[3, 1], q[3, 34] = 5000, 5000  # in two blocks, at the same place of each
     p[4, 70], q[4, 70] = 5000, 5000
+    p[5, [10, 80]], q[5, 10] = 5000, 5000  # the first of equals is the likeliest
     tally = module._Tally(6)
     for start in range(0, 100, 33):
         tally.add(p[:, start : start + 33], q[:, start : start + 33])

@@ -118,12 +118,15 @@ def test_columns_split_over_ranks_are_stored_in_two_pieces(source, converted):
 @pytest.mark.parametrize("layout", ["source", "converted"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", [NAME, SPLIT])
-def test_a_slice_is_numpys_slice(request, source, layout, dtype, name):
+def test_a_slice_is_numpys_slice(request, source, layout, dtype, name, monkeypatch):
+    monkeypatch.setattr("llama_jax.checkpoint.file_array._BLOCK_BYTES", 500)  # read at a time
     reader = open_checkpoint(request.getfixturevalue(layout))
     whole = load_weights(source)[name]
     rng = np.random.default_rng(0)
-    for _ in range(60):
+    for number in range(60):
         rows, columns = (sorted(rng.integers(0, size + 1, 2)) for size in whole.shape)
+        if number % 2:  # whole rows, which are read in another way
+            columns = 0, whole.shape[1]
         index = np.s_[int(rows[0]) : int(rows[1]), int(columns[0]) : int(columns[1])]
         part = read(reader, name, index, numpy_dtype(dtype))
         assert bits(part) == bits(whole[index].to(getattr(torch, dtype))), index
@@ -229,6 +232,10 @@ def test_a_chunk_damaged_after_the_checkpoint_was_opened(copy, damage):
         '"files": {"a": {"bytes": 1}}}',
         '{"format": "llama_jax checkpoint", "version": 2, "layout": "orbax", "plan": "", '
         '"files": {}, "colour": "red"}',
+        '{"format": "llama_jax checkpoint", "version": 2, "layout": "zip", "plan": "", '
+        '"files": {}, "quantization_error": {}}',
+        '{"format": "llama_jax checkpoint", "version": 2, "layout": "orbax", "plan": "", '
+        '"files": {"../a": {"bytes": 1, "sha256": ""}}, "quantization_error": {}}',
     ],
 )
 def test_a_damaged_manifest(copy, text):

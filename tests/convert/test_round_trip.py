@@ -77,6 +77,10 @@ def test_thirty_shards(tmp_path):
     assert {name: bits(tensor) for name, tensor in found.items()} == {
         name: bits(tensor) for name, tensor in expected.items()
     }
+    for file in (tmp_path / "back").glob(
+        "*.safetensors"
+    ):  # the tensors are aligned, as by safetensors
+        assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0
     index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in expected.values())
 

@@ -94,6 +94,15 @@ def test_factors_of_another_kind_are_refused(tmp_path, factors):
         config_json(header_of(tmp_path, factors))
 
 
+def test_factors_of_another_type_are_refused(tmp_path):
+    header = header_of(tmp_path, rope_factors(LlamaConfig.llama3_1_8b()))
+    tensor = header.tensors["rope_freqs.weight"]
+    for changed in (replace(tensor, type="F16"), replace(tensor, shape=(8, 8))):
+        header.tensors["rope_freqs.weight"] = changed
+        with pytest.raises(GgufError, match="RoPE"):
+            config_json(header)
+
+
 def test_wrong_factors_in_a_file_are_refused(tmp_path):
     changes = {"rope_freqs.weight": np.linspace(1, 8, 8, dtype=np.float32)}
     path = write_gguf(tmp_path / "model.gguf", tiny_model(), changes=changes)
@@ -151,6 +160,12 @@ def test_what_scales_nothing(tmp_path, scaling):
         assert config_of(header_of(tmp_path, factors, **scaling)).rope_scaling == found
 
 
+def test_without_a_base_of_wavelengths_it_is_that_of_llama_cpp(tmp_path):
+    header = header_of(tmp_path)
+    del header.metadata["llama.rope.freq_base"]
+    assert config_of(header).rope_theta == 10000.0
+
+
 def test_ends_of_turns_are_recognized_by_their_ids_and_texts(tmp_path):
     tokens = ["a", "<|end_of_text|>", "<|eot_id|>", "<end>", "<|eom_id|>", "b"]
     header = header_of(
@@ -159,9 +174,10 @@ def test_ends_of_turns_are_recognized_by_their_ids_and_texts(tmp_path):
             "tokenizer.ggml.tokens": tokens,
             "tokenizer.ggml.eos_token_id": 1,
             "tokenizer.ggml.eot_token_id": 3,
+            "tokenizer.ggml.eom_token_id": 5,
         },
     )
-    assert set(config_of(header).eos_token_ids) == {1, 2, 3, 4}
+    assert set(config_of(header).eos_token_ids) == {1, 2, 3, 4, 5}
 
 
 def test_the_sampling_parameters_of_a_file_are_the_defaults(tmp_path):

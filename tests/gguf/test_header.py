@@ -136,7 +136,23 @@ def test_what_a_path_stands_for(tmp_path):
     assert find_gguf(file.parent) == (file,)
     (file.parent / "model.safetensors").touch()
     assert find_gguf(file.parent) == ()
+    (blob.parent / "model.gguf").touch()
+    assert find_gguf(blob.parent)
+    (blob.parent / "weights" / "state").mkdir(parents=True)  # converted
+    assert find_gguf(blob.parent) == ()
     assert find_gguf(tmp_path / ("long" * 100)) == ()  # the system refuses such a name
+
+
+def test_parts_that_do_not_belong_together_are_refused(tmp_path):
+    write_gguf(tmp_path / "model.gguf", tiny_model(), split=7)
+    first, second, *_ = sorted(tmp_path.iterdir())
+    alone = first.rename(tmp_path / "alone.gguf")
+    with pytest.raises(GgufError, match="one of the"):
+        open_checkpoint(alone)
+    first.write_bytes(alone.read_bytes())
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(GgufError, match="same tensors"):
+        open_checkpoint(first)
 
 
 def test_a_directory_of_several_models_needs_a_choice(tmp_path):

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.model.attention import KEY_BLOCK, QUERY_BLOCK, causal_attention, paged_attention
+from llama_jax.model.attention import (
+    KEY_BLOCK,
+    QUERY_BLOCK,
+    causal_attention,
+    paged_attention,
+    paged_weights,
+)
 
 
 def brute_force(q, k, v, num_keys):
@@ -169,3 +175,16 @@ def test_a_long_row_costs_its_own_keys_only():
     assert count_iterations([300, *[20] * 14, 300]) == short - 1 + long
     assert count_iterations([0] * 15 + [20]) == 1
     assert count_iterations([40, 300], QUERY_BLOCK) == 1 + long
+
+
+def test_scores_over_pages_are_computed_in_float32():
+    """Scores of 300 and 301, which bfloat16 rounds to 300 and 302."""
+    q = jnp.full((1, 1, 1, 1), 100, jnp.bfloat16)
+    k_pages = jnp.asarray([3.0, 3.015625], jnp.bfloat16).reshape(1, 1, 2, 1)
+    v_pages = jnp.asarray([0.0, 1.0], jnp.bfloat16).reshape(1, 1, 2, 1)
+    where = jnp.array([[0]]), jnp.array([[1]]), jnp.array([2])
+    expected = 1 / (1 + np.exp(100 * (3.0 - 3.015625)))
+    out = paged_attention(q, k_pages, v_pages, *where)
+    weights = paged_weights(q, k_pages, *where)
+    assert float(out[0, 0, 0, 0]) == pytest.approx(expected, rel=2**-8)
+    assert float(weights[0, 0, 0, 1]) == pytest.approx(expected, rel=1e-5)

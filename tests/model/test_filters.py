@@ -28,6 +28,7 @@ PARAMS = [
     SamplingParams(top_p=0.97, temperature=0.6),
     SamplingParams(top_p=0.999),
     SamplingParams(top_k=60, top_p=0.9, min_p=0.02, typical_p=0.7),
+    SamplingParams(min_p=0.3, typical_p=0.7),
     SamplingParams(typical_p=0.4),
 ]
 

@@ -221,7 +221,7 @@ CONFIG = LlamaConfig(
 
 
 @pytest.mark.parametrize(
-    "tokens", [[[0, 32]], [[-1, 3]], [0, 1], [[[0]]], [[0.0]], [["a"]]], ids=str
+    "tokens", [[[0, 32]], [[-1, 3]], [0, 1], [[[0]]], [[0.0]], [["a"]], [[]]], ids=str
 )
 def test_bad_tokens_are_refused(tokens):
     with pytest.raises(ValueError, match="oken"):

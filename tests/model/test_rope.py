@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers.models.llama import modeling_llama
 
+from llama_jax import ShardedLlama
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
 from llama_jax.model.rope import attention_factor, inverse_frequencies, rotate
@@ -67,6 +68,16 @@ def test_frequencies_are_those_of_transformers(head_dim, theta, rope):
     assert frequencies.dtype == np.float32
     np.testing.assert_allclose(frequencies, module.inv_freq.numpy(), rtol=1e-6)
     assert attention_factor(config) == pytest.approx(module.attention_scaling, rel=1e-12)
+
+
+@pytest.mark.parametrize("rope", [YARN, LLAMA3], ids=["yarn", "llama3"])
+def test_an_original_length_beside_the_rotary_parameters_counts(rope):
+    _, theirs = both(64, 10000.0, rope)
+    content = theirs.to_dict() | {"original_max_position_embeddings": 1024}
+    module = modeling_llama.LlamaRotaryEmbedding(transformers.LlamaConfig(**copy.deepcopy(content)))
+    config = LlamaConfig.from_dict(content)
+    assert config.rope_scaling.original_max_position_embeddings == 1024
+    np.testing.assert_allclose(inverse_frequencies(config), module.inv_freq.numpy(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["default", "linear", "dynamic", "yarn", "yarn attention factor"])
@@ -127,6 +138,8 @@ def test_dynamic_scaling_ends_where_frequencies_depend_on_the_length(tmp_path):
     model = Llama.from_pretrained(save_model(theirs, tmp_path))
     with pytest.raises(ValueError, match=str(LENGTH)):
         model(tokens[None])
+    with pytest.raises(ValueError, match=str(LENGTH)):
+        ShardedLlama.from_pretrained(tmp_path)(tokens[None])
 
 
 @pytest.mark.parametrize(
@@ -138,6 +151,8 @@ def test_dynamic_scaling_ends_where_frequencies_depend_on_the_length(tmp_path):
         (LLAMA3, 8192),
         (YARN | {"factor": 4.0}, 2048),
         ({"rope_type": "yarn", "factor": 4.0}, 32768),
+        ({"rope_type": "linear", "factor": 1e9}, 2**31 - 1),
+        (YARN | {"factor": 1e9}, 2**31 - 1),
     ],
 )
 def test_the_longest_context(rope, longest):

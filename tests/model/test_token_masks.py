@@ -1,6 +1,7 @@
 """Masks over a vocabulary that is split over the mesh, against NumPy."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -8,6 +9,8 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.constraint import Constraint
 from llama_jax.model.token_masks import apply_masks, encode_masks
+from llama_jax.ring.choosing import mask_step
+from llama_jax.ring.tick import StepOutput
 from sharding.axes import AXES
 from sharding.mesh import make_mesh
 from tests.support.reference import MESHES
@@ -48,3 +51,20 @@ def test_only_allowed_tokens_keep_their_logits(mesh, vocab_size):
         expected[row, [i for i in range(padded) if i not in ids]] = -np.inf
     expected[3, 5] = np.nan
     np.testing.assert_array_equal(found, expected[[0, 1, 3, 2]])
+
+
+def test_only_rows_with_a_mask_get_another_token():
+    """There is room for more masks than rows have; what fills it up changes nothing."""
+    vocab_size, mesh = 40, make_mesh("1x2")
+    logits = np.random.default_rng(0).normal(size=(4, vocab_size)).astype(np.float32)
+    logits[3, 7] = 10
+    mask = Constraint(SamplingParams(allowed_token_ids=(5, 30)), vocab_size).mask([0], 1, ())
+    packed = encode_masks(4, [(3, mask)], vocab_size, mesh.size, capacity=4)
+    best, slots = logits.argmax(axis=1).astype(np.int32), np.array([2, 0, 4, 1], np.int32)
+    before = np.full(5, -7, np.int32)
+    tokens, output = mask_step(mesh)(jnp.array(before), StepOutput(logits, best, slots), *packed)
+    masked = max((5, 30), key=lambda token: logits[3, token])
+    assert tokens.tolist() == [-7, masked, -7, -7, -7]
+    assert output.tokens.tolist() == [*best[:3], masked]
+    np.testing.assert_array_equal(output.logits[:3], logits[:3])
+    assert np.flatnonzero(np.isfinite(output.logits[3])).tolist() == [5, 30]

@@ -104,12 +104,12 @@ def test_the_error_is_within_the_bound_of_theory(name, rows, group):
     error = np.abs(exact(quantized) - matrix.astype(np.float64))
     bound = theory(name, matrix, group)
     assert (error <= bound).all()
-    # The bound that the converter checks is at most twice as large: just above a power of two, the
-    # steps of fp8 are as long as those up to the next power.
+    # The bound that the converter checks is the same, but for fp8 it may be twice as large: just
+    # above a power of two, steps are as long as those up to the next power.
     announced = QUANTIZERS[name].error_bound(matrix, group).astype(np.float64)
     assert announced.shape == matrix.shape
     assert (error <= announced).all()
-    assert (announced <= 2.001 * bound).all()
+    assert (announced <= (2.001 if name == "fp8" else 1.001) * bound).all()
 
 
 @each_quantizer

@@ -222,6 +222,9 @@ def test_a_mesh_that_would_cut_a_group_is_refused():
     for num_ranks, tensor in ((2, "down_proj.weight_scale"), (4, "down_proj.weight ")):
         with pytest.raises(ShardingError, match=tensor):
             placements(config, 4, num_ranks)
+    plain = Quantization(format="int4", plain=("model.layers.0.mlp.down_proj",))
+    with pytest.raises(ShardingError, match="down_proj"):
+        placements(replace(config, quantization=plain), 1, 2)  # it cuts those of the other layers
     for name in ("int8", "fp8"):
         placements(quantized_config(name, mlp_dim=100), 4, 4)
 
@@ -230,3 +233,6 @@ def test_groups_shrink_where_kv_heads_need_it():
     config = quantized_config("int4", mlp_dim=8 * 96)
     scale = placements(config, 4, 8).layers[0]["mlp.w_down"].scale
     assert scale.shape == (4, 8192, 8 * 96 // 32)
+    odd = quantized_config("int4", mlp_dim=8 * 9)  # a group of 9 columns would be odd
+    scale = placements(odd, 4, 1).layers[0]["mlp.w_down"].scale
+    assert scale.shape == (4, 8192, 8 * 9 // 8)

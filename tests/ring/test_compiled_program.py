@@ -71,6 +71,17 @@ def test_kernels_run_at_the_same_time_only_where_that_is_measured_and_small(
     assert gpu_options.graph_options(program) == expected
 
 
+def test_products_that_xla_may_split():
+    def options(weights, bucket):
+        quantization = Quantization(format=weights) if weights else None
+        return gpu_options.product_options(replace(CONFIG, quantization=quantization), bucket)
+
+    one, several = Bucket(1, 0), Bucket(1, 64)
+    assert (options(None, one), options(None, several)) == ({}, gpu_options.UNSPLIT)
+    assert (options("fp8", one), options("fp8", several)) == ({}, {})
+    assert (options("int4", one), options("int4", several)) == (gpu_options.GROUPED_SCALES,) * 2
+
+
 def compile_sampling(program: str, mesh: str, vocab_size: int = CONFIG.vocab_size):
     device_mesh = make_mesh(mesh)
     rows, vocab = 4, round_up(vocab_size, device_mesh.size)

@@ -74,6 +74,13 @@ def test_virtual_devices_are_created_as_needed():
     assert in_a_process(code) == "(4, 2) 8\n"
 
 
+def test_the_first_mesh_may_be_smaller_than_a_later_one():
+    code = (
+        "from sharding.mesh import make_mesh; print(make_mesh('1x1').size, make_mesh('4x2').size)"
+    )
+    assert in_a_process(code, JAX_NUM_CPU_DEVICES="8") == "1 8\n"
+
+
 def test_virtual_devices_after_jax_has_started():
     code = (
         "import jax; jax.devices()\n"

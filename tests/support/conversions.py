@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from convert import huggingface_layout, orbax_layout, task, verification
+from convert import huggingface_layout, orbax_layout, task, transform, verification
 from convert.conversion import Options, Report, convert
 from convert.source import open_source
 from sharding.errors import UserError
@@ -41,6 +41,7 @@ def small_pieces(
         patch.setattr(orbax_layout, "CHUNK_BYTES", chunk)
         patch.setattr(huggingface_layout, "SHARD_BYTES", shard)
         patch.setattr(task, "BLOCK_BYTES", block)
+        patch.setattr(transform, "_CHECKED_AT_ONCE", 50)
         patch.setattr(verification, "BLOCK_BYTES", block)
         patch.setattr(os, "fsync", lambda handle: None)
         yield patch
