@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from convert.commands import open_any
-from convert.conversion import Options, convert
+from convert.conversion import LAYOUTS, Options, convert
 from convert.source import Source
 from llama_jax.checkpoint.reader import CheckpointError, TensorInfo, check_tensors
 from llama_jax.model import Llama
@@ -36,11 +36,19 @@ def save_model(
       layout: "huggingface" or "orbax", which only this project reads.
 
     Raises:
-      CheckpointError: the weights are quantized, not finite, or not those of the config; a subclass
-        has added parameters; the config is not that of `like`; or the destination cannot be
-        written.
+      CheckpointError: `model` is no `Llama`, or `layout` is unknown; the weights are quantized, not
+        finite, or not those of the config; a subclass has added parameters; the config is not that
+        of `like`; or the destination cannot be written.
       ConfigError, GgufError: `like` cannot be read.
+      UserError: a weight is not an `nnx.Param`.
     """
+    if not isinstance(model, Llama):
+        raise CheckpointError(
+            f"save_model needs a Llama on one device, not {type(model).__name__}: load it with "
+            "Llama.from_pretrained."
+        )
+    if layout not in LAYOUTS:
+        raise CheckpointError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
     original = open_any(Path(like))
     with closing(original.reader) as reader:
         if model.config != reader.config:

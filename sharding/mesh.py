@@ -59,5 +59,14 @@ def _too_few(shape: str, needed: int, devices: list[jax.Device]) -> str:
 
 
 def mesh_shape(mesh: Mesh) -> tuple[int, int]:
-    """Returns (number of stages, number of tensor-parallel ranks)."""
+    """Returns (number of stages, number of tensor-parallel ranks).
+
+    Raises:
+      MeshError: it has other axes.
+    """
+    if mesh.axis_names != AXES:
+        raise MeshError(
+            f"A mesh must have the axes {' and '.join(AXES)}, got {' and '.join(mesh.axis_names)}: "
+            "make it with make_mesh."
+        )
     return mesh.shape[STAGE], mesh.shape[MODEL]

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from llama_jax.model import Llama
@@ -50,11 +51,13 @@ def activation_shapes(
       num_tokens: T.
 
     Raises:
-      ValueError: B or T is less than 1, or `model` is no model.
+      ValueError: B or T is no integer from 1 on, or `model` is no model.
     """
     check_model(model, "activation_shapes")
-    if min(batch, num_tokens) < 1:
-        raise ValueError(f"batch and num_tokens must be at least 1, got {batch} and {num_tokens}.")
+    if not all(isinstance(size, int | np.integer) and size >= 1 for size in (batch, num_tokens)):
+        raise ValueError(
+            "batch and num_tokens must be integers from 1 on, such as the two of tokens.shape."
+        )
     if isinstance(model, ShardedLlama):
         # Names and shapes do not depend on the mesh: trace the plain modules.
         cls, config, dtype = model.model_class, model.config, model.dtype

@@ -1,6 +1,6 @@
 """Runs a model and returns intermediate activations along with its logits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -66,8 +66,14 @@ def stack(found: dict[str, jax.Array], pattern: str) -> jax.Array:
     """Stacks the n activations that match a pattern, such as "layers.*.residual": `[n, ...]`.
 
     Raises:
-      ValueError: no name matches, one was tapped several times, or the shapes differ.
+      ValueError: `found` is no dict, no name matches, one was tapped several times, or the
+        shapes differ.
     """
+    if not isinstance(found, Mapping):  # such as all that `capture` returns
+        raise ValueError(
+            f"found must be the dict that capture returns after the logits, not a "
+            f"{type(found).__name__}."
+        )
     check_names([pattern], "stack(found, pattern), one pattern for all")
     chosen = {name: found[name] for name in matching(found, [pattern])}
     for name, value in chosen.items():

@@ -274,9 +274,10 @@ class LLM:
           RequestError, EngineDead: as `generate`.
           TokenizerError: there is no chat template, or it rejects the messages.
         """
-        if isinstance(next(iter(messages), None), Mapping):
-            return self._complete([encode_conversation(self.tokenizer, messages)], params, False)[0]
-        encoded = [encode_conversation(self.tokenizer, conversation) for conversation in messages]
+        given: list[Any] = list(messages)  # a look at the first of an iterator would take it
+        if given and isinstance(given[0], Mapping):
+            return self._complete([encode_conversation(self.tokenizer, given)], params, False)[0]
+        encoded = [encode_conversation(self.tokenizer, conversation) for conversation in given]
         return self._complete(encoded, params, progress)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TextStream:
@@ -370,7 +371,8 @@ def _with_texts(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_class(model_class: "type[Llama] | None", in_process: bool) -> None:
     if model_class is not None and not in_process:
+        name = getattr(model_class, "__name__", "model_class")  # an instance has none
         raise RequestError(
-            f"{model_class.__name__} can only run in this process: add in_process=True.",
+            f"{name} can only run in this process: add in_process=True.",
             "model_class",
         )

@@ -30,7 +30,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Any) -> EncodedPrompt:
     """
     if isinstance(prompt, str):
         return EncodedPrompt(tokenizer.encode(prompt), prompt)
-    if isinstance(prompt, Sequence):
+    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray):
         return EncodedPrompt(list(prompt), None)
     raise RequestError(
         f"A prompt must be a text or a list of token ids, not {type(prompt).__name__}.",

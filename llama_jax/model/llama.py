@@ -297,7 +297,7 @@ class Llama(TappedModule):
 
 
 def check_attributes(module: nnx.Module) -> None:
-    """Checks that no module, made by `nnx.eval_shape`, has an array as a plain attribute.
+    """Checks that no module, made by `nnx.eval_shape`, has an array as, or in, a plain attribute.
 
     Its value would not outlive `nnx.eval_shape`, and JAX would tell of tracers.
 
@@ -306,7 +306,8 @@ def check_attributes(module: nnx.Module) -> None:
     """
     for _, each in nnx.iter_modules(module):
         for name, value in vars(each).items():
-            if isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+            held = jax.tree.leaves(value, is_leaf=lambda x: not isinstance(x, list | tuple | dict))
+            if any(isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct) for x in held):
                 raise UserError(
                     f"{type(each).__name__} has an array as its attribute {name}: make it an "
                     "nnx.Variable, which is not trained, an nnx.Param, which is, or a constant "
@@ -341,10 +342,18 @@ def head_logits(x: jax.Array, head: jax.Array) -> jax.Array:
 
 
 def weight_of(module: nnx.Module, name: str) -> nnx.Param:
-    """The parameter of a module with this name in the weight table, such as "attention.wqkv"."""
+    """The parameter of a module with this name in the weight table, such as "attention.wqkv".
+
+    Raises:
+      UserError: something else has been assigned to it.
+    """
     for attribute in name.split("."):
         module = getattr(module, attribute)
-    assert isinstance(module, nnx.Param)
+    if not isinstance(module, nnx.Param):
+        raise UserError(
+            f"{name} must be an nnx.Param, not {type(module).__name__}: to change its value, write "
+            f"{name}[...] = array."
+        )
     return module
 
 

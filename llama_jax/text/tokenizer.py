@@ -9,6 +9,7 @@ transformers takes 2 to 3 seconds to import, so it is imported when a tokenizer 
 """
 
 import json
+import operator
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -170,7 +171,8 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Decodes token ids; bytes that are not UTF-8 become U+FFFD."""
         decoder = ByteDecoder()
-        parts = (self.token_bytes(token_id, skip_special_tokens) for token_id in ids)
+        numbers = map(operator.index, ids)  # those of a JAX array cannot be keys of a dict
+        parts = (self.token_bytes(token_id, skip_special_tokens) for token_id in numbers)
         return "".join(map(decoder.push, parts)) + decoder.finish()
 
     def token_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes | Ambiguous:

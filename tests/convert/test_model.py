@@ -8,8 +8,9 @@ import transformers
 from flax import nnx
 
 from convert.model import save_model
-from llama_jax import Llama
+from llama_jax import Llama, ShardedLlama
 from llama_jax.checkpoint import CheckpointError
+from sharding.errors import UserError
 from tests.support.conversions import convert_to
 from tests.support.gguf_file import gpt2_metadata, tiny_backend, tiny_model, write_gguf
 from tests.support.tiny_checkpoint import write_checkpoint
@@ -85,8 +86,19 @@ def test_what_a_checkpoint_cannot_hold_is_refused(tmp_path, path):
     model = Llama.from_pretrained(path)
     model.layers[1].mlp.w_down[...] = model.layers[1].mlp.w_down[...] * jnp.nan
     refused(model, "down_proj.*NaN")
+    model = Llama.from_pretrained(path)
+    model.layers[1].mlp.w_down = model.layers[1].mlp.w_down[...]
+    with pytest.raises(UserError, match=r"^mlp\.w_down must be an nnx\.Param, .*\.$"):
+        save_model(model, tmp_path / "saved", like=path)
     write_checkpoint(tmp_path / "other", rms_norm_eps=1e-3)
     refused(Llama.from_pretrained(tmp_path / "other"), "not that of")
     convert_to(tmp_path / "int8", path, quantize="int8")
     with pytest.raises(CheckpointError, match="are quantized"):
         save_model(Llama.from_pretrained(tmp_path / "int8"), tmp_path / "saved", tmp_path / "int8")
+
+
+def test_wrong_arguments_are_refused(tmp_path, path):
+    with pytest.raises(CheckpointError, match=r"^layout must be one of .*, got 'hf'\.$"):
+        save_model(Llama.from_pretrained(path), tmp_path / "saved", like=path, layout="hf")
+    with pytest.raises(CheckpointError, match=r"^save_model needs a Llama .*not ShardedLlama: "):
+        save_model(ShardedLlama.from_pretrained(path), tmp_path / "saved", like=path)

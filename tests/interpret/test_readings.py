@@ -245,6 +245,11 @@ def test_stack_of_a_list_of_patterns():
         stack({"embedding": jnp.zeros(1)}, ["embedding"])
 
 
+def test_stack_of_all_that_capture_returns(model, tokens):
+    with pytest.raises(ValueError, match=r"^found must be the dict .*, not a tuple\.$"):
+        stack(capture(model, tokens, "layers.*.residual"), "*")
+
+
 def test_stack_of_nothing():
     with pytest.raises(ValueError, match=r"residual"):
         stack({}, "*.residual")
@@ -310,7 +315,7 @@ def test_stop_ids_that_are_no_collection_are_rejected(model, stop_ids):
         greedy_answer(model, [1, 2], 2, stop_ids)
 
 
-@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (-1, 1)])
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (-1, 1), (1.5, 1), (np.ones((2, 3), int), 1)])
 def test_shapes_of_no_tokens_are_rejected(either, shape):
     with pytest.raises(ValueError, match=r"^batch and num_tokens .*\.$"):
         activation_shapes(either, *shape)

@@ -9,13 +9,13 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import pytest
 
 import llama_jax.llm.llm
-from llama_jax import LLM, SamplingParams
+from llama_jax import LLM, Llama, SamplingParams
 from llama_jax.client.in_process import in_process_host
 from llama_jax.config import ConfigError
 from llama_jax.engine.errors import EngineDead, EngineStartError, RequestError
@@ -315,3 +315,9 @@ def test_a_restart_that_fails(start: Starter, monkeypatch: pytest.MonkeyPatch) -
         llm.generate([5])
     llm.restart()
     assert llm.generate([5], LETTERS).token_ids == [6, 7, 8, 9, 10]
+
+
+@pytest.mark.parametrize(("model_class", "name"), [(Llama, "Llama"), (object(), "model_class")])
+def test_an_own_class_needs_this_process(checkpoint: Path, model_class: Any, name: str) -> None:
+    with pytest.raises(RequestError, match=f"^{name} can only run in this process: "):
+        LLM(checkpoint, model_class=model_class)

@@ -128,7 +128,7 @@ def test_chats(llm: LLM) -> None:
     conversation = [{"role": "user", "content": "hello"}]
     answer = llm.chat(conversation, LETTERS)
     assert answer.prompt_token_ids == llm.tokenizer.encode_chat(conversation)
-    assert llm.chat([conversation] * 2, LETTERS) == [answer] * 2
+    assert llm.chat([conversation] * 2, LETTERS) == [answer, llm.chat(iter(conversation), LETTERS)]
     assert "".join(llm.stream_chat(conversation, LETTERS)) == answer.text
 
 

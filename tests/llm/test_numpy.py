@@ -61,7 +61,12 @@ def test_params_may_hold_numbers_of_a_sweep(llm: LLM) -> None:
     assert llm.generate([5], biased).token_ids == [6, 7]
 
 
-@pytest.mark.parametrize("prompt", [np.array([1.0, 2.0]), np.array([True]), np.array(5)])
+@pytest.mark.parametrize("prompt", [np.array([1.0, 2.0]), np.array([True]), np.array(5), b"A"])
 def test_arrays_of_something_else_are_refused(llm: LLM, prompt: object) -> None:
     with pytest.raises(RequestError, match=r"list of (token ids|integers)"):
         llm.generate(prompt, TWO)
+
+
+@pytest.mark.parametrize("kind", [np.array, jnp.array], ids=["NumPy", "JAX"])
+def test_an_array_of_tokens_is_decoded(llm: LLM, kind: object) -> None:
+    assert llm.tokenizer.decode(kind([70, 71])) == llm.tokenizer.decode([70, 71])

@@ -74,7 +74,9 @@ def test_a_mesh_has_no_place_for_them(path):
         Engine(EngineOptions(path=path), model_class=AdaptedLlama)
 
 
-@pytest.mark.parametrize("make", [jnp.ones, np.ones], ids=["jax", "numpy"])
+@pytest.mark.parametrize(
+    "make", [jnp.ones, np.ones, lambda n: [jnp.ones(n)]], ids=["jax", "numpy", "list"]
+)
 def test_an_array_as_a_plain_attribute_is_refused(path, make):
     class Steered(DecoderLayer):
         def __init__(self, config, *, rngs, dtype=jnp.float32):

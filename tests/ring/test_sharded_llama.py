@@ -56,6 +56,8 @@ def test_logits(path, theirs, mesh, shapes):
 def test_what_is_no_mesh_is_refused(path):
     with pytest.raises(UserError, match=r"^A mesh must have the form .* got \(2, 2\)\.$"):
         ShardedLlama.from_pretrained(path, (2, 2))
+    with pytest.raises(UserError, match=r"^A mesh must have the axes .*, got x and y: "):
+        ShardedLlama.from_pretrained(path, jax.make_mesh((2, 2), ("x", "y")))
 
 
 def test_calls_inside_jit_are_refused(path):
