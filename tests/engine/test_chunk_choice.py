@@ -80,13 +80,14 @@ class Watched(ChunkChoice):
     """Compares what the scheduler says of its sequences with the sequences themselves.
 
     Attributes:
-      scheduler: whose choice this is.
+      trial: of the scheduler whose choice this is; its ticks are the time.
     """
 
-    scheduler: Scheduler
+    trial: Trial
 
     def choose(self, load: Load) -> int:
-        scheduler, sent = self.scheduler, {s: s.next_position for s in self.scheduler.prefilling}
+        scheduler = self.trial.scheduler
+        sent = {s: s.next_position for s in scheduler.prefilling}
         live = min(scheduler.sizes.num_slots, scheduler.prefill.most_running)
         room = max(0, live - scheduler.num_running)
         prompts = [*sent, *scheduler.waiting[:room]]
@@ -101,7 +102,7 @@ class Watched(ChunkChoice):
             keys=max(sum(s.next_position for s in batch) for batch in scheduler.microbatches),
             prefix=next(iter(sent.values()), 0),
             waits=[
-                (until, scheduler.now - s.arrived_at)
+                (until, self.trial.tick - s.arrived_at)
                 for s, until in zip(prompts, left, strict=True)
                 if len(s.tokens) == s.num_prompt
             ],
@@ -109,16 +110,16 @@ class Watched(ChunkChoice):
         return super().choose(load)
 
     def most_rows(self, num_stages: int, context: float) -> int:
-        scheduler = self.scheduler
+        scheduler = self.trial.scheduler
         prompts = [*scheduler.prefilling, scheduler.waiting[0]]
         keys = [s.next_position for s in itertools.chain(*scheduler.microbatches)]
         assert context == statistics.mean([len(s.tokens) for s in prompts] + keys)
         return super().most_rows(num_stages, context)
 
     def is_late(self, num_stages: int, tokens: int, waited: float) -> bool:
-        first = self.scheduler.waiting[0]
+        first = self.trial.scheduler.waiting[0]
         assert len(first.tokens) == first.num_prompt == tokens, "it has had its first token"
-        assert waited == self.scheduler.now - first.arrived_at
+        assert waited == self.trial.tick - first.arrived_at
         return super().is_late(num_stages, tokens, waited)
 
 
@@ -140,7 +141,7 @@ def test_every_request_gets_its_tokens_whatever_the_cost(requests, cost, stages,
     trial = Trial(sizes, stages, late=[1, 0])
     times = TickTimes(lambda work: cost.seconds(work) + work.row_keys / 8, sizes)
     chunks = Watched(sizes, times, **targets)
-    trial.scheduler = chunks.scheduler = Scheduler(sizes, stages, chunks=chunks)
+    trial.scheduler, chunks.trial = Scheduler(sizes, stages, chunks=chunks), trial
     trial.check_consecutive = lambda *_: None  # a smaller chunk leaves room for a short prompt
     arriving = sorted(enumerate(requests), key=lambda item: item[1][2])
     expected = {}

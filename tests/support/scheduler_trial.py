@@ -105,8 +105,7 @@ class Trial:
         microbatch = scheduler.microbatches[self.tick % self.stages]
         free_before, half_sent = scheduler.pool.num_free, self.half_sent
         share = self.share()
-        scheduler.now = self.tick
-        packet = scheduler.schedule()
+        packet = scheduler.schedule(self.tick)
         room = share - self.joined(packet, microbatch)
         assert room >= 0 or not any(t.ends for t in packet.tiles), "a microbatch above its share"
         self.check_packet(packet)
