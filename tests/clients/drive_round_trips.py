@@ -20,6 +20,8 @@ from pydantic_ai import Agent, RunContext
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
+litellm.disable_streaming_logging = True  # by a thread for each part of a stream
+
 # With tools it loads the package mcp, which it does not install.
 NO_MCP = {"_skip_mcp_handler": True}
 QUESTION, ANSWER = "How warm is it in Paris?", "It has 21 degrees."
