@@ -7,7 +7,7 @@ import sys
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it looks for a newer one
 import litellm
 
-litellm.disable_streaming_logging = True  # by a thread for each part of a stream
+litellm.disable_streaming_logging = True  # else a thread logs each part of a stream
 
 TEXT = "Hello, 😀!"
 MESSAGES = [{"role": "user", "content": "Hi"}]

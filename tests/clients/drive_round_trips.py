@@ -20,7 +20,7 @@ from pydantic_ai import Agent, RunContext
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
-litellm.disable_streaming_logging = True  # by a thread for each part of a stream
+litellm.disable_streaming_logging = True  # else a thread logs each part of a stream
 
 # With tools it loads the package mcp, which it does not install.
 NO_MCP = {"_skip_mcp_handler": True}

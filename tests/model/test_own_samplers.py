@@ -123,7 +123,7 @@ class Alone(Sampler):
         return jnp.argmax(logits, axis=-1)
 
 
-@pytest.mark.parametrize("mesh", ["1x1", "1x2"])
+@pytest.mark.parametrize("mesh", [pytest.param("1x1", marks=pytest.mark.slow), "1x2"])
 def test_ranks_that_choose_different_tokens_end_the_request(path, mesh):
     class AloneLlama(Llama):
         sampler = Alone()

@@ -157,6 +157,7 @@ def test_a_server_ends_though_nobody_reads_its_log(checkpoints):
         os.close(writing)
 
 
+@pytest.mark.slow
 def test_a_burst_is_tokenized_in_few_threads(checkpoints):
     """Each of them would take the interpreter's lock from the streams of all others."""
     body = {"prompt": "word " * 20_000, "max_tokens": 1}

@@ -140,8 +140,8 @@ def run_engine(loop: TickLoop, requests: list[Request]):
     ("count", "gap", "caching", "late", "chosen"),
     [
         (40, 0.004, True, 0, True),  # a crowd: pages run out
-        (40, 0.004, False, 2, True),
-        (40, 0.004, True, 2, False),
+        pytest.param(40, 0.004, False, 2, True, marks=pytest.mark.slow),
+        pytest.param(40, 0.004, True, 2, False, marks=pytest.mark.slow),
         (12, 0.05, True, 1, True),  # seldom more than two at a time
     ],
 )
