@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.result import Plot, Result, Row, Target
+from llama_jax.costs.rule_of_thumb import CPU_COST, GPU_COST, TickCost
 from llama_jax.engine.chunk_choice import ChunkChoice
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.sizing import choose_sizes
-from llama_jax.engine.tick_cost import CPU_COST, GPU_COST, TickCost
 from llama_jax.engine.tick_times import TickTimes
 from llama_jax.plan.simulation.figures import figures
 from llama_jax.plan.simulation.load import Load, Request

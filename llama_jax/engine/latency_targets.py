@@ -7,11 +7,11 @@ from llama_jax.config import LlamaConfig
 from llama_jax.costs.calibration import BadCalibration, Calibration
 from llama_jax.costs.deployment import Deployment, Layout
 from llama_jax.costs.gpus import gpu_of_device
+from llama_jax.costs.rule_of_thumb import CPU_COST, GPU_COST
 from llama_jax.costs.tick_time import TickModel
 from llama_jax.costs.work import Work
 from llama_jax.engine.chunk_choice import ChunkChoice
 from llama_jax.engine.options import EngineOptions
-from llama_jax.engine.tick_cost import CPU_COST, GPU_COST
 from llama_jax.engine.tick_times import TickTimes
 from llama_jax.ring.sizes import RingSizes
 

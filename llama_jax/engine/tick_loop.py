@@ -10,6 +10,7 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Collection
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,10 +99,6 @@ class TickLoop:
         self.on_tick: list[Callable[[Tick], None]] = []
         self.results_late = results_late
         self._in_flight = deque([Packet()] * self.num_stages, maxlen=self.num_stages)
-        none = [0] * self.num_stages
-        self._rows_in_flight = deque(none, maxlen=self.num_stages)
-        self._tiles_in_flight = deque(none, maxlen=self.num_stages)
-        self._tokens_in_flight = deque(none, maxlen=self.num_stages)
         self._unread: deque[tuple[Packet, TickResult]] = deque()
         self.ticks = self.stage_ticks_busy = self.token_slots_used = self.packet_tokens = 0
         self.packets_by_tokens = [0] * (len(PACKET_TOKENS) + 1)
@@ -121,7 +118,7 @@ class TickLoop:
     @property
     def _carries_on(self) -> bool:
         """Whether a packet in flight has yet to leave."""
-        return any(list(self._tokens_in_flight)[1:])
+        return any(islice(self._in_flight, 1, None))
 
     def step(self) -> list[Output]:
         """Dispatches a tick; returns the outputs of the results that are due."""
@@ -207,17 +204,14 @@ class TickLoop:
 
     def _dispatch(self, entering: Packet, outputs: list[Output]) -> Bucket:
         """Dispatches a tick; adds the outputs of requests that cannot go on."""
-        tokens_in_flight = self._tokens_in_flight
         self._in_flight.append(entering)
-        self._rows_in_flight.append(len(entering.decoding))
-        self._tiles_in_flight.append(len(entering.tiles))
-        tokens = entering.num_tokens
-        tokens_in_flight.append(tokens)
-        if tokens:
-            self.packet_tokens += tokens
-            self.packets_by_tokens[bisect_left(PACKET_TOKENS, tokens)] += 1
+        tokens = [packet.num_tokens for packet in self._in_flight]
+        if entering:
+            self.packet_tokens += tokens[-1]
+            self.packets_by_tokens[bisect_left(PACKET_TOKENS, tokens[-1])] += 1
         # The program must fit the largest packet in any stage, not just the one that enters.
-        rows, tiles = max(self._rows_in_flight), max(self._tiles_in_flight)
+        rows = max([len(packet.decoding) for packet in self._in_flight])
+        tiles = max([len(packet.tiles) for packet in self._in_flight])
         bucket = self.sizes.bucket(max(rows, 1), tiles * self.sizes.tile, self.ready())
         packed = self._encode(self.sizes, bucket, self.scheduler.page_tables, entering)
         leaving = self._in_flight[0]
@@ -230,8 +224,8 @@ class TickLoop:
             self._timer.dispatched(bucket, entering)
 
         self.ticks += 1
-        self.stage_ticks_busy += self.num_stages - tokens_in_flight.count(0)
-        self.token_slots_used += sum(tokens_in_flight)
+        self.stage_ticks_busy += self.num_stages - tokens.count(0)
+        self.token_slots_used += sum(tokens)
         return bucket
 
     def _choice(self, leaving: Packet, bucket: Bucket, outputs: list[Output]) -> Choice:

@@ -7,9 +7,9 @@ from dataclasses import replace
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from llama_jax.costs.rule_of_thumb import CPU_COST, GPU_COST, TickCost
 from llama_jax.engine.chunk_choice import AS_LONG, MARGIN, ChunkChoice, Load
 from llama_jax.engine.scheduler import Scheduler
-from llama_jax.engine.tick_cost import CPU_COST, GPU_COST, TickCost
 from llama_jax.engine.tick_times import TickTimes
 from llama_jax.ring.sizes import Bucket
 from tests.support.scheduler_trial import Request, Trial, make_sizes, numbered

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama_jax.costs.rule_of_thumb import TickCost
 from llama_jax.costs.work import Work
-from llama_jax.engine.tick_cost import TickCost
 from llama_jax.engine.tick_times import BELIEF, FORGET, REFRESH, WINDOW, TickTimes
 from llama_jax.ring.sizes import Bucket, RingSizes
 

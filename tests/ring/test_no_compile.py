@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.costs.rule_of_thumb import CPU_COST
 from llama_jax.engine.chunk_choice import ChunkChoice
 from llama_jax.engine.compile_counter import CompileCounter
-from llama_jax.engine.tick_cost import CPU_COST
 from llama_jax.engine.tick_times import TickTimes
 from llama_jax.engine.warm_up import WarmUp, order_of_need
 from tests.support.reference import Request, drive, make_loop, make_model, restart, save_model

@@ -11,9 +11,9 @@ import pytest
 
 import llama_jax.plan.simulation.engine as simulation_engine
 from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.costs.rule_of_thumb import CPU_COST
 from llama_jax.engine.chunk_choice import ChunkChoice
 from llama_jax.engine.scheduler import Scheduler
-from llama_jax.engine.tick_cost import CPU_COST
 from llama_jax.engine.tick_loop import TickLoop
 from llama_jax.engine.tick_times import TickTimes
 from llama_jax.plan.simulation.clock import Clock
