@@ -51,6 +51,7 @@ byId("show-chat").addEventListener("click", () => show("chat"));
 byId("show-deployment").addEventListener("click", () => show("deployment"));
 
 const state = byId("state");
+const deployment = byId("deployment");
 let kind = null;
 watch(
   (status, history) => {
@@ -58,12 +59,16 @@ watch(
     byId("model").textContent = `${model} · ${engine.dtype} on ${engine.mesh} ${engine.platform}`;
     document.title = `${model} · llama-jax`;
     say(ready ? "Ready" : "Not ready", ready ? "good" : "bad");
+    deployment.classList.remove("stale");
     if (chat !== kind) setKind((kind = chat));
     showMesh(status, history);
     showGauges(status, history);
     showCharts(status, history);
   },
-  (message) => say(message, "bad"),
+  (message) => {
+    say(message, "bad");
+    deployment.classList.add("stale");
+  },
 );
 
 // Only changes, since screen readers announce what is set.
