@@ -67,6 +67,7 @@ def test_bounds_are_allowed(params):
         ("temperature", 2.1),
         ("temperature", math.nan),
         ("temperature", math.inf),
+        ("temperature", 10**400),
         ("top_k", -1),
         ("top_k", MAX_TOP_K + 1),
         ("top_p", 0.0),
