@@ -24,7 +24,7 @@ def list_text(items: Sequence[str], separator: str = ", ") -> str:
     """
     shown: list[str] = []
     for item in map(_printable, items[:_MAX_ITEMS]):
-        if shown and sum(map(len, shown)) + len(item) > _MAX_CHARACTERS:
+        if sum(map(len, shown)) + len(item) > _MAX_CHARACTERS:
             break
         shown.append(item)
     if len(shown) < len(items):

@@ -49,7 +49,7 @@ class CheckpointConfig:
     """The contents of a checkpoint's JSON files.
 
     Attributes:
-      path: the checkpoint's directory.
+      path: the checkpoint's directory, or its GGUF file.
       config: the architecture.
       quantization: how the matrices of the layers are stored; None if they are not quantized.
       generation_config: the contents of generation_config.json; `{}` if there is none.

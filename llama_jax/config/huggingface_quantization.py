@@ -1,9 +1,9 @@
 """Reads how the weights of a Hugging Face checkpoint are quantized.
 
 Lists of modules that a tool did not quantize are not read: the stored tensors show it
-(`checkpoint.foreign`). Neither are settings for activations and for the KV cache: this package
-quantizes neither, and the weights do not depend on them. Layouts that this package cannot compute
-are refused by name.
+(`checkpoint.foreign`). Neither are settings for activations and for the KV cache: those are options
+of the engine, and the weights do not depend on them. Layouts that this package cannot compute are
+refused by name.
 
 Descriptions of the formats:
   fbgemm_fp8: https://huggingface.co/docs/transformers/quantization/fbgemm_fp8.

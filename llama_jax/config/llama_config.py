@@ -47,7 +47,7 @@ class Quantization:
             raise ConfigError(
                 f"Quantization {self.format!r} is not supported, only {', '.join(FORMATS)}."
             )
-        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
+        if not isinstance(self.group_size, int):
             raise ConfigError(f"group_size must be an integer, got {self.group_size!r}.")
         if self.group_size != -1 and (self.group_size < 2 or self.group_size % 2):
             raise ConfigError(f"group_size must be even and positive, got {self.group_size}.")
@@ -132,7 +132,7 @@ class LlamaConfig:
             raise ConfigError(
                 f"Weights of dtype {self.dtype!r} are not supported, only {', '.join(DTYPES)}."
             )
-        if len(set(self.eos_token_ids)) > MAX_EOS_TOKEN_IDS:
+        if len(self.eos_token_ids) > MAX_EOS_TOKEN_IDS:
             raise ConfigError(
                 f"There are {len(self.eos_token_ids)} EOS token ids: at most {MAX_EOS_TOKEN_IDS} "
                 "are supported."

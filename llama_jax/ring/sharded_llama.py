@@ -199,7 +199,7 @@ class ShardedLlama:
         self.observe(tokens, ())
         assert self._state is not None
         sizes, state = self._state
-        batch, num_tokens = np.shape(tokens)
+        num_tokens = np.shape(tokens)[1]
         stages = split_layers(self.config.num_layers, mesh_shape(self.mesh)[0])
         replicas = kv_replicas(self.config, mesh_shape(self.mesh)[1])
         keys_and_values = []
@@ -213,7 +213,7 @@ class ShardedLlama:
                         continue
                     pages = host[position][stage].transpose(1, 2, 0, 3)
                     by_sequence = pages.reshape(sizes.num_slots, -1, *pages.shape[2:])
-                    layers.append(by_sequence[:batch, :num_tokens])
+                    layers.append(by_sequence[:, :num_tokens])
             keys_and_values.append(jnp.asarray(np.stack(layers)))
         keys, values = keys_and_values
         return keys, values

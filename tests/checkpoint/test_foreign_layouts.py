@@ -226,6 +226,7 @@ def test_tensors_may_start_at_any_byte(case, tmp_path):
 
 def test_modelopt_with_a_separate_quantization_config(tmp_path):
     exact = writer.write_foreign(tmp_path, None, CASES["modelopt"][1])
+    writer.change_config(tmp_path, quantization_config=None)  # null, as if it were absent
     quantization = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
     content = {"producer": {"name": "modelopt"}, "quantization": quantization}
     (tmp_path / "hf_quant_config.json").write_text(json.dumps(content))

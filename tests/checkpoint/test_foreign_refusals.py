@@ -58,6 +58,7 @@ def test_other_tools(plain, tmp_path, method):
         # Known methods in a form that is not supported.
         (GPTQ | {"bits": 3}, "3-bit GPTQ"),
         (GPTQ | {"bits": None}, "GPTQ"),
+        (GPTQ | {"bits": 4.0}, "4.0-bit GPTQ"),
         (GPTQ | {"group_size": -2}, "group_size"),
         (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format"),
         (GPTQ | {"is_marlin_format": True}, "is_marlin_format"),
@@ -70,7 +71,9 @@ def test_other_tools(plain, tmp_path, method):
         (AWQ | {"version": "gemv_fast"}, "gemv_fast"),
         (AWQ | {"bits": 8}, "8-bit AWQ"),
         (AUTO_ROUND | {"packing_format": "auto_round:fp8"}, "auto_round:fp8"),
+        (AUTO_ROUND | {"packing_format": "auto_round:fp8_static"}, "auto_round:fp8_static"),
         (AUTO_ROUND | {"data_type": "mx_fp"}, "mx_fp"),
+        (AUTO_ROUND | {"data_type": "mx_fp", "packing_format": "auto_round:auto_awq"}, "mx_fp"),
         (AUTO_ROUND | {"extra_config": {"model.layers.0.mlp": {"bits": 8}}}, "layers.0.mlp"),
         (AUTO_ROUND | {"extra_config": {"lm_head": {"bits": 2}}}, "2 bits"),
         (AWQ | {"desc_act": True}, "desc_act"),
@@ -84,8 +87,11 @@ def test_other_tools(plain, tmp_path, method):
         (FP8 | {"transform_config": {"config_groups": {"v": {}}}}, "transform_config"),
         (compressed_tensors("float-quantized", strategy="block"), "blocks"),
         (compressed_tensors("float-quantized", symmetric=False), "symmetric"),
+        (compressed_tensors("float-quantized", symmetric="yes"), "symmetric"),
         (compressed_tensors("dense"), "dense"),
         ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "blocks"),
+        ({"quant_method": "fp8", "weight_block_size": [128, True]}, "blocks"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128, 128]}, "blocks"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "e5m2"),
         (compressed_tensors("float-quantized", dynamic=True), "dynamic"),
         (
@@ -113,6 +119,7 @@ def test_other_tools(plain, tmp_path, method):
         ({"quant_method": "llama_jax"}, "format"),
         ({"quant_method": "llama_jax", "format": "int8", "x": 1}, "x"),
         ({"quant_method": "llama_jax", "format": "int7"}, "int7"),
+        ({"quant_method": "llama_jax", "format": "int8", "plain": "mlp"}, "plain"),
     ],
 )
 def test_other_forms(plain, tmp_path, config, what):

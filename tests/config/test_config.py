@@ -152,6 +152,7 @@ SCALINGS = [
 ]
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+ENDLESS = {"factor": 1e300, "mscale": 1e308, "mscale_all_dim": 1.0}  # larger than any float
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
@@ -196,10 +197,12 @@ def test_defaults_are_those_of_transformers():
     assert config.head_dim == theirs.head_dim == 128
     assert config.tie_embeddings == theirs.tie_word_embeddings
     assert config.dtype == "float32"
+    assert LlamaConfig.from_dict(published | {"torch_dtype": "auto"}).dtype == "float32"
 
 
 def test_head_dim_may_be_given():
-    assert LlamaConfig.from_dict(LLAMA_3_8B | {"head_dim": 96}).head_dim == 96
+    config = LlamaConfig.from_dict(LLAMA_3_8B | {"hidden_size": 4100, "head_dim": 96})
+    assert (config.embed_dim, config.num_heads, config.head_dim) == (4100, 32, 96)
 
 
 @pytest.mark.parametrize(
@@ -239,9 +242,10 @@ def test_the_tokenizer_may_name_one_more_eos_token(tmp_path, vocab_size, file, i
     write_tokenizer(tmp_path, settings=None)
     if file:
         (tmp_path / file).write_text(json.dumps({"eos_token": EOT}))
-    config = LLAMA_3_8B | {"vocab_size": vocab_size, "eos_token_id": 7}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert LlamaConfig.from_pretrained(tmp_path).eos_token_ids == ids
+    for known in (7, ids):
+        config = LLAMA_3_8B | {"vocab_size": vocab_size, "eos_token_id": known}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert LlamaConfig.from_pretrained(tmp_path).eos_token_ids == ids
 
 
 @pytest.mark.parametrize(
@@ -258,8 +262,11 @@ def test_the_tokenizer_may_name_one_more_eos_token(tmp_path, vocab_size, file, i
         ({"rope_scaling": {"type": "dynamic", "factor": 0.5}}, "factor"),
         ({"rope_scaling": {"type": "dynamic", "factor": 8.0, "alpha": 1000}}, "alpha"),
         ({"rope_scaling": YARN | {"beta_fast": 1, "beta_slow": 32}}, "beta_slow"),
+        ({"rope_scaling": YARN | {"beta_slow": 1e-7}}, "beta_slow"),
+        ({"rope_scaling": YARN | {"beta_fast": 1e7}}, "beta_fast"),
         ({"rope_scaling": YARN | {"attention_factor": -1.0}}, "attention_factor"),
         ({"rope_scaling": YARN | {"attention_factor": 0.0}}, "attention_factor"),
+        ({"rope_scaling": YARN | ENDLESS}, "attention_factor"),
         ({"rope_scaling": YARN | {"attn_factor": 2.0}}, "attn_factor"),
         ({"rope_scaling": YARN | {"truncate": 1}}, "truncate"),
         ({"rope_scaling": YARN, "rope_theta": 1.0}, "rope_theta"),
@@ -289,18 +296,22 @@ def test_the_tokenizer_may_name_one_more_eos_token(tmp_path, vocab_size, file, i
         ({"intermediate_size": None}, "intermediate_size"),
         ({"rms_norm_eps": 0}, "rms_norm_eps"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rms_norm_eps": True}, "rms_norm_eps"),
         ({"max_position_embeddings": None}, "max_position_embeddings"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
         ({"torch_dtype": "int8"}, "'int8'"),
+        ({"torch_dtype": 16}, "torch_dtype"),
         ({"eos_token_id": 128256}, "128256"),
         ({"eos_token_id": [-1]}, "-1"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"eos_token_id": True}, "eos_token_id"),
         ({"eos_token_id": list(range(65))}, "65 EOS"),
         ({"quantization_config": {"quant_method": "hqq"}}, "hqq"),
         ({"sliding_window": 4096}, "sliding_window"),
         ({"logit_scale": 2}, "logit_scale"),
         ({"num_local_experts": 8}, "num_local_experts"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"layer_types": 1}, "layer_types"),
         ({"rope_interleaved": True}, "rope_interleaved"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
@@ -311,6 +322,10 @@ def test_the_tokenizer_may_name_one_more_eos_token(tmp_path, vocab_size, file, i
 def test_another_model_is_refused(change, token):
     with pytest.raises(ConfigError, match=token):
         LlamaConfig.from_dict(LLAMA_3_8B | change)
+
+
+def test_numbers_at_the_limit_are_accepted():
+    LlamaConfig.from_dict(LLAMA_3_8B | {"num_hidden_layers": 1000, "eos_token_id": [*range(64)]})
 
 
 @pytest.mark.parametrize(
@@ -329,6 +344,17 @@ def test_sizes_are_positive_however_a_config_is_made(name):
 def test_a_malformed_config_file_is_refused(tmp_path, content):
     path = tmp_path / "config.json"
     path.write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(str(path))):
+        LlamaConfig.from_pretrained(tmp_path)
+
+
+def test_a_config_file_that_the_user_may_not_read(tmp_path, monkeypatch):
+    def refuse(file, **how):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    path = tmp_path / "config.json"
+    path.write_text("{}")
+    monkeypatch.setattr(type(path), "read_text", refuse)
     with pytest.raises(ConfigError, match=re.escape(str(path))):
         LlamaConfig.from_pretrained(tmp_path)
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,12 @@ def test_unknown_keys_are_reported_with_those_of_the_config(tmp_path):
         declared.report_unknown(strict=True)
 
 
+def test_the_name_of_old_versions_of_compressed_tensors():
+    stored = parse_quantization({"compression_config": FP8 | {"twist": 1}})
+    assert stored.unknown == ("compression_config.twist",)
+    assert stored._replace(unknown=()) == parse(FP8)
+
+
 def test_unknown_keys_inside_groups_are_named():
     config = copy.deepcopy(FP8)
     config["config_groups"]["group_0"]["twist"] = 1
@@ -98,6 +105,21 @@ def test_unknown_keys_inside_groups_are_named():
 def test_plain_modules_are_a_tuple_of_names(plain):
     with pytest.raises(ConfigError, match="plain must be a tuple"):
         Quantization(format="fp8", plain=plain)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("format", ["int4"]),
+        ("group_size", 3),
+        ("group_size", 0),
+        ("group_size", True),
+        ("group_size", 16.0),
+    ],
+)
+def test_what_no_matrix_can_have_is_refused(field, value):
+    with pytest.raises(ConfigError, match=re.escape(str(value))):
+        Quantization(**{"format": "int4", field: value})
 
 
 @pytest.mark.parametrize("groups", [{}, None, {"g": {"weights": None, "input_activations": {}}}])
@@ -115,7 +137,7 @@ def test_modelopt_of_the_kv_cache_only():
 @pytest.mark.parametrize(
     ("config", "head"),
     [
-        (GPTQ | {"lm_head": True, "dynamic": {"lm_head": {"bits": 8}}}, "int8_grouped"),
+        (GPTQ | {"lm_head": True, "dynamic": {"+:^lm_head$": {"bits": 8}}}, "int8_grouped"),
         (AUTO_ROUND | {"extra_config": {"lm_head": {"bits": 8, "group_size": 32}}}, "int8_grouped"),
         (
             FP8
@@ -166,10 +188,59 @@ def test_the_strategy_follows_from_the_size_of_groups(group_size, strategy):
     assert parse(compressed_tensors("int-quantized", strategy=None, **given)) == expected
 
 
-def test_a_format_of_the_head_and_of_layers_is_that_of_the_layers():
+@pytest.mark.parametrize("targets", [["Linear", "re:.*lm_head"], [], None])
+def test_a_format_that_is_not_of_the_head_alone_is_that_of_the_layers(targets):
     config = copy.deepcopy(FP8)
-    config["config_groups"]["group_0"]["targets"] = ["Linear", "re:.*lm_head"]
+    config["config_groups"]["group_0"]["targets"] = targets
     assert parse(config) == parse(FP8)
+
+
+def test_what_compressed_tensors_leaves_out():
+    """As in quant_args.py of compressed-tensors."""
+    whole = compressed_tensors("int-quantized", type="int")
+    assert parse(compressed_tensors("int-quantized", type=None, num_bits=None)) == parse(whole)
+    assert parse(compressed_tensors("int-quantized", type="int", symmetric=None)) == parse(whole)
+
+
+def test_packed_rows_of_8_bits_may_have_zero_points():
+    rows = packed_config(num_bits=8, strategy="channel", group_size=None, symmetric=False)
+    assert parse(rows).layers.layout == "packed8_asymmetric"
+
+
+def test_blocks_as_old_versions_write_them():
+    old, new = (
+        compressed_tensors("float-quantized", strategy="block", block_structure=blocks)
+        for blocks in ("128x64", [128, 64])
+    )
+    assert parse(old) == parse(new)
+
+
+@pytest.mark.parametrize(
+    ("settings", "layout"),
+    [
+        ({}, "gptq4"),
+        ({"desc_act": None}, "gptq4"),
+        ({"format": "gptq_v2"}, "gptq4_v2"),
+        ({"format": "gptq", "checkpoint_format": "gptq_v2"}, "gptq4_v2"),
+    ],
+)
+def test_versions_of_gptq(settings, layout):
+    assert parse(GPTQ | settings).layers.layout == layout
+
+
+@pytest.mark.parametrize(
+    ("packing", "layout"),
+    [
+        (None, "gptq4"),
+        ("auto_round:auto_gptq", "gptq4"),
+        ("auto_round", "gptq4_v2"),
+        ("auto_round:gptqmodel", "gptq4_v2"),
+        ("auto_round:exllamav2", "gptq4_v2"),
+        ("auto_round:auto_awq", "awq"),
+    ],
+)
+def test_packing_formats_of_auto_round(packing, layout):
+    assert parse(AUTO_ROUND | {"packing_format": packing}).layers.layout == layout
 
 
 def test_settings_that_are_off_in_another_way():

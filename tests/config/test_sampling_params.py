@@ -36,8 +36,13 @@ from llama_jax.config.sampling_params import (
         {"seed": 2**63 - 1},
         {"stop": ("a", "\n")},
         {"presence_penalty": -2.0, "frequency_penalty": 2.0, "repetition_penalty": 0.01},
+        {"presence_penalty": 2.0, "frequency_penalty": -2.0, "repetition_penalty": 100.0},
         {"logit_bias": tuple((i, 100.0) for i in range(MAX_LOGIT_BIAS))},
+        {"logit_bias": ((5, -100.0),)},
         {"min_tokens": 5, "max_tokens": 5},
+        {"min_tokens": 2**31 - 1},
+        {"priority": 2**31 - 1},
+        {"priority": -(2**31) + 1},
         {"min_tokens": 5, "stop_token_ids": (1,) * MAX_STOP_TOKEN_IDS},
         {"stop_token_ids": (1,) * (MAX_STOP_TOKEN_IDS + 1)},
         {"allowed_token_ids": (1,) * MAX_ALLOWED_TOKEN_IDS},
@@ -56,12 +61,13 @@ def test_bounds_are_allowed(params):
         ("max_tokens", 0),
         ("allowed_token_ids", (1,) * (MAX_ALLOWED_TOKEN_IDS + 1)),
         ("bad_words", ((1,),) * (MAX_BAD_WORDS + 1)),
-        ("bad_words", ((1,) * (MAX_BAD_WORD_TOKENS + 1),)),
+        ("bad_words", ((1,) * MAX_BAD_WORD_TOKENS, (1,))),
         ("bad_words", ((1,), ())),
         ("temperature", -0.1),
         ("temperature", 2.1),
         ("temperature", math.nan),
         ("temperature", math.inf),
+        ("temperature", 10**400),
         ("top_k", -1),
         ("top_k", MAX_TOP_K + 1),
         ("top_p", 0.0),
@@ -77,12 +83,18 @@ def test_bounds_are_allowed(params):
         ("seed", -(2**63) - 1),
         ("stop", ("a", "")),
         ("presence_penalty", 2.1),
+        ("presence_penalty", -2.1),
+        ("frequency_penalty", 2.1),
+        ("frequency_penalty", -2.1),
         ("frequency_penalty", math.nan),
-        ("repetition_penalty", 0.0),
+        ("repetition_penalty", 0.009),
+        ("repetition_penalty", 100.1),
         ("logit_bias", ((5, -100.1),)),
+        ("logit_bias", ((5, 100.1),)),
         ("logit_bias", ((5, math.inf),)),
         ("logit_bias", tuple((i, 1.0) for i in range(MAX_LOGIT_BIAS + 1))),
         ("min_tokens", -1),
+        ("min_tokens", 2**31),
         ("logprobs", -1),
         ("logprobs", MAX_LOGPROBS + 1),
         ("priority", 2**31),
@@ -129,3 +141,18 @@ def test_what_a_request_asks_of_its_tokens(params, penalizes, adjusts, constrain
     given = SamplingParams(**{"temperature": 0, **params})
     assert (given.penalizes, given.adjusts) == (penalizes, adjusts)
     assert (given.constrains, given.takes_the_likeliest) == (constrains, plain)
+
+
+def test_the_token_ids_that_a_vocabulary_must_have():
+    given = SamplingParams(
+        stop_token_ids=(1,),
+        logit_bias=((2, 0.5), (3, -1.0)),
+        allowed_token_ids=(4,),
+        bad_words=((5, 6), (7,)),
+    )
+    assert given.token_ids() == {
+        "stop_token_ids": [1],
+        "logit_bias": [2, 3],
+        "allowed_token_ids": [4],
+        "bad_words": [5, 6, 7],
+    }

@@ -221,6 +221,16 @@ def test_unknown_keys_are_one_warning(unknown_at, caplog):
     assert "absent" not in record.getMessage() and "nothing" not in record.getMessage()
 
 
+def test_unknown_rotary_parameters_are_named_where_they_stand():
+    parsed = parse_config(FILE | {"rope_parameters": {"spin": 1}}, {})
+    assert (parsed.config, parsed.unknown) == (MODEL, ("rope_parameters.spin",))
+    known = {"original_max_position_embeddings": 2048, "finetuned": True}
+    rope = {"type": "linear", "factor": 4.0, "spin": 1, **known}
+    parsed = parse_config(FILE | {"rope_scaling": rope}, {})
+    assert parsed.config.rope_scaling == SCALINGS["linear"]
+    assert parsed.unknown == ("rope_scaling.spin",)
+
+
 def test_unknown_keys_of_the_quantization_are_named(unknown_at):
     quantization = {"quant_method": "fbgemm_fp8", "surprise": 1}
     declared = read_checkpoint_config(unknown_at({"quantization_config": quantization}, {}))
@@ -241,8 +251,8 @@ def test_many_unknown_keys_are_a_few_names_and_a_count(unknown_at, caplog):
     assert len(record.getMessage()) < 1500
 
 
-def test_code_of_a_model_is_warned_of(unknown_at):
-    code = {"AutoConfig": "c.C", "AutoModelForCausalLM": "modeling.M"}
+@pytest.mark.parametrize("code", [{"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}, 1])
+def test_code_of_a_model_is_warned_of(unknown_at, code):
     assert read_checkpoint_config(unknown_at({"auto_map": code}, {})).unknown["config.json"] == (
         "auto_map",
     )

@@ -325,9 +325,10 @@ def test_overrides_that_a_mesh_would_skip_are_refused(path, model_class, name):
         LLM(path, in_process=True, model_class=model_class, **SMALL)
 
 
-def test_an_instance_is_not_a_class(path):
-    with pytest.raises(ValueError, match="model_class"):
-        ShardedLlama.from_pretrained(path, model_class=Llama.from_pretrained(path))
+def test_neither_an_instance_nor_a_layer_is_a_model_class(path):
+    for wrong in (Llama.from_pretrained(path), DecoderLayer):
+        with pytest.raises(ValueError, match="model_class"):
+            ShardedLlama.from_pretrained(path, model_class=wrong)
 
 
 def test_a_class_for_an_engine_in_another_process(path):

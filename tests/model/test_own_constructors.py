@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from llama_jax import Llama, ShardedLlama
 from llama_jax.model import DecoderLayer, RMSNorm
@@ -61,5 +62,18 @@ class Noted(Own):
         self.note = "harmless"
 
 
-def test_a_constructor_that_leaves_the_layers_alone_is_accepted(path):
-    ShardedLlama.from_pretrained(path, model_class=Noted)
+class Dropping(DecoderLayer):
+    """Has a source of random numbers, which is no parameter."""
+
+    def __init__(self, config, *, rngs, dtype=jnp.float32):
+        super().__init__(config, rngs=rngs, dtype=dtype)
+        self.dropout = nnx.Dropout(0.1, deterministic=True, rngs=rngs)
+
+
+class DroppingLlama(Llama):
+    layer_class = Dropping
+
+
+@pytest.mark.parametrize("model_class", [Noted, DroppingLlama])
+def test_a_constructor_that_leaves_the_layers_alone_is_accepted(path, model_class):
+    ShardedLlama.from_pretrained(path, model_class=model_class)

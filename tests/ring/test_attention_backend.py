@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Attention, DecoderLayer, Llama, hopper_attention
 from llama_jax.model.attention import KEY_BLOCK, QUERY_BLOCK, no_score_mod, no_tap, paged_attention
-from llama_jax.ring import attention_backend
+from llama_jax.ring import attention_backend, steps
 from llama_jax.ring.attention_backend import (
     AUTO,
     FEW_SPLITS,
@@ -23,11 +23,14 @@ from llama_jax.ring.attention_backend import (
     check_backend,
     choose_backend,
 )
+from llama_jax.ring.packet import packet_size
 from llama_jax.ring.sizes import Bucket, RingSizes
 from llama_jax.ring.stage import PagedAttend, Program
+from llama_jax.weights.placement import param_shapes
 from sharding.errors import UserError
 from sharding.mesh import make_mesh
 from sharding.program import MeshProgram
+from tests.support.programs import CONFIG, SIZES
 
 BF16 = jnp.bfloat16
 
@@ -98,7 +101,13 @@ class Biased(Llama):
 
 @pytest.mark.parametrize(
     "change",
-    [{"model_class": Biased}, {"head_dim": 80}, {"page_size": 12}, {"dtype": jnp.float32}],
+    [
+        {"model_class": Biased},
+        {"head_dim": 80},
+        {"page_size": 12},
+        {"dtype": jnp.float32},
+        {"kv_dtype": jnp.float16},
+    ],
 )
 def test_a_model_that_the_kernel_cannot_run_is_refused_only_if_it_was_demanded(change):
     fits = dict(model_class=Llama, head_dim=128, page_size=16, dtype=BF16, kv_dtype=BF16)
@@ -142,7 +151,9 @@ def ran(monkeypatch):
 def test_what_runs(ran, caplog):
     on_hopper, biased = choose_backend(AUTO, H100), Biased.layer_class.attention_class.score_mod
     assert ran(on_hopper) == (HOPPER, 7, 132)
-    assert ran(on_hopper, Attention.score_mod) == (HOPPER, 7, 132)
+    usual = Attention.score_mod
+    for score_mod in (usual, usual.__get__(object())):  # of the class, or of a layer
+        assert ran(on_hopper, score_mod) == (HOPPER, 7, 132)
     assert ran(on_hopper, chunk=64) == (HOPPER, 7, 132, FEW_SPLITS)
     assert not caplog.records
     for _ in range(2):  # each reason is logged once, not in every layer of every program
@@ -155,6 +166,26 @@ def test_what_runs(ran, caplog):
     assert ran(choose_backend(AUTO, CPU)) == (PLAIN, KEY_BLOCK, QUERY_BLOCK)
     with pytest.raises(UserError):
         ran(choose_backend(HOPPER, H100), head_dim=80)
+
+
+@pytest.mark.parametrize(
+    ("make", "bucket"),
+    [
+        (steps.decode_step, Bucket(1, 0)),
+        (steps.masked_decode_step, Bucket(1, 0)),
+        (steps.prefill_step, Bucket(1, 64)),
+    ],
+)
+def test_a_step_runs_the_model_and_the_attention_that_it_is_given(make, bucket):
+    """Here they do not go together, which shows as the step is traced."""
+    mesh, dtype = make_mesh("1x1"), jnp.dtype(jnp.float32)
+    rows_and_chunk = bucket if bucket.chunk else bucket[:1]
+    step = make(CONFIG, mesh, SIZES, *rows_and_chunk, Biased, AttentionBackend(HOPPER, 132))
+    state = steps.state_shapes(CONFIG, mesh, SIZES, dtype)
+    packed = jax.ShapeDtypeStruct((packet_size(SIZES, bucket),), jnp.int32)
+    masks = [jax.ShapeDtypeStruct((1, 8), jnp.int32)] if make is steps.masked_decode_step else []
+    with pytest.raises(UserError, match="its own score_mod"):
+        step.lower(param_shapes(CONFIG, mesh, dtype), state, packed, *masks)
 
 
 @pytest.mark.slow

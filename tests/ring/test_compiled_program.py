@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.config import Quantization
 from llama_jax.model import Llama, sampling
 from llama_jax.model.controls import CONTROL_WIDTH
-from llama_jax.ring import choosing, gpu_options, kv_cache, stage, steps, tick
+from llama_jax.ring import choosing, gpu_options, kv_cache, observation, stage, steps, tick
 from llama_jax.ring.attention_backend import AUTO, HOPPER, PLAIN, AttentionBackend
 from llama_jax.ring.packet import LENGTH
 from llama_jax.ring.sizes import Bucket
@@ -80,6 +80,21 @@ def test_products_that_xla_may_split():
     assert (options(None, one), options(None, several)) == ({}, gpu_options.UNSPLIT)
     assert (options("fp8", one), options("fp8", several)) == ({}, {})
     assert (options("int4", one), options("int4", several)) == (gpu_options.GROUPED_SCALES,) * 2
+
+
+def test_the_steps_are_compiled_with_these_options(monkeypatch):
+    given = []
+    options = "sharding.program.compiler_options"
+    monkeypatch.setattr(options, lambda mesh, more: given.append(more) or {})
+    config = replace(CONFIG, quantization=Quantization(format="int4"))
+    on_hopper = (Llama, AttentionBackend(AUTO))
+    for make in (steps.decode_step, steps.masked_decode_step):
+        make(config, make_mesh("1x1"), SIZES, 1, *on_hopper)
+    steps.prefill_step(config, make_mesh("1x1"), SIZES, 1, 64, *on_hopper)
+    chunk = stage.Program(config, SIZES, Bucket(0, 64), *on_hopper)
+    observation.observed_step(chunk, make_mesh("1x1"), ())
+    grouped, concurrent = gpu_options.GROUPED_SCALES, gpu_options.CONCURRENT
+    assert given == [grouped | concurrent] * 2 + [grouped] * 2
 
 
 def compile_sampling(program: str, mesh: str, vocab_size: int = CONFIG.vocab_size):

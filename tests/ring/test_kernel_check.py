@@ -25,6 +25,7 @@ from llama_jax.ring.kernel_check import (
     int4_products,
     try_kernel,
     without_failing_kernels,
+    working_backend,
 )
 from llama_jax.ring.sizes import RingSizes
 from llama_jax.weights import placement
@@ -170,9 +171,15 @@ def test_a_crash_ends_the_start(kernels):
         tried()
 
 
-def test_a_kernel_that_hangs_ends_the_start(monkeypatch):
+@pytest.mark.parametrize("hangs", [0, kernel_check.RUNS - 1])
+def test_a_kernel_that_hangs_ends_the_start(hangs, monkeypatch):
+    """In one run of several."""
+
+    def run(program, seed):
+        return Hanging() if seed == hangs else jnp.float32(0)
+
     monkeypatch.setattr(kernel_check, "SECONDS", 0.0)
-    monkeypatch.setattr(jax.stages.Compiled, "__call__", lambda program, seed: Hanging())
+    monkeypatch.setattr(jax.stages.Compiled, "__call__", run)
     with pytest.raises(UserError):
         try_kernel("it", lambda seed: jnp.float32(0), make_mesh("1x1"))
 
@@ -182,6 +189,21 @@ class Hanging:
         return False
 
 
+def test_a_kernel_that_is_sometimes_wrong_is_wrong():
+    """Each run has other inputs, and one of them is enough."""
+    mesh = make_mesh("1x1")
+    for wrong in range(kernel_check.RUNS):
+        assert try_kernel("it", lambda seed, wrong=wrong: jnp.float32(seed == wrong), mesh)
+    assert try_kernel("it", lambda seed: jnp.float32(kernel_check.MAX_ERROR / 2), mesh) is None
+
+
+def test_an_error_without_a_message_is_named_by_its_class():
+    def fail(seed):
+        raise NotImplementedError
+
+    assert "NotImplementedError" in try_kernel("it", fail, make_mesh("1x1"))
+
+
 class Unlike(Llama):
     class layer_class(Llama.layer_class):
         class attention_class(Llama.layer_class.attention_class):
@@ -189,7 +211,7 @@ class Unlike(Llama):
                 return scores + head
 
 
-def test_what_does_not_run_is_not_tried(kernels):
+def test_what_does_not_run_is_not_tried(kernels, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError
 
@@ -197,7 +219,8 @@ def test_what_does_not_run_is_not_tried(kernels):
     mesh, dtype = make_mesh("1x1"), jnp.dtype(BF16)
     assert without_failing_kernels(NOTHING, CONFIG, mesh, SIZES, dtype, dtype) == NOTHING
     unquantized = LlamaConfig.llama3_8b()
-    assert without_failing_kernels(BOTH, unquantized, mesh, SIZES, dtype, dtype, Unlike) == BOTH
+    monkeypatch.setattr(kernel_check, "choose_backend", lambda name, mesh: BOTH)
+    assert working_backend(AUTO, unquantized, mesh, SIZES, dtype, dtype, Unlike) == BOTH
     assert tried(dtype=jnp.float32, kv_dtype=jnp.float32) == BOTH
 
 
@@ -216,6 +239,9 @@ def test_every_kind_of_kernel_is_tried():
     shapes = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
     expected = {kind(n, *shape) for shape in shapes for n in (1, 64, 576)}
     assert len(found) == len(set(found)) and set(found) == expected
+    without_rows = replace(sizes, row_buckets=(0,), chunk_buckets=(128,))  # of a `ShardedLlama`
+    products = int4_products(config, make_mesh("1x1"), without_rows, jnp.dtype(BF16))
+    assert {n for _, rows in products for n in rows} == {128}
 
 
 @pytest.mark.slow

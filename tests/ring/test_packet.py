@@ -1,5 +1,6 @@
 """The format of a packet: `encode_packet` writes it, plain Python and `decode_packet` read it."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +8,10 @@ from hypothesis import strategies as st
 
 from llama_jax.ring.packet import decode_packet, encode_packet, packet_size, segments_of
 from llama_jax.ring.sizes import Bucket, RingSizes
+from llama_jax.ring.steps import init_state, state_shapes
+from sharding.mesh import make_mesh
 from tests.support.mock_executor import Run, read_packet
+from tests.support.programs import CONFIG
 
 SIZES = RingSizes(
     num_slots=8,
@@ -83,12 +87,11 @@ def test_decode_blanks_segments_beyond_the_bucket(packet, data):
     assert segments == [[run.slot, run.position, run.length, *run.pages] for run in want]
 
 
-def test_a_packet_keeps_the_page_table_that_it_entered_with():
-    tables = np.zeros((SIZES.num_slots, SIZES.pages_per_sequence), np.int32)
-    packed = encode_packet(SIZES, Bucket(1, 3), tables, [2], [0], [(3, 0, True, [5])])
-    tables[:] = 9
-    rows, tiles = read_packet(SIZES, Bucket(1, 3), packed)
-    assert rows[0].pages == tiles[0].pages == [0] * SIZES.pages_per_sequence
+def test_the_ring_starts_with_empty_packets():
+    shapes = state_shapes(CONFIG, make_mesh("2x1"), SIZES, jnp.dtype(jnp.float32))
+    found = np.asarray(init_state(shapes, SIZES).ring.metadata)
+    empty = [NOWHERE.slot, 0, 0, *NOWHERE.pages]
+    assert found.tolist() == [[empty] * SIZES.max_segments] * 2
 
 
 def test_the_bucket_is_the_smallest_that_fits():

@@ -1,13 +1,16 @@
 """The tokens that layers compute beyond those of a packet, as on GPUs."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.config import LlamaConfig
 from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.model import Llama
 from llama_jax.ring import steps
-from llama_jax.ring.sizes import Bucket
-from llama_jax.ring.stage import locate_tokens, token_multiple
+from llama_jax.ring.sizes import Bucket, RingSizes
+from llama_jax.ring.stage import Program, locate_tokens, token_multiple
 from tests.support.reference import drive, make_loop, make_model, reference_logits, save_model
 
 VOCAB = 64
@@ -49,6 +52,21 @@ def test_they_change_nothing(nowhere, tmp_path, monkeypatch):
         monkeypatch.setattr("llama_jax.ring.stage.locate_tokens", locate_somewhere)
     loop = make_loop(path, "2x1", max_num_seqs=4, max_chunk=64, page_size=4, num_pages=80)
     assert bool(wrong(model, loop)) == (not nowhere)
+
+
+def test_tokens_without_a_page_are_nowhere():
+    """Those beyond the page table, of an empty row, behind the end of a tile, and padding."""
+    sizes = RingSizes(
+        num_slots=3, num_pages=64, page_size=4, pages_per_sequence=8, row_buckets=(3,),
+        chunk_buckets=(0, 4), tile=4,
+    )  # fmt: skip
+    program = Program(LlamaConfig.llama3_8b(), sizes, Bucket(3, 4), Llama, token_multiple=8)
+    pages = range(10, 18)
+    segments = [[0, 31, 1, *pages], [1, 32, 1, *pages], [2, 5, 0, *pages], [0, 2, 3, *pages]]
+    found = jax.jit(locate_tokens, static_argnums=0)(program, np.array(segments))
+    assert found.page.tolist() == [17, 64, 64, 10, 10, 11, 64, 64]
+    assert found.position.tolist() == [31, 32, 5, 2, 3, 4, 5, 0]
+    assert found.offset.tolist() == [3, 0, 1, 2, 3, 0, 1, 0]
 
 
 def test_only_gpus_need_them_and_only_with_a_chunk():

@@ -10,6 +10,7 @@ import pytest
 from llama_jax import LLM, Llama, SamplingParams, ShardedLlama
 from llama_jax.engine.compile_counter import CompileCounter
 from llama_jax.interpret import capture, kv_cache
+from llama_jax.ring.attention_backend import HOPPER, AttentionBackend
 from sharding.errors import UserError
 from sharding.mesh import make_mesh
 from tests.support.hooked import assert_close
@@ -85,9 +86,13 @@ def test_unknown_activations_are_refused(path, name, known):
 
 
 def test_the_kernel_where_it_cannot_run_is_refused(path):
-    ShardedLlama.from_pretrained(path, attention_backend="plain")
+    plain = ShardedLlama.from_pretrained(path, attention_backend="plain")
     with pytest.raises(UserError, match="attention_backend is hopper"):
         ShardedLlama.from_pretrained(path, attention_backend="hopper")
+    given = (plain.config, plain.mesh, plain.params, plain.dtype)
+    model = ShardedLlama(*given, attention_backend=AttentionBackend(HOPPER, 132))
+    with pytest.raises(UserError, match="head dimension"):  # the kernel, as it is traced
+        model(tokens_of(1, 3))
 
 
 def test_unembed(path):
@@ -112,7 +117,10 @@ def test_one_call_leaves_nothing_for_the_next(path):
     """Two prompts of the same shape use the same pages, with another shape in between."""
     model = ShardedLlama.from_pretrained(path, "2x1")
     first, second = tokens_of(2, 40), tokens_of(2, 40, seed=1)
-    expected = [model(first), model(second)]
+    expected = [model(first)]
+    cache = model.cache
+    expected.append(model(second))
+    assert cache.keys[0].is_deleted()  # the second call has reused its memory
     model(tokens_of(1, 7))
     for tokens, logits in ((first, expected[0]), (second, expected[1]), (first, expected[0])):
         np.testing.assert_array_equal(model(tokens), logits)

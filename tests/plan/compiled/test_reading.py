@@ -7,9 +7,11 @@ a scatter into a donated cache, and a loop of products. In `good`, the loop runs
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -235,6 +237,14 @@ def test_every_compiler_option_is_known(name):
 def test_unknown_options_are_left_out_and_a_cpu_gets_none():
     assert not is_known(make_mesh("1x1"), "xla_gpu_no_such_option", True)
     assert compiler_options(make_mesh("1x1"), GROUPED_SCALES) == {}
+
+
+@pytest.mark.parametrize("platform", ["gpu", "cuda"])
+def test_a_gpu_gets_the_options_that_its_compiler_knows(platform, monkeypatch):
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+    known = "sharding.compiler_options.is_known"
+    monkeypatch.setattr(known, lambda mesh, name, value: name != "unknown")
+    assert compiler_options(mesh, {"more": 1, "unknown": 2}) == GPU_OPTIONS | {"more": 1}
 
 
 def test_a_loop_counts_once_among_the_instructions():
