@@ -139,7 +139,7 @@ def test_any_trace(trace):
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=20_000)
+@settings(deadline=None, max_examples=8_000)
 @given(traces())
 def test_any_of_many_traces(trace):
     run(*trace)
