@@ -75,8 +75,9 @@ def test_a_new_note_is_a_new_line() -> None:
 
 def bars(steps: Sequence[Step]) -> str:
     """What a terminal is sent for these steps, without the movements of its cursor."""
-    out = io.StringIO()
-    with TerminalDisplay(Console(file=out, force_terminal=True, width=80)) as display:
+    out = io.StringIO()  # without colors, the rest of a bar is empty
+    console = Console(file=out, force_terminal=True, color_system=None, width=80)
+    with TerminalDisplay(console) as display:
         for step in steps:
             display.update(*step)
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
