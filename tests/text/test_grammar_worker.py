@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import threading
 
 import pytest
 
@@ -23,6 +24,8 @@ def test_it_writes_grammars_and_says_what_is_wrong(worker):
     for kind, value in (("regex", "("), ("json_schema", [1]), ("lark", "x"), ("regex", "\ud800")):
         with pytest.raises(GrammarError):
             worker.write(kind, value)
+    # None is left that could end the process in a later check.
+    wait_until(lambda: not any(isinstance(t, threading.Timer) for t in threading.enumerate()))
 
 
 def test_a_check_without_end_is_ended(worker):

@@ -3,9 +3,11 @@
 import inspect
 
 import pytest
+import tokenizers as backends
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2 import TemplateError
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from llama_jax.text.detokenizer import Detokenizer
@@ -184,11 +186,37 @@ def test_bos_is_what_a_prompt_starts_with(kinds):
         assert oracle(" ")["input_ids"] == ours.encode(" ")
 
 
-def test_a_template_of_a_processor_is_used(tmp_path):
-    path = write_tokenizer(tmp_path, chat_template_json={"chat_template": CHATML})
+def test_what_training_left_in_tokenizer_json_does_not_change_a_prompt(tmp_path, kinds):
+    """A limit of length, and padding to it; here beside a post-processor that adds EOS."""
+    path = write_tokenizer(tmp_path)
+    backend = backends.Tokenizer.from_file(str(path / "tokenizer.json"))
+    backend.enable_truncation(3)
+    backend.enable_padding(length=9)
+    eos = backend.token_to_id("<|eot_id|>")
+    backend.post_processor = processors.TemplateProcessing(
+        "$A <|eot_id|>", None, [("<|eot_id|>", eos)]
+    )
+    backend.save(str(path / "tokenizer.json"))
+    ours, (plain, *_) = Tokenizer(path), kinds["llama 3"]
+    for text in ("", "1 2 3 4 5"):
+        assert ours.encode(text, add_bos=False) == plain.encode(text, add_bos=False)
+        assert ours.encode(text) == [*plain.encode(text, add_bos=False), eos]
+    assert (ours.info.add_bos_token, ours.info.add_eos_token) == (False, True)
+    assert (plain.info.add_bos_token, plain.info.add_eos_token) == (True, False)
+
+
+def test_the_template_that_clients_are_told_is_the_default_one(kinds):
+    assert kinds["named templates"][0].info.chat_template == CHATML
+    assert kinds["chatml"][0].info.chat_template == CHATML
+
+
+def test_a_template_of_a_processor_is_used_if_the_tokenizer_has_none(tmp_path):
+    files = {"chat_template_json": {"chat_template": CHATML}}
+    path = write_tokenizer(tmp_path, **files)
     oracle = PreTrainedTokenizerFast.from_pretrained(path)
     chat = messages("su", ["Be brief.", "Hi"])
     assert Tokenizer(path).encode_chat(chat) == as_transformers(oracle, chat, chat_template=CHATML)
+    assert Tokenizer(write_tokenizer(path, template=PARTS, **files)).info.chat_template == PARTS
 
 
 @pytest.mark.parametrize("template", [PARTS, PARTS_OF_USER])
