@@ -3,7 +3,9 @@
 import asyncio
 import atexit
 import signal
+import threading
 import time
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from llama_jax.engine.interface import Output
 from llama_jax.engine.options import EngineOptions
 from tests.support.engine_clients import collect, tokens
 from tests.support.fake_engine import FakeEngine
-from tests.support.processes import FAKE
+from tests.support.processes import FAKE, wait_until
 
 
 @pytest.mark.usefixtures("temporary_directory")
@@ -38,6 +40,27 @@ def test_closing_asks_the_engine_to_end():
     client.close()
     client.close()
     assert host.exit_code == 0
+
+
+@pytest.mark.usefixtures("temporary_directory")
+def test_only_the_calls_of_one_thread_are_cancelled() -> None:
+    client = BlockingClient(EngineOptions(path="fake"), None, in_process_host(build=FakeEngine))
+    called: list[int] = []
+
+    def call() -> None:
+        called.append(threading.get_ident())
+        client.run(collect(client.client, [5], ignore_eos=True))
+
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(call) for _ in range(2)]
+        wait_until(lambda: client.client.stats.num_running == 2)
+        client.cancel_calls(called[0])
+        ended = next(as_completed(calls))
+        wait_until(lambda: client.client.stats.num_running == 1)
+        (other,) = {*calls} - {ended}
+        assert isinstance(ended.exception(), CancelledError) and not other.done()
+        client.close()
+        assert isinstance(other.exception(), EngineDead)
 
 
 @pytest.fixture

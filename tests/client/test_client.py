@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import uvloop
 
-from llama_jax.client.client import SILENCE_TICKS, EngineClient
+from llama_jax.client.client import SILENCE_SECONDS, SILENCE_TICKS, EngineClient
 from llama_jax.client.output_stream import OutputStream
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead, QueueFull, RequestError
@@ -64,10 +64,12 @@ def test_an_output_has_all_that_the_engine_says_of_a_token(run: Run) -> None:
 
     async def body(client: EngineClient) -> None:
         for seconds in (0, 0.1):
-            stream = client.generate([5], SamplingParams(max_tokens=3, logprobs=1))
+            params = SamplingParams(max_tokens=3, logprobs=1, prompt_logprobs=1)
+            stream = client.generate([4, 5], params)
             outputs = [await anext(stream)]
             await asyncio.sleep(seconds)
             outputs += [output async for output in stream]
+            assert [output.prompt_logprobs is None for output in outputs] == [False, True, True]
             for output, token in zip(outputs, (6, 7, 8), strict=True):
                 assert (output.token, output.error, output.cached_tokens) == (token, None, 3)
                 assert output.logprobs == TokenLogprobs(-token / 1000, [(token, -0.5)])
@@ -124,6 +126,9 @@ def test_silence_is_measured_by_the_length_of_ticks(
 ) -> None:
     async def body(client: EngineClient) -> None:
         await collect(client, [5], max_tokens=1)
+        assert client.responds
+        monkeypatch.setattr(EngineClient, "seconds_since_report", SILENCE_SECONDS)
+        client.stats = Stats(ticks=100, tick_seconds=1.0)
         assert client.responds
         monkeypatch.setattr(EngineClient, "seconds_since_report", 60.0)
         for tick_seconds, responds in ((0.03, False), (61.0 / SILENCE_TICKS, True)):
@@ -314,11 +319,13 @@ def test_a_prompt_that_just_fits_gets_one_token(run: Run) -> None:
 
 def test_a_request_that_the_engine_cannot_answer_ends_with_an_error(run: Run) -> None:
     async def body(client: EngineClient) -> None:
-        failed, answered = await asyncio.gather(
-            collect(client, [13, 1]), collect(client, [1, 13], max_tokens=1)
-        )
+        arrived: list[None] = []
+        stream = client.generate([13, 1], FOREVER, on_token=lambda: arrived.append(None))
+        answer = asyncio.create_task(collect(client, [1, 13], max_tokens=1))
+        failed = [output async for output in stream]
         assert failed == [Output(failed[0].request_id, None, "error", "13 brings bad luck.")]
-        assert tokens(answered) == [14]
+        assert not arrived, "an error is no token"
+        assert tokens(await answer) == [14]
 
     run(body)
 

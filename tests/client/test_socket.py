@@ -10,11 +10,12 @@ import uvloop
 import zmq
 
 from llama_jax.client.client import EngineClient
+from llama_jax.client.engine_socket import EngineSocket
 from llama_jax.client.private_directory import PrivateDirectory
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead
 from llama_jax.engine.interface import Output
-from llama_jax.engine.messages import FromEngine, Outputs, Ready
+from llama_jax.engine.messages import Abort, FromEngine, Outputs, Ready, ToEngine
 from llama_jax.engine.options import EngineOptions
 from tests.support.fake_client import make_info
 
@@ -108,6 +109,28 @@ def test_a_send_does_not_hide_a_message():
             request.throw(asyncio.CancelledError())
 
     assert tokens_of(script) == [0]
+
+
+def test_no_message_is_lost_while_the_engine_does_not_read() -> None:
+    """ZeroMQ's usual queues hold a thousand on either side, and drop what comes after."""
+
+    async def scenario() -> None:
+        directory = PrivateDirectory()
+        socket = EngineSocket(directory.socket, print, print)
+        with zmq.Context() as context, context.socket(zmq.PAIR) as engine:
+            engine.rcvtimeo = 10_000  # so that a lost message is an error
+            engine.connect(f"ipc://{directory.socket}")
+            while not socket.open:
+                await asyncio.sleep(0)
+            sent = [Abort(request_id) for request_id in range(5000)]
+            for message in sent:
+                socket.send(message)
+            decode = msgspec.msgpack.Decoder(ToEngine).decode
+            assert [decode(engine.recv()) for _ in sent] == sent
+        socket.close()
+        directory.remove()
+
+    asyncio.run(scenario())
 
 
 def test_a_message_that_cannot_be_read_ends_the_engine_and_its_requests():
