@@ -16,7 +16,7 @@ from llama_jax.engine.errors import EngineDead, QueueFull, RequestError
 from llama_jax.engine.interface import Output, Stats, TokenLogprobs
 from llama_jax.engine.options import EngineOptions
 from tests.support.engine_clients import FOREVER, Body, collect, run_with_engine, tokens, until
-from tests.support.fake_engine import VOCAB_SIZE
+from tests.support.fake_engine import VOCAB_SIZE, score
 from tests.support.processes import FAKE, assert_gone
 
 MAX_MODEL_LEN = 10_000
@@ -64,12 +64,10 @@ def test_an_output_has_all_that_the_engine_says_of_a_token(run: Run) -> None:
 
     async def body(client: EngineClient) -> None:
         for seconds in (0, 0.1):
-            params = SamplingParams(max_tokens=3, logprobs=1, prompt_logprobs=1)
-            stream = client.generate([4, 5], params)
+            stream = client.generate([5], SamplingParams(max_tokens=3, logprobs=1))
             outputs = [await anext(stream)]
             await asyncio.sleep(seconds)
             outputs += [output async for output in stream]
-            assert [output.prompt_logprobs is None for output in outputs] == [False, True, True]
             for output, token in zip(outputs, (6, 7, 8), strict=True):
                 assert (output.token, output.error, output.cached_tokens) == (token, None, 3)
                 assert output.logprobs == TokenLogprobs(-token / 1000, [(token, -0.5)])
@@ -222,12 +220,31 @@ def test_unread_tokens_take_four_bytes_each() -> None:
     assert asyncio.run(read()) == list(range(count))
 
 
-def test_outputs_that_arrived_before_an_error_are_read_before_it() -> None:
+def test_the_scores_of_a_prompt_come_with_its_first_token() -> None:
+    scores = score([4, 5], SamplingParams(prompt_logprobs=1))
+    stream = OutputStream(1, lambda: None)
+    first, second = Output(1, 6, prompt_logprobs=scores), Output(1, 7)
+    stream.put(first)
+    stream.put(second)
+
+    async def read() -> list[Output]:
+        return [await stream.get(), await stream.get()]
+
+    assert scores is not None and asyncio.run(read()) == [first, second]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_outputs_that_arrived_before_an_error_are_read_before_it(waits: bool) -> None:
+    """Also if they come in the same turn of the event loop, before a reader that waits can run."""
+
     async def scenario() -> None:
         stream = OutputStream(1, lambda: None)
+        first = asyncio.create_task(stream.get())
+        if waits:
+            await asyncio.sleep(0)
         stream.put(Output(1, 5))
         stream.fail(EngineDead("gone"))
-        assert await stream.get() == Output(1, 5)
+        assert await first == Output(1, 5)
         with pytest.raises(EngineDead, match="gone"):
             await stream.get()
 

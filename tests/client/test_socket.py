@@ -17,6 +17,7 @@ from llama_jax.engine.errors import EngineDead
 from llama_jax.engine.interface import Output
 from llama_jax.engine.messages import Abort, FromEngine, Outputs, Ready, ToEngine
 from llama_jax.engine.options import EngineOptions
+from tests.support.engine_clients import until
 from tests.support.fake_client import make_info
 
 TOKENS = 50
@@ -111,24 +112,28 @@ def test_a_send_does_not_hide_a_message():
     assert tokens_of(script) == [0]
 
 
-def test_no_message_is_lost_while_the_engine_does_not_read() -> None:
+def test_no_message_is_lost_unless_the_engine_has_ended() -> None:
     """ZeroMQ's usual queues hold a thousand on either side, and drop what comes after."""
+    sent = [Abort(request_id) for request_id in range(3000)]
+    decode = msgspec.msgpack.Decoder(ToEngine).decode
 
     async def scenario() -> None:
-        directory = PrivateDirectory()
-        socket = EngineSocket(directory.socket, print, print)
-        with zmq.Context() as context, context.socket(zmq.PAIR) as engine:
-            engine.rcvtimeo = 10_000  # so that a lost message is an error
-            engine.connect(f"ipc://{directory.socket}")
-            while not socket.open:
-                await asyncio.sleep(0)
-            sent = [Abort(request_id) for request_id in range(5000)]
+        directory, context = PrivateDirectory(), zmq.Context()
+        socket, engine = EngineSocket(directory.socket, print, print), context.socket(zmq.PAIR)
+        engine.rcvtimeo = 10_000  # so that a lost message is an error
+        engine.connect(f"ipc://{directory.socket}")
+        try:
+            await until(lambda: socket.open)
             for message in sent:
                 socket.send(message)
-            decode = msgspec.msgpack.Decoder(ToEngine).decode
             assert [decode(engine.recv()) for _ in sent] == sent
-        socket.close()
-        directory.remove()
+            engine.close(linger=0)
+            await until(lambda: not socket.open)
+            socket.send(sent[0])
+        finally:
+            context.destroy(linger=0)
+            socket.close()
+            directory.remove()
 
     asyncio.run(scenario())
 

@@ -13,7 +13,15 @@ from transformers import PreTrainedTokenizerFast
 from llama_jax.text.detokenizer import Detokenizer
 from llama_jax.text.eos_token import read_eos_token_id
 from llama_jax.text.tokenizer import Tokenizer, TokenizerError
-from tests.support.tokenizer_kinds import CHATML, KINDS, PARTS, PARTS_OF_USER, write_tokenizer
+from tests.support.tokenizer_kinds import (
+    CHATML,
+    EOT,
+    KINDS,
+    PARTS,
+    PARTS_OF_USER,
+    SETTINGS,
+    write_tokenizer,
+)
 
 # Added tokens of some kinds and letters of the byte alphabet, among ordinary text.
 FRAGMENTS = [
@@ -34,6 +42,7 @@ SANITIZES = (
     "sanitize_control_tokens"
     in inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters
 )
+NEWER = SETTINGS | {"added_tokens_decoder": {}}
 ROLE = {"s": "system", "u": "user", "a": "assistant"}
 
 
@@ -173,9 +182,19 @@ def test_without_a_known_eos_token_there_is_none(tmp_path, files):
     assert read_eos_token_id(write_tokenizer(tmp_path, **files)) is None
 
 
-def test_an_eos_token_of_the_vocabulary_need_not_be_added(tmp_path):
-    path = write_tokenizer(tmp_path, settings={"eos_token": "!"})
-    assert read_eos_token_id(path) == PreTrainedTokenizerFast.from_pretrained(path).eos_token_id
+@pytest.mark.parametrize(
+    ("eos", "files"),
+    [
+        ("!", {"settings": {"eos_token": "!"}}),  # of the vocabulary, not added
+        ("!", {"special_tokens_map_json": {"eos_token": "!"}}),
+        # The file is of older versions, which did not write the tokens among the settings.
+        (EOT, {"special_tokens_map_json": {"eos_token": "!"}, "settings": NEWER}),
+    ],
+)
+def test_the_file_that_names_the_eos_token(tmp_path, eos, files):
+    path = write_tokenizer(tmp_path, **files)
+    oracle = PreTrainedTokenizerFast.from_pretrained(path)
+    assert (oracle.eos_token, oracle.eos_token_id) == (eos, read_eos_token_id(path))
 
 
 def test_bos_is_what_a_prompt_starts_with(kinds):
