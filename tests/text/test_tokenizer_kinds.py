@@ -1,13 +1,14 @@
 """The tokenizers that checkpoints come with: prompts, chats and EOS as transformers has them."""
 
 import inspect
+import itertools
 
 import pytest
 import tokenizers as backends
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2 import TemplateError
-from tokenizers import processors
+from tokenizers import normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from llama_jax.text.detokenizer import Detokenizer
@@ -222,6 +223,20 @@ def test_what_training_left_in_tokenizer_json_does_not_change_a_prompt(tmp_path,
         assert ours.encode(text) == [*plain.encode(text, add_bos=False), eos]
     assert (ours.info.add_bos_token, ours.info.add_eos_token) == (False, True)
     assert (plain.info.add_bos_token, plain.info.add_eos_token) == (True, False)
+
+
+def test_a_control_token_in_a_message_is_encoded_as_text_of_this_tokenizer(tmp_path):
+    """Normalized, in the alphabet of bytes, and not as the word that the vocabulary also has."""
+    special, content = ["<É x>", "he"], "{{ messages[0].content }}"
+    lower = normalizers.Lowercase()
+    ours = Tokenizer(
+        write_tokenizer(tmp_path / "ours", special=special, normalizer=lower, template=content)
+    )
+    plain = Tokenizer(write_tokenizer(tmp_path / "plain", normalizer=lower))
+    (word,) = plain.encode("he", add_bos=False)
+    assert word in ours.special_token_ids
+    parts = [plain.encode(part, add_bos=False) for part in ("<É x>", "h", "e")]
+    assert ours.encode_chat(messages("u", ["<É x>he"])) == [*itertools.chain(*parts)]
 
 
 def test_the_template_that_clients_are_told_is_the_default_one(kinds):
