@@ -121,6 +121,11 @@ def test_arguments_may_be_declared_elsewhere_than_in_properties(more):
     assert not accepts_arguments(schema, '{"a": 1, "b": "x"}')
 
 
+@pytest.mark.parametrize("more", [{}, {"patternProperties": {"^b$": NUMBER}}], ids=len)
+def test_a_function_has_no_arguments_but_those_that_it_declares(more):
+    assert not accepts_arguments({"properties": {"a": NUMBER}, **more}, '{"a": 1, "c": 2}')
+
+
 def test_arguments_are_an_object_on_one_line():
     assert accepts_arguments({"type": ["object", "null"], **B}, "{}")
     assert not accepts_arguments({"type": ["object", "null"], **B}, "null")
