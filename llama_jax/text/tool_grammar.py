@@ -15,7 +15,7 @@ MAX_CALLS = 16  # in one answer
 # As `tojson` writes it in the chat template: a model that has seen calls has seen this.
 _ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _KEYS = "name|type|function|parameters|arguments"  # that a call may begin with
-_COMBINED = ("$ref", "allOf", "anyOf", "oneOf", "patternProperties", "if")
+_COMBINED = ("$ref", "allOf", "anyOf", "oneOf", "if")
 
 
 class Function(NamedTuple):

@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import pytest
 import uvloop
 
-from llama_jax.client.client import SILENCE_TICKS, EngineClient
+from llama_jax.client.client import SILENCE_SECONDS, SILENCE_TICKS, EngineClient
 from llama_jax.client.output_stream import OutputStream
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead, QueueFull, RequestError
 from llama_jax.engine.interface import Output, Stats, TokenLogprobs
 from llama_jax.engine.options import EngineOptions
 from tests.support.engine_clients import FOREVER, Body, collect, run_with_engine, tokens, until
-from tests.support.fake_engine import VOCAB_SIZE
+from tests.support.fake_engine import VOCAB_SIZE, score
 from tests.support.processes import FAKE, assert_gone
 
 MAX_MODEL_LEN = 10_000
@@ -125,6 +125,9 @@ def test_silence_is_measured_by_the_length_of_ticks(
     async def body(client: EngineClient) -> None:
         await collect(client, [5], max_tokens=1)
         assert client.responds
+        monkeypatch.setattr(EngineClient, "seconds_since_report", SILENCE_SECONDS)
+        client.stats = Stats(ticks=100, tick_seconds=1.0)
+        assert client.responds
         monkeypatch.setattr(EngineClient, "seconds_since_report", 60.0)
         for tick_seconds, responds in ((0.03, False), (61.0 / SILENCE_TICKS, True)):
             client.stats = Stats(ticks=100, tick_seconds=100 * tick_seconds)
@@ -217,12 +220,31 @@ def test_unread_tokens_take_four_bytes_each() -> None:
     assert asyncio.run(read()) == list(range(count))
 
 
-def test_outputs_that_arrived_before_an_error_are_read_before_it() -> None:
+def test_the_scores_of_a_prompt_come_with_its_first_token() -> None:
+    scores = score([4, 5], SamplingParams(prompt_logprobs=1))
+    stream = OutputStream(1, lambda: None)
+    first, second = Output(1, 6, prompt_logprobs=scores), Output(1, 7)
+    stream.put(first)
+    stream.put(second)
+
+    async def read() -> list[Output]:
+        return [await stream.get(), await stream.get()]
+
+    assert scores is not None and asyncio.run(read()) == [first, second]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_outputs_that_arrived_before_an_error_are_read_before_it(waits: bool) -> None:
+    """Also if they come in the same turn of the event loop, before a reader that waits can run."""
+
     async def scenario() -> None:
         stream = OutputStream(1, lambda: None)
+        first = asyncio.create_task(stream.get())
+        if waits:
+            await asyncio.sleep(0)
         stream.put(Output(1, 5))
         stream.fail(EngineDead("gone"))
-        assert await stream.get() == Output(1, 5)
+        assert await first == Output(1, 5)
         with pytest.raises(EngineDead, match="gone"):
             await stream.get()
 
@@ -314,11 +336,13 @@ def test_a_prompt_that_just_fits_gets_one_token(run: Run) -> None:
 
 def test_a_request_that_the_engine_cannot_answer_ends_with_an_error(run: Run) -> None:
     async def body(client: EngineClient) -> None:
-        failed, answered = await asyncio.gather(
-            collect(client, [13, 1]), collect(client, [1, 13], max_tokens=1)
-        )
+        arrived: list[None] = []
+        stream = client.generate([13, 1], FOREVER, on_token=lambda: arrived.append(None))
+        answer = asyncio.create_task(collect(client, [1, 13], max_tokens=1))
+        failed = [output async for output in stream]
         assert failed == [Output(failed[0].request_id, None, "error", "13 brings bad luck.")]
-        assert tokens(answered) == [14]
+        assert not arrived, "an error is no token"
+        assert tokens(await answer) == [14]
 
     run(body)
 

@@ -1,6 +1,7 @@
 """The engine process, with an engine that has no device: how it starts, fails and ends."""
 
 import asyncio
+import errno
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -120,7 +122,9 @@ def test_a_long_temporary_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 @pytest.mark.parametrize(("mode", "cause"), [("kill", "SIGKILL"), ("crash", "a device is lost")])
-def test_tokens_made_before_a_death_arrive_and_then_an_error(mode: str, cause: str) -> None:
+def test_tokens_made_before_a_death_arrive_and_then_an_error(
+    mode: str, cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def body(client: EngineClient) -> None:
         received: list[int | None] = []
         with pytest.raises(EngineDead, match=cause) as caught:
@@ -131,6 +135,11 @@ def test_tokens_made_before_a_death_arrive_and_then_an_error(mode: str, cause: s
         assert not client.alive and client.ended == str(caught.value)
         with pytest.raises(EngineDead, match=cause):
             await collect(client, [1])
+        full = OSError(errno.ENOSPC, "No space left on device")
+        monkeypatch.setattr(tempfile, "mkstemp", Mock(side_effect=full))
+        client.host._log.write_text("a warning")
+        said = client.host.describe_end(None)  # the cause all the same
+        assert "could not be kept" in said and "\n" not in said
 
     run_with_engine(body, f"fake:{mode}:5")
 

@@ -17,7 +17,7 @@ import pytest
 
 from llama_jax.client.blocking import BlockingClient
 from llama_jax.client.client import EngineClient
-from llama_jax.client.in_process import in_process_host
+from llama_jax.client.in_process import UNKILLABLE_SECONDS, in_process_host
 from llama_jax.engine.errors import EngineDead, EngineStartError
 from llama_jax.engine.interface import Output, Progress
 from llama_jax.engine.options import EngineOptions
@@ -25,6 +25,7 @@ from tests.support.engine_clients import FOREVER, collect, tokens
 from tests.support.fake_engine import FakeEngine
 from tests.support.paths import ROOT
 from tests.support.processes import wait_until
+from tests.support.virtual_time import advance
 
 Start = Callable[..., BlockingClient]
 
@@ -311,7 +312,9 @@ def test_no_exit_handler_outlives_its_engine(start: Start, exits: FakeAtexit) ->
     assert exits.handlers == []
 
 
-def test_the_client_works_on_the_callers_event_loop_too(temporary_directory: Path) -> None:
+def test_the_client_works_on_the_callers_event_loop_too(
+    temporary_directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Without a thread for the client: only the engine has one."""
 
     async def scenario() -> list[int | None]:
@@ -319,7 +322,12 @@ def test_the_client_works_on_the_callers_event_loop_too(temporary_directory: Pat
             EngineOptions(path="fake"), start_host=in_process_host(build=FakeEngine)
         )
         outputs = await collect(client, [5], max_tokens=3)
+        client.kill()
+        await client.wait_dead()
+        advance(UNKILLABLE_SECONDS)
+        await asyncio.sleep(0.01)  # timers that are due have run
         await client.close()
         return tokens(outputs)
 
     assert asyncio.run(scenario()) == [6, 7, 8]
+    assert not caplog.records, "it has ended, so it does not hang"

@@ -13,6 +13,7 @@ import pytest
 from llama_jax.client.private_directory import PREFIX, PrivateDirectory
 from llama_jax.engine.errors import EngineStartError
 from tests.support.paths import ROOT
+from tests.support.processes import open_files
 
 pytestmark = pytest.mark.usefixtures("temporary_directory")
 
@@ -21,9 +22,10 @@ def test_only_the_user_may_enter_it_and_it_can_be_removed_twice() -> None:
     directory = PrivateDirectory()
     assert directory.path.stat().st_mode & 0o777 == 0o700
     directory.log.write_text("x")
+    assert open_files(directory.path.parent)  # its lock
     directory.remove()
     directory.remove()
-    assert not directory.path.exists()
+    assert not directory.path.exists() and not open_files(directory.path.parent)
 
 
 def test_it_can_be_removed_by_two_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

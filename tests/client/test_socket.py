@@ -10,12 +10,14 @@ import uvloop
 import zmq
 
 from llama_jax.client.client import EngineClient
+from llama_jax.client.engine_socket import EngineSocket
 from llama_jax.client.private_directory import PrivateDirectory
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.errors import EngineDead
 from llama_jax.engine.interface import Output
-from llama_jax.engine.messages import FromEngine, Outputs, Ready
+from llama_jax.engine.messages import Abort, FromEngine, Outputs, Ready, ToEngine
 from llama_jax.engine.options import EngineOptions
+from tests.support.engine_clients import until
 from tests.support.fake_client import make_info
 
 TOKENS = 50
@@ -108,6 +110,32 @@ def test_a_send_does_not_hide_a_message():
             request.throw(asyncio.CancelledError())
 
     assert tokens_of(script) == [0]
+
+
+def test_no_message_is_lost_unless_the_engine_has_ended() -> None:
+    """ZeroMQ's usual queues hold a thousand on either side, and drop what comes after."""
+    sent = [Abort(request_id) for request_id in range(3000)]
+    decode = msgspec.msgpack.Decoder(ToEngine).decode
+
+    async def scenario() -> None:
+        directory, context = PrivateDirectory(), zmq.Context()
+        socket, engine = EngineSocket(directory.socket, print, print), context.socket(zmq.PAIR)
+        engine.rcvtimeo = 10_000  # so that a lost message is an error
+        engine.connect(f"ipc://{directory.socket}")
+        try:
+            await until(lambda: socket.open)
+            for message in sent:
+                socket.send(message)
+            assert [decode(engine.recv()) for _ in sent] == sent
+            engine.close(linger=0)
+            await until(lambda: not socket.open)
+            socket.send(sent[0])
+        finally:
+            context.destroy(linger=0)
+            socket.close()
+            directory.remove()
+
+    asyncio.run(scenario())
 
 
 def test_a_message_that_cannot_be_read_ends_the_engine_and_its_requests():

@@ -66,6 +66,7 @@ def test_an_engine_that_cannot_be_killed_counts_as_ended(monkeypatch: pytest.Mon
             _, message = await read_to_the_end(client, FOREVER)
             await watching
             assert message.startswith("The engine sent no report for")
+            assert "has not ended" in client.host.describe_end(None)
             await client.close()
         process.kill()
         process.wait()

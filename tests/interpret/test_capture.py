@@ -179,6 +179,14 @@ def test_shapes_and_dtypes_in_bfloat16(made, load, mesh):
     assert found["logits"].dtype == jnp.float32
 
 
+def test_a_gradient_has_the_shape_and_dtype_of_its_activation(made, load):
+    theirs, _ = made("one")
+    model, tokens = load("one", None, "bfloat16"), random_tokens(theirs, 2, 7)
+    score, name = lambda logits: logits[0, 0, 0], "layers.1.residual"
+    found = jax.eval_shape(lambda: gradients(model, tokens, score, name))  # compiles nothing
+    assert found == {name: activation_shapes(model, *tokens.shape)[name]}
+
+
 def test_names_and_patterns(made, load):
     theirs, _ = made("one")
     model, tokens = load("one", None), random_tokens(theirs, 1, 5)

@@ -16,6 +16,7 @@ import pytest
 
 import llama_jax.llm.llm
 from llama_jax import LLM, Llama, SamplingParams
+from llama_jax.client.host import StartHost
 from llama_jax.client.in_process import in_process_host
 from llama_jax.config import ConfigError
 from llama_jax.engine.errors import EngineDead, EngineStartError, RequestError
@@ -280,7 +281,7 @@ def test_restarts(start: Starter, in_process: bool) -> None:
         assert not engines & children(os.getpid())
     llm.close()
     assert children(os.getpid()) <= before
-    llm.restart(in_process=not in_process)
+    llm.restart(in_process=not in_process, path=start.directory / "fake")
     assert len(children(os.getpid()) - before) == in_process
     assert llm.info.max_num_seqs == 2
     assert llm.generate([5], LETTERS).token_ids == [6, 7, 8, 9, 10]
@@ -315,6 +316,25 @@ def test_a_restart_that_fails(start: Starter, monkeypatch: pytest.MonkeyPatch) -
         llm.generate([5])
     llm.restart()
     assert llm.generate([5], LETTERS).token_ids == [6, 7, 8, 9, 10]
+
+
+def test_a_restart_keeps_an_own_class(start: Starter, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(Llama):
+        pass
+
+    chosen: list[type[Llama] | None] = []
+    host = llama_jax.llm.llm.in_process_host
+
+    def choose(model_class: type[Llama] | None) -> StartHost:
+        chosen.append(model_class)
+        return host(model_class)
+
+    monkeypatch.setattr(llama_jax.llm.llm, "in_process_host", choose)
+    llm = start(model_class=Own)
+    llm.restart()
+    llm.restart(model_class=Llama)
+    assert chosen == [Own, Own, Llama]
+    llm.restart(in_process=False)  # where there is none
 
 
 @pytest.mark.parametrize(("model_class", "name"), [(Llama, "Llama"), (object(), "model_class")])

@@ -1,5 +1,6 @@
 """`LLM` and `Completion` as HTML, and progress without a notebook."""
 
+import asyncio
 import io
 import re
 import subprocess
@@ -13,7 +14,7 @@ from llama_jax.engine.interface import DeviceInfo, EngineInfo, Progress, Stats
 from llama_jax.llm.completion import Completion
 from llama_jax.llm.notebook.display import running_text
 from llama_jax.llm.notebook.html import llm_html
-from llama_jax.llm.notebook.progress import StartProgress, make_display
+from llama_jax.llm.notebook.progress import RequestProgress, StartProgress, make_display
 from tests.support.paths import ROOT
 
 EVIL = '</div><script>alert("1")</script>&amp;'
@@ -87,6 +88,53 @@ def test_progress_in_a_terminal_is_shown_only_on_request(monkeypatch: pytest.Mon
         start.ready(INFO)
     assert "Starting the engine" in shown.getvalue()
     assert "Compiling programs: 2 of 2" in shown.getvalue()
+
+
+class Recorder:
+    """A display that keeps what it is told, and then fails."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[object, ...]] = []
+
+    def update(self, *report: object) -> None:
+        self.told.append(report)
+        raise OSError("the display is broken")
+
+    def finish(self, text: str = "") -> None:
+        self.update(text)
+
+
+def test_a_broken_display_does_not_end_a_start() -> None:
+    display = Recorder()
+    start = StartProgress(display, "a model")
+    start(Progress("compiling", 1, 2, "8 rows"))
+    start.failed()
+    assert display.told == [
+        ("Starting the engine", 0, 1, "a model"),
+        ("Compiling programs", 1, 2, "8 rows"),
+        ("a model did not start.",),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("total", "patience", "shown"), [(2, 0.0, True), (2, 60, False), (1, 0.0, False)]
+)
+def test_the_progress_of_requests_that_take_long(
+    monkeypatch: pytest.MonkeyPatch, total: int, patience: float, shown: bool
+) -> None:
+    monkeypatch.setattr("llama_jax.llm.notebook.progress.PATIENCE_SECONDS", patience)
+    display = Recorder()
+
+    async def answer() -> str:
+        count = RequestProgress(display, total)
+        with count.shown():
+            for _ in range(3):
+                await asyncio.sleep(0)
+            count.done += total
+            return "answered"
+
+    assert asyncio.run(answer()) == "answered"
+    assert [report[:3] for report in display.told] == [("Requests", n, 2) for n in (0, 2)] * shown
 
 
 def test_ipython_is_not_loaded() -> None:

@@ -59,6 +59,9 @@ def test_params_may_hold_numbers_of_a_sweep(llm: LLM) -> None:
     assert [answer.token_ids for answer in answers] == [[6], [8, 9, 10]]
     biased = SamplingParams(max_tokens=2, logit_bias=((np.int64(3), np.float32(0.5)),))
     assert llm.generate([5], biased).token_ids == [6, 7]
+    with llm.stream([5], biased) as stream:
+        list(stream)
+    assert stream.token_ids == [6, 7]
 
 
 @pytest.mark.parametrize("prompt", [np.array([1.0, 2.0]), np.array([True]), np.array(5), b"A"])

@@ -47,7 +47,13 @@ def test_mesh_counts_bytes_of_shapes_and_of_arrays(mesh):
     assert shown[5] == f"cpu:5\nweights {bytes_text(total)}\nKV cache 6.00 kB"
     assert shown[4] == f"cpu:4\nweights {bytes_text(total)}\nKV cache 0 B"
     line = jax.sharding.Mesh(mesh.devices[:3, 0], ("data",))
-    assert len(cells(pictures.mesh(line).axes[0])) == 3
+    elsewhere = pictures.mesh(line, {"one": array}).axes[0]  # on none of its devices
+    assert [text.get_text() for text in elsewhere.texts] == [
+        f"cpu:{n}\nweights 0 B\nKV cache 0 B" for n in (0, 2, 4)
+    ]
+    empty = pictures.memory(line)
+    assert ticks(empty.axes[0].yaxis) == ["cpu:0  (0)", "cpu:2  (1)", "cpu:4  (2)"]
+    assert "0.0%" in title(empty)
 
 
 def test_a_model_on_a_mesh_is_drawn_with_its_weights_and_cache():
@@ -76,7 +82,7 @@ def test_memory_adds_up_to_the_limit_and_names_the_spread():
     bars = cells(axes)
     assert len(bars) == 3 * 8 and axes.get_xlabel() == "memory (GB)"
     per_device = np.array([bar.get_width() for bar in bars]).reshape(8, 3)
-    assert np.allclose(per_device.sum(1), 80)
+    assert np.allclose(per_device.sum(1), 80) and axes.get_xlim()[1] > 80
     assert np.allclose(per_device[:, 0], np.repeat([17.639, 17.739, 17.839, 17.939], 2))
     assert ticks(axes.yaxis)[:3] == ["cuda:0  (0, 0)", "cuda:1  (0, 1)", "cuda:2  (1, 0)"]
     assert "0.8%" in title(picture) and "37.8 GB" in title(picture)
@@ -84,6 +90,8 @@ def test_memory_adds_up_to_the_limit_and_names_the_spread():
     assert {"weights", "KV cache", "free"} <= {*words(picture)}
     without = pictures.memory(make_info())
     assert len(cells(without.axes[0])) == 16 and "free" not in words(without)
+    beyond = pictures.memory(make_info(), limit=30e9)
+    assert len(cells(beyond.axes[0])) == 16 and "free" not in words(beyond)
 
 
 def test_sharding_draws_each_shard_in_its_place(mesh):
@@ -117,6 +125,12 @@ def test_sharding_of_columns_of_rows_over_both_axes_and_of_replicas(mesh):
 
     half = jax.device_put(jnp.zeros((16, 4)), NamedSharding(mesh, P("model")))
     assert "2 shards, each on 4 devices" in title(pictures.sharding(half))
+
+    blocks = NamedSharding(mesh, P("model"))  # of four axes, two layers on each rank
+    picture = pictures.sharding(jax.ShapeDtypeStruct((4, 8, 6, 3), jnp.int8, sharding=blocks))
+    assert [axes.get_title() for axes in picture.axes] == ["model 0 to 1", "model 2 to 3"]
+    whole = (picture.get_supylabel(), picture.get_supxlabel())
+    assert whole == ("axis 1 (of 8)", "axis 2 (of 6)")
 
     alone = jax.ShapeDtypeStruct((4, 4), jnp.int8, sharding=SingleDeviceSharding(jax.devices()[3]))
     assert "whole on one device" in title(pictures.sharding(alone))

@@ -55,7 +55,10 @@ def test_many_heads_share_a_scale():
     assert {axes.images[0].get_clim() for axes in maps} == {(0.0, top)}
     assert np.allclose(maps[1].images[0].get_array().filled(0), weights[0])
     assert len(picture.axes) == 4  # one color bar
-    assert len([a for a in pictures.attention(weights, WORDS[:5]).axes if a.images]) == 6
+    maps = [axes for axes in pictures.attention(weights, WORDS[:5]).axes if axes.images]
+    # Of 4 + 2 maps, the last of each column has the keys, and the first of each row the queries.
+    assert [bool(ticks(axes.xaxis)) for axes in maps] == [False] * 2 + [True] * 4
+    assert [bool(ticks(axes.yaxis)) for axes in maps] == [n in (0, 4) for n in range(6)]
 
 
 def test_a_head_may_be_the_result_of_argmax():
@@ -82,14 +85,15 @@ def test_next_token_shows_probabilities_in_order(scores):
 def test_next_token_with_a_real_tokenizer():
     tokenizer = Tokenizer("demo/checkpoint")
     (token,) = tokenizer.encode(" stage", add_bos=False)
+    part = tokenizer.encode("😀", add_bos=False)[0]  # of its bytes
     scores = np.full(1816, -np.inf)
-    scores[[token, tokenizer.bos_token_id, 1815]] = [3.0, 2.0, 1.0]
-    shown = ticks(pictures.next_token(scores, tokenizer, top=3).axes[0].yaxis)
-    assert shown == ["␣stage", "<|begin_of_text|>", "token 1815"]
+    scores[[token, tokenizer.bos_token_id, 1815, part]] = [3.0, 2.0, 1.0, 0.0]
+    shown = ticks(pictures.next_token(scores, tokenizer, top=4).axes[0].yaxis)
+    assert shown == ["␣stage", "<|begin_of_text|>", "token 1815", f"token {part}"]
 
 
 def test_logit_lens_writes_each_token_into_its_cell():
-    probabilities = np.linspace(0, 1, 12).reshape(3, 4)
+    probabilities = np.linspace(0, 1.00005, 12).reshape(3, 4)  # as rounding leaves them
     texts = [["a", " b", "c", "\n"], ["d", "e", "f", "g"], ["$h", "i", "j", "a very long token"]]
     picture = pictures.logit_lens(probabilities, texts, WORDS[:4])
     axes, bar = picture.axes
@@ -135,8 +139,11 @@ def test_curves_can_be_told_apart_without_color():
         assert contrast(color, "#ffffff") >= 2.8 and contrast(color, DARK) >= 2.8
     named = pictures.curves(["bf16", "int8"], {"a": [1, 2]}, "t", xlabel="x", ylabel="y")
     assert ticks(named.axes[0].xaxis) == ["bf16", "int8"]
-    steep = pictures.curves([1, 2], {"a": [1e-3, 10]}, "t", xlabel="x", ylabel="y", log="y")
-    assert {"0.001", "0.1", "10"} <= set(words(steep))
+    levels = {f"level {n}": n for n in range(1, 5)}
+    steep = pictures.curves(
+        [1, 2], {"a": [1e-3, 10]}, "t", xlabel="x", ylabel="y", log="y", levels=levels
+    )
+    assert {"0.001", "0.1", "10", *levels} <= set(words(steep))
 
 
 def test_small_probabilities_are_not_zero():
@@ -156,5 +163,6 @@ def test_small_probabilities_are_not_zero():
     ],
 )
 def test_heat_map_numbers_have_as_many_digits_as_the_spread_needs(highest, expected):
-    picture = pictures.heat_map([[0.0, highest]], "t", label="l", xlabel="x", ylabel="y")
+    values = [[-1e-9, highest]]  # no number is "-0"
+    picture = pictures.heat_map(values, "t", label="l", xlabel="x", ylabel="y")
     assert [text.get_text() for text in picture.axes[0].texts] == expected

@@ -174,7 +174,9 @@ def test_mesh_html_is_the_grid_of_devices():
     line = Table(pictures.mesh_html(Mesh(devices[:2], ("data",))))
     assert line.rows == [["data 0", "cpu:0"], ["data 1", "cpu:1"]]
     cube = pictures.mesh_html(Mesh(devices.reshape(2, 2, 2), ("x", "y", "z")))
-    assert len(Table(cube).rows) == 6 and "x 1" in cube
+    rows = Table(cube).rows
+    assert len(rows) == 6 and "x 1" in cube
+    assert (rows[0], rows[5]) == (["", "z 0", "z 1"], ["y 1", "cpu:6", "cpu:7"])
 
 
 def test_mesh_html_escapes_names():

@@ -32,7 +32,9 @@ def test_timeline_shows_the_recording(recording):
             face = boxes[tick, stage].get_facecolor()
             assert face[3] == 0 if color == "none" else to_hex(face) == color
             busy += bool(packet)
+    mean = 1e3 * np.mean([tick.seconds for tick in recording.ticks[7:27]])
     assert f"{100 * busy / 80:.0f}% of ticks 7 to 26" in title(picture)
+    assert f", {mean:.1f} ms each" in title(picture).replace("\n", " ")
     assert labels(axes) == ("tick of the recording", "stage")
     assert {f"packet {m}" for m in range(4)} | {"empty"} <= {*words(picture)}
     above = axes.child_axes[0]

@@ -12,7 +12,7 @@ also in a prompt, is -t / 1000. The rest of its behavior is in `EngineOptions.pa
   kill      kills itself with SIGKILL after NUMBER tokens
   crash     raises in the step after NUMBER tokens
   freeze    hangs in the step after NUMBER tokens
-  refuse    cannot answer prompts that start with 13
+  refuse    cannot answer prompts that start with 13, nor follow grammars
 """
 
 import os
@@ -25,6 +25,7 @@ import numpy as np
 
 from llama_jax.config import ConfigError
 from llama_jax.config.sampling_params import SamplingParams
+from llama_jax.engine.errors import RequestError
 from llama_jax.engine.interface import (
     DeviceInfo,
     EngineInfo,
@@ -107,12 +108,12 @@ class FakeEngine:
         outputs = []
         for request_id, state in list(self.live.items()):
             token, left, stops = state
-            if self.mode == "refuse" and request_id in self.unlucky:
-                outputs.append(Output(request_id, None, "error", "13 brings bad luck."))
+            prompt, params = self.asked[request_id]
+            if self.mode == "refuse" and (refused := self.refusal(request_id, params)):
+                outputs.append(refused)
                 del self.live[request_id]
                 continue
             reason = "stop" if stops and token == EOS else "length" if left == 1 else None
-            prompt, params = self.asked[request_id]
             logprobs = None
             if params.logprobs is not None:
                 logprobs = TokenLogprobs(-token / 1000, [(token, -0.5)])
@@ -139,6 +140,13 @@ class FakeEngine:
         if self.mode == "crash" and self.made > self.number:
             raise RuntimeError("INTERNAL: a device is lost\nand here come pages of text")
         return outputs
+
+    def refusal(self, request_id: int, params: SamplingParams) -> Output | None:
+        if request_id in self.unlucky:
+            return Output(request_id, None, "error", "13 brings bad luck.")
+        if params.grammar:
+            return Output.of_error(request_id, RequestError("No token is left.", "grammar"))
+        return None
 
     def stats(self) -> Stats:
         return Stats(num_running=len(self.live), generation_tokens=self.made)

@@ -103,3 +103,10 @@ def test_a_wait_ends_with_the_first_error() -> None:
         release.set()
     assert done == {wrong}
     assert wait_for([]) == set() and wait_for([slow]) == {slow}
+
+
+def test_a_wait_ends_with_a_cancelled_future() -> None:
+    cancelled, pending = Future[None](), Future[None]()
+    cancelled.cancel()
+    cancelled.set_running_or_notify_cancel()  # as a pool that is shut down
+    assert wait_for([cancelled, pending]) == {cancelled}

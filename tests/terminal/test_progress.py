@@ -11,7 +11,7 @@ from llama_jax.terminal.progress import TerminalDisplay
 Step = tuple[str, float, float] | tuple[str, float, float, str]
 
 START: list[Step] = [
-    ("Starting", 0, 1, "importing [JAX]"),
+    ("Starting", 0, 1, "importing [jax]"),  # as the markup of rich
     *(("Loading", done, 3) for done in (1, 2, 3)),
     ("Compiling", 0, 2, "8 rows, chunk of 0"),
     ("Compiling", 1, 2, "8 rows, chunk of 64"),
@@ -64,7 +64,7 @@ def test_phases_follow_one_another() -> None:
 def test_a_new_note_is_a_new_line() -> None:
     """It names what is being done now, such as a program that takes minutes to compile."""
     assert lines(START, [0.0] * len(START), in_bytes=False) == [
-        "Starting (importing [JAX])",
+        "Starting (importing [jax])",
         "Loading: 1 of 3",
         "Loading: 3 of 3",
         "Compiling: 0 of 2 (8 rows, chunk of 0)",
@@ -73,17 +73,23 @@ def test_a_new_note_is_a_new_line() -> None:
     ]
 
 
+def test_a_long_line_is_not_broken() -> None:
+    note = "x" * 200
+    assert lines([("Loading", 1, 3, note)], [0.0], in_bytes=False) == [f"Loading: 1 of 3 ({note})"]
+
+
 def bars(steps: Sequence[Step]) -> str:
     """What a terminal is sent for these steps, without the movements of its cursor."""
-    out = io.StringIO()
-    with TerminalDisplay(Console(file=out, force_terminal=True, width=80)) as display:
+    out = io.StringIO()  # without colors, the rest of a bar is empty
+    console = Console(file=out, force_terminal=True, color_system=None, width=80)
+    with TerminalDisplay(console) as display:
         for step in steps:
             display.update(*step)
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
 
 
 def test_bars_show_what_is_being_done() -> None:
-    assert re.search(r"Starting.* importing \[JAX\]", bars(START[:1]))
+    assert re.search(r"Starting.* importing \[jax\]", bars(START[:1]))
 
 
 def test_bars_end_full() -> None:

@@ -13,6 +13,7 @@ from llama_jax.terminal.units import bytes_text, count_text, duration_text, laye
     [
         (0, "0 B"),
         (999, "999 B"),
+        (999.7, "1.00 kB"),  # as of a rate
         (1000, "1.00 kB"),
         (9_994, "9.99 kB"),
         (9_996, "10.0 kB"),
@@ -73,6 +74,14 @@ def test_sizes_are_parsed(text: str, expected: int) -> None:
 
 
 @pytest.mark.parametrize(
+    "text", ["", "0", "0.9", "0GB", "-1", "2GX", "1e3", "nan", "2 GB free", str(2**63), "9" * 400]
+)
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        size(text)
+
+
+@pytest.mark.parametrize(
     ("text", "seconds"),
     [
         ("50ms", 0.05),
@@ -88,7 +97,8 @@ def test_durations_with_units(text: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0", "0.05", "0ms", "-1", "fast", "5 lightyears", "nan", "1e3", "ms"]
+    "text",
+    ["", "0", "0.05", "0ms", "-1", "fast", "5 lightyears", "nan", "1e3", "ms", "9" * 400 + "s"],
 )
 def test_what_is_no_duration_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):

@@ -83,6 +83,11 @@ def test_bos_can_be_added_to_what_the_template_writes(tokenizers):
     assert ours.encode_chat(CHAT, add_bos=True) == [ours.bos_token_id, *ids]
 
 
+def test_a_tokenizer_without_bos_adds_none(tmp_path):
+    ours = Tokenizer(write_tokenizer(tmp_path, bos=False, template=kinds.CHATML))
+    assert ours.encode_chat(CHAT, add_bos=True) == ours.encode_chat(CHAT)
+
+
 VARIABLES = """
 {%- if not date_string is defined %}{% set date_string = 'today' %}{% endif -%}
 {%- if custom_tools is defined %}{% set tools = custom_tools %}{% endif -%}
@@ -92,7 +97,8 @@ VARIABLES = """
 {%- macro quote(word) %}{{ word }}{% endmacro -%}
 {%- for message in messages %}{% generation %}{{ bos_token }}{{ loop.index }}
 {{- quote(message.content) }}{{ date_string }}{{ strftime_now('%Y') }}{% endgeneration %}
-{%- if tools_in_user_message %}in user{% endif %}{% endfor %}
+{%- if tools_in_user_message %}in user{% endif %}{% if loop.last %}{% break %}{% endif %}
+{%- endfor %}
 """
 
 
@@ -127,6 +133,12 @@ def test_no_other_variable_can_be_set(tokenizers, variables):
     with pytest.raises(ChatVariableError) as failure:
         ours.encode_chat(CHAT, ChatOptions(variables=variables))
     assert failure.value.name == next(iter(variables))
+
+
+def test_a_variable_is_valid_unicode(tokenizers):
+    ours, _ = tokenizers["LLAMA_3_1"]
+    with pytest.raises(TokenizerError, match="date_string"):
+        ours.encode_chat(CHAT, ChatOptions(variables={"date_string": "half \ud83d"}))
 
 
 def test_an_empty_chat_has_nothing_to_continue(tokenizers):

@@ -173,7 +173,6 @@ def nested(depth: int) -> dict:
         lambda: grammar.lark_grammar("start: start"),
         lambda: grammar.lark_grammar("start: missing"),
         lambda: grammar.lark_grammar("start: <|eot_id|>"),
-        lambda: grammar.lark_grammar("x" * 1_000_000),
         lambda: grammar.json_schema_grammar([]),
         lambda: grammar.json_schema_grammar({"x": object()}),
         lambda: grammar.json_schema_grammar(False),
@@ -191,3 +190,10 @@ def nested(depth: int) -> dict:
 def test_what_cannot_be_used_is_refused(make):
     with pytest.raises(GrammarError):
         check_grammar(make())
+
+
+def test_the_length_of_a_grammar_is_bounded():
+    longest = 'start: "x" //'.ljust(grammar.MAX_GRAMMAR_CHARACTERS, "-")
+    assert matches("x", longest)
+    with pytest.raises(GrammarError, match="131,073"):
+        check_grammar(longest + "-")

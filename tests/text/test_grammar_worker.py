@@ -2,6 +2,8 @@
 
 import signal
 import subprocess
+import threading
+from functools import reduce
 
 import pytest
 
@@ -20,9 +22,16 @@ def test_it_writes_grammars_and_says_what_is_wrong(worker):
     assert worker.write("choice", ["a", "é\n"]) == choice_grammar(["a", "é\n"])
     schema = {"properties": {"b": {}, "a": {}}}  # in this order
     assert worker.write("json_schema", schema) == json_schema_grammar(schema)
-    for kind, value in (("regex", "("), ("json_schema", [1]), ("lark", "x"), ("regex", "\ud800")):
+    deep = reduce(lambda schema, _: {"items": schema}, range(100_000), {})
+    for kind, value in (
+        *(("regex", "("), ("regex", "\ud800"), ("lark", "x")),
+        *(("json_schema", schema) for schema in ([1], deep, {"const": 10**5000})),
+    ):
         with pytest.raises(GrammarError):
             worker.write(kind, value)
+    # None is left that ends the process later, in another check.
+    timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    assert all(timer.finished.is_set() for timer in timers)
 
 
 def test_a_check_without_end_is_ended(worker):

@@ -1,17 +1,28 @@
 """The tokenizers that checkpoints come with: prompts, chats and EOS as transformers has them."""
 
 import inspect
+import itertools
 
 import pytest
+import tokenizers as backends
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2 import TemplateError
+from tokenizers import normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from llama_jax.text.detokenizer import Detokenizer
 from llama_jax.text.eos_token import read_eos_token_id
 from llama_jax.text.tokenizer import Tokenizer, TokenizerError
-from tests.support.tokenizer_kinds import CHATML, KINDS, PARTS, PARTS_OF_USER, write_tokenizer
+from tests.support.tokenizer_kinds import (
+    CHATML,
+    EOT,
+    KINDS,
+    PARTS,
+    PARTS_OF_USER,
+    SETTINGS,
+    write_tokenizer,
+)
 
 # Added tokens of some kinds and letters of the byte alphabet, among ordinary text.
 FRAGMENTS = [
@@ -32,6 +43,7 @@ SANITIZES = (
     "sanitize_control_tokens"
     in inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters
 )
+NEWER = SETTINGS | {"added_tokens_decoder": {}}
 ROLE = {"s": "system", "u": "user", "a": "assistant"}
 
 
@@ -171,9 +183,19 @@ def test_without_a_known_eos_token_there_is_none(tmp_path, files):
     assert read_eos_token_id(write_tokenizer(tmp_path, **files)) is None
 
 
-def test_an_eos_token_of_the_vocabulary_need_not_be_added(tmp_path):
-    path = write_tokenizer(tmp_path, settings={"eos_token": "!"})
-    assert read_eos_token_id(path) == PreTrainedTokenizerFast.from_pretrained(path).eos_token_id
+@pytest.mark.parametrize(
+    ("eos", "files"),
+    [
+        ("!", {"settings": {"eos_token": "!"}}),  # of the vocabulary, not added
+        ("!", {"special_tokens_map_json": {"eos_token": "!"}}),
+        # The file is of older versions, which did not write the tokens among the settings.
+        (EOT, {"special_tokens_map_json": {"eos_token": "!"}, "settings": NEWER}),
+    ],
+)
+def test_the_file_that_names_the_eos_token(tmp_path, eos, files):
+    path = write_tokenizer(tmp_path, **files)
+    oracle = PreTrainedTokenizerFast.from_pretrained(path)
+    assert (oracle.eos_token, oracle.eos_token_id) == (eos, read_eos_token_id(path))
 
 
 def test_bos_is_what_a_prompt_starts_with(kinds):
@@ -184,11 +206,51 @@ def test_bos_is_what_a_prompt_starts_with(kinds):
         assert oracle(" ")["input_ids"] == ours.encode(" ")
 
 
-def test_a_template_of_a_processor_is_used(tmp_path):
-    path = write_tokenizer(tmp_path, chat_template_json={"chat_template": CHATML})
+def test_what_training_left_in_tokenizer_json_does_not_change_a_prompt(tmp_path, kinds):
+    """A limit of length, and padding to it; here beside a post-processor that adds EOS."""
+    path = write_tokenizer(tmp_path)
+    backend = backends.Tokenizer.from_file(str(path / "tokenizer.json"))
+    backend.enable_truncation(3)
+    backend.enable_padding(length=9)
+    eos = backend.token_to_id("<|eot_id|>")
+    backend.post_processor = processors.TemplateProcessing(
+        "$A <|eot_id|>", None, [("<|eot_id|>", eos)]
+    )
+    backend.save(str(path / "tokenizer.json"))
+    ours, (plain, *_) = Tokenizer(path), kinds["llama 3"]
+    for text in ("", "1 2 3 4 5"):
+        assert ours.encode(text, add_bos=False) == plain.encode(text, add_bos=False)
+        assert ours.encode(text) == [*plain.encode(text, add_bos=False), eos]
+    assert (ours.info.add_bos_token, ours.info.add_eos_token) == (False, True)
+    assert (plain.info.add_bos_token, plain.info.add_eos_token) == (True, False)
+
+
+def test_a_control_token_in_a_message_is_encoded_as_text_of_this_tokenizer(tmp_path):
+    """Normalized, in the alphabet of bytes, and not as the word that the vocabulary also has."""
+    special, content = ["<É x>", "he"], "{{ messages[0].content }}"
+    lower = normalizers.Lowercase()
+    ours = Tokenizer(
+        write_tokenizer(tmp_path / "ours", special=special, normalizer=lower, template=content)
+    )
+    plain = Tokenizer(write_tokenizer(tmp_path / "plain", normalizer=lower))
+    (word,) = plain.encode("he", add_bos=False)
+    assert word in ours.special_token_ids
+    parts = [plain.encode(part, add_bos=False) for part in ("<É x>", "h", "e")]
+    assert ours.encode_chat(messages("u", ["<É x>he"])) == [*itertools.chain(*parts)]
+
+
+def test_the_template_that_clients_are_told_is_the_default_one(kinds):
+    assert kinds["named templates"][0].info.chat_template == CHATML
+    assert kinds["chatml"][0].info.chat_template == CHATML
+
+
+def test_a_template_of_a_processor_is_used_if_the_tokenizer_has_none(tmp_path):
+    files = {"chat_template_json": {"chat_template": CHATML}}
+    path = write_tokenizer(tmp_path, **files)
     oracle = PreTrainedTokenizerFast.from_pretrained(path)
     chat = messages("su", ["Be brief.", "Hi"])
     assert Tokenizer(path).encode_chat(chat) == as_transformers(oracle, chat, chat_template=CHATML)
+    assert Tokenizer(write_tokenizer(path, template=PARTS, **files)).info.chat_template == PARTS
 
 
 @pytest.mark.parametrize("template", [PARTS, PARTS_OF_USER])

@@ -46,6 +46,7 @@ def parse(pieces, several=True):
         (f"{CALL}\n{CALL}", [("f", '{"a": 1}')] * 2),
         (f"[{CALL}, {CALL}]", [("f", '{"a": 1}')] * 2),
         (f"{TAG}{CALL}{TAG}{CALL};", [("f", '{"a": 1}')] * 2),
+        (CALL.replace("1", f'"{TAG}x"'), [("f", '{"a": "x"}')]),  # no text has it
         ('<function=f>{"a": "</"}</function>', [("f", '{"a": "</"}')]),
         ('{"name": "f", "parameters": {}', [("f", "{}")]),  # as models forget it
     ],
@@ -63,6 +64,8 @@ def test_calls(answer, calls):
         *('{"name": "f", "name": "f"}', '{"type": "function"}', '{"\\u006eame": "f"}'),
         *(f"Call: {CALL}", f"```\n{CALL}\n```", "<function=g>{}</function>", "<function=f>[]"),
         '{"function": {"function": {"name": "f"}}}',
+        '{"parameters": {}, "arguments": {}, "name": "f"}',
+        "[<function=f>{}</function>]",
         '{"name": "' + "f" * 1000,
         '{"parameters": {"a": {"name": "f"}}, "name": "g"} and more',
     ],

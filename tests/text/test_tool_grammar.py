@@ -13,7 +13,7 @@ from llguidance import LLMatcher
 from llama_jax.text import grammar as grammars
 from llama_jax.text.grammar import GrammarError, check_grammar
 from llama_jax.text.tool_calls import ToolCallParser
-from llama_jax.text.tool_grammar import Function, calls_or_json, tool_grammar
+from llama_jax.text.tool_grammar import MAX_CALLS, Function, calls_or_json, tool_grammar
 
 CITY = {
     "type": "object",
@@ -92,6 +92,54 @@ def test_a_schema_that_cannot_be_obeyed():
             check_grammar(grammar_of(schema, strict=False))
 
 
+def accepts_arguments(schema: dict, arguments: str) -> bool:
+    """Whether a function with these parameters may be called with these arguments."""
+    grammar = tool_grammar([Function("f", schema, False)], required=True, several=False)
+    check_grammar(grammar)
+    return accepts(grammar, f'{{"name": "f", "parameters": {arguments}}}')
+
+
+NUMBER = {"type": "integer"}
+B = {"properties": {"b": NUMBER}}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"$ref": "#/$defs/B", "$defs": {"B": B}},
+        {"allOf": [B]},
+        {"anyOf": [B]},
+        {"oneOf": [B]},
+        {"patternProperties": {"^b$": NUMBER}},
+        {"additionalProperties": NUMBER},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_arguments_may_be_declared_elsewhere_than_in_properties(more):
+    schema = {"properties": {"a": NUMBER}, **more}
+    assert accepts_arguments(schema, '{"a": 1, "b": 2}')
+    assert not accepts_arguments(schema, '{"a": 1, "b": "x"}')
+
+
+@pytest.mark.parametrize("more", [{}, {"patternProperties": {"^b$": NUMBER}}], ids=len)
+def test_a_function_has_no_arguments_but_those_that_it_declares(more):
+    assert not accepts_arguments({"properties": {"a": NUMBER}, **more}, '{"a": 1, "c": 2}')
+
+
+def test_arguments_are_an_object_on_one_line():
+    assert accepts_arguments({"type": ["object", "null"], **B}, "{}")
+    assert not accepts_arguments({"type": ["object", "null"], **B}, "null")
+    assert accepts_arguments(B, '{"b": 1}')
+    for spaced in ('{"b":1}', '{ "b": 1}', '{"b": 1\n}'):
+        assert not accepts_arguments(B, spaced)
+
+
+def test_the_number_of_calls_is_bounded():
+    grammar = tool_grammar(FUNCTIONS, required=True, several=True)
+    assert accepts(grammar, "; ".join([NOW] * MAX_CALLS))
+    assert not accepts(grammar, "; ".join([NOW] * (MAX_CALLS + 1)))
+
+
 def test_a_client_cannot_write_grammar():
     evil = {'x"}\nstart: /.*/\ny: "': {"description": '"}\nstart: /.*/', "const": 'é"\\\n'}}
     functions = [Function("f", {"properties": evil, "x-guidance": {"lenient": 5}}, True)]
@@ -104,7 +152,10 @@ def test_a_client_cannot_write_grammar():
 
 ANSWER = {
     "type": "object",
-    "properties": {"name": {"$ref": "#/$defs/Days"}, "const": {"$ref": "#/$defs/Days"}},
+    "properties": {
+        "name": {"$ref": "#/$defs/Days"},
+        "const": {"anyOf": [{"$ref": "#/$defs/Days"}, {"const": {"$ref": "#/$defs/Days"}}]},
+    },
     "required": ["name"],
     "additionalProperties": False,
     "$defs": {"Days": {"type": "string"}},
@@ -117,6 +168,7 @@ def test_a_call_or_json(text, valid):
     check_grammar(grammar)
     assert accepts(grammar, text) == valid
     assert accepts(grammar, '{"name": "Bob", "const": "x"}')
+    assert accepts(grammar, '{"name": "Bob", "const": {"$ref": "#/$defs/Days"}}')
     assert not accepts(grammar, '{"name": 5}')
     assert not accepts(grammar, "Hello")
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-import transformers
+from transformers import PreTrainedTokenizerFast
 
 from llama_jax.text.conversation import Call
 from llama_jax.text.tokenizer import Tokenizer, TokenizerError
@@ -76,17 +76,42 @@ def tokenizer(folder):
     return Tokenizer(folder)
 
 
+@pytest.fixture(scope="module")
+def oracle(folder):
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("tools", [None, [ADD], [ADD, ADD]])
-def test_ids_are_those_of_transformers(folder, tokenizer, chat, tools):
-    reference = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    wanted = reference.apply_chat_template(
+def test_ids_are_those_of_transformers(oracle, tokenizer, chat, tools):
+    wanted = oracle.apply_chat_template(
         [plain(message) for message in chat],
         tools=tools,
         add_generation_prompt=True,
         return_dict=False,
     )
     assert tokenizer.encode_chat(chat, tools=tools) == wanted
+
+
+def test_an_empty_list_of_tools_is_none(tokenizer):
+    assert tokenizer.encode_chat([user()], tools=[]) == tokenizer.encode_chat([user()])
+
+
+HALF = "half \ud83d"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {**assistant(), "tool_calls": [{"id": "c1", "function": {"name": "add"}}]},
+        *(assistant(call) for call in (Call(HALF, "add", {}), Call("c1", "add", {"a": [HALF]}))),
+        result(HALF),
+    ],
+    ids=["no call", "id", "argument", "result"],
+)
+def test_malformed_calls_and_results_are_rejected(tokenizer, message):
+    with pytest.raises(TokenizerError, match=r"messages\[1\]"):
+        tokenizer.encode_chat([user(), message])
 
 
 def test_calls_made_at_once_are_written_one_by_one_where_the_template_knows_one(tmp_path):
@@ -140,11 +165,46 @@ def test_control_tokens_are_text_where_the_template_writes_ascii(tmp_path):
     assert sum(token in special for token in evil) == sum(token in special for token in harmless)
 
 
-# Writes the tools but not the calls, and the calls but not their results.
+def test_the_id_of_a_result_is_written_as_text(tmp_path):
+    written = "message.tool_call_id + ': ' + message.content | tojson"
+    template = LLAMA_3_1_TOOLS.replace("message.content | tojson", written)
+    subject = Tokenizer(write_tokenizer(tmp_path, template=template))
+    ids, evil = (
+        subject.encode_chat([user(), assistant(ONE), result(call_id)]) for call_id in ("c1", EVIL)
+    )
+    assert "\n\nc1: " in subject.decode(ids)
+    special = subject.special_token_ids
+    assert [i for i in evil if i in special] == [i for i in ids if i in special]
+
+
+def test_an_added_token_of_calls_is_text_in_a_message(tmp_path):
+    """The template writes it only where a function is called."""
+    template = LLAMA_3_1_TOOLS.replace('\'{"name"', '\'<call>{"name"')
+    subject = Tokenizer(write_tokenizer(tmp_path, added=["<call>"], template=template))
+    [call] = subject.encode("<call>", add_bos=False)
+    assert subject.encode_chat([user("<call>"), assistant(ONE), result("c1")]).count(call) == 1
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if messages[0].role != 'system' %}{{ raise_exception('!') }}{% endif %}"
+        + LLAMA_3_1_TOOLS,
+        LLAMA_3_1_TOOLS.replace("'tool_calls' in message", "'content' not in message"),
+    ],
+    ids=["a system message", "no content beside a call"],
+)
+def test_what_a_template_with_tools_may_demand(tmp_path, template):
+    assert Tokenizer(write_tokenizer(tmp_path, template=template)).tools_problem is None
+
+
+# Writes the tools but not the calls, the calls but not their results, and no tools once there is
+# a call.
 FORGETFUL = [
     CHATML.replace("{% for", "{{ tools | tojson }}{% for", 1),
     LLAMA_3_1_TOOLS.replace("{{- tool_call.arguments | tojson }}", ""),
     LLAMA_3_1_TOOLS.replace("message.content | tojson", "''"),
+    LLAMA_3_1_TOOLS.replace("{%- if tools is not none %}\n", "{%- if tools and not rest[1:] %}\n"),
 ]
 
 
@@ -152,7 +212,11 @@ FORGETFUL = [
 def test_a_template_that_does_not_know_tools(tmp_path, template):
     subject = Tokenizer(write_tokenizer(tmp_path, template=template))
     assert subject.tools_problem is not None
-    for chat, tools in (([user()], [ADD]), ([user(), assistant(ONE), result("c1")], None)):
+    for chat, tools in (
+        ([user()], [ADD]),
+        ([user(), assistant(ONE), result("c1")], None),
+        ([user(), result("c1")], None),
+    ):
         with pytest.raises(TokenizerError):
             subject.encode_chat(chat, tools=tools)
 
