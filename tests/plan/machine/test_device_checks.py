@@ -143,5 +143,17 @@ def test_every_exit_code_is_documented():
     assert [int(code) for code in table] == sorted(Exit)[1:]
 
 
-def test_the_memory_of_this_host_is_known():
+def test_the_memory_of_this_host_is_known(tmp_path):
     assert available_memory() > 1 << 20
+    proc, group = tmp_path / "proc", tmp_path / "sys/fs/cgroup"
+    proc.mkdir()
+    assert available_memory(tmp_path) is None
+    (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    group.mkdir(parents=True)
+    assert available_memory(tmp_path) == 8000 * 1024
+    # A checkpoint that was just read fills a container, but only until a program needs the room.
+    (group / "memory.current").write_text("5000000\n")
+    (group / "memory.stat").write_text("anon 1000000\nactive_file 1500000\ninactive_file 2500000\n")
+    for limit, free in (("max", 8000 * 1024), ("6000000", 5_000_000), ("500000", 0)):
+        (group / "memory.max").write_text(f"{limit}\n")
+        assert available_memory(tmp_path) == free
