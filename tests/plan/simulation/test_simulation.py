@@ -270,6 +270,15 @@ def test_other_replicas_take_the_requests_of_one_that_died():
     assert 5 < min(s.first for s in again.samples if s.attempts == 2) < 8, "at once"
 
 
+def test_what_a_dead_replica_lost_is_dealt_to_the_others_in_turn():
+    """Each of the others has one prompt to compute, and each request keeps its length."""
+    load = Load([Request(0.0, 60, tokens) for tokens in (90, 1, 1, 80)])
+    found = simulate(make_server(), load, 3, Outage(5.0, 3.0, retry=True)).samples
+    again = [sample for sample in found if sample.attempts == 2]
+    assert [sample.first for sample in again] == [5 + 2 * CHUNK_TICK] * 2
+    assert {sample.output_tokens for sample in again} == {80, 90}
+
+
 def test_requests_and_users_are_dealt_in_turn():
     load = Load([Request(float(i), 20, 8) for i in range(8)], users=8)
     hands = load.deal(3)
