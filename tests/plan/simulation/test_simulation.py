@@ -8,6 +8,7 @@ from pytest import approx
 
 from llama_jax.engine.chunk_choice import ChunkChoice
 from llama_jax.engine.tick_times import TickTimes
+from llama_jax.plan.simulation.failure import failure
 from llama_jax.plan.simulation.figures import figures
 from llama_jax.plan.simulation.highest_rate import HighestRate, highest_rate
 from llama_jax.plan.simulation.lengths import Lengths
@@ -252,6 +253,27 @@ def test_an_outage_loses_or_delays_what_the_engine_held():
     assert {s.outcome for s in again.samples} == {"completed"}
     assert {s.at for s in again.samples if s.attempts == 2} == {s.at for s in failed}
     assert all(s.first >= 8 for s in again.samples if s.attempts == 2)
+
+
+def test_a_failure_is_what_the_same_run_without_it_lacks():
+    """Brute force, by the time of arrival."""
+    load = Load([Request(float(i), 20, 8) for i in range(50)])
+    server, targets = make_server(slots=8, max_queue=99), Targets(ttft=2.0)
+    without = simulate(server, load)
+    for retry in (False, True):
+        outage = Outage(10.0, 5.0, retry)
+        found = failure(server, load, 1, targets, outage, without)
+        before = {s.at for s in without.samples if s.ttft <= 2.0}
+        after = {s.at: s for s in found.simulated.samples}
+        gone = {at for at, s in after.items() if s.outcome == "failed"}
+        late = {at for at in before - gone if after[at].ttft > 2.0}
+        assert (found.lost, found.late) == (len(gone), len(late))
+        assert found.settled == max(gone | late) - 10.0 < max(after) - 10.0
+        assert bool(gone) != retry and bool(late) == retry
+        month = 50 / 49 * 30 * 86400
+        assert found.availability == approx(1 - found.lost / month, rel=1e-9)
+        allowed = int(0.001 * month / found.lost) if gone else None
+        assert found.outages_allowed == allowed
 
 
 def test_other_replicas_take_the_requests_of_one_that_died():
