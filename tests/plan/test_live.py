@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from llama_jax.costs.deployment import Layout
 from llama_jax.costs.figure import Band
 from llama_jax.costs.gpus import find_gpu
+from llama_jax.costs.work import Work
 from llama_jax.engine.interface import ProgramStats, StageStats, Stats
+from llama_jax.plan import live
 from llama_jax.plan.__main__ import main
 from llama_jax.plan.live import check_answers, check_model, comparison, drift
 from llama_jax.plan.model import find_model
@@ -77,6 +80,10 @@ def test_each_figure_has_its_prediction_and_its_drift():
     )
     ticks = rows(report, "ticks", "ticks")
     assert ticks["16 rows"]["band"] == "inside" and ticks["16 rows + 256"]["band"] == "outside"
+    # 32 sequences in four packets, each in the middle of its answer.
+    few = rows(compared(what_was_seen(running=32)), "ticks", "ticks")["16 rows"]["predicted"].value
+    model = a_plan().question.tick_model(Layout(4, 2))
+    assert few == model.seconds(Work(16, 0, 8 * (1000 + 125)))
 
 
 def test_the_prediction_is_for_the_load_that_was_seen():
@@ -85,11 +92,48 @@ def test_the_prediction_is_for_the_load_that_was_seen():
     assert running[1] > 10 * running[0]
 
 
+def test_a_percentile_is_compared_only_with_the_same_one():
+    seen = what_was_seen()
+    load = Workload(round(seen.prompt_tokens), round(seen.output_tokens), seen.rate)
+    names = [
+        rows(comparison(a_plan(workload=load, targets=targets), seen, "u"), "figures", "figures")
+        for targets in (Targets(0.5, 0.05, 0.85), Targets(0.5, 0.05, 0.85, inside=0.9))
+    ]
+    assert names[0].keys() - names[1].keys() == {"TTFT, p99", "TPOT, p99"}
+    # Of the server only a bucket is known: 0.1 to 0.25 s, and the prediction lies below or in it.
+    assert names[0]["TPOT, p99"]["predicted"].value.high < 0.1
+    assert names[0]["TPOT, p99"]["band"] == "outside"
+    assert names[0]["TTFT, p99"]["band"] == "inside"
+    fast = replace(seen, ttft=replace(seen.ttft, p99=Band(0.0, 0.003, 0.005)))
+    assert rows(compared(fast), "figures", "figures")["TTFT, p99"]["band"] == "outside"
+    means, tails = (names[0][name]["predicted"].value for name in ("mean TTFT", "TTFT, p99"))
+    assert means.expected < tails.expected
+
+
+def test_the_command_plans_for_what_was_seen(capsys, monkeypatch):
+    seen = what_was_seen(seconds=1e4, prompt_tokens=500.4)
+    monkeypatch.setattr(live, "observe", lambda *_: seen)
+    assert main(["--compare", "http://h", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["sections"]["figures"]["tables"]["figures"]
+    expected = rows(compared(seen), "figures", "figures")
+    for row in found:
+        predicted = expected[row["figure"]]["predicted"].value.expected
+        assert row["predicted"]["expected"] == pytest.approx(predicted)
+
+
 def test_the_mesh_of_the_server_is_looked_for_among_the_layouts():
     report = compared(what_was_seen(num_stages=2, num_devices=8))
     assert "2x4" in report.title
     report = compared(what_was_seen(num_stages=8, num_devices=0))
     assert "8x1" in report.title
+    # A server is one of the replicas, and what it reports is its own load.
+    half = what_was_seen(num_stages=2, num_devices=4)
+    report = compared(half)
+    assert "2x2" in report.title and "replicas" not in report.title
+    running = rows(report, "figures", "figures")["running"]["predicted"].value
+    load = Workload(round(half.prompt_tokens), round(half.output_tokens), half.rate)
+    alone = a_plan(workload=load, gpus=4, layout=Layout(2, 2)).best
+    assert running == alone.band("live")
     with pytest.raises(ComparisonError):
         compared(what_was_seen(num_stages=3))
 
