@@ -114,7 +114,9 @@ def test_the_command_plans_for_what_was_seen(capsys, monkeypatch):
     seen = what_was_seen(seconds=1e4, prompt_tokens=500.4)
     monkeypatch.setattr(live, "observe", lambda *_: seen)
     assert main(["--compare", "http://h", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["sections"]["figures"]["tables"]["figures"]
+    sections = json.loads(capsys.readouterr().out)["sections"]
+    found = sections["figures"]["tables"]["figures"]
+    assert "planned" not in sections["load"]["tables"]["load"][0]  # nothing was said of it
     expected = rows(compared(seen), "figures", "figures")
     for row in found:
         predicted = expected[row["figure"]]["predicted"].value.expected
@@ -170,7 +172,7 @@ def test_a_server_of_another_model_is_refused():
     assert "“mine”" in report.sections[0].text[0] and "llama3-70b" in report.sections[0].text[0]
 
 
-def test_the_command_compares_with_a_server(capsys):
+def test_the_command_compares_with_a_server(capsys, monkeypatch):
     server = Served()
     server.stats = replace(
         server.stats,
@@ -184,6 +186,10 @@ def test_the_command_compares_with_a_server(capsys):
         assert main(["--compare", url, "--api-key", "k", "--layout", "4x2", "--json"]) == 0
         content = json.loads(capsys.readouterr().out)
         assert main(["--compare", url, "--layout", "4x2"]) == 2
+        with monkeypatch.context() as environment:
+            environment.setenv("OPENAI_API_KEY", "k")
+            assert main(["--compare", url, "--layout", "4x2"]) == 0
+            capsys.readouterr()
         assert main(["--compare", url, "--api-key", "k", "--layout", "8x1"]) == 2
         assert main(["--compare", url, "--api-key", "k"]) == 0
         assert "4x2" in capsys.readouterr().out  # the server's own mesh
