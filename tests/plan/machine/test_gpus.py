@@ -96,8 +96,12 @@ def test_fewer_gpus_than_planned(read):
     assert failures(read([])) == {Exit.GPU_COUNT}
 
 
-def test_peers_that_do_not_reach_each_other(read):
-    assert failures(read(eight(), peers={(2, 5): (5, 0, 5)})) == {Exit.GPU_LINKS}
+def test_peers_that_do_not_reach_each_other(read, monkeypatch):
+    assert failures(read(eight(), peers={(2, 5): (5, 0, 0)})) == {Exit.GPU_LINKS}
+    with monkeypatch.context() as environment:
+        environment.setenv("CUDA_VISIBLE_DEVICES", "5,2")  # in whatever order
+        reading = read(eight(), peers={(2, 5): (5, 0, 0)})
+        assert failures(reading, replace(H100, gpus=2)) == {Exit.GPU_LINKS}
     # Over PCIe where NVLink was planned.
     assert failures(read(eight(), peers={(0, 1): (0, 0, 5)})) == {Exit.GPU_LINKS}
     # A GPU that has no NVLink is not missing any.
