@@ -70,7 +70,7 @@ def test_eight_healthy_gpus_are_what_was_planned(read):
     [
         ({"name": "NVIDIA H100 PCIe"}, Exit.GPU_MODEL),
         ({"lost": True}, Exit.GPU_MODEL),
-        ({"mig": (1, 1)}, Exit.GPU_MIG),
+        ({"mig": (1, 0)}, Exit.GPU_MIG),  # now, and not after the next reset
         ({"total": 68_000_000_000}, Exit.GPU_MEMORY),
         ({"used": 20_000_000_000}, Exit.GPU_MEMORY),
         ({"uncorrected": 2}, Exit.GPU_ECC),
@@ -213,6 +213,10 @@ def test_clocks_are_read_from_old_and_new_drivers(pynvml, monkeypatch, missing):
 def test_cuda_visible_devices(read, variable, indices):
     found = visible(read(eight()), variable)
     assert tuple(gpu.index for gpu in found) == indices
+
+
+def test_a_single_gpu_may_be_hidden(read):
+    assert visible(read([FakeGpu()]), "") == ()
 
 
 def test_hidden_gpus_do_not_count(read, monkeypatch):
