@@ -2,7 +2,10 @@
 
 import pytest
 
-from llama_jax.plan.report.reference_question import outlook
+from llama_jax.costs.memory import weight_bytes
+from llama_jax.costs.work import Work
+from llama_jax.plan.report.floor import read_bytes
+from llama_jax.plan.report.reference_question import LAYOUT, REQUIRED, TYPICAL, outlook, question
 
 MATRICES = 80 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672)  # elements
 NORMS = (20 * 2 + 1) * 8192 * 2  # bytes
@@ -43,3 +46,10 @@ def test_a_request_alone_is_in_one_stage_at_a_time():
     assert used["slots used"] == pytest.approx((prompt + answer) / slots, rel=0.01)
     read = rate * (ticks * WEIGHTS + answer * (1024 + 128) * TOKEN)
     assert used["HBM bandwidth"] == pytest.approx(read / 3.35e12, rel=0.01)
+
+
+def test_a_tick_reads_all_weights_but_the_embedding():
+    asked = question(TYPICAL, 8.0, REQUIRED, ("h100-sxm", "int8", LAYOUT))
+    held = weight_bytes(deployment := asked.deployment(LAYOUT))
+    assert held["scales"] > 0
+    assert read_bytes(deployment, Work(1)) == sum(held.values()) - held["embedding"]
