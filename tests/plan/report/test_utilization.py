@@ -4,6 +4,7 @@ import pytest
 
 from llama_jax.costs.memory import weight_bytes
 from llama_jax.costs.work import Work
+from llama_jax.plan.figures import communication, tick_work
 from llama_jax.plan.report.floor import read_bytes
 from llama_jax.plan.report.reference_question import LAYOUT, REQUIRED, TYPICAL, outlook, question
 
@@ -46,6 +47,16 @@ def test_a_request_alone_is_in_one_stage_at_a_time():
     assert used["slots used"] == pytest.approx((prompt + answer) / slots, rel=0.01)
     read = rate * (ticks * WEIGHTS + answer * (1024 + 128) * TOKEN)
     assert used["HBM bandwidth"] == pytest.approx(read / 3.35e12, rel=0.01)
+
+
+def test_data_moves_for_chunks_only_while_there_are_some():
+    few, many = outlook().at_rate(1e-6), outlook()
+    decode, chunk = (
+        communication(seen.replica.model, tick_work(seen.candidate, size)).expected
+        for seen, size in ((few, 0), (many, many.candidate.chunk))
+    )
+    assert few.communication.value.expected == pytest.approx(decode, rel=1e-3)
+    assert decode < many.communication.value.expected < chunk
 
 
 def test_a_tick_reads_all_weights_but_the_embedding():
