@@ -38,12 +38,6 @@ class Outlook:
         return math.isfinite(self.candidate.state().ttft)
 
     @property
-    def rows(self) -> int:
-        """Decode rows of a packet, on average; 1 if it does not keep up."""
-        live = self.candidate.state().live
-        return max(1, round(live / self._num_stages)) if self.sustained else 1
-
-    @property
     def ttft(self) -> Figure:
         """Seconds to the first token that the share `inside` of the requests keep."""
         return self._steady("ttft")
