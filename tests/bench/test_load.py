@@ -224,6 +224,26 @@ FAILURES = {
 }
 
 
+def test_an_empty_text_is_a_token_and_the_usage_may_come_before_the_end():
+    """Half a character has no text yet."""
+    steps = [0.1, text(""), 0.2, text("é", "length"), usage(2), event(choices=[]), END]
+    [sample], _ = measure(lambda *_: steps, every(1.0, 1))
+    assert sample.error is None and (sample.ttft, sample.tpot) == (approx(0.1), approx(0.2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps"),
+    [
+        ("no usage", [0.1, text("a", "length"), usage(0), END]),
+        ("disconnected", [0.1, text(), httpx.RemoteProtocolError("closed")]),
+        ("disconnected", [0.1, text(), httpx.WriteError("reset")]),
+    ],
+)
+def test_failures_of_other_kinds(kind, steps):
+    samples, _ = measure(lambda *_: steps, every(1.0, 1))
+    assert [sample.error for sample in samples] == [kind]
+
+
 @pytest.mark.parametrize("kind", FAILURES)
 def test_a_failure_is_counted_by_its_kind_and_ends_nothing(kind):
     """Every other request fails."""
