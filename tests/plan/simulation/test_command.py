@@ -212,8 +212,8 @@ def test_a_trace_decides_what_is_planned_for(tmp_path):
     trace.write_text("arrival_s,prompt_tokens,output_tokens\n" + "\n".join(lines))
     asked = make_parser().parse_args(["--trace", str(trace)])
     assert planned_load(asked) == Workload(3010, 110, 2.0)
-    asked = make_parser().parse_args(["--trace", str(trace), "--rate", "5", "--duration", "5s"])
-    assert planned_load(asked) == Workload(3005, 105, 5.0)
+    asked = make_parser().parse_args(["--trace", str(trace), "--rate", "5", "--duration", "4500ms"])
+    assert planned_load(asked) == Workload(3004, 104, 5.0)
 
 
 def test_a_trace_whose_requests_all_but_coincide_has_no_rate(tmp_path):
