@@ -48,6 +48,8 @@ def test_a_single_request_takes_its_ticks():
     dispatched = (GPU_RESULTS_LATE + 0.5) * 0.010
     assert alone.ttft == pytest.approx(dispatched + 7 * 0.014, rel=1e-4)
     assert alone.live == pytest.approx(1e-6 * 99 * 0.040, rel=1e-4)
+    brief = steady_state(ticks, 4, Workload(1024, 1, 1e-6), 256, 0.99, 1000)
+    assert (brief.live, brief.ttft) == (0, alone.ttft)  # an answer of one token never decodes
 
 
 def played(
