@@ -31,6 +31,7 @@ ROW = {
         ({"kernels": 451}, ["kernels"]),
         ({"kernels per layer": 16}, ["kernels per layer"]),
         ({"kernels per layer": 16, "rows": 1}, []),
+        ({"kernels per layer": 16, "rows": 1, "chunk": 256}, ["kernels per layer"]),
     ],
 )
 def test_limits(changes, expected):

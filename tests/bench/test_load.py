@@ -2,13 +2,15 @@
 
 import asyncio
 import json
+from dataclasses import replace
 
 import httpx
 import pytest
 from pytest import approx
 
 from bench.load.client import Server, ServerError, find_model, send_all
-from bench.load.figures import Goals, error_rows, latency_rows, total_row
+from bench.load.figures import Goals, error_rows, latency_rows, most_in_flight, total_row
+from bench.load.sample import Sample
 from bench.load.workload import LoadRequest, Workload
 from bench.serve_load import run_test
 from llama_jax.plan.simulation.lengths import Lengths
@@ -113,6 +115,38 @@ def test_goodput_counts_the_requests_that_keep_all_targets():
         assert total_row(samples, goals)["goodput_share"] == kept / 10, goals
 
 
+def test_a_request_that_just_keeps_its_targets_counts():
+    sample = Sample(1.0, events=[1.5, 2.0], output_tokens=3)
+    for kept in (Goals(ttft=0.5), Goals(tpot=0.25), Goals(e2e=1.0)):
+        assert kept.kept_by(sample)
+    assert not Goals(ttft=0.5).kept_by(replace(sample, error="timeout"))
+
+
+def test_an_answer_of_one_token_has_no_time_per_token():
+    samples, _ = measure(lambda _, i: answer(0.5, 0.25, tokens=3 if i else 1), every(2.0, 3))
+    assert by_latency(samples)["time per output token"]["mean"] == approx(0.25)
+    assert "time per output token" not in by_latency(samples[:1])
+
+
+def test_a_late_request_is_in_flight_from_its_sending():
+    late = [Sample(0.0, sent=0.0, end=2.0), Sample(1.0, sent=2.5, end=3.0)]
+    assert most_in_flight(late) == 1
+    # One that is sent as another ends takes its place.
+    assert most_in_flight([late[0], replace(late[1], sent=2.0)]) == 1
+    assert most_in_flight([late[0], replace(late[1], sent=1.9)]) == 2
+
+
+def test_a_failure_is_shown_by_its_first_example():
+    failed = [
+        Sample(0.0, error=kind, detail=detail)
+        for kind, detail in (("a", "1"), ("b", "2"), ("b", "3"))
+    ]
+    assert error_rows([*failed, Sample(0.0)]) == [
+        {"error": "b", "count": 2, "example": "2"},
+        {"error": "a", "count": 1, "example": "1"},
+    ]
+
+
 def test_tokens_are_counted_by_usage_not_by_events():
     """Two events carry ten tokens."""
     steps = [0.2, text("one two"), 0.9, text("three", "length"), usage(10), END]
@@ -188,6 +222,26 @@ FAILURES = {
     "bad event": [0.1, b"data: {not json}\n\n", END],
     "AttributeError": [0.1, event(choices=["text"]), END],
 }
+
+
+def test_an_empty_text_is_a_token_and_the_usage_may_come_before_the_end():
+    """Half a character has no text yet."""
+    steps = [0.1, text(""), 0.2, text("é", "length"), usage(2), event(choices=[]), END]
+    [sample], _ = measure(lambda *_: steps, every(1.0, 1))
+    assert sample.error is None and (sample.ttft, sample.tpot) == (approx(0.1), approx(0.2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps"),
+    [
+        ("no usage", [0.1, text("a", "length"), usage(0), END]),
+        ("disconnected", [0.1, text(), httpx.RemoteProtocolError("closed")]),
+        ("disconnected", [0.1, text(), httpx.WriteError("reset")]),
+    ],
+)
+def test_failures_of_other_kinds(kind, steps):
+    samples, _ = measure(lambda *_: steps, every(1.0, 1))
+    assert [sample.error for sample in samples] == [kind]
 
 
 @pytest.mark.parametrize("kind", FAILURES)

@@ -57,6 +57,27 @@ def test_other_lengths_are_refused(text):
         Lengths.parse(text)
 
 
+def test_observed_lengths(tmp_path):
+    file = tmp_path / "lengths"
+    file.write_text("\ufeff5\n\n 7 \n1000000\n", encoding="utf-8")
+    found = Lengths.parse(f"empirical:{file}")
+    assert found.mean == (5 + 7 + 1_000_000) / 3
+    assert set(found.draw(np.random.default_rng(0), 100)) == {5, 7, 1_000_000}
+    broken = {"5\n0\n": "line 2", "1000001\n": "line 1", "five": "line 1", "": "no length"}
+    for text, where in broken.items():
+        file.write_text(text)
+        with pytest.raises(UserError, match=where):
+            Lengths.parse(f"empirical:{file}")
+    with pytest.raises(UserError):
+        Lengths.parse(f"empirical:{tmp_path / 'none'}")
+
+
+def test_no_length_is_beyond_the_largest():
+    wide = Lengths.parse("lognormal:1000000,1000")  # exp(1000) overflows
+    with np.errstate(over="raise"):
+        assert wide.draw(np.random.default_rng(0), 100).max() == 1_000_000 == wide.mean
+
+
 def test_poisson_arrivals():
     gaps = np.diff(arrivals(LOAD))
     assert arrivals(LOAD)[0] == 0

@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from llama_jax.costs.deployment import Layout
 from llama_jax.costs.figure import Band
 from llama_jax.costs.gpus import find_gpu
+from llama_jax.costs.work import Work
 from llama_jax.engine.interface import ProgramStats, StageStats, Stats
+from llama_jax.plan import live
 from llama_jax.plan.__main__ import main
 from llama_jax.plan.live import check_answers, check_model, comparison, drift
 from llama_jax.plan.model import find_model
@@ -31,9 +34,9 @@ def a_plan(**changes) -> Plan:
     return make_plan(replace(question, **changes))
 
 
-def compared(seen, url="http://h/metrics", **changes):
+def compared(seen, url="http://h/metrics", layout=None, **changes):
     load = Workload(round(seen.prompt_tokens), round(seen.output_tokens), seen.rate)
-    return comparison(a_plan(workload=load), seen, url, **changes)
+    return comparison(a_plan(workload=load, layout=layout), seen, url, **changes)
 
 
 def what_was_seen(**changes) -> Seen:
@@ -77,6 +80,11 @@ def test_each_figure_has_its_prediction_and_its_drift():
     )
     ticks = rows(report, "ticks", "ticks")
     assert ticks["16 rows"]["band"] == "inside" and ticks["16 rows + 256"]["band"] == "outside"
+    # 32 sequences in four packets, each in the middle of its answer.
+    layout = Layout(4, 2)
+    few = rows(compared(what_was_seen(running=32), layout=layout), "ticks", "ticks")["16 rows"]
+    model = a_plan(layout=layout).question.tick_model(layout)
+    assert few["predicted"].value == model.seconds(Work(16, 0, 8 * (1000 + 125)))
 
 
 def test_the_prediction_is_for_the_load_that_was_seen():
@@ -85,11 +93,52 @@ def test_the_prediction_is_for_the_load_that_was_seen():
     assert running[1] > 10 * running[0]
 
 
+def test_a_percentile_is_compared_only_with_the_same_one():
+    seen = what_was_seen()
+    load = Workload(round(seen.prompt_tokens), round(seen.output_tokens), seen.rate)
+    plans = [
+        a_plan(workload=load, layout=Layout(4, 2), targets=Targets(0.5, 0.05, 0.85, inside))
+        for inside in (0.99, 0.9)
+    ]
+    names = [rows(comparison(plan, seen, "u"), "figures", "figures") for plan in plans]
+    assert names[0].keys() - names[1].keys() == {"TTFT, p99", "TPOT, p99"}
+    # Of the server only a bucket is known: 0.1 to 0.25 s, and the prediction lies below or in it.
+    assert names[0]["TPOT, p99"]["predicted"].value.high < 0.1
+    assert names[0]["TPOT, p99"]["band"] == "outside"
+    assert names[0]["TTFT, p99"]["band"] == "inside"
+    fast = replace(seen, ttft=replace(seen.ttft, p99=Band(0.0, 0.003, 0.005)))
+    below = rows(compared(fast, layout=Layout(4, 2)), "figures", "figures")
+    assert below["TTFT, p99"]["band"] == "outside"
+    means, tails = (names[0][name]["predicted"].value for name in ("mean TTFT", "TTFT, p99"))
+    assert means.expected < tails.expected
+
+
+def test_the_command_plans_for_what_was_seen(capsys, monkeypatch):
+    seen = what_was_seen(seconds=1e4, prompt_tokens=500.4)
+    monkeypatch.setattr(live, "observe", lambda *_: seen)
+    assert main(["--compare", "http://h", "--json"]) == 0
+    sections = json.loads(capsys.readouterr().out)["sections"]
+    found = sections["figures"]["tables"]["figures"]
+    assert "planned" not in sections["load"]["tables"]["load"][0]  # nothing was said of it
+    expected = rows(compared(seen, layout=Layout(4, 2)), "figures", "figures")
+    for row in found:
+        predicted = expected[row["figure"]]["predicted"].value.expected
+        assert row["predicted"]["expected"] == pytest.approx(predicted)
+
+
 def test_the_mesh_of_the_server_is_looked_for_among_the_layouts():
     report = compared(what_was_seen(num_stages=2, num_devices=8))
     assert "2x4" in report.title
     report = compared(what_was_seen(num_stages=8, num_devices=0))
     assert "8x1" in report.title
+    # A server is one of the replicas, and what it reports is its own load.
+    half = what_was_seen(num_stages=2, num_devices=4)
+    report = compared(half)
+    assert "2x2" in report.title and "replicas" not in report.title
+    running = rows(report, "figures", "figures")["running"]["predicted"].value
+    load = Workload(round(half.prompt_tokens), round(half.output_tokens), half.rate)
+    alone = a_plan(workload=load, gpus=4, layout=Layout(2, 2)).best
+    assert running == alone.band("live")
     with pytest.raises(ComparisonError):
         compared(what_was_seen(num_stages=3))
 
@@ -126,7 +175,7 @@ def test_a_server_of_another_model_is_refused():
     assert "“mine”" in report.sections[0].text[0] and "llama3-70b" in report.sections[0].text[0]
 
 
-def test_the_command_compares_with_a_server(capsys):
+def test_the_command_compares_with_a_server(capsys, monkeypatch):
     server = Served()
     server.stats = replace(
         server.stats,
@@ -140,6 +189,10 @@ def test_the_command_compares_with_a_server(capsys):
         assert main(["--compare", url, "--api-key", "k", "--layout", "4x2", "--json"]) == 0
         content = json.loads(capsys.readouterr().out)
         assert main(["--compare", url, "--layout", "4x2"]) == 2
+        with monkeypatch.context() as environment:
+            environment.setenv("OPENAI_API_KEY", "k")
+            assert main(["--compare", url, "--layout", "4x2"]) == 0
+            capsys.readouterr()
         assert main(["--compare", url, "--api-key", "k", "--layout", "8x1"]) == 2
         assert main(["--compare", url, "--api-key", "k"]) == 0
         assert "4x2" in capsys.readouterr().out  # the server's own mesh

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llama_jax.config import LlamaConfig
 from llama_jax.costs.deployment import Layout
 from llama_jax.costs.gpus import GPUS, find_gpu
-from llama_jax.plan.candidate import Candidate
+from llama_jax.plan.candidate import FIRST_SEQUENCES, Candidate
 from llama_jax.plan.frontier import frontier, points
 from llama_jax.plan.headroom import headrooms
 from llama_jax.plan.plan import Plan, Question, make_plan
@@ -41,12 +41,17 @@ def reference() -> Plan:
     return make_plan(question())
 
 
-def test_the_best_comes_first():
-    plan = reference()
+@pytest.mark.parametrize("rate", [8.0, 11.0])
+def test_the_best_comes_first(rate):
+    """At 11 requests/s, 4x2 keeps up with the most as expected, but not with the slowest ticks."""
+    plan = reference() if rate == 8.0 else make_plan(question(rate=rate))
     held = [candidate.holds for candidate in plan.candidates]
     assert held == sorted(held, reverse=True) and held[0]
     surely = [candidate.holds_surely for candidate in plan.candidates if candidate.holds]
     assert surely == sorted(surely, reverse=True)
+    for candidate in plan.candidates:
+        assert candidate.holds_surely == (candidate.rate <= candidate.max_rate.low)
+    assert (plan.best.layout == Layout(4, 2)) == (rate == 8.0)
     rates = [c.max_rate.expected for c in plan.candidates if c.holds_surely]
     assert rates == sorted(rates, reverse=True)
 
@@ -71,6 +76,8 @@ def test_a_model_that_no_host_holds_gets_formats_and_gpus_that_do(gpus):
     config = LlamaConfig.llama3_1_405b()
     plan = make_plan(question(gpus=gpus, rate=1.0, config=config))
     assert not any(candidate.fits for candidate in plan.candidates)
+    excess = [candidate.missed[0].excess for candidate in plan.candidates]
+    assert excess == sorted(excess)
     found = " ".join(remedies(plan))
     assert "fp8" in found and "h200" in found and recommend(plan.question).gpus is None
     # The smallest GPU that will do, and it does.
@@ -120,6 +127,37 @@ def test_there_is_room_for_as_many_sequences_as_may_live():
             live = replica.state(peak, replica.best_chunk(peak)).most_live
             assert candidate.max_num_seqs >= live
         assert candidate.max_num_seqs <= max(1, candidate.replica.max_live)
+        count = candidate.max_num_seqs
+        assert count.bit_count() == 1 or count == candidate.replica.max_live
+    assert question(rate=1e-3).candidate(Layout(4, 2)).max_num_seqs == FIRST_SEQUENCES
+
+
+@pytest.mark.parametrize("targets", [TARGETS, Targets(0.01, 0.01, 0.85)])
+def test_replicas_keep_up_with_as_many_times_the_rate_of_one(targets):
+    one, two = (
+        question(gpus=gpus, rate=rate, targets=targets).candidate(layout).missed[0]
+        for gpus, rate, layout in ((4, 500.0, Layout(2, 2)), (8, 1000.0, Layout(2, 2, 2)))
+    )
+    assert (one.target, two.target, two.overload) == ("rate", "rate", one.overload)
+    assert two.value == pytest.approx(2 * one.value) and one.value > 0 and one.overload
+    assert one.excess == pytest.approx(500 / one.value)
+    alone, shared = (
+        question(rate=rate).candidate(layout).state()
+        for rate, layout in ((2.0, Layout(2, 2)), (4.0, Layout(2, 2, 2)))
+    )
+    assert alone == shared
+
+
+def test_the_worst_miss_comes_first():
+    for ttft, tpot, worst in ((0.01, 0.03, "TTFT"), (0.1, 0.003, "TPOT")):
+        asked = question(targets=Targets(ttft, tpot, 0.85))
+        missed = asked.candidate(Layout(4, 2)).missed
+        assert len(missed) == 2 and missed[0].target == worst
+        assert missed[0].excess > missed[1].excess
+        # What falls behind as well misses them even with a request that is alone.
+        behind = replace(asked, workload=Workload(1024, 256, 1e3)).candidate(Layout(4, 2)).missed
+        assert {"rate", worst} <= {each.target for each in behind}
+        assert all(each.value < float("inf") for each in behind)
 
 
 def test_weights_and_cache_are_divided_by_stages_and_ranks():

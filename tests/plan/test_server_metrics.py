@@ -83,6 +83,7 @@ def test_everything_since_the_start_is_read(prefix):
     server = Served(prefix)
     server.answer(0.3, 0.02, tokens=11)
     server.answer(0.4, 0.04, tokens=21, prompt=300)
+    server.metrics.finished("abort")  # its client went away: it was not answered
     with serving(server.text) as (url, asked):
         seen = observe(url)
     assert asked == ["/metrics"]
@@ -202,3 +203,5 @@ def test_quantiles_are_those_of_the_bucket_they_are_in():
     assert quantile(bounds, below, 0.25) == Band(0.1, pytest.approx(0.15), 0.2)
     assert quantile(bounds, below, 0.7) == Band(0.2, pytest.approx(0.3), 0.4)
     assert quantile(bounds, below, 0.99) == Band(0.4, 0.4, 0.4)
+    assert quantile(bounds, below, 0.5) == Band(0.1, 0.2, 0.2)  # as many as its bound has
+    assert quantile(bounds, [20, 50, 90, 100], 0.1) == Band(0.0, pytest.approx(0.05), 0.1)

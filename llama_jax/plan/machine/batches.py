@@ -77,7 +77,7 @@ class Batch(NamedTuple):
                     f"The batch {self} has {needed} {what}, but the engine has room for {most}: "
                     "make it smaller, or give the engine more."
                 )
-        return sizes.bucket(max(self.rows, 1), self.chunk)
+        return sizes.bucket(self.rows, self.chunk)
 
     def work(self, sizes: RingSizes) -> Work:
         """The work of the program that runs it, on one stage."""

@@ -31,17 +31,23 @@ class DiskRate(NamedTuple):
         return self.bytes_read / self.seconds
 
 
-def available_memory() -> int | None:
-    """Bytes that programs may still take: of the machine, or of this process's control group."""
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that programs may still take: of the machine, or of this process's control group.
+
+    What the system has cached of files counts as free: it gives that up for programs.
+    """
     found = []
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (root / "proc/meminfo").read_text().splitlines()
         found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-        group = Path("/sys/fs/cgroup")
+        group = root / "sys/fs/cgroup"
         limit = (group / "memory.max").read_text().strip()
         if limit != "max":
-            found.append(max(0, int(limit) - int((group / "memory.current").read_text())))
-    except (OSError, ValueError, IndexError):
+            statistics = dict(map(str.split, (group / "memory.stat").read_text().splitlines()))
+            cached = sum(int(statistics[name]) for name in ("inactive_file", "active_file"))
+            taken = int((group / "memory.current").read_text()) - cached
+            found.append(max(0, int(limit) - taken))
+    except (OSError, ValueError, LookupError):
         pass  # another system, or no control group
     return min(found, default=None)
 

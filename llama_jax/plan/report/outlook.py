@@ -38,12 +38,6 @@ class Outlook:
         return math.isfinite(self.candidate.state().ttft)
 
     @property
-    def rows(self) -> int:
-        """Decode rows of a packet, on average; 1 if it does not keep up."""
-        live = self.candidate.state().live
-        return max(1, round(live / self._num_stages)) if self.sustained else 1
-
-    @property
     def ttft(self) -> Figure:
         """Seconds to the first token that the share `inside` of the requests keep."""
         return self._steady("ttft")
@@ -131,17 +125,17 @@ class Outlook:
         with_chunk = state.chunk_share * tick / state.chunk_tick  # in which any stage holds one
         running = 1 - (1 - entering) * math.exp(-state.live)  # an empty ring makes no ticks
         decode, whole = replica.work(1, 0), replica.work(1, chunk)
-        slots = replica.work(max(1, math.ceil(rows)), 0).rows + with_chunk * chunk
+        slots = running * replica.work(max(1, math.ceil(rows)), 0).rows + with_chunk * chunk
         weights, both = (
             read_bytes(deployment, work._replace(row_keys=0)) for work in (decode, whole)
         )
         keys = read_bytes(deployment, decode._replace(row_keys=rows * replica.context)) - weights
-        read = weights + keys + entering * (both - weights)
+        read = running * weights + keys + entering * (both - weights)
         pairs = rows * replica.context + prompt * workload.prompt_tokens / 2
         peak = peak_flops(replica.model)
         return {
             "stages busy": min(1.0, (1 - (1 - entering) * math.exp(-rows)) / running),
-            "slots used": min(1.0, (rows + prompt) / slots / running),
+            "slots used": min(1.0, (rows + prompt) / slots),
             "HBM bandwidth": read / tick / deployment.gpu.bandwidth,
             "matrix peak": flop(deployment, rows + prompt, pairs) / tick / peak,
         }

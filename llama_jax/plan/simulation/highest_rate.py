@@ -77,13 +77,15 @@ def _one(server: Server, draw: Draw, targets: Targets) -> float:
 def _holds(server: Server, draw: Draw, targets: Targets) -> bool:
     """Whether enough requests are inside; ends as soon as too many are not."""
     requests = draw.requests()
-    allowed = (1 - targets.inside) * len(requests)
     missed = 0
+
+    def enough() -> bool:
+        return (len(requests) - missed) / len(requests) >= targets.inside
 
     def goes_on(sample: Sample) -> bool:
         nonlocal missed
         missed += not is_inside(sample, targets)
-        return missed <= allowed
+        return enough()
 
     Simulation(server, Load(requests), goes_on=goes_on).run()
-    return missed <= allowed
+    return enough()

@@ -38,18 +38,12 @@ def simulate(
     back = outage.at + outage.seconds
     rerouted = [request for request in first.requests if outage.at <= request.at < back]
     kept = [request for request in first.requests if not outage.at <= request.at < back]
-    found = [Simulation(server, replace(first, requests=kept), outage._replace(retry=False)).run()]
+    dying = Simulation(server, replace(first, requests=kept), outage._replace(retry=False))
+    found = [dying.run()]
     if outage.retry:
-        lost = [sample for sample in found[0].samples if sample.outcome == "failed"]
-        known = {(request.at, request.prompt_tokens): request for request in kept}
-        rerouted = sorted(
-            [
-                known[sample.at, sample.prompt_tokens]._replace(at=outage.at, since=sample.at)
-                for sample in lost
-            ]
-            + rerouted,
-            key=lambda request: request.at,
-        )
+        lost = [kept[n] for n, sample in sorted(dying.samples) if sample.outcome == "failed"]
+        again = [request._replace(at=outage.at, since=request.at) for request in lost]
+        rerouted = again + rerouted
         answered = tuple(s for s in found[0].samples if s.outcome != "failed")
         found[0] = replace(found[0], samples=answered)
     for number, other in enumerate(others):

@@ -2,7 +2,14 @@
 
 import pytest
 
-from llama_jax.plan.compiled.collectives import Collective, by_kind, find_collectives
+from llama_jax.config import LlamaConfig
+from llama_jax.plan.compiled.collectives import (
+    Collective,
+    by_kind,
+    expected_collectives,
+    find_collectives,
+)
+from llama_jax.ring.sizes import Bucket, RingSizes
 
 PROGRAM = """
 ENTRY %main (x: bf16[8,16]) -> bf16[8,16] {{
@@ -66,3 +73,21 @@ def test_several_of_a_kind_are_added():
     two = REDUCE.replace("%s", "{{0,1}}") + "\n  " + REDUCE.replace("%s", "{{0,1,2,3}}")
     found = find_collectives(PROGRAM.format(start=two.replace("%r", "%q", 1)))
     assert by_kind(found) == {"all-reduce": 2} and len(found) == 2
+
+
+def test_what_llama_70b_needs_by_hand():
+    """On 4 x 2: 20 layers a stage, whose products are padded to 72 of 67 tokens."""
+    sizes = RingSizes(64, 100, 64, 16, row_buckets=(3, 64), chunk_buckets=(0, 64), tile=64)
+    token, segments = 2 * 8192, 3 + 1
+    found = expected_collectives(
+        LlamaConfig.llama3_70b(), (4, 2), sizes, Bucket(3, 64), width=2, multiple=8
+    )
+    assert found == [
+        Collective("all-gather", 8, 1, 8 * segments * 8),
+        Collective("all-reduce", 2, 40, 40 * 72 * token),
+        Collective("all-reduce", 4, 1, segments * token),
+        Collective("all-reduce", 8, 1, 67 * token),
+        Collective("collective-permute", 4, 1, 67 * token),
+    ]
+    alone = expected_collectives(LlamaConfig.llama3_70b(), (1, 1), sizes, Bucket(3, 0), 2)
+    assert alone == []

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import LlamaConfig
 from llama_jax.engine.programs import Programs
+from llama_jax.plan.compiled.buffers import Buffer, temporaries
 from llama_jax.plan.compiled.ideal_traffic import ideal_traffic
 from llama_jax.plan.compiled.thunks import find_dump, read_thunks
 from llama_jax.plan.compiled.tick_figures import Sizes, copies, kernels_per_layer, large_arrays
@@ -122,6 +123,8 @@ def test_an_opaque_kernel_reads_its_pages_and_a_copy_of_the_cache_is_caught():
     copy, attention = kernels(OPAQUE, PagedReads({cache: 1000}, table=4), 1)
     assert (copy.read, copy.written, copy.largest) == (cache, cache, cache)
     assert (attention.read, attention.written) == (HEADS + 3 * 1000 + 3 * 4 * 4, HEADS)
+    *_, whole = kernels(OPAQUE, PagedReads({cache: 10**9}, table=4), 1)
+    assert whole.read == HEADS + cache + 3 * 4 * 4  # no more than there is
     assert len(large_arrays([copy, attention], sizes(ROWS))) == 1
     assert len(copies([copy, attention], sizes(ROWS)._replace(pages=cache))) == 1
 
@@ -149,6 +152,65 @@ def test_an_opaque_kernel_that_gets_a_view_reads_no_more():
     cache = 16 * 1024 * 128 * 2
     [attention] = kernels(VIEW, PagedReads({cache: 1000}, table=4), 1)
     assert (attention.read, attention.written) == (HEADS + 3 * 1000 + 3 * 4 * 4, HEADS)
+
+
+# Instructions outside of fusions, and a loop in a loop.
+PLAIN = """
+%inner (t: bf16[4,128]) -> bf16[4,128] {
+  %t = bf16[4,128]{1,0} parameter(0)
+  ROOT %again = bf16[4,128]{1,0} copy(%t)
+}
+
+%outer (o: bf16[4,128]) -> bf16[4,128] {
+  %o = bf16[4,128]{1,0} parameter(0)
+  ROOT %unknown = bf16[4,128]{1,0} while(%o), condition=%c, body=%inner
+}
+
+ENTRY %main (w: bf16[64,128], x: bf16[4,128], i: s32[]) -> bf16[4,128] {
+  %w = bf16[64,128]{1,0} parameter(0), metadata={op_name="params.layers[0]"}
+  %x = bf16[4,128]{1,0} parameter(1), metadata={op_name="packed"}
+  %i = s32[] parameter(2), metadata={op_name="packed"}
+  %rank = u32[] partition-id()
+  %slice = bf16[4,128]{1,0} dynamic-slice(%w, %rank, %rank), dynamic_slice_sizes={4,128}
+  %update = bf16[64,128]{1,0} dynamic-update-slice(%w, %x, %i, %i)
+  %gather = (bf16[4,128]{1,0}, bf16[32,128]{1,0}) all-gather-start(%x), replica_groups={{0,1}}
+  %square = bf16[64,128]{1,0} multiply(%w, %w)
+  %mixed = bf16[64,128]{1,0} add(%square, %update)
+  ROOT %loop = bf16[4,128]{1,0} while(%x), condition=%d, body=%outer, backend_config={"known_trip_count":{"n":"3"}}
+}
+"""  # noqa: E501
+
+
+def test_bytes_of_instructions_outside_of_fusions():
+    found = {kernel.name: kernel for kernel in kernels(PLAIN, NOTHING_PAGED, 5)}
+    x, w, index = 4 * 128 * 2, 64 * 128 * 2, 4
+    assert {name: (k.read, k.written) for name, k in found.items()} == {
+        "slice": (x + 2 * index, x),
+        "update": (x + 2 * index, x),  # in place
+        "gather": (x, 8 * x),
+        "square": (2 * w, w),
+        "mixed": (2 * w, w),
+        "again": (15 * x, 15 * x),  # three times five
+    }
+    assert (found["update"].largest, found["square"].largest) == (0, w)
+    # What depends on the rank or on the packet must run in every tick.
+    assert [name for name, kernel in found.items() if kernel.only_weights] == ["square"]
+
+
+ASSIGNMENT = """\
+allocation 0: size 4096, parameter 0, shape |bf16[2048]| at ShapeIndex {}:
+ value: <3 p.1 @0> (size=4096,offset=0): bf16[2048]{0}
+allocation 1: size 8192, preallocated-temp:
+ value: <5 fusion.1 @0> (size=2048,offset=0): f32[512]{0}
+ value: <6 all-reduce-start{1} @0> (size=8192,offset=0): f32[2048]{0}
+"""
+
+
+def test_temporaries_are_what_is_neither_argument_nor_result():
+    assert temporaries(ASSIGNMENT) == [
+        Buffer("all-reduce-start", "f32[2048]{0}", 8192),
+        Buffer("fusion.1", "f32[512]{0}", 2048),
+    ]
 
 
 GRAPH = """\

@@ -46,6 +46,7 @@ def test_a_batch_runs_in_the_program_with_room_for_it():
     assert batch.bucket(SIZES) == Bucket(4, 128)
     work = batch.work(SIZES)
     assert (work.rows, work.chunk, work.row_keys) == (4, 128, 300)
+    assert batch.pages(SIZES) == 3 * 7 + 5  # each sequence has its own
     assert Batch(0, 0, 64, 0).bucket(SIZES) == Bucket(1, 64)
 
 

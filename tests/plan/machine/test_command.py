@@ -82,5 +82,11 @@ def test_the_exit_code_and_the_text_say_what_failed(asked, capsys):
     assert content["checks"][0]["verdict"] == "fails" and content["measurement"] is None
 
 
+def test_a_machine_that_is_not_as_planned_is_not_calibrated(asked, tmp_path):
+    flags = ["--validate", "--gpu", "auto", "--model", str(DEMO_CHECKPOINT)]
+    assert main([*flags, "--calibrate", str(tmp_path / "file.json")]) == Exit.COPY_RATE
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_unknown_gpu_is_a_wrong_question(asked):
     assert main(["--validate", "--gpu", "h1000"]) == 2 and asked.expected is None

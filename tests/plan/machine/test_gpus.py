@@ -70,7 +70,7 @@ def test_eight_healthy_gpus_are_what_was_planned(read):
     [
         ({"name": "NVIDIA H100 PCIe"}, Exit.GPU_MODEL),
         ({"lost": True}, Exit.GPU_MODEL),
-        ({"mig": (1, 1)}, Exit.GPU_MIG),
+        ({"mig": (1, 0)}, Exit.GPU_MIG),  # now, and not after the next reset
         ({"total": 68_000_000_000}, Exit.GPU_MEMORY),
         ({"used": 20_000_000_000}, Exit.GPU_MEMORY),
         ({"uncorrected": 2}, Exit.GPU_ECC),
@@ -96,14 +96,23 @@ def test_fewer_gpus_than_planned(read):
     assert failures(read([])) == {Exit.GPU_COUNT}
 
 
-def test_peers_that_do_not_reach_each_other(read):
-    assert failures(read(eight(), peers={(2, 5): (5, 0, 5)})) == {Exit.GPU_LINKS}
+def test_peers_that_do_not_reach_each_other(read, monkeypatch):
+    assert failures(read(eight(), peers={(2, 5): (5, 0, 0)})) == {Exit.GPU_LINKS}
+    with monkeypatch.context() as environment:
+        environment.setenv("CUDA_VISIBLE_DEVICES", "5,2")  # in whatever order
+        reading = read(eight(), peers={(2, 5): (5, 0, 0)})
+        assert failures(reading, replace(H100, gpus=2)) == {Exit.GPU_LINKS}
     # Over PCIe where NVLink was planned.
     assert failures(read(eight(), peers={(0, 1): (0, 0, 5)})) == {Exit.GPU_LINKS}
     # A GPU that has no NVLink is not missing any.
     l40s = replace(H100, gpu=GPUS["l40s"])
     gpus = [FakeGpu(name="NVIDIA L40S", total=48_305_799_168, links=[]) for _ in range(8)]
     pcie = {(i, j): (0, 0, 5) for i in range(8) for j in range(8)}
+    assert failures(read(gpus, peers=pcie), l40s) == set()
+    # One that has some has lost one; and PCIe may go through the host.
+    gpus[3] = replace(gpus[3], links=[1, 0])
+    assert failures(read(gpus, peers=pcie), l40s) == {Exit.GPU_LINKS}
+    gpus[3], pcie[0, 1] = gpus[4], (5, 0, 5)
     assert failures(read(gpus, peers=pcie), l40s) == set()
 
 
@@ -119,6 +128,23 @@ def test_what_a_gpu_does_not_report_is_no_failure(read):
 
 def test_replaced_memory_rows_are_no_failure(read):
     assert failures(read(eight(remapped=(4, 1, 0, 0)))) == set()
+
+
+def test_drivers_differ_in_what_they_reserve(read):
+    assert failures(read(eight(total=84_100_000_000, used=1_000_000_000))) == set()
+
+
+def test_a_gpu_that_may_use_less_power_is_worth_a_note(read):
+    for limit, noted in ((650_000, [Exit.GPU_CLOCKS]), (700_000, []), (750_000, [])):
+        reading = read(eight(limit=limit))
+        checks = gpu_checks(reading, visible(reading), H100)
+        assert [c.code for c in checks if c.verdict is Verdict.NOTE] == noted
+
+
+def test_a_gpu_that_the_mesh_does_not_take_may_be_bad(read):
+    reading = read(eight(lost=True))
+    assert failures(reading, replace(H100, gpus=3)) == set()
+    assert failures(reading, replace(H100, gpus=4)) == {Exit.GPU_MODEL}
 
 
 def test_memory_without_error_correction_is_worth_a_note(read):
@@ -168,7 +194,9 @@ def test_clocks_are_read_from_old_and_new_drivers(pynvml, monkeypatch, missing):
     # A power limit alone is how every GPU multiplies large matrices; a low clock is not.
     power = dict.fromkeys(range(8), frozenset({"power limit"}))
     assert exit_code(clock_checks(gpus, power, dict.fromkeys(range(8), 1700))) is Exit.HOLDS
-    assert exit_code(clock_checks(gpus, power, dict.fromkeys(range(8), 900))) is Exit.GPU_CLOCKS
+    assert exit_code(clock_checks(gpus, power, dict.fromkeys(range(8), 1300))) is Exit.GPU_CLOCKS
+    hot = dict.fromkeys(range(8), frozenset({"temperature, by software"}))
+    assert exit_code(clock_checks(gpus, hot, dict.fromkeys(range(8), 1900))) is Exit.GPU_CLOCKS
 
 
 @pytest.mark.parametrize(
@@ -185,6 +213,10 @@ def test_clocks_are_read_from_old_and_new_drivers(pynvml, monkeypatch, missing):
 def test_cuda_visible_devices(read, variable, indices):
     found = visible(read(eight()), variable)
     assert tuple(gpu.index for gpu in found) == indices
+
+
+def test_a_single_gpu_may_be_hidden(read):
+    assert visible(read([FakeGpu()]), "") == ()
 
 
 def test_hidden_gpus_do_not_count(read, monkeypatch):

@@ -10,9 +10,11 @@ from llama_jax.costs.gpus import GPUS
 from llama_jax.plan.__main__ import main
 from llama_jax.plan.report import reference
 from llama_jax.plan.report.judgement import Verdict
+from llama_jax.plan.report.outlook import MOST_INSIDE, Outlook
 from llama_jax.plan.report.reference import typical_claims
 from llama_jax.plan.report.reference_conditions import alone_section, bandwidth_needed
-from llama_jax.plan.report.reference_question import CLAIMED, LENGTHS, outlook
+from llama_jax.plan.report.reference_question import CLAIMED, LAYOUT, LENGTHS, outlook, question
+from llama_jax.plan.targets import Targets
 
 TTFT, TPOT, RATE = "time to first token", "time per output token", "highest rate within 500 / 50 ms"
 
@@ -66,6 +68,24 @@ def test_no_figure_is_better_than_its_floor():
     for row in alone_section().tables[0].rows:
         assert row[1].value.expected < row[2].value.low
         assert row[4].value.expected < row[5].value.low
+
+
+def test_a_request_alone_has_the_chunk_that_suits_it():
+    seen = outlook()
+    replica = seen.replica
+    times = [replica.tick(1, size).expected * (-(-1024 // size) + 3) for size in replica.chunks]
+    assert seen.alone_ttft.value.expected == min(times) < max(times)
+
+
+def test_the_share_inside_is_that_of_each_replica():
+    """TTFT of 200 ms at 10 requests/s, which the wait of some prompts exceeds."""
+    asked = question(rate=10.0, targets=Targets(0.2, 0.05, 0.85))
+    found = asked.candidate(LAYOUT)
+    inside = Outlook(found).inside.value
+    assert 0.5 < inside.expected < 0.99 and inside.low < inside.expected < inside.high
+    assert inside == Outlook(replace(found, rate=20.0, replicas=2)).inside.value
+    # A steady state says nothing of what is rarer than one of 10,000.
+    assert Outlook(replace(found, rate=1e-3)).inside.value.high == MOST_INSIDE < 1
 
 
 @pytest.mark.parametrize("tokens", [1024, 2048])

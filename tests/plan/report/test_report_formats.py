@@ -1,12 +1,14 @@
 """The formats of a report: what one document becomes in HTML, Markdown, JSON and text."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 
 import pytest
 
 from llama_jax.costs.figure import Band, Evidence, Figure
+from llama_jax.plan.report.claims import Claim, limit_text
 from llama_jax.plan.report.document import Plot, Report, Section, Table
 from llama_jax.plan.report.html import html
 from llama_jax.plan.report.json_text import json_text
@@ -38,13 +40,18 @@ REPORT = Report(
     ("band", "unit", "text"),
     [
         (Band(0.02, 0.025, 0.03), "s", "25 (20–30) ms"),
+        (Band(0.0005, 0.0009, 0.0012), "s", "900 (500–1,200) µs"),
+        (Band(0.0, 0.0, 0.001), "s", "0 (0–1) ms"),
         (Band.exactly(0.5), "s", "500 ms"),
         (Band.exactly(1.0), "s", "1 s"),
+        (Band.exactly(0.9996), "s", "1.00 s"),
         (Band.exactly(3600.0), "s", "3,600 s"),
+        (Band.exactly(7200.0), "s", "2 h"),
         (Band.exactly(4.5e-6), "s", "4.50 µs"),
         (Band.exactly(0.0), "s", "0 µs"),
         (Band.exactly(17.6e9), "bytes", "17.6 GB"),
         (Band.exactly(0.85), "", "85 %"),
+        (Band.exactly(0.99996), "", "99.99 %"),  # not all
         (Band.exactly(488281), "tokens", "488,281 tokens"),
         (Band.exactly(8), "requests/s", "8 requests/s"),
     ],
@@ -76,6 +83,26 @@ def test_the_weakest_verdict_decides():
 def test_the_margin_is_a_share_of_the_bound():
     assert Limit(50).margin(40) == pytest.approx(0.2)
     assert Limit(8, at_least=True).margin(6) == pytest.approx(-0.25)
+
+
+def test_a_claim_counts_the_arithmetic_and_the_simulation():
+    """The weakest verdict, and the least room that an expected value leaves."""
+    seconds, rates = (
+        [Figure(band, unit, Evidence.ARITHMETIC, "") for band in bands]
+        for unit, bands in (
+            ("s", (Band(0.02, 0.03, 0.04), Band.exactly(0.06), Band.exactly(math.inf))),
+            ("requests/s", (Band(9, 10, 11), Band.exactly(8.4))),
+        )
+    )
+    late = Claim("TPOT", seconds[0], Limit(0.05), simulated=seconds[1])
+    assert (late.required_verdict, late.claimed_verdict) == (Verdict.FAILS, None)
+    assert late.verdict_text(late.required) == "fails: -20 %"
+    endless = Claim("TPOT", seconds[2], Limit(0.05), simulated=seconds[0])
+    assert endless.verdict_text(endless.required) == "fails: overloaded"
+    kept = Claim("rate", rates[0], None, Limit(8.0, at_least=True), simulated=rates[1])
+    assert kept.verdict_text(kept.claimed) == "holds: +5 %"
+    assert limit_text(kept.claimed, kept.found) == "≥ 8 requests/s"
+    assert limit_text(late.required, late.found) == "≤ 50 ms"
 
 
 def test_json_has_every_figure_with_its_band_unit_evidence_and_source():

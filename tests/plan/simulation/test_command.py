@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -146,6 +147,22 @@ def test_a_load_curve_is_followed():
     assert slow.overloaded > 0 and slow.worst.rate / slow.worst.ready > 10
 
 
+def test_replicas_follow_the_rate_by_hand():
+    """10 requests/s each: 29 come from 110 s on, 30 from 300, 10 from 410, but 30 at 440 s."""
+    rates = {0: 10, 100: 10, 110: 29, 290: 29, 300: 30, 400: 30, 410: 10, 430: 10, 440: 30, 450: 10}
+    curve = [Point(at, rate) for at, rate in (rates | {700: 10}).items()]
+    policy = Policy(load=1.0, window=10, start=30, patience=60)
+    found = scale(curve, 10.0, policy)
+    # Two are started at 110 s. Only from 450 s on does one suffice for a minute.
+    ready = {m.at: 3 if 140 <= m.at < 510 else 1 for m in found.moments}
+    assert {m.at: m.ready for m in found.moments} == ready
+    assert (found.most, found.fixed, found.overloaded) == (3, 3, 30)
+    assert found.worst[:3] == (110, 29, 1)
+    # By the mean of three looks, which are 10 s apart.
+    slower = scale(curve, 10.0, replace(policy, window=30))
+    assert [m.wanted for m in slower.moments if 100 <= m.at <= 130] == [1, 2, 3, 3]
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [
@@ -180,6 +197,9 @@ def test_a_peak_that_needs_more_gpus_than_a_plan_has_is_refused():
 
 def test_a_file_that_is_no_csv_is_no_load_curve(tmp_path):
     file = tmp_path / "curve.csv"
+    file.write_text("time_s,requests_per_s\n0,1\n")
+    with pytest.raises(CurveError, match="1 points"):
+        read_curve(file)
     file.write_text("[" + "1" * 200_000 + "]")  # a longer field than `csv` takes
     with pytest.raises(CurveError, match=r"curve\.csv"):
         read_curve(file)
@@ -192,8 +212,8 @@ def test_a_trace_decides_what_is_planned_for(tmp_path):
     trace.write_text("arrival_s,prompt_tokens,output_tokens\n" + "\n".join(lines))
     asked = make_parser().parse_args(["--trace", str(trace)])
     assert planned_load(asked) == Workload(3010, 110, 2.0)
-    asked = make_parser().parse_args(["--trace", str(trace), "--rate", "5", "--duration", "5s"])
-    assert planned_load(asked) == Workload(3005, 105, 5.0)
+    asked = make_parser().parse_args(["--trace", str(trace), "--rate", "5", "--duration", "4500ms"])
+    assert planned_load(asked) == Workload(3004, 104, 5.0)
 
 
 def test_a_trace_whose_requests_all_but_coincide_has_no_rate(tmp_path):

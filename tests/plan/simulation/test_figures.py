@@ -1,10 +1,13 @@
 """The figures of simulations, computed by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from pytest import approx
 
 from llama_jax.plan.simulation.figures import Spread, figures, is_inside, percentile
+from llama_jax.plan.simulation.replicas import merged
 from llama_jax.plan.simulation.simulated import Moment, Program, Sample, Simulated
 from llama_jax.plan.targets import Targets
 
@@ -103,6 +106,24 @@ def test_figures_by_hand():
     assert f.requests_per_second == approx(0.3) and f.output_tokens_per_second == approx(1.5)
 
 
+def test_what_replicas_did_is_added_up():
+    first, second = simulated(sample(at=1.0)), replace(simulated(sample()), seconds=12.0)
+    both = merged([first, replace(second, programs=(Program(4, 0, 50, 2.0), *second.programs))])
+    assert [s.at for s in both.samples] == [0.0, 1.0] and both.seconds == 12.0
+    assert {*both.programs} == {Program(8, 0, 200, 16.0), Program(4, 0, 50, 2.0)}
+    alike = {"num_stages", "pages", "moments"}
+    for name in vars(first).keys() - alike - {"samples", "seconds", "programs"}:
+        assert getattr(both, name) == 2 * getattr(first, name), name
+    assert all(getattr(both, name) == getattr(first, name) for name in alike)
+
+
+def test_an_engine_that_is_down_is_neither_idle_nor_full():
+    """Two engines, of which one was down for 4 of the 10 seconds."""
+    f = figures(replace(simulated(), replicas=2, down_seconds=4.0), TARGETS)
+    assert (f.idle, f.pool) == (approx(1 - 8 / 16), approx(50 / (20 * 16)))
+
+
 def test_nothing_has_no_percentiles():
-    f = figures(simulated(), TARGETS)
+    f = figures(replace(simulated(), ticks=0, stage_ticks_busy=0), TARGETS)
     assert f.ttft is None and f.tpot is None and f.requests == 0 and f.goodput == 0
+    assert (f.inside, f.availability, f.bubble) == (1, 1, 0)  # nothing is outside, and none waits

@@ -1,14 +1,16 @@
 """Simulated engines: what they do with loads that can be followed by hand."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from pytest import approx
 
 from llama_jax.engine.chunk_choice import ChunkChoice
 from llama_jax.engine.tick_times import TickTimes
+from llama_jax.plan.simulation.failure import failure
 from llama_jax.plan.simulation.figures import figures
-from llama_jax.plan.simulation.highest_rate import highest_rate
+from llama_jax.plan.simulation.highest_rate import HighestRate, highest_rate
 from llama_jax.plan.simulation.lengths import Lengths
 from llama_jax.plan.simulation.load import Draw, Load, Request, Run
 from llama_jax.plan.simulation.replicas import simulate
@@ -40,7 +42,9 @@ def make_server(stages: int = 2, slots: int = 4, pages: int = 64, **more) -> Ser
 
 def test_a_single_request_by_hand():
     """Two chunks enter in ticks 0 and 1; the last leaves two stages in tick 2."""
-    (sample,) = simulate(make_server(), Load([Request(10.0, 100, 3)])).samples
+    result = simulate(make_server(), Load([Request(10.0, 100, 3)]))
+    (sample,) = result.samples
+    assert result.seconds == sample.last
     assert sample.queued == 0 and sample.first == 10 + 3 * CHUNK_TICK
     assert sample.last - sample.first == 4 * TICK  # each token takes as many ticks as stages
     assert sample.tpot == 2 * TICK and sample.outcome == "completed"
@@ -57,6 +61,21 @@ def test_a_tick_lasts_as_long_as_the_slowest_stage():
     long, _ = sorted(simulate(server, load).samples, key=lambda s: -s.prompt_tokens)
     # Its packet is always in one of the two stages, so that no tick of its answer is short.
     assert long.tpot == 2.0
+
+
+def test_a_stage_attends_to_the_keys_of_its_packet():
+    """A prompt of 100 tokens in two chunks, and a row; numbers are rounded by less than 1 %."""
+    works = []
+
+    def seen(work) -> TickTime:
+        works.append(work)
+        return tick_time(work)
+
+    simulate(make_server(stages=1, tick_time=seen), Load([Request(0.0, 100, 2)]))
+    first, second, row = ((w.row_keys, w.chunk_pairs, w.chunk_keys) for w in works)
+    assert first == approx((0, 64 * 65 / 2, 64), rel=0.01)
+    assert second == approx((0, 36 * 64 + 36 * 37 / 2, 100), rel=0.004)
+    assert row == approx((101, 0, 0), rel=0.01)
 
 
 def test_stages_that_share_their_cores_add_up():
@@ -184,8 +203,18 @@ def test_a_full_queue_refuses():
     server = make_server(max_queue_tokens=50)
     outcomes = [s.outcome for s in simulate(server, Load([Request(0.0, 20, 5)] * 9)).samples]
     assert outcomes.count("completed") == 2
-    too_long = simulate(make_server(), Load([Request(0.0, 256, 5)]))
-    assert [s.outcome for s in too_long.samples] == ["rejected"]
+
+
+def test_no_sequence_is_longer_than_the_server_allows():
+    refused, cut = simulate(make_server(), Load([Request(0.0, n, 20) for n in (256, 250)])).samples
+    assert (refused.outcome, refused.output_tokens) == ("rejected", 0)
+    assert (cut.outcome, cut.output_tokens) == ("completed", 256 - 250)
+
+
+def test_a_simulation_ends_as_soon_as_it_has_seen_enough():
+    load = Load([Request(10.0 * i, 20, 5) for i in range(9)])
+    simulation = Simulation(make_server(), load, goes_on=lambda sample: sample.at < 30)
+    assert [sample.at for sample in simulation.run().samples] == [0, 10, 20, 30]
 
 
 def test_pages_that_run_out_preempt():
@@ -194,6 +223,8 @@ def test_pages_that_run_out_preempt():
     assert result.preemptions > 0
     assert {s.outcome for s in result.samples} == {"completed"}
     assert max(moment.pages for moment in result.moments) <= 16
+    times = [moment.at for moment in result.moments]
+    assert all(1 <= after - before < 1 + CHUNK_TICK for before, after in pairwise(times))
 
 
 def test_users_ask_when_they_have_their_answer():
@@ -214,20 +245,67 @@ def test_an_outage_loses_or_delays_what_the_engine_held():
     assert all(s.at < 8 for s in failed)
     assert {s.at for s in lost.samples if 5 < s.at < 8} <= {s.at for s in failed}
     assert any(s.at < 5 for s in failed), "it held some"
+    # What the engine that died has done counts.
+    assert any(s.output_tokens and s.first < 5 for s in failed)
+    assert lost.generated_tokens == sum(s.output_tokens for s in lost.samples)
+    assert lost.communication_seconds == lost.ticks * TICK / 8 and lost.down_seconds == 3.0
     again = simulate(make_server(max_queue=99), load, outage=Outage(5.0, 3.0, retry=True))
     assert {s.outcome for s in again.samples} == {"completed"}
     assert {s.at for s in again.samples if s.attempts == 2} == {s.at for s in failed}
     assert all(s.first >= 8 for s in again.samples if s.attempts == 2)
 
 
+def test_a_failure_is_what_the_same_run_without_it_lacks():
+    """Brute force, by the time of arrival."""
+    load = Load([Request(float(i), 20, 8) for i in range(50)])
+    server, targets = make_server(slots=8, max_queue=99), Targets(ttft=2.0)
+    without = simulate(server, load)
+    for retry in (False, True):
+        outage = Outage(10.0, 5.0, retry)
+        found = failure(server, load, 1, targets, outage, without)
+        before = {s.at for s in without.samples if s.ttft <= 2.0}
+        after = {s.at: s for s in found.simulated.samples}
+        gone = {at for at, s in after.items() if s.outcome == "failed"}
+        late = {at for at in before - gone if after[at].ttft > 2.0}
+        assert (found.lost, found.late) == (len(gone), len(late))
+        assert found.settled == max(gone | late) - 10.0 < max(after) - 10.0
+        assert bool(gone) != retry and bool(late) == retry
+        month = 50 / 49 * 30 * 86400
+        assert found.availability == approx(1 - found.lost / month, rel=1e-9)
+        allowed = int(0.001 * month / found.lost) if gone else None
+        assert found.outages_allowed == allowed
+
+
 def test_other_replicas_take_the_requests_of_one_that_died():
     load = Load([Request(0.5 * i, 20, 8) for i in range(40)])
-    for retry in (False, True):
-        found = simulate(make_server(max_queue=99), load, 2, Outage(5.0, 3.0, retry=retry))
-        failed = [s for s in found.samples if s.outcome == "failed"]
-        assert len(found.samples) == 40 and found.replicas == 2
-        assert all(s.at < 5 for s in failed), "what comes later goes to the other"
-        assert bool(failed) == (not retry)
+    lost, again = (
+        simulate(make_server(slots=8, max_queue=99), load, 2, Outage(5.0, 3.0, retry=retry))
+        for retry in (False, True)
+    )
+    failed = {s.at for s in lost.samples if s.outcome == "failed"}
+    assert failed and max(failed) < 5, "what comes later goes to the other"
+    for found in (lost, again):
+        assert [s.at for s in found.samples] == [request.at for request in load.requests]
+        assert found.replicas == 2 and found.seconds == max(s.last for s in found.samples)
+    assert {s.outcome for s in again.samples} == {"completed"}
+    assert {s.at for s in again.samples if s.attempts == 2} == failed
+    assert 5 < min(s.first for s in again.samples if s.attempts == 2) < 8, "at once"
+
+
+def test_what_a_dead_replica_lost_is_dealt_to_the_others_in_turn():
+    """Each of the others has one prompt to compute, and each request keeps its length."""
+    load = Load([Request(0.0, 60, tokens) for tokens in (90, 1, 1, 80)])
+    found = simulate(make_server(), load, 3, Outage(5.0, 3.0, retry=True)).samples
+    again = [sample for sample in found if sample.attempts == 2]
+    assert [sample.first for sample in again] == [5 + 2 * CHUNK_TICK] * 2
+    assert {sample.output_tokens for sample in again} == {80, 90}
+
+
+def test_requests_and_users_are_dealt_in_turn():
+    load = Load([Request(float(i), 20, 8) for i in range(8)], users=8)
+    hands = load.deal(3)
+    assert [[r.at for r in hand.requests] for hand in hands] == [[0, 3, 6], [1, 4, 7], [2, 5]]
+    assert [hand.users for hand in hands] == [3, 3, 2]
 
 
 def test_replicas_share_the_load():
@@ -245,9 +323,29 @@ def test_the_highest_rate_keeps_the_targets_and_more_does_not():
     found = highest_rate(server, draw, targets)
     assert len(found.rates) == 3 and min(found.rates) <= found.middle <= max(found.rates)
 
-    def inside(rate: float) -> float:
-        drawn = Draw(rate=rate, num_requests=60, prompt=draw.prompt, answer=draw.answer)
+    def inside(rate: float, seed: int) -> float:
+        drawn = replace(draw, rate=rate, seed=seed)
         return figures(simulate(server, Load(drawn.requests())), targets).inside
 
-    assert inside(found.rates[0]) >= 0.9 > inside(1.1 * found.rates[0])
+    for seed, rate in enumerate(found.rates):
+        assert inside(rate, seed) >= 0.9 > inside(1.1 * rate, seed)
     assert highest_rate(server, draw, Targets(ttft=1e-9)).rates == (0.0, 0.0, 0.0)
+
+
+def test_a_rate_at_which_exactly_enough_are_inside_is_kept():
+    """What is longer than the server allows is outside at any rate, so that the most is found."""
+    draw = Draw(
+        rate=1.0, num_requests=10, prompt=Lengths.parse("20-270"), answer=Lengths.parse("4")
+    )
+    refused = [
+        sum(request.prompt_tokens >= 256 for request in replace(draw, seed=seed).requests())
+        for seed in range(3)
+    ]
+    targets = Targets(inside=(10 - max(refused)) / 10)
+    found = highest_rate(make_server(max_queue=99), draw, targets, replicas=2)
+    assert max(refused) > 0 and found.rates == (2 * 2**13,) * 3
+
+
+def test_the_rates_of_the_seeds_have_a_middle_and_a_spread():
+    found = HighestRate((8.0, 2.0, 4.0), 9)
+    assert (found.middle, found.spread) == (4.0, 6 / 4)

@@ -84,6 +84,8 @@ CSV = "arrival_s,prompt_tokens,output_tokens\n"
         (CSV + "nan,10,3\n", 2),
         (CSV + "0,0,3\n", 2),
         (CSV + "0,10,-1\n", 2),
+        (CSV + "0,1000001,3\n", 2),
+        (CSV + "1e13,10,3\n", 2),
         (CSV + "\n\n0,10,3.5\n", 4),
         (CSV + "0,10,3\n1," + "1" * 200_000 + ",3\n", 3),  # too long for `csv`
         ("[" + "1" * 200_000 + "]", 1),  # such as JSON in one line
@@ -93,7 +95,10 @@ CSV = "arrival_s,prompt_tokens,output_tokens\n"
         (json.dumps(MOONCAKE[0]) + "\n{broken\n", 2),
         (json.dumps(MOONCAKE[0]) + "\n[1]\n", 2),
         (json.dumps(MOONCAKE[0] | {"hash_ids": [1, 2, 3, 4]}), 1),
+        (json.dumps(MOONCAKE[1] | {"hash_ids": [1, 2]}), 1),  # 512 tokens are one block
         (json.dumps(MOONCAKE[0] | {"hash_ids": [-1]}), 1),
+        (json.dumps(MOONCAKE[0] | {"hash_ids": [2**31]}), 1),
+        (json.dumps(MOONCAKE[0] | {"input_length": 1100.5}), 1),
         (json.dumps(MOONCAKE[0] | {"input_length": None}), 1),
         (json.dumps(MOONCAKE[0] | {"input_length": True}), 1),
         (json.dumps(MOONCAKE[0] | {"timestamp": "soon"}), 1),
