@@ -243,13 +243,14 @@ class TickModel:
         # The largest part decides.
         first = max(used, key=lambda collective: collective.seconds.expected, default=None)
         alone = Known(Evidence.ARITHMETIC, "one device has no collectives")
+        least, _, most = self._shares.launch
         return {
             "products": self.products.known,
             "attention": self.attention.known,
             "small": Known(assumed, "a fixed time for each kernel, and bytes at assumed shares"),
             "communication": Known(first.evidence, first.source) if first else alone,
             "head": self.products.head_known,
-            "launch": Known(assumed, "0 to 1 ms a tick"),
+            "launch": Known(assumed, f"{1e3 * least:g} to {1e3 * most:g} ms a tick"),
         }
 
 
