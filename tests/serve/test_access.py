@@ -274,6 +274,7 @@ def test_a_root_path_works_whether_or_not_the_proxy_removes_it(prefix):
     document = ok(server.get(f"{prefix}/openapi.json", headers=BEARER)).json()
     assert document["servers"] == [{"url": "/llama"}]
     assert server.get("/llamas/health", headers=BEARER).status_code == 404
+    assert server.get("/llama", headers=BEARER).status_code == 200  # the page
     assert server.get("/llama/llama/health").status_code == 401
 
 

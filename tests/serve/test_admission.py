@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from llama_jax.serve.errors import ApiError
 from tests.serve.test_disconnect import Connection, until
 from tests.support.fake_client import FakeServer, error_of, ok, user
 
@@ -103,7 +104,8 @@ def retry_after(ended: int, busy_seconds: float, waiting: int) -> int:
     admission = server.served.admission
     with admission.reserve([1]):  # the engine is not busy before
         pass
-    server.engine.running = 4
+    server.engine.running = 4  # as many as run at once
+    now = busy_seconds / 2
     enter(server, [1] * ended)
     server.engine.max_in_flight = server.engine.running = 4 + waiting
     now = busy_seconds
@@ -166,6 +168,14 @@ def test_a_list_larger_than_all_places_is_answered_in_order():
     assert server.engine.running == 0 and server.served.admission.queue_tokens == 0
 
 
+def test_a_list_is_refused_if_no_place_is_free():
+    server = FakeServer(max_in_flight=4, max_num_seqs=2)
+    server.engine.running = 4
+    with pytest.raises(ApiError) as caught, server.served.admission.reserve([3, 3]):
+        pass
+    assert (caught.value.status, caught.value.code) == (429, "queue_full")
+
+
 def test_more_choices_than_places_wait_too():
     server = FakeServer(max_in_flight=2, max_num_seqs=1)
     assert len(server.chat(n=5, max_tokens=2)["choices"]) == 5
@@ -215,6 +225,52 @@ def test_a_reserved_place_does_not_go_to_the_line():
                 await asyncio.gather(*waiting, return_exceptions=True)
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("entered", [False, True])
+def test_a_place_that_becomes_free_goes_to_the_line(entered):
+    server = FakeServer(max_in_flight=2, max_num_seqs=2)
+    admission = server.served.admission
+
+    async def scenario():
+        server.engine.running = 1
+        with admission.reserve([3, 3]) as listed:
+            with admission.reserve([3]) as [place]:
+                waiting = asyncio.create_task(listed[0].__aenter__())
+                if entered:
+                    await place.__aenter__()
+                    server.engine.running = 2
+                await asyncio.sleep(0)
+                assert not waiting.done()
+                if entered:
+                    server.engine.running = 1
+                    await place.__aexit__()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert waiting.done()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("turn", [False, True])
+def test_a_client_that_leaves_as_its_turn_comes_gives_the_place_back(turn):
+    server = FakeServer(max_in_flight=2, max_num_seqs=2)
+    admission = server.served.admission
+
+    async def scenario():
+        server.engine.running = 1
+        with admission.reserve([3, 3]) as listed:
+            with admission.reserve([3]):
+                waiting = asyncio.create_task(listed[0].__aenter__())
+                await asyncio.sleep(0)
+                if not turn:
+                    waiting.cancel()
+            waiting.cancel()  # of either, the other does not know yet
+            await asyncio.gather(waiting, return_exceptions=True)
+        assert waiting.cancelled()
+
+    asyncio.run(scenario())
+    assert (admission._reserved, admission._line._held) == (0, 0)
 
 
 @pytest.mark.parametrize("stream", [False, True])

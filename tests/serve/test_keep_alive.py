@@ -13,6 +13,7 @@ from tests.support.asgi_connection import Connection, until
 from tests.support.fake_client import FakeServer, error_of, user
 from tests.support.listening import listening
 from tests.support.pausing import SHORT, Pausing
+from tests.support.virtual_time import run_virtually
 
 TEXT = "Hello, hello, hello, world!"
 BODY = {"messages": user("Hi"), "stream": True}
@@ -55,6 +56,26 @@ def test_comments_are_sent_while_a_request_waits_for_its_first_token(server, n):
     if n == 1:
         assert text_of(data) == TEXT
     assert data[-1] == b"data: [DONE]\n\n"
+
+
+def test_comments_come_as_often_as_nothing_else_was_sent_for_so_long():
+    """The first one with the status: the stream has been silent as long already."""
+    server = FakeServer("Hello!")
+    server.served.keep_alive_seconds = 15
+
+    async def scenario():
+        server.engine.hold.clear()
+        # Token ids, because a thread that tokenizes knows no virtual time.
+        body = {"prompt": [5], "stream": True}
+        connection = Connection(server, body, path="/v1/completions")
+        for until_then, count in ((14, 0), (16, 1), (29, 1), (31, 2), (46, 3)):
+            await asyncio.sleep(until_then - asyncio.get_running_loop().time())
+            assert comments(connection) == len(connection.data) == count
+            assert bool(connection.sent) == bool(count)
+        connection.gone.set()
+        await connection.task
+
+    run_virtually(scenario())
 
 
 def test_comments_are_sent_between_tokens(server):
@@ -155,7 +176,7 @@ def test_a_client_that_leaves_is_noticed(server, n, waits):
         connection.gone.set()
         await connection.task
         assert (server.engine.running, server.engine.aborted) == (0, n)
-        assert len(asyncio.all_tasks()) == 2  # this one, and `FakeServer.run`
+        assert asyncio.all_tasks() == {asyncio.current_task()}
 
     server.run(scenario)
 

@@ -1,8 +1,18 @@
 """Log-probabilities, penalties, biases and cached tokens, in requests and responses."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from llama_jax.serve.generation.logprobs import LEAST
+from llama_jax.engine.interface import TokenLogprobs
+from llama_jax.serve.generation.logprobs import (
+    LEAST,
+    TokenNames,
+    chat_logprobs,
+    completion_logprobs,
+)
+from llama_jax.serve.generation.text_offsets import TextOffsets
+from llama_jax.text.byte_decoder import Ambiguous
 from tests.support.fake_client import EOT, FakeServer, user
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -52,6 +62,29 @@ def test_logprobs_of_a_completion():
         top == {text: -0.5, seven: -1.5}
         for text, top in zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True)
     )
+    assert server.engine.requests[0][1].prompt_logprobs is None, "the prompt is not scored"
+
+
+def test_of_tokens_with_the_same_text_the_likeliest_counts():
+    tokenizer = FakeServer().tokenizer
+    own, first, second = tokenizer.encode("😀", add_bos=False)[:3]  # each is half a character
+    found = TokenLogprobs(-2.0, [(first, -0.5), (second, -1.5), (own, -2.0)])
+    shown = completion_logprobs(TokenNames(tokenizer), [(own, found)], TextOffsets(tokenizer))
+    assert shown["top_logprobs"] == [{"\ufffd": -0.5}]
+
+
+def test_a_token_that_may_be_bytes_or_text_is_shown_as_its_bytes():
+    tokenizer = SimpleNamespace(token_bytes=lambda token, **_: Ambiguous(b"\xe4", "ä"))
+    shown = chat_logprobs(TokenNames(tokenizer, as_ids=True), [(7, TokenLogprobs(-0.5, []))])
+    assert shown["content"][0]["bytes"] == [0xE4]
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_offsets_count_special_tokens_only_if_they_are_text(skip):
+    server = FakeServer("a<|eom_id|>b")
+    [choice] = server.complete(logprobs=0, max_tokens=3, skip_special_tokens=skip)["choices"]
+    assert choice["text"] == ("ab" if skip else "a<|eom_id|>b")
+    assert choice["logprobs"]["text_offset"] == [0, 1, choice["text"].index("b")]
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])

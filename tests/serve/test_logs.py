@@ -2,16 +2,20 @@
 
 import asyncio
 import io
+import itertools
 import json
 import logging
 import os
 import sys
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.interface import LatencyStats, Stats
 from llama_jax.serve.monitoring.access_log import write_access
 from llama_jax.serve.monitoring.logs import (
@@ -93,6 +97,12 @@ def test_a_probe_that_is_refused_is_not_quiet(records):
     assert [record.levelno for record in records.records] == [logging.INFO]
 
 
+def test_a_probe_during_the_start_is_quiet(records):
+    """There are no routes yet."""
+    write_access(RequestRecord(id="x", method="GET", path="/health", client="c", status=503))
+    assert [record.levelno for record in records.records] == [logging.DEBUG]
+
+
 def test_a_client_cannot_forge_a_line():
     target = io.StringIO()
     handler = logging.StreamHandler(target)
@@ -154,6 +164,18 @@ def test_errors_before_and_within_a_stream_are_logged(records):
     assert failed["choices"][0]["finish_reason"] == "error"
 
 
+def test_the_parameters_quote_no_text_and_a_choice_without_tokens_has_no_times(records):
+    texts = dict(stop=("x",), cache_salt="x", grammar="x", bad_words=((5,),))
+    record = RequestRecord(id="x", method="POST", path="/", client="c")
+    record.params = SamplingParams(seed=5, **texts)
+    record.choices.append(FakeServer().served.metrics.request(1.0, 7))
+    RequestLog()(record)
+    [entry] = logged(records)
+    assert entry["params"] == {"seed": 5}
+    assert entry["choices"][0]["first_token_seconds"] is None
+    assert entry["choices"][0]["last_token_seconds"] is None
+
+
 def test_prompts_are_logged_only_if_asked_for_and_on_one_line(records):
     server = FakeServer("Hello!")
     server.app.listeners.append(RequestLog(prompts=True))
@@ -204,14 +226,21 @@ def test_a_handler_that_is_closed_while_its_reader_is_stuck_does_not_wait_for_it
     target.go.set()
 
 
-def test_the_request_log_goes_to_a_file(tmp_path):
+def test_the_request_log_goes_to_a_file_whatever_the_level_of_others(tmp_path, caplog):
     file = tmp_path / "requests.jsonl"
     file.write_text("before\n")
-    with logging_to("info", file):
-        logging.getLogger(REQUESTS).info("%s", "one")
-        logging.getLogger(REQUESTS).info("%s", "two")
+    logger, handlers = logging.getLogger("llama_jax"), [*logging.getLogger().handlers]
+    level = logger.level
+    try:
+        with logging_to("error", file):
+            assert logging.getLogger().handlers == handlers, "pytest has its own"
+            logging.getLogger(REQUESTS).info("%s", "one")
+            logging.getLogger(REQUESTS).info("%s", "two")
+            logging.getLogger("llama_jax.serve").warning("no error")
+    finally:
+        logger.setLevel(level)
     assert file.read_text() == "before\none\ntwo\n"
-    assert logging.getLogger(REQUESTS).handlers == []
+    assert logging.getLogger(REQUESTS).handlers == [] and not caplog.records
 
 
 def test_a_request_log_that_logrotate_moves_goes_on_in_a_new_file(tmp_path):
@@ -275,6 +304,24 @@ def test_an_idle_engine_is_silent_after_one_line(records):
     rates = [record.getMessage().split("generation throughput: ")[1] for record in records.records]
     assert len(rates) == 2
     assert not rates[0].startswith("0.0 ") and rates[1].startswith("0.0 ")
+
+
+def test_an_engine_in_which_requests_only_wait_is_not_idle(records, monkeypatch):
+    """A line per interval, each with the rate of its own interval."""
+    clock = SimpleNamespace(monotonic=partial(next, itertools.count(0.0, 2.0)))
+    monkeypatch.setattr("llama_jax.serve.monitoring.throughput.time", clock)
+    tokens = (0, 10, 30, 30, 30)
+    reports = iter([Stats(num_waiting=1, generation_tokens=count) for count in tokens])
+
+    async def scenario() -> None:
+        try:
+            await log_throughput(lambda: next(reports), 0.001)
+        except RuntimeError:  # the reports have ended
+            pass
+
+    asyncio.run(scenario())
+    rates = [record.getMessage().split("generation throughput: ")[1] for record in records.records]
+    assert [rate.split()[0] for rate in rates] == ["5.0", "10.0", "0.0", "0.0"]
 
 
 def test_it_is_said_once_that_a_target_lets_requests_wait(records):

@@ -11,6 +11,7 @@ from llama_jax.engine.errors import EngineDead, GenerationFailed, QueueFull, Req
 from llama_jax.engine.interface import Output, Stats
 from llama_jax.engine.scheduler import NOT_A_NUMBER
 from llama_jax.serve.monitoring.metrics import Metrics
+from llama_jax.serve.monitoring.request_record import RequestRecord
 from tests.support.fake_client import FakeServer, make_info
 
 TTFT = "time_to_first_token_seconds"
@@ -139,6 +140,16 @@ def test_the_phases_of_a_sequence(subject: Subject) -> None:
     }
 
 
+def test_a_phase_takes_no_negative_time(subject: Subject) -> None:
+    """The engine's clock may be a little ahead."""
+    with subject.metrics.request(subject.clock(), 7) as timer:
+        timer.token()
+        timer.note(Output(0, 5, queue_seconds=0.001))
+        timer.finish("stop")
+    for name in ("prefill_time_seconds", "inference_time_seconds"):
+        assert subject.histogram(f"request_{name}")[:2] == (1, 0)
+
+
 def test_an_unknown_time_in_the_queue_is_not_invented(subject: Subject) -> None:
     subject.measure([0.3, 0.1])
     assert [subject.histogram(f"request_{name}")[0] for name in PHASES] == [0, 0, 1, 0, 1]
@@ -178,6 +189,17 @@ def test_reasons_are_counted_apart(subject: Subject) -> None:
     # Only complete sequences have a latency; refused ones are not measured at all.
     assert [found[f"{name}_count"] for name in LATENCIES] == [7, 3, 0, 3]
     assert found["request_prompt_tokens_count"] == 11
+
+
+def test_the_longest_choice_of_a_request(subject: Subject) -> None:
+    record = RequestRecord(id="x", method="POST", path="/", client="c", params=SamplingParams())
+    for tokens in (1, 3, 2):
+        with subject.metrics.request(0.0, 7) as timer:
+            for _ in range(tokens):
+                timer.token()
+        record.choices.append(timer)
+    subject.metrics.observe(record)
+    assert subject.histogram("request_max_num_generation_tokens") == (1, 3, [5])
 
 
 def test_every_reason_is_exported_before_it_occurs(subject: Subject) -> None:
@@ -268,11 +290,14 @@ def test_an_engine_without_a_report_has_used_no_page(subject: Subject) -> None:
 
 def test_the_cache_and_the_sources_of_prompts_are_exported() -> None:
     stats = Stats(prompt_tokens=7, cached_tokens=5)
-    metrics = Metrics("tiny", lambda: stats, lambda: True, "vllm", info=make_info())
+    info = make_info(prefix_caching=False)
+    metrics = Metrics("tiny", lambda: stats, lambda: True, "vllm", info=info)
     found = samples(metrics.text().decode(), "vllm")
     assert found["prompt_tokens_total"] == 12, "of both sources, as in vLLM"
     assert found["prompt_tokens_by_source_total{local_compute}"] == 7
     assert found["prompt_tokens_by_source_total{local_cache_hit}"] == 5
+    assert found["prompt_tokens_cached_total"] == 5
+    assert (found["prefix_cache_queries_total"], found["prefix_cache_hits_total"]) == (12, 5)
     [family] = [
         family
         for family in text_string_to_metric_families(metrics.text().decode())
@@ -282,6 +307,7 @@ def test_the_cache_and_the_sources_of_prompts_are_exported() -> None:
     assert sample.value == 1
     assert (sample.labels["block_size"], sample.labels["num_gpu_blocks"]) == ("16", "64")
     assert sample.labels["cache_dtype"] == "float32"
+    assert sample.labels["enable_prefix_caching"] == "False"
 
 
 def test_only_a_result_that_is_not_a_number_counts_as_corrupted(subject: Subject) -> None:

@@ -77,6 +77,7 @@ def test_a_call_that_reaches_the_limit_is_incomplete(writer):
     [item] = writer.response["output"]
     assert (item["type"], item["status"], item["arguments"]) == ("function_call", "incomplete", "{")
     assert writer.response["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert writer.response["completed_at"] is None
 
 
 def test_text_after_a_call_is_a_message_of_its_own(writer):

@@ -4,6 +4,9 @@ import pytest
 
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.interface import Output, TokenLogprobs
+from llama_jax.serve.errors import ApiError
+from llama_jax.serve.generation.logprobs import TokenNames
+from llama_jax.serve.generation.shown_prompts import ShownPrompts
 from tests.support.fake_client import FakeServer, events, ok, user
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -71,12 +74,13 @@ def test_a_streamed_echo_is_the_whole_one():
 
 def test_a_prompt_alone():
     server = FakeServer("Hi!")
-    body = dict(prompt=[PROMPT, "y"], echo=True, max_tokens=0, logprobs=1)
+    body = dict(prompt=[PROMPT, "y"], echo=True, max_tokens=0, logprobs=1, return_token_ids=True)
     answer = server.complete(**body)
     assert [choice["text"] for choice in answer["choices"]] == [PROMPT, "y"]
     for choice, text in zip(answer["choices"], body["prompt"], strict=True):
         tokens = server.tokenizer.encode(text)
         assert len(choice["logprobs"]["tokens"]) == len(tokens)
+        assert (choice["prompt_token_ids"], choice["token_ids"]) == (tokens, [])
         assert choice["finish_reason"] == "length"
     assert answer["usage"]["completion_tokens"] == 0
     chunks = stream(server, **{**body, "prompt": PROMPT})
@@ -122,12 +126,42 @@ def test_prompt_logprobs(path, count):
         assert found == want
 
 
-def test_echo_and_prompt_logprobs_together():
+@pytest.mark.parametrize(("logprobs", "prompt_logprobs"), [(0, 5), (5, 0)])
+def test_echo_and_prompt_logprobs_together(logprobs, prompt_logprobs):
+    """Each has as many alternatives as it asked for: of these tokens there is one."""
     server = FakeServer("Hi!")
-    [choice] = server.complete(prompt="yes", echo=True, logprobs=0, prompt_logprobs=5)["choices"]
+    asked = dict(echo=True, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+    [choice] = server.complete(prompt="yes", **asked)["choices"]
     assert server.engine.requests[0][1].prompt_logprobs == 5
-    assert all(len(top) == 1 for top in choice["logprobs"]["top_logprobs"][1:])
-    assert all(len(each) == 2 for each in choice["prompt_logprobs"][1:])
+    tops = choice["logprobs"]["top_logprobs"][1 : len(server.engine.requests[0][0])]
+    assert {len(top) for top in tops} == {2 if logprobs else 1}
+    assert {len(each) for each in choice["prompt_logprobs"][1:]} == {2 if prompt_logprobs else 1}
+
+
+def test_prompt_logprobs_of_a_long_prompt():
+    """They are encoded a part at a time."""
+    server = FakeServer("Hi!", max_model_len=5000)
+    [choice] = server.complete(prompt=[5] * 2500, prompt_logprobs=0)["choices"]
+    found = [each["5"]["logprob"] for each in choice["prompt_logprobs"][1:]]
+    assert found == [*range(-1, -2500, -1)]
+
+
+def test_how_many_log_probabilities_of_prompts_a_response_may_have():
+    names = TokenNames(FakeServer().tokenizer)
+
+    def check(tokens: int, **asked) -> None:
+        ShownPrompts(names=names, prompts=[[5] * tokens], choices=4, **asked).check()
+
+    for param, asked in (
+        ("prompt_logprobs", {"prompt_logprobs": 127}),
+        ("logprobs", {"echo": True, "logprobs": 127}),
+        ("logprobs", {"echo": True, "logprobs": 63, "prompt_logprobs": 63}),
+    ):
+        check(2**20 // (4 * 128), **asked)
+        with pytest.raises(ApiError) as caught:
+            check(2**20 // (4 * 128) + 1, **asked)
+        assert (caught.value.status, caught.value.param) == (400, param)
+    check(2**20, logprobs=127)  # those of the answer
 
 
 @pytest.mark.parametrize(
@@ -161,37 +195,46 @@ def test_what_cannot_be_scored_is_refused(field, path, body):
 
 
 class Answers(FakeServer):
-    """Answer i is one token, with the i-th log-probability of the list."""
+    """Answer i is one token as often as the i-th list has log-probabilities, with these."""
 
-    def __init__(self, logprobs: list[float]) -> None:
+    def __init__(self, *logprobs: list[float]) -> None:
         super().__init__("abcdefgh", max_in_flight=len(logprobs))
         script, asked = self.engine.script, []
 
         async def generate(prompt, params: SamplingParams, on_token, deadline):
             number = len(asked)
             asked.append(params)
+            *others, last = logprobs[number]
+            for each in others:
+                on_token()
+                yield Output(0, script[number], None, logprobs=TokenLogprobs(each, []))
             on_token()
-            found = TokenLogprobs(logprobs[number], [])
-            yield Output(0, script[number], "length", logprobs=found)
+            yield Output(0, script[number], "length", logprobs=TokenLogprobs(last, []))
 
         self.engine.generate, self.asked = generate, asked
 
 
 def test_the_best_choices_are_returned_first():
-    server = Answers([-3.0, -1.0, -2.0, -1.0])
-    body = server.complete(best_of=4, n=3, max_tokens=1, seed=7)
-    assert [choice["text"] for choice in body["choices"]] == ["b", "d", "c"]
+    """By the mean of their tokens: the sum would put the second one last."""
+    server = Answers([-3.0], [-0.5, -1.5], [-1.5], [-1.0])
+    body = server.complete(best_of=4, n=3, max_tokens=2, seed=7)
+    assert [choice["text"] for choice in body["choices"]] == ["bb", "d", "c"]
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
     assert all(choice["logprobs"] is None for choice in body["choices"])
-    assert body["usage"]["completion_tokens"] == 4
+    assert body["usage"]["completion_tokens"] == 5
     assert [params.seed for params in server.asked] == [7, 8, 9, 10]
 
 
 def test_the_best_of_each_prompt():
-    server = Answers([-3.0, -1.0, -0.5, -2.0])
-    body = server.complete(prompt=["x", "y"], best_of=2, logprobs=1, max_tokens=1)
+    server = Answers([-3.0], [-1.0], [-0.5], [-2.0])
+    asked = dict(best_of=2, logprobs=1, max_tokens=1, return_token_ids=True)
+    body = server.complete(prompt=[[5], [6]], **asked)
     assert [choice["text"] for choice in body["choices"]] == ["b", "c"]
     assert [choice["logprobs"]["token_logprobs"] for choice in body["choices"]] == [[-1], [-0.5]]
+    assert [choice["prompt_token_ids"] for choice in body["choices"]] == [[5], [6]]
+    assert [choice["token_ids"] for choice in body["choices"]] == [
+        [token] for token in server.engine.script[1:3]
+    ]
 
 
 def test_best_of_n_is_n():

@@ -1,10 +1,13 @@
 """The fields that say what an answer must look like, in every spelling, and what is refused."""
 
+import asyncio
 import json
 
 import pytest
 
 from llama_jax.engine.interface import Output
+from llama_jax.serve.generation import grammar_check
+from llama_jax.serve.protocol.structured_output import WantedGrammar
 from llama_jax.text import grammar
 from tests.support.fake_client import FakeServer, error_of, events, ok, user
 
@@ -47,6 +50,7 @@ def outputs(**fields) -> dict:
         (outputs(regex="a+"), grammar.regex_grammar("a+")),
         (outputs(choice=["a", "b"]), grammar.choice_grammar(["a", "b"])),
         (outputs(grammar='start: "a"'), 'start: "a"'),
+        (outputs(regex='start: "a"'), grammar.regex_grammar('start: "a"')),
         ({"guided_json": SCHEMA}, JSON),
         ({"guided_json": True}, grammar.json_schema_grammar(True)),
         ({"guided_regex": "a+", "guided_json": None}, grammar.regex_grammar("a+")),
@@ -59,6 +63,29 @@ def test_the_engine_gets_the_grammar(server, fields, wanted):
     assert server.engine.requests[-1][1].grammar == wanted
     ok(server.post(COMPLETIONS, {"prompt": "Hi", "n": 2, "seed": 3, **fields}))
     assert [params.grammar for _, params in server.engine.requests[-2:]] == [wanted] * 2
+
+
+def test_the_latest_grammars_are_written_once(monkeypatch):
+    written = []
+
+    class Worker:
+        def write(self, kind: str, value: str) -> str:
+            written.append(value)
+            return f"the grammar of {value}"
+
+    monkeypatch.setattr(grammar_check, "GrammarWorker", Worker)
+    monkeypatch.setattr(grammar_check, "MAX_KNOWN", 2)
+    check = grammar_check.GrammarCheck()
+
+    async def ask(values: str) -> None:
+        for value in values:
+            found = await check.grammar(WantedGrammar("guided_regex", "regex", value))
+            assert found == f"the grammar of {value}"
+
+    asyncio.run(ask("abaca"))
+    assert written == ["a", "b", "c"]
+    asyncio.run(ask("b"))
+    assert written == ["a", "b", "c", "b"], "it was the one that nobody had asked for longest"
 
 
 def test_allowed_token_ids(server):

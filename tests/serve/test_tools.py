@@ -123,6 +123,20 @@ def test_after_a_single_call_nothing_more_is_generated():
     server = server_that_says(f"{CALL}; {CALL}")
     server.chat(tools=[ADD], parallel_tool_calls=False)
     assert server.engine.aborted == 1 and server.engine.running == 0
+    counted = 'request_success_total{engine="0",finished_reason="stop",model_name="tiny"} 1.0'
+    assert counted in server.get("/metrics").text, "the answer ended as it should"
+
+
+def test_a_whole_call_does_not_hide_that_the_answer_was_cut_off():
+    server = server_that_says(CALL)
+    limit = len(server.engine.script) - 1  # all but the end of the turn
+    assert server.chat(tools=[ADD], max_tokens=limit)["choices"][0]["finish_reason"] == "length"
+
+
+def test_the_beginning_of_a_call_that_does_not_go_on_is_text():
+    server = server_that_says('{"name": "ad')
+    message = server.chat(tools=[ADD])["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": '{"name": "ad', "refusal": None}
 
 
 @pytest.mark.parametrize(

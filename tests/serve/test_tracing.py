@@ -12,6 +12,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
+from llama_jax.serve.monitoring.request_record import RequestRecord
 from llama_jax.serve.monitoring.tracing import Tracing, otlp_tracing
 from tests.support.fake_client import FakeServer
 from tests.support.paths import ROOT
@@ -56,6 +57,8 @@ def test_a_request_has_a_span_with_the_phases_of_its_choices(traced, stream):
     assert request.attributes["gen_ai.request.id"] == "mine"
     assert request.attributes["http.response.status_code"] == 200
     assert request.attributes["gen_ai.usage.output_tokens"] == 6
+    [(prompt, _), _] = server.engine.requests
+    assert request.attributes["gen_ai.usage.input_tokens"] == len(prompt)
     assert request.attributes["gen_ai.response.finish_reasons"] == ("length", "length")
     assert request.resource.attributes["service.name"] == "llama-jax"
     for spans in found.values():
@@ -65,6 +68,21 @@ def test_a_request_has_a_span_with_the_phases_of_its_choices(traced, stream):
             assert request.start_time <= span.start_time <= span.end_time <= request.end_time
     for before, after in (("queue", "prefill"), ("prefill", "decode"), ("decode", "detokenize")):
         assert found[before][0].end_time == found[after][0].start_time
+
+
+def test_moments_become_nanoseconds():
+    record = RequestRecord(id="x", method="POST", path="/", client="c", began=2.0, began_ns=7)
+    assert record.wall_ns(5.5) == 3_500_000_007
+
+
+def test_the_name_of_the_service_can_be_set(traced, monkeypatch):
+    server, _ = traced
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "mine")
+    exporter = InMemorySpanExporter()
+    server.app.listeners.append(Tracing(SimpleSpanProcessor(exporter), "1.2.3"))
+    server.post("/v1/completions", {"prompt": "Hi"})
+    [request] = by_name(exporter)["POST /v1/completions"]
+    assert request.resource.attributes["service.name"] == "mine"
 
 
 def test_the_trace_of_the_client_goes_on(traced):

@@ -220,12 +220,19 @@ class FakeServer:
         self.app.handler_of = handler_finder(app.routes)
 
     def run(self, body: Callable[[httpx.AsyncClient], Awaitable]):
-        """Runs an async function with an HTTP client on one event loop."""
+        """Runs an async function with an HTTP client on one event loop.
+
+        One that hangs is cancelled, and fails even if it goes on as if nothing had happened: a
+        request that is cancelled ends with an answer.
+        """
 
         async def scenario():
             transport = httpx.ASGITransport(self.app)
             async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-                return await asyncio.wait_for(body(client), 30)
+                async with asyncio.timeout(30) as limit:
+                    result = await body(client)
+                assert not limit.expired(), "it hung for 30 seconds"
+                return result
 
         return asyncio.run(scenario())
 

@@ -8,7 +8,7 @@ import yaml
 
 from sharding.errors import UserError
 
-# What a file cannot say, and the names that positional arguments have in one.
+# What asks for something other than a server with these settings.
 _NOT_IN_FILES = frozenset({"help", "config", "dry-run", "dry-run-gpu"})
 
 

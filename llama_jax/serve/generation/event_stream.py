@@ -4,7 +4,6 @@ import asyncio
 import math
 import re
 from collections.abc import AsyncGenerator, Awaitable, Mapping
-from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -128,7 +127,8 @@ class EventStream(Response):
     async def _send_comments(self, send: Send) -> None:
         """Sends a comment whenever nothing has been sent for `keep_alive_seconds`.
 
-        One timer per stream and not one per token, which would cost more than the token.
+        One timer per stream and not one per token, which would cost more than the token. An error
+        of `send` ends it: the client has gone, which others notice.
         """
         if self._interval is None:
             return
@@ -139,8 +139,7 @@ class EventStream(Response):
                 await asyncio.sleep(wait)
                 continue
             if not self._sending:  # else an event already waits for the client to read
-                with suppress(OSError):  # the client has gone, which others notice
-                    await send(_body(KEEP_ALIVE))
+                await send(_body(KEEP_ALIVE))
             self._last_sent = clock()
 
 

@@ -282,7 +282,7 @@ async def _events(
     offsets: dict[int, int] = {}
     every, last = job.options.continuous_usage_stats, job.options.include_usage
     # OpenAI sends usage: null in every chunk before the usage.
-    head = {**head, "usage": None} if last or every else head
+    head = {**head, "usage": None} if last else head
     alike = None if every or job.token_ids else ChunkEvents(head)
 
     def chunk(index: int, entry: Mapping[str, object], tokens: list[int], first: bool) -> bytes:

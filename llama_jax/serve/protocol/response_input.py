@@ -18,13 +18,14 @@ from llama_jax.serve.protocol.json_reader import (
     refuse,
     refuse_missing,
 )
+from llama_jax.serve.protocol.messages import ROLES as CHAT_ROLES
 from llama_jax.serve.protocol.messages import Message, read_content
 from llama_jax.serve.protocol.response_types import FunctionCall, ToolCall
 from llama_jax.serve.protocol.tools import NAME, check_name
 from llama_jax.serve.protocol.unsupported import LABEL, NoOps, no_op_schemas, without_no_ops
 
-# "developer" is OpenAI's newer name of "system", with which Llama 3 was trained.
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+# The result of a call is an item of another type.
+ROLES = {name: role for name, role in CHAT_ROLES.items() if name != "tool"}
 
 # What an answer of this API contains besides, which clients send back.
 _ITEM_NO_OPS: NoOps = {"id": LABEL, "status": LABEL, "phase": LABEL}

@@ -159,7 +159,7 @@ class HttpProtocol(WriteDeadline, H11Protocol):
         """Limits the wait for the end of a request's headers.
 
         The limit does not hold while a request is handled, whose body has a limit of its own
-        (`middleware`), nor between two requests, for which Uvicorn has a keep-alive timer.
+        (`door`), nor between two requests, for which Uvicorn has a keep-alive timer.
         """
         handling = self.cycle is not None and not self.cycle.response_complete
         idle = self.timeout_keep_alive_task is not None and not self.conn.trailing_data[0]
