@@ -1,6 +1,8 @@
 """`--check`: the divergence computed layer by layer, against whole models and float64 softmax."""
 
 import contextlib
+import itertools
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -210,3 +212,15 @@ def test_a_missing_tokenizer_and_one_of_another_model(with_tokenizer, source, tm
     save_model(make_model(vocab_size=20, num_layers=1), tmp_path)
     make_tokenizer(tmp_path)
     assert "20" in refusal(windows_of, tmp_path)
+
+
+def test_the_vocabulary_ends_before_its_size(with_tokenizer):
+    source = open_source(with_tokenizer)
+    with contextlib.closing(source.reader):
+        largest = max(itertools.chain.from_iterable(sample.sample_windows(source, None)))
+        for size in (largest + 1, largest):
+            source.reader.config = replace(source.reader.config, vocab_size=size, eos_token_ids=())
+            if size > largest:
+                sample.sample_windows(source, None)
+            else:
+                assert str(largest) in refusal(sample.sample_windows, source, None)

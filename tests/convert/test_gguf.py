@@ -51,6 +51,14 @@ def test_a_converted_model_is_the_same(file, tmp_path, command, dtype, capsys):
     assert main(["verify", str(file), str(tmp_path / "new")]) == 0
 
 
+@pytest.mark.parametrize("command", ["gguf", "hf"])
+def test_a_key_that_nothing_knows_is_refused_if_asked(tmp_path, command, capsys):
+    metadata = {"llama.surprise": 1}
+    path = write_gguf(tmp_path / "model.gguf", tiny_model(), metadata=metadata)
+    assert main([command, str(path), str(tmp_path / "new"), "--strict-config"]) == 1
+    assert "surprise" in capsys.readouterr().err
+
+
 def test_quantized_and_checked(file, tmp_path, capsys):
     arguments = [str(file), str(tmp_path / "new"), "--quantize", "int8", "--json"]
     assert main(["quantize", *arguments]) == 0
