@@ -20,6 +20,7 @@ from huggingface_hub import close_session, constants
 
 from convert.__main__ import main
 from convert.hub import _silent_bar, local_directory
+from convert.source import KV_CACHE_SCALES
 from llama_jax.checkpoint import open_checkpoint
 from tests.support.conversions import load_weights
 from tests.support.meta_checkpoint import PARAMS, meta_weights, shard, write_meta
@@ -113,6 +114,7 @@ def repository(tmp_path_factory):
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text("something else")
     (path / "LICENSE").write_text("the license")
+    (path / KV_CACHE_SCALES).write_text('{"model.layers.0.self_attn.k_scale": [0.25]}')
     (path / TEMPLATE).parent.mkdir()
     (path / TEMPLATE).write_text("{{ tools }}")
     return path
@@ -192,8 +194,10 @@ def test_a_model_is_downloaded_and_converted(hub, repository, tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
         "LICENSE",
+        KV_CACHE_SCALES,
         TEMPLATE,
     }
+    assert (tmp_path / "new" / KV_CACHE_SCALES).is_file()
     reader = open_checkpoint(tmp_path / "new")
     originals = {name: bits(tensor) for name, tensor in load_weights(repository).items()}
     assert {name: bits(read(reader, name)) for name in reader.tensors} == originals
