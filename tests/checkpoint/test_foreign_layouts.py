@@ -132,6 +132,11 @@ CASES = {
         partial(writer.packed, bits=8, group=None),
         "int8",
     ),
+    "compressed-tensors packed int8 groups": (
+        packed_config(num_bits=8),
+        partial(writer.packed, bits=8),
+        "int8_grouped",
+    ),
     "compressed-tensors packed int8 groups, zero points": (
         packed_config(num_bits=8, symmetric=False),
         partial(writer.packed, bits=8, symmetric=False),

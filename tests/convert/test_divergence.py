@@ -126,6 +126,15 @@ def test_logits_of_any_size_and_blocks_of_any_order():
     assert same.any() and found.agreement == same.mean()
 
 
+def test_rounding_makes_no_divergence_negative():
+    """Logits that differ by a constant give the same distribution."""
+    for seed in range(20):
+        logits = np.random.default_rng(seed).normal(0, 1, (1, 100))
+        tally = module._Tally(1)
+        tally.add(logits, logits + 1000.1)
+        assert 0 <= tally.result().mean < 1e-10
+
+
 def test_progress_ends_at_the_bytes_of_both(source, tmp_path):
     convert_to(tmp_path / "q", source, quantize="int8")
     steps = []
@@ -187,6 +196,12 @@ def test_the_built_in_text(with_tokenizer):
     assert oracle.bos_token_id == bos
     text = oracle.decode([token for window in windows for token in window[1:]])
     assert text == sample.TEXT
+
+
+def test_windows_are_short_whatever_the_context(with_tokenizer, monkeypatch):
+    monkeypatch.setattr(sample, "WINDOW", 16)
+    monkeypatch.setattr(sample, "MAX_TOKENS", 40)
+    assert [len(window) for window in windows_of(with_tokenizer)] == [16, 16]
 
 
 def test_a_text_file(with_tokenizer, tmp_path):

@@ -123,11 +123,15 @@ def test_linear_and_yarn_scaling_keep_their_parameters(tmp_path):
         "llama.rope.scaling.factor": 4.0,
         "llama.rope.scaling.original_context_length": 8192,
         "llama.rope.scaling.finetuned": True,
+        "llama.rope.scaling.yarn_beta_fast": 16.0,
+        "llama.rope.scaling.yarn_beta_slow": 2.0,
     }
     assert config_json(header_of(tmp_path, **scaling))["rope_scaling"] == {
         "rope_type": "yarn",
         "factor": 4.0,
         "original_max_position_embeddings": 8192,
+        "beta_fast": 16.0,
+        "beta_slow": 2.0,
     }
     assert (
         config_json(header_of(tmp_path, **{"llama.rope.scaling.type": "none"}))["rope_scaling"]
