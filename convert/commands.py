@@ -149,7 +149,7 @@ def open_any(path: Path, strict_config: bool = False) -> Source:
     """Opens a checkpoint in any layout.
 
     Args:
-      path: the directory.
+      path: the directory, or a GGUF file.
       strict_config: as for `open_source`.
 
     Raises:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from convert.source import SMALL_FILES
 from llama_jax.checkpoint.directory import INDEX, meta_folder, weight_files
 from llama_jax.checkpoint.huggingface_files import SINGLE, read_index
 from sharding.errors import UserError
@@ -21,21 +22,7 @@ Progress = Callable[[str, int, int], None]
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Layout → the small files of a repository. Meta's release is in its own folder.
 _SMALL_FILES = {
-    "hf": [
-        "config.json",
-        "generation_config.json",
-        "hf_quant_config.json",
-        "adapter_config.json",
-        INDEX,
-        "tokenizer*",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template*",
-        "additional_chat_templates/*.jinja",
-        "LICENSE*",
-        "NOTICE*",
-        "USE_POLICY*",
-    ],
+    "hf": [*SMALL_FILES, "adapter_config.json", INDEX],
     "meta": ["original/*params.json", "original/*tokenizer.model"],
 }
 _LAYOUT = {

@@ -22,6 +22,8 @@ TOKENIZER = (
 )
 # The scales of the KV cache, by the name of the tensor that a tool stored them in.
 KV_CACHE_SCALES = "kv_cache_scales.json"
+# All that belongs to a checkpoint beside its weights.
+SMALL_FILES = (*_CONFIG, KV_CACHE_SCALES, *TOKENIZER, *LICENSE)
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 _BIAS_KEYS = ("attention_bias", "mlp_bias")
@@ -64,8 +66,7 @@ def open_source(path: Path, strict_config: bool = False) -> Source:
         content = json.loads((path / "config.json").read_text(encoding="utf-8"))
         write_config(directory, _adapted(content, config))
 
-    small = (*_CONFIG, KV_CACHE_SCALES, *TOKENIZER, *LICENSE)
-    return Source(reader, write_companions, find_files(path, small))
+    return Source(reader, write_companions, find_files(path, SMALL_FILES))
 
 
 def find_files(directory: Path, patterns: Iterable[str]) -> tuple[Path, ...]:

@@ -57,7 +57,7 @@ def read_tokens(file: Path) -> list[bytes]:
     in_order = [tokens[rank] for rank in sorted(tokens)]
     distinct = set(in_order)
     in_ranks = sorted(tokens) == list(range(len(lines))) and len(distinct) == len(lines)
-    if not in_ranks or b"" in distinct or any(bytes([byte]) not in distinct for byte in range(256)):
+    if not in_ranks or any(bytes([byte]) not in distinct for byte in range(256)):
         raise CheckpointError(
             f"{file} is damaged: its ranks must count from 0, its tokens must be distinct, and all "
             "256 single bytes must be tokens; copy it again."

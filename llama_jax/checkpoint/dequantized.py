@@ -9,7 +9,7 @@ from llama_jax.checkpoint.reader import numpy_dtype
 from llama_jax.weights.table import StoredTensor
 
 Read = Callable[[str, tuple[slice, ...], np.ndarray], None]  # `CheckpointReader.read_into`
-_BLOCK = 1 << 20  # elements dequantized at a time
+_BLOCK = 1 << 20  # values, as they are stored, that are dequantized at a time
 
 
 def read_parts(read: Read, parts: Any, rows: slice) -> Any:
@@ -38,7 +38,7 @@ def read_dequantized(read: Read, parts: Any, index: tuple[slice, ...], out: np.n
       out: an array in the shape of the slice.
     """
     rows, columns = index
-    step = max(1, _BLOCK // columns.stop)
+    step = max(1, _BLOCK // parts.values.shape[1])
     for first in range(rows.start, rows.stop, step):
         block = slice(first, min(first + step, rows.stop))
         matrix = read_parts(read, parts, block).dequantize()

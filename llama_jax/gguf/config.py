@@ -114,7 +114,6 @@ def config_json(header: GgufHeader) -> dict[str, Any]:
     config["vocab_size"] = embedding.shape[0]
     config["tie_word_embeddings"] = HEAD not in header.tensors
     config["torch_dtype"] = stored_dtype(embedding)
-    config["bos_token_id"] = header.get("tokenizer.ggml.bos_token_id", int)
     config["eos_token_id"] = _end_ids(header)
     return config | {f"llama.{key}": value for key, value in settings.items()}
 

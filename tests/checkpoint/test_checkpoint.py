@@ -1,9 +1,11 @@
 """Reading checkpoints in Hugging Face layout, and rejecting incomplete or damaged ones."""
 
+import io
 import json
 import random
 import shutil
 import struct
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -77,6 +79,19 @@ def test_tensors_at_odd_offsets(copy):
         array = read(reader, name)
         assert bits(array) == bits(tensor)
         assert (array.astype(np.float32) == tensor.float().numpy()).all()
+
+
+def test_reads_that_the_system_cuts_short(single, monkeypatch):
+    """Linux reads at most 2 GiB at a time; the embedding table of 405B has 4 GB."""
+
+    class Short(io.FileIO):
+        def readinto(self, buffer):
+            return super().readinto(memoryview(buffer)[:1000])
+
+    reader = open_checkpoint(single)
+    expected = safetensors.torch.load_file(single / "model.safetensors")
+    monkeypatch.setattr(Path, "open", lambda path, *_, **__: Short(path))
+    assert bits(read(reader, "lm_head.weight")) == bits(expected["lm_head.weight"])
 
 
 def test_tensors_after_unsupported_dtypes(copy):
@@ -177,7 +192,7 @@ def test_a_damaged_header_is_rejected_or_harmless(copy):
     header = struct.unpack("<Q", data[:8])[0]
     rng = random.Random(0)
     refused = 0
-    for _ in range(300):
+    for _ in range(100):
         damaged = bytearray(data)
         damaged[rng.randrange(8 + header)] = rng.randrange(256)
         file.write_bytes(damaged)
@@ -185,7 +200,7 @@ def test_a_damaged_header_is_rejected_or_harmless(copy):
             open_checkpoint(copy)
         except CheckpointError:
             refused += 1
-    assert refused > 200
+    assert refused > 60
 
 
 @pytest.mark.parametrize(
@@ -230,7 +245,8 @@ def test_an_index_that_leaves_the_directory(sharded_copy, name):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}']
+    "text",
+    ["", "{", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}'],
 )
 def test_a_file_that_is_not_an_index(sharded_copy, text):
     (sharded_copy / INDEX).write_text(text)
@@ -246,9 +262,9 @@ def test_a_shard_that_git_lfs_has_not_fetched(sharded_copy):
 
 def test_an_index_that_contradicts_the_files(sharded_copy):
     """A tensor in two files, and one that is not where the index says."""
-    first, second, *_ = sorted(sharded_copy.glob("*.safetensors"))
+    second, *_, first = sorted(sharded_copy.glob("*.safetensors"))
     weights = safetensors.torch.load_file(first)
-    name = sorted(weights)[0]
+    name = "lm_head.weight"  # which only a tied model can do without
     safetensors.torch.save_file(safetensors.torch.load_file(second) | {name: weights[name]}, second)
     message = refusal(open_checkpoint, sharded_copy)
     assert second.name in message and name in message

@@ -8,6 +8,7 @@ import json
 import tracemalloc
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -130,6 +131,11 @@ CASES = {
         packed_config(num_bits=8, strategy="channel", group_size=None),
         partial(writer.packed, bits=8, group=None),
         "int8",
+    ),
+    "compressed-tensors packed int8 groups": (
+        packed_config(num_bits=8),
+        partial(writer.packed, bits=8),
+        "int8_grouped",
     ),
     "compressed-tensors packed int8 groups, zero points": (
         packed_config(num_bits=8, symmetric=False),
@@ -255,6 +261,30 @@ def test_a_g_idx_that_is_not_used(tmp_path):
     writer.change_tensors(tmp_path, add)
     reader = open_checkpoint(tmp_path)
     assert reader.config.quantization.format == format
+    assert_exact(reader, exact)
+
+
+def test_a_closed_reader_lets_go_of_its_files(tmp_path):
+    writer.write_foreign(tmp_path, GPTQ, writer.gptq)
+    reader = open_checkpoint(tmp_path)
+    read(reader, "model.layers.1.self_attn.q_proj.weight")
+    assert str(tmp_path) in Path("/proc/self/maps").read_text()
+    reader.close()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("rows", [64, 96])  # those of the queries, or of the LM head
+def test_some_matrices_in_act_order(tmp_path, rows):
+    """The head has a format of its own; in the layers, one in act-order is enough for all."""
+
+    def matrix(rng, num_out, num_in):
+        return writer.gptq(rng, num_out, num_in, act_order=num_out == rows)
+
+    exact = writer.write_foreign(tmp_path, GPTQ | {"lm_head": True}, matrix, head=True)
+    reader = open_checkpoint(tmp_path)
+    head = read(reader, "lm_head.weight")
+    np.testing.assert_array_equal(head, exact.pop("lm_head.weight"))
+    assert reader.config.quantization.format == ("int4_act_order" if rows == 64 else "int4")
     assert_exact(reader, exact)
 
 

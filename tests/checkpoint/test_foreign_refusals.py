@@ -248,17 +248,26 @@ def test_a_config_without_quantization_config(checkpoints, tmp_path, name):
     assert "quantization_config" in refusal(open_checkpoint, tmp_path)
 
 
-def test_a_model_that_quanto_saved(plain, tmp_path):
-    """Its config.json is that of the original model."""
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [
+        (".weight._data", ".weight._scale"),  # of quanto, which writes no quantization_config
+        (".weight", ".weight_scale_inv"),
+        (".weight", ".weight.absmax"),
+        (".weight", ".SCB"),
+    ],
+)
+def test_a_quantized_model_with_the_config_of_the_original(plain, tmp_path, values, scale):
     shutil.copytree(plain, tmp_path, dirs_exist_ok=True)
 
     def change(tensors):
-        tensors[f"{GATE}.weight._scale"] = torch.ones(48, 1)
-        tensors[f"{GATE}.weight._data"] = tensors.pop(f"{GATE}.weight").char()
+        tensors[GATE + values] = tensors.pop(f"{GATE}.weight").char()
+        tensors[GATE + scale] = torch.ones(48, 1)
 
     writer.change_tensors(tmp_path, change)
     message = refusal(open_checkpoint, tmp_path)
-    assert f"{GATE}.weight._data" in message and "quantized" in message
+    shown = values if values != ".weight" else scale
+    assert GATE + shown in message and "so it is quantized" in message
 
 
 def test_a_config_of_another_layout(checkpoints, tmp_path):

@@ -15,8 +15,9 @@ import torch
 
 from llama_jax.checkpoint import CheckpointError, open_checkpoint
 from llama_jax.checkpoint.load import load_params
+from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
-from llama_jax.weights.split import ShardingError
+from llama_jax.weights.split import ShardingError, check_split
 from sharding.mesh import make_mesh
 from tests.support.conversions import convert_to
 from tests.support.tiny_checkpoint import bits, write_checkpoint
@@ -274,3 +275,8 @@ def test_a_model_that_cannot_be_split_is_not_read(tmp_path, no_arrays, changes):
     with pytest.raises(ShardingError):
         load_params(spy, make_mesh("1x2"), FLOAT32)
     assert not spy.asked
+
+
+def test_the_largest_mesh_that_can_share_a_model_is_named():
+    with pytest.raises(ShardingError, match=r"8 KV heads .* second number is 4\.$"):
+        check_split(LlamaConfig.llama3_70b(), 6)

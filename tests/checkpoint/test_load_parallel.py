@@ -83,6 +83,21 @@ def test_as_many_threads_read_as_there_are_cores(path):
     load_params(Meeting(path), make_mesh("4x2"), FLOAT32)
 
 
+def test_no_more_threads_read_than_shards_may_wait(path, monkeypatch):
+    """Each holds one that is not on its device yet."""
+    started = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, threads):
+            started.append(threads)
+            super().__init__(threads)
+
+    monkeypatch.setattr(load, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    load_params(Spy(path), make_mesh("1x1"), FLOAT32)
+    assert started == [16]
+
+
 def test_progress_is_in_order_although_the_first_array_takes_longest(path):
     last = threading.Event()
 

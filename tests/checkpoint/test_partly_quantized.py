@@ -1,6 +1,7 @@
 """Checkpoints of which some matrices are quantized and others are not, and quantized LM heads."""
 
 import contextlib
+from collections import Counter
 from functools import partial
 
 import jax
@@ -10,10 +11,18 @@ import torch
 import transformers
 
 from llama_jax.checkpoint import open_checkpoint
+from llama_jax.checkpoint.dequantized import read_dequantized
 from llama_jax.checkpoint.load import load_params
 from llama_jax.engine.device_memory import bytes_by_device, weight_bytes
+from llama_jax.quantization import Fp8
 from llama_jax.ring.sharded_llama import ShardedLlama
-from llama_jax.weights.table import EMBEDDING, each_weight, stored_tensors, stored_tree
+from llama_jax.weights.table import (
+    EMBEDDING,
+    StoredTensor,
+    each_weight,
+    stored_tensors,
+    stored_tree,
+)
 from sharding.mesh import make_mesh
 from tests.support import foreign_writer as writer
 from tests.support.conversions import convert_to, small_pieces
@@ -102,6 +111,26 @@ def test_every_weight_is_exact(case):
     assert reader.config.quantization.plain
     assert reader.config.dtype == "bfloat16"
     assert_equal(dequantized(reader), exact)
+
+
+@pytest.mark.parametrize("columns", [48, 6])
+def test_few_rows_are_dequantized_at_a_time(columns):
+    """Also of a slice of the columns, since whole rows are read."""
+    parts = Fp8(
+        StoredTensor("values", ("embed", "mlp"), (9, 48), "float8_e4m3fn"),
+        StoredTensor("scale", ("embed",), (9,), "float32"),
+    )
+    rows = Counter()
+
+    def read_into(name, index, out):
+        rows[name, index[0].stop - index[0].start] += 1
+        out.fill(1)
+
+    out = np.zeros((9, columns), np.float32)
+    read_dequantized(read_into, parts, (slice(0, 9), slice(0, columns)), out)
+    assert rows == {(name, size): count for name in ("values", "scale")
+                    for size, count in ((2, 4), (1, 1))}  # fmt: skip
+    assert (out == 1).all()
 
 
 def test_a_tool_that_quantized_no_matrix(tmp_path):

@@ -137,11 +137,15 @@ def test_biases_of_zero(tmp_path):
     assert exported.state_dict().keys() == weights.keys()
 
 
-@pytest.mark.parametrize("value", [1e-8, float("nan")])
-def test_another_bias_is_refused_by_name(tmp_path, value):
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [(1e-8, torch.float32), (float("nan"), torch.float32), (0.0, torch.float64)],
+)
+def test_another_bias_is_refused_by_name(tmp_path, value, dtype):
+    """Also one of an unknown dtype, whatever it holds."""
     write_checkpoint(tmp_path)
     name = "model.layers.1.self_attn.q_proj.bias"
-    zeros, bias = torch.zeros(64), torch.zeros(64)
+    zeros, bias = torch.zeros(64), torch.zeros(64, dtype=dtype)
     bias[63] = value
     change_weights(tmp_path, lambda w: w.update({name: bias, name.replace("q_", "k_"): zeros}))
     message = refusal(open_checkpoint, tmp_path)

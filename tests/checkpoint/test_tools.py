@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llama_jax.checkpoint import open_checkpoint
@@ -119,6 +119,10 @@ MUTATIONS = {
 
 
 @settings(max_examples=100, deadline=None)
+@example(
+    name="llm_compressor_fp8_block",
+    changes={"quant_method": "fp8", "weight_block_size": [1 << 63, 128]},
+)
 @given(
     name=st.sampled_from(CASES),
     changes=st.fixed_dictionaries({}, optional=MUTATIONS),

@@ -361,7 +361,8 @@ def test_ctrl_c_while_comparing(source, quantized):
 # --check
 
 
-def test_check(source, tmp_path, capsys):
+def test_check(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")  # too late for JAX, which these tests have loaded
     text = tmp_path / "text"
     text.write_text("The quick brown fox.")
     arguments = ["quantize", source, tmp_path / "new", "--quantize", "int4", "--check"]
@@ -371,6 +372,7 @@ def test_check(source, tmp_path, capsys):
     assert 2 < found["tokens"] < 25
     assert 0 < found["mean"] < found["largest"] and 0 <= found["agreement"] <= 1
     assert "Checking: " in err
+    assert os.environ["JAX_PLATFORMS"] == "cpu"  # it would take the memory of an accelerator
     code, out, _ = call(capsys, *arguments, "--resume")
     assert code == 0 and re.search(r"\d tokens.* nats", out)
 

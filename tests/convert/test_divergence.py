@@ -1,6 +1,8 @@
 """`--check`: the divergence computed layer by layer, against whole models and float64 softmax."""
 
 import contextlib
+import itertools
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -124,6 +126,15 @@ def test_logits_of_any_size_and_blocks_of_any_order():
     assert same.any() and found.agreement == same.mean()
 
 
+def test_rounding_makes_no_divergence_negative():
+    """Logits that differ by a constant give the same distribution."""
+    for seed in range(20):
+        logits = np.random.default_rng(seed).normal(0, 1, (1, 100))
+        tally = module._Tally(1)
+        tally.add(logits, logits + 1000.1)
+        assert 0 <= tally.result().mean < 1e-10
+
+
 def test_progress_ends_at_the_bytes_of_both(source, tmp_path):
     convert_to(tmp_path / "q", source, quantize="int8")
     steps = []
@@ -187,6 +198,12 @@ def test_the_built_in_text(with_tokenizer):
     assert text == sample.TEXT
 
 
+def test_windows_are_short_whatever_the_context(with_tokenizer, monkeypatch):
+    monkeypatch.setattr(sample, "WINDOW", 16)
+    monkeypatch.setattr(sample, "MAX_TOKENS", 40)
+    assert [len(window) for window in windows_of(with_tokenizer)] == [16, 16]
+
+
 def test_a_text_file(with_tokenizer, tmp_path):
     (tmp_path / "text").write_text("Grüße")
     (window,) = windows_of(with_tokenizer, tmp_path / "text")
@@ -210,3 +227,15 @@ def test_a_missing_tokenizer_and_one_of_another_model(with_tokenizer, source, tm
     save_model(make_model(vocab_size=20, num_layers=1), tmp_path)
     make_tokenizer(tmp_path)
     assert "20" in refusal(windows_of, tmp_path)
+
+
+def test_the_vocabulary_ends_before_its_size(with_tokenizer):
+    source = open_source(with_tokenizer)
+    with contextlib.closing(source.reader):
+        largest = max(itertools.chain.from_iterable(sample.sample_windows(source, None)))
+        for size in (largest + 1, largest):
+            source.reader.config = replace(source.reader.config, vocab_size=size, eos_token_ids=())
+            if size > largest:
+                sample.sample_windows(source, None)
+            else:
+                assert str(largest) in refusal(sample.sample_windows, source, None)

@@ -1,11 +1,16 @@
 """Faults of sources and destinations: one sentence each, and no directory looks complete."""
 
 import contextlib
+import errno
+import itertools
 import json
 import os
 import shutil
 import tempfile
+import threading
+import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +21,9 @@ import transformers
 
 from convert import commands, conversion
 from convert.__main__ import main
-from convert.task import WORKER_BYTES
-from llama_jax.checkpoint import manifest, open_checkpoint
+from convert.destination import explain
+from convert.task import WORKER_BYTES, Stopped
+from llama_jax.checkpoint import CheckpointError, manifest, open_checkpoint
 from tests.support.another_user import as_another_user
 from tests.support.conversions import change_weights, convert_to, files, refusal, small_pieces
 from tests.support.tiny_checkpoint import write_checkpoint
@@ -67,6 +73,14 @@ def test_nan_and_infinity_are_rejected(tmp_path, new, value, dtype, options):
     message = refusal(convert_to, new, tmp_path / "hf", **options)
     assert NAME in message and "NaN" in message
     assert_incomplete(new)
+
+
+def test_an_e4m3_value_that_is_nan(hf, tmp_path, new):
+    convert_to(tmp_path / "fp8", hf, quantize="fp8")
+    file = tmp_path / "fp8/weights/state" / NAME / "c/0/0"
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    message = refusal(convert_to, new, tmp_path / "fp8")
+    assert NAME in message and "NaN" in message
 
 
 def test_a_scale_that_is_nan(hf, tmp_path, new):
@@ -136,6 +150,20 @@ def test_impossible_destinations(hf, tmp_path, new):
 def test_too_little_memory(hf, new):
     assert "--max-memory" in refusal(convert_to, new, hf, max_memory=WORKER_BYTES - 1)
     assert not new.exists()
+
+
+def test_as_many_workers_as_fit_into_the_memory(hf, new, pieces):
+    started = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, workers):
+            started.append(workers)
+            super().__init__(workers)
+
+    pieces.setattr(conversion, "ThreadPoolExecutor", Pool)
+    pieces.setattr(os, "cpu_count", lambda: 64)
+    convert_to(new, hf, max_memory=3 * WORKER_BYTES - 1, verify=False)
+    assert started == [2]
 
 
 def test_free_space_is_checked_first(hf, new, tmp_path, pieces):
@@ -214,6 +242,32 @@ def test_a_full_temporary_folder(hf, new, tmp_path, pieces, capsys):
     assert not new.exists()
 
 
+def test_a_full_quota_is_a_full_disk(new):
+    message = str(explain(OSError(errno.EDQUOT, "Disk quota exceeded"), new))
+    assert str(new) in message and "--resume" in message
+
+
+def test_an_error_stops_the_other_workers(hf, new, pieces):
+    begun, numbers, ended = threading.Barrier(2), itertools.count(), []
+
+    def run(task, directory, advance, stopped):
+        number = next(numbers)
+        if number < 2:  # others may begin before the error is seen
+            begun.wait(60)
+        if number == 0:
+            raise CheckpointError("It failed.")
+        end = time.monotonic() + 60
+        while not stopped():
+            assert time.monotonic() < end
+        ended.append(number)
+        raise Stopped
+
+    pieces.setattr(conversion, "run_task", run)
+    pieces.setattr(os, "cpu_count", lambda: 2)
+    assert refusal(convert_to, new, hf) == "It failed."
+    assert 1 in ended
+
+
 @pytest.mark.parametrize("value", [10**400, float("nan"), "much"])
 def test_a_damaged_manifest(hf, new, value):
     convert_to(new, hf)
@@ -221,6 +275,15 @@ def test_a_damaged_manifest(hf, new, value):
     content = json.loads(file.read_text()) | {"quantization_error": {"mlp.w_up": value}}
     file.write_text(json.dumps(content))
     assert "damaged" in refusal(open_checkpoint, new)
+
+
+def test_a_weight_file_that_another_program_has_written(hf, new):
+    convert_to(new, hf, layout="huggingface")
+    file = next(new.glob("*.safetensors"))
+    weights = safetensors.torch.load(file.read_bytes())
+    safetensors.torch.save_file({name: weight.half() for name, weight in weights.items()}, file)
+    message = refusal(open_checkpoint, new)
+    assert file.name in message and "bytes instead of" in message
 
 
 def test_a_manifest_with_a_name_that_no_file_can_have(hf, new):

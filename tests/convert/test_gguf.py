@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pytest
+from gguf import GGUFReader
 
 from convert.__main__ import main
 from convert.gguf import open_gguf
@@ -51,6 +52,14 @@ def test_a_converted_model_is_the_same(file, tmp_path, command, dtype, capsys):
     assert main(["verify", str(file), str(tmp_path / "new")]) == 0
 
 
+@pytest.mark.parametrize("command", ["gguf", "hf"])
+def test_a_key_that_nothing_knows_is_refused_if_asked(tmp_path, command, capsys):
+    metadata = {"llama.surprise": 1}
+    path = write_gguf(tmp_path / "model.gguf", tiny_model(), metadata=metadata)
+    assert main([command, str(path), str(tmp_path / "new"), "--strict-config"]) == 1
+    assert "surprise" in capsys.readouterr().err
+
+
 def test_quantized_and_checked(file, tmp_path, capsys):
     arguments = [str(file), str(tmp_path / "new"), "--quantize", "int8", "--json"]
     assert main(["quantize", *arguments]) == 0
@@ -84,7 +93,7 @@ def test_inspect_counts_the_bytes_of_the_file(file, capsys):
     outcome = json.loads(capsys.readouterr().out)
     assert outcome["layout"] == "gguf" and outcome["num_files"] == 1
     assert outcome["bytes_by_dtype"].keys() == {"Q4_K", "F32"}
-    assert outcome["bytes"] < file.stat().st_size
+    assert outcome["bytes"] == sum(tensor.n_bytes for tensor in GGUFReader(file).tensors)
     assert len(outcome["devices"]) == 2
 
 

@@ -19,7 +19,8 @@ import pytest
 from huggingface_hub import close_session, constants
 
 from convert.__main__ import main
-from convert.hub import local_directory
+from convert.hub import _silent_bar, local_directory
+from convert.source import KV_CACHE_SCALES
 from llama_jax.checkpoint import open_checkpoint
 from tests.support.conversions import load_weights
 from tests.support.meta_checkpoint import PARAMS, meta_weights, shard, write_meta
@@ -113,6 +114,7 @@ def repository(tmp_path_factory):
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text("something else")
     (path / "LICENSE").write_text("the license")
+    (path / KV_CACHE_SCALES).write_text('{"model.layers.0.self_attn.k_scale": [0.25]}')
     (path / TEMPLATE).parent.mkdir()
     (path / TEMPLATE).write_text("{{ tools }}")
     return path
@@ -192,8 +194,10 @@ def test_a_model_is_downloaded_and_converted(hub, repository, tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
         "LICENSE",
+        KV_CACHE_SCALES,
         TEMPLATE,
     }
+    assert (tmp_path / "new" / KV_CACHE_SCALES).is_file()
     reader = open_checkpoint(tmp_path / "new")
     originals = {name: bits(tensor) for name, tensor in load_weights(repository).items()}
     assert {name: bits(read(reader, name)) for name in reader.tensors} == originals
@@ -211,7 +215,7 @@ def test_shards_of_any_name(repository, tmp_path):
     """The index names them; other weights are not downloaded."""
     path = shutil.copytree(repository, tmp_path / "repository")
     index = json.loads((path / INDEX).read_text())
-    names = {old: f"part {old.split('-')[1]}.safetensors" for old in index["weight_map"].values()}
+    names = {old: f"part [{old.split('-')[1]}].safetensors" for old in index["weight_map"].values()}
     for old, new in names.items():
         (path / old).rename(path / new)
     index["weight_map"] = {tensor: names[old] for tensor, old in index["weight_map"].items()}
@@ -222,6 +226,33 @@ def test_shards_of_any_name(repository, tmp_path):
         assert run(hub.address, tmp_path, "hf", "owner/model", tmp_path / "new")[0] == 0
     weights = {name for name in hub.asked if name.endswith(".safetensors")}
     assert weights == set(names.values())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "gptq_model-4bit-128g.safetensors"])
+def test_weights_without_an_index(tmp_path, name):
+    """Files with the name that counts, or of any name, but not those in folders."""
+    path = tmp_path / "repository"
+    write_checkpoint(path, num_hidden_layers=1)
+    (path / "model.safetensors").rename(path / name)
+    others = ["onnx/model.safetensors"] + ["other.safetensors"] * (name == "model.safetensors")
+    for other in others:
+        (path / other).parent.mkdir(exist_ok=True)
+        (path / other).write_text("something else")
+    hub = Hub(path)
+    with hub.serving():
+        assert run(hub.address, tmp_path, "hf", "owner/model", tmp_path / "new")[0] == 0
+    assert {name for name in hub.asked if name.endswith(".safetensors")} == {name}
+
+
+def test_progress_counts_the_bytes_of_files():
+    """The library has other bars, too, and draws a bar more often than it moves."""
+    steps = []
+    bar_of = _silent_bar(lambda *step: steps.append(step))
+    for unit, total, done in (("B", 9, 4), ("it", 9, 5), ("B", None, 6), ("B", 9, 4), ("B", 9, 9)):
+        bar = bar_of(total=total, unit=unit)
+        bar.n = done
+        bar.display()
+    assert steps == [("Downloading", 4, 9), ("Downloading", 9, 9)]
 
 
 def test_one_of_two_releases_is_downloaded(tmp_path):

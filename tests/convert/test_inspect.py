@@ -151,6 +151,8 @@ def test_a_checkpoint_quantized_by_another_tool(tmp_path):
     assert (found.layout, found.quantized_by) == ("huggingface", "gptq")
     (line,) = (line for line in shown(found, 80) if line.startswith("quantization"))
     assert all(token in line for token in ("int4", str(GROUP), "gptq"))
+    write_foreign(tmp_path / "none", gptq_config, gptq, plain=("layers",))
+    assert inspected(tmp_path / "none").quantized_by is None
 
 
 def test_an_incomplete_copy_of_a_conversion(source, tmp_path, capsys):
@@ -215,6 +217,13 @@ def test_groups_by_hand():
         "norms": 2 * 8192 * (2 * 20 + 1),
         "head": table,
     }
+
+
+def test_kv_heads_that_several_ranks_hold():
+    """70B has 8, one for every 8 query heads."""
+    shares = device_shares(LlamaConfig.llama3_70b(), "1x32")
+    assert [list(share.kv_heads) for share in shares] == [[rank // 4] for rank in range(32)]
+    assert list(shares[-1].heads) == [62, 63]
 
 
 def test_a_stage_without_layers(source):

@@ -173,6 +173,10 @@ def test_the_head_is_tied_only_where_it_is_the_embedding_bit_for_bit(tmp_path, s
     weights["output.weight"][-1, -1] += 1e-6
     reader = MetaReader(write_meta(tmp_path / "one", shard(weights, shards)))
     assert not reader.config.tie_embeddings and "lm_head.weight" in reader.tensors
+    weights["output.weight"] = weights["tok_embeddings.weight"].half()
+    weights["tok_embeddings.weight"] = weights["output.weight"].float()
+    reader = MetaReader(write_meta(tmp_path / "dtype", shard(weights, shards)))
+    assert not reader.config.tie_embeddings
     del weights["output.weight"]
     reader = MetaReader(write_meta(tmp_path / "absent", shard(weights, shards)))
     assert reader.config.tie_embeddings and "lm_head.weight" not in reader.tensors

@@ -254,5 +254,9 @@ def test_damaged_tokenizers_are_rejected(tmp_path, tokens):
         file.write_bytes(content)
         with pytest.raises(CheckpointError, match=re.escape(token)):
             read_tokens(file)
+    with file.open("wb") as sparse:
+        sparse.truncate((64 << 20) + 1)
+    with pytest.raises(CheckpointError, match="too large"):
+        read_tokens(file)
     file.write_bytes(whole)
     assert read_tokens(file) == tokens

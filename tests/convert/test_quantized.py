@@ -19,6 +19,7 @@ from tests.support.conversions import (
     refusal,
     small_pieces,
 )
+from tests.support.foreign_writer import change_config, compressed_tensors, fp8, write_foreign
 from tests.support.tiny_checkpoint import bits, read, write_checkpoint
 
 NAME = "model.layers.1.mlp.down_proj.weight"
@@ -174,6 +175,15 @@ def test_an_export_is_dequantized(source, converted, tmp_path, format, dtype):
     assert "quantization_config" not in config and config["dtype"] == kept
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto")
     assert bits(model.state_dict()[NAME]) == bits(found[NAME])
+
+
+def test_nothing_says_that_dequantized_weights_of_a_tool_are_quantized(tmp_path):
+    """Old versions of compressed-tensors have another key."""
+    write_foreign(tmp_path / "fp8", None, fp8)
+    change_config(tmp_path / "fp8", compression_config=compressed_tensors("float-quantized"))
+    convert_to(tmp_path / "new", tmp_path / "fp8", quantize="plain", layout="huggingface")
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert not {"compression_config", "quantization_config"} & config.keys()
 
 
 def test_quantized_weights_are_not_quantized_again(source, tmp_path):

@@ -4,6 +4,8 @@ The layouts are those that the tools write: peft 0.21, mlx-lm 0.32, transformers
 Meta's release. Every command gets every directory.
 """
 
+import errno
+import fcntl
 import json
 import shutil
 import tempfile
@@ -95,7 +97,8 @@ def pytorch(path: Path, whole: Path) -> None:
     without_weights(path, whole)
     tensors = safetensors.torch.load_file(whole / "model.safetensors")
     torch.save(tensors, path / "pytorch_model.bin")
-    torch.save({}, path / "training_args.bin")
+    for name in ("training_args.bin", "optimizer.pt"):  # not what is to be converted
+        torch.save({}, path / name)
 
 
 def pytorch_of_another_program(path: Path, whole: Path) -> None:
@@ -165,7 +168,7 @@ KINDS = [
     (lora_beside_config_and_tokenizer, "merge_and_unload", None),
     (lora_of_mlx, "mlx_lm.fuse", None),
     (mlx, "mlx_lm.convert", "convert hf"),
-    (pytorch, "save_pretrained", None),
+    (pytorch, "holds pytorch_model.bin", None),
     (pytorch_of_another_program, "model.pt", None),
     (flax, "flax_model.msgpack", None),
     (lfs_weights, "git lfs pull", None),
@@ -258,6 +261,39 @@ def test_a_running_conversion(whole, tmp_path, refused, command):
     assert "is running" in refused(command, path)
     journal.close()
     assert "--resume" in refused(command, path)
+
+
+def test_a_conversion_that_ends_while_it_is_looked_at(converted, tmp_path, monkeypatch):
+    path = shutil.copytree(converted, tmp_path / "given")
+    manifest = (path / MANIFEST).rename(tmp_path / MANIFEST)
+    (path / JOURNAL).touch()
+    is_file = Path.is_file
+
+    def look(file: Path) -> bool:
+        found = is_file(file)
+        if found and file == path / JOURNAL:
+            manifest.rename(path / MANIFEST)
+            file.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "is_file", look)
+    assert COMMANDS["inspect"](path) == 0
+
+
+def test_only_the_lock_of_a_writer_shows_that_a_conversion_runs(
+    whole, tmp_path, refused, monkeypatch
+):
+    path = tmp_path / "given"
+    unfinished(path, whole)
+    with (path / JOURNAL).open("rb") as looked_at:  # by another program, at this moment
+        fcntl.flock(looked_at, fcntl.LOCK_SH)
+        assert "--resume" in refused("inspect", path)
+
+    def no_locks(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert "--resume" in refused("inspect", path)
 
 
 def test_a_conversion_that_runs_is_not_begun_again(whole, tmp_path, capsys):

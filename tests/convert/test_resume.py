@@ -18,7 +18,7 @@ from convert import journal
 from convert.task import WORKER_BYTES
 from convert.verification import check_checksums
 from llama_jax.checkpoint import open_checkpoint
-from llama_jax.checkpoint.manifest import JOURNAL, MANIFEST
+from llama_jax.checkpoint.manifest import JOURNAL, MANIFEST, checksum
 from tests.support.conversions import convert_to, files, load_weights, refusal, small_pieces
 from tests.support.paths import ROOT
 from tests.support.tiny_checkpoint import bits, write_checkpoint
@@ -218,11 +218,13 @@ def test_finished_tasks_are_not_repeated(source, tmp_path, pieces, whole):
     interrupt(source, path)
     times = {file: file.stat().st_mtime_ns for file in _finished_files(path)}
     size = sum(file.stat().st_size for file in times)
-    steps = []
+    steps, summed = [], []
+    pieces.setattr(journal, "checksum", lambda file: summed.append(file) or checksum(file))
     report = convert_to(path, source, lambda *step: steps.append(step), resume=True)
     assert 0 < report.resumed <= size
     assert steps[0] == ("Writing", report.resumed, report.bytes)
     assert {file: file.stat().st_mtime_ns for file in times} == times
+    assert summed and not any(file in times for file in summed)  # of this boot: nothing is verified
     assert files(path) == whole
 
 
@@ -230,6 +232,7 @@ def test_resuming_a_finished_conversion_changes_nothing(source, tmp_path, pieces
     path = tmp_path / "new"
     first = convert_to(path, source, quantize="int8")
     times = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
+    (path / JOURNAL).touch()  # a kill right after the manifest is written leaves it
     again = convert_to(path, source, quantize="int8", resume=True)
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == times
     assert (again.config, again.bytes, again.resumed) == (first.config, first.bytes, first.bytes)
@@ -329,7 +332,7 @@ def test_chunks_of_another_size_are_rejected(source, tmp_path, pieces):
     assert str(tmp_path / "new") in message
 
 
-@pytest.mark.parametrize("change", ["touched", "edited", "added", "other"])
+@pytest.mark.parametrize("change", ["touched", "edited", "sampling", "added", "other"])
 def test_a_changed_source_is_rejected(source, tmp_path, pieces, change):
     copy = shutil.copytree(source, tmp_path / "copy")
     interrupt(copy, tmp_path / "new")
@@ -337,6 +340,8 @@ def test_a_changed_source_is_rejected(source, tmp_path, pieces, change):
         os.utime(copy / "model.safetensors", ns=(1, 1))
     elif change == "edited":
         (copy / "tokenizer.json").write_text("[]")
+    elif change == "sampling":
+        (copy / "generation_config.json").write_text('{"temperature": 0.5}')
     elif change == "added":
         (copy / "chat_template.jinja").write_text("{{ messages }}")
     else:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from contextlib import closing
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +16,7 @@ from convert.verification import compare
 from llama_jax.checkpoint import open_checkpoint
 from llama_jax.checkpoint.orbax import OrbaxReader
 from tests.support.conversions import FORMATS, convert_to, small_pieces
+from tests.support.foreign_writer import GPTQ, gptq, write_foreign
 from tests.support.tiny_checkpoint import write_checkpoint
 
 LAYERED = "model.layers.1.mlp.gate_proj.weight"
@@ -176,6 +178,12 @@ def test_ctrl_c_stops_the_comparison(checkpoints):
 def test_different_formats(checkpoints):
     for one, other in itertools.permutations(FORMATS, 2):
         assert len(differences(checkpoints / one, checkpoints / other)) == 3 * 7
+
+
+def test_a_format_that_nothing_bounds_is_different(checkpoints, tmp_path):
+    """This project does not round to it, so it knows of no largest error."""
+    write_foreign(tmp_path, GPTQ | {"bits": 8}, partial(gptq, bits=8), dtype="bfloat16")
+    assert len(differences(checkpoints / "hf", tmp_path)) == 3 * 7
 
 
 def test_different_configurations(checkpoints, tmp_path):

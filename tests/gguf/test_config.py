@@ -94,6 +94,13 @@ def test_factors_of_another_kind_are_refused(tmp_path, factors):
         config_json(header_of(tmp_path, factors))
 
 
+def test_one_other_factor_is_refused(tmp_path):
+    factors = rope_factors(LlamaConfig.llama3_1_8b())
+    factors[40] *= 1.001
+    with pytest.raises(GgufError, match="RoPE"):
+        config_json(header_of(tmp_path, factors))
+
+
 def test_factors_of_another_type_are_refused(tmp_path):
     header = header_of(tmp_path, rope_factors(LlamaConfig.llama3_1_8b()))
     tensor = header.tensors["rope_freqs.weight"]
@@ -116,11 +123,15 @@ def test_linear_and_yarn_scaling_keep_their_parameters(tmp_path):
         "llama.rope.scaling.factor": 4.0,
         "llama.rope.scaling.original_context_length": 8192,
         "llama.rope.scaling.finetuned": True,
+        "llama.rope.scaling.yarn_beta_fast": 16.0,
+        "llama.rope.scaling.yarn_beta_slow": 2.0,
     }
     assert config_json(header_of(tmp_path, **scaling))["rope_scaling"] == {
         "rope_type": "yarn",
         "factor": 4.0,
         "original_max_position_embeddings": 8192,
+        "beta_fast": 16.0,
+        "beta_slow": 2.0,
     }
     assert (
         config_json(header_of(tmp_path, **{"llama.rope.scaling.type": "none"}))["rope_scaling"]
@@ -181,10 +192,15 @@ def test_ends_of_turns_are_recognized_by_their_ids_and_texts(tmp_path):
 
 
 def test_the_sampling_parameters_of_a_file_are_the_defaults(tmp_path):
-    metadata = {"general.sampling.temp": 0.6, "general.sampling.top_p": 0.9}
+    metadata = {
+        "general.sampling.temp": 0.6,
+        "general.sampling.top_k": 40,
+        "general.sampling.top_p": 0.9,
+        "general.sampling.min_p": 0.05,
+    }
     sampled = write_gguf(tmp_path / "a.gguf", tiny_model(), metadata=metadata)
     assert read_checkpoint_config(sampled).generation_defaults() == SamplingParams(
-        temperature=0.6, top_p=0.9
+        temperature=0.6, top_k=40, top_p=0.9, min_p=0.05
     )
     greedy = write_gguf(tmp_path / "b.gguf", tiny_model())
     assert read_checkpoint_config(greedy).generation_defaults().temperature == 0

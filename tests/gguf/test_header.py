@@ -1,6 +1,7 @@
 """The header of a GGUF file, and damaged files."""
 
 import gguf
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -81,6 +82,35 @@ def test_a_key_with_two_values_is_refused(tmp_path):
     open_checkpoint(path).close()
     path.write_bytes(path.read_bytes().replace(b"llama.rope.freq_bass", b"llama.rope.freq_base"))
     with pytest.raises(GgufError, match="two values for one key"):
+        open_checkpoint(path)
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path):
+    changes = {"blk.0.ffn_uq.weight": np.ones((48, 32), np.float32)}
+    path = write_gguf(tmp_path / "model.gguf", tiny_model(), changes=changes)
+    path.write_bytes(path.read_bytes().replace(b"blk.0.ffn_uq", b"blk.0.ffn_up"))
+    with pytest.raises(GgufError, match="damaged"):
+        open_checkpoint(path)
+
+
+def test_rows_that_are_no_whole_blocks_are_refused(file, tmp_path):
+    content = bytearray(file.read_bytes())
+    tensor = gguf.GGUFReader(file).tensors[0]
+    *before, kind, _ = tensor.field.parts
+    assert kind[0] == gguf.GGMLQuantizationType.F16 and tensor.shape[0] == 32
+    at = tensor.field.offset + sum(part.nbytes for part in before)
+    content[at : at + 4] = int(gguf.GGMLQuantizationType.Q4_K).to_bytes(4, "little")
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(GgufError, match="damaged"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("alignment", [0, "32", 32.0])
+def test_an_alignment_that_cannot_be_is_refused(tmp_path, alignment):
+    metadata = {"general.alignment": alignment}
+    path = write_gguf(tmp_path / "model.gguf", tiny_model(), metadata=metadata)
+    with pytest.raises(GgufError, match="damaged"):
         open_checkpoint(path)
 
 

@@ -102,6 +102,27 @@ def test_user_defined_tokens_are_text_and_unused_ones_are_left_out(tmp_path):
     assert found.encode("a<think>b").ids[1] == think and found.decode([think]) == "<think>"
 
 
+def test_the_end_of_a_turn_is_a_special_token_whatever_its_type(tmp_path):
+    metadata = gpt2_metadata(tiny_backend(), "llama-bpe")
+    eot = metadata["tokenizer.ggml.tokens"].index(EOT)
+    metadata["tokenizer.ggml.token_type"][eot] = 1  # normal
+    found = translated(tmp_path, metadata)
+    ids = found.encode(f"hello{EOT}").ids
+    assert ids[-1] == eot and found.decode(ids) == "hello"
+
+
+def test_the_settings_of_the_tokenizer_are_those_of_the_file(tmp_path):
+    metadata = gpt2_metadata(tiny_backend(), "llama-bpe", bos=BOS, eos=EOT)
+    tokens = metadata["tokenizer.ggml.tokens"]
+    more = {"tokenizer.ggml.padding_token_id": len(tokens) - 1, "llama.context_length": 4096}
+    translated(tmp_path, metadata | more)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["bos_token"] == BOS and settings["eos_token"] == EOT
+    assert settings["pad_token"] == tokens[-1] and settings["model_max_length"] == 4096
+    with pytest.raises(GgufError, match="as its padding token"):
+        translated(tmp_path, metadata | {"tokenizer.ggml.padding_token_id": len(tokens)})
+
+
 def test_bos_and_eos_are_added_as_the_file_says(tmp_path):
     metadata = gpt2_metadata(tiny_backend(), "llama-bpe", bos=BOS, eos=EOT)
     for bos, eos in ((True, True), (False, False), (None, None)):

@@ -241,6 +241,12 @@ def test_int8_by_hand():
     np.testing.assert_array_equal(made.scale, np.array([1, 4 / 127], np.float32))
 
 
+def test_the_bound_of_fp8_by_hand():
+    """A sixteenth of a number, but at least half of the smallest step."""
+    found = Fp8.error_bound(np.array([[448, -2, 2.0**-7, 0]], np.float32), 4)
+    np.testing.assert_allclose(found, [[28, 0.125, 2.0**-10, 2.0**-10]], rtol=2e-5)
+
+
 def e4m3(code: int) -> float:
     """By the definition: a sign, four bits of exponent with a bias of 7, three of mantissa."""
     sign, exponent, mantissa = -1 if code & 128 else 1, code >> 3 & 15, code & 7

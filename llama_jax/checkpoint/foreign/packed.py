@@ -30,7 +30,7 @@ _PASSED_OVER = (".weight_shape",)
 
 @dataclass(frozen=True)
 class Packed:
-    """A `Layout` that is translated to `Int4` or `Int8Grouped`.
+    """A `Layout` that is translated to `Int4` or `Int8Grouped`, or to one of act-order.
 
     Attributes:
       bits: 4 or 8.

@@ -41,7 +41,8 @@ class ScaledBlocks:
     def scale(self, arrays: Arrays, index: Index) -> np.ndarray:
         """A slice of [out, groups]."""
         rows, groups = index
-        return arrays[".weight_scale"][np.arange(rows.start, rows.stop) // self.rows, groups]
+        height = min(self.rows, len(arrays[".weight"]))  # a config may give any integer
+        return arrays[".weight_scale"][np.arange(rows.start, rows.stop) // height, groups]
 
 
 @dataclass(frozen=True)
