@@ -1,5 +1,7 @@
 # Everything is installed into virtual environments in this folder; `make clean` removes them.
-PYTHON ?= $(or $(shell command -v python3.11 || command -v python3.12 || command -v python3.13),python3.11)
+# The first that can make one: pyenv's `python3.11` fails while another version is selected.
+PYTHON ?= $(or $(shell for name in python3.11 python3.12 python3.13; do \
+	$$name -c "import ensurepip" 2>/dev/null && echo $$name && break; done),python3.11)
 MESH ?= 4x2
 MODEL ?=  # the demo checkpoint
 PORT ?= 8000

@@ -27,7 +27,9 @@ def clone(tmp_path: Path) -> Path:
     return clone
 
 
-def commands(clone: Path, *arguments: str, target: str = "serve") -> list[list[str]]:
+def commands(
+    clone: Path, *arguments: str, target: str = "serve", path: str = "/usr/bin:/bin"
+) -> list[list[str]]:
     """The words of each command that `make` would run."""
     done = subprocess.run(
         ["make", "-n", target, *arguments],
@@ -35,7 +37,7 @@ def commands(clone: Path, *arguments: str, target: str = "serve") -> list[list[s
         capture_output=True,
         text=True,
         check=True,
-        env={"PATH": "/usr/bin:/bin"},
+        env={"PATH": path},
     )
     return [shlex.split(line) for line in done.stdout.replace("\\\n", "").splitlines()]
 
@@ -63,6 +65,15 @@ def test_an_installation_is_announced(clone: Path) -> None:
     assert venv[1:] == ["-m", "venv", ".venv"]
     assert "--quiet" not in install
     assert serve[2:4] == ["-m", "llama_jax.serve"]
+
+
+def test_a_python_that_does_not_run_is_passed_over(clone: Path, tmp_path: Path) -> None:
+    shutil.rmtree(clone / ".venv")
+    for name, status in (("python3.11", 127), ("python3.12", 0)):
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {status}\n")
+        (tmp_path / name).chmod(0o755)
+    _, venv, *_ = commands(clone, path=f"{tmp_path}:/usr/bin:/bin")
+    assert venv == ["python3.12", "-m", "venv", ".venv"]
 
 
 def test_a_checkpoint_may_have_a_space_in_its_path(clone: Path) -> None:

@@ -364,7 +364,7 @@ CASES: dict[str, list[Case]] = {
         (COMPLETIONS, b'{"prompt":"x","temperature":Infinity}', None, JSON),
         (COMPLETIONS, b'{"prompt":' + b"[" * 100_000, None, JSON),
         (COMPLETIONS, b'{"a":' * 100_000, None, JSON),
-        (CHAT, b'{"messages":' + b"[" * 5000 + b"]" * 5000 + b"}", None, JSON),
+        (CHAT, b'{"messages":' + b"[" * 100_000 + b"]" * 100_000 + b"}", None, JSON),
         (CHAT, b"prompt=x&max_tokens=5", None, JSON),
         (CHAT, b"<?xml version='1.0'?><x/>", None, JSON),
     ],

@@ -169,6 +169,7 @@ def test_a_late_error_is_an_event(server):
 @pytest.mark.parametrize("waits", [True, False])
 def test_a_client_that_leaves_is_noticed(server, n, waits):
     async def scenario(_):
+        before = asyncio.all_tasks()
         if waits:
             server.engine.hold.clear()
         connection = Connection(server, {**BODY, "n": n, "ignore_eos": True})
@@ -176,7 +177,7 @@ def test_a_client_that_leaves_is_noticed(server, n, waits):
         connection.gone.set()
         await connection.task
         assert (server.engine.running, server.engine.aborted) == (0, n)
-        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert asyncio.all_tasks() == before
 
     server.run(scenario)
 
