@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import contexts, peers, scheduler_time
+from bench import contexts, host_time, peers, scheduler_time, streaming
 from bench.__main__ import main
 from bench.peer_engines import Moment, Times
 from bench.result import Result
@@ -105,7 +105,9 @@ def test_the_steady_rate_leaves_out_the_begin_and_the_end():
 
 
 @pytest.mark.slow
-def test_engine(tmp_path):
+def test_engine(tmp_path, monkeypatch):
+    monkeypatch.setattr(host_time, "SEQUENCES", 16)
+    monkeypatch.setattr(streaming, "STREAMS", 4)
     sizes = ("--ticks", "20", "--tokens", "8", "--repeats", "1")
     found = measured(tmp_path, "engine", "--parts", "host", "http", *sizes)
     assert [row.get("requests") for row in found.rows[:2]] == ["greedy", "sampled"]

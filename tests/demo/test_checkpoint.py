@@ -11,6 +11,7 @@ from tests.support.programs import compile_few
 
 CHECKPOINT = DEMO_CHECKPOINT
 GREEDY = SamplingParams(temperature=0, max_tokens=64)
+SUMS = 300  # of the 1,003 that it was not trained on; `python -m bench quantization` counts all
 PHRASINGS = ["What is {a} + {b}?", "{a}+{b}", "Can you add {a} and {b}?", "{a} plus {b}"]
 
 
@@ -32,11 +33,11 @@ def answers(llm: LLM, count: int) -> tuple[list[str], list[str]]:
 
 
 @pytest.fixture(scope="module")
-def all_answers():
-    """`answers` for all held-out sums."""
+def many_answers():
+    """`answers` on the mesh of `make serve`."""
     # Sizes with few programs: the others would be compiled while the tests run.
     with LLM(CHECKPOINT, mesh="4x2", max_num_seqs=16, max_chunk=64) as llm:
-        return answers(llm, len(held_out_pairs()))
+        return answers(llm, SUMS)
 
 
 def share_same(one: list[str], other: list[str]) -> float:
@@ -49,15 +50,15 @@ def test_it_adds_held_out_pairs(llm):
 
 
 @pytest.mark.slow
-def test_it_adds_all_held_out_pairs(all_answers):
-    assert share_same(*all_answers) >= 0.95
+def test_it_adds_held_out_pairs_on_the_mesh_of_the_server(many_answers):
+    assert share_same(*many_answers) >= 0.95
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["int8", "fp8"])
-def test_its_answers_survive_quantization_to_8_bits(all_answers, tmp_path, quantize):
+def test_its_answers_survive_quantization_to_8_bits(many_answers, tmp_path, quantize):
     convert(open_source(CHECKPOINT), tmp_path / quantize, Options(quantize=quantize))
-    plain, right = all_answers
+    plain, right = many_answers
     with LLM(tmp_path / quantize, mesh="2x2") as quantized:
         found, _ = answers(quantized, len(plain))
     assert share_same(found, plain) >= 0.95
