@@ -271,7 +271,7 @@ def thread_block(
         def advance(step: jax.Array, scales: Any) -> Any:
             later = load_scales(step + 1)  # before the wait, which hides how long it takes
             for matrix, columns in operands(wait(step), scales):
-                plgpu.wgmma(accumulator, matrix, plgpu.transpose_ref(columns, (1, 0)))
+                plgpu.wgmma(accumulator, matrix, columns.transpose((1, 0)))
             plgpu.wgmma_wait(0)
             return later
 
@@ -294,7 +294,7 @@ def thread_block(
     else:
         shape = (tiles.outputs, tiles.columns)
         out = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
-        turned = plgpu.transpose_ref(scratch["out"], (1, 0))
+        turned = scratch["out"].transpose((1, 0))
         turned[...] = plgpu.layout_cast(out.astype(x_ref.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(scratch["out"], out_ref.at[split, rows, outputs])

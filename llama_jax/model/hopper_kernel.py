@@ -189,7 +189,7 @@ def _scores(spec: Spec, q: Any, keys: Any) -> jax.Array:
         return lax.dot_general(q[...], keys[...], contract, preferred_element_type=jnp.float32)
 
     def multiply(accumulator: Any) -> jax.Array:
-        plgpu.wgmma(accumulator, q, plgpu.transpose_ref(keys, (1, 0)))
+        plgpu.wgmma(accumulator, q, keys.transpose((1, 0)))
         return accumulator[...]
 
     return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((ROWS, KEYS), jnp.float32))
