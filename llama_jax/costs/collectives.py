@@ -111,15 +111,13 @@ def collective_time(
     }
     if here:
         return Band.exactly(Curve(here).at(size)), Evidence.MEASURED_HERE, "the calibration"
-    inside = gpu.measured_as is not None and not between_hosts
-    curves = _curves(str(gpu.measured_as), kind, ranks) if inside else None
+    # Other links have other bandwidths and latencies.
+    same_links = gpu.measured_as is not None and gpu.link_bandwidth == LINK and not between_hosts
+    curves = _curves(str(gpu.measured_as), kind, ranks) if same_links else None
     if curves:
-        scale = LINK / gpu.link_bandwidth
-        times = sorted(curve.at(size) * scale for curve in curves)
+        times = sorted(curve.at(size) for curve in curves)
         seconds = Band(times[0], times[len(times) // 2], times[-1])
-        if scale == 1:
-            return seconds, Evidence.MEASURED_ELSEWHERE, source()
-        return seconds, Evidence.ARITHMETIC, f"{source()}, by the bandwidth of the links"
+        return seconds, Evidence.MEASURED_ELSEWHERE, source()
     shares = shares_of(gpu.platform, gpu.link)
     link, hops = gpu.link_bandwidth, shares.hop
     if between_hosts:
