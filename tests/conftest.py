@@ -36,7 +36,7 @@ USUAL_HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT,
 
 # `make test` tries a few examples of each property. `make test-all` tries the usual hundred of the
 # same properties again.
-settings.register_profile("quick", deadline=None, max_examples=20)
+settings.register_profile("quick", deadline=None, max_examples=12)
 settings.register_profile("full", deadline=None, max_examples=100)
 settings.load_profile("quick")
 

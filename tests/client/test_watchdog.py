@@ -52,6 +52,7 @@ def test_a_stream_of_an_engine_that_hangs_ends_and_the_log_says_where_it_hung() 
     run_with_engine(body, "fake:freeze:3")
 
 
+@pytest.mark.slow
 def test_an_engine_that_cannot_be_killed_counts_as_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """As one that waits for a driver in the kernel."""
     monkeypatch.setattr("llama_jax.client.engine_process.UNKILLABLE_SECONDS", 0.1)

@@ -235,6 +235,7 @@ def test_auto_means_the_checkpoints_dtype_on_a_gpu():
         choose_dtype("int8", BASE, "gpu")
 
 
+@pytest.mark.slow
 def test_every_eos_id_ends_an_answer(tmp_path, monkeypatch):
     compile_few(monkeypatch)
 

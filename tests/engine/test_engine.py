@@ -318,6 +318,7 @@ def no_cache_directory():
             yield
 
 
+@pytest.mark.slow
 def test_the_second_start_compiles_nothing(tmp_path, monkeypatch, no_cache_directory):
     """However fast a program compiled; by default JAX caches only those that took a second."""
     compile_few(monkeypatch)

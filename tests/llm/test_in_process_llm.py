@@ -199,6 +199,7 @@ def settings() -> list[object]:
     return [*signals, *of_jax, sys.stdout, sys.excepthook, threading.excepthook]
 
 
+@pytest.mark.slow
 def test_closing_frees_the_memory_and_the_settings_are_unchanged(checkpoint: Path) -> None:
     gc.collect()
     at_first = settings()

@@ -29,6 +29,7 @@ def run(capsys, *arguments: str) -> tuple[int, dict]:
     return code, json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_the_same_json_in_every_process():
     """Byte for byte, whatever the hash seed, and whatever else runs at the same time."""
     command = [sys.executable, "-m", "llama_jax.plan", *SHORT, "--simulate", "--outage", "2s"]
