@@ -12,6 +12,7 @@ _EXAMPLES = """\
 examples:
   python -m convert hf /models/Meta-Llama-3-70B-Instruct /models/llama-3-70b
   python -m convert hf meta-llama/Llama-3.1-8B-Instruct /models/llama-3.1-8b --quantize int8 --check
+  python -m convert hf /models/Llama-3.1-8B-Instruct /models/mine --adapter /adapters/mine
   python -m convert gguf Llama-3.2-1B-Instruct-Q4_K_M.gguf /models/llama-3.2-1b
   python -m convert inspect /models/llama-3-70b --mesh 4x2
   python -m convert verify /models/Meta-Llama-3-70B-Instruct /models/llama-3-70b
@@ -29,12 +30,12 @@ exit codes:
 
 With --json, standard output is one JSON object, {"error": "..."} if the exit code is 1, 70 or 130:
   hf, meta, gguf, quantize, export
-    source, destination, dtype, quantization (null, or its format), source_bytes and bytes (of
-    weights), resumed_bytes (written by an earlier run), seconds, verify_seconds (null: not
-    verified), quantization_error (relative, by kind of matrix), divergence (null, or tokens, mean
-    and largest in nats, agreement from 0 to 1)
+    source, adapter (or null), destination, dtype, quantization (null, or its format),
+    source_bytes and bytes (of weights), resumed_bytes (written by an earlier run), seconds,
+    verify_seconds (null: not verified), quantization_error (relative, by kind of matrix),
+    divergence (null, or tokens, mean and largest in nats, agreement from 0 to 1)
   verify
-    source, destination, differences (list of sentences), seconds
+    source, adapter (or null), destination, differences (list of sentences), seconds
   inspect
     path, layout (orbax, huggingface, meta, gguf), formats (with their versions, or null),
     num_files, config (as in config.json), quantization (null, or format, group_size and plain),
@@ -42,6 +43,10 @@ With --json, standard output is one JSON object, {"error": "..."} if the exit co
     stage, rank, layers, padding_layers, heads, kv_heads, bytes, bytes_by_group)
 """
 _SOURCE = "checkpoint directory, GGUF file, or name of a model on the Hugging Face Hub"
+_ADAPTER = """\
+merge a LoRA adapter into the weights: the directory that PEFT has written, or its name on the
+Hugging Face Hub. If it has a tokenizer, DST gets that one
+"""
 _CHECK = """\
 compare the next-token distributions of the quantized model and SRC on a text (default: a built-in
 sample): Kullback-Leibler divergence in nats, and how often both rank the same token first. Runs on
@@ -57,8 +62,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     Returns:
       command, json, and, by command,
         hf, meta, gguf, quantize, export: source, destination, dtype, quantize, max_memory (bytes),
-          resume, verify, check (None, True or a file), strict_config (not for meta)
-        verify: source, destination
+          resume, verify, adapter (None or a string), check (None, True or a file), strict_config
+          (not for meta)
+        verify: source, destination, adapter
         inspect: path, mesh (None or "4x2")
     """
     parser = Parser(
@@ -84,6 +90,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     verify.add_argument("source", metavar="SRC", help=_SOURCE)
     verify.add_argument("destination", metavar="DST", type=Path, help="converted checkpoint")
+    verify.add_argument("--adapter", metavar="DIR", help="LoRA adapter that was merged into DST")
     inspect = commands.add_parser(
         "inspect",
         help="describe a checkpoint and its distribution over a mesh",
@@ -176,6 +183,7 @@ def _add_conversion(parser: argparse.ArgumentParser, command: str) -> None:
         parser.add_argument(
             "--check", nargs="?", type=Path, const=True, metavar="TEXTFILE", help=_CHECK
         )
+    parser.add_argument("--adapter", metavar="DIR", help=_ADAPTER)
     parser.add_argument(
         "--dtype",
         choices=DTYPES,

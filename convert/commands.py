@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
+from convert.adapter import with_adapter
 from convert.arguments import conversion_options
 from convert.conversion import Report, convert
 from convert.destination import explain
@@ -36,6 +37,7 @@ class Converted:
 
     Attributes:
       source: as given by the user.
+      adapter: as given by the user; None if none was merged.
       destination: the directory written.
       source_bytes: size of the source's weights.
       report: of the conversion itself.
@@ -43,6 +45,7 @@ class Converted:
     """
 
     source: str
+    adapter: str | None
     destination: Path
     source_bytes: int
     report: Report
@@ -55,12 +58,14 @@ class Verified:
 
     Attributes:
       source: as given by the user.
+      adapter: as given by the user; None if none was merged into the source.
       destination: the directory compared with it.
       differences: one sentence for each.
       seconds: duration.
     """
 
     source: str
+    adapter: str | None
     destination: Path
     differences: list[str]
     seconds: float
@@ -68,7 +73,7 @@ class Verified:
 
 def run_conversion(arguments: argparse.Namespace, progress: Progress) -> Converted:
     """Runs hf, meta, gguf, quantize or export."""
-    source = _open_source(arguments, progress)
+    source = _merged(_open_source(arguments, progress), arguments, progress)
     with closing(source.reader) as reader:
         _check_companions(source)
         windows = None if arguments.check is None else _check_windows(source, arguments.check)
@@ -78,6 +83,7 @@ def run_conversion(arguments: argparse.Namespace, progress: Progress) -> Convert
             found = _diverge(reader, arguments.destination, windows, progress)
         return Converted(
             source=arguments.source,
+            adapter=arguments.adapter,
             destination=arguments.destination,
             source_bytes=sum(stored_bytes(reader).values()),
             report=report,
@@ -92,6 +98,13 @@ def _open_source(arguments: argparse.Namespace, progress: Progress) -> Source:
     if arguments.command == "gguf":
         return open_gguf(Path(name), arguments.strict_config)
     return open_any(local_directory(name, "hf", progress), arguments.strict_config)
+
+
+def _merged(source: Source, arguments: argparse.Namespace, progress: Progress) -> Source:
+    if arguments.adapter is None:
+        return source
+    adapter = local_directory(arguments.adapter, "adapter", progress)
+    return with_adapter(source, adapter, getattr(arguments, "strict_config", False))
 
 
 def _check_companions(source: Source) -> None:
@@ -129,14 +142,16 @@ def run_verify(arguments: argparse.Namespace, progress: Progress) -> Verified:
     start = time.monotonic()
     path = local_directory(arguments.source, "hf", progress)
     with (
-        closing(open_any(path).reader) as source,
+        closing(_merged(open_any(path), arguments, progress).reader) as source,
         closing(open_any(arguments.destination).reader) as written,
     ):
         differences = check_checksums(written.path, partial(progress, "Checksums"))
         workers = os.cpu_count() or 1
         differences += compare(source, written, workers, partial(progress, "Verifying"))
     seconds = time.monotonic() - start
-    return Verified(arguments.source, arguments.destination, differences, seconds)
+    return Verified(
+        arguments.source, arguments.adapter, arguments.destination, differences, seconds
+    )
 
 
 def run_inspect(arguments: argparse.Namespace, progress: Progress) -> Inspection:

@@ -12,9 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from convert.source import SMALL_FILES
+from convert.source import SMALL_FILES, TOKENIZER
 from llama_jax.checkpoint.directory import INDEX, meta_folder, weight_files
 from llama_jax.checkpoint.huggingface_files import SINGLE, read_index
+from llama_jax.checkpoint.lora import CONFIG as ADAPTER_CONFIG
+from llama_jax.checkpoint.lora import WEIGHTS as ADAPTER_WEIGHTS
 from sharding.errors import UserError
 
 Progress = Callable[[str, int, int], None]
@@ -22,14 +24,16 @@ Progress = Callable[[str, int, int], None]
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Layout → the small files of a repository. Meta's release is in its own folder.
 _SMALL_FILES = {
-    "hf": [*SMALL_FILES, "adapter_config.json", INDEX],
+    "hf": [*SMALL_FILES, ADAPTER_CONFIG, INDEX],
+    "adapter": [ADAPTER_CONFIG, *TOKENIZER],
     "meta": ["original/*params.json", "original/*tokenizer.model"],
 }
 _LAYOUT = {
     "hf": "safetensors files: try the command meta, or another repository of the same model",
+    "adapter": f"PEFT's layout ({ADAPTER_CONFIG} and {ADAPTER_WEIGHTS})",
     "meta": "Meta's layout (a folder named original): try the command hf",
 }
-_CHOICE = {"hf": "", "meta": " --include 'original/*'"}
+_CHOICE = {"hf": "", "adapter": "", "meta": " --include 'original/*'"}
 
 
 class HubError(UserError):
@@ -41,7 +45,7 @@ def local_directory(name: str, layout: str, progress: Progress) -> Path:
 
     Args:
       name: a directory, or the name of a model on the Hub ("meta-llama/Llama-3.1-8B-Instruct").
-      layout: "hf" or "meta": which of the layouts in a repository to download.
+      layout: "hf", "meta" or "adapter": which of the layouts in a repository to download.
       progress: called with "Downloading", the bytes downloaded, and their total.
 
     Raises:
@@ -57,7 +61,7 @@ def local_directory(name: str, layout: str, progress: Progress) -> Path:
     try:
         download = partial(snapshot_download, name, tqdm_class=_silent_bar(progress))
         directory = Path(download(allow_patterns=_SMALL_FILES[layout]))
-        found = (_download_meta if layout == "meta" else _download_weights)(directory, download)
+        found = _WEIGHTS[layout](directory, download)
     except UserError:
         raise
     except errors.GatedRepoError:
@@ -96,7 +100,7 @@ def _download_weights(directory: Path, download: Callable[..., str]) -> bool:
         download(allow_patterns=[SINGLE])
         if not (directory / SINGLE).is_file():
             download(allow_patterns=["*.safetensors"], ignore_patterns=["*/*"])
-    return bool(weight_files(directory)) or (directory / "adapter_config.json").is_file()
+    return bool(weight_files(directory)) or (directory / ADAPTER_CONFIG).is_file()
 
 
 def _download_meta(directory: Path, download: Callable[..., str]) -> bool:
@@ -106,6 +110,15 @@ def _download_meta(directory: Path, download: Callable[..., str]) -> bool:
         return False
     download(allow_patterns=[f"{folder.relative_to(directory)}/*"])
     return True
+
+
+def _download_adapter(directory: Path, download: Callable[..., str]) -> bool:
+    """Downloads the weights of a LoRA adapter, if there are any."""
+    download(allow_patterns=[ADAPTER_WEIGHTS])
+    return (directory / ADAPTER_WEIGHTS).is_file()
+
+
+_WEIGHTS = {"hf": _download_weights, "meta": _download_meta, "adapter": _download_adapter}
 
 
 def _broken_off(name: str, error: Exception) -> HubError:

@@ -30,7 +30,8 @@ def show_converted(console: Console, outcome: Converted) -> None:
     _say(
         console,
         f"{outcome.destination} is complete: {bytes_text(report.bytes)} of weights in "
-        f"{_stored_as(report.config)}, from {bytes_text(outcome.source_bytes)}.",
+        f"{_stored_as(report.config)}, from {bytes_text(outcome.source_bytes)}"
+        f"{_with_adapter(outcome)}.",
     )
     written = report.bytes - report.resumed
     if written:
@@ -64,7 +65,7 @@ def show_verified(console: Console, outcome: Verified) -> None:
     verdict = "differs from" if found else "matches"
     _say(
         console,
-        f"{outcome.destination} {verdict} {outcome.source} (compared in "
+        f"{outcome.destination} {verdict} {outcome.source}{_with_adapter(outcome)} (compared in "
         f"{duration_text(outcome.seconds)}).",
     )
 
@@ -100,6 +101,7 @@ def converted_json(outcome: Converted) -> dict[str, Any]:
     report = outcome.report
     return {
         "source": outcome.source,
+        "adapter": outcome.adapter,
         "destination": str(outcome.destination),
         "dtype": report.config.dtype,
         "quantization": report.config.quantization and report.config.quantization.format,
@@ -117,6 +119,7 @@ def verified_json(outcome: Verified) -> dict[str, Any]:
     """Returns the outcome of a comparison as JSON."""
     return {
         "source": outcome.source,
+        "adapter": outcome.adapter,
         "destination": str(outcome.destination),
         "differences": outcome.differences,
         "seconds": outcome.seconds,
@@ -152,6 +155,10 @@ def inspection_json(outcome: Inspection) -> dict[str, Any]:
             for share in outcome.devices
         ],
     }
+
+
+def _with_adapter(outcome: Converted | Verified) -> str:
+    return f" with the adapter {outcome.adapter}" if outcome.adapter else ""
 
 
 def _facts(outcome: Inspection) -> Iterator[tuple[str, str]]:

@@ -26,6 +26,7 @@ KV_CACHE_SCALES = "kv_cache_scales.json"
 SMALL_FILES = (*_CONFIG, KV_CACHE_SCALES, *TOKENIZER, *LICENSE)
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+_CHANGED_BY_ADAPTERS = ("vocab_size", "tie_word_embeddings")
 _BIAS_KEYS = ("attention_bias", "mlp_bias")
 
 
@@ -90,8 +91,9 @@ def write_config(directory: Path, content: dict[str, Any]) -> None:
 
 
 def _adapted(content: dict[str, Any], want: LlamaConfig) -> dict[str, Any]:
-    """Returns the source's config.json with the dtype and quantization of the destination."""
+    """Returns the source's config.json with what a conversion changes."""
     written = want.to_dict()
+    content |= {key: written[key] for key in _CHANGED_BY_ADAPTERS}
     for key in [key for key in _DTYPE_KEYS if key in content] or ["torch_dtype"]:
         content[key] = want.dtype
     for key in [key for key in _BIAS_KEYS if key in content]:

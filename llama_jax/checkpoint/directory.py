@@ -189,16 +189,15 @@ def _adapter(path: Path) -> CheckpointError:
     base = _json(path / _ADAPTER).get("base_model_name_or_path")
     of = f" for {list_text([base])}" if isinstance(base, str) and base else ""
     if any(path.glob("*adapters.safetensors")):
-        command = f"mlx_lm.fuse --model BASE --adapter-path {path} --save-path DST"
-    else:
-        command = (
-            'python -c "from peft import AutoPeftModelForCausalLM as M; '
-            f"M.from_pretrained('{path}').merge_and_unload().save_pretrained('DST')\""
+        remedy = (
+            f"merge the two with `mlx_lm.fuse --model BASE --adapter-path {path} --save-path DST`, "
+            "copy the tokenizer files of the base model to DST, and give DST"
         )
-    return CheckpointError(
-        f"{path} is a LoRA adapter{of}, not a whole model: merge the two with `{command}`, copy "
-        "the tokenizer files of the base model to DST, and give DST."
-    )
+    else:
+        remedy = (
+            f"merge the two with `python -m convert hf BASE DST --adapter {path}`, and give DST"
+        )
+    return CheckpointError(f"{path} is a LoRA adapter{of}, not a whole model: {remedy}.")
 
 
 def _unusable(path: Path, names: Sequence[str]) -> CheckpointError:

@@ -21,8 +21,8 @@ from tests.support.paths import ROOT
 from tests.support.tiny_checkpoint import bits, read, write_checkpoint
 from tests.support.tiny_tokenizer import make_tokenizer
 
-CONVERTED = """source destination dtype quantization source_bytes bytes resumed_bytes seconds
-    verify_seconds quantization_error divergence""".split()
+CONVERTED = """source adapter destination dtype quantization source_bytes bytes resumed_bytes
+    seconds verify_seconds quantization_error divergence""".split()
 MATRICES = "attention.wk attention.wo attention.wq attention.wv mlp.w_down mlp.w_gate mlp.w_up"
 
 
@@ -167,7 +167,13 @@ def test_json_of_a_conversion(source, tmp_path, capsys):
 def test_json_of_a_comparison(source, quantized, tmp_path, capsys):
     code, out, _ = call(capsys, "verify", source, quantized, "--json")
     result = json.loads(out)
-    assert code == 0 and list(result) == ["source", "destination", "differences", "seconds"]
+    assert code == 0 and list(result) == [
+        "source",
+        "adapter",
+        "destination",
+        "differences",
+        "seconds",
+    ]
     assert result["differences"] == []
     code, out, _ = call(capsys, "verify", quantized, source, "--json")
     assert code == 3

@@ -23,6 +23,7 @@ from convert.hub import _silent_bar, local_directory
 from convert.source import KV_CACHE_SCALES
 from llama_jax.checkpoint import open_checkpoint
 from tests.support.conversions import load_weights
+from tests.support.lora_adapter import low_rank, write_adapter
 from tests.support.meta_checkpoint import PARAMS, meta_weights, shard, write_meta
 from tests.support.paths import ROOT
 from tests.support.tiny_checkpoint import bits, read, write_checkpoint
@@ -244,6 +245,35 @@ def test_weights_without_an_index(tmp_path, name):
     assert {name for name in hub.asked if name.endswith(".safetensors")} == {name}
 
 
+def test_an_adapter_is_downloaded_and_merged(repository, tmp_path):
+    path = tmp_path / "repository"
+    module = "model.layers.0.self_attn.q_proj"
+    make_tokenizer(write_adapter(path, low_rank(module, (64, 32))))
+    for name in ("training_args.bin", "checkpoint-5/adapter_model.safetensors"):
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_text("something else")
+    hub = Hub(path)
+    arguments = ("hf", repository, tmp_path / "new", "--adapter", "owner/model")
+    with hub.serving():
+        assert run(hub.address, tmp_path, *arguments)[0] == 0
+        assert hub.asked == {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        }
+        (path / "adapter_model.safetensors").unlink()
+        other = tmp_path / "other"
+        other.mkdir()
+        call = ("hf", repository, other / "new", "--adapter", "owner/model")
+        code, _, err = run(hub.address, other, *call)
+    assert code == 1 and "adapter_model.safetensors" in err
+    name = f"{module}.weight"
+    before, after = (open_checkpoint(folder) for folder in (repository, tmp_path / "new"))
+    changed = {n for n in before.tensors if bits(read(before, n)) != bits(read(after, n))}
+    assert changed == {name}
+
+
 def test_progress_counts_the_bytes_of_files():
     """The library has other bars, too, and draws a bar more often than it moves."""
     steps = []
@@ -270,7 +300,7 @@ def test_one_of_two_releases_is_downloaded(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "token"), [("adapter_config.json", "merge_and_unload"), ("pytorch_model.bin", "meta")]
+    ("file", "token"), [("adapter_config.json", "--adapter"), ("pytorch_model.bin", "meta")]
 )
 def test_a_repository_that_cannot_be_converted(tmp_path, file, token):
     (tmp_path / "repository").mkdir()

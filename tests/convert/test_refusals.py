@@ -164,8 +164,8 @@ def lfs_gguf(path: Path, whole: Path) -> None:
 
 # For `meta` and `gguf`, a directory in Hugging Face layout is that, whatever is wrong with it.
 KINDS = [
-    (lora, "merge_and_unload", None),
-    (lora_beside_config_and_tokenizer, "merge_and_unload", None),
+    (lora, "--adapter", None),
+    (lora_beside_config_and_tokenizer, "--adapter", None),
     (lora_of_mlx, "mlx_lm.fuse", None),
     (mlx, "mlx_lm.convert", "convert hf"),
     (pytorch, "holds pytorch_model.bin", None),

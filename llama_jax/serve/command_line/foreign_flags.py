@@ -68,7 +68,10 @@ _ROWS: tuple[tuple[str, str], ...] = (
         "requests run in the order of their field `priority`, and then of their arrival",
     ),
     ("--speculative-config -sc --speculative-algorithm", "there is no speculative decoding"),
-    ("--enable-lora --lora-modules --lora-paths --max-loras --max-lora-rank", "there is no LoRA"),
+    (
+        "--enable-lora --lora-modules --lora-paths --max-loras --max-lora-rank",
+        "the server holds one model; merge the adapter into it with `python -m convert hf`",
+    ),
     ("--middleware", "the server runs no code but its own: put a proxy in front of it"),
     ("--ssl-cert-reqs", "--ssl-ca-certs demands client certificates"),
     ("--ssl-ciphers", "the ciphers are those of OpenSSL's default"),
