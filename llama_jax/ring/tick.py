@@ -78,31 +78,21 @@ def tick(
     Returns:
       The state after the tick, and the results.
     """
-    ring, cache, leaving, logits = _leave(program, params, state, packed)
-    return _choose(program, state.tokens, ring, cache, leaving, logits)
+    return masked_tick(program, params, state, packed, None)[:2]
 
 
 def masked_tick(
-    program: Program, params: Params, state: State, packed: jax.Array, masks: jax.Array
+    program: Program, params: Params, state: State, packed: jax.Array, masks: jax.Array | None
 ) -> tuple[State, StepOutput, jax.Array]:
     """A tick whose leaving packet has rows that may not choose every token.
 
     Args:
       program, params, state, packed: as for `tick`.
-      masks: `[segments, W]` int32, this device's share, from `masks_by_row`.
+      masks: `[segments, W]` int32, this device's share, from `masks_by_row`; None for no masks.
 
     Returns:
       The state after the tick, the results with the masked logits, and the logits as they were.
     """
-    ring, cache, leaving, raw = _leave(program, params, state, packed)
-    logits = apply_masks(raw, masks)
-    return *_choose(program, state.tokens, ring, cache, leaving, logits), raw
-
-
-def _leave(
-    program: Program, params: Params, state: State, packed: jax.Array
-) -> tuple[RingState, KVCache, jax.Array, jax.Array]:
-    """Runs every stage: the ring, the cache, and the segments and logits of the leaving packet."""
     ring, cache, finished, leaving = advance_ring(
         program,
         params,
@@ -111,24 +101,13 @@ def _leave(
         partial(run_layers, program, params.layers),
         partial(_last_activations, program),
     )
-    logits = local_logits(program.config, params, finished)
-    return ring, cache, leaving, logits
-
-
-def _choose(
-    program: Program,
-    tokens: jax.Array,
-    ring: RingState,
-    cache: KVCache,
-    leaving: jax.Array,
-    logits: jax.Array,
-) -> tuple[State, StepOutput]:
-    """The state and the results, with the most likely tokens."""
+    raw = local_logits(program.config, params, finished)
+    logits = raw if masks is None else apply_masks(raw, masks)
     chosen = chosen_by(program.model_class.sampler, "greedy", logits)
     slots = segments_of(program.sizes, program.bucket, leaving)[:, SLOT]
     # Drops the tokens of empty rows and of chunks before the last of a prompt.
-    tokens = tokens.at[slots].set(chosen, mode="drop")
-    return State(ring, tokens, cache), StepOutput(logits, chosen, slots)
+    tokens = state.tokens.at[slots].set(chosen, mode="drop")
+    return State(ring, tokens, cache), StepOutput(logits, chosen, slots), raw
 
 
 def advance_ring(
