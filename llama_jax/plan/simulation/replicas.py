@@ -3,9 +3,10 @@
 from collections import Counter
 from dataclasses import fields, replace
 
+from llama_jax.engine.interface import ProgramStats
 from llama_jax.plan.simulation.load import Load, Request
 from llama_jax.plan.simulation.server import Server
-from llama_jax.plan.simulation.simulated import Program, Simulated
+from llama_jax.plan.simulation.simulated import Simulated
 from llama_jax.plan.simulation.simulation import Outage, Simulation
 
 _SUMMED = (
@@ -68,7 +69,7 @@ def merged(found: list[Simulated]) -> Simulated:
         first,
         samples=tuple(samples),
         seconds=max(each.seconds for each in found),
-        programs=tuple(Program(*b, programs[b], seconds[b]) for b in programs),
+        programs=tuple(ProgramStats(*b, programs[b], seconds[b]) for b in programs),
         **{name: sum(getattr(each, name) for each in found) for name in _SUMMED},
     )
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import NamedTuple
 
-from llama_jax.engine.interface import Output
+from llama_jax.engine.interface import Output, ProgramStats
 from llama_jax.plan.simulation.engine import Attempt, Engine, Open
 from llama_jax.plan.simulation.load import Load, Request
 from llama_jax.plan.simulation.server import Server
-from llama_jax.plan.simulation.simulated import Moment, Outcome, Program, Sample, Simulated
+from llama_jax.plan.simulation.simulated import Moment, Outcome, Sample, Simulated
 
 MOMENT_SECONDS = 1.0
 
@@ -252,7 +252,7 @@ class Simulation:
             pages=self.server.sizes.num_pages,
             page_seconds=self._page_seconds,
             programs=tuple(
-                Program(*bucket, int(ticks), seconds)
+                ProgramStats(*bucket, int(ticks), seconds)
                 for bucket, (ticks, seconds) in self._programs.items()
             ),
             moments=tuple(self.moments),
