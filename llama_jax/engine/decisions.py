@@ -16,7 +16,7 @@ from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.sizing import check_platform
 from llama_jax.model import Llama
 from llama_jax.model.kv_storage import choose_kv_dtype
-from llama_jax.ring.attention_backend import check_backend
+from llama_jax.ring.backend import check_backend
 from llama_jax.ring.sizes import RingSizes
 from sharding.mesh import make_mesh, mesh_shape
 
