@@ -14,7 +14,7 @@ from llama_jax.ring.backend import AUTO, choose_backend
 from llama_jax.ring.kv_cache import SPEC, KVCache
 from llama_jax.ring.packet import decode_packet
 from llama_jax.ring.sizes import Bucket, RingSizes
-from llama_jax.ring.stage import PagedAttend
+from llama_jax.ring.stage import PagedAttend, locate_tokens
 from llama_jax.ring.static_args import StaticArgs
 from sharding.mesh import make_mesh
 from sharding.program import MeshProgram
@@ -46,12 +46,15 @@ def attention_program(
         cache: KVCache, packed: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
     ) -> tuple[KVCache, jax.Array]:
         segments, _ = decode_packet(sizes, bucket, packed)
+        locations = locate_tokens(static, segments)
 
         def attend_once(_: Any, carry: tuple[KVCache, jax.Array]) -> tuple[KVCache, jax.Array]:
             cache, q = carry
             updated = []
             for position in range(config.num_layers):
-                attend = PagedAttend(static, segments, *(a[position][0] for a in cache if a))
+                attend = PagedAttend(
+                    static, segments, locations, *(a[position][0] for a in cache if a)
+                )
                 q = attend(q, k[position], v[position], score_mod=score_mod, tap=no_tap)
                 updated.append([array[None] for array in attend.arrays])
             return KVCache(*zip(*updated, strict=True)), q

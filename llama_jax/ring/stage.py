@@ -25,6 +25,42 @@ from sharding.errors import UserError
 from sharding.stages import split_layers
 
 
+class TokenLocations(NamedTuple):
+    """The location of each token of a packet, rows first, then padding; all `[N']` int32.
+
+    Attributes:
+      position: in its sequence.
+      page: in the pool; `num_pages` for a token that is padding.
+      offset: in the page.
+    """
+
+    position: jax.Array
+    page: jax.Array
+    offset: jax.Array
+
+
+def locate_tokens(static: StaticArgs, segments: jax.Array) -> TokenLocations:
+    """Locates the tokens of a packet, given its segments `[num_segments, width]`."""
+    sizes, num_rows = static.sizes, static.bucket.rows
+
+    def expand(segments: jax.Array, tile: int) -> tuple[jax.Array, ...]:
+        step = jnp.arange(tile)
+        position = segments[:, POSITION, None] + step  # [segments, tile]
+        index = position // sizes.page_size
+        pages = segments[:, PAGES:]
+        page = jnp.take_along_axis(pages, index, axis=1, mode="clip")
+        # No page is an index past the pool, which scatters drop: 0 and -1 are valid pages.
+        real = (step < segments[:, LENGTH, None]) & (index < pages.shape[1])
+        page = jnp.where(real, page, sizes.num_pages)
+        return position.ravel(), page.ravel(), (position % sizes.page_size).ravel()
+
+    parts = [expand(segments[:num_rows], 1), expand(segments[num_rows:], sizes.tile)]
+    if static.num_padding:
+        zeros = jnp.zeros(static.num_padding, jnp.int32)
+        parts.append((zeros, zeros + sizes.num_pages, zeros))
+    return TokenLocations(*(jnp.concatenate(part) for part in zip(*parts, strict=True)))
+
+
 class PagedAttend:
     """An `Attend` that writes keys and values to one layer's pages, then attends to the pages.
 
@@ -38,13 +74,13 @@ class PagedAttend:
         self,
         static: StaticArgs,
         segments: jax.Array,
+        locations: TokenLocations,
         k_pages: jax.Array,
         v_pages: jax.Array,
         k_scale: jax.Array | None = None,
         v_scale: jax.Array | None = None,
     ):
-        self._static, self._segments = static, segments
-        self._locations = locate_tokens(static, segments)
+        self._static, self._segments, self._locations = static, segments, locations
         self.k_pages, self.v_pages = k_pages, v_pages
         self.k_scale, self.v_scale = k_scale, v_scale
         self.calls = 0
@@ -166,14 +202,14 @@ def run_layers(
     """
     segments = segments_of(static.sizes, static.bucket, metadata)
     x = jnp.pad(x, ((0, static.num_padding), (0, 0)))
-    positions = locate_tokens(static, segments).position
+    locations = locate_tokens(static, segments)
     stages = split_layers(static.config.num_layers, jax.lax.axis_size(STAGE))
     updated = []
     for position, weights in enumerate(layers):
-        attend = attend_class(static, segments, *(a[position][0] for a in cache if a))
+        attend = attend_class(static, segments, locations, *(a[position][0] for a in cache if a))
         layer = make_layer(static, jax.tree.map(lambda array: array[0], weights))
         reduce = MeshReduce()
-        before, x = x, call(position, layer, x, positions, attend, reduce)
+        before, x = x, call(position, layer, x, locations.position, attend, reduce)
         held = [here[position] is not None for here in stages]
         if not all(held):  # a layer of the user's need not be the identity where its weights are 0
             x = jnp.where(jnp.array(held)[rank(STAGE)], x, before)
@@ -190,42 +226,6 @@ def run_layers(
             )
         updated.append([array[None] for array in attend.arrays])
     return x[: static.num_tokens], KVCache(*zip(*updated, strict=True))
-
-
-class TokenLocations(NamedTuple):
-    """The location of each token of a packet, rows first, then padding; all `[N']` int32.
-
-    Attributes:
-      position: in its sequence.
-      page: in the pool; `num_pages` for a token that is padding.
-      offset: in the page.
-    """
-
-    position: jax.Array
-    page: jax.Array
-    offset: jax.Array
-
-
-def locate_tokens(static: StaticArgs, segments: jax.Array) -> TokenLocations:
-    """Locates the tokens of a packet, given its segments `[num_segments, width]`."""
-    sizes, num_rows = static.sizes, static.bucket.rows
-
-    def expand(segments: jax.Array, tile: int) -> tuple[jax.Array, ...]:
-        step = jnp.arange(tile)
-        position = segments[:, POSITION, None] + step  # [segments, tile]
-        index = position // sizes.page_size
-        pages = segments[:, PAGES:]
-        page = jnp.take_along_axis(pages, index, axis=1, mode="clip")
-        # No page is an index past the pool, which scatters drop: 0 and -1 are valid pages.
-        real = (step < segments[:, LENGTH, None]) & (index < pages.shape[1])
-        page = jnp.where(real, page, sizes.num_pages)
-        return position.ravel(), page.ravel(), (position % sizes.page_size).ravel()
-
-    parts = [expand(segments[:num_rows], 1), expand(segments[num_rows:], sizes.tile)]
-    if static.num_padding:
-        zeros = jnp.zeros(static.num_padding, jnp.int32)
-        parts.append((zeros, zeros + sizes.num_pages, zeros))
-    return TokenLocations(*(jnp.concatenate(part) for part in zip(*parts, strict=True)))
 
 
 def make_layer(static: StaticArgs, weights: dict[str, Any]) -> DecoderLayer:

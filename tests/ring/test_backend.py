@@ -26,7 +26,7 @@ from llama_jax.ring.backend import (
 )
 from llama_jax.ring.packet import packet_size
 from llama_jax.ring.sizes import Bucket, RingSizes
-from llama_jax.ring.stage import PagedAttend
+from llama_jax.ring.stage import PagedAttend, locate_tokens
 from llama_jax.ring.static_args import StaticArgs
 from llama_jax.weights.placement import param_shapes
 from sharding.errors import UserError
@@ -212,7 +212,7 @@ def test_rows_and_tiles_of_a_packet_through_the_kernel(monkeypatch):
         static = StaticArgs(LlamaConfig.llama3_8b(), sizes, Bucket(3, 128), Llama, backend)
 
         def attend(segments, pools, q, k, v):
-            attend = PagedAttend(static, segments, *pools)
+            attend = PagedAttend(static, segments, locate_tokens(static, segments), *pools)
             return attend(q, k, v, score_mod=no_score_mod, tap=no_tap)
 
         arrays = [jnp.asarray(array, BF16) for array in (pools, q, k, v)]
