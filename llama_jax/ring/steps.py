@@ -3,7 +3,7 @@
 `decode_step` is the tick in which no stage holds a chunk of a prompt; `prefill_step` is the tick
 whose largest chunk in flight fits its bucket. Both advance all decode rows in flight.
 `masked_decode_step` is the first of them for a packet with masks.
-`RingSizes.buckets()` lists all programs: after each has run once, nothing compiles again.
+`RingSizes.buckets()` lists their buckets: after each has run once, nothing compiles again.
 
 Arguments and results are tuples and dicts of arrays, not NNX objects: traversing an `nnx.State` on
 every call takes more host time than the rest of the call.
