@@ -165,20 +165,13 @@ class TickLoop:
         if not self.scheduler.num_special:
             return False
         if self.num_stages == 1:  # it has yet to enter
-            constrained = [
-                (s, s.next_position)
-                for s in self.scheduler.microbatches[0]
-                if s.constraint is not None
-            ]
+            rows = [(s, s.next_position) for s in self.scheduler.microbatches[0]]
         else:
-            constrained = [
-                (row.sequence, row.position)
-                for row in self._in_flight[1].rows
-                if row.sequence.constraint is not None and row.current
-            ]
+            leaving = self._in_flight[1].rows
+            rows = [(row.sequence, row.position) for row in leaving if row.current]
         return any(
             s.constraint is not None and s.constraint.follows_answer and len(s.tokens) <= position
-            for s, position in constrained
+            for s, position in rows
         )
 
     @property
