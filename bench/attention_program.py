@@ -10,11 +10,12 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.config import LlamaConfig
 from llama_jax.model import DecoderLayer, Llama
 from llama_jax.model.attention import no_tap
-from llama_jax.ring.attention_backend import AUTO, choose_backend
+from llama_jax.ring.backend import AUTO, choose_backend
 from llama_jax.ring.kv_cache import SPEC, KVCache
 from llama_jax.ring.packet import decode_packet
 from llama_jax.ring.sizes import Bucket, RingSizes
-from llama_jax.ring.stage import PagedAttend, Program
+from llama_jax.ring.stage import PagedAttend, locate_tokens
+from llama_jax.ring.static_args import StaticArgs
 from sharding.mesh import make_mesh
 from sharding.program import MeshProgram
 
@@ -36,7 +37,7 @@ def attention_program(
       rounds: how often the program attends to each layer.
     """
     mesh = make_mesh("1x1")
-    program = Program(config, sizes, bucket, Llama, choose_backend(AUTO, mesh))
+    static = StaticArgs(config, sizes, bucket, Llama, choose_backend(AUTO, mesh))
     # Bound as in the ring, since the choice of a kernel may depend on it.
     layer = nnx.eval_shape(lambda: DecoderLayer(config, rngs=nnx.Rngs(0)))
     score_mod = layer.attention.score_mod
@@ -45,12 +46,15 @@ def attention_program(
         cache: KVCache, packed: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
     ) -> tuple[KVCache, jax.Array]:
         segments, _ = decode_packet(sizes, bucket, packed)
+        locations = locate_tokens(static, segments)
 
         def attend_once(_: Any, carry: tuple[KVCache, jax.Array]) -> tuple[KVCache, jax.Array]:
             cache, q = carry
             updated = []
             for position in range(config.num_layers):
-                attend = PagedAttend(program, segments, *(a[position][0] for a in cache if a))
+                attend = PagedAttend(
+                    static, segments, locations, *(a[position][0] for a in cache if a)
+                )
                 q = attend(q, k[position], v[position], score_mod=score_mod, tap=no_tap)
                 updated.append([array[None] for array in attend.arrays])
             return KVCache(*zip(*updated, strict=True)), q

@@ -29,7 +29,7 @@ from llama_jax.model.llama import linear
 from llama_jax.plan.machine.random_weights import nbytes, random_array, random_params
 from llama_jax.plan.machine.timing import Timing, time_calls
 from llama_jax.quantization import QUANTIZERS
-from llama_jax.ring.attention_backend import AUTO, choose_backend
+from llama_jax.ring.backend import AUTO, choose_backend
 from llama_jax.ring.gpu_options import product_options
 from llama_jax.ring.sizes import Bucket
 from llama_jax.weights.placement import param_shapes

@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 # For NVIDIA GPUs.
 GPU_OPTIONS: dict[str, Any] = {
-    # Products of one input (q, k and v in act-order, which cannot share an array) stay apart. To
-    # merge them, XLA would join their matrices, and write out those in groups. Unmeasured.
+    # Products that share an input stay apart. To merge them, XLA would join their matrices, and
+    # write out quantized ones. Unmeasured.
     "xla_gpu_dot_merger_threshold_mb": 0,
 }
 

@@ -100,7 +100,7 @@ class Engine:
             executor = Executor(programs, params)
             self._compile(sizes, options.wait_for_programs, progress)
             executor.run_empty(sizes.largest())
-            chunks = choose_chunks(options, sizes, num_stages, decided.platform, decided.known)
+            chunks = choose_chunks(options, sizes, decided.platform, decided.tick_model)
             if chunks.has_targets:  # the first ticks are then not guessed
                 executor.time_empty(chunks.times)
             stop_on_error.pop_all()
@@ -227,11 +227,11 @@ class Engine:
         prefill = self.loop.scheduler.prefill
         assert prefill.chunks is not None
         return LatencyStats(
-            prefill.chunks.tpot,
-            prefill.chunks.ttft,
-            prefill.chunk_limit,
-            prefill.chunks.times.table(),
-            prefill.most_running,
+            tpot=prefill.chunks.tpot,
+            ttft=prefill.chunks.ttft,
+            chunk_limit=prefill.chunk_limit,
+            ticks=prefill.chunks.times.table(),
+            most_running=prefill.most_running,
         )
 
 

@@ -35,13 +35,13 @@ def choose_mesh_sizes(
     config: LlamaConfig,
     mesh: Mesh,
     dtype: jnp.dtype,
-    known: TickModel | None = None,
+    tick_model: TickModel | None = None,
 ) -> tuple[RingSizes, int]:
     """Chooses the sizes of an engine on a mesh, before its weights are loaded.
 
     Args:
       options, config, mesh, dtype: of the engine.
-      known: the times of ticks on these devices, if they are known.
+      tick_model: the times of ticks on these devices, if they are known.
 
     Returns:
       The sizes, and the maximum tokens of a sequence.
@@ -61,7 +61,7 @@ def choose_mesh_sizes(
     cache_dtype = choose_kv_dtype(options.kv_cache_dtype, dtype)
     platform = devices[0].platform
     page = page_bytes(config, mesh, choose_page_size(options, platform), cache_dtype)
-    return choose_sizes(options, config, mesh_shape(mesh)[0], page, cache, platform, known)
+    return choose_sizes(options, config, mesh_shape(mesh)[0], page, cache, platform, tick_model)
 
 
 def served_on(options: EngineOptions, config: LlamaConfig, mesh: Mesh, dtype: jnp.dtype) -> Served:

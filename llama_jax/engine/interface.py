@@ -132,8 +132,12 @@ class ProgramStats(NamedTuple):
 
     rows: int
     chunk: int
-    ticks: int
-    seconds: float
+    ticks: int = 0
+    seconds: float = 0.0
+
+    def plus(self, ticks: int, seconds: float) -> "ProgramStats":
+        """The same program after more ticks, which took so many seconds in all."""
+        return ProgramStats(self.rows, self.chunk, self.ticks + ticks, self.seconds + seconds)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from llama_jax.ring.sizes import RingSizes
 MOST_TOKENS = 2048  # in a chunk that a target chooses: more fill no GPU better
 
 
-def known_devices(
+def find_tick_model(
     options: EngineOptions,
     config: LlamaConfig,
     device_kind: str,
@@ -83,9 +83,8 @@ def largest_chunk(model: TickModel, num_stages: int, tpot: float, tile: int) -> 
 def choose_chunks(
     options: EngineOptions,
     sizes: RingSizes,
-    num_stages: int,
     platform: str,
-    known: TickModel | None = None,
+    tick_model: TickModel | None,
 ) -> ChunkChoice:
     """What chooses the chunks of an engine.
 
@@ -95,12 +94,11 @@ def choose_chunks(
     Args:
       options: of the engine, with its targets.
       sizes: of the ring.
-      num_stages: P.
       platform: of the devices.
-      known: the times of ticks on these devices, if they are known.
+      tick_model: the times of ticks on these devices, if they are known.
     """
     cost = CPU_COST if platform == "cpu" else GPU_COST
     model = cost.seconds
-    if known is not None and (options.tpot_slo or options.ttft_slo):
-        model = known.expected
+    if tick_model is not None and (options.tpot_slo or options.ttft_slo):
+        model = tick_model.expected
     return ChunkChoice(sizes, TickTimes(model, sizes), options.tpot_slo, options.ttft_slo)

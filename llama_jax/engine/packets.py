@@ -1,4 +1,4 @@
-"""What enters the ring in one tick, and the record by which its result is matched to sequences."""
+"""A packet on the host: what enters in one tick, and the record that its result is matched by."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

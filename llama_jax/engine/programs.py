@@ -21,7 +21,7 @@ from llama_jax.model.adjustments import HISTORY_CHUNK, encode_adjustments
 from llama_jax.model.controls import any_filter, encode_controls
 from llama_jax.model.logprobs import Logprobs
 from llama_jax.model.token_masks import capacities, encode_masks, masks_by_row
-from llama_jax.ring.attention_backend import AUTO, AttentionBackend
+from llama_jax.ring.backend import AUTO, Backend
 from llama_jax.ring.choosing import (
     adjust_step,
     count_step,
@@ -113,7 +113,7 @@ class Programs:
       dtype: the dtype of the activations.
       model_class: the class whose layers run and whose sampler chooses tokens.
       cache_dtype: the dtype of the KV cache; None for that of the activations.
-      attention_backend: of `EngineOptions`.
+      attention_backend: of `EngineOptions`, or the backend that has been chosen and tried.
 
     Attributes:
       masked_steps: the programs of ticks that take masks as an input. For all other buckets,
@@ -128,7 +128,7 @@ class Programs:
         dtype: jnp.dtype,
         model_class: type[Llama] = Llama,
         cache_dtype: jnp.dtype | None = None,
-        attention_backend: str | AttentionBackend = AUTO,
+        attention_backend: str | Backend = AUTO,
     ):
         self.config, self.mesh, self.sizes = config, mesh, sizes
         self.dtype, self.model_class = dtype, model_class

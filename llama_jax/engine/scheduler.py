@@ -124,21 +124,21 @@ class Scheduler:
         assert self.roster.pages.count(max_length - 1) <= self.sizes.num_pages, (
             "it can never fit the cache"
         )
+        scored = params.prompt_logprobs
         sequence = Sequence(
-            request_id,
-            self._arrivals,
-            list(prompt),
-            len(prompt),
-            max_length,
-            params,
-            seed,
-            stop_ids,
+            request_id=request_id,
+            arrival=self._arrivals,
+            arrived_at=arrived_at,
+            num_prompt=len(prompt),
+            max_length=max_length,
+            params=params,
+            seed=seed,
+            stop_ids=stop_ids,
             salt=salt,
             constraint=constraint,
-            arrived_at=arrived_at,
+            tokens=list(prompt),
+            scoring=None if scored is None else PromptScoring(len(prompt), scored),
         )
-        if params.prompt_logprobs is not None:
-            sequence.scoring = PromptScoring(len(prompt), params.prompt_logprobs)
         self._arrivals += 1
         self._sequences[request_id] = sequence
         self.num_special += not params.takes_the_likeliest
@@ -245,7 +245,6 @@ class Scheduler:
         self.request_preemptions += preemptions
         self.requests_by_preemptions[bisect_left(PREEMPTIONS, preemptions)] += 1
         sequence.epoch += 1
-        sequence.finished = True
         self.roster.remove(sequence)
         self._generated += sequence.num_answered
         self.num_special -= not sequence.params.takes_the_likeliest

@@ -116,7 +116,7 @@ def choose_sizes(
     page_bytes: int,
     cache_bytes: int,
     platform: str = "cpu",
-    known: TickModel | None = None,
+    tick_model: TickModel | None = None,
 ) -> tuple[RingSizes, int]:
     """Chooses the sizes of the ring.
 
@@ -127,7 +127,7 @@ def choose_sizes(
       page_bytes: the bytes of one page, of `choose_page_size` tokens, on each device.
       cache_bytes: the bytes that the KV cache may take on each device.
       platform: of the devices, which the defaults fit.
-      known: the times of ticks on them, if they are known, for the latency targets.
+      tick_model: the times of ticks on them, if they are known, for the latency targets.
 
     Returns:
       The sizes, and the maximum tokens of a sequence.
@@ -157,8 +157,8 @@ def choose_sizes(
         )
     longest = min(longest, num_pages * page_size)
     max_chunk = options.max_chunk or (CPU_CHUNK if platform == "cpu" else GPU_CHUNK)
-    if options.max_chunk is None and options.tpot_slo is not None and known is not None:
-        allowed = largest_chunk(known, num_stages, options.tpot_slo, TILE)
+    if options.max_chunk is None and options.tpot_slo is not None and tick_model is not None:
+        allowed = largest_chunk(tick_model, num_stages, options.tpot_slo, TILE)
         # A target for first tokens may need more than that.
         max_chunk = allowed if options.ttft_slo is None else max(allowed, max_chunk)
     sizes = RingSizes(

@@ -103,7 +103,7 @@ class TickLoop:
         self.ticks = self.stage_ticks_busy = self.token_slots_used = self.packet_tokens = 0
         self.packets_by_tokens = [0] * (len(PACKET_TOKENS) + 1)
         self.seconds = self.wait_seconds = 0.0
-        self._programs = {bucket: [0, 0.0] for bucket in self.sizes.buckets()}  # ticks, seconds
+        self._programs = {b: ProgramStats(*b) for b in self.sizes.buckets()}
 
     @property
     def has_work(self) -> bool:
@@ -143,9 +143,7 @@ class TickLoop:
         seconds = self.clock() - start
         self.seconds += seconds
         if bucket:
-            program = self._programs[bucket]
-            program[0] += 1
-            program[1] += seconds
+            self._programs[bucket] = self._programs[bucket].plus(1, seconds)
         if bucket and self.on_tick:
             tick = Tick(self.ticks - 1, start, seconds, bucket, tuple(self._in_flight))
             for listen in tuple(self.on_tick):  # a listener may be removed meanwhile
@@ -155,8 +153,7 @@ class TickLoop:
     @property
     def token_slots(self) -> int:
         """Tokens that the programs had room for, over all stages."""
-        ticks = [(b.rows + b.chunk) * int(count) for b, (count, _) in self._programs.items()]
-        return self.num_stages * sum(ticks)
+        return self.num_stages * sum((p.rows + p.chunk) * p.ticks for p in self.program_stats)
 
     @property
     def host_seconds(self) -> float:
@@ -168,29 +165,19 @@ class TickLoop:
         if not self.scheduler.num_special:
             return False
         if self.num_stages == 1:  # it has yet to enter
-            constrained = [
-                (s, s.next_position)
-                for s in self.scheduler.microbatches[0]
-                if s.constraint is not None
-            ]
+            rows = [(s, s.next_position) for s in self.scheduler.microbatches[0]]
         else:
-            constrained = [
-                (row.sequence, row.position)
-                for row in self._in_flight[1].rows
-                if row.sequence.constraint is not None and row.current
-            ]
+            leaving = self._in_flight[1].rows
+            rows = [(row.sequence, row.position) for row in leaving if row.current]
         return any(
             s.constraint is not None and s.constraint.follows_answer and len(s.tokens) <= position
-            for s, position in constrained
+            for s, position in rows
         )
 
     @property
     def program_stats(self) -> tuple[ProgramStats, ...]:
         """The ticks and seconds of each program."""
-        return tuple(
-            ProgramStats(bucket.rows, bucket.chunk, int(ticks), seconds)
-            for bucket, (ticks, seconds) in self._programs.items()
-        )
+        return tuple(self._programs.values())
 
     @property
     def stage_stats(self) -> tuple[StageStats, ...]:

@@ -54,9 +54,8 @@ class Int4ActOrder(NamedTuple):
           sort: whether to sort the columns by group; all groups must have the same size.
         """
         values, scale, zero = Int4(*self[:3]).for_gpu(dtype)
-        return Int4ActOrder(
-            *_sort(values, scale, zero, self.group) if sort else (values, scale, zero, self.group)
-        )
+        values, group = _sort(values, self.group) if sort else (values, self.group)
+        return Int4ActOrder(values, scale, zero, group)
 
     def dequantize(self) -> Any:
         """(nibbles - zero) · scale, float32 [..., out, in]."""
@@ -110,9 +109,8 @@ class Int8ActOrder(NamedTuple):
     def for_gpu(self, dtype: Any, sort: bool = False) -> "Int8ActOrder":
         """As `Int4ActOrder.for_gpu`."""
         values, scale, zero = Int8Grouped(*self[:3]).for_gpu(dtype)
-        return Int8ActOrder(
-            *_sort(values, scale, zero, self.group) if sort else (values, scale, zero, self.group)
-        )
+        values, group = _sort(values, self.group) if sort else (values, self.group)
+        return Int8ActOrder(values, scale, zero, group)
 
     def dequantize(self) -> Any:
         """(values - zero) · scale, float32 [..., out, in]."""
@@ -134,11 +132,11 @@ def is_sorted(matrix: Int4ActOrder | Int8ActOrder) -> bool:
     return bool(matrix.group.dtype == np.uint32)
 
 
-def _sort(values: Any, scale: Any, zero: Any, group: Any) -> tuple[Any, Any, Any, Any]:
-    """Sorts the columns of values [..., out, in] by group [..., in]."""
+def _sort(values: Any, group: Any) -> tuple[Any, Any]:
+    """Sorts the columns of values [..., out, in] by group [..., in]; also returns their places."""
     xp = group.__array_namespace__()
     order = xp.argsort(group, axis=-1, stable=True).astype(np.uint32)
-    return xp.take_along_axis(values, order[..., None, :], axis=-1), scale, zero, order
+    return xp.take_along_axis(values, order[..., None, :], axis=-1), order
 
 
 def _in_place(matrix: Any, order: Any) -> Any:

@@ -16,10 +16,10 @@ def in_groups(values: Any, scale: Any, dtype: Any) -> Any:
 def linear_in_groups(x: Any, values: Any, scale: Any, zero: Any = None) -> Any:
     """Multiplies x by the transpose of `values · scale + zero`.
 
-    XLA:GPU then reads the values as they are stored: with the options of
-    `sharding.compiler_options`, it fuses into the product the conversion of signed or
-    floating-point values and one factor of each group, all in the dtype of `x`. It would fuse no
-    sum, so `zero` multiplies the sums of the inputs of a group.
+    XLA:GPU then reads the values as they are stored: with the options of `ring.gpu_options`, it
+    fuses into the product the conversion of signed or floating-point values and one factor of each
+    group, all in the dtype of `x`. It would fuse no sum, so `zero` multiplies the sums of the
+    inputs of a group.
 
     Args:
       x: [..., in].

@@ -16,7 +16,7 @@ from llama_jax.quantization.groups import dequantize_groups, linear_in_groups
 from sharding.errors import UserError
 
 _MAX = 15
-MIDDLE = 8  # the unsigned value that is 0 as a signed one
+_MIDDLE = 8  # the unsigned value that is 0 as a signed one
 _ROUNDING = 1e-5  # error of the float32 arithmetic, in steps
 
 
@@ -73,8 +73,8 @@ class Int4(NamedTuple):
 
         The scales are rounded to that dtype, in which products are computed in any case.
         """
-        zero = (np.float32(MIDDLE) - self.zero.astype(np.float32)) * self.scale
-        return Int4(signed(self.values), self.scale.astype(dtype), zero.astype(dtype))
+        zero = (np.float32(_MIDDLE) - self.zero.astype(np.float32)) * self.scale
+        return Int4(_signed(self.values), self.scale.astype(dtype), zero.astype(dtype))
 
     def dequantize(self) -> Any:
         """(nibbles - zero) · scale, float32 [..., out, in]."""
@@ -113,11 +113,11 @@ class Int4(NamedTuple):
         return even, odd
 
 
-def signed(values: Any) -> Any:
+def _signed(values: Any) -> Any:
     """Packed values uint8 [..., in / 2] -> the nibbles less 8, int4 [..., in]."""
     # By broadcasting and not by stacking: one GPU thread then writes both halves of a byte.
     nibbles = values[..., None] >> np.array([0, 4], np.uint8) & 15
-    steps = nibbles.reshape(*values.shape[:-1], -1).astype(np.int8) - np.int8(MIDDLE)
+    steps = nibbles.reshape(*values.shape[:-1], -1).astype(np.int8) - np.int8(_MIDDLE)
     return steps.astype(ml_dtypes.int4)
 
 

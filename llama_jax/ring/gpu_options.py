@@ -8,9 +8,9 @@ from typing import Any
 
 from llama_jax.config import LlamaConfig
 from llama_jax.quantization import GROUPED
-from llama_jax.ring.attention_backend import PLAIN
+from llama_jax.ring.backend import PLAIN
 from llama_jax.ring.sizes import Bucket
-from llama_jax.ring.stage import Program
+from llama_jax.ring.static_args import StaticArgs
 
 # Kernels of a CUDA graph that do not need each other, such as those that write keys and values to
 # the cache, run at the same time. On an H200, a layer of Llama-3-70B on one of two ranks takes
@@ -41,7 +41,7 @@ def product_options(config: LlamaConfig, bucket: Bucket) -> Mapping[str, Any]:
     return {} if bucket == Bucket(1, 0) else UNSPLIT
 
 
-def graph_options(program: Program) -> Mapping[str, Any]:
+def graph_options(static: StaticArgs) -> Mapping[str, Any]:
     """The compiler's options for the CUDA graph of a tick.
 
     Where the attention kernel runs, kernels of a decode tick that do not need each other run at the
@@ -49,7 +49,7 @@ def graph_options(program: Program) -> Mapping[str, Any]:
     more than one row: it would convert those of all layers at once, into 17 GB instead of 0.5 for a
     rank of Llama-3-70B.
     """
-    converts = program.config.quantization is not None and program.bucket.rows > 1
-    if program.attention.name == PLAIN or program.bucket.chunk or converts:
+    converts = static.config.quantization is not None and static.bucket.rows > 1
+    if static.backend.attention == PLAIN or static.bucket.chunk or converts:
         return {}
     return CONCURRENT

@@ -19,17 +19,16 @@ from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
 from llama_jax.model.attention import no_score_mod, paged_attention
 from llama_jax.model.kv_storage import encode, has_scales, split_scale
-from llama_jax.ring.attention_backend import (
+from llama_jax.ring.backend import (
     AUTO,
-    GPU_BLOCKS,
     HOPPER,
     PLAIN,
-    AttentionBackend,
+    Backend,
     choose_backend,
     why_plain,
 )
 from llama_jax.ring.sizes import Bucket, RingSizes
-from llama_jax.ring.stage import token_multiple
+from llama_jax.ring.static_args import token_multiple
 from llama_jax.weights.placement import param_shapes
 from sharding.errors import UserError
 from sharding.mesh import mesh_shape
@@ -43,22 +42,22 @@ SECONDS = 60.0  # after which a kernel hangs
 NUM_PAGES = 32
 MAX_KEYS = 1000
 
-_log = logging.getLogger("llama_jax.engine")
+_log = logging.getLogger(__name__)
 
 # seed -> the greatest error of any number, as a share of the typical number of its row
 Check = Callable[[jax.Array], jax.Array]
 
 
 def working_backend(
-    name: str | AttentionBackend,
+    name: str | Backend,
     config: LlamaConfig,
     mesh: Mesh,
     sizes: RingSizes,
     dtype: jnp.dtype,
     kv_dtype: jnp.dtype,
     model_class: type[Llama] = Llama,
-) -> AttentionBackend:
-    """Chooses the attention for the devices of a mesh, without kernels that fail there.
+) -> Backend:
+    """Chooses the backend for the devices of a mesh, without kernels that fail there.
 
     Args:
       name: as for `choose_backend`; a backend that was chosen here before stays.
@@ -67,21 +66,21 @@ def working_backend(
     Raises:
       UserError: as `choose_backend` and `without_failing_kernels`.
     """
-    if isinstance(name, AttentionBackend):
+    if isinstance(name, Backend):
         return name
     chosen = choose_backend(name, mesh)
     return without_failing_kernels(chosen, config, mesh, sizes, dtype, kv_dtype, model_class)
 
 
 def without_failing_kernels(
-    backend: AttentionBackend,
+    backend: Backend,
     config: LlamaConfig,
     mesh: Mesh,
     sizes: RingSizes,
     dtype: jnp.dtype,
     kv_dtype: jnp.dtype,
     model_class: type[Llama] = Llama,
-) -> AttentionBackend:
+) -> Backend:
     """Tries the kernels that a backend uses, and returns it without those that fail.
 
     A kernel fails if it does not compile or differs from plain JAX; a warning says so. Runs on the
@@ -97,7 +96,7 @@ def without_failing_kernels(
 
     Raises:
       UserError: a kernel crashed or hangs, so that this process cannot use the GPU any more; or the
-        attention kernel fails, and the name of the backend is HOPPER.
+        attention kernel fails, and it was demanded.
     """
     if backend.int4_kernel:
         for matrix, tokens in int4_products(config, mesh, sizes, dtype):
@@ -107,19 +106,19 @@ def without_failing_kernels(
                 _log.warning("The kernel for %s: XLA multiplies instead, more slowly.", failure)
                 backend = backend._replace(int4_kernel=False)
                 break
-    kernel_runs = backend.name != PLAIN and not why_plain(
+    kernel_runs = backend.attention != PLAIN and not why_plain(
         model_class, config.head_dim, sizes.page_size, dtype, kv_dtype
     )
     if kernel_runs:
         check = partial(attention_error, backend, config, mesh, sizes, dtype, kv_dtype)
         if failure := try_kernel("attention", check, mesh):
-            if backend.name == HOPPER:
+            if backend.attention == HOPPER:
                 raise UserError(
                     f"attention_backend is {HOPPER}, but the kernel for {failure}: "
                     f"use {AUTO} or {PLAIN}."
                 )
             _log.warning("The kernel for %s: plain attention runs instead, more slowly.", failure)
-            backend = AttentionBackend(PLAIN, 0, *GPU_BLOCKS, int4_kernel=backend.int4_kernel)
+            backend = backend._replace(attention=PLAIN, num_cores=0)
     return backend
 
 
@@ -162,7 +161,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def attention_error(
-    backend: AttentionBackend,
+    backend: Backend,
     config: LlamaConfig,
     mesh: Mesh,
     sizes: RingSizes,

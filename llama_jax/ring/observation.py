@@ -22,7 +22,8 @@ from llama_jax.model.attention import ScoreMod, Tap, paged_weights
 from llama_jax.model.tap import captured_by_name, each_by_name
 from llama_jax.ring.gpu_options import product_options
 from llama_jax.ring.kv_cache import KVCache
-from llama_jax.ring.stage import MeshReduce, PagedAttend, Program, make_layer, run_layers
+from llama_jax.ring.stage import MeshReduce, PagedAttend, make_layer, run_layers
+from llama_jax.ring.static_args import StaticArgs
 from llama_jax.ring.steps import LOGITS_SPEC, state_specs
 from llama_jax.ring.tick import State, advance_ring, final_norm, local_logits
 from llama_jax.weights.placement import (
@@ -71,12 +72,12 @@ ObservedStep = Callable[[Params, State, Any], tuple[State, Observation]]
 
 
 def observed_step(
-    program: Program, mesh: Mesh, activations: tuple[LayerActivation, ...]
+    static: StaticArgs, mesh: Mesh, activations: tuple[LayerActivation, ...]
 ) -> ObservedStep:
     """The jitted tick that also returns activations. Donates the state.
 
     Args:
-      program: with a chunk and no decode rows.
+      static: with a chunk and no decode rows.
       mesh: the mesh.
       activations: those of the layers to return.
 
@@ -84,18 +85,18 @@ def observed_step(
       ValueError: the layers tap no value of such a name.
     """
     specs = state_specs()
-    layers = {each: _spec(program, mesh, each.name) for each in activations}
+    layers = {each: _spec(static, mesh, each.name) for each in activations}
     shown = Observation(LOGITS_SPEC, P(), P(STAGE), layers)
-    in_specs = (param_specs(program.config, *mesh_shape(mesh)), specs, P())
-    function = partial(_observed_tick, program, activations)
+    in_specs = (param_specs(static.config, *mesh_shape(mesh)), specs, P())
+    function = partial(_observed_tick, static, activations)
     return MeshProgram(
         function, mesh, in_specs, (specs, shown), name="observed_step", donate=(1,),
-        options=product_options(program.config, program.bucket),
+        options=product_options(static.config, static.bucket),
     )  # fmt: skip
 
 
 def _observed_tick(
-    program: Program,
+    static: StaticArgs,
     activations: tuple[LayerActivation, ...],
     params: Params,
     state: State,
@@ -124,17 +125,17 @@ def _observed_tick(
 
         # The ring passes on all that a stage returns with its activations, not just the cache.
         entered = x
-        x, cache = run_layers(program, params.layers, x, metadata, cache, attend_class, call)
+        x, cache = run_layers(static, params.layers, x, metadata, cache, attend_class, call)
         return x, (cache, entered[None], {each: found[each][None] for each in activations})
 
     def all_positions(x: jax.Array, metadata: jax.Array) -> jax.Array:
         return x
 
     ring, (cache, entered, layers), finished, _ = advance_ring(
-        program, params, state, packed, run_stage, all_positions
+        static, params, state, packed, run_stage, all_positions
     )
-    normed = final_norm(program.config, params, finished)
-    logits = local_logits(program.config, params, finished)
+    normed = final_norm(static.config, params, finished)
+    logits = local_logits(static.config, params, finished)
     return State(ring, state.tokens, cache), Observation(logits, normed, entered, layers)
 
 
@@ -157,44 +158,44 @@ class _TappedPagedAttend(PagedAttend):
 
 
 @default_settings()
-def _spec(program: Program, mesh: Mesh, name: str) -> P:
+def _spec(static: StaticArgs, mesh: Mesh, name: str) -> P:
     """The spec of an activation of a layer, `[P, C, ...]`.
 
     An axis is split over the ranks if it is shorter on one rank than in the whole layer.
     """
-    weights = param_shapes(program.config, mesh, jnp.dtype(jnp.float32)).layers[0]
+    weights = param_shapes(static.config, mesh, jnp.dtype(jnp.float32)).layers[0]
     whole = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), weights)
     local = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.sharding.shard_shape(a.shape)[1:], a.dtype), weights
     )
-    same = _with_copies(program, mesh)
+    same = _with_copies(static, mesh)
     shapes = zip(_shape(same, whole, name), _shape(same, local, name), strict=True)
     return P(STAGE, *(MODEL if total != part else None for total, part in shapes))
 
 
-def replicas_by_axis(program: Program, mesh: Mesh, name: str) -> tuple[int, ...]:
+def replicas_by_axis(static: StaticArgs, mesh: Mesh, name: str) -> tuple[int, ...]:
     """How many neighboring copies each axis of an activation of a layer, `[C, ...]`, holds.
 
     It is more than 1 along KV heads, if the mesh has more ranks than KV heads.
     """
-    placed = param_shapes(program.config, mesh, jnp.dtype(jnp.float32)).layers[0]
+    placed = param_shapes(static.config, mesh, jnp.dtype(jnp.float32)).layers[0]
     replicated = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), placed)
     single = jax.tree.map(
         lambda place: jax.ShapeDtypeStruct(place.shape, place.dtype(np.dtype(np.float32))),
-        unsharded_placements(program.config).layers[0],
+        unsharded_placements(static.config).layers[0],
     )
-    have = _shape(_with_copies(program, mesh), replicated, name)
-    want = _shape(program, single, name)
+    have = _shape(_with_copies(static, mesh), replicated, name)
+    want = _shape(static, single, name)
     return tuple(copies // one for copies, one in zip(have, want, strict=True))
 
 
-def _with_copies(program: Program, mesh: Mesh) -> Program:
-    """The program of a model that has a KV head for each rank, as the weights on a mesh do."""
-    heads = max(program.config.num_kv_heads, mesh.shape[MODEL])
-    return program._replace(config=replace(program.config, num_kv_heads=heads))
+def _with_copies(static: StaticArgs, mesh: Mesh) -> StaticArgs:
+    """Those of a model that has a KV head for each rank, as the weights on a mesh do."""
+    heads = max(static.config.num_kv_heads, mesh.shape[MODEL])
+    return static._replace(config=replace(static.config, num_kv_heads=heads))
 
 
-def _shape(program: Program, weights: dict[str, Any], name: str) -> tuple[int, ...]:
+def _shape(static: StaticArgs, weights: dict[str, Any], name: str) -> tuple[int, ...]:
     """The shape of an activation in a layer with these weights, for two tokens.
 
     Raises:
@@ -208,8 +209,8 @@ def _shape(program: Program, weights: dict[str, Any], name: str) -> tuple[int, .
         return q
 
     def tapped(weights: dict[str, Any]) -> dict[str, Any]:
-        layer = make_layer(program, weights)
-        x, positions = jnp.zeros((2, program.config.embed_dim)), jnp.arange(2)
+        layer = make_layer(static, weights)
+        x, positions = jnp.zeros((2, static.config.embed_dim)), jnp.arange(2)
         captured = nnx.capture(layer, nnx.Intermediate)(x, positions, attend)[1]
         return each_by_name(captured_by_name(captured))
 

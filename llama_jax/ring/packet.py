@@ -1,4 +1,4 @@
-"""The packet that enters the ring in a tick: one int32 array, sent by the host.
+"""A packet on its way to the devices: one int32 array, sent in the tick in which it enters.
 
 A packet is a list of segments, each a run of consecutive tokens of one sequence. A decode row is a
 segment of one token. A chunk of prompt tokens is cut into tiles of up to `tile` tokens, each a

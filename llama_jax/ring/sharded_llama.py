@@ -23,14 +23,14 @@ from llama_jax.model import Llama
 from llama_jax.model.kv_storage import choose_kv_dtype
 from llama_jax.model.llama import check_tokens
 from llama_jax.model.rope import check_length
-from llama_jax.ring.attention_backend import AUTO, AttentionBackend
+from llama_jax.ring.backend import AUTO, Backend
 from llama_jax.ring.kernel_check import working_backend
 from llama_jax.ring.kv_cache import KVCache, dequantized
 from llama_jax.ring.model_class import check_model_class
 from llama_jax.ring.observation import WEIGHTS, LayerActivation, observed_step, replicas_by_axis
 from llama_jax.ring.packet import encode_packet
 from llama_jax.ring.sizes import TILE, Bucket, RingSizes
-from llama_jax.ring.stage import Program
+from llama_jax.ring.static_args import StaticArgs
 from llama_jax.ring.steps import LOGITS_SPEC, init_state, state_shapes
 from llama_jax.ring.tick import State, local_logits
 from llama_jax.weights.axes import kv_replicas
@@ -66,7 +66,7 @@ class ShardedLlama:
         dtype: jnp.dtype,
         model_class: type[Llama] = Llama,
         cache_dtype: jnp.dtype | None = None,
-        attention_backend: str | AttentionBackend = AUTO,
+        attention_backend: str | Backend = AUTO,
     ):
         """Uses weights that are already on a mesh; `from_pretrained` loads them.
 
@@ -88,7 +88,7 @@ class ShardedLlama:
         self.model_class = model_class
         self.dtype, self.cache_dtype = dtype, cache_dtype or dtype
         tried, _ = _sizes(1, TRIED_LENGTH)
-        self._attention = working_backend(
+        self._backend = working_backend(
             attention_backend, config, mesh, tried, dtype, self.cache_dtype, model_class
         )
         self._state: tuple[RingSizes, State] | None = None
@@ -223,8 +223,8 @@ class ShardedLlama:
         sizes, bucket = _sizes(*tokens.shape)
         places = {name: self._place(name) for name in found if name not in OUTSIDE_LAYERS}
         activations = tuple(sorted({activation for _, activation in places.values()}))
-        program = Program(self.config, sizes, bucket, self.model_class, self._attention)
-        step = _step(program, self.mesh, activations)
+        static = StaticArgs(self.config, sizes, bucket, self.model_class, self._backend)
+        step = _step(static, self.mesh, activations)
         packets = _packets(tokens, sizes, bucket)
         tables = np.arange(sizes.num_pages, dtype=np.int32).reshape(sizes.num_slots, -1)
         state = self._state_for(sizes)
@@ -251,7 +251,7 @@ class ShardedLlama:
         self._state = (sizes, state)
         if kv_replicas(self.config, mesh_shape(self.mesh)[1]) > 1:
             for name, (_, activation) in places.items():
-                steps = replicas_by_axis(program, self.mesh, activation.name)
+                steps = replicas_by_axis(static, self.mesh, activation.name)
                 one_of_each = (slice(None, None, step) for step in steps)
                 found[name].whole = found[name].whole[:, *one_of_each]
         for name in found:

@@ -11,58 +11,54 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llama_jax.config import LlamaConfig
-from llama_jax.model import DecoderLayer, Llama
+from llama_jax.model import DecoderLayer
 from llama_jax.model.attention import ScoreMod, Tap, paged_attention
 from llama_jax.model.llama import set_weights
 from llama_jax.quantization import Fp8, Fp8Activations
 from llama_jax.ring import kv_cache
-from llama_jax.ring.attention_backend import AttentionBackend
 from llama_jax.ring.kv_cache import KVCache
 from llama_jax.ring.packet import LENGTH, PAGES, POSITION, segments_of
-from llama_jax.ring.sizes import Bucket, RingSizes
+from llama_jax.ring.static_args import StaticArgs
 from sharding.axes import MODEL, STAGE
 from sharding.collectives import psum, rank
 from sharding.errors import UserError
 from sharding.stages import split_layers
 
 
-class Program(NamedTuple):
-    """The parameters of a compiled tick.
+class TokenLocations(NamedTuple):
+    """The location of each token of a packet, rows first, then padding; all `[N']` int32.
 
     Attributes:
-      config: the architecture.
-      sizes: of the ring.
-      bucket: rows and chunk of this program.
-      model_class: `Llama` or a subclass, whose layers and sampler run.
-      attention: over the KV cache.
-      token_multiple: of which layers compute a multiple, from `token_multiple`.
+      position: in its sequence.
+      page: in the pool; `num_pages` for a token that is padding.
+      offset: in the page.
     """
 
-    config: LlamaConfig
-    sizes: RingSizes
-    bucket: Bucket
-    model_class: type[Llama]
-    attention: AttentionBackend = AttentionBackend()
-    token_multiple: int = 1
-
-    @property
-    def num_tokens(self) -> int:
-        """N, the rows and tokens of a packet."""
-        return self.bucket.rows + self.bucket.chunk
-
-    @property
-    def num_padding(self) -> int:
-        """Tokens after those of a packet, so that the layers compute a multiple."""
-        return -self.num_tokens % self.token_multiple
+    position: jax.Array
+    page: jax.Array
+    offset: jax.Array
 
 
-def token_multiple(platform: str, bucket: Bucket) -> int:
-    """The number of tokens of which the layers of a program compute a multiple.
+def locate_tokens(static: StaticArgs, segments: jax.Array) -> TokenLocations:
+    """Locates the tokens of a packet, given its segments `[num_segments, width]`."""
+    sizes, num_rows = static.sizes, static.bucket.rows
 
-    Without it, cuBLAS has XLA copy the inputs and outputs of every product, to multiples of 8.
-    """
-    return 8 if platform == "gpu" and bucket.chunk else 1
+    def expand(segments: jax.Array, tile: int) -> tuple[jax.Array, ...]:
+        step = jnp.arange(tile)
+        position = segments[:, POSITION, None] + step  # [segments, tile]
+        index = position // sizes.page_size
+        pages = segments[:, PAGES:]
+        page = jnp.take_along_axis(pages, index, axis=1, mode="clip")
+        # No page is an index past the pool, which scatters drop: 0 and -1 are valid pages.
+        real = (step < segments[:, LENGTH, None]) & (index < pages.shape[1])
+        page = jnp.where(real, page, sizes.num_pages)
+        return position.ravel(), page.ravel(), (position % sizes.page_size).ravel()
+
+    parts = [expand(segments[:num_rows], 1), expand(segments[num_rows:], sizes.tile)]
+    if static.num_padding:
+        zeros = jnp.zeros(static.num_padding, jnp.int32)
+        parts.append((zeros, zeros + sizes.num_pages, zeros))
+    return TokenLocations(*(jnp.concatenate(part) for part in zip(*parts, strict=True)))
 
 
 class PagedAttend:
@@ -76,15 +72,15 @@ class PagedAttend:
 
     def __init__(
         self,
-        program: Program,
+        static: StaticArgs,
         segments: jax.Array,
+        locations: TokenLocations,
         k_pages: jax.Array,
         v_pages: jax.Array,
         k_scale: jax.Array | None = None,
         v_scale: jax.Array | None = None,
     ):
-        self._program, self._segments = program, segments
-        self._locations = locate_tokens(program, segments)
+        self._static, self._segments, self._locations = static, segments, locations
         self.k_pages, self.v_pages = k_pages, v_pages
         self.k_scale, self.v_scale = k_scale, v_scale
         self.calls = 0
@@ -106,7 +102,7 @@ class PagedAttend:
         where = (self._locations.page, self._locations.offset)
         self.k_pages, self.k_scale = kv_cache.write_scaled(self.k_pages, self.k_scale, k, *where)
         self.v_pages, self.v_scale = kv_cache.write_scaled(self.v_pages, self.v_scale, v, *where)
-        attend = self._program.attention.attend(paged_attention, self._program.bucket)
+        attend = self._static.backend.attend(paged_attention, self._static.bucket)
         return self._by_segment(
             q,
             lambda q, tables, positions, lengths: attend(
@@ -126,9 +122,9 @@ class PagedAttend:
           `[N', ...]`, zeros for the padding.
         """
         out = []
-        program = self._program
-        num_rows, tile = program.bucket.rows, program.sizes.tile
-        for first, end, width in ((0, num_rows, 1), (num_rows, program.num_tokens, tile)):
+        static = self._static
+        num_rows, tile = static.bucket.rows, static.sizes.tile
+        for first, end, width in ((0, num_rows, 1), (num_rows, static.num_tokens, tile)):
             if first == end:  # no rows, or no chunk, in this bucket
                 continue
             segments = self._segments[:num_rows] if width == 1 else self._segments[num_rows:]
@@ -139,8 +135,8 @@ class PagedAttend:
                 segments[:, POSITION] + segments[:, LENGTH],
             )
             out.append(attended.reshape(-1, *attended.shape[2:]))
-        if program.num_padding:
-            out.append(jnp.zeros((program.num_padding, *out[0].shape[1:]), out[0].dtype))
+        if static.num_padding:
+            out.append(jnp.zeros((static.num_padding, *out[0].shape[1:]), out[0].dtype))
         return jnp.concatenate(out)
 
 
@@ -178,7 +174,7 @@ def call_layer(
 
 
 def run_layers(
-    program: Program,
+    static: StaticArgs,
     layers: tuple[dict[str, Any], ...],
     x: jax.Array,
     metadata: jax.Array,
@@ -189,7 +185,7 @@ def run_layers(
     """Runs the layers of this stage on its packet.
 
     Args:
-      program: the parameters of the tick.
+      static: what the program is compiled for.
       layers: the weights of the stage, from `Params.layers`.
       x: `[N, D]`, decode rows first.
       metadata: the segments of the packet, `[max_segments, width]`.
@@ -204,16 +200,16 @@ def run_layers(
       UserError: a layer attended several times, or attended on one of several ranks, but never
         called `reduce`.
     """
-    segments = segments_of(program.sizes, program.bucket, metadata)
-    x = jnp.pad(x, ((0, program.num_padding), (0, 0)))
-    positions = locate_tokens(program, segments).position
-    stages = split_layers(program.config.num_layers, jax.lax.axis_size(STAGE))
+    segments = segments_of(static.sizes, static.bucket, metadata)
+    x = jnp.pad(x, ((0, static.num_padding), (0, 0)))
+    locations = locate_tokens(static, segments)
+    stages = split_layers(static.config.num_layers, jax.lax.axis_size(STAGE))
     updated = []
     for position, weights in enumerate(layers):
-        attend = attend_class(program, segments, *(a[position][0] for a in cache if a))
-        layer = make_layer(program, jax.tree.map(lambda array: array[0], weights))
+        attend = attend_class(static, segments, locations, *(a[position][0] for a in cache if a))
+        layer = make_layer(static, jax.tree.map(lambda array: array[0], weights))
         reduce = MeshReduce()
-        before, x = x, call(position, layer, x, positions, attend, reduce)
+        before, x = x, call(position, layer, x, locations.position, attend, reduce)
         held = [here[position] is not None for here in stages]
         if not all(held):  # a layer of the user's need not be the identity where its weights are 0
             x = jnp.where(jnp.array(held)[rank(STAGE)], x, before)
@@ -229,61 +225,25 @@ def run_layers(
                 "and MLP return."
             )
         updated.append([array[None] for array in attend.arrays])
-    return x[: program.num_tokens], KVCache(*zip(*updated, strict=True))
+    return x[: static.num_tokens], KVCache(*zip(*updated, strict=True))
 
 
-class TokenLocations(NamedTuple):
-    """The location of each token of a packet, rows first, then padding; all `[N']` int32.
-
-    Attributes:
-      position: in its sequence.
-      page: in the pool; `num_pages` for a token that is padding.
-      offset: in the page.
-    """
-
-    position: jax.Array
-    page: jax.Array
-    offset: jax.Array
-
-
-def locate_tokens(program: Program, segments: jax.Array) -> TokenLocations:
-    """Locates the tokens of a packet, given its segments `[num_segments, width]`."""
-    sizes, num_rows = program.sizes, program.bucket.rows
-
-    def expand(segments: jax.Array, tile: int) -> tuple[jax.Array, ...]:
-        step = jnp.arange(tile)
-        position = segments[:, POSITION, None] + step  # [segments, tile]
-        index = position // sizes.page_size
-        pages = segments[:, PAGES:]
-        page = jnp.take_along_axis(pages, index, axis=1, mode="clip")
-        # No page is an index past the pool, which scatters drop: 0 and -1 are valid pages.
-        real = (step < segments[:, LENGTH, None]) & (index < pages.shape[1])
-        page = jnp.where(real, page, sizes.num_pages)
-        return position.ravel(), page.ravel(), (position % sizes.page_size).ravel()
-
-    parts = [expand(segments[:num_rows], 1), expand(segments[num_rows:], sizes.tile)]
-    if program.num_padding:
-        zeros = jnp.zeros(program.num_padding, jnp.int32)
-        parts.append((zeros, zeros + sizes.num_pages, zeros))
-    return TokenLocations(*(jnp.concatenate(part) for part in zip(*parts, strict=True)))
-
-
-def make_layer(program: Program, weights: dict[str, Any]) -> DecoderLayer:
+def make_layer(static: StaticArgs, weights: dict[str, Any]) -> DecoderLayer:
     """Builds a decoder layer around this rank's share of the weights."""
-    layer_class = program.model_class.layer_class
+    layer_class = static.model_class.layer_class
     # With few tokens, a product takes as long as reading the matrix, in whatever dtype it is.
-    if program.bucket.chunk and program.model_class.fp8_activations:
+    if static.bucket.chunk and static.model_class.fp8_activations:
         weights = jax.tree.map(
             lambda node: Fp8Activations(*node) if isinstance(node, Fp8) else node,
             weights,
             is_leaf=lambda node: isinstance(node, Fp8),
         )
-    if program.attention.int4_kernel:
+    if static.backend.int4_kernel:
         # Imported here, since importing Pallas takes 2 s.
         from llama_jax.model.hopper_int4 import with_kernel
 
         weights = with_kernel(weights)
     # eval_shape builds the module without allocating the parameters that are then replaced.
-    layer = nnx.eval_shape(lambda: layer_class(program.config, rngs=nnx.Rngs(0)))
+    layer = nnx.eval_shape(lambda: layer_class(static.config, rngs=nnx.Rngs(0)))
     set_weights(layer, weights)
     return layer

@@ -3,7 +3,7 @@
 `decode_step` is the tick in which no stage holds a chunk of a prompt; `prefill_step` is the tick
 whose largest chunk in flight fits its bucket. Both advance all decode rows in flight.
 `masked_decode_step` is the first of them for a packet with masks.
-`RingSizes.buckets()` lists all programs: after each has run once, nothing compiles again.
+`RingSizes.buckets()` lists their buckets: after each has run once, nothing compiles again.
 
 Arguments and results are tuples and dicts of arrays, not NNX objects: traversing an `nnx.State` on
 every call takes more host time than the rest of the call.
@@ -22,11 +22,11 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
 from llama_jax.ring import kv_cache
-from llama_jax.ring.attention_backend import AUTO, AttentionBackend, choose_backend
+from llama_jax.ring.backend import AUTO, Backend, choose_backend
 from llama_jax.ring.gpu_options import graph_options, product_options
 from llama_jax.ring.packet import mark_empty, segment_width
 from llama_jax.ring.sizes import Bucket, RingSizes
-from llama_jax.ring.stage import Program, token_multiple
+from llama_jax.ring.static_args import StaticArgs, token_multiple
 from llama_jax.ring.tick import State, StepOutput, masked_tick, tick
 from llama_jax.weights.placement import Params, param_specs
 from sharding.axes import AXES, STAGE
@@ -51,12 +51,11 @@ def decode_step(
     sizes: RingSizes,
     rows: int,
     model_class: type[Llama] = Llama,
-    attention_backend: str | AttentionBackend = AUTO,
+    attention_backend: str | Backend = AUTO,
 ) -> Step:
     """The jitted tick with no chunk in flight. Donates the state."""
-    attention = choose_backend(attention_backend, mesh)
-    program = Program(config, sizes, Bucket(rows, 0), model_class, attention)
-    return _jit_step(mesh, program, "decode_step")
+    static = _static_args(config, mesh, sizes, Bucket(rows, 0), model_class, attention_backend)
+    return _jit_step(mesh, static, "decode_step")
 
 
 def masked_decode_step(
@@ -65,13 +64,12 @@ def masked_decode_step(
     sizes: RingSizes,
     rows: int,
     model_class: type[Llama] = Llama,
-    attention_backend: str | AttentionBackend = AUTO,
+    attention_backend: str | Backend = AUTO,
 ) -> MaskedStep:
     """The jitted `ring.tick.masked_tick` with no chunk in flight. Donates the state."""
-    attention = choose_backend(attention_backend, mesh)
-    program = Program(config, sizes, Bucket(rows, 0), model_class, attention)
+    static = _static_args(config, mesh, sizes, Bucket(rows, 0), model_class, attention_backend)
     masks, raw = (MASKS_SPEC,), (LOGITS_SPEC,)
-    return _jit_step(mesh, program, "masked_decode_step", masked_tick, masks, raw)
+    return _jit_step(mesh, static, "masked_decode_step", masked_tick, masks, raw)
 
 
 def prefill_step(
@@ -81,14 +79,12 @@ def prefill_step(
     rows: int,
     chunk: int,
     model_class: type[Llama] = Llama,
-    attention_backend: str | AttentionBackend = AUTO,
+    attention_backend: str | Backend = AUTO,
 ) -> Step:
     """The jitted tick whose largest chunk in flight fits `chunk` tokens. Donates the state."""
-    attention = choose_backend(attention_backend, mesh)
     bucket = Bucket(rows, chunk)
-    multiple = token_multiple(mesh.devices.flat[0].platform, bucket)
-    program = Program(config, sizes, bucket, model_class, attention, multiple)
-    return _jit_step(mesh, program, f"prefill_step_{chunk}")
+    static = _static_args(config, mesh, sizes, bucket, model_class, attention_backend)
+    return _jit_step(mesh, static, f"prefill_step_{chunk}")
 
 
 def state_specs() -> State:
@@ -148,9 +144,22 @@ def init_state(shapes: State, sizes: RingSizes, fill: float = 0.0) -> State:
     return State(ring, tokens, kv_cache.init_cache(shapes.cache, fill))
 
 
+def _static_args(
+    config: LlamaConfig,
+    mesh: Mesh,
+    sizes: RingSizes,
+    bucket: Bucket,
+    model_class: type[Llama],
+    attention_backend: str | Backend,
+) -> StaticArgs:
+    backend = choose_backend(attention_backend, mesh)
+    multiple = token_multiple(mesh.devices.flat[0].platform, bucket)
+    return StaticArgs(config, sizes, bucket, model_class, backend, multiple)
+
+
 def _jit_step(
     mesh: Mesh,
-    program: Program,
+    static: StaticArgs,
     name: str,
     function: Callable[..., Any] = tick,
     more_in: tuple[P, ...] = (),
@@ -158,8 +167,8 @@ def _jit_step(
 ) -> MeshProgram:
     """Jits `tick`, or one with more arguments and results, whose specs follow those of `tick`."""
     specs = state_specs()
-    in_specs = (param_specs(program.config, *mesh_shape(mesh)), specs, P(), *more_in)
+    in_specs = (param_specs(static.config, *mesh_shape(mesh)), specs, P(), *more_in)
     out_specs = (specs, OUTPUT_SPEC, *more_out)
-    function = partial(function, program)
-    options = {**product_options(program.config, program.bucket), **graph_options(program)}
+    function = partial(function, static)
+    options = {**product_options(static.config, static.bucket), **graph_options(static)}
     return MeshProgram(function, mesh, in_specs, out_specs, name=name, donate=(1,), options=options)

@@ -19,7 +19,8 @@ from llama_jax.model.sampling import chosen_by
 from llama_jax.model.token_masks import apply_masks
 from llama_jax.ring.kv_cache import KVCache
 from llama_jax.ring.packet import LENGTH, SLOT, decode_packet, segments_of
-from llama_jax.ring.stage import Program, run_layers
+from llama_jax.ring.stage import run_layers
+from llama_jax.ring.static_args import StaticArgs
 from llama_jax.weights.placement import Params
 from sharding.axes import AXES
 from sharding.collectives import psum, rank
@@ -65,12 +66,12 @@ Select = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def tick(
-    program: Program, params: Params, state: State, packed: jax.Array
+    static: StaticArgs, params: Params, state: State, packed: jax.Array
 ) -> tuple[State, StepOutput]:
     """Runs every stage once, and chooses the next tokens of the packet that leaves.
 
     Args:
-      program: the parameters of the tick.
+      static: what the program is compiled for.
       params: this device's share of the weights.
       state: likewise.
       packed: the entering packet, from `encode_packet`.
@@ -78,61 +79,40 @@ def tick(
     Returns:
       The state after the tick, and the results.
     """
-    ring, cache, leaving, logits = _leave(program, params, state, packed)
-    return _choose(program, state.tokens, ring, cache, leaving, logits)
+    return masked_tick(static, params, state, packed, None)[:2]
 
 
 def masked_tick(
-    program: Program, params: Params, state: State, packed: jax.Array, masks: jax.Array
+    static: StaticArgs, params: Params, state: State, packed: jax.Array, masks: jax.Array | None
 ) -> tuple[State, StepOutput, jax.Array]:
     """A tick whose leaving packet has rows that may not choose every token.
 
     Args:
-      program, params, state, packed: as for `tick`.
-      masks: `[segments, W]` int32, this device's share, from `masks_by_row`.
+      static, params, state, packed: as for `tick`.
+      masks: `[segments, W]` int32, this device's share, from `masks_by_row`; None for no masks.
 
     Returns:
       The state after the tick, the results with the masked logits, and the logits as they were.
     """
-    ring, cache, leaving, raw = _leave(program, params, state, packed)
-    logits = apply_masks(raw, masks)
-    return *_choose(program, state.tokens, ring, cache, leaving, logits), raw
-
-
-def _leave(
-    program: Program, params: Params, state: State, packed: jax.Array
-) -> tuple[RingState, KVCache, jax.Array, jax.Array]:
-    """Runs every stage: the ring, the cache, and the segments and logits of the leaving packet."""
     ring, cache, finished, leaving = advance_ring(
-        program,
+        static,
         params,
         state,
         packed,
-        partial(run_layers, program, params.layers),
-        partial(_last_activations, program),
+        partial(run_layers, static, params.layers),
+        partial(_last_activations, static),
     )
-    logits = local_logits(program.config, params, finished)
-    return ring, cache, leaving, logits
-
-
-def _choose(
-    program: Program,
-    tokens: jax.Array,
-    ring: RingState,
-    cache: KVCache,
-    leaving: jax.Array,
-    logits: jax.Array,
-) -> tuple[State, StepOutput]:
-    """The state and the results, with the most likely tokens."""
-    chosen = chosen_by(program.model_class.sampler, "greedy", logits)
-    slots = segments_of(program.sizes, program.bucket, leaving)[:, SLOT]
+    raw = local_logits(static.config, params, finished)
+    logits = raw if masks is None else apply_masks(raw, masks)
+    chosen = chosen_by(static.model_class.sampler, "greedy", logits)
+    slots = segments_of(static.sizes, static.bucket, leaving)[:, SLOT]
     # Drops the tokens of empty rows and of chunks before the last of a prompt.
-    tokens = tokens.at[slots].set(chosen, mode="drop")
-    return State(ring, tokens, cache), StepOutput(logits, chosen, slots)
+    tokens = state.tokens.at[slots].set(chosen, mode="drop")
+    return State(ring, tokens, cache), StepOutput(logits, chosen, slots), raw
 
 
 def advance_ring(
-    program: Program,
+    static: StaticArgs,
     params: Params,
     state: State,
     packed: jax.Array,
@@ -142,14 +122,14 @@ def advance_ring(
     """`sharding.ring.ring_tick` for packets of tokens, without the choice of the next ones.
 
     Args:
-      program, params, state, packed: as for `tick`.
+      static, params, state, packed: as for `tick`.
       run_stage, select: as for `ring_tick`.
 
     Returns:
       The ring, the result of `run_stage` besides the activations, the selected activations of the
       packet that left, and its segments `[max_segments, width]`.
     """
-    sizes, bucket = program.sizes, program.bucket
+    sizes, bucket = static.sizes, static.bucket
     entering, chunk_tokens = decode_packet(sizes, bucket, packed)
 
     def enter(segments: jax.Array) -> jax.Array:
@@ -169,11 +149,11 @@ def advance_ring(
     )
 
 
-def _last_activations(program: Program, x: jax.Array, metadata: jax.Array) -> jax.Array:
+def _last_activations(static: StaticArgs, x: jax.Array, metadata: jax.Array) -> jax.Array:
     """Selects the activations of the last token of each segment: `[segments, D]`."""
-    num_rows, tile = program.bucket.rows, program.sizes.tile
-    num_tiles = program.bucket.chunk // tile
-    lengths = segments_of(program.sizes, program.bucket, metadata)[num_rows:, LENGTH]
+    num_rows, tile = static.bucket.rows, static.sizes.tile
+    num_tiles = static.bucket.chunk // tile
+    lengths = segments_of(static.sizes, static.bucket, metadata)[num_rows:, LENGTH]
     # An empty tile has length 0; it reads its first position, and its token is dropped.
     ends = num_rows + jnp.arange(num_tiles) * tile + jnp.maximum(lengths - 1, 0)
     return jnp.concatenate([x[:num_rows], x[ends]])

@@ -18,7 +18,7 @@ from llama_jax.config.llama_config import LlamaConfig
 from llama_jax.costs.deployment import Deployment, Layout
 from llama_jax.costs.gpus import CPU, GPUS, Gpu, find_gpu, gpu_of_device
 from llama_jax.costs.memory import page_bytes
-from llama_jax.engine.latency_targets import choose_chunks, known_devices
+from llama_jax.engine.latency_targets import choose_chunks, find_tick_model
 from llama_jax.engine.memory_check import Served, check_memory, check_weights, cpu_memory
 from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.sizing import (
@@ -101,17 +101,17 @@ def describe(name: str, options: EngineOptions, config: LlamaConfig, gpu: Gpu) -
         cache = CPU_CACHE_BYTES // deployment.layout.gpus
     else:
         cache = gpu_cache_bytes([allowed], weights)
-    known = known_devices(
+    tick_model = find_tick_model(
         options, config, gpu.device_kinds[0] if gpu.device_kinds else "", mesh, dtype
     )
     page = page_bytes(deployment, choose_page_size(options, platform))
-    sizes, longest = choose_sizes(options, config, mesh[0], page, cache, platform, known)
+    sizes, longest = choose_sizes(options, config, mesh[0], page, cache, platform, tick_model)
     needed = check_memory(deployment, options, sizes, allowed)
     targets = {"TPOT": options.tpot_slo, "TTFT": options.ttft_slo}
     shown = [f"{key} {1000 * value:g} ms" for key, value in targets.items() if value is not None]
     limit = f" of {bytes_text(allowed)} ({100 * share:g}%)" if platform != "cpu" else ""
-    chunks = choose_chunks(options, sizes, mesh[0], platform, known)
-    running = mesh[0] * chunks.most_rows(mesh[0], longest / 2) if known else sizes.num_slots
+    chunks = choose_chunks(options, sizes, platform, tick_model)
+    running = mesh[0] * chunks.most_rows(mesh[0], longest / 2) if tick_model else sizes.num_slots
     fewer = ""
     if running < sizes.num_slots:
         fewer = (

@@ -11,7 +11,7 @@ from llama_jax.costs.calibration import BadCalibration, Calibration, MeasuredTic
 from llama_jax.costs.work import Work
 from llama_jax.engine.core import Engine
 from llama_jax.engine.errors import EngineStartError
-from llama_jax.engine.latency_targets import choose_chunks, known_devices, largest_chunk
+from llama_jax.engine.latency_targets import choose_chunks, find_tick_model, largest_chunk
 from llama_jax.engine.options import EngineOptions, OptionError
 from llama_jax.engine.sizing import TILE, choose_sizes
 from llama_jax.ring.sizes import Bucket
@@ -50,15 +50,15 @@ def file(tmp_path) -> Path:
 
 def test_the_engine_counts_on_the_measured_ticks(file):
     given = options(file)
-    known = known_devices(given, CONFIG, H100, (4, 2), "bfloat16")
+    tick_model = find_tick_model(given, CONFIG, H100, (4, 2), "bfloat16")
     for tick in TICKS:
-        assert known.expected(tick.work) == pytest.approx(tick.seconds, rel=1e-6)
-    table = known_devices(replace(given, calibration=None), CONFIG, H100, (4, 2), "bfloat16")
-    assert table.expected(Work.of(8, 128)) < 0.5 * known.expected(Work.of(8, 128))
-    sizes, _ = choose_sizes(given, CONFIG, 4, 1 << 20, 20 << 30, "gpu", known)
-    assert sizes.max_chunk == largest_chunk(known, 4, 0.12, TILE)
+        assert tick_model.expected(tick.work) == pytest.approx(tick.seconds, rel=1e-6)
+    table = find_tick_model(replace(given, calibration=None), CONFIG, H100, (4, 2), "bfloat16")
+    assert table.expected(Work.of(8, 128)) < 0.5 * tick_model.expected(Work.of(8, 128))
+    sizes, _ = choose_sizes(given, CONFIG, 4, 1 << 20, 20 << 30, "gpu", tick_model)
+    assert sizes.max_chunk == largest_chunk(tick_model, 4, 0.12, TILE)
     assert sizes.max_chunk < largest_chunk(table, 4, 0.12, TILE)
-    times = choose_chunks(given, sizes, 4, "gpu", known).times
+    times = choose_chunks(given, sizes, "gpu", tick_model).times
     assert times.seconds(Bucket(8, 64), 128) == pytest.approx(0.018 + 5e-5 * 72, rel=0.01)
 
 
@@ -75,17 +75,17 @@ def test_the_engine_counts_on_the_measured_ticks(file):
 )
 def test_a_calibration_for_something_else_is_refused(file, asked):
     right = {"config": CONFIG, "device_kind": H100, "mesh": (4, 2), "dtype": "bfloat16"}
-    known_devices(options(file), **right)
+    find_tick_model(options(file), **right)
     more = asked.pop("options", {})
     with pytest.raises(BadCalibration):
-        known_devices(options(file, **more), **(right | asked))
+        find_tick_model(options(file, **more), **(right | asked))
 
 
 @pytest.mark.parametrize("changed", [{"ticks": ()}, {"device": "Some GPU 3000"}])
 def test_a_calibration_that_says_nothing_of_this_device_is_refused(file, changed):
     replace(MEASURED, **changed).write(file)
     with pytest.raises(BadCalibration):
-        known_devices(options(file), CONFIG, H100, (4, 2), "bfloat16")
+        find_tick_model(options(file), CONFIG, H100, (4, 2), "bfloat16")
 
 
 def test_a_file_that_is_no_calibration_is_refused(tmp_path):
@@ -93,7 +93,7 @@ def test_a_file_that_is_no_calibration_is_refused(tmp_path):
         if text is not None:
             (tmp_path / name).write_text(text)
         with pytest.raises(BadCalibration):
-            known_devices(options(tmp_path / name), CONFIG, H100, (4, 2), "bfloat16")
+            find_tick_model(options(tmp_path / name), CONFIG, H100, (4, 2), "bfloat16")
 
 
 def test_without_a_target_it_would_do_nothing(file):

@@ -383,7 +383,7 @@ def test_the_states_of_the_test_above_all_occur():
     trial.add(1, Request(numbered(7), 5))
     states = set()
     sequence = trial.scheduler.waiting[1]
-    while not sequence.finished:
+    while sequence.request_id not in trial.ended:
         if sequence in trial.scheduler.waiting:
             states.add("preempted" if sequence.epoch else "waiting")
         elif sequence.slot is not None:

@@ -19,9 +19,10 @@ from llama_jax.model.hopper_int4 import (
     unsupported,
 )
 from llama_jax.quantization import Int4
-from llama_jax.ring.attention_backend import AttentionBackend
+from llama_jax.ring.backend import Backend
 from llama_jax.ring.sizes import Bucket, RingSizes
-from llama_jax.ring.stage import Program, make_layer
+from llama_jax.ring.stage import make_layer
+from llama_jax.ring.static_args import StaticArgs
 from tests.model.test_hopper_attention import described_gpu
 from tests.support.mosaic import blocks_per_core, shared_memory
 
@@ -120,10 +121,10 @@ def test_what_it_cannot_multiply_goes_through_xla():
 @pytest.mark.parametrize(("int4_kernel", "kind"), [(True, HopperInt4), (False, Int4)])
 def test_layers_multiply_by_the_kernel_where_it_runs(int4_kernel, kind):
     sizes = RingSizes(4, 20, 16, 6, (3,), (128,), tile=64)
-    backend = AttentionBackend(int4_kernel=int4_kernel)
-    program = Program(LlamaConfig.llama3_8b(), sizes, Bucket(3, 128), Llama, backend)
+    backend = Backend(int4_kernel=int4_kernel)
+    static = StaticArgs(LlamaConfig.llama3_8b(), sizes, Bucket(3, 128), Llama, backend)
     matrix = Int4.quantize(np.ones((64, 64), np.float32), 64)
-    layer = make_layer(program, {"mlp.w_down": matrix})
+    layer = make_layer(static, {"mlp.w_down": matrix})
     assert type(layer.mlp.w_down.get_value()) is kind
 
 

@@ -14,7 +14,8 @@ from llama_jax.engine.options import EngineOptions
 from llama_jax.engine.sizing import SizingError, check_options, check_platform
 from llama_jax.quantization import Fp8, Fp8Activations
 from llama_jax.ring.sizes import Bucket, RingSizes
-from llama_jax.ring.stage import Program, make_layer
+from llama_jax.ring.stage import make_layer
+from llama_jax.ring.static_args import StaticArgs
 
 RNG = np.random.default_rng(0)
 TOKENS, COLUMNS, ROWS = 64, 1024, 96
@@ -107,9 +108,9 @@ def test_only_programs_with_a_chunk_round_their_inputs(chunk, wanted):
         num_slots=2, num_pages=4, page_size=16, pages_per_sequence=2, row_buckets=(2,),
         chunk_buckets=(0, 64), tile=64,
     )  # fmt: skip
-    program = Program(config, sizes, Bucket(2, chunk), Chosen)
+    static = StaticArgs(config, sizes, Bucket(2, chunk), Chosen)
     _, quantized = matrices()
-    layer = make_layer(program, {"attention.wo": quantized, "mlp_norm.scale": np.ones(32)})
+    layer = make_layer(static, {"attention.wo": quantized, "mlp_norm.scale": np.ones(32)})
     expected = Fp8Activations if chunk and wanted else Fp8
     assert type(layer.attention.wo.get_value()) is expected
 

@@ -17,9 +17,10 @@ from llama_jax.config import Quantization
 from llama_jax.model import Llama, sampling
 from llama_jax.model.controls import CONTROL_WIDTH
 from llama_jax.ring import choosing, gpu_options, kv_cache, observation, stage, steps, tick
-from llama_jax.ring.attention_backend import AUTO, HOPPER, PLAIN, AttentionBackend
+from llama_jax.ring.backend import AUTO, HOPPER, PLAIN, Backend
 from llama_jax.ring.packet import LENGTH
 from llama_jax.ring.sizes import Bucket
+from llama_jax.ring.static_args import StaticArgs
 from llama_jax.weights.placement import placements
 from sharding.axes import AXES
 from sharding.collectives import pmax, psum
@@ -66,9 +67,9 @@ def test_kernels_run_at_the_same_time_only_where_that_is_measured_and_small(
 ):
     quantization = Quantization(format=weights) if weights else None
     config = replace(CONFIG, quantization=quantization)
-    program = stage.Program(config, SIZES, bucket, Llama, AttentionBackend(backend))
+    static = StaticArgs(config, SIZES, bucket, Llama, Backend(backend))
     expected = gpu_options.CONCURRENT if concurrent else {}
-    assert gpu_options.graph_options(program) == expected
+    assert gpu_options.graph_options(static) == expected
 
 
 def test_products_that_xla_may_split():
@@ -87,11 +88,11 @@ def test_the_steps_are_compiled_with_these_options(monkeypatch):
     options = "sharding.program.compiler_options"
     monkeypatch.setattr(options, lambda mesh, more: given.append(more) or {})
     config = replace(CONFIG, quantization=Quantization(format="int4"))
-    on_hopper = (Llama, AttentionBackend(AUTO))
+    on_hopper = (Llama, Backend(AUTO))
     for make in (steps.decode_step, steps.masked_decode_step):
         make(config, make_mesh("1x1"), SIZES, 1, *on_hopper)
     steps.prefill_step(config, make_mesh("1x1"), SIZES, 1, 64, *on_hopper)
-    chunk = stage.Program(config, SIZES, Bucket(0, 64), *on_hopper)
+    chunk = StaticArgs(config, SIZES, Bucket(0, 64), *on_hopper)
     observation.observed_step(chunk, make_mesh("1x1"), ())
     grouped, concurrent = gpu_options.GROUPED_SCALES, gpu_options.CONCURRENT
     assert given == [grouped | concurrent] * 2 + [grouped] * 2

@@ -19,7 +19,7 @@ from llama_jax.model import Llama, hopper_attention, hopper_int4
 from llama_jax.plan.machine import calibrate
 from llama_jax.quantization import Int4
 from llama_jax.ring import kernel_check, sharded_llama
-from llama_jax.ring.attention_backend import AUTO, GPU_BLOCKS, HOPPER, PLAIN, AttentionBackend
+from llama_jax.ring.backend import AUTO, GPU_BLOCKS, HOPPER, PLAIN, Backend
 from llama_jax.ring.kernel_check import (
     int4_error,
     int4_products,
@@ -40,10 +40,10 @@ pytestmark = pytest.mark.timeout(300, method="thread")
 
 SLOW = pytest.mark.slow
 BF16 = jnp.bfloat16
-BOTH = AttentionBackend(AUTO, 132, *GPU_BLOCKS, int4_kernel=True)
+BOTH = Backend(AUTO, 132, *GPU_BLOCKS, int4_kernel=True)
 WITHOUT_INT4 = BOTH._replace(int4_kernel=False)
-PLAIN_ATTENTION = AttentionBackend(PLAIN, 0, *GPU_BLOCKS, int4_kernel=True)
-NOTHING = AttentionBackend(PLAIN, 0, *GPU_BLOCKS)
+PLAIN_ATTENTION = Backend(PLAIN, 0, *GPU_BLOCKS, int4_kernel=True)
+NOTHING = Backend(PLAIN, 0, *GPU_BLOCKS)
 CONFIG = LlamaConfig(
     vocab_size=128, embed_dim=128, num_layers=2, num_heads=4, num_kv_heads=1, head_dim=64,
     mlp_dim=192, rope_theta=1e4, norm_eps=1e-5, max_position_embeddings=128,

@@ -10,7 +10,8 @@ from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.model import Llama
 from llama_jax.ring import steps
 from llama_jax.ring.sizes import Bucket, RingSizes
-from llama_jax.ring.stage import Program, locate_tokens, token_multiple
+from llama_jax.ring.stage import locate_tokens
+from llama_jax.ring.static_args import StaticArgs, token_multiple
 from tests.support.reference import drive, make_loop, make_model, reference_logits, save_model
 
 VOCAB = 64
@@ -43,10 +44,10 @@ def test_they_change_nothing(nowhere, tmp_path, monkeypatch):
     path = save_model(model, tmp_path)
     monkeypatch.setattr(steps, "token_multiple", lambda platform, bucket: 101)
 
-    def locate_somewhere(program, segments):
-        found = locate_tokens(program, segments)
-        padding = jnp.arange(program.num_padding) % program.sizes.num_pages
-        return found._replace(page=found.page.at[program.num_tokens :].set(padding))
+    def locate_somewhere(static, segments):
+        found = locate_tokens(static, segments)
+        padding = jnp.arange(static.num_padding) % static.sizes.num_pages
+        return found._replace(page=found.page.at[static.num_tokens :].set(padding))
 
     if not nowhere:
         monkeypatch.setattr("llama_jax.ring.stage.locate_tokens", locate_somewhere)
@@ -60,10 +61,10 @@ def test_tokens_without_a_page_are_nowhere():
         num_slots=3, num_pages=64, page_size=4, pages_per_sequence=8, row_buckets=(3,),
         chunk_buckets=(0, 4), tile=4,
     )  # fmt: skip
-    program = Program(LlamaConfig.llama3_8b(), sizes, Bucket(3, 4), Llama, token_multiple=8)
+    static = StaticArgs(LlamaConfig.llama3_8b(), sizes, Bucket(3, 4), Llama, token_multiple=8)
     pages = range(10, 18)
     segments = [[0, 31, 1, *pages], [1, 32, 1, *pages], [2, 5, 0, *pages], [0, 2, 3, *pages]]
-    found = jax.jit(locate_tokens, static_argnums=0)(program, np.array(segments))
+    found = jax.jit(locate_tokens, static_argnums=0)(static, np.array(segments))
     assert found.page.tolist() == [17, 64, 64, 10, 10, 11, 64, 64]
     assert found.position.tolist() == [31, 32, 5, 2, 3, 4, 5, 0]
     assert found.offset.tolist() == [3, 0, 1, 2, 3, 0, 1, 0]

@@ -36,13 +36,13 @@ from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.executor import Executor
 from llama_jax.engine.programs import Choice
 from llama_jax.engine.scheduler import Scheduler
-from llama_jax.model import Llama
 from llama_jax.model.adjustments import encode_adjustments
 from llama_jax.model.controls import encode_controls
 from llama_jax.ring import kv_cache, steps
 from llama_jax.ring.packet import PAGES, SLOT, encode_packet
 from llama_jax.ring.sizes import Bucket, RingSizes
-from llama_jax.ring.stage import Program, make_layer
+from llama_jax.ring.stage import make_layer
+from llama_jax.ring.static_args import StaticArgs
 from sharding.mesh import make_mesh
 from sharding.ring import RingState, ring_tick
 from tests.support.reference import (
@@ -293,8 +293,8 @@ def test_a_burst_spreads_over_the_microbatches(fair, monkeypatch):
 
 
 def take(scheduler, results):
-    """Gives each sequence its token, unless it has finished."""
-    for s, token in [(s, token) for s, token in results if not s.finished]:
+    """Gives each sequence its token."""
+    for s, token in results:
         s.tokens.append(token)
         yield scheduler._look(s, token)
 
@@ -307,7 +307,8 @@ def by_slot(self, packet, tokens, bucket_rows, logprobs):
 
 def without_epochs(self, packet, tokens, bucket_rows, logprobs):
     """Gives a result to its sequence, even if that was preempted in the meantime."""
-    return list(take(self, [(s.sequence, tokens[i]) for i, s in packet.results(bucket_rows)]))
+    results = [(s.sequence, tokens[i]) for i, s in packet.results(bucket_rows)]
+    return list(take(self, [each for each in results if each[0].request_id in self._sequences]))
 
 
 @pytest.mark.parametrize("process", [Scheduler.process, by_slot, without_epochs])
@@ -484,14 +485,13 @@ def test_padding_layers_are_the_identity(tmp_path):
     """Rule 14: with five layers on four stages, the last three stages have a padding layer."""
     model = make_model(vocab_size=VOCAB, embed_dim=32, num_layers=5, num_heads=4, num_kv_heads=2)
     loop = make_loop(save_model(model, tmp_path), MESH, max_num_seqs=4, page_size=4, num_pages=80)
-    config = loop.executor.config
-    x = jax.random.normal(jax.random.key(0), (3, config.embed_dim))
+    static = StaticArgs(loop.executor.config, loop.sizes, Bucket(1, 0))
+    x = jax.random.normal(jax.random.key(0), (3, static.config.embed_dim))
 
     def attend(q, k, v, *, score_mod, tap):
         return q + 1.0
 
-    program = Program(config, loop.sizes, Bucket(1, 0), Llama)
-    run = jax.jit(lambda weights, x: make_layer(program, weights)(x, jnp.arange(3), attend))
+    run = jax.jit(lambda weights, x: make_layer(static, weights)(x, jnp.arange(3), attend))
     for position, weights in enumerate(loop.executor.params.layers):
         for stage in range(4):
             here = {name: jnp.asarray(np.asarray(a)[stage]) for name, a in weights.items()}

@@ -10,7 +10,7 @@ import pytest
 from llama_jax import LLM, Llama, SamplingParams, ShardedLlama
 from llama_jax.engine.compile_counter import CompileCounter
 from llama_jax.interpret import capture, kv_cache
-from llama_jax.ring.attention_backend import HOPPER, AttentionBackend
+from llama_jax.ring.backend import HOPPER, Backend
 from sharding.errors import UserError
 from sharding.mesh import make_mesh
 from tests.support.hooked import assert_close
@@ -90,7 +90,7 @@ def test_the_kernel_where_it_cannot_run_is_refused(path):
     with pytest.raises(UserError, match="attention_backend is hopper"):
         ShardedLlama.from_pretrained(path, attention_backend="hopper")
     given = (plain.config, plain.mesh, plain.params, plain.dtype)
-    model = ShardedLlama(*given, attention_backend=AttentionBackend(HOPPER, 132))
+    model = ShardedLlama(*given, attention_backend=Backend(HOPPER, 132))
     with pytest.raises(UserError, match="head dimension"):  # the kernel, as it is traced
         model(tokens_of(1, 3))
 

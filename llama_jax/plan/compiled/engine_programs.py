@@ -17,7 +17,7 @@ from llama_jax.model import Llama
 from llama_jax.model.kv_storage import choose_kv_dtype
 from llama_jax.plan.compiled.described_gpus import find_description, target_config
 from llama_jax.plan.compiled.described_mesh import described_mesh
-from llama_jax.ring.attention_backend import check_backend
+from llama_jax.ring.backend import check_backend
 from sharding.errors import UserError
 
 

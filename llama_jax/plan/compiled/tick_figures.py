@@ -19,9 +19,9 @@ from llama_jax.plan.compiled.hlo import COLLECTIVES
 from llama_jax.plan.compiled.ideal_traffic import Ideal, ideal_traffic
 from llama_jax.plan.compiled.program import CompiledTick, ProgramMemory
 from llama_jax.plan.compiled.traffic import Kernel, PagedReads, counted_loops, kernels
-from llama_jax.ring.attention_backend import GPU_BLOCKS
+from llama_jax.ring.backend import GPU_BLOCKS
 from llama_jax.ring.sizes import Bucket
-from llama_jax.ring.stage import token_multiple
+from llama_jax.ring.static_args import token_multiple
 from sharding.memory import shard_bytes
 from sharding.mesh import mesh_shape
 from sharding.stages import round_up

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.costs.work import Work
+from llama_jax.engine.interface import ProgramStats
 from llama_jax.engine.packets import Packet
 from llama_jax.engine.programs import GREEDY, Choice, TickResult
 from llama_jax.plan.simulation.server import Server, TickTime
@@ -58,7 +59,7 @@ class Clock:
         self.now = self.call_seconds = 0.0
         self.communication_seconds = 0.0
         self.arrived = 0
-        self.programs = {bucket: [0, 0.0] for bucket in sizes.buckets()}
+        self.programs = {bucket: ProgramStats(*bucket) for bucket in sizes.buckets()}
 
     def run(self, bucket: Bucket, entering: Packet, choice: Choice = GREEDY) -> TickResult:
         """Dispatches a tick. Every row is answered with the same token."""
@@ -73,9 +74,7 @@ class Clock:
         )
         self.arrived = 0
         ready = self._free = max(self.now, self._free) + slowest.seconds
-        program = self.programs[bucket]
-        program[0] += 1
-        program[1] += slowest.seconds
+        self.programs[bucket] = self.programs[bucket].plus(1, slowest.seconds)
         self.communication_seconds += slowest.communication
         if self._waits:
             self.call_seconds += ready - self.now

@@ -1,11 +1,11 @@
 """Runs a load through several engines, each with its share."""
 
-from collections import Counter
 from dataclasses import fields, replace
 
+from llama_jax.engine.interface import ProgramStats
 from llama_jax.plan.simulation.load import Load, Request
 from llama_jax.plan.simulation.server import Server
-from llama_jax.plan.simulation.simulated import Program, Simulated
+from llama_jax.plan.simulation.simulated import Simulated
 from llama_jax.plan.simulation.simulation import Outage, Simulation
 
 _SUMMED = (
@@ -56,19 +56,17 @@ def simulate(
 def merged(found: list[Simulated]) -> Simulated:
     """One result of several replicas: the counts are summed."""
     first = found[0]
-    programs: Counter[tuple[int, int]] = Counter()
-    seconds: dict[tuple[int, int], float] = {}
-    for program in [program for each in found for program in each.programs]:
-        bucket = program.rows, program.chunk
-        programs[bucket] += program.ticks
-        seconds[bucket] = seconds.get(bucket, 0.0) + program.seconds
+    programs: dict[tuple[int, int], ProgramStats] = {}
+    for ran in [program for each in found for program in each.programs]:
+        bucket = ran.rows, ran.chunk
+        programs[bucket] = programs.get(bucket, ProgramStats(*bucket)).plus(ran.ticks, ran.seconds)
     samples = sorted((sample for each in found for sample in each.samples), key=lambda s: s.at)
     assert set(_SUMMED) < {field.name for field in fields(Simulated)}
     return replace(
         first,
         samples=tuple(samples),
         seconds=max(each.seconds for each in found),
-        programs=tuple(Program(*b, programs[b], seconds[b]) for b in programs),
+        programs=tuple(programs.values()),
         **{name: sum(getattr(each, name) for each in found) for name in _SUMMED},
     )
 

@@ -114,7 +114,7 @@ def server_for(
         sizes=sizes,
         max_model_len=longest,
         tick_time=tick_time,
-        chunks=lambda: choose_chunks(options, sizes, stages, platform, model),
+        chunks=lambda: choose_chunks(options, sizes, platform, model),
         prefix_caching=options.prefix_caching,
         results_late=choose_results_late(options, platform),
         waits=platform == "cpu",

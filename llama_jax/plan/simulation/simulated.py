@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from llama_jax.engine.interface import ProgramStats
+
 Outcome = Literal["completed", "rejected", "failed", "gone"]
 
 
@@ -50,15 +52,6 @@ class Sample(NamedTuple):
         return self.last - self.at
 
 
-class Program(NamedTuple):
-    """The ticks that a compiled program ran, and the seconds of the devices in them."""
-
-    rows: int
-    chunk: int
-    ticks: int
-    seconds: float
-
-
 class Moment(NamedTuple):
     """How full an engine is.
 
@@ -93,7 +86,7 @@ class Simulated:
       preemptions: how often a request gave up its pages.
       pages: of each replica's pool.
       page_seconds: pages held, summed over time.
-      programs: by bucket.
+      programs: by bucket, with the seconds of the devices.
       moments: one a second, of the first replica.
       down_seconds: in which an engine was dead or restarting.
     """
@@ -114,6 +107,6 @@ class Simulated:
     preemptions: int
     pages: int
     page_seconds: float
-    programs: tuple[Program, ...]
+    programs: tuple[ProgramStats, ...]
     moments: tuple[Moment, ...]
     down_seconds: float = 0.0

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import NamedTuple
 
-from llama_jax.engine.interface import Output
+from llama_jax.engine.interface import Output, ProgramStats
 from llama_jax.plan.simulation.engine import Attempt, Engine, Open
 from llama_jax.plan.simulation.load import Load, Request
 from llama_jax.plan.simulation.server import Server
-from llama_jax.plan.simulation.simulated import Moment, Outcome, Program, Sample, Simulated
+from llama_jax.plan.simulation.simulated import Moment, Outcome, Sample, Simulated
 
 MOMENT_SECONDS = 1.0
 
@@ -66,7 +66,7 @@ class Simulation:
         self.engine = Engine(self.server)
         self._totals = Totals()
         self._communication = self._page_seconds = self._last = 0.0
-        self._programs = {b: [0, 0.0] for b in self.server.sizes.buckets()}
+        self._programs = {b: ProgramStats(*b) for b in self.server.sizes.buckets()}
         self._coming: list[Attempt] = []
         self._leaving: list[tuple[float, int]] = []  # when a client loses patience
         self._numbers = count()
@@ -234,9 +234,8 @@ class Simulation:
         totals.generated_tokens += loop.scheduler.num_generated_tokens
         totals.preemptions += loop.scheduler.num_preemptions
         self._communication += clock.communication_seconds
-        for bucket, (ticks, seconds) in clock.programs.items():
-            self._programs[bucket][0] += ticks
-            self._programs[bucket][1] += seconds
+        for bucket, ran in clock.programs.items():
+            self._programs[bucket] = self._programs[bucket].plus(ran.ticks, ran.seconds)
 
     def _simulated(self) -> Simulated:
         self._count(self.engine)
@@ -247,14 +246,11 @@ class Simulation:
             replicas=1,
             seconds=max((sample.last for sample in samples), default=0.0),
             num_stages=self.server.num_stages,
-            busy_seconds=sum(seconds for _, seconds in self._programs.values()),
+            busy_seconds=sum(program.seconds for program in self._programs.values()),
             communication_seconds=self._communication,
             pages=self.server.sizes.num_pages,
             page_seconds=self._page_seconds,
-            programs=tuple(
-                Program(*bucket, int(ticks), seconds)
-                for bucket, (ticks, seconds) in self._programs.items()
-            ),
+            programs=tuple(self._programs.values()),
             moments=tuple(self.moments),
             down_seconds=self.outage.seconds if self.outage else 0.0,
             **vars(totals),

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from pytest import approx
 
+from llama_jax.engine.interface import ProgramStats
 from llama_jax.plan.simulation.figures import Spread, figures, is_inside, percentile
 from llama_jax.plan.simulation.replicas import merged
-from llama_jax.plan.simulation.simulated import Moment, Program, Sample, Simulated
+from llama_jax.plan.simulation.simulated import Moment, Sample, Simulated
 from llama_jax.plan.targets import Targets
 
 TARGETS = Targets(ttft=0.5, tpot=0.05)
@@ -36,7 +37,7 @@ def simulated(*samples: Sample) -> Simulated:
         preemptions=3,
         pages=20,
         page_seconds=50.0,
-        programs=(Program(8, 0, 100, 8.0),),
+        programs=(ProgramStats(8, 0, 100, 8.0),),
         moments=(Moment(0.0, 1, 0, 5), Moment(1.0, 2, 1, 16)),
     )
 
@@ -108,9 +109,11 @@ def test_figures_by_hand():
 
 def test_what_replicas_did_is_added_up():
     first, second = simulated(sample(at=1.0)), replace(simulated(sample()), seconds=12.0)
-    both = merged([first, replace(second, programs=(Program(4, 0, 50, 2.0), *second.programs))])
+    both = merged(
+        [first, replace(second, programs=(ProgramStats(4, 0, 50, 2.0), *second.programs))]
+    )
     assert [s.at for s in both.samples] == [0.0, 1.0] and both.seconds == 12.0
-    assert {*both.programs} == {Program(8, 0, 200, 16.0), Program(4, 0, 50, 2.0)}
+    assert {*both.programs} == {ProgramStats(8, 0, 200, 16.0), ProgramStats(4, 0, 50, 2.0)}
     alike = {"num_stages", "pages", "moments"}
     for name in vars(first).keys() - alike - {"samples", "seconds", "programs"}:
         assert getattr(both, name) == 2 * getattr(first, name), name

@@ -12,20 +12,22 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Attention, DecoderLayer, Llama, hopper_attention
 from llama_jax.model.attention import KEY_BLOCK, QUERY_BLOCK, no_score_mod, no_tap, paged_attention
-from llama_jax.ring import attention_backend, steps
-from llama_jax.ring.attention_backend import (
+from llama_jax.ring import backend as backends
+from llama_jax.ring import steps
+from llama_jax.ring.backend import (
     AUTO,
     FEW_SPLITS,
     GPU_BLOCKS,
     HOPPER,
     PLAIN,
-    AttentionBackend,
+    Backend,
     check_backend,
     choose_backend,
 )
 from llama_jax.ring.packet import packet_size
 from llama_jax.ring.sizes import Bucket, RingSizes
-from llama_jax.ring.stage import PagedAttend, Program
+from llama_jax.ring.stage import PagedAttend, locate_tokens
+from llama_jax.ring.static_args import StaticArgs
 from llama_jax.weights.placement import param_shapes
 from sharding.errors import UserError
 from sharding.mesh import make_mesh
@@ -55,19 +57,19 @@ CPU, H100, A100, B200 = (
 
 @pytest.fixture(autouse=True)
 def say_again():
-    attention_backend._say_once.cache_clear()
+    backends._say_once.cache_clear()
 
 
 @pytest.mark.parametrize(
     ("mesh", "name", "chosen"),
     [
-        (CPU, AUTO, AttentionBackend(PLAIN)),
-        (CPU, PLAIN, AttentionBackend(PLAIN)),
-        (H100, AUTO, AttentionBackend(AUTO, 132, *GPU_BLOCKS, int4_kernel=True)),
-        (H100, HOPPER, AttentionBackend(HOPPER, 132, *GPU_BLOCKS, int4_kernel=True)),
-        (H100, PLAIN, AttentionBackend(PLAIN, 0, *GPU_BLOCKS)),
-        (A100, AUTO, AttentionBackend(PLAIN, 0, *GPU_BLOCKS)),
-        (B200, AUTO, AttentionBackend(PLAIN, 0, *GPU_BLOCKS)),
+        (CPU, AUTO, Backend(PLAIN)),
+        (CPU, PLAIN, Backend(PLAIN)),
+        (H100, AUTO, Backend(AUTO, 132, *GPU_BLOCKS, int4_kernel=True)),
+        (H100, HOPPER, Backend(HOPPER, 132, *GPU_BLOCKS, int4_kernel=True)),
+        (H100, PLAIN, Backend(PLAIN, 0, *GPU_BLOCKS)),
+        (A100, AUTO, Backend(PLAIN, 0, *GPU_BLOCKS)),
+        (B200, AUTO, Backend(PLAIN, 0, *GPU_BLOCKS)),
     ],
 )
 def test_the_choice_follows_the_device(mesh, name, chosen):
@@ -75,9 +77,7 @@ def test_the_choice_follows_the_device(mesh, name, chosen):
 
 
 def test_the_meshes_of_this_machine():
-    assert choose_backend(AUTO, make_mesh("1x1")) == AttentionBackend(
-        PLAIN, 0, KEY_BLOCK, QUERY_BLOCK
-    )
+    assert choose_backend(AUTO, make_mesh("1x1")) == Backend(PLAIN, 0, KEY_BLOCK, QUERY_BLOCK)
 
 
 @pytest.mark.parametrize("mesh", [CPU, A100, B200])
@@ -180,7 +180,7 @@ def test_a_step_runs_the_model_and_the_attention_that_it_is_given(make, bucket):
     """Here they do not go together, which shows as the step is traced."""
     mesh, dtype = make_mesh("1x1"), jnp.dtype(jnp.float32)
     rows_and_chunk = bucket if bucket.chunk else bucket[:1]
-    step = make(CONFIG, mesh, SIZES, *rows_and_chunk, Biased, AttentionBackend(HOPPER, 132))
+    step = make(CONFIG, mesh, SIZES, *rows_and_chunk, Biased, Backend(HOPPER, 132))
     state = steps.state_shapes(CONFIG, mesh, SIZES, dtype)
     packed = jax.ShapeDtypeStruct((packet_size(SIZES, bucket),), jnp.int32)
     masks = [jax.ShapeDtypeStruct((1, 8), jnp.int32)] if make is steps.masked_decode_step else []
@@ -209,10 +209,10 @@ def test_rows_and_tiles_of_a_packet_through_the_kernel(monkeypatch):
     pools = rng.normal(size=(2, 2, 20, 16, 64))  # the prefixes, and garbage
 
     def run(backend):
-        program = Program(LlamaConfig.llama3_8b(), sizes, Bucket(3, 128), Llama, backend)
+        static = StaticArgs(LlamaConfig.llama3_8b(), sizes, Bucket(3, 128), Llama, backend)
 
         def attend(segments, pools, q, k, v):
-            attend = PagedAttend(program, segments, *pools)
+            attend = PagedAttend(static, segments, locate_tokens(static, segments), *pools)
             return attend(q, k, v, score_mod=no_score_mod, tap=no_tap)
 
         arrays = [jnp.asarray(array, BF16) for array in (pools, q, k, v)]
@@ -227,7 +227,7 @@ def test_rows_and_tiles_of_a_packet_through_the_kernel(monkeypatch):
         return original(*args, splits=1, interpret=InterpretGPUParams())
 
     monkeypatch.setattr(hopper_attention, "hopper_attention", interpreted)
-    out, expected = run(AttentionBackend(HOPPER, 132)), run(AttentionBackend())
+    out, expected = run(Backend(HOPPER, 132)), run(Backend())
     assert calls == [(3, 1, 8, 64), (2, 64, 8, 64)]
     assert np.linalg.norm(out - expected) <= 1e-2 * np.linalg.norm(expected)
     assert not out[2].any()

@@ -1,7 +1,7 @@
-"""Which attention over the KV cache the ring runs: the kernel for Hopper GPUs, or plain JAX.
+"""What the ring runs on its devices: kernels for Hopper GPUs, or plain JAX.
 
-The kernel serves Hopper GPUs; plain attention serves every other device, every model that changes
-its scores (`Attention.score_mod`), and every shape that the kernel does not know.
+The attention kernel serves Hopper GPUs; plain attention serves every other device, every model that
+changes its scores (`Attention.score_mod`), and every shape that the kernel does not know.
 """
 
 import logging
@@ -31,17 +31,17 @@ AttendToPages = Callable[..., jax.Array]
 _log = logging.getLogger(__name__)
 
 
-class AttentionBackend(NamedTuple):
-    """The attention of a program.
+class Backend(NamedTuple):
+    """The attention over the KV cache and the products with int4 matrices of a program.
 
     Attributes:
-      name: PLAIN, AUTO (the kernel where it can run) or HOPPER (an error where it cannot).
-      num_cores: multiprocessors of each GPU.
+      attention: PLAIN, AUTO (the kernel where it can run) or HOPPER (an error where it cannot).
+      num_cores: multiprocessors of each GPU, for the attention kernel.
       key_block, query_block: of plain attention, per iteration.
-      int4_kernel: whether int4 matrices multiply by their kernel, which runs where this one does.
+      int4_kernel: whether int4 matrices multiply by their kernel; if not, XLA multiplies.
     """
 
-    name: str = PLAIN
+    attention: str = PLAIN
     num_cores: int = 0
     key_block: int = KEY_BLOCK
     query_block: int = QUERY_BLOCK
@@ -67,7 +67,7 @@ class AttentionBackend(NamedTuple):
         v_scale: jax.Array | None = None,
     ) -> jax.Array:
         arrays = (q, k_pages, v_pages, page_table, positions, lengths)
-        if self.name != PLAIN:
+        if self.attention != PLAIN:
             # Imported here, since importing Pallas takes 2 s.
             from llama_jax.model.hopper_attention import hopper_attention, unsupported
 
@@ -77,15 +77,15 @@ class AttentionBackend(NamedTuple):
                 # full width for a few rows, but not a kernel more in every layer.
                 few = {"max_filling_splits": FEW_SPLITS} if bucket.chunk else {}
                 return hopper_attention(*arrays, k_scale, v_scale, num_cores=self.num_cores, **few)
-            if self.name == HOPPER:
+            if self.attention == HOPPER:
                 raise _cannot_run(reason)
             _say_once(reason)
         blocks = {"key_block": self.key_block, "query_block": self.query_block}
         return plain(*arrays, score_mod, first_head, k_scale, v_scale, **blocks)
 
 
-def choose_backend(name: str | AttentionBackend, mesh: Mesh) -> AttentionBackend:
-    """Chooses the attention for the devices of a mesh.
+def choose_backend(name: str | Backend, mesh: Mesh) -> Backend:
+    """Chooses the backend for the devices of a mesh.
 
     Args:
       name: AUTO, PLAIN or HOPPER; or what was chosen before, and stays.
@@ -94,7 +94,7 @@ def choose_backend(name: str | AttentionBackend, mesh: Mesh) -> AttentionBackend
     Raises:
       UserError: `name` is none of them, or HOPPER, and these are not Hopper GPUs.
     """
-    if isinstance(name, AttentionBackend):
+    if isinstance(name, Backend):
         return name
     if name not in (AUTO, PLAIN, HOPPER):
         raise UserError(
@@ -104,16 +104,16 @@ def choose_backend(name: str | AttentionBackend, mesh: Mesh) -> AttentionBackend
     if device.platform != "gpu":
         if name == HOPPER:
             raise _cannot_run(f"a device of the platform {device.platform}")
-        return AttentionBackend()
+        return Backend()
     if name == PLAIN:
-        return AttentionBackend(PLAIN, 0, *GPU_BLOCKS)
-    # The kernel's instructions exist on this generation only.
+        return Backend(PLAIN, 0, *GPU_BLOCKS)
+    # The instructions of the kernels exist on this generation only.
     if getattr(device, "compute_capability", None) != "9.0":
         if name == HOPPER:
             raise _cannot_run(f"a GPU of the kind {device.device_kind}")
         _say_once(f"a GPU of the kind {device.device_kind}")
-        return AttentionBackend(PLAIN, 0, *GPU_BLOCKS)
-    return AttentionBackend(name, device.core_count, *GPU_BLOCKS, int4_kernel=True)
+        return Backend(PLAIN, 0, *GPU_BLOCKS)
+    return Backend(name, device.core_count, *GPU_BLOCKS, int4_kernel=True)
 
 
 def check_backend(
@@ -137,7 +137,7 @@ def check_backend(
     Raises:
       UserError: `name` is HOPPER, and the kernel cannot run.
     """
-    if choose_backend(name, mesh).name != HOPPER:
+    if choose_backend(name, mesh).attention != HOPPER:
         return
     reason = why_plain(model_class, head_dim, page_size, dtype, kv_dtype)
     if reason is not None:
