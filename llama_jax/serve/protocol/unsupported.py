@@ -58,9 +58,6 @@ _NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
     "stream_interval": (1,),
     "include_reasoning": (True, False),  # there is no reasoning to leave out
     "separate_reasoning": (True, False),
-    "regex": (),
-    "ebnf": (),
-    "json_schema": (),
     # chat
     "tools": ([],),
     "tool_choice": ("none", "auto"),  # without tools there is nothing to choose
