@@ -104,6 +104,7 @@ _NO_OP_VALUES_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
 _NO_OP_VALUES_IN_PART: dict[str, tuple[Any, ...]] = {
     "cache_control": (_ANYTHING,),  # Anthropic's prompt cache, which LiteLLM and LangChain pass on
     "annotations": ([],),
+    "role": (_ANYTHING,),  # the message's, which OpenAI's Agents SDK for JavaScript repeats
 }
 
 # The same for a tool, and for a call in a message.
