@@ -15,6 +15,8 @@ SECRET = "llama-jax-key"
 RESOURCES = {"gpu": "nvidia.com/gpu", "tpu": "google.com/tpu"}
 SHARED_MEMORY = "16Gi"  # NCCL's rings, and the sockets of the engine process
 START_MINUTES = 30  # for loading and compiling, until a start counts as failed
+# A pod that ends still gets requests until all proxies of the cluster know; it would refuse them.
+PRE_STOP_SECONDS = 15
 GRACE_SECONDS = 30  # beyond the time that running requests have to end
 
 
@@ -47,6 +49,7 @@ def manifest(found: Serving, plan: Plan, image: str = IMAGE) -> list[dict[str, A
         "startupProbe": probe("/health", periodSeconds=10, failureThreshold=6 * START_MINUTES),
         "livenessProbe": probe("/live", periodSeconds=10, failureThreshold=3),
         "readinessProbe": probe("/health", periodSeconds=5, failureThreshold=2),
+        "lifecycle": {"preStop": {"exec": {"command": ["sleep", str(PRE_STOP_SECONDS)]}}},
         "volumeMounts": [
             {"name": "models", "mountPath": MODELS, "readOnly": True},
             {"name": "shared-memory", "mountPath": "/dev/shm"},
@@ -55,7 +58,7 @@ def manifest(found: Serving, plan: Plan, image: str = IMAGE) -> list[dict[str, A
     if found.platform in RESOURCES:
         container["resources"] = {"limits": {RESOURCES[found.platform]: str(found.gpus)}}
     pod: dict[str, Any] = {
-        "terminationGracePeriodSeconds": drain + GRACE_SECONDS,
+        "terminationGracePeriodSeconds": PRE_STOP_SECONDS + drain + GRACE_SECONDS,
         "containers": [container],
         "volumes": [
             {"name": "models", "persistentVolumeClaim": {"claimName": CLAIM, "readOnly": True}},

@@ -111,7 +111,9 @@ def test_the_manifest_starts_that_command_and_probes_what_the_server_has(questio
     [port] = container["ports"]
     assert port == {"name": "http", "containerPort": arguments.port}
     assert arguments.host == "0.0.0.0"
-    assert spec["terminationGracePeriodSeconds"] > arguments.shutdown_timeout
+    sleep, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert sleep == "sleep" and int(seconds) >= 10
+    assert spec["terminationGracePeriodSeconds"] > int(seconds) + arguments.shutdown_timeout
 
     stages, ranks = map(int, arguments.mesh.split("x"))
     assert container["resources"]["limits"] == {"nvidia.com/gpu": str(stages * ranks)}

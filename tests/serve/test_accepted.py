@@ -55,6 +55,7 @@ DUMPED = {
             HI,
         ),
         ({"role": "user", "content": [{"text": "Hi", "type": "text", "annotations": None}]}, HI),
+        ({"role": "user", "content": [{"text": "Hi", "type": "text", "role": "user"}]}, HI),
     ],
 )
 def test_what_asks_for_nothing_changes_nothing(server, message, plain):

@@ -298,6 +298,8 @@ def test_an_unknown_model_is_not_found(server):
 @pytest.mark.parametrize("path", ["/v1", "/v1/completions/", "/docs", "/%ff%00", "/v2/x"])
 def test_unknown_paths_are_not_found(server, path):
     refused(server.get(path), 404, code="not_found")
+    upload = server.run(lambda client: client.post(path, files={"file": b"{}"}))
+    refused(upload, 404, code="not_found")
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,9 @@ def outputs(**fields) -> dict:
         ({"guided_regex": "a+", "guided_json": None}, grammar.regex_grammar("a+")),
         ({"guided_choice": ["é"]}, grammar.choice_grammar(["é"])),
         ({"guided_grammar": 'root ::= "a"'}, grammar.lark_grammar('root ::= "a"')),
+        ({"json_schema": json.dumps(SCHEMA)}, JSON),
+        ({"regex": "a+"}, grammar.regex_grammar("a+")),
+        ({"ebnf": 'root ::= "a"'}, grammar.lark_grammar('root ::= "a"')),
     ],
 )
 def test_the_engine_gets_the_grammar(server, fields, wanted):

@@ -31,6 +31,7 @@ def chat(*turns: tuple[str, str]) -> list[dict[str, str]]:
         ("{{ messages[0].content + nowhere }}", "nowhere"),
         ("{{ raise_exception('Ask another model') }}", "Ask another model"),
         ("{{ 1 / 0 }}", "division"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{% for m in messages %}{{ m.role }}{% endfor %}", "leaves out"),
         ([{"name": "tool_use", "template": CHATML}], "default"),
         ({"wrong": "type"}, "default"),

@@ -1,5 +1,7 @@
 """Flags of vLLM, SGLang and TensorRT-LLM, and what to use here instead."""
 
+import re
+
 _ROWS: tuple[tuple[str, str], ...] = (
     (
         "--mem-fraction-static --kv-cache-free-gpu-memory-fraction",
@@ -16,9 +18,10 @@ _ROWS: tuple[tuple[str, str], ...] = (
     ),
     ("--enable-chunked-prefill", "every prompt is computed in chunks of up to --max-chunk tokens"),
     ("--max-batch-size", "use --max-num-seqs"),
-    ("--async-scheduling --no-async-scheduling", "use --results-late"),
+    ("--async-scheduling", "use --results-late"),
     (
-        "--enforce-eager --compilation-config -cc -O --disable-cuda-graph --cuda-graph-max-bs",
+        "--enforce-eager --compilation-config -cc -O -O0 -O1 -O2 -O3 --disable-cuda-graph "
+        "--cuda-graph-max-bs",
         "every program is compiled when the server starts, and none after that",
     ),
     ("--load-format", "the layout of a checkpoint is recognized"),
@@ -107,11 +110,13 @@ ANSWERS = {flag: answer for flags, answer in _ROWS for flag in flags.split()}
 def find_foreign_flag(arguments: list[str]) -> tuple[str, str] | None:
     """Returns the first flag of another server on a command line, and the answer to it.
 
-    Underscores count as hyphens: some of these servers accept both.
+    Underscores count as hyphens: some of these servers accept both. vLLM also takes `--no-FLAG`,
+    and `--FLAG.key value` for a flag whose value is JSON.
     """
     for argument in arguments:
-        flag = argument.split("=")[0]
-        answer = ANSWERS.get(flag.replace("_", "-"))
+        flag = re.split("[=.]", argument)[0]
+        name = flag.replace("_", "-")
+        answer = ANSWERS.get(name) or ANSWERS.get(name.replace("--no-", "--", 1))
         if answer is not None:
             return flag, answer
     return None

@@ -151,6 +151,9 @@ class GenerationRequest(RequestBody):
     guided_regex: GuidedRegex = None
     guided_choice: GuidedChoice = None
     guided_grammar: GuidedGrammar = None
+    json_schema: GuidedJson = None
+    regex: GuidedRegex = None
+    ebnf: GuidedGrammar = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

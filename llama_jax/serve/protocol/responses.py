@@ -21,6 +21,8 @@ LOGPROBS = "message.output_text.logprobs"
 # Encrypted reasoning would come back if there was reasoning.
 INCLUDABLE = (LOGPROBS, "reasoning.encrypted_content")
 
+_SUMMARIES = ("auto", "concise", "detailed")  # of reasoning: there is none to summarize
+
 # As in the OpenAI API.
 MAX_METADATA = 16
 MAX_METADATA_KEY = 64
@@ -38,6 +40,7 @@ _SHARED = (
 
 _NO_OPS: NoOps = {
     # labels
+    "client_metadata": LABEL,  # of OpenAI's Codex
     "safety_identifier": LABEL,
     "prompt_cache_key": LABEL,
     "prompt_cache_options": LABEL,
@@ -124,7 +127,7 @@ class ReasoningOptions(RequestBody):
     @classmethod
     def no_ops(cls) -> NoOps:
         """Returns the unsupported fields that are accepted."""
-        return {"effort": ("none",), "summary": (), "generate_summary": ()}
+        return {"effort": ("none",), "summary": _SUMMARIES, "generate_summary": _SUMMARIES}
 
 
 class ResponseStreamOptions(StreamOptions):

@@ -1,8 +1,8 @@
 """The fields of a request that say what its answer must look like.
 
-OpenAI has `response_format`, vLLM `structured_outputs` and before that `guided_json` and others.
-Each is read into a `WantedGrammar`; the grammar itself is written and checked later, in a process
-of its own (`llama_jax.text.grammar_worker`).
+OpenAI has `response_format`, vLLM `structured_outputs` and before that `guided_json` and others,
+SGLang `regex`, `ebnf` and `json_schema`. Each is read into a `WantedGrammar`; the grammar itself
+is written and checked later, in a process of its own (`llama_jax.text.grammar_worker`).
 """
 
 from typing import Annotated, Any, NamedTuple
@@ -39,6 +39,9 @@ STRUCTURED_OUTPUT = (
     "guided_regex",
     "guided_choice",
     "guided_grammar",
+    "json_schema",
+    "regex",
+    "ebnf",
 )
 
 

@@ -88,8 +88,9 @@ def read_tools(
 
 
 def _read_tool(raw: Raw, param: str) -> Tool:
-    fields = without_no_ops(read_object(raw, param), ("type", "function"), "tool", f"{param}.")
-    check_kind(fields, param)
+    tool = read_object(raw, param)
+    check_kind(tool, param)
+    fields = without_no_ops(tool, ("type", "function"), "tool", f"{param}.")
     where = f"{param}.function"
     given = read_object(required(fields, "function", param), where)
     function, values = read_function(given, "options", where)

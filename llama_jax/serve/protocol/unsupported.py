@@ -58,9 +58,6 @@ _NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
     "stream_interval": (1,),
     "include_reasoning": (True, False),  # there is no reasoning to leave out
     "separate_reasoning": (True, False),
-    "regex": (),
-    "ebnf": (),
-    "json_schema": (),
     # chat
     "tools": ([],),
     "tool_choice": ("none", "auto"),  # without tools there is nothing to choose
@@ -107,6 +104,7 @@ _NO_OP_VALUES_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
 _NO_OP_VALUES_IN_PART: dict[str, tuple[Any, ...]] = {
     "cache_control": (_ANYTHING,),  # Anthropic's prompt cache, which LiteLLM and LangChain pass on
     "annotations": ([],),
+    "role": (_ANYTHING,),  # the message's, which OpenAI's Agents SDK for JavaScript repeats
 }
 
 # The same for a tool, and for a call in a message.

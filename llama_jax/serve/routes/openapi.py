@@ -57,7 +57,7 @@ _ERRORS = {
     404: "There is no such model or response.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
-    415: "The body is not JSON.",
+    415: "The body is compressed, or not JSON.",
     429: "Too many requests run or wait; nothing was done for this one.",
     500: "The server or the engine failed at this request.",
     503: "The server is starting, is shutting down, or has lost its engine.",

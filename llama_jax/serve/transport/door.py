@@ -1,4 +1,4 @@
-"""The checks on every request before its route: the API key, and the size and type of the body.
+"""The checks on every request before its route: the API key, and the size of the body.
 
 Plain ASGI rather than Starlette's `BaseHTTPMiddleware`, which hides disconnects from the routes.
 """
@@ -22,7 +22,7 @@ OPEN_PATHS = frozenset({"/health", LIVE_PATH})  # need no key
 
 
 class Door:
-    """Rejects wrong keys (401), and bodies too slow (408), too large (413) or not JSON (415).
+    """Rejects wrong keys (401), and bodies too slow (408), too large (413) or compressed (415).
 
     It starts closed: until `open`, every request is told that the server is starting (503), except
     for GET /live. Keys protect every path except `OPEN_PATHS`, also those that lead nowhere. The
@@ -73,10 +73,6 @@ class Door:
                 ) from None
             if headers.get("content-encoding", "identity").lower() != "identity":
                 raise ApiError(415, "The body must not be compressed.")
-            if body and not _is_json(headers.get("content-type", "")):
-                raise ApiError(
-                    415, "The body must be JSON, sent as Content-Type: application/json."
-                )
         except ApiError as error:
             note_error(error.code)
             response = key_form(scope, headers, error) or error.response()
@@ -119,10 +115,6 @@ async def _read_body(headers: Headers, receive: Receive, max_bytes: int) -> byte
         if len(body) > max_bytes:
             raise too_large
     return bytes(body)
-
-
-def _is_json(content_type: str) -> bool:
-    return content_type.split(";")[0].strip().lower() == "application/json"
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
