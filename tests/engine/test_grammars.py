@@ -18,11 +18,25 @@ from tests.support.tiny_tokenizer import make_tokenizer
 PLAIN = SamplingParams(max_tokens=30, temperature=0)
 
 
+@pytest.fixture(
+    scope="module",
+    params=["2x2", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("1x1", "4x2"))],
+)
+def mesh(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def path(tmp_path_factory):
+def path(mesh, tmp_path_factory):
+    """One layer a stage, which compiles fastest."""
     folder = tmp_path_factory.mktemp("model")
     model = make_model(
-        vocab_size=320, embed_dim=32, mlp_dim=32, head_dim=4, max_position_embeddings=2048
+        vocab_size=320,
+        embed_dim=32,
+        mlp_dim=32,
+        num_layers=int(mesh[0]),
+        head_dim=4,
+        max_position_embeddings=2048,
     )
     for config in (model.config, model.generation_config):
         config.eos_token_id = [301, 304]  # <|end_of_text|> and <|eot_id|>
@@ -38,12 +52,9 @@ def tokenizer(path):
     return found
 
 
-@pytest.fixture(
-    scope="module",
-    params=["2x2", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("1x1", "4x2"))],
-)
-def engine(request, path):
-    sizes = dict(mesh=request.param, max_num_seqs=4, max_chunk=64)
+@pytest.fixture(scope="module")
+def engine(mesh, path):
+    sizes = dict(mesh=mesh, max_num_seqs=4, max_chunk=64)
     with pytest.MonkeyPatch.context() as patch:
         compile_largest(patch)
         yield Engine(EngineOptions(path=path, results_late=1, **sizes))

@@ -15,6 +15,10 @@ from llama_jax.model.attention import (
     paged_weights,
 )
 
+# One program is compiled several times faster than each of its operations by itself.
+causal = jax.jit(causal_attention)
+paged = jax.jit(paged_attention)
+
 
 def brute_force(q, k, v, num_keys):
     """One query at a time: q [T, H, h], k and v [S, K, h]; query t sees num_keys[t] keys."""
@@ -36,7 +40,7 @@ def test_causal_attention(num_heads, num_kv_heads, num_tokens):
     rng = np.random.default_rng(0)
     q = rng.normal(size=(2, num_tokens, num_heads, 16)).astype(np.float32) * 3
     k, v = rng.normal(size=(2, 2, num_tokens, num_kv_heads, 16)).astype(np.float32)
-    out = causal_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v))
+    out = np.asarray(causal(q, k, v))
     for row in range(2):
         expected = brute_force(q[row], k[row], v[row], np.arange(num_tokens) + 1)
         np.testing.assert_allclose(out[row], expected, atol=2e-5)
@@ -94,29 +98,26 @@ def test_paged_attention(page_size, num_queries, dtype):
     # The last queries of a sequence; if it has fewer keys than queries, some are past its end.
     first = np.maximum(np.array(LENGTHS) - num_queries, 0)
     positions = (first[:, None] + np.arange(num_queries)).astype(np.int32)
-    q, (k_pages, v_pages) = jnp.asarray(q, dtype), jnp.asarray(pool.pages, dtype)
-    lengths = jnp.array(LENGTHS, jnp.int32)
-    out = paged_attention(q, k_pages, v_pages, jnp.asarray(pool.tables), positions, lengths)
+    q, (k_pages, v_pages) = q.astype(dtype), pool.pages.astype(dtype)
+    out = paged(q, k_pages, v_pages, pool.tables, positions, np.array(LENGTHS, np.int32))
     assert out.dtype == q.dtype
+    out = np.asarray(out, np.float32)
     for row, length in enumerate(LENGTHS):
-        k, v = jnp.asarray(pool.keys[row], dtype)
+        k, v = pool.keys[row].astype(dtype)
         seen = np.minimum(positions[row] + 1, length)
         expected = brute_force(q[row], k, v, seen)
-        found = np.asarray(out[row], np.float32)
-        np.testing.assert_allclose(found, expected, atol=TOLERANCES[dtype])
-        assert length or not np.asarray(out[row]).any()
+        np.testing.assert_allclose(out[row], expected, atol=TOLERANCES[dtype])
+        assert length or not out[row].any()
 
 
 def test_scores_of_any_size():
     """The running softmax neither overflows nor loses the keys of earlier blocks."""
     pool = Pool((300,), 16)
     for scale in (1e-6, 30.0, 1e4):
-        q = jnp.full((1, 1, 2, 8), scale)
-        k_pages, v_pages = jnp.asarray(pool.pages)
-        arguments = (jnp.asarray(pool.tables), jnp.array([[299]]), jnp.array([300]))
-        out = paged_attention(q, k_pages, v_pages, *arguments)
+        q = np.full((1, 1, 2, 8), scale, np.float32)
+        out = paged(q, *pool.pages, pool.tables, np.array([[299]]), np.array([300]))
         expected = brute_force(q[0], *pool.keys[0], [300])
-        np.testing.assert_allclose(out[0], expected, atol=2e-5)
+        np.testing.assert_allclose(np.asarray(out)[0], expected, atol=2e-5)
 
 
 OTHERS = [[0] * 8, [200, 5, 0, 1, 90, 91, 3, 128], [300, 290, 280, 270, 260, 250, 240, 230]]
@@ -128,16 +129,14 @@ OTHERS = [[0] * 8, [200, 5, 0, 1, 90, 91, 3, 128], [300, 290, 280, 270, 260, 250
 def test_a_row_does_not_depend_on_the_others(page_size, num_queries):
     """Bit for bit: neither on their keys and lengths, which decide what group of rows it is in and
     which place it has there, nor on where its own pages are."""
-    q = jax.random.normal(jax.random.key(0), (9, num_queries, 6, 8))
-    attend = jax.jit(paged_attention)
+    q = np.random.default_rng(0).normal(size=(9, num_queries, 6, 8)).astype(np.float32)
     outs = []
     for seed, others in enumerate(OTHERS):
         lengths = np.array((90, *others), np.int32)
         own = np.random.default_rng(9).normal(size=(2, 90, 2, 8)).astype(np.float32)
         pool = Pool(lengths, page_size, first=own, seed=seed, num_pages=9 * -(-300 // page_size))
         positions = np.maximum(lengths[:, None] - num_queries + np.arange(num_queries), 0)
-        k_pages, v_pages = jnp.asarray(pool.pages)
-        outs.append(attend(q, k_pages, v_pages, pool.tables, positions, lengths)[0])
+        outs.append(np.asarray(paged(q, *pool.pages, pool.tables, positions, lengths))[0])
     assert np.isfinite(outs[0]).all()
     np.testing.assert_array_equal(outs[0], outs[1])
     np.testing.assert_array_equal(outs[0], outs[2])
@@ -159,7 +158,7 @@ def count_iterations(lengths, num_queries=1):
     lengths = np.array(lengths, np.int32)
     pool = Pool(lengths, 16, num_pages=320)
     positions = np.maximum(lengths[:, None] - num_queries + np.arange(num_queries), 0)
-    q = jnp.ones((len(lengths), num_queries, 6, 8))
+    q = np.ones((len(lengths), num_queries, 6, 8), np.float32)
     iterations.clear()
     jax.block_until_ready(counting(q, *pool.pages, pool.tables, positions, lengths))
     jax.effects_barrier()
@@ -179,12 +178,12 @@ def test_a_long_row_costs_its_own_keys_only():
 
 def test_scores_over_pages_are_computed_in_float32():
     """Scores of 300 and 301, which bfloat16 rounds to 300 and 302."""
-    q = jnp.full((1, 1, 1, 1), 100, jnp.bfloat16)
-    k_pages = jnp.asarray([3.0, 3.015625], jnp.bfloat16).reshape(1, 1, 2, 1)
-    v_pages = jnp.asarray([0.0, 1.0], jnp.bfloat16).reshape(1, 1, 2, 1)
-    where = jnp.array([[0]]), jnp.array([[1]]), jnp.array([2])
+    q = np.full((1, 1, 1, 1), 100, jnp.bfloat16)
+    k_pages = np.array([3.0, 3.015625], jnp.bfloat16).reshape(1, 1, 2, 1)
+    v_pages = np.array([0.0, 1.0], jnp.bfloat16).reshape(1, 1, 2, 1)
+    where = np.array([[0]]), np.array([[1]]), np.array([2])
     expected = 1 / (1 + np.exp(100 * (3.0 - 3.015625)))
-    out = paged_attention(q, k_pages, v_pages, *where)
-    weights = paged_weights(q, k_pages, *where)
+    out = np.asarray(paged(q, k_pages, v_pages, *where))
+    weights = np.asarray(jax.jit(paged_weights)(q, k_pages, *where))
     assert float(out[0, 0, 0, 0]) == pytest.approx(expected, rel=2**-8)
     assert float(weights[0, 0, 0, 1]) == pytest.approx(expected, rel=1e-5)

@@ -1,16 +1,18 @@
 """The user's own classes: the same model on one device, on a mesh and in the engine."""
 
 import copy
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import torch
 
 from llama_jax import LLM, Llama, SamplingParams, ShardedLlama
 from llama_jax.engine.errors import EngineStartError, RequestError
-from llama_jax.interpret import capture, greedy_answer
+from llama_jax.interpret import capture
 from llama_jax.model import MLP, Attention, DecoderLayer
 from llama_jax.model.attention import (
     MASKED,
@@ -208,8 +210,7 @@ def test_paged_attention_and_its_weights(mod, page_size, num_queries, first_head
     q = rng.normal(size=(len(LENGTHS), num_queries, 6, 8)).astype(np.float32)
     starts = np.maximum(np.array(LENGTHS) - num_queries, 0)
     positions = (starts[:, None] + np.arange(num_queries)).astype(np.int32)
-    k_pages, v_pages = jnp.asarray(pool.pages)
-    rest = (jnp.asarray(pool.tables), positions, jnp.array(LENGTHS, jnp.int32))
+    rest = (pool.tables, positions, np.array(LENGTHS, np.int32))
     score_mod = MODS.get(mod, no_score_mod)
 
     @jax.jit
@@ -219,7 +220,7 @@ def test_paged_attention_and_its_weights(mod, page_size, num_queries, first_head
             for function, count in ((paged_attention, 2), (paged_weights, 1))
         )
 
-    out, shown = map(np.asarray, run(q, k_pages, v_pages))
+    out, shown = map(np.asarray, run(q, *pool.pages))
     for row, length in enumerate(LENGTHS):
         k, v = pool.keys[row]
         expected = weights_of(q[row], k, positions[row], length, mod, first_head)
@@ -292,16 +293,21 @@ def test_classes_in_the_engine(path, model_class, mesh):
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, prompt_logprobs=0)
     with LLM(path, mesh, in_process=True, model_class=model_class, **SMALL) as llm:
         found = llm.generate(prompts, params)
-        answers = [answer.token_ids for answer in found]
-        assert_close(capture(llm.model, TOKENS)[0], capture(plain, TOKENS)[0])
-    for prompt, answer in zip(prompts, answers, strict=True):
-        assert greedy_answer(plain, prompt, 24) == answer
-    for prompt, answer in zip(prompts, found, strict=True):
-        logprobs = np.asarray(jax.nn.log_softmax(capture(plain, np.array([prompt]))[0][0]))
+        # Prompts and answers, of one length, so that they are one program.
+        tokens = np.zeros((2, 70 + 24), int)
+        for row, prompt, answer in zip(tokens, prompts, found, strict=True):
+            row[: len(prompt) + 24] = prompt + answer.token_ids
+        logits = np.asarray(capture(plain, tokens)[0])
+        assert_close(capture(llm.model, tokens)[0], logits)
+    for row, prompt, answer in zip(logits, prompts, found, strict=True):
+        end = len(prompt)
+        assert row[end - 1 : end + 23].argmax(axis=-1).tolist() == answer.token_ids
+        logprobs = scipy.special.log_softmax(row[: end - 1], axis=-1)
         scored = [each.logprob for each in answer.prompt_logprobs if each]
-        expected = logprobs[range(len(prompt) - 1), prompt[1:]]
+        expected = logprobs[range(end - 1), prompt[1:]]
         np.testing.assert_allclose(scored, expected, atol=1e-4)
-    assert greedy_answer(Llama.from_pretrained(path), prompts[0], 24) != answers[0]
+    usual = np.asarray(capture(Llama.from_pretrained(path), tokens)[0])
+    assert (usual.argmax(axis=-1) != logits.argmax(axis=-1))[0, 69:93].any()  # it has an effect
 
 
 # --- refusals -----------------------------------------------------------------------------------
@@ -367,7 +373,9 @@ def test_scores_in_bfloat16_go_on_as_float32():
     def as_float32(*args):
         return rounded(*args).astype(jnp.float32)
 
-    found, expected = (causal_attention(q, k, v, score_mod=mod) for mod in (rounded, as_float32))
+    found, expected = (
+        jax.jit(partial(causal_attention, score_mod=mod))(q, k, v) for mod in (rounded, as_float32)
+    )
     np.testing.assert_array_equal(found, expected)
 
 
@@ -411,9 +419,9 @@ def test_a_layer_must_sum_what_the_ranks_have_attended(path):
         with pytest.raises(UserError, match=r"Forgetful .* reduce"):
             capture(model, TOKENS, names)
     alone = ShardedLlama.from_pretrained(path, "2x1", model_class=ForgetfulLlama)
-    assert_close(alone(TOKENS), Llama.from_pretrained(path)(TOKENS))
+    assert_close(alone(TOKENS), capture(Llama.from_pretrained(path), TOKENS)[0])
     model = ShardedLlama.from_pretrained(path, "1x2", model_class=SkippedLlama)
-    assert_close(model(TOKENS), SkippedLlama.from_pretrained(path)(TOKENS))
+    assert_close(model(TOKENS), capture(SkippedLlama.from_pretrained(path), TOKENS)[0])
 
 
 class LoopedLayer(DecoderLayer):
@@ -431,6 +439,7 @@ class LoopedLlama(Llama):
 @pytest.mark.parametrize("mesh", ["1x1", "1x2"])
 def test_a_layer_that_attends_twice_is_refused_on_a_mesh(path, mesh):
     """Its pages hold one set of keys, so the first of its attentions would read the second's."""
-    assert LoopedLlama.from_pretrained(path)(TOKENS).shape == (2, 70, VOCAB)
+    alone = LoopedLlama.from_pretrained(path)
+    assert jax.eval_shape(lambda tokens: alone(tokens), TOKENS).shape == (2, 70, VOCAB)
     with pytest.raises(UserError, match=r"^LoopedLayer attends 2 times.*one device\."):
         ShardedLlama.from_pretrained(path, mesh, model_class=LoopedLlama)(TOKENS)

@@ -22,15 +22,18 @@ from llama_jax.engine.recording import record
 from llama_jax.terminal.units import bytes_text
 from tests.support.paths import ROOT
 from tests.support.programs import compile_few
+from tests.support.reference import make_model, save_model
 
 
 @pytest.fixture(scope="module")
-def engine():
+def engine(tmp_path_factory):
     # The smallest sizes compile the fewest programs.
+    model = make_model(num_layers=2, vocab_size=8192, embed_dim=128)  # megabytes
+    path = save_model(model, tmp_path_factory.mktemp("model"))
     small = dict(max_num_seqs=4, max_model_len=128, max_chunk=64)
     with pytest.MonkeyPatch.context() as patch:
         compile_few(patch)
-        yield Engine(EngineOptions(path="demo/checkpoint", mesh="2x2", **small))
+        yield Engine(EngineOptions(path=str(path), mesh="2x2", **small))
 
 
 @pytest.fixture(scope="module")

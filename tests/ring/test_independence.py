@@ -27,22 +27,29 @@ SAMPLED = SamplingParams(temperature=0.9, top_p=0.95, top_k=50, seed=-7, max_tok
 both = pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 
 
-@pytest.fixture(scope="module")
-def model():
-    return make_model(vocab_size=VOCAB, embed_dim=48, num_layers=4, num_heads=8, num_kv_heads=2)
-
-
 @pytest.fixture(
     scope="module",
     params=["2x2", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("1x1", "4x2"))],
 )
-def compiled(request, model, tmp_path_factory):
+def mesh(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(mesh):
+    """One layer a stage, which compiles fastest."""
+    sizes = dict(embed_dim=48, num_layers=int(mesh[0]), num_heads=8, num_kv_heads=2)
+    return make_model(vocab_size=VOCAB, **sizes)
+
+
+@pytest.fixture(scope="module")
+def compiled(mesh, model, tmp_path_factory):
     """One row bucket and one chunk bucket: a decode program and a prefill program."""
     path = save_model(model, tmp_path_factory.mktemp("model"))
-    num_stages = int(request.param[0])
+    num_stages = int(mesh[0])
     return make_loop(
         path,
-        request.param,
+        mesh,
         max_num_seqs=3 * num_stages,
         max_chunk=64,
         page_size=8,
