@@ -143,6 +143,51 @@ def test_heads_that_were_not_measured_are_rows_more_or_fewer():
         assert half.at(4e6) == pytest.approx(whole.at(3e6))
 
 
+def test_attention_is_scaled_to_other_heads_another_gpu_and_a_cache_in_8_bits():
+    """Llama-3.2-1B on one H100 PCIe: 16 layers of 32 query and 8 KV heads of 64, half of 128.
+
+    A cache in int8 has a scale of 4 bytes beside 64 numbers.
+    """
+    pcie = find_gpu("h100-pcie")
+    attention = RankAttention(Deployment(LlamaConfig.llama3_2_1b(), pcie, Layout(1, 1), "int8"))
+    assert attention.token_bytes == 2 * 16 * 8 * (64 + 4)
+    times = sorted(
+        TABLE["decode_attention_us"][f"h100_sxm|{name}|kv fp8|TP2 32q/4kv"]["b64@4096"]
+        for name in SETS
+    )
+    found = attention.decode(64, 64 * 4096)
+    for bound, time in zip((found.low, found.expected, found.high), times, strict=True):
+        assert bound == pytest.approx(16e-6 * time * 68 / 64 * 3.35 / 2.04, rel=0.03)
+    whole = sorted(
+        TABLE["prefill_attention_us"][f"h100_sxm|{name}|kv fp8|TP4"]["8192"] for name in SETS
+    )
+    found = attention.prefill(8192 * 8193 / 2, 0)
+    assert found.expected == pytest.approx(16e-6 * whole[1] * 989 / 756, rel=0.01)
+
+
+def test_a_chunk_takes_no_less_than_reading_its_keys():
+    """Measured kernels read at up to the full bandwidth, those of a roofline at 82 % of it."""
+    for gpu, fixed, share in ((H100, 0.0, 1.0), (A100, 20 * 10e-6, 0.82)):
+        attention = RankAttention(Deployment(CONFIG, gpu, Layout(4, 2)))
+        read = 1e7 * 40_960 / (share * gpu.bandwidth)
+        assert attention.prefill(1, 1e7).expected == pytest.approx(fixed + read)
+
+
+@pytest.mark.parametrize(
+    ("config", "gpu", "kv", "evidence", "source"),
+    [
+        (CONFIG, "h100-sxm", "bf16", Evidence.MEASURED_ELSEWHERE, "measured kernels"),
+        (CONFIG, "h100-sxm", "fp8", Evidence.ARITHMETIC, "measured kernels"),
+        (CONFIG, "h100-pcie", "bf16", Evidence.ARITHMETIC, "measured kernels"),
+        (LlamaConfig.llama3_2_1b(), "h100-sxm", "bf16", Evidence.ARITHMETIC, "measured kernels"),
+        (replace(CONFIG, dtype="float32"), "h100-sxm", "auto", Evidence.ARITHMETIC, "roofline"),
+    ],
+)
+def test_attention_is_measured_for_these_heads_on_this_gpu_alone(config, gpu, kv, evidence, source):
+    known = RankAttention(Deployment(config, find_gpu(gpu), Layout(1, 1), kv)).known
+    assert known.evidence is evidence and known.source.startswith(source)
+
+
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_no_collective_moves_faster_than_the_links(ranks):
     size = 2.0**27
