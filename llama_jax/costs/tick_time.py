@@ -59,7 +59,7 @@ class TickModel:
         if deployment.fp8_activations:
             self._converted = RankProducts(replace(modeled, fp8_activations=False))
         self.attention = RankAttention(modeled)
-        self._shares = shares_of(deployment.gpu.platform, deployment.gpu.link)
+        self._shares = shares_of(deployment.gpu.platform)
         self._fixed: dict[tuple[int, int], Fixed] = {}
         self._correction: Correction | None = None
         self._whole = True  # whether measured ticks have their collectives
