@@ -14,6 +14,7 @@ from llama_jax.costs.figure import Evidence
 from llama_jax.costs.gpus import find_gpu
 from llama_jax.costs.kernels import LINK, DecodeAttention, all_gather, all_reduce, prefill_attention
 from llama_jax.costs.memory import temporary_bytes
+from llama_jax.costs.products import head_shape
 from llama_jax.costs.tick_time import TickModel
 from llama_jax.costs.work import Work
 
@@ -93,6 +94,20 @@ def test_converted_weights_on_measured_gpus_are_read_in_8_bits_and_multiplied_in
         if (on, dtype, ranks) == ("h100_sxm", "bfloat16", "TP2"):
             sums[by.split()[0]] += 20e-6 * times["512"]
     assert products.time(448).expected == pytest.approx(sorted(sums.values())[1] * 448 / 512)
+
+
+def test_converted_weights_take_the_bandwidth_that_is_known_for_their_device():
+    """A TPU converts at the bandwidth of all its products; 4 bits are read as half of 8."""
+    eight, four = (replace(CONFIG, quantization=Quantization(format=w)) for w in ("int8", "int4"))
+    tpu = TickModel(Deployment(eight, find_gpu("tpu-v5e"), Layout(4, 2))).products.time(1)
+    elements = 5120 * 8192 + 8192 * 4096 + 28672 * 8192 + 8192 * 14336
+    least = 20 * (4 * 0.5e-6 + elements / (0.92 * 0.819e12))
+    assert tpu.expected == pytest.approx(least, rel=2e-3)
+    wide, narrow = (
+        TickModel(Deployment(config, H100, Layout(4, 2))).products.time(1).low
+        for config in (eight, four)
+    )
+    assert narrow < 0.7 * wide
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
@@ -209,6 +224,36 @@ def test_collectives_over_pcie_are_not_those_that_were_measured_over_nvlink(toke
     assert far.seconds.expected == pytest.approx(far.count * each)
     assert far.seconds.expected > 2 * near.seconds.expected
     assert (near.evidence, far.evidence) == (Evidence.MEASURED_ELSEWHERE, Evidence.ASSUMED)
+
+
+def test_floors_of_llama_3_70b_are_bytes_and_arithmetic():
+    """A row of 2,048 tokens, and a prompt of 2,048, in a stage of 4x2 H100 SXM.
+
+    Both read the rank's share of the head in bfloat16, also beside weights in fp8.
+    """
+    layer = 5120 * 8192 + 8192 * 4096 + 28672 * 8192 + 8192 * 14336
+    head = 16032 * 8192 * 2
+    for weights, width in ((None, 2), ("fp8", 1)):
+        config = replace(CONFIG, quantization=weights and Quantization(format=weights))
+        model = TickModel(Deployment(config, H100, Layout(4, 2)))
+        read = 20 * layer * width + 2048 * 40_960 + head
+        assert model.floor(Work.of(1, 2048)) == pytest.approx(read / 3.35e12, rel=1e-3)
+        flop = 20 * (2 * 2048 * layer + 4 * 32 * 128 * 2048 * 2049 / 2)
+        least = flop / 989e12 + head / 3.35e12
+        assert model.floor(Work.of(0, 0, 2048)) == pytest.approx(least, rel=1e-3)
+
+
+def test_float32_takes_4_bytes_wherever_bfloat16_takes_2():
+    model = TickModel(Deployment(replace(CONFIG, dtype="float32"), H100, Layout(4, 2), "auto"))
+    assert model.collectives(Work.of(64))[0].bytes == 64 * 8192 * 4
+    moved = 64 * (8 * 8192 + 2 * 5120 + 3 * 14336) * 4
+    small = model.parts(Work.of(64))["small"].expected
+    assert small == pytest.approx(20 * (5 * 2e-6 + moved / (0.82 * 3.35e12)))
+    assert "roofline" in model.figures(Work.of(64))["products"].source
+
+
+def test_the_head_is_split_over_all_ranks_and_padded_to_divide():
+    assert head_shape(Deployment(CONFIG, H100, Layout(7, 1))) == (18_323, 8192)  # 128,256 / 7
 
 
 def test_temporaries_are_the_widest_point_of_a_layer_or_the_logits():

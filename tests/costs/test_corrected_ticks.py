@@ -89,6 +89,18 @@ def test_ticks_between_are_near():
         assert model.expected(work) == pytest.approx(cpu_truth(work), rel=0.1)
 
 
+def test_a_cpu_is_as_fast_as_it_was_measured_and_a_gpu_as_its_data_sheet():
+    """Measured rates are those of kernels at best: 90 % of the peak of a CPU."""
+    rates = {"copy_bytes_per_second": 1e10, "matrix_flops_per_second": {"float32": 5e10}}
+    cpu = TickModel(ON_CPU, calibration(ON_CPU, cpu_truth, **rates))
+    keys = 2 * 4 * 4 * 32 * 4  # bytes: 4 layers of 4 heads of 32 numbers in float32
+    assert cpu.attention.decode_floor(1000) == pytest.approx(1000 * keys * 0.9 / 1e10)
+    flop = 4 * 4 * 8 * 32 * 1000
+    assert cpu.attention.prefill_floor(1000) == pytest.approx(flop * 0.9 / 5e10)
+    gpu, work = TickModel(ON_RING, calibration(ON_RING, cpu_truth, **rates)), Work.of(8, 1000)
+    assert gpu.floor(work) == TickModel(ON_RING).floor(work)
+
+
 def test_a_gpu_that_is_slower_by_a_factor_is_found_out():
     plain = TickModel(ON_RING)
     slower = TickModel(ON_RING, calibration(ON_RING, lambda work: 1.3 * plain.expected(work)))
@@ -117,18 +129,25 @@ def test_collectives_are_added_to_the_ticks_of_a_rank_alone():
     assert added > 0
     assert model.parts(work)["communication"].expected == pytest.approx(added)
     assert model.expected(work) == pytest.approx(cpu_truth(work) + added)
+    parts = model.parts(work).values()
+    assert sum(part.expected for part in parts) == pytest.approx(model.expected(work))
+    band, sent = model.seconds(work), plain.parts(work)["communication"]
+    doubt = 1 - (band.low - sent.low) / cpu_truth(work)
+    assert 0.03 <= doubt < 0.5
+    assert band.high == pytest.approx((1 + doubt) * cpu_truth(work) + sent.high)
     measured = replace(
         alone,
         collectives=tuple(
             MeasuredCollective("all_reduce", ranks, size, 50e-6)
-            for ranks in (2, 4, 8)
+            for ranks in (2, 4)
             for size in (16, 1 << 30)
         ),
     )
     slow = TickModel(ON_RING, measured)
     layers = next(each for each in slow.collectives(work) if each.what == "layers")
     assert layers.seconds.expected == pytest.approx(40 * 50e-6)
-    assert layers.evidence is Evidence.MEASURED_HERE
+    known = {each.what: each.evidence is Evidence.MEASURED_HERE for each in slow.collectives(work)}
+    assert known["layers"] and known["finished"] and not known["embedding"]  # of 2, 4 and 8 ranks
 
 
 def test_one_tick_is_enough():

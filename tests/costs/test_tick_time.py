@@ -180,6 +180,7 @@ def test_only_ticks_with_a_chunk_multiply_in_fp8():
     assert multiplied.seconds(chunk).expected < plain.seconds(chunk).expected
     assert multiplied.floor(chunk) < plain.floor(chunk)
     assert multiplied.figures(chunk)["products"].evidence is Evidence.MEASURED_ELSEWHERE
+    assert plain.figures(chunk)["products"].evidence is Evidence.ARITHMETIC
     bfloat16 = TickModel(deployment(fp8=True))  # there is no matrix in fp8
     assert bfloat16.seconds(chunk) == TickModel(deployment()).seconds(chunk)
 
@@ -221,6 +222,7 @@ def test_a_mesh_over_several_hosts_pays_for_the_network():
     for what, each in near.items():
         ratio = far[what].seconds.expected / far[what].count / (each.seconds.expected / each.count)
         assert ratio == pytest.approx(1) if what == "layers" else ratio > 1.5
+        assert (far[what].evidence is Evidence.ASSUMED) == (what != "layers")
 
 
 def test_the_cache_in_8_bits_halves_long_contexts():
