@@ -13,10 +13,11 @@ from llama_jax.costs.deployment import Deployment, Layout
 from llama_jax.costs.figure import Evidence
 from llama_jax.costs.gpus import find_gpu
 from llama_jax.costs.kernels import LINK, DecodeAttention, all_gather, all_reduce, prefill_attention
-from llama_jax.costs.memory import temporary_bytes
+from llama_jax.costs.memory import ring_bytes, state_bytes, temporary_bytes
 from llama_jax.costs.products import head_shape
 from llama_jax.costs.tick_time import TickModel
 from llama_jax.costs.work import Work
+from llama_jax.ring.sizes import RingSizes
 
 CONFIG = LlamaConfig.llama3_70b()
 H100, A100 = find_gpu("h100-sxm"), find_gpu("a100-80")
@@ -262,3 +263,8 @@ def test_temporaries_are_the_widest_point_of_a_layer_or_the_logits():
     logits = 512 * 16032 * 4
     assert temporary_bytes(planned, 512, 8) == layer
     assert temporary_bytes(planned, 8, 512) == logits
+    odd = Deployment(CONFIG, H100, Layout(7, 1))
+    assert temporary_bytes(odd, 8, 512) == 512 * 18_323 * 4
+    sizes = RingSizes(2048, 10, 64, 128, (512,), (0, 64), 64)
+    whole = Deployment(CONFIG, H100, Layout(1, 1))
+    assert ring_bytes(whole, sizes) == state_bytes(whole, sizes) + 513 * 128_256 * 4

@@ -13,6 +13,7 @@ from llama_jax.costs.calibration import (
     MeasuredTick,
     model_sizes,
 )
+from llama_jax.costs.correction import Correction, Example
 from llama_jax.costs.deployment import Deployment, Layout
 from llama_jax.costs.figure import Evidence
 from llama_jax.costs.gpus import CPU, find_gpu
@@ -148,6 +149,37 @@ def test_collectives_are_added_to_the_ticks_of_a_rank_alone():
     assert layers.seconds.expected == pytest.approx(40 * 50e-6)
     known = {each.what: each.evidence is Evidence.MEASURED_HERE for each in slow.collectives(work)}
     assert known["layers"] and known["finished"] and not known["embedding"]  # of 2, 4 and 8 ranks
+
+
+def test_what_remains_is_interpolated_by_the_inverse_squared_distance_in_doublings():
+    """Ticks of the same program if there are any; else those of the nearest sizes."""
+    works = [Work(1, 0, 3), Work(1, 0, 63), Work(3, 0, 15), Work(15, 0, 15), Work(0, 1, 0, 3)]
+    works.append(Work(0, 1, 0, 63))
+    times = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    found = Correction([Example(work, (1.0,), t) for work, t in zip(works, times, strict=True)])
+    assert found.seconds(Work(1, 0, 15), (1.0,)) == pytest.approx(1.5)  # halfway
+    assert found.seconds(Work(0, 1, 0, 15), (1.0,)) == pytest.approx(5.5)
+    squares = (4 + 4, 4 + 4, 1, 1, 9 + 1 + 16 + 4, 9 + 1 + 16 + 36)  # rows, chunk, keys, pairs
+    mean = sum(t / s for t, s in zip(times, squares, strict=True)) / sum(1 / s for s in squares)
+    assert found.seconds(Work(7, 0, 15), (1.0,)) == pytest.approx(mean)
+
+
+def test_the_doubt_is_the_median_error_of_ticks_left_out():
+    works = [Work(1, 0, 3), Work(1, 0, 15), Work(1, 0, 63)]  # two doublings apart
+
+    def doubt(*times: float) -> float:
+        return Correction(
+            [Example(work, (1.0,), t) for work, t in zip(works, times, strict=False)]
+        ).doubt
+
+    # Without the last, it is (1.0 / 16 + 1.2 / 4) / (5 / 16) = 1.16; without the second, itself.
+    assert doubt(1.0, 1.2, 1.4) == pytest.approx(1 - 1.16 / 1.4)
+    assert (doubt(1.0), doubt(1.0, 10.0)) == (0.03, 0.5)
+
+
+def test_no_part_gets_a_negative_factor():
+    examples = [Example(Work(1, 0, n), (1.0, float(n)), 3.0 - n) for n in range(3)]
+    assert Correction(examples).seconds(Work(1, 0, 2), (1.0, 100.0)) > 0
 
 
 def test_one_tick_is_enough():
