@@ -19,6 +19,7 @@ from llama_jax.costs.figure import Band
 from llama_jax.costs.gpus import find_gpu
 from llama_jax.costs.latency import decode_rate, saturated_rate, time_per_token
 from llama_jax.costs.memory import kv_bytes_per_token, weight_bytes
+from llama_jax.costs.products import RankProducts
 from llama_jax.costs.tick_time import TickModel, Times
 from llama_jax.costs.work import Work
 
@@ -213,7 +214,15 @@ def run(args: argparse.Namespace) -> Result:
     )
 
 
-class Limit(TickModel):
+class Theirs(TickModel):
+    """Ticks of other software, which multiplies fp8 by fp8 in all of them."""
+
+    def products_of(self, work: Work) -> RankProducts:
+        """Those of a tick with a chunk."""
+        return self.products
+
+
+class Limit(Theirs):
     """Ticks that take no longer than the data sheet of the device allows."""
 
     def times(self, work: Work) -> Times:
@@ -223,9 +232,9 @@ class Limit(TickModel):
 
 def compare(case: Published) -> Row:
     """One published figure beside the planner's."""
-    model = TickModel(case.deployment)
+    model = Theirs(case.deployment)
     alone = replace(case.deployment, gpu=replace(case.deployment.gpu, measured_as=None))
-    found, roofline = case.plan(model), case.plan(TickModel(alone)).expected
+    found, roofline = case.plan(model), case.plan(Theirs(alone)).expected
     limit = case.plan(Limit(case.deployment)).expected
     figures = (case.value, found.low, found.expected, found.high, roofline, limit)
     known = model.products.known

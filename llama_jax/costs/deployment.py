@@ -47,8 +47,9 @@ class Deployment:
       gpu: of which all are.
       layout: how it lies on them.
       kv_cache_dtype: "bf16", "fp8", "int8", or "auto" for the dtype of the activations.
-      fp8_activations: whether products multiply fp8 by fp8, as the option of the server with this
-        name says. If not, weights of any format are multiplied in the dtype of the activations.
+      fp8_activations: whether the products of ticks with a chunk multiply fp8 by fp8, as the option
+        of the server with this name says. All others multiply weights of any format in the dtype of
+        the activations.
     """
 
     config: LlamaConfig

@@ -55,8 +55,11 @@ class TickModel:
         self.deployment, self.calibration = deployment, calibration
         modeled = _at_measured_rates(deployment, calibration)
         self.products = RankProducts(modeled)
+        self._converted = self.products  # which multiply in the dtype of the activations
+        if deployment.fp8_activations:
+            self._converted = RankProducts(replace(modeled, fp8_activations=False))
         self.attention = RankAttention(modeled)
-        self._shares = shares_of(deployment.gpu.platform, deployment.gpu.link)
+        self._shares = shares_of(deployment.gpu.platform)
         self._fixed: dict[tuple[int, int], Fixed] = {}
         self._correction: Correction | None = None
         self._whole = True  # whether measured ticks have their collectives
@@ -93,12 +96,16 @@ class TickModel:
         for collective in self.collectives(work):
             communication += collective.seconds
         return {
-            "products": self.products.time(work.tokens),
+            "products": self.products_of(work).time(work.tokens),
             "small": self._small(work.tokens),
             "communication": communication,
             "head": self.products.head_time(work.segments) + sampling,
             "launch": band(self._shares.launch),
         }
+
+    def products_of(self, work: Work) -> RankProducts:
+        """The products of a tick: an engine multiplies fp8 by fp8 only in ticks with a chunk."""
+        return self.products if work.chunk else self._converted
 
     def _attention(self, work: Work) -> Band:
         seconds = self.attention.decode(work.rows, work.row_keys)
@@ -221,7 +228,7 @@ class TickModel:
         keys = self.attention.decode_floor(work.row_keys)
         pairs = self.attention.prefill_floor(work.chunk_pairs)
         head = self.products.head_floor(work.segments)
-        return self.products.floor(work.tokens) + keys + pairs + head
+        return self.products_of(work).floor(work.tokens) + keys + pairs + head
 
     def figures(self, work: Work) -> dict[str, Figure]:
         """The parts of a tick, with how each is known and where it comes from."""
@@ -245,7 +252,7 @@ class TickModel:
         alone = Known(Evidence.ARITHMETIC, "one device has no collectives")
         least, _, most = self._shares.launch
         return {
-            "products": self.products.known,
+            "products": self.products_of(work).known,
             "attention": self.attention.known,
             "small": Known(assumed, "a fixed time for each kernel, and bytes at assumed shares"),
             "communication": Known(first.evidence, first.source) if first else alone,

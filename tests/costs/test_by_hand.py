@@ -13,9 +13,11 @@ from llama_jax.costs.deployment import Deployment, Layout
 from llama_jax.costs.figure import Evidence
 from llama_jax.costs.gpus import find_gpu
 from llama_jax.costs.kernels import LINK, DecodeAttention, all_gather, all_reduce, prefill_attention
-from llama_jax.costs.memory import temporary_bytes
+from llama_jax.costs.memory import ring_bytes, state_bytes, temporary_bytes
+from llama_jax.costs.products import head_shape
 from llama_jax.costs.tick_time import TickModel
 from llama_jax.costs.work import Work
+from llama_jax.ring.sizes import RingSizes
 
 CONFIG = LlamaConfig.llama3_70b()
 H100, A100 = find_gpu("h100-sxm"), find_gpu("a100-80")
@@ -95,6 +97,20 @@ def test_converted_weights_on_measured_gpus_are_read_in_8_bits_and_multiplied_in
     assert products.time(448).expected == pytest.approx(sorted(sums.values())[1] * 448 / 512)
 
 
+def test_converted_weights_take_the_bandwidth_that_is_known_for_their_device():
+    """A TPU converts at the bandwidth of all its products; 4 bits are read as half of 8."""
+    eight, four = (replace(CONFIG, quantization=Quantization(format=w)) for w in ("int8", "int4"))
+    tpu = TickModel(Deployment(eight, find_gpu("tpu-v5e"), Layout(4, 2))).products.time(1)
+    elements = 5120 * 8192 + 8192 * 4096 + 28672 * 8192 + 8192 * 14336
+    least = 20 * (4 * 0.5e-6 + elements / (0.92 * 0.819e12))
+    assert tpu.expected == pytest.approx(least, rel=2e-3)
+    wide, narrow = (
+        TickModel(Deployment(config, H100, Layout(4, 2))).products.time(1).low
+        for config in (eight, four)
+    )
+    assert narrow < 0.7 * wide
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_attention_and_all_reduces_are_those_of_the_table(ranks):
     attention = RankAttention(Deployment(CONFIG, H100, Layout(4, ranks)))
@@ -143,6 +159,51 @@ def test_heads_that_were_not_measured_are_rows_more_or_fewer():
         assert half.at(4e6) == pytest.approx(whole.at(3e6))
 
 
+def test_attention_is_scaled_to_other_heads_another_gpu_and_a_cache_in_8_bits():
+    """Llama-3.2-1B on one H100 PCIe: 16 layers of 32 query and 8 KV heads of 64, half of 128.
+
+    A cache in int8 has a scale of 4 bytes beside 64 numbers.
+    """
+    pcie = find_gpu("h100-pcie")
+    attention = RankAttention(Deployment(LlamaConfig.llama3_2_1b(), pcie, Layout(1, 1), "int8"))
+    assert attention.token_bytes == 2 * 16 * 8 * (64 + 4)
+    times = sorted(
+        TABLE["decode_attention_us"][f"h100_sxm|{name}|kv fp8|TP2 32q/4kv"]["b64@4096"]
+        for name in SETS
+    )
+    found = attention.decode(64, 64 * 4096)
+    for bound, time in zip((found.low, found.expected, found.high), times, strict=True):
+        assert bound == pytest.approx(16e-6 * time * 68 / 64 * 3.35 / 2.04, rel=0.03)
+    whole = sorted(
+        TABLE["prefill_attention_us"][f"h100_sxm|{name}|kv fp8|TP4"]["8192"] for name in SETS
+    )
+    found = attention.prefill(8192 * 8193 / 2, 0)
+    assert found.expected == pytest.approx(16e-6 * whole[1] * 989 / 756, rel=0.01)
+
+
+def test_a_chunk_takes_no_less_than_reading_its_keys():
+    """Measured kernels read at up to the full bandwidth, those of a roofline at 82 % of it."""
+    for gpu, fixed, share in ((H100, 0.0, 1.0), (A100, 20 * 10e-6, 0.82)):
+        attention = RankAttention(Deployment(CONFIG, gpu, Layout(4, 2)))
+        read = 1e7 * 40_960 / (share * gpu.bandwidth)
+        assert attention.prefill(1, 1e7).expected == pytest.approx(fixed + read)
+
+
+@pytest.mark.parametrize(
+    ("config", "gpu", "kv", "evidence", "source"),
+    [
+        (CONFIG, "h100-sxm", "bf16", Evidence.MEASURED_ELSEWHERE, "measured kernels"),
+        (CONFIG, "h100-sxm", "fp8", Evidence.ARITHMETIC, "measured kernels"),
+        (CONFIG, "h100-pcie", "bf16", Evidence.ARITHMETIC, "measured kernels"),
+        (LlamaConfig.llama3_2_1b(), "h100-sxm", "bf16", Evidence.ARITHMETIC, "measured kernels"),
+        (replace(CONFIG, dtype="float32"), "h100-sxm", "auto", Evidence.ARITHMETIC, "roofline"),
+    ],
+)
+def test_attention_is_measured_for_these_heads_on_this_gpu_alone(config, gpu, kv, evidence, source):
+    known = RankAttention(Deployment(config, find_gpu(gpu), Layout(1, 1), kv)).known
+    assert known.evidence is evidence and known.source.startswith(source)
+
+
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_no_collective_moves_faster_than_the_links(ranks):
     size = 2.0**27
@@ -166,9 +227,44 @@ def test_collectives_over_pcie_are_not_those_that_were_measured_over_nvlink(toke
     assert (near.evidence, far.evidence) == (Evidence.MEASURED_ELSEWHERE, Evidence.ASSUMED)
 
 
+def test_floors_of_llama_3_70b_are_bytes_and_arithmetic():
+    """A row of 2,048 tokens, and a prompt of 2,048, in a stage of 4x2 H100 SXM.
+
+    Both read the rank's share of the head in bfloat16, also beside weights in fp8.
+    """
+    layer = 5120 * 8192 + 8192 * 4096 + 28672 * 8192 + 8192 * 14336
+    head = 16032 * 8192 * 2
+    for weights, width in ((None, 2), ("fp8", 1)):
+        config = replace(CONFIG, quantization=weights and Quantization(format=weights))
+        model = TickModel(Deployment(config, H100, Layout(4, 2)))
+        read = 20 * layer * width + 2048 * 40_960 + head
+        assert model.floor(Work.of(1, 2048)) == pytest.approx(read / 3.35e12, rel=1e-3)
+        flop = 20 * (2 * 2048 * layer + 4 * 32 * 128 * 2048 * 2049 / 2)
+        least = flop / 989e12 + head / 3.35e12
+        assert model.floor(Work.of(0, 0, 2048)) == pytest.approx(least, rel=1e-3)
+
+
+def test_float32_takes_4_bytes_wherever_bfloat16_takes_2():
+    model = TickModel(Deployment(replace(CONFIG, dtype="float32"), H100, Layout(4, 2), "auto"))
+    assert model.collectives(Work.of(64))[0].bytes == 64 * 8192 * 4
+    moved = 64 * (8 * 8192 + 2 * 5120 + 3 * 14336) * 4
+    small = model.parts(Work.of(64))["small"].expected
+    assert small == pytest.approx(20 * (5 * 2e-6 + moved / (0.82 * 3.35e12)))
+    assert "roofline" in model.figures(Work.of(64))["products"].source
+
+
+def test_the_head_is_split_over_all_ranks_and_padded_to_divide():
+    assert head_shape(Deployment(CONFIG, H100, Layout(7, 1))) == (18_323, 8192)  # 128,256 / 7
+
+
 def test_temporaries_are_the_widest_point_of_a_layer_or_the_logits():
     planned = Deployment(CONFIG, H100, Layout(4, 2))
     layer = 512 * (3 * 14336 + 2 * 8192) * 2
     logits = 512 * 16032 * 4
     assert temporary_bytes(planned, 512, 8) == layer
     assert temporary_bytes(planned, 8, 512) == logits
+    odd = Deployment(CONFIG, H100, Layout(7, 1))
+    assert temporary_bytes(odd, 8, 512) == 512 * 18_323 * 4
+    sizes = RingSizes(2048, 10, 64, 128, (512,), (0, 64), 64)
+    whole = Deployment(CONFIG, H100, Layout(1, 1))
+    assert ring_bytes(whole, sizes) == state_bytes(whole, sizes) + 513 * 128_256 * 4

@@ -75,6 +75,7 @@ def test_a_file_from_before_fp8_products_was_measured_without(tmp_path):
         (("mesh",), "4"),
         (("mesh",), "0x2"),
         (("model",), {"embed_dim": 8}),
+        (("model", "num_layers"), 0),
         (("versions",), {"jax": 1}),
         (("with_collectives",), 1),
         (("fp8_activations",), "on"),
@@ -88,6 +89,7 @@ def test_a_file_from_before_fp8_products_was_measured_without(tmp_path):
         (("streams", 0, "token_seconds"), 0),
         (("streams",), None),
         (("matrix_flops_per_second",), {"bfloat16": "fast"}),
+        (("matrix_flops_per_second", "bfloat16"), 0),
         (("surprise",), 1),
         (("ticks",), None),
         (("ticks", 0), []),
@@ -128,7 +130,7 @@ def test_a_missing_key_and_a_file_that_is_no_json_are_refused(tmp_path):
         path.write_text(json.dumps(broken))
         with pytest.raises(BadCalibration):
             Calibration.read(path)
-    for text in ("{", ""):
+    for text in ("{", "", 100_000 * "["):
         path.write_text(text)
         with pytest.raises(BadCalibration):
             Calibration.read(path)

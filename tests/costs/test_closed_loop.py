@@ -79,7 +79,7 @@ def played(stages: int, users: int, output: int, chunk: int, in_step: bool) -> t
 @pytest.mark.parametrize(
     ("stages", "users", "chunk"),
     [
-        *[(1, 2, 1024), (1, 16, 1024), (1, 16, 256), (1, 64, 256), (1, 4, 8192)],
+        *[(1, 2, 1024), (1, 16, 1536), (1, 16, 256), (1, 64, 256), (1, 4, 8192)],
         *[(1, 64, 8192), (1, 400, 8192), (4, 64, 256), (4, 64, 1024)],
     ],
 )
@@ -90,3 +90,13 @@ def test_users_see_what_a_ring_that_is_played_through_shows(stages, users, chunk
         assert min(seen) == pytest.approx(band.low, rel=0.13)
         assert max(seen) == pytest.approx(band.high, rel=0.13)
         assert mean(seen) == pytest.approx(band.expected, rel=0.13)
+
+
+def test_users_for_whom_the_entrance_has_no_room_wait_by_hand():
+    """64 prompts of 4 chunks take 256 ticks of 14 ms, in 99 of which a user decodes."""
+    full = closed_loop(Ticks(1), 64, 1024, 100, 256)
+    assert (full.ttft.expected, full.tpot.expected) == pytest.approx((157 * 0.014, 0.014))
+    # A chunk in every tick, with 384 tokens before it on average, feeds no more than 64 rows.
+    work = Work.of(0, 0, 256, 384)._replace(rows=64, row_keys=64 * (1024 + 128))
+    crowded = closed_loop(MODEL, 1024, 1024, 256, 256)
+    assert crowded.tpot.expected == pytest.approx(4 * MODEL.expected(work))

@@ -13,6 +13,7 @@ from llama_jax.costs.calibration import (
     MeasuredTick,
     model_sizes,
 )
+from llama_jax.costs.correction import Correction, Example
 from llama_jax.costs.deployment import Deployment, Layout
 from llama_jax.costs.figure import Evidence
 from llama_jax.costs.gpus import CPU, find_gpu
@@ -89,6 +90,18 @@ def test_ticks_between_are_near():
         assert model.expected(work) == pytest.approx(cpu_truth(work), rel=0.1)
 
 
+def test_a_cpu_is_as_fast_as_it_was_measured_and_a_gpu_as_its_data_sheet():
+    """Measured rates are those of kernels at best: 90 % of the peak of a CPU."""
+    rates = {"copy_bytes_per_second": 1e10, "matrix_flops_per_second": {"float32": 5e10}}
+    cpu = TickModel(ON_CPU, calibration(ON_CPU, cpu_truth, **rates))
+    keys = 2 * 4 * 4 * 32 * 4  # bytes: 4 layers of 4 heads of 32 numbers in float32
+    assert cpu.attention.decode_floor(1000) == pytest.approx(1000 * keys * 0.9 / 1e10)
+    flop = 4 * 4 * 8 * 32 * 1000
+    assert cpu.attention.prefill_floor(1000) == pytest.approx(flop * 0.9 / 5e10)
+    gpu, work = TickModel(ON_RING, calibration(ON_RING, cpu_truth, **rates)), Work.of(8, 1000)
+    assert gpu.floor(work) == TickModel(ON_RING).floor(work)
+
+
 def test_a_gpu_that_is_slower_by_a_factor_is_found_out():
     plain = TickModel(ON_RING)
     slower = TickModel(ON_RING, calibration(ON_RING, lambda work: 1.3 * plain.expected(work)))
@@ -117,18 +130,56 @@ def test_collectives_are_added_to_the_ticks_of_a_rank_alone():
     assert added > 0
     assert model.parts(work)["communication"].expected == pytest.approx(added)
     assert model.expected(work) == pytest.approx(cpu_truth(work) + added)
+    parts = model.parts(work).values()
+    assert sum(part.expected for part in parts) == pytest.approx(model.expected(work))
+    band, sent = model.seconds(work), plain.parts(work)["communication"]
+    doubt = 1 - (band.low - sent.low) / cpu_truth(work)
+    assert 0.03 <= doubt < 0.5
+    assert band.high == pytest.approx((1 + doubt) * cpu_truth(work) + sent.high)
     measured = replace(
         alone,
         collectives=tuple(
             MeasuredCollective("all_reduce", ranks, size, 50e-6)
-            for ranks in (2, 4, 8)
+            for ranks in (2, 4)
             for size in (16, 1 << 30)
         ),
     )
     slow = TickModel(ON_RING, measured)
     layers = next(each for each in slow.collectives(work) if each.what == "layers")
     assert layers.seconds.expected == pytest.approx(40 * 50e-6)
-    assert layers.evidence is Evidence.MEASURED_HERE
+    known = {each.what: each.evidence is Evidence.MEASURED_HERE for each in slow.collectives(work)}
+    assert known["layers"] and known["finished"] and not known["embedding"]  # of 2, 4 and 8 ranks
+
+
+def test_what_remains_is_interpolated_by_the_inverse_squared_distance_in_doublings():
+    """Ticks of the same program if there are any; else those of the nearest sizes."""
+    works = [Work(1, 0, 3), Work(1, 0, 63), Work(3, 0, 15), Work(15, 0, 15), Work(0, 1, 0, 3)]
+    works.append(Work(0, 1, 0, 63))
+    times = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    found = Correction([Example(work, (1.0,), t) for work, t in zip(works, times, strict=True)])
+    assert found.seconds(Work(1, 0, 15), (1.0,)) == pytest.approx(1.5)  # halfway
+    assert found.seconds(Work(0, 1, 0, 15), (1.0,)) == pytest.approx(5.5)
+    squares = (4 + 4, 4 + 4, 1, 1, 9 + 1 + 16 + 4, 9 + 1 + 16 + 36)  # rows, chunk, keys, pairs
+    mean = sum(t / s for t, s in zip(times, squares, strict=True)) / sum(1 / s for s in squares)
+    assert found.seconds(Work(7, 0, 15), (1.0,)) == pytest.approx(mean)
+
+
+def test_the_doubt_is_the_median_error_of_ticks_left_out():
+    works = [Work(1, 0, 3), Work(1, 0, 15), Work(1, 0, 63)]  # two doublings apart
+
+    def doubt(*times: float) -> float:
+        return Correction(
+            [Example(work, (1.0,), t) for work, t in zip(works, times, strict=False)]
+        ).doubt
+
+    # Without the last, it is (1.0 / 16 + 1.2 / 4) / (5 / 16) = 1.16; without the second, itself.
+    assert doubt(1.0, 1.2, 1.4) == pytest.approx(1 - 1.16 / 1.4)
+    assert (doubt(1.0), doubt(1.0, 10.0)) == (0.03, 0.5)
+
+
+def test_no_part_gets_a_negative_factor():
+    examples = [Example(Work(1, 0, n), (1.0, float(n)), 3.0 - n) for n in range(3)]
+    assert Correction(examples).seconds(Work(1, 0, 2), (1.0, 100.0)) > 0
 
 
 def test_one_tick_is_enough():

@@ -1,11 +1,14 @@
 """Latencies follow from ticks: against a ring that is stepped tick by tick."""
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_jax.config import LlamaConfig
 from llama_jax.costs.deployment import Deployment, Layout
+from llama_jax.costs.figure import Band
 from llama_jax.costs.gpus import find_gpu
 from llama_jax.costs.latency import (
     decode_rate,
@@ -45,6 +48,11 @@ def test_ttft_is_the_sum_of_the_ticks_with_the_longest_prefix_in_flight():
     assert first.expected == pytest.approx(ticks)
 
 
+def test_a_prompt_runs_in_the_chunk_that_it_fills():
+    first = time_to_first_token(RING, 100, 256)
+    assert first.expected == pytest.approx(4 * RING.expected(Work.of(1, 0, 128)))
+
+
 def test_a_token_takes_as_many_ticks_as_there_are_stages():
     tick = RING.expected(Work.of(16, 1000))
     assert time_per_token(RING, 16, 1000).expected == pytest.approx(4 * tick)
@@ -61,3 +69,34 @@ def test_more_rows_answer_more_requests(model):
     assert full[0] == pytest.approx(full[1])
     tick = model.expected(Work.of(1, 4104, 256, (4096 - 256) / 2))
     assert full[0] == pytest.approx(1 / (16 * tick), rel=0.05)
+
+
+class Ticks:
+    """The time of a tick is linear in all its work, and up to twice the least."""
+
+    deployment = SimpleNamespace(layout=Layout(4, 1))
+
+    def seconds(self, work: Work) -> Band:
+        tokens = 1e-2 + 1e-4 * work.rows + 1e-5 * work.chunk
+        keys = 1e-8 * (work.row_keys + work.chunk_pairs + work.chunk_keys)
+        return Band(1, 1.5, 2) * (tokens + keys)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chunk", "rows", "share", "pairs", "keys"),
+    [
+        # Two prompts of 512 share a chunk; a quarter of the packets, of 128 rows each, has one.
+        (512, 1024, 128, 1 / 4, 2 * 512 * 513 / 2, 2 * 64 * 36),
+        # A prompt of 1,024 takes four, with 384 tokens before them on average, and feeds 64 rows.
+        (1024, 256, 64, 1, 256 * (384 + 257 / 2), 4 * 384 + 64 * 10),
+    ],
+)
+def test_saturated_rates_by_hand(prompt, chunk, rows, share, pairs, keys):
+    output, ticks = 256, Ticks()
+    met = 1 - (1 - share) ** 4  # some stage has a chunk
+    plain = Work(rows, 0, rows * (prompt + output / 2))
+    both = plain._replace(chunk=chunk, chunk_pairs=pairs, chunk_keys=keys)
+    tick = ticks.seconds(both).expected * met + ticks.seconds(plain).expected * (1 - met)
+    found = saturated_rate(ticks, prompt, output, chunk, 128)
+    assert found.expected == pytest.approx(rows / output / tick)
+    assert (found.low, found.high) == pytest.approx((found.expected * 3 / 4, found.expected * 1.5))

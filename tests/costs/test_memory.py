@@ -154,6 +154,11 @@ def test_llama_3_70b():
     whole, ring = (Deployment(config, H100, layout) for layout in (Layout(1, 1), Layout(4, 2)))
     assert kv_bytes_per_token(whole) == 327_680 and kv_bytes_per_token(ring) == 40_960
     assert sum(weight_bytes(whole).values()) == checkpoint_bytes(config)
+    layer = 80 * (10240 * 8192 + 8192 * 8192 + 3 * 8192 * 28672)
+    scales = 80 * (10240 + 8192 + 2 * 28672 + 8192) * 4
+    narrow = replace(config, quantization=Quantization(format="int8"))
+    assert checkpoint_bytes(narrow) == checkpoint_bytes(config) - layer + scales
+    assert parameters(LlamaConfig.llama3_2_1b()) == 1_235_814_400  # its head is its embedding
 
 
 @given(deployments())

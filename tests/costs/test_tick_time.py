@@ -100,6 +100,7 @@ def test_bandwidth_changes_the_time_of_measured_kernels():
 @given(models(), works, st.integers(0, 300), st.integers(0, 20), st.integers(0, 5000))
 def test_time_never_falls_with_more_rows_chunk_or_context(deployment, work, rows, tiles, keys):
     model = TickModel(deployment)
+    tiles *= bool(work.chunk) or not deployment.fp8_activations  # which a chunk speeds up
     more = work._replace(
         rows=work.rows + rows,
         chunk=work.chunk + 64 * tiles,
@@ -126,7 +127,7 @@ def test_products_of_llama_3_70b_are_those_of_the_table(system, gpu, ranks, rows
         low, middle, high = (20 * time * 1e-6 for time in sorted(sums.values()))
         planned = deployment(gpu=gpu, mesh=(4, ranks), weights=weights, fp8=bool(weights))
         model = TickModel(planned)
-        found = model.parts(Work.of(rows, 1000))["products"]
+        found = model.products.time(rows)
         assert found.low <= low * 1.001 and found.high <= high * 1.001
         assert found.expected == pytest.approx(middle, rel=0.1)
         assert model.products.known.evidence is Evidence.MEASURED_ELSEWHERE
@@ -170,6 +171,20 @@ def test_every_part_says_how_it_is_known():
             assert "roofline" in figures["products"].source
 
 
+def test_only_ticks_with_a_chunk_multiply_in_fp8():
+    plain, multiplied = (TickModel(deployment(weights="fp8", fp8=fp8)) for fp8 in (False, True))
+    rows, chunk = Work.of(64, 1000), Work.of(64, 1000, 256)
+    assert multiplied.figures(rows) == plain.figures(rows)
+    assert multiplied.seconds(rows) == plain.seconds(rows)
+    assert multiplied.floor(rows) == plain.floor(rows)
+    assert multiplied.seconds(chunk).expected < plain.seconds(chunk).expected
+    assert multiplied.floor(chunk) < plain.floor(chunk)
+    assert multiplied.figures(chunk)["products"].evidence is Evidence.MEASURED_ELSEWHERE
+    assert plain.figures(chunk)["products"].evidence is Evidence.ARITHMETIC
+    bfloat16 = TickModel(deployment(fp8=True))  # there is no matrix in fp8
+    assert bfloat16.seconds(chunk) == TickModel(deployment()).seconds(chunk)
+
+
 def test_weights_in_8_bits_save_reading_and_not_arithmetic():
     plain, narrow, multiplied = (
         TickModel(deployment(weights=weights, fp8=fp8)).products
@@ -207,6 +222,7 @@ def test_a_mesh_over_several_hosts_pays_for_the_network():
     for what, each in near.items():
         ratio = far[what].seconds.expected / far[what].count / (each.seconds.expected / each.count)
         assert ratio == pytest.approx(1) if what == "layers" else ratio > 1.5
+        assert (far[what].evidence is Evidence.ASSUMED) == (what != "layers")
 
 
 def test_the_cache_in_8_bits_halves_long_contexts():
