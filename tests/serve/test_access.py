@@ -219,6 +219,10 @@ def test_every_origin_and_credentials():
     anyone = allowed(ok(preflight(rebuilt(origins=["*"]))))
     assert anyone["access-control-allow-origin"] == "*"
     assert "access-control-allow-credentials" not in anyone
+    refused = preflight(
+        rebuilt(origins=["*"]), {**PREFLIGHT, "Access-Control-Request-Method": "PUT"}
+    )
+    assert refused.status_code == 400 and error_of(refused)
     one = allowed(ok(preflight(rebuilt(origins=["https://chat.example"], credentials=True))))
     assert one["access-control-allow-credentials"] == "true"
 
