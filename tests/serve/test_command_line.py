@@ -121,6 +121,7 @@ def test_several_names_and_keys():
 @pytest.mark.parametrize("flag", ["--served-model-name", "--api-key"])
 def test_a_path_that_a_list_swallowed_is_noticed(flag, tmp_path, capsys):
     assert flag in wrong(f"{flag} a {tmp_path}", capsys)
+    parse_arguments([flag, "a", "b" * 1000])  # longer than the name of a file may be
 
 
 def test_a_share_of_a_gpu_is_refused_without_a_gpu():

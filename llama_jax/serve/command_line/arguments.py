@@ -139,7 +139,7 @@ def _resolve_path(parser: Parser, arguments: argparse.Namespace) -> None:
         ("--served-model-name", arguments.served_model_name or []),
         ("--api-key", arguments.api_keys),
     ):
-        if arguments.path is None and len(names) > 1 and Path(names[-1]).exists():
+        if arguments.path is None and len(names) > 1 and os.path.exists(names[-1]):
             parser.error(f"{flag} takes all values after it: give PATH before it")
 
 
