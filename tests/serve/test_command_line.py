@@ -178,10 +178,12 @@ def test_a_configuration_file_sets_defaults_and_the_command_line_wins(tmp_path):
         ("port: x", "--port"),
         ("port: [1, 2]", "port"),
         ("port: true", "port"),
+        ("port: {a: 2026-12-01}", "port"),
         ("metrics-open: 1", "metrics-open"),
         ("max-num-batched-tokens: 5", "max-num-batched-tokens"),
         ("- port", "mapping"),
         ("a: [", "line"),
+        ("served-model-name: 2026-13-01", "YAML"),
         ("!!python/object/apply:os.getcwd []", "YAML"),
     ],
 )
