@@ -196,6 +196,13 @@ def test_a_missing_configuration_file(capsys):
     assert "nowhere.yaml" in wrong("--config nowhere.yaml", capsys)
 
 
+def test_paths_may_begin_with_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "server.yaml").write_text("request-log: ~/requests\nuds: ~/socket")
+    arguments = parse_arguments(["--config=~/server.yaml"])
+    assert (arguments.request_log, arguments.uds) == (tmp_path / "requests", tmp_path / "socket")
+
+
 # Sampling parameters of requests that set none
 
 
