@@ -86,7 +86,8 @@ def test_every_spelling_of_an_option_sets_it(option):
 
 
 @pytest.mark.parametrize(
-    ("text", "tokens"), [("auto", None), ("8k", 8000), ("8K", 8192), ("1.5k", 1500), ("77", 77)]
+    ("text", "tokens"),
+    [("auto", None), ("8k", 8000), ("8K", 8192), ("32.3k", 32300), ("1M", 1024**2), ("77", 77)],
 )
 def test_lengths_may_have_a_suffix(text, tokens):
     assert options(f"--max-model-len {text}").max_model_len == tokens
