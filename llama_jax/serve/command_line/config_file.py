@@ -58,10 +58,10 @@ def _arguments(parser: argparse.ArgumentParser, file: Path, key: str, value: obj
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise ConfigFileError(f"--config {file}: {key} must be true or false.")
-        if not value and not flag.startswith("--no-"):
+        if not value:
             flag = f"--no-{flag[2:]}"
             return [flag] if flag in parser._option_string_actions else []
-        return [flag] if value else []
+        return [flag]
     if isinstance(value, bool) or (isinstance(value, list) and action.nargs != "+"):
         raise ConfigFileError(f"--config {file}: {key} needs one value.")
     if isinstance(value, dict):

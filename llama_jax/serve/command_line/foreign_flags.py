@@ -102,13 +102,9 @@ ANSWERS = {flag: answer for flags, answer in _ROWS for flag in flags.split()}
 
 
 def find_foreign_flag(arguments: list[str]) -> tuple[str, str] | None:
-    """Returns the first flag of another server on a command line, and the answer to it.
-
-    Underscores count as hyphens: some of these servers accept both.
-    """
+    """Returns the first flag of another server on a command line, and the answer to it."""
     for argument in arguments:
         flag = argument.split("=")[0]
-        answer = ANSWERS.get(flag.replace("_", "-"))
-        if answer is not None:
-            return flag, answer
+        if flag in ANSWERS:
+            return flag, ANSWERS[flag]
     return None
