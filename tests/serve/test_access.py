@@ -114,6 +114,7 @@ def test_the_server_lives_before_it_is_ready_and_while_it_ends():
     server = FakeServer()
     opened, server.app = server.app, Door(["k1"])
     assert ok(server.get("/live")).json() == {"status": "ok"}
+    assert server.run(lambda client: client.head("/live")).status_code == 200
     assert server.get("/health").status_code == 503
     assert server.post("/live", {}).status_code == 503
     server.app = opened
@@ -163,6 +164,13 @@ def test_a_model_may_have_several_names():
     assert ok(server.get("/v1/models/org/small")).json()["id"] == "org/small"
     assert server.complete(model="gpt-4")["model"] == "tiny"
     assert server.post("/v1/completions", {"prompt": "Hi", "model": "gpt-5"}).status_code == 404
+
+
+def test_a_refusal_is_on_the_record_of_its_request():
+    server, records = rebuilt(keys=["k1"]), []
+    server.app.listeners.append(records.append)
+    server.get("/v1/models")
+    assert [(record.status, record.error) for record in records] == [(401, "invalid_api_key")]
 
 
 # CORS
