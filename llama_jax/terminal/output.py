@@ -1,5 +1,6 @@
 """Standard output and error that cannot fail, for programs that must outlive their readers."""
 
+import errno
 import io
 import os
 import sys
@@ -15,10 +16,12 @@ class _Tolerant(io.FileIO):
         """Writes bytes; returns their number even if they are lost."""
         try:
             written = super().write(data)
+            if written is not None:
+                return written
+            self.error = BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         except OSError as error:  # closed, full, or a reader that has gone
             self.error = error
-            written = None
-        return memoryview(data).nbytes if written is None else written
+        return memoryview(data).nbytes
 
 
 def protect_output() -> None:

@@ -157,7 +157,8 @@ class ChatTemplate:
                 options,
                 map_strings(tools, mark_control),
             )
-            written = written.replace(json.dumps(mark)[1:-1], mark)  # a template may write ASCII
+        for character in (mark, call_mark):  # a template may write ASCII
+            written = written.replace(json.dumps(character)[1:-1], character)
         if written.count(call_mark) != sum(len(turn.calls) for turn in chat):
             raise TokenizerError(
                 "The chat template of this model leaves out a tool call: it may have no place for "

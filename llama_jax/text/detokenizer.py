@@ -110,7 +110,7 @@ class Detokenizer:
             end = found[1] if self._include_stop else found[0]
         else:
             end = len(text) if final else len(text) - _may_be_stop(text, self._stop)
-        self._withheld = "" if self.stopped else text[end:]
+        self._withheld = text[end:]
         return text[:end].translate(self._hidden)
 
 

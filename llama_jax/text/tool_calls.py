@@ -21,7 +21,7 @@ PYTHON_TAG = "<|python_tag|>"
 TAG = "\udfff"
 
 _SPACE = " \t\r\n"
-_BETWEEN_CALLS = _SPACE + ";,]"
+_BETWEEN_CALLS = _SPACE + ";,"
 _MAX_KEY = 64  # characters of a key or of a function's name
 
 R = TypeVar("R")
@@ -91,7 +91,6 @@ class ToolCallParser:
         """Returns what was held back, after the last piece of text."""
         if not self.calls or "".join(self._held).strip(_BETWEEN_CALLS):
             self._release()
-        self._held.clear()
         return self._collect()
 
     def _collect(self) -> Parsed:

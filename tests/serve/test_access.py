@@ -1,5 +1,6 @@
 """Who may use the server: keys, open paths, browsers, and what a proxy in front of it changes."""
 
+import os
 import re
 import resource
 import socket
@@ -114,6 +115,7 @@ def test_the_server_lives_before_it_is_ready_and_while_it_ends():
     server = FakeServer()
     opened, server.app = server.app, Door(["k1"])
     assert ok(server.get("/live")).json() == {"status": "ok"}
+    assert server.run(lambda client: client.head("/live")).status_code == 200
     assert server.get("/health").status_code == 503
     assert server.post("/live", {}).status_code == 503
     server.app = opened
@@ -165,6 +167,13 @@ def test_a_model_may_have_several_names():
     assert server.post("/v1/completions", {"prompt": "Hi", "model": "gpt-5"}).status_code == 404
 
 
+def test_a_refusal_is_on_the_record_of_its_request():
+    server, records = rebuilt(keys=["k1"]), []
+    server.app.listeners.append(records.append)
+    server.get("/v1/models")
+    assert [(record.status, record.error) for record in records] == [(401, "invalid_api_key")]
+
+
 # CORS
 
 PAGE = {"Origin": "https://chat.example"}
@@ -196,7 +205,7 @@ def test_a_page_of_an_allowed_origin_reads_answers_and_errors():
     answer = allowed(ok(preflight(server)))
     assert answer["access-control-allow-origin"] == "https://chat.example"
     assert "x-stainless-os" in answer["access-control-allow-headers"]
-    assert "POST" in answer["access-control-allow-methods"]
+    assert answer["access-control-allow-methods"] == "GET, HEAD, POST"
     for headers, status in (({**PAGE, **BEARER}, 200), (PAGE, 401)):
         response = server.get("/v1/models", headers=headers)
         assert response.status_code == status
@@ -219,6 +228,10 @@ def test_every_origin_and_credentials():
     anyone = allowed(ok(preflight(rebuilt(origins=["*"]))))
     assert anyone["access-control-allow-origin"] == "*"
     assert "access-control-allow-credentials" not in anyone
+    refused = preflight(
+        rebuilt(origins=["*"]), {**PREFLIGHT, "Access-Control-Request-Method": "PUT"}
+    )
+    assert refused.status_code == 400 and error_of(refused)
     one = allowed(ok(preflight(rebuilt(origins=["https://chat.example"], credentials=True))))
     assert one["access-control-allow-credentials"] == "true"
 
@@ -229,8 +242,9 @@ def test_every_origin_and_credentials():
 @pytest.mark.parametrize("path", ["/health", "/nowhere", "/v1/models"])
 def test_every_answer_has_the_id_that_was_sent(path):
     server = rebuilt(keys=["k1"])
-    response = server.get(path, headers={"X-Request-Id": "req-1.2:3"})
-    assert response.headers.get_list("x-request-id") == ["req-1.2:3"]
+    given = "req-1.2:3".ljust(128, "x")
+    response = server.get(path, headers={"X-Request-Id": given})
+    assert response.headers.get_list("x-request-id") == [given]
 
 
 @pytest.mark.parametrize("given", [None, "", "a b", "x" * 129, "a\x1b[31m", "<script>", "a,b"])
@@ -320,10 +334,17 @@ def test_an_address_is_the_same_on_a_socket_of_both_kinds(host, trusted, client)
 # A Unix socket
 
 
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def test_a_unix_socket(tmp_path):
-    path = tmp_path / "s"
+    path, before = tmp_path / "s", umask()
     listener = listen_unix(path)
     assert is_loopback(listener) and path.stat().st_mode & 0o777 == 0o600
+    assert umask() == before
     with pytest.raises(ListenError, match="--uds"):
         listen_unix(path)
     server, seen = FakeServer(), []
@@ -346,15 +367,20 @@ def test_a_file_is_not_replaced_by_a_unix_socket(tmp_path):
     assert (tmp_path / "s").read_text() == "precious"
 
 
-def test_as_many_connections_are_allowed_as_the_system_allows():
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-        allow_connections()
-        raised, unchanged = resource.getrlimit(resource.RLIMIT_NOFILE)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert raised == (
-        MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
-    )
-    assert unchanged == hard
+@pytest.mark.parametrize(
+    ("limits", "raised_to"),
+    [
+        ((256, 1000), 1000),
+        ((256, 10**6), MAX_OPEN_FILES),
+        ((256, resource.RLIM_INFINITY), MAX_OPEN_FILES),
+        ((10**5, 10**6), None),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None),
+    ],
+)
+def test_the_limit_of_open_files_is_raised(monkeypatch, limits, raised_to):
+    raised = []
+    monkeypatch.setattr(resource, "getrlimit", {resource.RLIMIT_NOFILE: limits}.get)
+    monkeypatch.setattr(resource, "setrlimit", lambda *given: raised.append(given))
+    allow_connections()
+    wanted = (resource.RLIMIT_NOFILE, (raised_to, limits[1]))
+    assert raised == ([] if raised_to is None else [wanted])

@@ -61,15 +61,20 @@ def test_every_option_reaches_the_engine():
 
 
 @pytest.mark.parametrize("variable", API_KEY_VARIABLES)
-def test_the_api_key_can_be_set_in_the_environment(monkeypatch, variable):
+def test_the_api_key_can_be_set_in_the_environment(monkeypatch, capsys, variable):
     for name in API_KEY_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, "from the environment")
     assert parse_arguments([]).api_keys == ["from the environment"]
     assert parse_arguments(["--api-key", "given"]).api_keys == ["given"]
-    assert parse_arguments(["--api-key-file", "keys"]).api_keys == []
+    assert parse_arguments(["--api-key-file", "keys", "--metrics-open"]).api_keys == []
     monkeypatch.setenv(variable, "")
     assert parse_arguments([]).api_keys == []
+    monkeypatch.setenv(variable, "schlüssel")
+    with pytest.raises(SystemExit):
+        parse_arguments([])
+    printed = capsys.readouterr().err
+    assert variable in printed and "schl" not in printed
 
 
 @pytest.mark.parametrize(
@@ -90,8 +95,12 @@ def test_the_api_key_can_be_set_in_the_environment(monkeypatch, variable):
         ("--dtype float16", "--dtype"),
         ("--kv-cache-dtype fp4", "--kv-cache-dtype"),
         ("--shutdown-timeout nan", "--shutdown-timeout"),
+        ("--shutdown-timeout inf", "--shutdown-timeout"),
         ("--shutdown-timeout soon", "--shutdown-timeout"),
         ("--api-key ''", "--api-key"),
+        ("--api-key ü", "--api-key"),
+        ("--request-timeout 0", "--request-timeout"),
+        ("--max-choices 2147483648", "--max-choices"),
         ("--gpu-memory-utilization 0", "--gpu-memory-utilization"),
         ("--gpu-memory-utilization 1.5", "--gpu-memory-utilization"),
         ("--gpu-memory-utilization nan", "--gpu-memory-utilization"),
@@ -107,10 +116,14 @@ def test_the_api_key_can_be_set_in_the_environment(monkeypatch, variable):
         ("--forwarded-allow-ips proxy", "--forwarded-allow-ips"),
         ("--ssl-keyfile key.pem", "--ssl-certfile"),
         ("--ssl-ca-certs ca.pem", "--ssl-certfile"),
+        ("--ssl-keyfile-password x", "--ssl-certfile"),
+        ("--dry-run-gpu h100-sxm", "--dry-run-gpu"),
         ("--log-prompts", "--request-log"),
         ("--metrics-open", "--metrics-open"),
         ("--uds s --port 1", "--uds"),
         ("--otlp-traces-endpoint localhost:4318", "--otlp-traces-endpoint"),
+        ("--otlp-traces-endpoint grpc://localhost:4317", "--otlp-traces-endpoint"),
+        ("--otlp-traces-endpoint http:localhost", "--otlp-traces-endpoint"),
         ("--log-level loud", "--log-level"),
         ("--nonsense", "--nonsense"),
         ("a b", ": b "),
@@ -126,10 +139,20 @@ def test_wrong_usage_prints_one_line_and_exits_with_2(line, said, capsys):
     assert message.startswith("python -m llama_jax.serve: ")
 
 
+def test_values_that_are_read_in_more_than_one_way():
+    given = parse_arguments(
+        ["--root-path=/llama/", "--forwarded-allow-ips", "10.0.0.0/8, ::1", "--log-level=INFO"]
+    )
+    assert (given.root_path, given.log_level) == ("/llama", "info")
+    assert parse_arguments(["--forwarded-allow-ips", "*"]).forwarded_allow_ips == "*"
+    for line in (["--disable-log-stats"], ["--log-stats-interval", "0"]):
+        assert parse_arguments(line).log_stats_interval == 0
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("models/x --num_gpu_blocks_override 9", "--kv-cache-memory"),
+        ("models/x --num_gpu_blocks_override=9", "--kv-cache-memory"),
         ("models/x --max-num-batched-tokens 512", "--max-chunk"),
         ("models/x --enforce-eager", "compiled"),
         ("models/x -O3", "compiled"),
@@ -205,12 +228,13 @@ def big_mesh(stages: int, ranks: int):
     return make_info(devices=devices, mesh=f"{stages}x{ranks}")
 
 
-def shown(width: int = 80, **options) -> str:
-    console = Console(file=io.StringIO(), width=width)
+def shown(width: int = 80, file: io.TextIOBase | None = None, **options) -> str:
+    console = Console(file=file or io.StringIO(), width=width)
     values = dict(model="tiny", address="http://127.0.0.1:8000", seconds=3.5, chat=True, key=False)
     info = options.pop("info", make_info())
-    show_ready(console, info, **{**values, **options})
-    return console.file.getvalue()
+    with console.capture() as capture:
+        show_ready(console, info, **{**values, **options})
+    return capture.get()
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -226,14 +250,26 @@ def test_the_picture_shows_every_device_in_its_stage(width, stages, ranks):
             f"cuda:{stage * ranks + rank}" for rank in range(ranks)
         ]
     assert max(map(len, picture.splitlines())) <= width
+    assert picture.count("back to stage 0") == 1
+
+
+def test_a_terminal_without_unicode_gets_a_picture_too():
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    text = shown(file=file, info=big_mesh(2, 1))
+    assert "v stage 1" in text and "^ sampled, and back to stage 0" in text
+
+
+def test_a_unix_socket_is_shown():
+    text = shown(unix_socket=Path("/run/a b"))
+    assert "Ready at /run/a b." in text and "curl -N --unix-socket '/run/a b' http://" in text
 
 
 def test_memory_cache_and_times_are_shown():
-    text = shown(info=make_info(num_pages=100, page_size=16, max_model_len=200))
+    text = shown(info=make_info(num_pages=100, page_size=16, max_model_len=210))
     for words in (
         "weights    1.50 MB",
         "KV pool    8.00 MB",
-        "1,600 tokens in float32, 8 sequences of full length (200 tokens)",
+        "1,600 tokens in float32, 7 sequences of full length (210 tokens)",
         "Started in 3.5 s (loading weights 1.0 s, compiling 2 of 3 programs 2.0 s)",
         "Ready at http://127.0.0.1:8000",
     ):

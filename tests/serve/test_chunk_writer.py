@@ -47,7 +47,7 @@ def chunks_of(content: bytes) -> list[bytes]:
         chunks.append(content[:size])
         assert content[size : size + 2] == b"\r\n"
         content = content[size + 2 :]
-    assert chunks.pop() == b""
+    assert chunks.pop() == b"" and all(chunks)
     return chunks
 
 
@@ -86,6 +86,7 @@ def test_it_takes_chunks_until_the_client_must_read(version, headers, taken):
         write = chunk_writer(scope)
         refused.append(write(PART))  # before the response
         await send({"type": "http.response.start", "status": 200, "headers": headers})
+        write(b"")  # which would be the end
         while write(PART):
             written.append(PART)
         full.set()
@@ -99,6 +100,26 @@ def test_it_takes_chunks_until_the_client_must_read(version, headers, taken):
     if taken:
         content = b"".join(chunks_of(content))
     assert content == b"".join(written) + LAST
+
+
+def test_a_later_answer_on_a_connection_takes_no_chunk_before_it_begins():
+    server, taken = FakeServer("Hello!"), []
+
+    async def app(scope, receive, send):
+        write = chunk_writer(scope)
+        before = write(PART)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        taken.append((before, write(PART)))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    server.app = app
+    with listening(server) as address:
+        url = urllib.parse.urlsplit(address)
+        with socket.create_connection((url.hostname, url.port)) as connection:
+            request = b"GET / HTTP/1.1\r\nHost: x\r\n"
+            connection.sendall(request + b"\r\n" + request + b"Connection: close\r\n\r\n")
+            connection.makefile("rb").read()
+    assert taken == [(False, True)] * 2
 
 
 def test_without_a_connection_all_is_left_to_send():

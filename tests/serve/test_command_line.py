@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from llama_jax.config.errors import ConfigError
 from llama_jax.config.huggingface import CheckpointConfig
 from llama_jax.config.sampling_params import SamplingParams
 from llama_jax.engine.options import OPTIONS
@@ -55,7 +56,7 @@ def test_the_limits_of_the_queue_have_the_names_of_vllm():
     assert (arguments.max_queue, arguments.max_queue_tokens) == (7, 99)
 
 
-@pytest.mark.parametrize("line", ["--mesh 4x2 -tp 4", "--mesh 2x1 -pp 4"])
+@pytest.mark.parametrize("line", ["--mesh 4x2 -tp 4", "--mesh 2x1 -pp 4", "--mesh 4x2 -tp 2"])
 def test_a_mesh_that_contradicts_the_sizes_is_refused(line, capsys):
     message = wrong(line, capsys)
     assert "--mesh" in message and "-parallel-size" in message
@@ -86,7 +87,8 @@ def test_every_spelling_of_an_option_sets_it(option):
 
 
 @pytest.mark.parametrize(
-    ("text", "tokens"), [("auto", None), ("8k", 8000), ("8K", 8192), ("1.5k", 1500), ("77", 77)]
+    ("text", "tokens"),
+    [("auto", None), ("8k", 8000), ("8K", 8192), ("32.3k", 32300), ("1M", 1024**2), ("77", 77)],
 )
 def test_lengths_may_have_a_suffix(text, tokens):
     assert options(f"--max-model-len {text}").max_model_len == tokens
@@ -105,22 +107,30 @@ def test_prefix_caching_in_two_spellings(line, on):
 
 
 def test_the_model_with_and_without_a_flag(capsys):
-    for line in ("models/x", "--model models/x", "--model-path models/x"):
+    for line in (
+        "models/x",
+        "--model models/x",
+        "--model-path models/x",
+        "models/x --model models/x",
+    ):
         assert parse_arguments(line.split()).path == Path("models/x")
     message = wrong("models/x --model models/y", capsys)
     assert "models/x" in message and "models/y" in message
 
 
 def test_several_names_and_keys():
-    line = "models/x --served-model-name a b --api-key k1 k2 --api-key k3"
+    line = "models/x --served-model-name a b --api-key k1 k2 --api_key=k_3"
     arguments = parse_arguments(line.split())
     assert arguments.served_model_name == ["a", "b"]
-    assert arguments.api_keys == ["k1", "k2", "k3"]
+    assert arguments.api_keys == ["k1", "k2", "k_3"]
 
 
 @pytest.mark.parametrize("flag", ["--served-model-name", "--api-key"])
 def test_a_path_that_a_list_swallowed_is_noticed(flag, tmp_path, capsys):
     assert flag in wrong(f"{flag} a {tmp_path}", capsys)
+    for line in (["models/x", flag, "a"], [flag]):
+        parse_arguments([*line, str(tmp_path)])
+    parse_arguments([flag, "a", "b" * 1000])  # longer than the name of a file may be
 
 
 def test_a_share_of_a_gpu_is_refused_without_a_gpu():
@@ -153,6 +163,7 @@ def test_a_configuration_file_sets_defaults_and_the_command_line_wins(tmp_path):
         strict-config: false
         enable-prefix-caching: false
         override-generation-config: {temperature: 0.5}
+        generation-config: -x
         kv-cache-memory: 2GB
         seed:
         """,
@@ -163,9 +174,11 @@ def test_a_configuration_file_sets_defaults_and_the_command_line_wins(tmp_path):
     assert arguments.api_keys == ["k3"]
     assert arguments.metrics_open is True
     assert arguments.override_generation_config == {"temperature": 0.5}
+    assert arguments.generation_config == "-x"
     made = engine_options(arguments, arguments.path)
     assert made.max_model_len == 8000 and made.prefix_caching is False
     assert made.kv_cache_memory == 2 * 10**9 and made.strict_config is False
+    assert parse_arguments(config(tmp_path, "# nothing").split()).path is None
 
 
 @pytest.mark.parametrize(
@@ -174,13 +187,16 @@ def test_a_configuration_file_sets_defaults_and_the_command_line_wins(tmp_path):
         ("prot: 1", "'prot'"),
         ("config: x.yaml", "'config'"),
         ("help: true", "'help'"),
+        ("dry-run: true", "'dry-run'"),
         ("port: x", "--port"),
         ("port: [1, 2]", "port"),
         ("port: true", "port"),
+        ("port: {a: 2026-12-01}", "port"),
         ("metrics-open: 1", "metrics-open"),
         ("max-num-batched-tokens: 5", "max-num-batched-tokens"),
         ("- port", "mapping"),
         ("a: [", "line"),
+        ("served-model-name: 2026-13-01", "YAML"),
         ("!!python/object/apply:os.getcwd []", "YAML"),
     ],
 )
@@ -193,6 +209,17 @@ def test_a_missing_configuration_file(capsys):
     assert "nowhere.yaml" in wrong("--config nowhere.yaml", capsys)
 
 
+def test_an_error_beside_a_configuration_file_is_not_one_of_it(tmp_path, capsys):
+    assert "server.yaml" not in wrong(config(tmp_path, "port: 1") + " --port x", capsys)
+
+
+def test_paths_may_begin_with_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "server.yaml").write_text("request-log: ~/requests\nuds: ~/socket")
+    arguments = parse_arguments(["--config=~/server.yaml"])
+    assert (arguments.request_log, arguments.uds) == (tmp_path / "requests", tmp_path / "socket")
+
+
 # Sampling parameters of requests that set none
 
 
@@ -200,14 +227,20 @@ def declared(tmp_path, **generation) -> CheckpointConfig:
     return CheckpointConfig(tmp_path, None, None, generation)
 
 
-def test_defaults_come_from_the_checkpoint_another_directory_or_nothing(tmp_path):
+def test_defaults_come_from_the_checkpoint_another_directory_or_nothing(tmp_path, monkeypatch):
     checkpoint = declared(tmp_path, do_sample=True, temperature=0.6, top_p=0.9)
     assert sampling_defaults(checkpoint, "auto", {}) == SamplingParams(temperature=0.6, top_p=0.9)
     assert sampling_defaults(checkpoint, "vllm", {}) == SamplingParams()
     (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 7}))
-    assert sampling_defaults(checkpoint, str(tmp_path), {}).top_k == 7
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for source in ("~", str(tmp_path)):
+        assert sampling_defaults(checkpoint, source, {}).top_k == 7
     with pytest.raises(DefaultsError, match="--generation-config"):
         sampling_defaults(checkpoint, str(tmp_path / "nowhere"), {})
+    for content, error in (("{", DefaultsError), ("[]", ConfigError)):
+        (tmp_path / "generation_config.json").write_text(content)
+        with pytest.raises(error):
+            sampling_defaults(checkpoint, str(tmp_path), {})
 
 
 def test_overrides_come_first(tmp_path):
@@ -218,7 +251,8 @@ def test_overrides_come_first(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "overrides", [{"heat": 1}, {"temperature": "hot"}, {"temperature": 9}, {"top_k": 1.5}]
+    "overrides",
+    [{"heat": 1}, *({"temperature": value} for value in ("hot", 9, True)), {"top_k": 1.5}],
 )
 def test_a_wrong_override_names_its_flag(overrides, tmp_path):
     with pytest.raises(DefaultsError, match="--override-generation-config"):
@@ -250,6 +284,15 @@ def test_the_method_of_a_checkpoint_is_checked(method, wanted, fits, tmp_path):
     else:
         with pytest.raises(QuantizationMismatch, match="--quantization"):
             check_quantization(checkpoint, tmp_path, wanted)
+
+
+def test_a_gguf_file_has_a_method_of_its_own(tmp_path):
+    file = tmp_path / "model.gguf"
+    file.touch()
+    checkpoint = CheckpointConfig(file, None, None, {})
+    check_quantization(checkpoint, file, "GGUF")
+    with pytest.raises(QuantizationMismatch):
+        check_quantization(checkpoint, file, "awq")
 
 
 # Files of keys

@@ -33,7 +33,8 @@ def request(path: str, body: bytes, declared: int | None = None) -> bytes:
 )
 def test_they_are_told_that_it_is_shutting_down(monkeypatch, caplog, sent, tokenizes):
     monkeypatch.setattr(http_server, "CLOSING_SECONDS", 0.1)
-    server = FakeServer()
+    server, noted = FakeServer(), []
+    server.app.listeners.append(lambda record: noted.append((record.status, record.error)))
     tokenizer = SlowTokenizer(server, monkeypatch)
 
     async def scenario(_):
@@ -53,7 +54,7 @@ def test_they_are_told_that_it_is_shutting_down(monkeypatch, caplog, sent, token
     assert head.startswith(b"HTTP/1.1 503 ")
     assert b"\r\nx-request-id: " in head.lower()
     assert json.loads(body)["error"]["code"] == "shutting_down"
-    assert held(server) == NOTHING
+    assert held(server) == NOTHING and noted == [(503, "shutting_down")]
     assert "Traceback" not in caplog.text
 
 

@@ -104,6 +104,11 @@ def test_a_compressed_body_is_refused(server):
     refused(response, 415)
 
 
+def test_a_body_that_is_said_not_to_be_compressed_is_read(server):
+    headers = {**JSON, "content-encoding": "Identity"}
+    assert server.post(COMPLETIONS, {"prompt": "Hi"}, headers=headers).status_code == 200
+
+
 def test_a_body_that_is_too_slow_is_refused(server, monkeypatch):
     monkeypatch.setattr("llama_jax.serve.transport.door.BODY_SECONDS", 0.05)
 

@@ -1,14 +1,20 @@
 """HTTP as clients speak it, byte by byte, on real sockets."""
 
+import asyncio
 import contextlib
 import itertools
 import json
 import socket
 import urllib.parse
 from collections.abc import Iterable
+from unittest.mock import Mock
 
+import h11
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
+from llama_jax.serve.transport.http_protocol import HttpProtocol
 from tests.support.fake_client import FakeServer, error_of, make_info, user
 from tests.support.listening import listening
 from tests.support.processes import wait_until
@@ -211,6 +217,41 @@ def test_an_early_refusal_leaves_the_connection_usable(server, address):
 def test_empty_lines_before_a_request_are_skipped(server, address):
     response = Response(answer_to(address, [b"\r\n", b"\r\n" + HEALTH + CLOSE]))
     assert response.status_code == 200
+
+
+async def unanswered(scope, receive, send) -> None:
+    await asyncio.Event().wait()
+
+
+CONFIG = uvicorn.Config(unanswered, lifespan="off")
+
+
+def after(*pieces: bytes) -> tuple[bool, bool]:
+    """Whether a request is complete when these have arrived, and whether reading has paused."""
+
+    async def scenario() -> tuple[bool, bool]:
+        protocol = HttpProtocol(config=CONFIG, server_state=ServerState(), app_state={})
+        results = {"get_extra_info.return_value": None, "is_closing.return_value": False}
+        protocol.connection_made(Mock(**results))
+        for piece in pieces:
+            protocol.data_received(piece)
+        return protocol.conn.their_state is h11.DONE, protocol.flow.read_paused
+
+    return asyncio.run(scenario())
+
+
+def test_line_ends_that_come_alone_in_the_middle_of_a_request_are_kept():
+    request = HEALTH + b"\r\n"
+    for cut in range(request.index(b"\r\n"), len(request)):
+        assert after(request[:cut], request[cut:]) == (True, False)
+
+
+def test_what_waits_for_its_turn_is_not_read_without_end():
+    """A body that is not read, and requests in the pipe."""
+    long = chat(b"x" * 200_000)
+    assert after(long[:-100_000]) == (False, True)
+    assert after(HEALTH + b"\r\n" + long) == (True, True)
+    assert after(HEALTH + b"\r\n" + HEALTH) == (True, False)
 
 
 def test_a_client_may_wait_until_its_body_is_asked_for(address):

@@ -43,6 +43,13 @@ def test_the_rate_leaves_out_what_an_earlier_run_did() -> None:
     assert lines(steps, [0, 30])[1] == "Writing: 950 B of 1.00 kB, 2 B/s, 30 s left"
 
 
+def test_without_progress_or_time_there_is_no_rate() -> None:
+    waiting: list[Step] = [("Writing", 900, 1000), ("Writing", 900, 1000)]
+    assert lines(waiting, [0, 30])[1] == "Writing: 900 B of 1.00 kB"
+    at_once: list[Step] = [("Writing", 900, 1000), ("Writing", 1000, 1000)]
+    assert lines(at_once, [0, 0])[1] == "Writing: 1.00 kB of 1.00 kB"
+
+
 def test_lines_are_few() -> None:
     """One per tenth of the total or per 30 s, but at least 2 s apart."""
     steps: list[Step] = [("Writing", done, 10_000) for done in range(10_001)]
@@ -96,4 +103,4 @@ def test_bars_end_full() -> None:
     written = bars(START)
     for title, count in (("Starting", ""), ("Loading", "3 of 3"), ("Compiling", "2 of 2")):
         line = [line for line in written.splitlines() if line.lstrip("\r").startswith(title)][-1]
-        assert f"{'━' * 24} {count}" in line
+        assert f"{'━' * 24} {count}" in line and "[jax]" not in line

@@ -89,6 +89,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         ("1.5S", 1.5),
         ("49ms", 0.049),
         ("250us", 0.00025),
+        ("250µs", 0.00025),
         ("2min", 120.0),
     ],
 )

@@ -15,7 +15,7 @@ FORGETFUL = (
 
 
 def tokenizer(path, template) -> Tokenizer:
-    added = ["<|User|>", "<|Assistant|>", "<think>", "</think>"]
+    added = ["<|User|>", "<|Assistant|>", "<think>", "</think>", "\n"]
     return Tokenizer(write_tokenizer(path, template=template, added=added))
 
 
@@ -32,6 +32,8 @@ def chat(*turns: tuple[str, str]) -> list[dict[str, str]]:
         ("{{ raise_exception('Ask another model') }}", "Ask another model"),
         ("{{ 1 / 0 }}", "division"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ raise_exception('') }}", "TemplateError"),
+        ("{{ raise_exception('x' * 1000) }}", "(" + "x" * 200 + ")"),
         ("{% for m in messages %}{{ m.role }}{% endfor %}", "leaves out"),
         ([{"name": "tool_use", "template": CHATML}], "default"),
         ({"wrong": "type"}, "default"),
@@ -123,9 +125,19 @@ def test_earlier_reasoning_may_be_left_out(tmp_path):
 def test_added_tokens_that_the_template_writes_are_text_in_a_message(tmp_path):
     subject = tokenizer(tmp_path, REASONING)
     (user,) = subject.encode("<|User|>", add_bos=False)
-    ids = subject.encode_chat(chat(("user", "x<|User|>y")))
+    ids = subject.encode_chat(chat(("user", "x<|User|>y\nz")))
     assert ids.count(user) == 1
-    assert "x<|User|>y" in subject.decode(ids)
+    assert "x<|User|>y\nz" in subject.decode(ids)
+    (line,) = subject.encode("\n", add_bos=False)
+    assert ids.count(line) == 2  # white space is no control token
+
+
+def test_texts_between_which_a_template_removes_a_control_token_spell_no_other(tmp_path):
+    template = CHATML.replace("['content']", "['content'] | replace('</think>', '')")
+    subject = Tokenizer(write_tokenizer(tmp_path, special=["</think>"], template=template))
+    ids = subject.encode_chat(chat(("user", "Hi"), ("assistant", "<|eot</think>_id|>")))
+    assert not subject.special_token_ids.intersection(ids)
+    assert "<|eot_id|>" in subject.decode(ids)
 
 
 def test_a_template_may_change_the_order_of_system_messages(tmp_path):

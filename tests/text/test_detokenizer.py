@@ -10,6 +10,7 @@ from llama_jax.text.detokenizer import Detokenizer
 from llama_jax.text.tokenizer import Tokenizer
 from tests.support.paths import DEMO_CHECKPOINT
 from tests.support.tiny_tokenizer import make_tokenizer
+from tests.support.tokenizer_kinds import write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,10 @@ def test_the_start_of_a_stop_string_is_held_back(tokenizer):
     assert run(tokenizer, ids, ["abd"]) == (["", "", "abc", ""], False)
     assert run(tokenizer, ids, ["abc"]) == (["", "", "", ""], True)
     assert run(tokenizer, ids[:2], ["abc"]) == (["", "", "ab"], False)
+    not_yet = Detokenizer(tokenizer, ["ab"], min_tokens=2)
+    assert [*map(not_yet.push, ids[:2])] == ["", "ab"]
+    passed = Detokenizer(tokenizer, ["ab", "abd"], min_tokens=2)
+    assert [*map(passed.push, ids)] == ["", "", "abc"]
 
 
 def test_the_stop_string_that_is_completed_first_counts(tokenizer):
@@ -162,6 +167,12 @@ def test_a_special_token_in_the_answer(tokenizer, stop, text, stopped):
     ids = tokenizer.encode(f"ab{EOM}{HEADER}cd", add_bos=False)
     pieces, ended = run(tokenizer, ids, stop)
     assert ("".join(pieces), ended) == (text, stopped)
+
+
+def test_of_two_special_tokens_a_stop_string_spells_the_longer(tmp_path):
+    tokenizer = Tokenizer(write_tokenizer(tmp_path, special=["<x", "<x>"]))
+    ids = tokenizer.encode("a<x>b", add_bos=False)
+    assert "".join(run(tokenizer, ids, ["<x>"])[0]) == "a"
 
 
 def test_the_token_that_ends_the_answer_is_not_shown_but_counts(tokenizer):

@@ -153,12 +153,18 @@ def test_a_letter_that_a_byte_interrupts(kinds):
     (x,) = ours.encode("x", add_bos=False)
     for ids, text in (
         ([letter, first, *rest], "ä日"),
+        ([letter, 300], "ä"),
         ([first, letter], "\ufffdä"),
         ([letter, rest[0]], "\ufffd"),
         ([letter, rest[0], x], "\ufffdx"),
         ([letter, 300, rest[0], rest[0]], b"\xe4\x97\x97".decode()),
     ):
         assert ours.decode(ids) == text
+
+
+def test_an_added_letter_of_a_line_break_is_a_line_break(tmp_path):
+    ours = Tokenizer(write_tokenizer(tmp_path, added=["Ċ"]))
+    assert ours.decode(ours.encode("a\nb", add_bos=False)) == "a\nb"
 
 
 def test_the_eos_token_is_that_of_transformers(kind):

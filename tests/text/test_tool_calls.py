@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llama_jax.text.tool_calls import TAG, CallDelta, ToolCallParser
 
-NAMES = ("f", "get_weather", "name")
+NAMES = ("f", "get_weather", "name", "f" * 64)
 CALL = '{"name": "f", "parameters": {"a": 1}}'
 
 
@@ -45,10 +45,13 @@ def parse(pieces, several=True):
         (f"{CALL}; {CALL}", [("f", '{"a": 1}')] * 2),
         (f"{CALL}\n{CALL}", [("f", '{"a": 1}')] * 2),
         (f"[{CALL}, {CALL}]", [("f", '{"a": 1}')] * 2),
+        (f"[{CALL}, ", [("f", '{"a": 1}')]),
         (f"{TAG}{CALL}{TAG}{CALL};", [("f", '{"a": 1}')] * 2),
         (CALL.replace("1", f'"{TAG}x"'), [("f", '{"a": "x"}')]),  # no text has it
         ('<function=f>{"a": "</"}</function>', [("f", '{"a": "</"}')]),
         ('{"name": "f", "parameters": {}', [("f", "{}")]),  # as models forget it
+        ('{"name": "f", "parameters": {"a": "\\\\"}}', [("f", '{"a": "\\\\"}')]),
+        (f'{{"name": "{"f" * 64}"}}', [("f" * 64, "{}")]),
     ],
 )
 def test_calls(answer, calls):
@@ -64,6 +67,8 @@ def test_calls(answer, calls):
         *('{"name": "f", "name": "f"}', '{"type": "function"}', '{"\\u006eame": "f"}'),
         *(f"Call: {CALL}", f"```\n{CALL}\n```", "<function=g>{}</function>", "<function=f>[]"),
         '{"function": {"function": {"name": "f"}}}',
+        '{"name": "f", "function": {"name": "get_weather"}}',
+        *('{"name": "f"; "parameters": {}}', '{"type": "\\", "name": "f"}'),
         '{"parameters": {}, "arguments": {}, "name": "f"}',
         "[<function=f>{}</function>]",
         '{"name": "' + "f" * 1000,
@@ -82,6 +87,10 @@ def test_what_is_no_call_is_text(answer):
         (f"{CALL} That is it.", " That is it.", 1),
         (f'{CALL}; {{"a": 1}}', '; {"a": 1}', 1),
         (f"[{CALL}] done", " done", 1),
+        (f"{CALL}, {CALL}", f", {CALL}", 1),
+        (f"{CALL[:-1]}, {CALL[14:]}", f", {CALL[14:]}", 1),  # arguments twice
+        (f'{{"function": {CALL}, "name": "f"}}', '}, "name": "f"}', 1),
+        (f'{{"function": {CALL}, "function": {CALL}}}', f'}}, "function": {CALL}}}', 1),
         (f'<function=f>{{"a": 1}}</b>{TAG}{CALL}', "</b>", 2),
         (f"{TAG}print(1)", "print(1)", 0),
         (f'{TAG}brave_search.call(query="x")', 'brave_search.call(query="x")', 0),
@@ -112,6 +121,13 @@ def test_arguments_are_passed_on_as_they_grow():
     assert parser.push('": 1').calls == [CallDelta(0, None, '": 1')]
     assert parser.push("}}").calls == [CallDelta(0, None, "}")]
     assert parser.complete
+
+
+def test_what_is_too_long_for_a_name_is_held_back_no_longer():
+    parser = ToolCallParser(NAMES)
+    answer = '{"name": "' + "f" * 65
+    assert parser.push(answer[:-1]) == ("", [])
+    assert parser.push("f") == (answer, [])
 
 
 def test_a_single_call_ends_the_answer():

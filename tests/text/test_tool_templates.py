@@ -153,14 +153,18 @@ def test_control_tokens_are_text(tokenizer, place):
 
 def test_control_tokens_are_text_where_the_template_writes_ascii(tmp_path):
     template = LLAMA_3_1_TOOLS.replace("tojson(indent=4)", "tojson(ensure_ascii=True)")
+    name = """'{"name": ' + tool_call.name | tojson(ensure_ascii=True) + ', """
+    template = template.replace("""'{"name": "' + tool_call.name + '", """, name)
     subject = Tokenizer(write_tokenizer(tmp_path, template=template))
     tool = {"type": "function", "function": {"name": "add", "description": EVIL}}
     evil, harmless = (
         subject.encode_chat(
-            [user()], tools=[{**tool, "function": {"name": "add", "description": text}}]
+            [user(), assistant(ONE), result("c1")],
+            tools=[{**tool, "function": {"name": "add", "description": text}}],
         )
         for text in (EVIL, "x")
     )
+    assert '{"name": "add", "parameters": ' in subject.decode(harmless)
     special = subject.special_token_ids
     assert sum(token in special for token in evil) == sum(token in special for token in harmless)
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from llama_jax.engine.options import OPTIONS, EngineOptions
+from llama_jax.serve.command_line import values
 from llama_jax.serve.command_line.config_file import ConfigFileError, read_config_file
 from llama_jax.serve.command_line.foreign_flags import find_foreign_flag
 from llama_jax.serve.command_line.http_flags import (
@@ -79,7 +80,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--config",
-        type=Path,
+        type=values.path,
         metavar="FILE",
         help="a YAML file whose keys are names of flags; the command line takes precedence",
     )
@@ -114,7 +115,7 @@ def _with_hyphens(argument: str) -> str:
 def _configured(parser: Parser, argv: list[str]) -> dict[str, object]:
     """The values that the configuration file sets, by the names of their attributes."""
     finder = Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", type=Path)
+    finder.add_argument("--config", type=values.path)
     file = finder.parse_known_args(argv)[0].config
     if file is None:
         return {}
@@ -139,7 +140,7 @@ def _resolve_path(parser: Parser, arguments: argparse.Namespace) -> None:
         ("--served-model-name", arguments.served_model_name or []),
         ("--api-key", arguments.api_keys),
     ):
-        if arguments.path is None and len(names) > 1 and Path(names[-1]).exists():
+        if arguments.path is None and len(names) > 1 and os.path.exists(names[-1]):
             parser.error(f"{flag} takes all values after it: give PATH before it")
 
 

@@ -34,7 +34,7 @@ def read_config_file(parser: argparse.ArgumentParser, file: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigFileError(f"--config {file} cannot be read: {reason}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # such as the date 2026-13-01
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise ConfigFileError(f"--config {file}{where} is not valid YAML.") from error
@@ -58,14 +58,14 @@ def _arguments(parser: argparse.ArgumentParser, file: Path, key: str, value: obj
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise ConfigFileError(f"--config {file}: {key} must be true or false.")
-        if not value and not flag.startswith("--no-"):
+        if not value:
             flag = f"--no-{flag[2:]}"
             return [flag] if flag in parser._option_string_actions else []
-        return [flag] if value else []
+        return [flag]
     if isinstance(value, bool) or (isinstance(value, list) and action.nargs != "+"):
         raise ConfigFileError(f"--config {file}: {key} needs one value.")
     if isinstance(value, dict):
-        return [f"{flag}={json.dumps(value)}"]
+        return [f"{flag}={json.dumps(value, default=str)}"]
     if isinstance(value, list):
         return [flag, *map(str, value)]
     return [f"{flag}={value}"]

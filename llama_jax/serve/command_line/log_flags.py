@@ -1,7 +1,6 @@
 """The flags of logs, metrics and traces."""
 
 import argparse
-from pathlib import Path
 
 from llama_jax.serve.command_line import values
 from llama_jax.serve.monitoring.logs import LEVELS
@@ -42,7 +41,7 @@ def add_log_flags(parser: argparse.ArgumentParser) -> None:
     )
     logs.add_argument(
         "--request-log",
-        type=Path,
+        type=values.path,
         metavar="FILE",
         help="write a JSON object per request for text: ids, model, parameters, tokens, times and "
         "finish reasons, without prompts; - is stderr (default: none)",

@@ -147,7 +147,7 @@ def path(text: str) -> Path:
 
 def _count(text: str) -> int:
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM])", text):
-        return int(float(match[1]) * _THOUSANDS[match[2]])
+        return round(float(match[1]) * _THOUSANDS[match[2]])
     return int(text)  # argparse reports the ValueError
 
 

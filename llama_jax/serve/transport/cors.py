@@ -39,6 +39,4 @@ class Cors(CORSMiddleware):
         if response.status_code == 200:
             return response
         error = ApiError(400, "This origin, or what it wants to send, is not allowed here.")
-        refusal = error.response()
-        refusal.headers["vary"] = response.headers["vary"]
-        return refusal
+        return error.response()

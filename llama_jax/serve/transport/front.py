@@ -98,7 +98,7 @@ def _record_of(scope: Scope) -> RequestRecord:
     return RequestRecord(
         id=given if _SANE_ID.fullmatch(given) else new_request_id(),
         method=scope["method"],
-        path=(scope.get("raw_path") or scope["path"].encode()).partition(b"?")[0].decode("latin-1"),
+        path=(scope.get("raw_path") or scope["path"].encode()).decode("latin-1"),
         client=_address(*client) if client else "unix",
         http_version=scope.get("http_version", "1.1"),
         trace={
