@@ -123,6 +123,19 @@ def test_calls_made_at_once_are_written_one_by_one_where_the_template_knows_one(
         *(assistant(ONE), result("c1"), assistant(TWO), result("c2", "zero")),
     ]
     assert subject.encode_chat(at_once, tools=[ADD]) == subject.encode_chat(one_by_one, tools=[ADD])
+    for chat in (at_once, one_by_one):
+        chat.append(result("c9", "of no call"))
+    assert subject.encode_chat(at_once) == subject.encode_chat(one_by_one)
+    blank, bare = ([user(), assistant(ONE, text=text), result("c1")] for text in (" \n", ""))
+    assert subject.encode_chat(blank) == subject.encode_chat(bare)
+
+
+def test_a_text_beside_calls_made_at_once_is_written_once(tmp_path):
+    template = LLAMA_3_1_TOOLS.replace("'{\"name\"", "(message.content or '') + '{\"name\"")
+    subject = Tokenizer(write_tokenizer(tmp_path, template=template))
+    chat = [user(), assistant(ONE, TWO, text="Hm."), result("c1"), result("c2")]
+    text = subject.decode(subject.encode_chat(chat), False)
+    assert text.count("Hm.") == 1 and text.count('{"name": "add"') == 2
 
 
 def test_a_template_that_knows_several_calls_gets_them_all(tmp_path):
