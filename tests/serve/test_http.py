@@ -226,16 +226,20 @@ async def unanswered(scope, receive, send) -> None:
 CONFIG = uvicorn.Config(unanswered, lifespan="off")
 
 
-def after(*pieces: bytes) -> tuple[bool, bool]:
-    """Whether a request is complete when these have arrived, and whether reading has paused."""
+def after(*pieces: bytes) -> tuple[bool, bool, bool]:
+    """Whether these complete a request, reading has paused, and the connection is closed."""
 
-    async def scenario() -> tuple[bool, bool]:
+    async def scenario() -> tuple[bool, bool, bool]:
         protocol = HttpProtocol(config=CONFIG, server_state=ServerState(), app_state={})
         results = {"get_extra_info.return_value": None, "is_closing.return_value": False}
-        protocol.connection_made(Mock(**results))
+        transport = Mock(**results)
+        protocol.connection_made(transport)
         for piece in pieces:
             protocol.data_received(piece)
-        return protocol.conn.their_state is h11.DONE, protocol.flow.read_paused
+        complete, paused = protocol.conn.their_state is h11.DONE, protocol.flow.read_paused
+        for _ in range(3):  # so that timers which are due run
+            await asyncio.sleep(0)
+        return complete, paused, transport.close.called
 
     return asyncio.run(scenario())
 
@@ -243,15 +247,21 @@ def after(*pieces: bytes) -> tuple[bool, bool]:
 def test_line_ends_that_come_alone_in_the_middle_of_a_request_are_kept():
     request = HEALTH + b"\r\n"
     for cut in range(request.index(b"\r\n"), len(request)):
-        assert after(request[:cut], request[cut:]) == (True, False)
+        assert after(request[:cut], request[cut:]) == (True, False, False)
+
+
+def test_the_time_for_the_headers_ends_with_them(monkeypatch):
+    monkeypatch.setattr("llama_jax.serve.transport.http_protocol.HEADER_SECONDS", 0)
+    assert after(HEALTH) == (False, False, True)
+    assert after(HEALTH, b"\r\n") == (True, False, False)
 
 
 def test_what_waits_for_its_turn_is_not_read_without_end():
     """A body that is not read, and requests in the pipe."""
     long = chat(b"x" * 200_000)
-    assert after(long[:-100_000]) == (False, True)
-    assert after(HEALTH + b"\r\n" + long) == (True, True)
-    assert after(HEALTH + b"\r\n" + HEALTH) == (True, False)
+    assert after(long[:-100_000]) == (False, True, False)
+    assert after(HEALTH + b"\r\n" + long) == (True, True, False)
+    assert after(HEALTH + b"\r\n" + HEALTH) == (True, False, False)
 
 
 def test_a_client_may_wait_until_its_body_is_asked_for(address):
@@ -287,7 +297,9 @@ def test_the_chunks_of_each_body_are_counted_alone(address, monkeypatch):
     assert received.count(b" 200 OK") == 3
 
 
-@pytest.mark.parametrize("target", ["http://x/health", "HTTP://x:8000/health?a=http://y/"])
+@pytest.mark.parametrize(
+    "target", ["http://x/health", "HTTP://x:8000/health?a=http://y/", "/health?a=http://y/z"]
+)
 def test_a_target_may_be_a_whole_url(address, target):
     request = f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
     assert Response(answer_to(address, [request])).status_code == 200
@@ -331,6 +343,19 @@ def test_a_half_closed_client_gets_interim_responses_meanwhile(server, address, 
         received += read_all(connection)
     assert received.startswith(interim * 2)
     assert Response(received.replace(interim, b"").strip()).text == "Hello!"
+
+
+def test_a_half_closed_http_1_0_client_gets_none(server, address, probes, monkeypatch):
+    probed = []
+    module = "llama_jax.serve.transport.http_protocol"
+    monkeypatch.setattr(f"{module}._is_reset", lambda _: bool(probed.append(True)))
+    server.engine.hold.clear()
+    with connect(address) as connection:
+        connection.sendall(chat(version="1.0"))
+        connection.shutdown(socket.SHUT_WR)
+        wait_until(lambda: probed)
+        server.engine.hold.set()
+        assert Response(read_all(connection)).text == "Hello!"
 
 
 @pytest.mark.parametrize("body", [BODY, STREAM])

@@ -91,7 +91,7 @@ def test_a_tokenizer_without_bos_adds_none(tmp_path):
 VARIABLES = """
 {%- if not date_string is defined %}{% set date_string = 'today' %}{% endif -%}
 {%- if custom_tools is defined %}{% set tools = custom_tools %}{% endif -%}
-{%- if tools_in_user_message is not defined %}{% set tools_in_user_message = true %}{% endif -%}
+{%- if tools_in_user_message is undefined %}{% set tools_in_user_message = true %}{% endif -%}
 {%- if enable_thinking is undefined or enable_thinking %}think {% endif -%}
 {%- set ns = namespace(first=true) -%}
 {%- macro quote(word) %}{{ word }}{% endmacro -%}

@@ -123,6 +123,20 @@ def test_calls_made_at_once_are_written_one_by_one_where_the_template_knows_one(
         *(assistant(ONE), result("c1"), assistant(TWO), result("c2", "zero")),
     ]
     assert subject.encode_chat(at_once, tools=[ADD]) == subject.encode_chat(one_by_one, tools=[ADD])
+    for chat in (at_once, one_by_one):
+        chat.append(result("c9", "of no call"))
+    assert subject.encode_chat(at_once) == subject.encode_chat(one_by_one)
+    blank, bare = ([user(), assistant(ONE, text=text), result("c1")] for text in (" \n", ""))
+    assert subject.encode_chat(blank) == subject.encode_chat(bare)
+
+
+def test_a_text_beside_calls_made_at_once_is_written_once(tmp_path):
+    template = LLAMA_3_1_TOOLS.replace('\'{"name"', "(message.content or '') + '{\"name\"")
+    template = template.replace("message.tool_calls | length != 1", "false")  # drops the others
+    subject = Tokenizer(write_tokenizer(tmp_path, template=template))
+    chat = [user(), assistant(ONE, TWO, text="Hm."), result("c1"), result("c2")]
+    text = subject.decode(subject.encode_chat(chat), False)
+    assert text.count("Hm.") == 1 and text.count('{"name": "add"') == 2
 
 
 def test_a_template_that_knows_several_calls_gets_them_all(tmp_path):
@@ -203,12 +217,13 @@ def test_what_a_template_with_tools_may_demand(tmp_path, template):
 
 
 # Writes the tools but not the calls, the calls but not their results, and no tools once there is
-# a call.
+# a call, or until there is one.
 FORGETFUL = [
     CHATML.replace("{% for", "{{ tools | tojson }}{% for", 1),
     LLAMA_3_1_TOOLS.replace("{{- tool_call.arguments | tojson }}", ""),
     LLAMA_3_1_TOOLS.replace("message.content | tojson", "''"),
     LLAMA_3_1_TOOLS.replace("{%- if tools is not none %}\n", "{%- if tools and not rest[1:] %}\n"),
+    LLAMA_3_1_TOOLS.replace("{%- if tools is not none %}\n", "{%- if tools and rest[1:] %}\n"),
 ]
 
 
