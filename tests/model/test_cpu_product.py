@@ -69,7 +69,10 @@ def test_gradients():
 @pytest.mark.parametrize("rows", [1, 8, 32, 128])
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 def test_no_copy_of_the_matrix(rows, dtype, amx):
-    """XLA:CPU would convert a matrix of bfloat16 to float32, whole, in every call."""
+    """XLA:CPU would convert a matrix of bfloat16 to float32, whole, in every call.
+
+    From jax 0.11 on, it does so for one row only.
+    """
     x = jax.ShapeDtypeStruct((rows, 512), dtype)
     matrix = jax.ShapeDtypeStruct((512, 512), dtype)
 
@@ -77,8 +80,9 @@ def test_no_copy_of_the_matrix(rows, dtype, amx):
         return jax.jit(function).lower(x, matrix).compile(PRODUCTION).as_text()
 
     assert not large_copies(compiled(lambda x, m: cpu_product(x, m, dtype)), MATRIX)
-    plain = compiled(lambda x, m: jnp.einsum("bi,oi->bo", x, m))
-    assert bool(large_copies(plain, MATRIX)) == (dtype == BFLOAT16)
+    if rows == 1:
+        plain = compiled(lambda x, m: jnp.einsum("bi,oi->bo", x, m))
+        assert bool(large_copies(plain, MATRIX)) == (dtype == BFLOAT16)
 
 
 @pytest.mark.parametrize(("rows", "rounded"), [(127, True), (128, False)])
@@ -151,6 +155,7 @@ def test_layers_share_the_angles():
 
 def test_other_platforms_get_the_plain_operations():
     x, matrix = operands(8, BFLOAT16)
+    many, _ = operands(128, BFLOAT16)
     positions, frequencies = jnp.arange(8), np.ones(IN // 2, np.float32)
 
     def plain_rotate(x):
@@ -165,11 +170,14 @@ def test_other_platforms_get_the_plain_operations():
         (partial(swiglu, dtype=BFLOAT16), lambda gate, up: jax.nn.silu(gate) * up, (x, x)),
         (lambda x: rotate(x, positions, frequencies), plain_rotate, (x[:, None],)),
     )
+
+    def same(ours, plain, args):
+        return str(jax.make_jaxpr(ours)(*args)) == str(jax.make_jaxpr(plain)(*args))
+
     gpu = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("model",), abstract_device=gpu)
-    for ours, plain, args in pairs:
+    for pair in pairs:
         with jax.sharding.use_abstract_mesh(mesh):
-            assert sum_dtype(jnp.zeros((128, IN), BFLOAT16)) == BFLOAT16
-            traced = str(jax.make_jaxpr(ours)(*args))
-        here = str(jax.make_jaxpr(ours)(*args))
-        assert traced == str(jax.make_jaxpr(plain)(*args)) != here
+            assert sum_dtype(many) == BFLOAT16
+            assert same(*pair)
+        assert not same(*pair)
