@@ -18,6 +18,7 @@ from llama_jax.costs.tick_time import TickModel
 from llama_jax.costs.work import Work
 from llama_jax.plan.__main__ import main as plan
 from llama_jax.plan.kubernetes import POD_NETWORK
+from llama_jax.plan.serving import deployed_name
 from llama_jax.serve.command_line.arguments import parse_arguments
 from llama_jax.serve.launch import main as serve
 from llama_jax.serve.transport.door import LIVE_PATH, OPEN_PATHS
@@ -80,6 +81,20 @@ def test_the_command_has_what_the_plan_counts_on(capsys):
     _, out = ask(capsys, *question.split(), "--json")
     best = json.loads(out)["layouts"][0]
     assert arguments.mesh in json.dumps(best)
+    assert parse_arguments(command_of(capsys, "--kv-cache-dtype fp8")).kv_cache_dtype == "fp8"
+    cpu = parse_arguments(command_of(capsys, "--gpu cpu --model 1b --gpus 1 --rate 0.001"))
+    assert cpu.gpu_memory_utilization is None  # a server without GPUs refuses it
+
+
+def test_names_are_labels_of_dns():
+    assert deployed_name("/models/8B_x.") == "llama-8b-x"
+    assert deployed_name("a" * 49 + "-b" * 20) == "a" * 49  # a suffix has room in 63 letters
+
+
+def test_no_sequence_is_longer_than_the_cache(capsys):
+    """70.6 GB of weights leave 3,456 tokens of an H100, and requests are of up to 3,400."""
+    question = "--layout 1x2 --gpus 2 --rate 0.01 --prompt-tokens 3300 --output-tokens 100"
+    assert parse_arguments(command_of(capsys, question)).max_model_len == 3456
 
 
 def manifests(capsys, question: str) -> tuple[dict, dict]:
