@@ -81,7 +81,11 @@ def test_the_command_has_what_the_plan_counts_on(capsys):
     _, out = ask(capsys, *question.split(), "--json")
     best = json.loads(out)["layouts"][0]
     assert arguments.mesh in json.dumps(best)
-    assert parse_arguments(command_of(capsys, "--kv-cache-dtype fp8")).kv_cache_dtype == "fp8"
+    question = "--kv-cache-dtype fp8 --weights fp8 --fp8-activations --layout 4x2"
+    arguments = parse_arguments(command_of(capsys, question))
+    assert (arguments.kv_cache_dtype, arguments.fp8_activations) == ("fp8", True)
+    short = command_of(capsys, "--max-chunk 512 --prompt-tokens 100 --layout 4x2")
+    assert parse_arguments(short).max_chunk == 512  # for longer prompts than the mean
     cpu = parse_arguments(command_of(capsys, "--gpu cpu --model 1b --gpus 1 --rate 0.001"))
     assert cpu.gpu_memory_utilization is None  # a server without GPUs refuses it
 
@@ -189,6 +193,10 @@ def test_a_checkpoint_in_float32_is_served_in_the_dtype_of_the_plan(capsys, tmp_
 def test_each_replica_is_a_pod(capsys):
     deployment, _ = manifests(capsys, "--layout 4x2 --gpus 16 --rate 20")
     assert deployment["spec"]["replicas"] == 2
+    [container] = deployment["spec"]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "8"}
+    _, out = ask(capsys, *"--layout 4x2 --gpus 16 --rate 20 --server-command".split())
+    assert "Start 2 of these servers" in out
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
