@@ -67,13 +67,31 @@ def test_a_result_that_is_cut_off_leaves_the_one_before(tmp_path, monkeypatch):
     assert Result.read(path) == RESULT
 
 
+CONTENT = json.loads(json.dumps(vars(RESULT), default=vars))
+
+
+def test_a_target_is_met_up_to_its_limit():
+    for bound, missed in (("max", 1.1), ("min", 0.9)):
+        assert Target("a", 1.0, 1.0, bound).met and not Target("a", missed, 1.0, bound).met
+
+
+@pytest.mark.parametrize(
+    ("field", "key", "value"),
+    [("targets", "bound", "about"), ("targets", "unit", 5), ("plots", "kind", "pie"),
+     ("plots", "log", "z")],
+)  # fmt: skip
+def test_a_target_or_a_plot_of_no_known_kind_is_refused(field, key, value):
+    entries = [entry | {key: value} for entry in CONTENT[field]]
+    with pytest.raises(BadResult):
+        Result.from_json(json.dumps(CONTENT | {field: entries}))
+
+
 def test_a_target_that_is_not_a_number_is_missed():
     assert not Target("a", float("nan"), 1.0, "max").met
     assert not Target("a", float("nan"), 1.0, "min").met
 
 
 VALUES = (None, True, 5, "x", [], [5], {}, {"a": 5}, {"a": []}, [{"a": []}], [{"a": "x"}], [{}])
-CONTENT = json.loads(json.dumps(vars(RESULT), default=vars))
 
 
 @pytest.mark.parametrize("field", CONTENT)
@@ -278,19 +296,20 @@ STEP = replace(
     RESULT,
     machine={**RESULT.machine, "accelerator": "NVIDIA H200", "accelerators": 1},
     flags={"quantize": "fp8"},
+    units={"time": "s"},
     rows=[
-        {"batch": 8, "context": 2048, "time": 5.0},
-        {"chunk": 512, "prefix": 1536, "time": 16.0},
+        {"batch": 8, "context": 2048, "time": 0.005},
+        {"chunk": 512, "prefix": 1536, "time": 0.016},
     ],
 )
 ROOFLINE = replace(
     STEP,
     name="roofline",
     flags={},
-    units={"copy_rate": "TB/s", "matrix_rate": "TFLOP/s"},
+    units={"copy_rate": "bytes/s", "matrix_rate": "FLOP/s"},
     rows=[
-        {"operation": "copy", "copy_rate": 4.0},
-        {"operation": "bfloat16 product", "matrix_rate": 700.0},
+        {"operation": "copy", "copy_rate": 4.0e12},
+        {"operation": "bfloat16 product", "matrix_rate": 7.0e14},
     ],
 )
 
@@ -299,8 +318,8 @@ ENGINE = replace(
     RESULT,
     name="engine",
     machine={name: value for name, value in STEP.machine.items() if "accelerator" not in name},
-    units={"host time": "ms"},
-    rows=[{"requests": "greedy", "host time": 0.5}, {"requests": "sampled", "host time": 0.8}],
+    units={"host time": "s"},
+    rows=[{"requests": "greedy", "host time": 5e-4}, {"requests": "sampled", "host time": 8e-4}],
 )
 
 

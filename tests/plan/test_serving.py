@@ -18,6 +18,7 @@ from llama_jax.costs.tick_time import TickModel
 from llama_jax.costs.work import Work
 from llama_jax.plan.__main__ import main as plan
 from llama_jax.plan.kubernetes import POD_NETWORK
+from llama_jax.plan.serving import deployed_name
 from llama_jax.serve.command_line.arguments import parse_arguments
 from llama_jax.serve.launch import main as serve
 from llama_jax.serve.transport.door import LIVE_PATH, OPEN_PATHS
@@ -80,6 +81,24 @@ def test_the_command_has_what_the_plan_counts_on(capsys):
     _, out = ask(capsys, *question.split(), "--json")
     best = json.loads(out)["layouts"][0]
     assert arguments.mesh in json.dumps(best)
+    question = "--kv-cache-dtype fp8 --weights fp8 --fp8-activations --layout 4x2"
+    arguments = parse_arguments(command_of(capsys, question))
+    assert (arguments.kv_cache_dtype, arguments.fp8_activations) == ("fp8", True)
+    short = command_of(capsys, "--max-chunk 512 --prompt-tokens 100 --layout 4x2")
+    assert parse_arguments(short).max_chunk == 512  # for longer prompts than the mean
+    cpu = parse_arguments(command_of(capsys, "--gpu cpu --model 1b --gpus 1 --rate 0.001"))
+    assert cpu.gpu_memory_utilization is None  # a server without GPUs refuses it
+
+
+def test_names_are_labels_of_dns():
+    assert deployed_name("/models/8B_x.") == "llama-8b-x"
+    assert deployed_name("a" * 49 + "-b" * 20) == "a" * 49  # a suffix has room in 63 letters
+
+
+def test_no_sequence_is_longer_than_the_cache(capsys):
+    """70.6 GB of weights leave 3,456 tokens of an H100, and requests are of up to 3,400."""
+    question = "--layout 1x2 --gpus 2 --rate 0.01 --prompt-tokens 3300 --output-tokens 100"
+    assert parse_arguments(command_of(capsys, question)).max_model_len == 3456
 
 
 def manifests(capsys, question: str) -> tuple[dict, dict]:
@@ -176,6 +195,10 @@ def test_a_checkpoint_in_float32_is_served_in_the_dtype_of_the_plan(capsys, tmp_
 def test_each_replica_is_a_pod(capsys):
     deployment, _ = manifests(capsys, "--layout 4x2 --gpus 16 --rate 20")
     assert deployment["spec"]["replicas"] == 2
+    [container] = deployment["spec"]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "8"}
+    _, out = ask(capsys, *"--layout 4x2 --gpus 16 --rate 20 --server-command".split())
+    assert "Start 2 of these servers" in out
 
 
 @pytest.mark.parametrize("question", QUESTIONS)

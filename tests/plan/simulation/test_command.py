@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 
+from llama_jax.config import LlamaConfig
+from llama_jax.costs.work import Work
 from llama_jax.plan.__main__ import main
 from llama_jax.plan.command_line import make_parser, read_question
 from llama_jax.plan.plan import make_plan
@@ -16,7 +18,7 @@ from llama_jax.plan.simulation.beyond_one_load import daily, highest_section
 from llama_jax.plan.simulation.daily import CurveError, Point, Policy, rate_at, read_curve, scale
 from llama_jax.plan.simulation.highest_rate import HighestRate
 from llama_jax.plan.simulation.lengths import Lengths
-from llama_jax.plan.simulation.scenario import scenario
+from llama_jax.plan.simulation.scenario import Scenario, scenario
 from llama_jax.plan.targets import Targets, Workload
 from sharding.errors import UserError
 from tests.support.paths import ROOT
@@ -95,6 +97,30 @@ def test_the_cache_is_that_of_the_command_line():
     sizes, token = found.server().sizes, plan.best.memory.token
     left = found.options.kv_cache_memory
     assert sizes.num_pages == left // (sizes.page_size * token) < plan.best.memory.tokens // 64
+
+
+def asked_for(*flags: str) -> Scenario:
+    asked = make_parser().parse_args(["--layout", "4x2", "--duration", "1s", *flags])
+    return scenario(asked, make_plan(read_question(asked)))
+
+
+def test_what_is_simulated_is_what_was_asked_for(tmp_path):
+    found = asked_for("--seed", "7", "--prefix-tokens", "64", "--prefixes", "3", "--simulate")
+    drawn = (found.draw.seed, found.draw.prefix_tokens, found.draw.prefixes, found.draw.duration)
+    assert drawn == (7, 64, 3, 1.0)
+    assert replace(found, max_queue_tokens=5).server().max_queue_tokens == 5
+    others = replace(found.options, prefix_caching=False, max_queue=3)
+    server = replace(found, options=others).server("high")
+    assert (server.prefix_caching, server.max_queue) == (False, 3)
+    model, work = found.plan.best.replica.model, Work.of(8, 1000)
+    assert server.tick_time(work).seconds == model.seconds(work).high
+    users = asked_for("--users", "41", "--gpus", "16", "--rate", "0.1")
+    assert users.load.until == 1.0 and users.options.max_num_seqs == 21  # of each replica
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,10,1\n0.5,9000,9\n1,10,1\n")
+    traced = asked_for("--trace", str(trace))
+    assert [request.prompt_tokens for request in traced.load.requests] == [10, 9000]
+    assert traced.options.max_model_len == LlamaConfig.llama3_70b().max_context
 
 
 def test_a_trace_says_what_arrives(capsys, tmp_path):
