@@ -1,5 +1,6 @@
 """A changed `Llama` is saved as a checkpoint, which transformers and `LLM`'s loader read alike."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from tests.support.conversions import convert_to
 from tests.support.gguf_file import gpt2_metadata, tiny_backend, tiny_model, write_gguf
 from tests.support.tiny_checkpoint import write_checkpoint
 
-TOKENS = [[1, 5, 95, 33, 7]]
+TOKENS = np.array([[1, 5, 95, 33, 7]])
+jitted = jax.jit(Llama.__call__)
 
 
 @pytest.fixture(params=[False, True], ids=["head", "tied"])
@@ -39,13 +41,13 @@ def test_what_is_saved_is_the_changed_model(tmp_path, path, layout):
     model = changed(Llama.from_pretrained(path))
     save_model(model, tmp_path / "saved", like=path, layout=layout)
     found = Llama.from_pretrained(tmp_path / "saved")
-    np.testing.assert_array_equal(found(jnp.array(TOKENS)), model(jnp.array(TOKENS)))
+    np.testing.assert_array_equal(jitted(found, TOKENS), jitted(model, TOKENS))
     assert (tmp_path / "saved" / "tokenizer.json").read_text() == "{}"
     if layout == "huggingface":
         other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
         with torch.no_grad():
             expected = other(torch.tensor(TOKENS)).logits
-        np.testing.assert_allclose(model(jnp.array(TOKENS)), expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(jitted(model, TOKENS), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_dtype_is_that_of_the_model(tmp_path, path):
@@ -63,7 +65,7 @@ def test_a_model_from_gguf_keeps_its_tokenizer(tmp_path):
     model = changed(Llama.from_pretrained(file))
     save_model(model, tmp_path / "saved", like=file)
     found = Llama.from_pretrained(tmp_path / "saved")
-    np.testing.assert_array_equal(found(jnp.array(TOKENS)), model(jnp.array(TOKENS)))
+    np.testing.assert_array_equal(jitted(found, TOKENS), jitted(model, TOKENS))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert tokenizer("hello world").input_ids == backend.encode("hello world").ids
 

@@ -103,10 +103,11 @@ def test_attention_over_the_same_bytes(stored, dtype):
     out = run(q, k_pages, v_pages, *WHERE, k_scale=k_scale, v_scale=v_scale)
     shown = jax.jit(paged_weights)(q, k_pages, *WHERE, k_scale=k_scale)
     assert out.dtype == q.dtype
+    out, shown = np.asarray(out, np.float64), np.asarray(shown)
     for row, t, head in np.ndindex(*q.shape[:3]):
         seen = min(POSITIONS[row, t] + 1, LENGTHS[row])
         kv_head, table = head // (q.shape[2] // K), np.clip(TABLE[row], 0, NUM_PAGES - 1)
-        found = np.asarray(out[row, t, head], np.float64)
+        found = out[row, t, head]
         if not seen:
             assert not found.any()
             continue
@@ -115,7 +116,7 @@ def test_attention_over_the_same_bytes(stored, dtype):
         error = np.abs(found - weights @ seen_values).max()
         assert error <= tolerance * (weights @ np.abs(seen_values)).max()
         np.testing.assert_allclose(shown[row, t, head, :seen], weights, atol=tolerance)
-        assert not np.asarray(shown[row, t, head, seen:]).any()
+        assert not shown[row, t, head, seen:].any()
 
 
 @pytest.mark.parametrize(("name", "bound"), BOUNDS.items())

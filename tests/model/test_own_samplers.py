@@ -33,7 +33,7 @@ def few_programs(monkeypatch):
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    theirs = make_model(num_layers=3, num_heads=8, num_kv_heads=2, vocab_size=VOCAB)
+    theirs = make_model(num_layers=2, num_heads=8, num_kv_heads=2, vocab_size=VOCAB)
     return make_tokenizer(save_model(theirs, tmp_path_factory.mktemp("model")))
 
 
