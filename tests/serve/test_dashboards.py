@@ -37,6 +37,21 @@ def test_every_metric_exists(file):
     assert {name for expression in found for name in names(expression)} <= exported
 
 
+def test_each_alert_has_a_test_in_which_it_fires_and_ends():
+    """promtool runs them, which is not on PyPI: see the first line of the file."""
+    groups = yaml.safe_load((DOCS / "alerts.yaml").read_text())["groups"]
+    rules = {rule["alert"]: rule for group in groups for rule in group["rules"]}
+    tests = yaml.safe_load((ROOT / "tests" / "data" / "alerts_test.yaml").read_text())["tests"]
+    fires: dict[str, list[bool]] = {}
+    for test in tests:
+        for case in test["alert_rule_test"]:
+            fires.setdefault(case["alertname"], []).append(bool(case["exp_alerts"]))
+            for alert in case["exp_alerts"]:
+                assert rules[case["alertname"]]["labels"].items() <= alert["exp_labels"].items()
+    assert fires.keys() == rules.keys()
+    assert all(found[0] is found[-1] is False and any(found) for found in fires.values())
+
+
 def test_the_panels_of_the_dashboard_do_not_overlap():
     panels = json.loads((DOCS / "grafana.json").read_text())["panels"]
     places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels]
