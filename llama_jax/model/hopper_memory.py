@@ -194,7 +194,7 @@ def load(ref: Any, index: Any, layout: Any) -> jax.Array:
     """Loads a vector from any memory: to the threads that a layout says, if there is one."""
     if layout is None:
         return ref[index]
-    whole = () if jax.__version_info__ >= (0, 12) else ((),)  # an index, until jax 0.11
+    whole = () if jax.__version_info__ >= (0, 11) else ((),)  # an index, until jax 0.10
     # Not "optimized": that would require a matrix in shared memory.
     return plgpu.load(ref.at[index], *whole, layout=layout, optimized=False)
 
