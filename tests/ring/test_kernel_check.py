@@ -149,7 +149,7 @@ def test_wrong_attention_is_left_out_unless_it_was_demanded(kernels, wrong, capl
     assert tried() == PLAIN_ATTENTION
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     with pytest.raises(UserError):
-        tried(BOTH._replace(name=HOPPER))
+        tried(BOTH._replace(attention=HOPPER))
 
 
 def test_what_does_not_compile_is_left_out(caplog):
