@@ -15,8 +15,8 @@ from typing import Any
 from convert.source import SMALL_FILES, TOKENIZER
 from llama_jax.checkpoint.directory import INDEX, meta_folder, weight_files
 from llama_jax.checkpoint.huggingface_files import SINGLE, read_index
-from llama_jax.checkpoint.lora import CONFIG as ADAPTER_CONFIG
-from llama_jax.checkpoint.lora import WEIGHTS as ADAPTER_WEIGHTS
+from llama_jax.checkpoint.lora import ADAPTER_WEIGHTS
+from llama_jax.config.huggingface import ADAPTER_CONFIG
 from sharding.errors import UserError
 
 Progress = Callable[[str, int, int], None]

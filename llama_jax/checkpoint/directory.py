@@ -21,6 +21,7 @@ from llama_jax.checkpoint.manifest import (
 )
 from llama_jax.checkpoint.orbax import STATE, WEIGHTS
 from llama_jax.checkpoint.reader import CheckpointError
+from llama_jax.config.huggingface import ADAPTER_CONFIG
 from llama_jax.gguf import find_gguf
 from sharding.errors import list_text
 
@@ -32,7 +33,6 @@ LAYOUT_NAMES = {
     GGUF: "GGUF",
 }
 INDEX = "model.safetensors.index.json"
-_ADAPTER = "adapter_config.json"
 _PARAMS = "params.json"
 # Where the shards of Meta's release may be. The 405B model comes in 8 and in 16 shards, with the
 # same weights; of the two, the first one here is read.
@@ -169,7 +169,7 @@ def _find_layout(path: Path) -> str:
             f"{path} is an incomplete copy of a converted checkpoint, since {MANIFEST} is missing: "
             "copy it again, or convert again to a new directory."
         )
-    if (path / _ADAPTER).is_file():
+    if (path / ADAPTER_CONFIG).is_file():
         raise _adapter(path)
     if _find_gguf(path):
         return GGUF
@@ -186,7 +186,7 @@ def _find_gguf(path: Path) -> bool:
 
 
 def _adapter(path: Path) -> CheckpointError:
-    base = _json(path / _ADAPTER).get("base_model_name_or_path")
+    base = _json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
     of = f" for {list_text([base])}" if isinstance(base, str) and base else ""
     if any(path.glob("*adapters.safetensors")):
         remedy = (

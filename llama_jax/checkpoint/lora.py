@@ -20,6 +20,7 @@ from llama_jax.checkpoint.directory import check_directory
 from llama_jax.checkpoint.reader import CheckpointError, refuse
 from llama_jax.checkpoint.safetensors_file import SafetensorsFile
 from llama_jax.config.errors import ConfigError
+from llama_jax.config.huggingface import ADAPTER_CONFIG
 from llama_jax.config.json_values import (
     get_bool,
     get_object,
@@ -31,8 +32,7 @@ from llama_jax.config.json_values import (
 from llama_jax.config.llama_config import DTYPES
 from llama_jax.config.unknown_keys import report_unknown
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _BLOCK = 1 << 20  # values that are checked at a time
 # How PEFT may initialize an adapter without changing the base model.
@@ -146,11 +146,11 @@ class Adapter:
             _check_method(content)
             self._parse(content)
         except ConfigError as error:
-            raise CheckpointError(f"{path / CONFIG}: {error}") from None
+            raise CheckpointError(f"{path / ADAPTER_CONFIG}: {error}") from None
         unknown = [key for key in content if key not in {*_KNOWN, *_OTHER_METHODS} and content[key]]
-        report_unknown(str(path), {CONFIG: unknown}, strict_config)
+        report_unknown(str(path), {ADAPTER_CONFIG: unknown}, strict_config)
         self._file = SafetensorsFile(_find_weights(path))
-        self.config_file, self.weight_file = path / CONFIG, self._file.path
+        self.config_file, self.weight_file = path / ADAPTER_CONFIG, self._file.path
         modules = self._modules()
         self.replaced = {
             f"{module}.weight": self._file.mapped(parts["whole"])
@@ -232,7 +232,7 @@ class Adapter:
                     return value
             except re.error:
                 raise CheckpointError(
-                    f"{self.path / CONFIG} has a pattern that is no regular expression: "
+                    f"{self.path / ADAPTER_CONFIG} has a pattern that is no regular expression: "
                     f"{quoted(pattern)}."
                 ) from None
         return default
@@ -240,11 +240,11 @@ class Adapter:
 
 def _read_config(path: Path) -> dict[str, Any]:
     check_directory(path)
-    file = path / CONFIG
+    file = path / ADAPTER_CONFIG
     if not file.is_file():
         raise CheckpointError(
-            f"{path} holds no {CONFIG}, so it is no LoRA adapter: give the directory that PEFT's "
-            "save_pretrained has written."
+            f"{path} holds no {ADAPTER_CONFIG}, so it is no LoRA adapter: give the directory that "
+            "PEFT's save_pretrained has written."
         )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -278,14 +278,14 @@ def _check_method(content: Mapping[str, Any]) -> None:
 
 
 def _find_weights(path: Path) -> Path:
-    if (path / WEIGHTS).is_file():
-        return path / WEIGHTS
+    if (path / ADAPTER_WEIGHTS).is_file():
+        return path / ADAPTER_WEIGHTS
     if (path / "adapter_model.bin").is_file():
         raise CheckpointError(
             f"{path} holds adapter_model.bin, in PyTorch's format: save it as safetensors, by "
             "loading it with PEFT and calling save_pretrained."
         )
-    raise CheckpointError(f"{path} holds no {WEIGHTS}: copy it there.")
+    raise CheckpointError(f"{path} holds no {ADAPTER_WEIGHTS}: copy it there.")
 
 
 def _is_finite(array: np.ndarray) -> bool:

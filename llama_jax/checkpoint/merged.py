@@ -93,7 +93,7 @@ class MergedReader:
 
 def _merged_config(config: LlamaConfig, adapter: Adapter) -> LlamaConfig:
     table = adapter.replaced.get(EMBEDDING.hf_name)
-    if table is not None and len(table):
+    if table is not None and table.shape[:1] > (0,):
         config = replace(config, vocab_size=len(table))
     if config.tie_embeddings and not _same_change(adapter, EMBEDDING.hf_name, LM_HEAD.hf_name):
         config = replace(config, tie_embeddings=False)

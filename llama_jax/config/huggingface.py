@@ -41,7 +41,7 @@ from llama_jax.text.eos_token import read_eos_token_id
 
 _CONFIG = "config.json"
 _GENERATION_CONFIG = "generation_config.json"
-_ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ def read_checkpoint_config(path: str | Path) -> CheckpointConfig:
         file.name: unknown,
         _GENERATION_CONFIG: unknown_generation_keys(generation_config),
     }
-    if (path / _ADAPTER_CONFIG).is_file():  # transformers would add it to the model
-        unknown_keys[_ADAPTER_CONFIG] = ("a LoRA adapter",)
+    if (path / ADAPTER_CONFIG).is_file():  # transformers would add it to the model
+        unknown_keys[ADAPTER_CONFIG] = ("a LoRA adapter",)
     config = _with_eos_token(config, path)
     return CheckpointConfig(path, config, stored, generation_config, unknown_keys)
 

@@ -288,6 +288,7 @@ REFUSED = {
     "a head of another vocabulary": ({}, {f"{HEAD}.weight": torch.ones(601, 32)}, "[601, 32]"),
     "an embedding without its head": ({}, {f"{EMBEDDING}.weight": torch.ones(601, 32)}, "lm_head"),
     "an empty embedding": ({}, {f"{EMBEDDING}.weight": torch.ones(0, 32)}, "[0, 32]"),
+    "an embedding of no dimension": ({}, {f"{EMBEDDING}.weight": torch.ones(())}, "shape []"),
     "NaN": ({}, {"model.norm.weight": torch.full((32,), torch.nan)}, "NaN"),
     "integers": ({}, {"model.norm.weight": torch.ones(32, dtype=torch.int32)}, "int32"),
 }

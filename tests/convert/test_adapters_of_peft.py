@@ -2,7 +2,6 @@
 
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
 import torch
 import transformers
@@ -55,6 +54,8 @@ def base(request, tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_those_of_peft(base, tmp_path, case):
+    import peft  # here, since it takes 3 s, and the quick tests import this file, too
+
     options, vocabulary = CASES[case]
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_pretrained(base)

@@ -80,9 +80,9 @@ def test_no_copy_of_the_matrix(rows, dtype, amx):
         return jax.jit(function).lower(x, matrix).compile(PRODUCTION).as_text()
 
     assert not large_copies(compiled(lambda x, m: cpu_product(x, m, dtype)), MATRIX)
-    if rows == 1:
-        plain = compiled(lambda x, m: jnp.einsum("bi,oi->bo", x, m))
-        assert bool(large_copies(plain, MATRIX)) == (dtype == BFLOAT16)
+    plain = compiled(lambda x, m: jnp.einsum("bi,oi->bo", x, m))
+    converted = dtype == BFLOAT16 and (rows == 1 or jax.__version_info__ < (0, 11))
+    assert bool(large_copies(plain, MATRIX)) == converted
 
 
 @pytest.mark.parametrize(("rows", "rounded"), [(127, True), (128, False)])

@@ -31,7 +31,7 @@ def convert_to(
 
 @contextlib.contextmanager
 def small_pieces(
-    *, chunk: int = 1000, block: int = 1000, shard: int = 20_000
+    *, chunk: int = 1000, block: int = 700, shard: int = 20_000
 ) -> Iterator[pytest.MonkeyPatch]:
     """Cuts even tiny weights into several chunks, blocks and shards of at most this many bytes.
 
