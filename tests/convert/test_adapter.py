@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from convert.__main__ import DIFFERENT, DONE, main
+from convert.__main__ import DIFFERENT, DONE, ERROR, main
 from convert.adapter import with_adapter
 from convert.conversion import Options, convert
 from convert.source import open_source
@@ -326,11 +326,13 @@ def test_directories_that_are_no_adapters(base, tmp_path):
     assert "MLX" in refusal(Adapter, adapter)
 
 
-def test_unknown_settings_are_named_once_or_refused(tmp_path, caplog):
-    adapter = write_adapter(tmp_path, low_rank(Q, MATRICES[Q]), new_method=[], newer=3)
+def test_unknown_settings_are_named_once_or_refused(base, tmp_path, caplog, capsys):
+    adapter = write_adapter(tmp_path / "adapter", low_rank(Q, MATRICES[Q]), new=[], newer=3)
     Adapter(adapter)
-    assert "newer" in caplog.text and "new_method" not in caplog.text
-    assert "newer" in refusal(Adapter, adapter, strict_config=True)
+    assert ": newer (adapter_config.json)" in caplog.text
+    call = ["hf", str(base), str(tmp_path / "new"), "--adapter", str(adapter), "--strict-config"]
+    assert main(call) == ERROR
+    assert ": newer (adapter_config.json)" in capsys.readouterr().err
 
 
 def test_a_damaged_file_is_refused(tmp_path):
